@@ -1,0 +1,110 @@
+"""Per-token operators over the output head: validate, plan the rows, run, put the results back in the labels' shape."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nextquill.ops.dispatch import resolve_impl
+from nextquill.ops.generic import HeadCall, PairNLLFunction, TokenNLLFunction
+from nextquill.ops.plan import RowPlan, plan_rows
+from nextquill.ops.validation import HeadInputs, check_head_inputs, check_head_options, check_ignore_index
+from nextquill.outputs import PairNLL
+
+
+def linear_token_nll(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Negative log-likelihood of each label under a linear head, without materialising [N, V].
+
+        z = cap(logit_scale · (h Wᵀ + b)),  cap(x) = softcap · tanh(x / softcap) or x
+        nll = logsumexp(z) - z[y]
+
+    Equals `F.cross_entropy(z, labels, reduction="none", ignore_index=ignore_index)` with z in float32.
+
+    Args:
+        hidden_states: [N, D] or [B, T, D], floating, at the *predicting* positions: labels are not shifted.
+        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
+        labels: [N] or [B, T], any integer dtype, in [0, V) or `ignore_index`.
+        bias: [V] or None.
+        ignore_index: rows with this label give exactly 0 and get exactly 0 gradient, whatever they hold.
+        softcap: cap on the logits' magnitude (Gemma), or None.
+        logit_scale: factor on the logits before the cap.
+        impl: "auto", "triton", "native" or "torch".
+
+    Returns:
+        float32 (float64 for float64 inputs), labels' shape. Differentiable in hidden_states, lm_head_weight and bias.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: `impl` cannot run here.
+    """
+    check_head_options(softcap, logit_scale)
+    inputs = check_head_inputs(
+        hidden_states, None, lm_head_weight, labels, bias, check_ignore_index(ignore_index),
+        hidden_name="hidden_states",
+    )  # fmt: skip
+    call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
+    nll = TokenNLLFunction.apply(inputs.factual, inputs.weight, inputs.bias, call)
+    return restore_rows(nll, call.plan, inputs)
+
+
+def linear_pair_nll(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> PairNLL:
+    """The three nll's of a factual / counterfactual pair, without materialising [N, V].
+
+        nll_f = lse(z1) - z1[y]      nll_c = lse(z0) - z0[y]      nll_e = lse(z1 - z0) - (z1 - z0)[y]
+
+    with z1, z0 the (scaled, capped) logits of both streams in float32 or better from the inputs on. NextQuill's effect
+    logits are the difference z1 - z0 (arXiv 2506.02368).
+
+    Args:
+        hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the *same* label in both
+            branches, at the predicting positions.
+        lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl: as in `linear_token_nll`.
+
+    Returns:
+        PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, each
+        differentiable in both hidden states, the weight and the bias.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: `impl` cannot run here.
+    """
+    check_head_options(softcap, logit_scale)
+    inputs = check_head_inputs(
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, check_ignore_index(ignore_index)
+    )
+    call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
+    nlls = PairNLLFunction.apply(inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, call)
+    return PairNLL(*(restore_rows(nll, call.plan, inputs) for nll in nlls))
+
+
+def restore_rows(values: Tensor, plan: RowPlan, inputs: HeadInputs) -> Tensor:
+    """One value per planned row, put back in the labels' shape; ignored rows are exactly 0."""
+    full = values.new_zeros(inputs.labels.numel()).index_copy(0, plan.rows, values)
+    return full.view(inputs.shape)
+
+
+def _head_call(
+    inputs: HeadInputs, ignore_index: int, softcap: float | None, logit_scale: float, impl: str
+) -> HeadCall:
+    kernels = resolve_impl(impl, inputs.factual.device)
+    return HeadCall(plan_rows(inputs.labels, None, ignore_index), kernels, softcap, logit_scale)

@@ -1,0 +1,165 @@
+"""A pair loss as coefficients: loss = Σ_i g_f[i] nll_f[i] + g_c[i] nll_c[i] + g_e[i] nll_e[i].
+
+Weights and denominators carry no gradient, so the coefficients are also the upstream gradients of the nll's, and every
+scheme and reduction is an elementwise computation on a few numbers per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextquill.errors import ArgumentError
+from nextquill.ops.plan import RowGroup, RowPlan
+from nextquill.outputs import PairNLL
+from nextquill.weighting import Weighting
+
+REDUCTIONS = ("sequence", "token", "micro_batch")
+
+
+class RowCoefficients(NamedTuple):
+    """Per row [n]: the token weight, and the two factors every term of the loss is made of.
+
+    weights: w. weighted: w / (Z · items), of terms that use the weights. uniform: 1 / (n · items), of plain means.
+    """
+
+    weights: Tensor
+    weighted: Tensor
+    uniform: Tensor
+
+
+class RowTerms(NamedTuple):
+    """Per row [n]: its share of each term, before `alpha` and `anchor`; `None` where the term's nll is absent."""
+
+    factual: Tensor
+    effect: Tensor | None
+    counterfactual: Tensor | None
+
+
+class RowGradients(NamedTuple):
+    """Per row [n]: the upstream gradient of each nll; `None` is zero."""
+
+    factual: Tensor
+    effect: Tensor | None
+    counterfactual: Tensor | None
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """Which weights, which terms, and what each is divided by (DESIGN: losses and reductions).
+
+    With n rows and Z = Σ w if `normalize_weights` else n, per sequence:
+
+        Σ w nll_f / Z  +  alpha · mean(nll_e)  +  anchor · mean(nll_c)
+
+    and alpha · Σ w nll_e / Z for the second term with `weighted_effect`. `reduction="sequence"` averages over
+    sequences, "token" divides every sum by the number of supervised tokens instead, and "micro_batch" takes all rows
+    as one sequence.
+    """
+
+    weighting: Weighting
+    normalize_weights: bool = False
+    alpha: float = 0.0
+    weighted_effect: bool = False
+    detach_counterfactual: bool = False
+    anchor: float = 0.0
+    reduction: str = "sequence"
+
+    @property
+    def elementwise(self) -> bool:
+        return bool(getattr(self.weighting, "elementwise", False))
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether a row's coefficient depends on other rows of its sequence."""
+        return not self.elementwise or (self.normalize_weights and self.reduction != "token")
+
+    @property
+    def needs_effect(self) -> bool:
+        """Whether the loss itself reads nll_e: it has that term, or the weighting is the user's own."""
+        return self.alpha > 0 or not self.elementwise
+
+    @property
+    def counterfactual_is_constant(self) -> bool:
+        return self.detach_counterfactual or (self.alpha == 0 and self.anchor == 0)
+
+    def default_items(self, plan: RowPlan) -> int:
+        """What the reduction averages over, counted in this call: sequences, tokens, or one micro-batch."""
+        if self.reduction == "sequence":
+            return plan.num_sequences
+        return plan.num_rows if self.reduction == "token" else 1
+
+    def coefficients(
+        self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float | Tensor
+    ) -> RowCoefficients:
+        """Coefficients of a group's rows, given their nll's."""
+        weights = self._weights(pair, group)
+        if self.reduction == "token":
+            counts = totals = torch.ones_like(weights)
+        else:
+            counts = plan.sequence_lengths(slice(group.start, group.stop)).to(weights.dtype)
+            totals = _sequence_sums(weights, group.lengths) if self.normalize_weights else counts
+        return RowCoefficients(weights, weights / (totals * num_items), 1.0 / (counts * num_items))
+
+    def gradients(self, coefficients: RowCoefficients) -> RowGradients:
+        return RowGradients(
+            coefficients.weighted,
+            self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
+            coefficients.uniform * self.anchor if self.anchor > 0 else None,
+        )
+
+    def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
+        return RowTerms(
+            coefficients.weighted * pair.factual,
+            None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
+            None if pair.counterfactual is None else coefficients.uniform * pair.counterfactual,
+        )
+
+    def token_loss(self, terms: RowTerms) -> Tensor:
+        """Each row's share of the loss."""
+        total = terms.factual
+        # A term with factor 0 is left out, not multiplied by 0: its nll may be infinite.
+        if self.alpha > 0 and terms.effect is not None:
+            total = total + self.alpha * terms.effect
+        if self.anchor > 0 and terms.counterfactual is not None:
+            total = total + self.anchor * terms.counterfactual
+        return total
+
+    def _effect_factor(self, coefficients: RowCoefficients) -> Tensor:
+        return coefficients.weighted if self.weighted_effect else coefficients.uniform
+
+    def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
+        if self.elementwise:
+            return self.weighting(pair)
+        pieces = [
+            PairNLL(*(None if t is None else t[rows] for t in pair))  # type: ignore[arg-type]
+            for rows in _sequence_slices(group.lengths)
+        ]
+        return torch.cat([_checked_weights(self.weighting(piece), piece) for piece in pieces])
+
+
+def _checked_weights(weights: object, pair: PairNLL) -> Tensor:
+    """A user's weighting must return one finite-or-NaN number per row, not something that broadcasts to it."""
+    if not isinstance(weights, Tensor) or weights.shape != pair.factual.shape:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ArgumentError(f"weighting: expected a tensor of shape {list(pair.factual.shape)}, got {got}")
+    return weights.detach().to(pair.factual)
+
+
+def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
+    slices, start = [], 0
+    for length in lengths:
+        slices.append(slice(start, start + length))
+        start += length
+    return slices
+
+
+def _sequence_sums(weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Σ w of each row's sequence; 1 where the sum is exactly 0, whose rows then contribute 0 instead of 0/0."""
+    sizes = torch.tensor(lengths, device=weights.device)
+    # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA.
+    sums = torch.segment_reduce(weights, "sum", lengths=sizes, unsafe=True)
+    return sums.masked_fill_(sums == 0, 1.0).repeat_interleave(sizes, output_size=weights.numel())

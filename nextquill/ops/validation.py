@@ -1,0 +1,172 @@
+"""Checks of what a caller passes, made once, before any work.
+
+The engines below this file trust their inputs: rows are flat, labels are in range and on the right device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Validated inputs with the leading dimensions of the hidden states and labels flattened.
+
+    Attributes:
+        factual: [N, D] hidden states with the history.
+        counterfactual: [N, D] without it, or None for a single-stream operator.
+        weight, bias: [V, D] and [V] or None.
+        labels: [N] int64, `ignore_index` where a row is ignored.
+        shape: the labels' original shape.
+    """
+
+    factual: Tensor
+    counterfactual: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    shape: torch.Size
+
+
+def check_head_inputs(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor | None,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    *,
+    hidden_name: str = "hidden_factual",
+) -> HeadInputs:
+    """Validate shapes, dtypes, devices and label range; flatten.
+
+    Raises:
+        ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
+        ArgumentError: shapes or devices that do not agree, or a label outside [0, V) that is not `ignore_index`.
+    """
+    _check_floating(hidden_name, hidden_factual)
+    _check_floating("lm_head_weight", lm_head_weight)
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0 or lm_head_weight.shape[1] == 0:
+        raise ArgumentError(f"lm_head_weight: expected shape [V, D], got {_shape(lm_head_weight)}")
+    vocabulary, hidden_size = lm_head_weight.shape
+    if hidden_factual.dim() not in (2, 3):
+        raise ArgumentError(f"{hidden_name}: expected shape [N, D] or [B, T, D], got {_shape(hidden_factual)}")
+    if hidden_factual.shape[-1] != hidden_size:
+        raise ArgumentError(
+            f"{hidden_name}: expected last dimension {hidden_size} to match lm_head_weight "
+            f"{_shape(lm_head_weight)}, got {_shape(hidden_factual)}"
+        )
+    if hidden_counterfactual is not None:
+        _check_floating("hidden_counterfactual", hidden_counterfactual)
+        if hidden_counterfactual.shape != hidden_factual.shape:
+            raise ArgumentError(
+                f"hidden_counterfactual: expected the shape of {hidden_name} {_shape(hidden_factual)}, "
+                f"got {_shape(hidden_counterfactual)}"
+            )
+        _check_same("hidden_counterfactual", hidden_counterfactual, hidden_name, hidden_factual)
+    _check_same("lm_head_weight", lm_head_weight, hidden_name, hidden_factual)
+    if bias is not None:
+        _check_floating("bias", bias)
+        if bias.shape != (vocabulary,):
+            raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")
+        _check_same("bias", bias, hidden_name, hidden_factual)
+    flat_labels = _check_labels(labels, hidden_factual, hidden_name, vocabulary, ignore_index)
+    return HeadInputs(
+        factual=hidden_factual.reshape(-1, hidden_size),
+        counterfactual=None if hidden_counterfactual is None else hidden_counterfactual.reshape(-1, hidden_size),
+        weight=lm_head_weight,
+        bias=bias,
+        labels=flat_labels,
+        shape=labels.shape,
+    )
+
+
+def check_head_options(softcap: float | None, logit_scale: float) -> None:
+    """Raise ArgumentError unless `softcap` is None or finite and positive and `logit_scale` finite and non-zero."""
+    for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+        if name == "softcap" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ArgumentError(f"softcap: expected None or a finite positive number, got {softcap!r}")
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ArgumentError(f"logit_scale: expected a finite non-zero number, got {logit_scale!r}")
+
+
+def check_ignore_index(ignore_index: object) -> int:
+    """Return `ignore_index` if it is an int."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ArgumentTypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__} {ignore_index!r}")
+    return ignore_index
+
+
+def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
+    """Return one int64 id per flat row. By default a [N] batch is one sequence and each row of [B, T] is one."""
+    if sequence_ids is None:
+        if labels.dim() == 1:
+            return torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
+        rows = torch.arange(labels.shape[0], device=labels.device)
+        return rows[:, None].expand(labels.shape).reshape(-1)
+    if not isinstance(sequence_ids, Tensor) or not _is_integer(sequence_ids):
+        got = sequence_ids.dtype if isinstance(sequence_ids, Tensor) else type(sequence_ids).__name__
+        raise ArgumentTypeError(f"sequence_ids: expected an integer tensor, got {got}")
+    if sequence_ids.shape != labels.shape:
+        raise ArgumentError(f"sequence_ids: expected the labels' shape {_shape(labels)}, got {_shape(sequence_ids)}")
+    if sequence_ids.device != labels.device:
+        raise ArgumentError(f"sequence_ids: expected device {labels.device}, got {sequence_ids.device}")
+    return sequence_ids.reshape(-1).long()
+
+
+def _check_labels(
+    labels: Tensor, hidden: Tensor, hidden_name: str, vocabulary: int, ignore_index: int
+) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise ArgumentTypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
+    if not _is_integer(labels):
+        raise ArgumentTypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ArgumentError(
+            f"labels: expected shape {list(hidden.shape[:-1])} to match {hidden_name} {_shape(hidden)}, "
+            f"got {_shape(labels)}"
+        )
+    if labels.device != hidden.device:
+        raise ArgumentError(f"labels: expected device {hidden.device} like {hidden_name}, got {labels.device}")
+    flat = labels.reshape(-1).long()
+    wrong = (flat != ignore_index) & ((flat < 0) | (flat >= vocabulary))
+    if flat.numel() and bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise ArgumentError(
+            f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, "
+            f"got {int(flat[position])} at flat position {position}"
+        )
+    return flat
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise ArgumentTypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ArgumentError(f"{name}: expected device {other.device} like {other_name}, got {tensor.device}")
+    # Under autocast the backbone's output is in half precision while the master weights stay in float32.
+    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise ArgumentTypeError(f"{name}: expected dtype {other.dtype} like {other_name}, got {tensor.dtype}")
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,82 @@
+"""Plain PyTorch twins of the public operators: full logits, ordinary autograd, any floating dtype.
+
+They are the oracle of the tests and the clearest statement of the maths. They materialise [N, V] several times over, so
+they are for small inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nextquill.outputs import PairNLL
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def linear_logits(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """cap(scale * (h Wᵀ + b)) with float32 (float64) arithmetic from the inputs on; [N, V]."""
+    dtype = compute_dtype(hidden_states.dtype)
+    logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """logsumexp(z) - z[y] per row; [N]."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def scatter_rows(values: Tensor, keep: Tensor) -> Tensor:
+    """Put one value per kept row into a tensor of `keep`'s shape that is exactly 0 elsewhere."""
+    return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+
+
+def linear_token_nll(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Reference of `nextquill.linear_token_nll`."""
+    keep = labels != ignore_index
+    logits = linear_logits(hidden_states[keep], lm_head_weight, bias, softcap, logit_scale)
+    return scatter_rows(token_nll(logits, labels[keep].long()), keep)
+
+
+def linear_pair_nll(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> PairNLL:
+    """Reference of `nextquill.linear_pair_nll`."""
+    keep = labels != ignore_index
+    kept = labels[keep].long()
+    z1 = linear_logits(hidden_factual[keep], lm_head_weight, bias, softcap, logit_scale)
+    z0 = linear_logits(hidden_counterfactual[keep], lm_head_weight, bias, softcap, logit_scale)
+    return PairNLL(
+        scatter_rows(token_nll(z1, kept), keep),
+        scatter_rows(token_nll(z0, kept), keep),
+        scatter_rows(token_nll(z1 - z0, kept), keep),
+    )
