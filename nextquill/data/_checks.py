@@ -1,0 +1,25 @@
+"""Checks of arguments that several files here share."""
+
+from __future__ import annotations
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raise unless `value` is an integer (no bool) of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_instance(name: str, value: object, kind: type, expected: str) -> None:
+    """Raise unless `value` is a `kind`; `expected` says in words what that is."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{name}: expected {expected}, got {value!r}")

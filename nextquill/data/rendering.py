@@ -1,0 +1,145 @@
+"""A prompt template bound to a tokenizer: text in, token ids out.
+
+Prompt and response are tokenised separately. Tokenised together, the last token of the prompt could swallow the first
+letters of the response, and the factual and the counterfactual branch would supervise different tokens.
+
+The tokenizer is used through `encode`, `eos_token_id`, `bos_token_id`, `chat_template` and `apply_chat_template` alone,
+so Hugging Face's tokenizers fit, and nothing of Hugging Face is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from nextquill.data.records import HistoryItem
+from nextquill.data.templates import PromptTemplate
+from nextquill.errors import ArgumentError
+
+# Stands for the response while the template is asked what follows one. The response itself never passes through the
+# template: some strip it, and some cut it at a marker such as `</think>`.
+_RESPONSE_MARKER = "nextquillresponsemarker"
+_QUERY_MARKER = "nextquillquerymarker"
+
+
+class Tokenizer(Protocol):
+    """What is needed of every tokenizer; the rest is looked up by name."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class PromptRenderer:
+    """Renders prompts and responses of one template with one tokenizer.
+
+    With a chat template the prompt is one user message (after a system message, if any) and the generation prompt;
+    a system message that the template refuses or drops is put at the head of the user message. The response ends with
+    the template's end of turn, without the white space after it, which is never generated; if the template has none,
+    with the end-of-sequence token. Without a chat template the prompt begins with the tokenizer's beginning-of-sequence
+    token where the tokenizer would put it there itself, and the response ends with the end-of-sequence token.
+
+    Args:
+        template: wording and order.
+        tokenizer: a Hugging Face tokenizer or its like.
+
+    Raises:
+        ArgumentError: `template.chat` is True and the tokenizer has no chat template; the chat template cannot render a
+            user message; or there is nothing to end a response with.
+    """
+
+    def __init__(self, template: PromptTemplate, tokenizer: Tokenizer) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+        self.uses_chat = _uses_chat(template, tokenizer)
+        self._system_role = self.uses_chat and template.system is not None and self._accepts_system_role()
+        if self.uses_chat:
+            self._check_user_message()
+        self._start_ids = [] if self.uses_chat else self._own_bos_ids()
+        self._end_ids = self._find_end_ids()
+
+    def prompt(self, query: str, history: Sequence[HistoryItem] = ()) -> str:
+        """Return everything before the response, as text (without a beginning-of-sequence token that is not text)."""
+        text = self.template.render(query, history)
+        if self.uses_chat:
+            return self._apply(self._messages(text), generation_prompt=True)
+        return f"{self._with_system(text)}\n"
+
+    def prompt_ids(self, query: str, history: Sequence[HistoryItem] = ()) -> list[int]:
+        """Return the token ids of everything before the response."""
+        return self._start_ids + self.encode(self.prompt(query, history))
+
+    def response_ids(self, response: str) -> list[int]:
+        """Return the token ids of the response and of what ends it, all of which are supervised."""
+        return self.encode(response) + self._end_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with no token added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _with_system(self, text: str) -> str:
+        return text if self.template.system is None else f"{self.template.system}\n\n{text}"
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        if not self._system_role:
+            return [_message("user", self._with_system(text))]
+        return [_message("system", self.template.system or ""), _message("user", text)]
+
+    def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+
+    def _try_apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str | Exception:
+        try:
+            return self._apply(messages, generation_prompt=generation_prompt)
+        # A chat template is a program of its author's and may fail in any way.
+        except Exception as error:
+            return error
+
+    def _accepts_system_role(self) -> bool:
+        system = self.template.system or ""
+        messages = [_message("system", system), _message("user", _QUERY_MARKER)]
+        rendered = self._try_apply(messages, generation_prompt=True)
+        return isinstance(rendered, str) and system.strip() in rendered
+
+    def _check_user_message(self) -> None:
+        rendered = self._try_apply(self._messages(_QUERY_MARKER), generation_prompt=True)
+        if isinstance(rendered, Exception):
+            raise ArgumentError(
+                f"tokenizer: expected a chat template that renders one user message, got {rendered!r}"
+            ) from rendered
+        if _QUERY_MARKER not in rendered:
+            raise ArgumentError(
+                f"tokenizer: expected a chat template that keeps the user's message, got {rendered!r} for "
+                f"{_QUERY_MARKER!r}"
+            )
+
+    def _own_bos_ids(self) -> list[int]:
+        bos_id = getattr(self.tokenizer, "bos_token_id", None)
+        with_special = list(self.tokenizer.encode("a", add_special_tokens=True))
+        return [bos_id] if bos_id is not None and with_special[:1] == [bos_id] else []
+
+    def _find_end_ids(self) -> list[int]:
+        end_of_turn = self.encode(self._end_of_turn()) if self.uses_chat else []
+        if end_of_turn:
+            return end_of_turn
+        eos_id = getattr(self.tokenizer, "eos_token_id", None)
+        if eos_id is None:
+            raise ArgumentError("tokenizer: expected an end-of-sequence token to end a response with, got none")
+        return [eos_id]
+
+    def _end_of_turn(self) -> str:
+        messages = [*self._messages(_QUERY_MARKER), _message("assistant", _RESPONSE_MARKER)]
+        rendered = self._try_apply(messages, generation_prompt=False)
+        if isinstance(rendered, Exception) or rendered.count(_RESPONSE_MARKER) != 1:
+            return ""
+        return rendered.partition(_RESPONSE_MARKER)[2].rstrip()
+
+
+def _uses_chat(template: PromptTemplate, tokenizer: Tokenizer) -> bool:
+    available = bool(getattr(tokenizer, "chat_template", None)) and hasattr(tokenizer, "apply_chat_template")
+    if template.chat and not available:
+        raise ArgumentError("chat: expected a tokenizer with a chat template for chat=True, got one without")
+    return available if template.chat is None else template.chat
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

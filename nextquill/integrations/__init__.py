@@ -1,0 +1,1 @@
+"""Glue between the losses and training loops: the loss inside a model's head, and the Hugging Face Trainer."""

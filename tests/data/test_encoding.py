@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextquill.data import EncodedExample, EncodingStats, ExampleEncoder, HistoryItem, PromptTemplate, Record
+from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
+
+TOKENIZERS = ["plain_tokenizer", "bos_tokenizer", "crossing_tokenizer", "chatml_tokenizer", "gemma_tokenizer"]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {name: request.getfixturevalue(name) for name in TOKENIZERS}
+
+
+def _most_recent_that_fit(encoder: ExampleEncoder, query: str, history: tuple[HistoryItem, ...], room: int) -> int:
+    """The specification: drop the oldest item until the whole prompt, tokenised as it is, takes at most `room`."""
+    for kept in range(len(history), 0, -1):
+        if len(encoder.renderer.prompt_ids(query, history[len(history) - kept :])) <= room:
+            return kept
+    return 0
+
+
+def test_branches_share_the_response_and_differ_in_the_history(plain_tokenizer: Any, make_record: Any) -> None:
+    example = ExampleEncoder(plain_tokenizer).encode(
+        make_record("Thin plot.", "Long waves."), index=5, placebo_history=[HistoryItem("Loud.")]
+    )
+    assert plain_tokenizer.decode(example.factual.input_ids) == (
+        "[Request]:\na tale\n\n[User's past texts]:\n[Text]: Thin plot.\n\n[Text]: Long waves.\n\n[Response]:\n"
+        "Slow, and good.</s>"
+    )
+    assert plain_tokenizer.decode(example.counterfactual.input_ids) == (
+        "[Request]:\na tale\n\n[User's past texts]:\nNone\n\n[Response]:\nSlow, and good.</s>"
+    )
+    assert example.placebo is not None
+    assert plain_tokenizer.decode(example.placebo.input_ids) == (
+        "[Request]:\na tale\n\n[User's past texts]:\n[Text]: Loud.\n\n[Response]:\nSlow, and good.</s>"
+    )
+    assert (example.user_id, example.index, example.history_kept, example.history_total) == ("ann", 5, 2, 2)
+
+
+def test_without_history_the_branches_are_equal_and_there_is_no_placebo(plain_tokenizer: Any, make_record: Any) -> None:
+    for counterfactual in ("none", "removal"):
+        example = ExampleEncoder(plain_tokenizer, PromptTemplate(counterfactual=counterfactual)).encode(make_record())
+        assert example.factual == example.counterfactual
+        assert example.placebo is None
+
+
+def test_an_exact_fit_is_kept_and_one_token_less_drops_the_oldest_item(plain_tokenizer: Any, make_record: Any) -> None:
+    record = make_record("Thin plot.", "Long waves.")
+    whole = len(ExampleEncoder(plain_tokenizer).encode(record).factual.input_ids)
+    assert ExampleEncoder(plain_tokenizer, max_length=whole).encode(record).history_kept == 2
+    example = ExampleEncoder(plain_tokenizer, max_length=whole - 1).encode(record)
+    text = plain_tokenizer.decode(example.factual.input_ids)
+    assert example.history_kept == 1
+    assert "Long waves." in text
+    assert "Thin plot." not in text
+
+
+def test_budget_of_the_bare_example_is_exact(plain_tokenizer: Any, make_record: Any) -> None:
+    record = make_record("Thin plot.")
+    bare = ExampleEncoder(plain_tokenizer).encode(record).counterfactual
+    needed = len(bare.input_ids)
+    assert ExampleEncoder(plain_tokenizer, max_length=needed).encode(record).history_kept == 0
+    with pytest.raises(BudgetError) as caught:
+        ExampleEncoder(plain_tokenizer, max_length=needed - 1).encode(record, index=3)
+    assert str(caught.value) == (
+        f"record 3 (user 'ann'): the prompt without any history takes {len(bare.prompt_ids)} tokens and the response "
+        f"{len(bare.response_ids)}, together {needed}; max_length is {needed - 1}"
+    )
+
+
+def test_budget_of_the_response_is_exact(plain_tokenizer: Any, make_record: Any) -> None:
+    record = make_record()
+    needed = len(ExampleEncoder(plain_tokenizer).encode(record).factual.response_ids)
+    encoded = ExampleEncoder(plain_tokenizer, max_response_length=needed).encode(record)
+    assert len(encoded.factual.response_ids) == needed
+    with pytest.raises(BudgetError) as caught:
+        ExampleEncoder(plain_tokenizer, max_response_length=needed - 1).encode(record, index=2)
+    assert str(caught.value) == (
+        f"record 2 (user 'ann'): the response takes {needed} tokens, max_response_length is {needed - 1}"
+    )
+
+
+ITEM_TEXTS = st.text("aeolt .\n", max_size=40) | st.sampled_from(["I loved the plot", "None", "\n\n", ""])
+ITEMS = st.builds(HistoryItem, text=ITEM_TEXTS, title=st.none() | st.sampled_from(["Sea", "a tale"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(TOKENIZERS),
+    template=st.builds(
+        PromptTemplate,
+        order=st.sampled_from(["official", "history_first"]),
+        counterfactual=st.sampled_from(["none", "removal"]),
+        newest_first=st.booleans(),
+    ),
+    history=st.lists(ITEMS, max_size=8).map(tuple),
+    placebo=st.none() | st.lists(ITEMS, max_size=8).map(tuple),
+    extra_room=st.integers(0, 120),
+)
+def test_the_most_recent_items_that_fit_are_kept(
+    tokenizers: dict[str, Any],
+    name: str,
+    template: PromptTemplate,
+    history: tuple[HistoryItem, ...],
+    placebo: tuple[HistoryItem, ...] | None,
+    extra_room: int,
+) -> None:
+    record = Record("ann", "a tale", "Good.", history)
+    bare = ExampleEncoder(tokenizers[name], template).encode(record).counterfactual
+    encoder = ExampleEncoder(tokenizers[name], template, max_length=len(bare.input_ids) + extra_room)
+    example = encoder.encode(record, placebo_history=placebo)
+    room = encoder.max_length - len(bare.response_ids)
+
+    kept = _most_recent_that_fit(encoder, record.query, history, room)
+    assert example.history_kept == kept
+    assert example.factual.prompt_ids == encoder.renderer.prompt_ids(record.query, history[len(history) - kept :])
+    assert example.counterfactual == bare
+    assert example.factual.response_ids == bare.response_ids
+    if placebo is None:
+        assert example.placebo is None
+    else:
+        kept = _most_recent_that_fit(encoder, record.query, placebo, room)
+        assert example.placebo is not None
+        assert example.placebo.response_ids == bare.response_ids
+        assert example.placebo.prompt_ids == encoder.renderer.prompt_ids(record.query, placebo[len(placebo) - kept :])
+
+
+def test_a_long_history_takes_few_tokenisations_of_whole_prompts(
+    plain_tokenizer: Any, make_record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = ExampleEncoder(plain_tokenizer, max_length=600)
+    record = make_record(*[f"Text number {number} was thin." for number in range(400)])
+    calls: list[int] = []
+    whole = encoder.renderer.prompt_ids
+
+    def counting(query: str, history: Any = ()) -> list[int]:
+        calls.append(len(history))
+        return whole(query, history)
+
+    monkeypatch.setattr(encoder.renderer, "prompt_ids", counting)
+    kept = encoder.encode(record).history_kept
+    assert 10 < kept < 100
+    assert len(calls) <= 4
+    assert max(calls) < 2 * kept
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_response_length"])
+def test_a_bad_length_is_named(plain_tokenizer: Any, name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: expected at least 1, got 0$"):
+        ExampleEncoder(plain_tokenizer, PromptTemplate(), **{name: 0})
+    wrong_types: tuple[Any, ...] = (2.5, True, "9")
+    for value in wrong_types:
+        with pytest.raises(ArgumentTypeError, match=f"^{name}: expected an integer, got"):
+            ExampleEncoder(plain_tokenizer, PromptTemplate(), **{name: value})
+
+
+def test_a_template_without_any_prompt_token_is_refused(
+    with_chat_template: Callable[..., Any], make_record: Any
+) -> None:
+    template = PromptTemplate(counterfactual="removal", closing_cue="")
+    encoder = ExampleEncoder(with_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}"), template)
+    with pytest.raises(ArgumentError, match=r"^record 0 .*at least one prompt token, got none$"):
+        encoder.encode(make_record(query=""))
+
+
+def test_encode_all_numbers_the_records_and_shows_progress(plain_tokenizer: Any, make_record: Any) -> None:
+    seen: list[Any] = []
+
+    def progress(iterable: Iterable[Any], total: int, desc: str) -> Iterable[Any]:
+        seen.append((total, desc))
+        return iterable
+
+    records = [make_record(response=text) for text in ("One.", "Two.", "Three.")]
+    encoder = ExampleEncoder(plain_tokenizer)
+    examples = encoder.encode_all(iter(records), progress=progress)
+    assert examples == [encoder.encode(record, index) for index, record in enumerate(records)]
+    assert [example.index for example in examples] == [0, 1, 2]
+    assert seen == [(3, "Encoding")]
+
+
+def test_encode_all_draws_placebos_by_seed(plain_tokenizer: Any, make_record: Any) -> None:
+    records = [make_record(f"Text of {user}.", user_id=user) for user in "abcdefgh"]
+    encoder = ExampleEncoder(plain_tokenizer)
+
+    def placebos(seed: int) -> list[str]:
+        examples = encoder.encode_all(records, placebo=True, seed=seed)
+        return [plain_tokenizer.decode(example.placebo.prompt_ids) for example in examples if example.placebo]
+
+    assert len(placebos(0)) == len(records)
+    assert placebos(0) == placebos(0) != placebos(1)
+    assert all(f"Text of {record.user_id}." not in text for record, text in zip(records, placebos(0), strict=True))
+
+
+def test_encode_all_names_the_record_over_budget(plain_tokenizer: Any, make_record: Any) -> None:
+    records = [make_record(), make_record(user_id="bob", response="word " * 100)]
+    with pytest.raises(BudgetError, match=r"^record 1 \(user 'bob'\): "):
+        ExampleEncoder(plain_tokenizer, max_length=80).encode_all(records)
+
+
+def test_stats_count_what_was_kept_and_dropped(plain_tokenizer: Any, make_record: Any) -> None:
+    records = [make_record("Thin plot.", "Long waves."), make_record("Long."), make_record("word " * 60), make_record()]
+    whole = len(ExampleEncoder(plain_tokenizer).encode(records[0]).factual.input_ids)
+    examples = ExampleEncoder(plain_tokenizer, max_length=whole - 1).encode_all(records)
+    assert EncodingStats.from_examples(examples) == EncodingStats(
+        examples=4,
+        history_items=4,
+        history_items_dropped=2,
+        examples_truncated=2,
+        examples_without_history=2,
+        prompt_tokens=sum(len(example.factual.prompt_ids) for example in examples),
+        response_tokens=4 * len(examples[0].factual.response_ids),
+    )
+    assert EncodingStats.from_examples([]) == EncodingStats(0, 0, 0, 0, 0, 0, 0)
+
+
+def test_an_example_can_be_pickled(plain_tokenizer: Any, make_record: Any) -> None:
+    example: EncodedExample = ExampleEncoder(plain_tokenizer).encode(make_record("Thin plot."))
+    assert pickle.loads(pickle.dumps(example)) == example

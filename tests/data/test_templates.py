@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nextquill.data import HistoryItem, PromptTemplate
+from nextquill.errors import ArgumentError, ArgumentTypeError
+
+HISTORY = (HistoryItem("Long waves.", title="Sea"), HistoryItem("Thin plot."))
+SECTION = "[User's past texts]:\n[Title]: Sea\n[Text]: Long waves.\n\n[Text]: Thin plot."
+
+
+def test_official_order_is_query_history_cue() -> None:
+    assert PromptTemplate().render("a tale", HISTORY) == f"[Request]:\na tale\n\n{SECTION}\n\n[Response]:"
+
+
+def test_history_first_order_is_history_query_cue() -> None:
+    rendered = PromptTemplate(order="history_first").render("a tale", HISTORY)
+    assert rendered == f"{SECTION}\n\n[Request]:\na tale\n\n[Response]:"
+
+
+def test_empty_history_is_none_under_its_heading() -> None:
+    assert PromptTemplate().render("a tale") == "[Request]:\na tale\n\n[User's past texts]:\nNone\n\n[Response]:"
+
+
+def test_removal_takes_heading_and_section_away() -> None:
+    assert PromptTemplate(counterfactual="removal").render("a tale") == "[Request]:\na tale\n\n[Response]:"
+
+
+def test_removal_leaves_a_history_that_is_there() -> None:
+    assert PromptTemplate(counterfactual="removal").render("a", HISTORY) == PromptTemplate().render("a", HISTORY)
+
+
+def test_newest_first_reverses_the_items() -> None:
+    rendered = PromptTemplate(newest_first=True).render("a tale", HISTORY)
+    assert rendered.index("Thin plot.") < rendered.index("Long waves.")
+
+
+def test_an_empty_query_has_no_section() -> None:
+    assert PromptTemplate().render("", HISTORY) == f"{SECTION}\n\n[Response]:"
+
+
+def test_every_wording_can_be_replaced_and_empty_lines_are_left_out() -> None:
+    template = PromptTemplate(
+        history_heading="Past:",
+        query_heading="",
+        closing_cue="",
+        title_label="# ",
+        text_label="",
+        empty_history="nothing yet",
+    )
+    assert template.render("a tale", HISTORY) == "a tale\n\nPast:\n# Sea\nLong waves.\n\nThin plot."
+    assert template.render("a tale") == "a tale\n\nPast:\nnothing yet"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"order": "query_first"}, "order: expected one of 'official', 'history_first', got 'query_first'"),
+        ({"counterfactual": None}, "counterfactual: expected one of 'none', 'removal', got None"),
+    ],
+    ids=["order", "counterfactual"],
+)
+def test_an_unknown_choice_is_refused(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        PromptTemplate(**argument)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"system": 3},
+        {"chat": "yes"},
+        {"newest_first": 1},
+        {"history_heading": None},
+        {"query_heading": 1},
+        {"closing_cue": None},
+        {"title_label": b""},
+        {"text_label": None},
+        {"empty_history": None},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_an_argument_of_the_wrong_type_is_named(argument: dict[str, Any]) -> None:
+    name, value = next(iter(argument.items()))
+    with pytest.raises(ArgumentTypeError) as caught:
+        PromptTemplate(**argument)
+    assert str(caught.value).startswith(f"{name}: expected ")
+    assert str(caught.value).endswith(f", got {value!r}")
