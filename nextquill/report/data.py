@@ -1,0 +1,122 @@
+"""The records that this package renders. They hold what to show, and nothing about where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenEffect:
+    """One response token with its probability with and without the user's history.
+
+    `p_placebo` is its probability under another user's history, where that was measured. `personal` is whether it truly
+    is a personal token, where that is known.
+    """
+
+    text: str
+    p_with: float
+    p_without: float
+    p_placebo: float | None = None
+    personal: bool | None = None
+
+    @property
+    def effect_prob(self) -> float:
+        return self.p_with - self.p_without
+
+
+@dataclass(frozen=True)
+class ResponseVariant:
+    """One response as one model sees it."""
+
+    label: str
+    tokens: Sequence[TokenEffect]
+
+
+@dataclass(frozen=True)
+class ResponseView:
+    """One response, what it was written after (`context`: name and text), and its variants."""
+
+    title: str
+    context: Sequence[tuple[str, str]]
+    variants: Sequence[ResponseVariant]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, the heading above it that it shares with its neighbours, and a sentence of explanation.
+
+    A `secondary` column is left out where there is little room, as in a terminal of 80 columns.
+    """
+
+    heading: str
+    group: str = ""
+    explanation: str = ""
+    secondary: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure and, smaller, its range."""
+
+    text: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` hold one cell for each column; the first column names the row."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, if there is one a second for dark pages, and the text that stands for it."""
+
+    png: bytes
+    alt: str
+    dark_png: bytes | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report from top to bottom. `findings` are (heading, text)."""
+
+    title: str
+    lead: str
+    findings: Sequence[tuple[str, str]] = ()
+    picture: Picture | None = None
+    tables: Sequence[Table] = ()
+    table_notes: Sequence[str] = ()
+    responses: Sequence[ResponseView] = ()
+    responses_lead: str = ""
+    footer: str = ""
+    language: str = "en"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve, and the band between `low` and `high` around it if they are given."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot. `hint` says in a few words which way is good; `x_ticks` default to what fits."""
+
+    title: str
+    hint: str
+    series: Sequence[Series]
+    log_scale: bool = False
+    y_limits: tuple[float, float] | None = None
+    x_ticks: Sequence[float] | None = None

@@ -1,0 +1,120 @@
+"""Curves as small multiples, drawn by matplotlib without its global state.
+
+`matplotlib.pyplot` is never imported: a `Figure` with its own Agg canvas leaves no open figure, no chosen back end and
+no changed settings behind in a program that plots too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from nextquill.report.data import Panel, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Theme = Literal["light", "dark"]
+DPI = 160
+COLUMNS = 2
+
+
+@dataclass(frozen=True)
+class _Look:
+    ground: str
+    ink: str
+    faint: str
+    colours: tuple[str, ...]
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, lightened on dark. The baselines are grey.
+_LOOKS: dict[Theme, _Look] = {
+    "light": _Look("#ffffff", "#1f2328", "#d8dde3", ("#6b7280", "#6b7280", "#009e73", "#d55e00", "#0072b2", "#b07aa1")),
+    "dark": _Look("#0f1419", "#e6e9ed", "#343b44", ("#9aa3af", "#9aa3af", "#2fc79a", "#ff8a3c", "#5ab4ec", "#d3a3c6")),
+}
+
+
+def draw_panels(panels: Sequence[Panel], *, x_label: str, theme: Theme = "light") -> bytes:
+    """A PNG of the panels in two columns under one legend, 9 inches wide.
+
+    Series of the same position in each panel share a colour; the legend is taken from the first panel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    look = _LOOKS[theme]
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(9, 0.75 + 2.75 * rows), dpi=DPI, facecolor=look.ground, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, look)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - COLUMNS) : len(panels)]:
+        axis.set_xlabel(x_label, color=look.ink, fontsize=10)
+    _draw_legend(figure, axes[0], look)
+    return _to_png(figure)
+
+
+def _draw_panel(axis: Axes, panel: Panel, look: _Look) -> None:
+    for index, series in enumerate(panel.series):
+        _draw_series(axis, series, look.colours[index % len(look.colours)], z_order=3 + index)
+    if panel.log_scale:
+        _set_log_scale(axis)
+    if panel.y_limits is not None:
+        axis.set_ylim(*panel.y_limits)
+    if panel.x_ticks is not None:
+        axis.set_xticks(panel.x_ticks)
+    axis.set_title(panel.title, loc="left", color=look.ink, fontsize=11, fontweight="bold", pad=18)
+    axis.text(0, 1.025, panel.hint, transform=axis.transAxes, color=look.ink, fontsize=9, alpha=0.8, va="bottom")
+    axis.set_facecolor(look.ground)
+    axis.grid(axis="y", color=look.faint, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(which="both", colors=look.ink, labelsize=9, length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(look.faint)
+    axis.margins(x=0.02)
+
+
+def _draw_series(axis: Axes, series: Series, colour: str, *, z_order: int) -> None:
+    style: dict[str, Any] = {"linestyle": (0, (3, 1.6)) if series.dashed else "-", "linewidth": 2.0}
+    axis.plot(series.x, series.y, color=colour, label=series.label, zorder=z_order, solid_capstyle="round", **style)
+    if series.low is not None and series.high is not None:
+        axis.fill_between(
+            series.x, series.low, series.high, color=colour, alpha=0.16, linewidth=0, zorder=z_order - 0.5
+        )
+
+
+def _set_log_scale(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2, 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_legend(figure: Figure, axis: Axes, look: _Look) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=10,
+        labelcolor=look.ink,
+        handlelength=2.2,
+    )
+
+
+def _to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without a fixed Software entry the bytes would change with matplotlib's version only for its name.
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,91 @@
+"""For the terminal: tokens coloured by effect, and a results table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nextquill.errors import ArgumentError
+from nextquill.report.data import Table
+
+if TYPE_CHECKING:
+    import rich.table
+    from rich.text import Text
+
+# From weak to strong, ink and ground both set: legible on light and dark terminals. Blue and orange stay apart for
+# colour-blind readers; strong effects are bold too, for terminals without colour.
+_HELPS = ("black on #d6e8fa", "black on #9dc9f2", "bold black on #5aa5e8", "bold white on #1c62a8")
+_HURTS = ("black on #fbe6cf", "black on #f6c48c", "bold black on #ee9a3f", "bold white on #9c4a06")
+# |effect| from which each step applies; below the first a token is left plain.
+_STEPS = (0.05, 0.2, 0.4, 0.7)
+
+
+def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: str = "") -> Text:
+    """Tokens on a ground of blue where the history raised their probability, of orange where it lowered it.
+
+    Args:
+        tokens: The pieces of the response, as they should read when joined.
+        effects: effect_prob of each, in [-1, 1]. NaN (not measured) is left plain.
+        separator: Put between tokens, uncoloured; the empty string suits tokens that carry their own spaces.
+
+    Returns:
+        A `rich.text.Text`; `.plain` is the joined tokens.
+
+    Raises:
+        ArgumentError: The two sequences differ in length.
+    """
+    from rich.text import Text
+
+    if len(tokens) != len(effects):
+        raise ArgumentError(f"effects: expected one for each of {len(tokens)} tokens, got {len(effects)}")
+    text = Text()
+    for index, (token, effect) in enumerate(zip(tokens, effects, strict=True)):
+        if index and separator:
+            text.append(separator)
+        text.append(token, effect_style(effect))
+    return text
+
+
+def effect_style(effect: float) -> str:
+    """The rich style of an effect in probability; the empty string below 0.05 and for NaN."""
+    level = sum(abs(effect) >= step for step in _STEPS)
+    if level == 0:
+        return ""
+    return (_HELPS if effect > 0 else _HURTS)[level - 1]
+
+
+def effect_legend() -> Text:
+    """One line that says what the colours mean."""
+    from rich.text import Text
+
+    values = [*(-step for step in reversed(_STEPS)), *_STEPS]
+    text = Text("history lowered p ")
+    for value in values:
+        text.append(f" {value:+.2f} ", effect_style(value))
+    return text.append(" raised p")
+
+
+def results_table(table: Table) -> rich.table.Table:
+    """A report table that fits 80 columns: no secondary columns, no ranges (those are on the page)."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    shown = [index for index, column in enumerate(table.columns) if not column.secondary]
+    rendered = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
+    )
+    group = ""
+    for index in shown:
+        column = table.columns[index]
+        # rich has no headings over several columns: the first of a group carries its name.
+        above = column.group if column.group != group else ""
+        group = column.group
+        rendered.add_column(f"{above}\n{column.heading}", justify="left" if index == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        rendered.add_row(*(row[index].text for index in shown))
+    return rendered

@@ -1,0 +1,47 @@
+"""The picture is a PNG of the promised size and leaves matplotlib as it was."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from nextquill.report.data import Panel, Series
+from nextquill.report.plots import DPI, Theme, draw_panels
+
+pytest.importorskip("matplotlib")
+
+
+def panels(count: int) -> list[Panel]:
+    series = [
+        Series("a", [0, 1, 2], [2.0, 1.0, 0.5], [1.9, 0.9, 0.4], [2.1, 1.1, 0.6]),
+        Series("b", [0, 1, 2], [2.0, 0.8, 0.2], dashed=True),
+    ]
+    return [Panel(f"panel {index}", "hint", series, log_scale=index % 2 == 0) for index in range(count)]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_png_has_the_promised_width(count: int, theme: Theme) -> None:
+    png = draw_panels(panels(count), x_label="steps", theme=theme)
+    assert png.startswith(b"\x89PNG")
+    width, _ = struct.unpack(">II", png[16:24])
+    assert width == 9 * DPI
+
+
+def test_same_panels_give_the_same_bytes() -> None:
+    assert draw_panels(panels(2), x_label="steps") == draw_panels(panels(2), x_label="steps")
+
+
+def test_no_pyplot_and_no_changed_settings() -> None:
+    # Not `dict(rcParams)`: reading the back end that way resolves it, which imports pyplot.
+    code = (
+        "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
+        "from nextquill.report.data import Panel, Series\n"
+        "from nextquill.report.plots import draw_panels\n"
+        "draw_panels([Panel('t', 'h', [Series('a', [0, 1], [1, 2])])], x_label='x')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams.copy() == before\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)

@@ -1,0 +1,65 @@
+"""Tokens coloured by effect, and a table of 80 columns."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+
+from nextquill.errors import ArgumentError
+from nextquill.report.data import Cell, Column, Table
+from nextquill.report.terminal import effect_legend, effect_style, effect_text, results_table
+
+rich_console = pytest.importorskip("rich.console")
+
+
+def test_effect_text_keeps_the_text_and_colours_by_sign() -> None:
+    text = effect_text(["Hey", ",", " you"], [0.8, 0.01, -0.3])
+    assert text.plain == "Hey, you"
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["Hey"] == effect_style(0.8)
+    assert styles[" you"] == effect_style(-0.3)
+    assert styles.get(",", "") == ""
+    assert effect_style(0.8) != effect_style(-0.8)
+
+
+def test_effect_text_puts_the_separator_between_tokens_only() -> None:
+    assert effect_text(["a", "b", "c"], [0.0, 0.0, 0.0], separator=" ").plain == "a b c"
+    assert effect_text([], []).plain == ""
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.049, -0.049, math.nan])
+def test_small_or_unmeasured_effects_are_plain(effect: float) -> None:
+    assert effect_style(effect) == ""
+
+
+def test_stronger_effects_get_other_styles() -> None:
+    for sign in (1, -1):
+        assert len({effect_style(sign * value) for value in (0.05, 0.2, 0.4, 0.7, 1.0)}) == 4
+
+
+def test_effect_text_refuses_unequal_lengths() -> None:
+    with pytest.raises(ArgumentError, match="effects: expected one for each of 2 tokens, got 1"):
+        effect_text(["a", "b"], [0.1])
+
+
+def test_markup_in_tokens_is_text() -> None:
+    assert effect_text(["[bold]"], [0.5]).plain == "[bold]"
+
+
+def test_legend_names_both_directions() -> None:
+    assert "lowered" in effect_legend().plain
+    assert "+0.70" in effect_legend().plain
+
+
+def test_table_leaves_out_secondary_columns_and_ranges() -> None:
+    columns = [Column("method"), Column("own", "nll"), Column("none", "nll"), Column("ms", secondary=True)]
+    table = Table("title", columns, [[Cell("SFT"), Cell("0.1", "0.0-0.2"), Cell("0.3"), Cell("25")]])
+    output = io.StringIO()
+    rich_console.Console(file=output, width=80).print(results_table(table))
+    printed = output.getvalue()
+    assert "0.1" in printed
+    assert printed.count("nll") == 1
+    assert "0.0-0.2" not in printed
+    assert "ms" not in printed

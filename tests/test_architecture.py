@@ -1,0 +1,322 @@
+"""Who imports whom: read from the syntax of every module, and enforced a second time by ruff in the editor.
+
+`MAY_IMPORT` is the whole graph. A new package in `nextquill/` belongs into it, and gets a `ruff.toml` of its own where
+it may do what `nextquill/ruff.toml` forbids.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
+_VALUES = frozenset({"errors", "outputs", "weighting"})
+_LOSSES = _VALUES | {"reference", "functional", "losses"}
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "nextquill_kernels": frozenset(),
+    "errors": frozenset(),
+    "outputs": frozenset({"errors"}),
+    "weighting": frozenset({"errors", "outputs"}),
+    "reference": frozenset({"errors", "outputs"}),
+    "ops": _VALUES | {"reference", "nextquill_kernels"},
+    "functional": _VALUES | {"ops"},
+    "losses": _VALUES | {"ops", "functional"},
+    "nextquill": _VALUES | {"functional", "losses"},
+    "tree": frozenset({"errors"}),
+    "data": frozenset({"errors", "tree"}),
+    "report": frozenset({"errors"}),
+    "integrations": _LOSSES | {"data", "tree"},
+    "popi": _LOSSES | {"data", "tree"},
+    "demo": _LOSSES | {"data", "tree", "integrations", "report", "nextquill"},
+    "cli": _LOSSES | {"data", "tree", "integrations", "popi", "report", "demo", "nextquill"},
+}
+# For type checkers only: `nextquill.NextQuillTrainer` is imported on first use.
+MAY_NAME_AS_TYPE = {"nextquill": frozenset({"integrations"})}
+
+HUGGING_FACE = frozenset(
+    "accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers trl".split()
+)
+_TORCH = frozenset({"torch"})
+_TOOLS = frozenset({"matplotlib", "nltk", "rich", "rouge_score", "tqdm", "yaml"})
+MAY_USE: dict[str, frozenset[str]] = {
+    **dict.fromkeys(MAY_IMPORT, _TORCH),
+    "nextquill_kernels": _TORCH | {"triton"},
+    "errors": frozenset(),
+    "data": _TORCH | HUGGING_FACE,
+    "report": frozenset({"matplotlib", "rich"}),
+    **dict.fromkeys(("integrations", "popi", "demo", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
+}
+# These import Hugging Face packages inside functions only.
+HUGGING_FACE_ON_USE = frozenset({"data", "demo"})
+
+
+@dataclass(frozen=True)
+class Import:
+    """`target`, a dotted name, imported on a line of a file that belongs to the part `importer`."""
+
+    importer: str
+    target: str
+    place: str
+    on_import: bool
+    for_types: bool
+
+    @property
+    def part(self) -> str | None:
+        """The part of nextquill that is imported, or None for another distribution."""
+        top, *rest = self.target.split(".")
+        if top == "nextquill":
+            return rest[0] if rest and rest[0] in MAY_IMPORT else "nextquill"
+        return top if top == "nextquill_kernels" else None
+
+
+class _Imports(ast.NodeVisitor):
+    """Every import of a module: statements, and `import_module` or `__import__` with a literal name."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.found: list[tuple[str, int, bool, bool]] = []
+        self._in_function = False
+        self._for_types = False
+
+    def _add(self, target: str, node: ast.AST) -> None:
+        self.found.append((target, node.lineno, not (self._in_function or self._for_types), self._for_types))  # type: ignore[attr-defined]
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self._add(alias.name, node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = self.package.split(".")[: len(self.package.split(".")) - node.level + 1] if node.level else []
+        module = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+        for alias in node.names:
+            self._add(f"{module}.{alias.name}", node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            self._add(str(node.args[0].value), node)
+        self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
+        before, self._in_function = self._in_function, True
+        self.generic_visit(node)
+        self._in_function = before
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef  # noqa: N815
+
+    def visit_If(self, node: ast.If) -> None:
+        before = self._for_types
+        self._for_types = before or ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in node.body:
+            self.visit(child)
+        self._for_types = before
+        for child in node.orelse:
+            self.visit(child)
+
+
+def imports_below(root: Path) -> Iterator[Import]:
+    """The imports of all modules in `root/nextquill` and `root/kernels`."""
+    for source in (root, root / "kernels"):
+        for path in sorted(source.glob("nextquill*/**/*.py")):
+            names = path.relative_to(source).with_suffix("").parts
+            visitor = _Imports(".".join(names[:-1]))
+            visitor.visit(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)))
+            inside = names[1] if names[0] == "nextquill" and names[1] != "__init__" else names[0]
+            for target, line, on_import, for_types in visitor.found:
+                yield Import(inside, target, f"{path.relative_to(root)}:{line}", on_import, for_types)
+
+
+def violation(found: Import) -> str | None:
+    """What is wrong with an import, or None."""
+    here, part = found.importer, found.part
+    if here not in MAY_IMPORT:
+        return f"{found.place}: {here} has no entry in MAY_IMPORT"
+    if part is not None:
+        allowed = MAY_IMPORT[here] | (MAY_NAME_AS_TYPE.get(here, frozenset()) if found.for_types else frozenset())
+        return None if part == here or part in allowed else f"{found.place}: {here} must not import {part}"
+    top = found.target.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return None
+    if top not in MAY_USE[here]:
+        return f"{found.place}: {here} must not use {top}"
+    if here == "nextquill_kernels" and found.target.startswith("torch.nn"):
+        return f"{found.place}: {here} must not use torch.nn"
+    if found.on_import and top in HUGGING_FACE and here in HUGGING_FACE_ON_USE:
+        return f"{found.place}: {here} must import {top} inside the function that uses it"
+    return None
+
+
+def violations_below(root: Path) -> list[str]:
+    return [each for each in map(violation, imports_below(root)) if each is not None]
+
+
+def test_imports_follow_the_graph() -> None:
+    assert violations_below(ROOT) == []
+
+
+def test_graph_was_read_from_the_real_package() -> None:
+    edges = {(each.importer, each.part) for each in imports_below(ROOT)}
+    assert {("losses", "functional"), ("functional", "ops"), ("ops", "reference"), ("ops", "ops")} <= edges
+
+
+def test_graph_points_one_way() -> None:
+    assert {part for targets in MAY_IMPORT.values() for part in targets} <= MAY_IMPORT.keys()
+    order = list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
+    assert order.index("losses") < order.index("integrations") < order.index("demo") < order.index("cli")
+
+
+def test_kernels_folder_is_not_importable_under_that_name() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "kernels" / "nextquill_kernels" / "__init__.py").exists()
+
+
+PLANTED = {
+    "losses-uses-transformers": ("nextquill/losses.py", "import transformers", "losses must not use transformers"),
+    "ops-points-up": ("nextquill/ops/x.py", "from nextquill.losses import PerCELoss", "ops must not import losses"),
+    "ops-points-up-by-name": (
+        "nextquill/ops/x.py",
+        "from nextquill import functional",
+        "ops must not import functional",
+    ),
+    "ops-points-to-root": ("nextquill/ops/x.py", "from nextquill import PairNLL", "ops must not import nextquill"),
+    "relative": ("nextquill/ops/x.py", "from ..losses import PerCELoss", "ops must not import losses"),
+    "relative-package": ("nextquill/ops/__init__.py", "from .. import losses", "ops must not import losses"),
+    "in-function": ("nextquill/ops/x.py", "def f():\n    import nextquill.cli.main", "ops must not import cli"),
+    "by-string": (
+        "nextquill/ops/x.py",
+        "import importlib\nimportlib.import_module('nextquill.cli')",
+        "ops must not import cli",
+    ),
+    "for-types": (
+        "nextquill/reference/x.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import nextquill.ops.plan",
+        "reference must not import ops",
+    ),
+    "root-points-up": (
+        "nextquill/__init__.py",
+        "import nextquill.integrations",
+        "nextquill must not import integrations",
+    ),
+    "kernels-import-package": (
+        "kernels/nextquill_kernels/x.py",
+        "import nextquill.errors",
+        "nextquill_kernels must not import errors",
+    ),
+    "kernels-use-nn": (
+        "kernels/nextquill_kernels/x.py",
+        "from torch import nn",
+        "nextquill_kernels must not use torch.nn",
+    ),
+    "report-imports-losses": ("nextquill/report/x.py", "import nextquill.losses", "report must not import losses"),
+    "report-uses-torch": ("nextquill/report/x.py", "import torch", "report must not use torch"),
+    "data-loads-datasets": (
+        "nextquill/data/x.py",
+        "try:\n    import datasets\nexcept ImportError:\n    datasets = None",
+        "data must import datasets inside the function that uses it",
+    ),
+    "integrations-import-demo": (
+        "nextquill/integrations/x.py",
+        "import nextquill.demo",
+        "integrations must not import demo",
+    ),
+    "demo-imports-cli": ("nextquill/demo/x.py", "import nextquill.cli.main", "demo must not import cli"),
+    "undeclared-package": ("nextquill/cli/x.py", "import requests", "cli must not use requests"),
+    "unknown-part": ("nextquill/extras/x.py", "import torch", "extras has no entry in MAY_IMPORT"),
+}
+
+
+@pytest.mark.parametrize(("path", "source", "complaint"), PLANTED.values(), ids=PLANTED.keys())
+def test_planted_import_is_caught(tmp_path: Path, path: str, source: str, complaint: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source + "\n", encoding="utf-8")
+    found = violations_below(tmp_path)
+    assert len(found) == 1
+    assert re.fullmatch(rf"{re.escape(path)}:\d+: {re.escape(complaint)}", found[0])
+
+
+ALLOWED = {
+    "lazy-hugging-face": ("nextquill/data/x.py", "def f():\n    import datasets"),
+    "type-only-hugging-face": (
+        "nextquill/demo/x.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
+    ),
+    "ops-on-kernels": ("nextquill/ops/x.py", "import nextquill_kernels.pair"),
+    "standard-library": ("nextquill/errors.py", "import json.decoder"),
+}
+
+
+@pytest.mark.parametrize(("path", "source"), ALLOWED.values(), ids=ALLOWED.keys())
+def test_allowed_import_passes(tmp_path: Path, path: str, source: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(source + "\n", encoding="utf-8")
+    assert violations_below(tmp_path) == []
+
+
+def _statement(part: str) -> str:
+    return f"import {part}" if part in ("nextquill", "nextquill_kernels") else f"import nextquill.{part}.x"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/ruff.toml"))
+)
+def test_ruff_forbids_what_the_graph_forbids(folder: str) -> None:
+    """All possible imports in one planted file; ruff must complain about exactly the lines that the graph rules out."""
+    top_level = ("errors", "outputs", "weighting", "functional", "losses", "nextquill")
+    parts = {"nextquill": top_level, "kernels": ("nextquill_kernels",)}.get(folder, (Path(folder).name,))
+    # `nextquill` as such is a prefix of everything, which ruff cannot tell apart.
+    targets = [part for part in MAY_IMPORT if part not in parts and part != "nextquill"]
+    statements = [_statement(part) for part in targets]
+    statements += [f"import {top}" for top in sorted(HUGGING_FACE | {"torch", "triton"})]
+
+    def allowed(statement: str) -> bool:
+        imports = (Import(part, statement.split()[1], "", True, False) for part in parts)
+        return any(violation(each) is None for each in imports)
+
+    assert _ruff(folder, statements) == [each for each in statements if not allowed(each)]
+
+
+def _ruff(folder: str, statements: list[str]) -> list[str]:
+    """The statements that ruff's import rules reject in a file of `folder`."""
+    pytest.importorskip("ruff")
+    inside = "kernels/nextquill_kernels" if folder == "kernels" else folder
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=TID251,TID253", "--output-format=concise"]
+    run = subprocess.run(
+        [*command, f"--stdin-filename={inside}/planted.py", "-"],
+        input="\n".join(statements) + "\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode in (0, 1), run.stderr
+    lines = sorted({int(line) for line in re.findall(r"planted\.py:(\d+):", run.stdout)})
+    return [statements[line - 1] for line in lines]
+
+
+_WITHOUT_OPTIONAL_PACKAGES = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError("absent here: " + name, name=name)
+
+sys.meta_path.insert(0, Absent())
+import nextquill, nextquill.data, nextquill.demo, nextquill.report.html, nextquill_kernels
+assert nextquill.PerCELoss and not any(name.split(".")[0] in {absent!r} for name in sys.modules)
+"""
+
+
+def test_package_imports_with_torch_alone() -> None:
+    source = _WITHOUT_OPTIONAL_PACKAGES.format(absent=sorted(HUGGING_FACE | _TOOLS | {"triton"}))
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT, timeout=120)
