@@ -23,6 +23,10 @@ class BackendUnavailableError(NextQuillError, RuntimeError):
     """The requested `impl` cannot run here."""
 
 
+class GradientError(NextQuillError, RuntimeError):
+    """A derivative was asked for that nextquill does not compute."""
+
+
 class RecordError(NextQuillError, ValueError):
     """A training record is malformed; the message names the source, the line and the field."""
 

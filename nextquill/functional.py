@@ -7,7 +7,13 @@ from torch import Tensor
 from nextquill.ops.dispatch import resolve_impl
 from nextquill.ops.generic import HeadCall, PairNLLFunction, TokenNLLFunction
 from nextquill.ops.plan import RowPlan, plan_rows
-from nextquill.ops.validation import HeadInputs, check_head_inputs, check_head_options, check_ignore_index
+from nextquill.ops.validation import (
+    HeadInputs,
+    check_floating,
+    check_head_inputs,
+    check_head_options,
+    check_ignore_index,
+)
 from nextquill.outputs import PairNLL
 
 
@@ -52,7 +58,7 @@ def linear_token_nll(
         hidden_name="hidden_states",
     )  # fmt: skip
     call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
-    nll = TokenNLLFunction.apply(inputs.factual, inputs.weight, inputs.bias, call)
+    nll = TokenNLLFunction.apply(inputs.factual, inputs.weight, inputs.bias, call)  # type: ignore[no-untyped-call]
     return restore_rows(nll, call.plan, inputs)
 
 
@@ -82,18 +88,21 @@ def linear_pair_nll(
 
     Returns:
         PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, each
-        differentiable in both hidden states, the weight and the bias.
+        differentiable in both hidden states, the weight and the bias. To mask part of the vocabulary give it a large
+        negative finite bias: with -inf the difference of the logits is NaN.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
     check_head_options(softcap, logit_scale)
+    check_floating("hidden_counterfactual", hidden_counterfactual)
     inputs = check_head_inputs(
         hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, check_ignore_index(ignore_index)
     )
     call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
-    nlls = PairNLLFunction.apply(inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, call)
+    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
+    nlls = PairNLLFunction.apply(*tensors, call)  # type: ignore[no-untyped-call]
     return PairNLL(*(restore_rows(nll, call.plan, inputs) for nll in nlls))
 
 

@@ -42,7 +42,8 @@ DEFAULT_THRESHOLD = 0.05
 class PairLoss(nn.Module):
     """Weighted cross-entropy over factual / counterfactual pairs, for any weighting.
 
-    Per sequence, with n supervised tokens, w = weighting(nll's) taken as constants, Z = Σw if `normalize_weights` else n:
+    Per sequence, with n supervised tokens, weights w = weighting(nll's) taken as constants, and Z = Σw if
+    `normalize_weights` else n:
 
         L = Σ w nll_f / Z  +  alpha · mean(nll_e)  +  anchor · mean(nll_c)
 
@@ -56,7 +57,8 @@ class PairLoss(nn.Module):
         detach_counterfactual: treat z0 as a constant: no gradient to h0, nor to W and b through it.
         anchor: factor of the counterfactual's own nll, at least 0; it needs a counterfactual with gradient.
         reduction: "sequence" (mean over sequences; exact for any split of the batch), "token" (every sum divided by the
-            number of supervised tokens) or "micro_batch" (all rows of a call as one sequence, as NextQuill's code).
+            number of supervised tokens) or "micro_batch" (all rows of a call as one sequence, as NextQuill's code). Under
+            "token" the weighted sum is not divided by Σw, so with weights below 1 `alpha` counts for more.
         ignore_index: label of rows that do not count.
         softcap, logit_scale: what the architecture does to its logits; see `linear_pair_nll`.
         impl: "auto", "triton", "native" or "torch".
@@ -94,7 +96,8 @@ class PairLoss(nn.Module):
         check_number("anchor", anchor, low=0.0)
         if anchor > 0 and detach_counterfactual:
             raise ArgumentError(
-                f"anchor: expected 0 with detach_counterfactual=True (the counterfactual is then a constant), got {anchor!r}"
+                "anchor: expected 0 with detach_counterfactual=True (the counterfactual is then a constant), "
+                f"got {anchor!r}"
             )
         if reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -149,7 +152,8 @@ class PairLoss(nn.Module):
             sequence_ids: labels' shape; rows with equal ids form one sequence wherever they stand. By default each row
                 of [B, T] is one sequence, and an [N] batch is a single one.
             num_items_in_batch: what the reduction divides by when this call is one part of a larger batch: sequences
-                ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch. Default: this call's.
+                ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch. Default: those of
+                this call.
 
         A batch without a supervised row gives an exact 0 that is connected to the graph.
 
@@ -159,7 +163,7 @@ class PairLoss(nn.Module):
         inputs, call = self._prepare(
             hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, False
         )
-        loss: Tensor = FusedPairLossFunction.apply(*_tensors(inputs), call)[0]
+        loss: Tensor = FusedPairLossFunction.apply(*_tensors(inputs), call)[0]  # type: ignore[no-untyped-call]
         return loss
 
     def compute(
@@ -184,7 +188,7 @@ class PairLoss(nn.Module):
             hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch,
             effect_nll,
         )  # fmt: skip
-        loss, *rows = FusedPairLossFunction.apply(*_tensors(inputs), call)
+        loss, *rows = FusedPairLossFunction.apply(*_tensors(inputs), call)  # type: ignore[no-untyped-call]
         return self._output(loss, RowResults(*rows), inputs, call)
 
     def extra_repr(self) -> str:
@@ -250,9 +254,9 @@ class NextQuillLoss(PairLoss):
         ω = high_weight where effect_prob > threshold else low_weight       (constants)
         L = Σ ω nll_f / Σ ω  +  alpha · mean(nll_e)                          per sequence
 
-    That is the official code's objective; `weighted_effect=True` is the paper's, alpha · Σ ω nll_e / Σ ω. Gradients flow
-    through both passes unless `detach_counterfactual`. Prefer the detached form for training: through both passes the
-    effect term can be lowered by making the no-history pass *wrong*, and then measured effects are an artefact.
+    That is the official code's objective; `weighted_effect=True` is the paper's, alpha · Σ ω nll_e / Σ ω. Gradients
+    flow through both passes unless `detach_counterfactual`. Prefer the detached form for training: through both passes
+    the effect term can be lowered by making the no-history pass *wrong*, and then measured effects are an artefact.
 
     Args:
         threshold: least effect_prob of a personal token.
@@ -329,11 +333,12 @@ def _tensors(inputs: HeadInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     return inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias
 
 
-def _check_items(num_items_in_batch: float | Tensor | None, default: int) -> float | Tensor:
+def _check_items(num_items_in_batch: float | Tensor | None, default: int) -> float:
     if num_items_in_batch is None:
         return float(max(1, default))
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:
             raise ArgumentError(f"num_items_in_batch: expected one number, got shape {list(num_items_in_batch.shape)}")
-        return num_items_in_batch.reshape(())
+        # Reading it waits for the device, as the check of the labels has already done.
+        num_items_in_batch = num_items_in_batch.item()
     return check_number("num_items_in_batch", num_items_in_batch, above=0.0)

@@ -64,7 +64,7 @@ class PreferenceLossOutput:
         share_above_threshold: scalar, share of supervised tokens whose `effect_prob` exceeds the loss's threshold.
         weight_sum: scalar, sum of the token weights.
         num_tokens: supervised tokens in this call.
-        num_sequences: sequences with at least one supervised token in this call.
+        num_sequences: sequences with at least one supervised token in this call; 1 under reduction="micro_batch".
     """
 
     loss: Tensor

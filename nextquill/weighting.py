@@ -2,7 +2,8 @@
 
 A weighting is any callable that takes a `PairNLL` of 1-D tensors and returns weights of the same length. It runs
 without gradient. Unless it declares `elementwise = True` it is called with the supervised rows of exactly one sequence
-(of the whole micro-batch under `reduction="micro_batch"`), so a result never depends on how a batch was split.
+(of the whole micro-batch under `reduction="micro_batch"`), so a result never depends on how a batch was split. With
+`reads_effect = False` it promises not to read `pair.effect`, which then is None where the loss has no effect term.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class UniformWeighting:
     """Weight 1 on every token: plain supervised fine-tuning."""
 
     elementwise: ClassVar[bool] = True
+    reads_effect: ClassVar[bool] = False
 
     def __call__(self, pair: PairNLL) -> Tensor:
         return torch.ones_like(pair.factual)
@@ -52,6 +54,7 @@ class ThresholdWeighting:
     high: float = 0.9
     low: float = 0.1
     elementwise: ClassVar[bool] = True
+    reads_effect: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold)
@@ -63,8 +66,11 @@ class ThresholdWeighting:
             raise ArgumentError("high_weight: expected a positive weight, got 0: every token would weigh nothing")
 
     def __call__(self, pair: PairNLL) -> Tensor:
+        effect = pair.effect_prob
         # masked_fill rather than torch.where of two Python floats, which would round the weights to float32.
-        return torch.full_like(pair.factual, self.low).masked_fill_(pair.effect_prob > self.threshold, self.high)
+        weights = torch.full_like(effect, self.low).masked_fill_(effect > self.threshold, self.high)
+        # NaN compares as "not above": without this line a broken counterfactual would leave the loss finite.
+        return weights.masked_fill_(effect.isnan(), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class ClipWeighting:
     minimum: float = 0.8
     maximum: float = 5.0
     elementwise: ClassVar[bool] = True
+    reads_effect: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("min_weight", self.minimum, low=0.0)
@@ -91,6 +98,7 @@ class ExpClipWeighting:
 
     maximum: float = 5.0
     elementwise: ClassVar[bool] = True
+    reads_effect: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("max_weight", self.maximum, above=0.0)

@@ -16,13 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nextquill.ops.generic import HeadCall, gather_rows
-from nextquill.ops.gradients import HeadGradients, Needs, scaled
+from nextquill.ops.gradients import HeadGradients, Needs, first_order_only, scaled
 from nextquill.ops.head import LinearHead
 from nextquill.ops.objective import PairObjective, RowCoefficients, RowGradients
 from nextquill.ops.plan import RowGroup, group_rows
@@ -42,7 +40,7 @@ class RowResults(NamedTuple):
 
     @property
     def coefficients(self) -> RowCoefficients:
-        return RowCoefficients(*self[:3])  # type: ignore[arg-type]
+        return RowCoefficients(*self[:3])
 
     @property
     def pair(self) -> PairNLL:
@@ -58,7 +56,7 @@ class LossCall:
 
     head_call: HeadCall
     objective: PairObjective
-    num_items: float | Tensor
+    num_items: float
     needs: Needs
     effect: bool
 
@@ -70,8 +68,9 @@ class FusedPairLossFunction(Function):
     def forward(
         ctx: Any, factual: Tensor, counterfactual: Tensor | None, weight: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor | None, ...]:
+        dtype = product_dtype(factual, weight)  # which asks whether autocast is on
         with autocast_off(factual.device):
-            head = call.head_call.head(weight, bias, product_dtype(factual, weight))
+            head = call.head_call.head(weight, bias, dtype)
             engine = _Engine(call, head, factual, counterfactual)
             results = engine.run()
         grads = engine.gradients
@@ -83,7 +82,7 @@ class FusedPairLossFunction(Function):
         return loss, *results
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs), None

@@ -1,7 +1,7 @@
 """Differentiable per-token operators: any upstream gradient per token, nothing of size [N, V] kept.
 
 The forward walks row chunks and keeps only nll's; the backward computes each chunk's logits again. That is 2U forward
-and up to 6U backward for a pair, against 6U in all for a loss whose gradient is finished in its forward (fused_loss.py).
+and up to 6U backward for a pair, against 6U in all for a loss that finishes its gradient in its forward: fused_loss.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from nextquill.ops.dispatch import ChunkKernels
-from nextquill.ops.gradients import HeadGradients, Needs, scaled
+from nextquill.ops.gradients import HeadGradients, Needs, first_order_only, scaled
 from nextquill.ops.head import LinearHead
 from nextquill.ops.plan import RowPlan, split_rows
 from nextquill.ops.precision import autocast_off, product_dtype
@@ -58,7 +57,7 @@ class TokenNLLFunction(Function):
         return nll
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         call: HeadCall = ctx.call
@@ -101,7 +100,7 @@ class PairNLLFunction(Function):
         return nll_f, nll_c, nll_e
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, *grad_nlls: Tensor | None) -> tuple[Tensor | None, ...]:
         factual, counterfactual, weight, bias = ctx.saved_tensors
         call: HeadCall = ctx.call

@@ -39,7 +39,7 @@ class LinearHead:
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Write z for hidden [n, D] into `out` [n, V]."""
         if _has_wide_mm(hidden, self.weight):
-            out.copy_(torch.mm(hidden, self.weight.T, out_dtype=self.dtype))  # type: ignore[call-overload]
+            out.copy_(torch.mm(hidden, self.weight.T, out_dtype=self.dtype))
         else:
             wide = hidden.to(self.dtype)
             for rows, block in self._weight_blocks():
@@ -55,7 +55,7 @@ class LinearHead:
     def hidden_grad(self, grad_logits: Tensor) -> Tensor:
         """dh = dz W; [n, D] in the compute dtype."""
         if _has_wide_mm(grad_logits, self.weight, accept_wide_left=True):
-            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)  # type: ignore[call-overload]
+            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         result = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
         for rows, block in self._weight_blocks():
             result.addmm_(grad_logits[:, rows], block)
@@ -64,7 +64,7 @@ class LinearHead:
     def add_weight_grad(self, accumulator: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         """accumulator [V, D] += dzᵀ h, in the compute dtype."""
         if _has_wide_mm(grad_logits, hidden, accept_wide_left=True):
-            product = torch.mm(grad_logits.T.to(hidden.dtype), hidden, out_dtype=self.dtype)  # type: ignore[call-overload]
+            product = torch.mm(grad_logits.T.to(hidden.dtype), hidden, out_dtype=self.dtype)
             accumulator.add_(product)
         else:
             accumulator.addmm_(grad_logits.T, hidden.to(self.dtype))

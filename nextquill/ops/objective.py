@@ -79,8 +79,8 @@ class PairObjective:
 
     @property
     def needs_effect(self) -> bool:
-        """Whether the loss itself reads nll_e: it has that term, or the weighting is the user's own."""
-        return self.alpha > 0 or not self.elementwise
+        """Whether the loss itself reads nll_e: it has that term, or the weighting may look at it."""
+        return self.alpha > 0 or bool(getattr(self.weighting, "reads_effect", True))
 
     @property
     def counterfactual_is_constant(self) -> bool:
@@ -93,7 +93,7 @@ class PairObjective:
         return plan.num_rows if self.reduction == "token" else 1
 
     def coefficients(
-        self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float | Tensor
+        self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float
     ) -> RowCoefficients:
         """Coefficients of a group's rows, given their nll's."""
         weights = self._weights(pair, group)
@@ -133,7 +133,7 @@ class PairObjective:
 
     def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
         if self.elementwise:
-            return self.weighting(pair)
+            return _checked_weights(self.weighting(pair), pair)
         pieces = [
             PairNLL(*(None if t is None else t[rows] for t in pair))  # type: ignore[arg-type]
             for rows in _sequence_slices(group.lengths)
@@ -158,7 +158,7 @@ def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
 
 
 def _sequence_sums(weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Σ w of each row's sequence; 1 where the sum is exactly 0, whose rows then contribute 0 instead of 0/0."""
+    """Σ w of each row's sequence; 1 where it is exactly 0, so that all-zero weights give 0 and not 0/0."""
     sizes = torch.tensor(lengths, device=weights.device)
     # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA.
     sums = torch.segment_reduce(weights, "sum", lengths=sizes, unsafe=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def split_rows(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
     """Cut [start, stop) into nearly equal slices of at most `max_rows`."""
     count = -(-(stop - start) // max_rows)
     bounds = [start + (stop - start) * i // count for i in range(count + 1)] if count else [start]
-    return tuple(slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(slice(a, b) for a, b in pairwise(bounds))
 
 
 def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterator[RowGroup]:

@@ -50,8 +50,8 @@ def check_head_inputs(
         ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
         ArgumentError: shapes or devices that do not agree, or a label outside [0, V) that is not `ignore_index`.
     """
-    _check_floating(hidden_name, hidden_factual)
-    _check_floating("lm_head_weight", lm_head_weight)
+    check_floating(hidden_name, hidden_factual)
+    check_floating("lm_head_weight", lm_head_weight)
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0 or lm_head_weight.shape[1] == 0:
         raise ArgumentError(f"lm_head_weight: expected shape [V, D], got {_shape(lm_head_weight)}")
     vocabulary, hidden_size = lm_head_weight.shape
@@ -63,7 +63,7 @@ def check_head_inputs(
             f"{_shape(lm_head_weight)}, got {_shape(hidden_factual)}"
         )
     if hidden_counterfactual is not None:
-        _check_floating("hidden_counterfactual", hidden_counterfactual)
+        check_floating("hidden_counterfactual", hidden_counterfactual)
         if hidden_counterfactual.shape != hidden_factual.shape:
             raise ArgumentError(
                 f"hidden_counterfactual: expected the shape of {hidden_name} {_shape(hidden_factual)}, "
@@ -72,7 +72,7 @@ def check_head_inputs(
         _check_same("hidden_counterfactual", hidden_counterfactual, hidden_name, hidden_factual)
     _check_same("lm_head_weight", lm_head_weight, hidden_name, hidden_factual)
     if bias is not None:
-        _check_floating("bias", bias)
+        check_floating("bias", bias)
         if bias.shape != (vocabulary,):
             raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")
         _check_same("bias", bias, hidden_name, hidden_factual)
@@ -149,7 +149,8 @@ def _check_labels(
     return flat
 
 
-def _check_floating(name: str, tensor: object) -> None:
+def check_floating(name: str, tensor: object) -> None:
+    """Raise unless `tensor` is a tensor of a floating dtype."""
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
