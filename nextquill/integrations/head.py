@@ -5,16 +5,13 @@ head's weight and returns a scalar. That scalar travels through the model's own 
 hooks see an ordinary forward and backward; calling the backbone and using `lm_head.weight` outside breaks FSDP and
 silently skips DDP's gradient synchronisation. No logits exist.
 
-What an architecture does *after* its head (a scale, a soft cap) is found by probing: the model runs once on one token
-with a head that returns known values, and what comes out tells. It then belongs to the loss, and the scalar is guarded
-against it.
+What an architecture does *after* its head (a scale, a soft cap) is found by probing (`probe.py`). It then belongs to
+the loss, and the scalar is guarded against it. A head that is not exactly x Wᵀ + b, LoRA included, is refused.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
+from nextquill.integrations.probe import (
+    probe_logits,
+    replaced_forward,
+    returned_logits,
+    softcapped_configs,
+    without_softcap,
+)
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,11 @@ class HeadState:
     hidden_states: Tensor
     weight: Tensor
     bias: Tensor | None
+
+    def select(self, positions: Tensor) -> Tensor:
+        """Rows [n, D] of the flattened hidden states, in the weight's dtype unless autocast chooses it."""
+        rows = self.hidden_states.flatten(0, 1).index_select(0, positions)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
 
 
 HeadFunction = Callable[[HeadState], Tensor]
@@ -46,17 +57,21 @@ class LossInHead:
         softcap, logit_scale: what the architecture applies after its head; to be given to the loss.
 
     Raises:
-        UnsupportedModelError: no output embedding, or something after it that is neither a scale nor a soft cap.
+        UnsupportedModelError: the head is not a linear layer, plain or with LoRA; something follows it that is neither
+            a scale nor a soft cap; or the model inserts positions of its own (prompt learning).
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _check_positions(model)
         self.model = model
         self.head = find_head(model)
         _check_adapters(self.head)
-        self.logit_scale, self.softcap = _probe(model, self.head)
+        _check_reproduced(self.head)
+        self.logit_scale, self.softcap = probe_logits(model, self.head)
+        self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
         # What is left after the cap is switched off is a scale, which the returned scalar is divided by.
-        with _without_softcap(model, self.softcap):
-            self._residual_scale, residual_cap = _probe(model, self.head)
+        with without_softcap(self._capped_configs):
+            self._residual_scale, residual_cap = probe_logits(model, self.head)
         if residual_cap is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its soft cap of {self.softcap:g} on the logits could not be switched off "
@@ -71,49 +86,50 @@ class LossInHead:
             inputs: keyword arguments of the model's forward, without labels.
             call: what to call in place of the model: the same model inside a DDP or FSDP wrapper.
         """
-        with self._patched(function):
-            outputs = (self.model if call is None else call)(**inputs, use_cache=False)
-        logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        if logits.numel() != 1:
-            raise UnsupportedModelError(f"{type(self.model).__name__}: its forward did not return the head's result")
-        return logits.reshape(())
 
-    @contextmanager
-    def _patched(self, function: HeadFunction) -> Iterator[None]:
         def head_forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
             weight, bias = effective_weight(self.head)
-            if weight.dtype != hidden_states.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-                wide = torch.promote_types(weight.dtype, hidden_states.dtype)
-                hidden_states, weight = hidden_states.to(wide), weight.to(wide)
-                bias = None if bias is None else bias.to(wide)
+            if not torch.is_autocast_enabled(hidden_states.device.type):
+                weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
+                bias = None if bias is None else bias.to(weight.dtype)
             return function(HeadState(hidden_states, weight, bias)).div(self._residual_scale).reshape(1, 1, 1)
 
-        with _without_softcap(self.model, self.softcap), _replaced_forward(self.head, head_forward):
-            yield
+        with without_softcap(self._capped_configs), replaced_forward(self.head, head_forward):
+            outputs = (self.model if call is None else call)(**inputs, use_cache=False)
+        result: Tensor = returned_logits(outputs)
+        if result.numel() != 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: its forward did not return the head's result; were its adapters "
+                "switched after the trainer was made?"
+            )
+        return result.reshape(())
 
 
-def find_head(model: nn.Module) -> nn.Module:
+def find_head(model: Any) -> Any:
     """Return the module whose forward computes the logits.
 
     Raises:
         UnsupportedModelError: the model has none, or one that is not a linear layer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise UnsupportedModelError(f"{type(base).__name__}: a model without an output embedding cannot be trained here")
-    if hasattr(head, "modules_to_save"):  # PEFT's copy of a fully trained module; FSDP may wrap it on its own
-        head = head.modules_to_save[head.active_adapters[0]]  # type: ignore[index]
-    weight = getattr(_base_layer(head), "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise UnsupportedModelError(f"{type(base).__name__}: expected a model with an output embedding, it has none")
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):  # PEFT's copies of a fully trained module
+        copies: Any = head.modules_to_save
+        adapters: Any = head.active_adapters
+        head = copies[adapters[0]]
+    layer = _base_layer(head)
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype not in _DTYPES:
+        dtype = getattr(getattr(layer, "weight", None), "dtype", None)
         raise UnsupportedModelError(
-            f"{type(base).__name__}: expected an output embedding with a floating-point weight [V, D], "
-            f"got {type(head).__name__}"
+            f"{type(base).__name__}: expected its output embedding to be a linear layer with a floating-point weight, "
+            f"got {type(layer).__name__} of {dtype}"
         )
     return head
 
 
-def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def effective_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     """The weight and bias a head computes with, LoRA adapters included, differentiable in all of them.
 
     W + Σ scaling · B A over the active adapters, in the widest dtype among them, so that a small adapter is not rounded
@@ -122,102 +138,62 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     base = _base_layer(head)
     weight, bias = base.weight, base.bias
     for name in _active_lora(head):
-        down, up = head.lora_A[name].weight, head.lora_B[name].weight  # type: ignore[index,union-attr]
+        down, up = head.lora_A[name].weight, head.lora_B[name].weight
         wide = torch.promote_types(weight.dtype, up.dtype)
-        weight = weight.to(wide) + head.scaling[name] * (up.to(wide) @ down.to(wide))  # type: ignore[index]
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(wide) + head.scaling[name] * (up.to(wide) @ down.to(wide))
     return weight, None if bias is None else bias.to(weight.dtype)
 
 
-def _base_layer(head: nn.Module) -> Any:
+def _base_layer(head: Any) -> Any:
     return head.base_layer if hasattr(head, "base_layer") else head
 
 
-def _active_lora(head: nn.Module) -> list[str]:
-    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:  # type: ignore[union-attr]
+def _active_lora(head: Any) -> list[str]:
+    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
         return []
-    return [name for name in head.active_adapters if name in head.lora_A]  # type: ignore[operator,union-attr]
+    return [name for name in head.active_adapters if name in head.lora_A]
 
 
-def _check_adapters(head: nn.Module) -> None:
+def _check_positions(model: nn.Module) -> None:
+    """Refuse adapters that put virtual tokens before the input, where no label has a row."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"adapter {name!r}: prompt learning ({config.peft_type}) is not supported, only LoRA and the like"
+            )
+
+
+def _check_adapters(head: Any) -> None:
     """Refuse an adapted head that `effective_weight` would not reproduce."""
-    if not hasattr(head, "base_layer"):
+    adapted = hasattr(head, "base_layer")
+    if not adapted and not type(head).__module__.startswith("peft."):
         return
-    if not hasattr(head, "lora_A"):
-        raise UnsupportedModelError(f"output embedding: adapters of type {type(head).__name__} are not supported, only LoRA")
-    if isinstance(_base_layer(head), nn.Embedding) or len(getattr(head, "lora_embedding_A", ())):
-        raise UnsupportedModelError("output embedding: LoRA on an embedding used as the head is not supported")
-    for name in head.lora_A:  # type: ignore[union-attr]
-        if getattr(head.lora_dropout[name], "p", 0.0) > 0:  # type: ignore[index]
+    if not adapted or not hasattr(head, "lora_A"):
+        raise UnsupportedModelError(
+            f"output embedding: adapters of type {type(head).__name__} are not supported, only LoRA"
+        )
+    for name in head.lora_A:
+        if getattr(head.lora_dropout[name], "p", 0.0) > 0:
             raise UnsupportedModelError(
                 "output embedding: LoRA with dropout on the output embedding is not supported; set lora_dropout=0 or "
                 "leave lm_head out of target_modules"
             )
-        if head.lora_variant.get(name) is not None or head.lora_bias.get(name):  # type: ignore[union-attr,operator]
+        if head.lora_variant.get(name) is not None or head.lora_bias.get(name):
             raise UnsupportedModelError("output embedding: only plain LoRA (no DoRA, no lora_bias) is supported on it")
 
 
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    previous = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-        if previous is not None:  # an instance attribute of someone else's, such as an accelerate hook
-            module.forward = previous  # type: ignore[method-assign]
-
-
-@contextmanager
-def _without_softcap(model: nn.Module, softcap: float | None) -> Iterator[None]:
-    """Set `final_logit_softcapping` of every config in the model to None for a while."""
-    configs = []
-    if softcap is not None:
-        found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-        configs = [c for c in found.values() if getattr(c, "final_logit_softcapping", None) is not None]
-    values = [config.final_logit_softcapping for config in configs]
-    for config in configs:
-        config.final_logit_softcapping = None
-    try:
-        yield
-    finally:
-        for config, value in zip(configs, values, strict=True):
-            config.final_logit_softcapping = value
-
-
-def _probe(model: nn.Module, head: nn.Module) -> tuple[float, float | None]:
-    """Return (logit_scale, softcap) of what follows the head, from one forward of one token.
-
-    The head is made to return x from tiny to huge. f(x) / x for tiny x is the scale; if f(huge) is not scale · huge, its
-    magnitude is the cap, and every point must then lie on cap · tanh(scale · x / cap).
-    """
-    points = torch.tensor([-1e6, -37.0, -1.0, -1e-3, 0.0, 1e-3, 0.5, 3.0, 37.0, 1e6], dtype=torch.float64)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _replaced_forward(head, lambda *_, **__: points.float().to(device).view(1, 1, -1)):
-            outputs = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        model.train(training)
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    if not isinstance(logits, Tensor) or logits.numel() != points.numel():
-        raise UnsupportedModelError(f"{type(model).__name__}: its forward does not return its output embedding's result")
-    values = logits.detach().reshape(-1).double().cpu()
-    scale = float(values[5] / points[5])
-    softcap = None if math.isclose(float(values[-1]), scale * 1e6, rel_tol=1e-2) else float(values[-1].abs())
-    predicted = scale * points
-    if softcap is not None and softcap > 0:
-        predicted = softcap * torch.tanh(predicted / softcap)
-    # A half-precision model may round the probe's values; anything but a scale and a cap is far off.
-    if not (math.isfinite(scale) and scale != 0 and torch.allclose(values, predicted, rtol=2e-2, atol=1e-6)):
+@torch.no_grad()
+def _check_reproduced(head: nn.Module) -> None:
+    """Refuse a head whose own result on two rows is not x Wᵀ + b, such as a subclass of Linear with a scale inside."""
+    weight, bias = effective_weight(head)
+    if weight.is_meta or weight.numel() == 0:  # not loaded yet, or partitioned by ZeRO-3
+        return
+    rows = torch.arange(2 * weight.shape[1], device=weight.device).view(1, 2, -1).cos()
+    expected = nn.functional.linear(rows.to(weight.dtype), weight, bias)
+    result = head(rows.to(_base_layer(head).weight.dtype))
+    if (result - expected).abs().max() > 2e-2 * expected.abs().max():
         raise UnsupportedModelError(
-            f"{type(model).__name__}: what it does to its logits is neither a scale nor a soft cap: "
-            f"{points.tolist()} became {values.tolist()}"
+            f"output embedding: the result of {type(head).__name__} is not hidden_states · weightᵀ + bias, "
+            "so a loss in its place would be wrong"
         )
-    return _rounded(scale), None if softcap is None else _rounded(softcap)
-
-
-def _rounded(value: float) -> float:
-    """The number a config would hold: float32 noise of the probe removed."""
-    return float(f"{value:.6g}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from nextquill.integrations.passes import BatchScores
+from nextquill.losses import PairLoss
 from nextquill.outputs import PreferenceLossOutput
 
 logger = logging.getLogger(__name__)
@@ -31,19 +33,27 @@ class TrainingMeter:
         "token_weight",
     )
     _SUMS = (*_TERMS, *_TOKEN_SUMS, "num_tokens", "num_sequences")
+    _UNPAIRED = ("loss_factual", "nll_factual", "num_tokens", "num_sequences")
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the interval."""
         self._sums: Tensor | None = None
         self._paired = False
-        self.steps = 0
+        self._steps = 0
+        self._step_began = False
 
-    def add_step(self) -> None:
-        """Count one optimiser step."""
-        self.steps += 1
+    def begin_step(self) -> None:
+        """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count."""
+        self._step_began = True
 
     def add(self, output: PreferenceLossOutput) -> None:
         """Add one micro-batch."""
         pair, count = output.pair_nll, output.num_tokens
+        self._steps += self._step_began
+        self._step_began = False
         self._paired = pair.counterfactual is not None
         values = torch.stack(
             [
@@ -64,22 +74,40 @@ class TrainingMeter:
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Reduce over ranks, reset, and return the interval's metrics; every rank must call it."""
-        sums = self._sums if self._sums is not None else torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
-        total = dict(zip(self._SUMS, reduce(sums).tolist(), strict=True))
-        steps, self.steps, self._sums = max(1, self.steps), 0, None
-        tokens = max(1.0, total["num_tokens"])
+        none = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
+        total = dict(zip(self._SUMS, reduce(none if self._sums is None else self._sums).tolist(), strict=True))
+        steps, tokens, paired = max(1, self._steps), max(1.0, total["num_tokens"]), self._paired
+        self.reset()
         metrics = {name: total[name] / steps for name in self._TERMS}
         metrics |= {name: total[name] / tokens for name in self._TOKEN_SUMS}
         metrics |= {"num_tokens": total["num_tokens"], "num_sequences": total["num_sequences"]}
-        if not self._paired:
-            metrics = {k: v for k, v in metrics.items() if k in ("loss_factual", "nll_factual", "num_tokens", "num_sequences")}
-        return metrics
+        return metrics if paired else {name: metrics[name] for name in self._UNPAIRED}
 
 
 #: Columns of the per-example evaluation table, means over the example's tokens but for the last.
 EVAL_COLUMNS = (
     "loss", "nll_factual", "nll_counterfactual", "nll_placebo", "effect_prob", "share_above_threshold", "num_tokens",
 )  # fmt: skip
+
+
+def example_table(scores: BatchScores, num_examples: int, loss: PairLoss) -> Tensor:
+    """One row of `EVAL_COLUMNS` per example, float32; `nll_placebo` is NaN where no placebo was scored."""
+    output, ids = scores.output, scores.sequence_ids
+    pair = output.pair_nll
+    assert pair.counterfactual is not None
+
+    def sums(values: Tensor) -> Tensor:
+        return values.new_zeros(num_examples).index_add(0, ids, values)
+
+    count = sums(torch.ones_like(pair.factual))
+    objective = sums(output.token_loss)
+    if loss.reduction == "token":
+        objective = objective / count.clamp(min=1.0)
+    placebo = torch.full_like(pair.factual, torch.nan) if scores.placebo_nll is None else scores.placebo_nll
+    above = (pair.effect_prob > loss.threshold).to(pair.factual.dtype)
+    tokens = (pair.factual, pair.counterfactual, placebo, pair.effect_prob, above)
+    means = [sums(values) / count.clamp(min=1.0) for values in tokens]
+    return torch.stack([objective, *means, count], dim=1).float()
 
 
 def eval_metrics(table: Tensor, *, token_mean_loss: bool) -> dict[str, float]:
@@ -108,59 +136,75 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
 
     A loss with gradient through both passes can lower its effect term by making z0 wrong; then "effects" grow and mean
     nothing. The training nll without history is averaged over at least `window` sequences, and a rise of more than
-    `tolerance` nats above its lowest average warns; so does a rise of the evaluation's above its lowest.
+    `tolerance` nats above its lowest average warns; so does a rise of an evaluation's above its lowest while training.
+
+    Args:
+        tolerance: nats.
+        window: sequences.
+        trained_through: whether the loss has a gradient through the counterfactual, which decides the advice.
     """
 
-    def __init__(self, tolerance: float = 0.5, window: int = 64) -> None:
+    def __init__(self, tolerance: float = 0.5, window: int = 64, trained_through: bool = True) -> None:
         self.tolerance = tolerance
         self.window = window
+        self.trained_through = trained_through
         self.lowest: dict[str, float] = {}
         self.pending = [0.0, 0.0, 0.0]  # sum of nll over tokens, tokens, sequences
         self.warned = False
+        self._training = False
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
         return {
-            "args": {"tolerance": self.tolerance, "window": self.window},
-            "attributes": {"lowest": self.lowest, "pending": self.pending, "warned": self.warned},
+            "args": {"tolerance": self.tolerance, "window": self.window, "trained_through": self.trained_through},
+            "attributes": {"lowest": dict(self.lowest), "pending": list(self.pending), "warned": self.warned},
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on from where a checkpoint left off."""
+        self._training = True
         saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        for name, nll, tokens, sequences in self._readings(logs or {}):
-            if name == "training":
-                self.pending = [self.pending[0] + nll * tokens, self.pending[1] + tokens, self.pending[2] + sequences]
-                if self.pending[2] < self.window:
-                    continue
-                nll, self.pending = self.pending[0] / max(1.0, self.pending[1]), [0.0, 0.0, 0.0]
-            self._check(name, nll, state.global_step)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching: an evaluation outside training may be of any other data."""
+        self._training = False
 
-    @staticmethod
-    def _readings(logs: dict[str, float]) -> list[tuple[str, float, float, float]]:
-        readings = []
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Look at every reading of the nll without history."""
+        if not self._training or not logs:
+            return
         if "nll_counterfactual" in logs:
-            readings.append(("training", logs["nll_counterfactual"], logs["num_tokens"], logs["num_sequences"]))
+            nll, tokens, sequences = (logs[name] for name in ("nll_counterfactual", "num_tokens", "num_sequences"))
+            self.pending = [self.pending[0] + nll * tokens, self.pending[1] + tokens, self.pending[2] + sequences]
+            if self.pending[2] >= self.window:
+                mean, self.pending = self.pending[0] / max(1.0, self.pending[1]), [0.0, 0.0, 0.0]
+                self._check("training", mean, state)
         for key, value in logs.items():
             if key.endswith("_nll_counterfactual"):
-                readings.append((key.removesuffix("_nll_counterfactual"), value, 0.0, 0.0))
-        return readings
+                self._check(key.removesuffix("_nll_counterfactual"), value, state)
 
-    def _check(self, name: str, nll: float, step: int) -> None:
-        lowest = min(self.lowest.get(name, nll), nll)
-        self.lowest[name] = lowest
-        if nll - lowest > self.tolerance and not self.warned:
-            self.warned = True
-            logger.warning(
-                "step %d: the nll without history (%s) rose from %.2f to %.2f nats. The loss is making the no-history "
-                "pass wrong, so its effects overstate what the history does. Use detach_counterfactual=True, and trust "
-                "effect_placebo rather than effect_logprob.",
-                step,
-                name,
-                lowest,
-                nll,
-            )
+    def _check(self, name: str, nll: float, state: Any) -> None:
+        lowest = self.lowest[name] = min(self.lowest.get(name, nll), nll)
+        if nll - lowest <= self.tolerance or self.warned:
+            return
+        self.warned = True
+        if not state.is_world_process_zero:
+            return
+        cause = (
+            "The loss is making the no-history pass wrong: use detach_counterfactual=True"
+            if self.trained_through
+            else "The model gets worse without a history, as it may when it overfits"
+        )
+        logger.warning(
+            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate what "
+            "the history does. %s; trust effect_placebo rather than effect_logprob.",
+            state.global_step,
+            name,
+            lowest,
+            nll,
+            cause,
+        )

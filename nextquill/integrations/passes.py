@@ -35,6 +35,30 @@ class BatchScores(NamedTuple):
     sequence_ids: Tensor
 
 
+class SupervisedRows(NamedTuple):
+    """The rows of a batch that have a label: their positions in [B * T], labels and sequences (0 … B - 1), each [n]."""
+
+    shape: torch.Size
+    positions: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> SupervisedRows:
+        # One wait for the device, here; everything below selects by index.
+        positions = (labels != -100).flatten().nonzero().squeeze(1)
+        return cls(labels.shape, positions, labels.flatten()[positions], positions // labels.shape[1])
+
+    def select(self, state: HeadState) -> Tensor:
+        """The hidden states of these rows [n, D]."""
+        if state.hidden_states.shape[:2] != self.shape:
+            raise UnsupportedModelError(
+                f"output embedding: expected hidden states for {list(self.shape)} positions, "
+                f"got {list(state.hidden_states.shape[:2])}; a model that adds or drops positions is not supported"
+            )
+        return state.select(self.positions)
+
+
 class PairPasses:
     """Runs a loss over collated batches (`PairCollator`) of one model.
 
@@ -63,11 +87,11 @@ class PairPasses:
         """
         factual = batch["factual"]
         if not self.loss.needs_counterfactual:
-            return self._loss_pass(factual, None, num_items, call)
+            return self._loss_pass(self.loss, factual, None, num_items, call)
         if self.loss.detaches_counterfactual:
             with torch.no_grad():
                 hidden = self._hidden_pass(batch["counterfactual"], call)
-            return self._loss_pass(factual, hidden, num_items, call)
+            return self._loss_pass(self.loss, factual, hidden, num_items, call)
         return self._joint_pass(factual, batch["counterfactual"], num_items, call)
 
     @torch.no_grad()
@@ -79,22 +103,27 @@ class PairPasses:
         """
         counterfactual = self._hidden_pass(batch["counterfactual"], call)
         placebo = self._hidden_pass(batch["placebo"], call) if "placebo" in batch else None
-        factual, kept = batch["factual"], list[Tensor]()
+        loss, factual, kept = self._scoring_loss(), batch["factual"], list[Tensor]()
+        rows = SupervisedRows.of(factual["labels"])
 
-        def after_factual(state: HeadState, labels: Tensor) -> None:
+        def score_placebo(state: HeadState) -> None:
             if placebo is not None:
-                options = {"softcap": self.loss.softcap, "logit_scale": self.loss.logit_scale, "impl": self.loss.impl}
-                kept.append(linear_token_nll(placebo, state.weight, labels, bias=state.bias, **options))  # type: ignore[arg-type]
+                kept.append(
+                    linear_token_nll(
+                        _as_rows(placebo, state), state.weight, rows.labels,
+                        bias=state.bias, softcap=loss.softcap, logit_scale=loss.logit_scale, impl=loss.impl,
+                    )
+                )  # fmt: skip
 
-        _, output = self._loss_pass(factual, counterfactual, 1.0, call, self._scoring_loss(), after_factual)
-        return BatchScores(output, kept[0] if kept else None, _sequence_ids(factual["labels"]))
+        _, output = self._loss_pass(loss, factual, counterfactual, 1.0, call, score_placebo)
+        return BatchScores(output, kept[0] if kept else None, rows.sequence_ids)
 
     def _hidden_pass(self, branch: Branch, call: nn.Module | None) -> Tensor:
         """Final hidden states of the supervised rows [n, D]."""
-        kept: list[Tensor] = []
+        rows, kept = SupervisedRows.of(branch["labels"]), list[Tensor]()
 
         def keep(state: HeadState) -> Tensor:
-            kept.append(_supervised(state.hidden_states, branch["labels"]))
+            kept.append(rows.select(state))
             return state.hidden_states.new_zeros(())
 
         self.runner.forward(keep, _model_inputs(branch), call)
@@ -102,22 +131,21 @@ class PairPasses:
 
     def _loss_pass(
         self,
+        loss: PairLoss,
         branch: Branch,
         hidden_counterfactual: Tensor | None,
         num_items: float | Tensor | None,
         call: nn.Module | None,
-        loss: PairLoss | None = None,
-        afterwards: Callable[[HeadState, Tensor], None] | None = None,
+        afterwards: Callable[[HeadState], None] | None = None,
     ) -> tuple[Tensor, PreferenceLossOutput]:
-        kept: list[PreferenceLossOutput] = []
+        rows, kept = SupervisedRows.of(branch["labels"]), list[PreferenceLossOutput]()
 
         def compute(state: HeadState) -> Tensor:
-            labels = branch["labels"]
-            rows, targets = _supervised(state.hidden_states, labels), labels[_mask(labels)]
-            other = None if hidden_counterfactual is None else hidden_counterfactual.to(rows.dtype)
-            kept.append(_compute(loss or self.loss, rows, other, state, targets, _sequence_ids(labels), num_items))
+            hidden = rows.select(state)
+            other = None if hidden_counterfactual is None else _as_rows(hidden_counterfactual, state)
+            kept.append(_compute(loss, hidden, other, state, rows, num_items))
             if afterwards is not None:
-                afterwards(state, targets)
+                afterwards(state)
             return kept[0].loss
 
         return self.runner.forward(compute, _model_inputs(branch), call), kept[0]
@@ -126,15 +154,13 @@ class PairPasses:
         self, factual: Branch, counterfactual: Branch, num_items: float | Tensor | None, call: nn.Module | None
     ) -> tuple[Tensor, PreferenceLossOutput]:
         stacked = stack_branches(factual, counterfactual)
+        rows, both = SupervisedRows.of(factual["labels"]), SupervisedRows.of(stacked["labels"])
         kept: list[PreferenceLossOutput] = []
 
         def compute(state: HeadState) -> Tensor:
             # Row-major selection puts every factual row first, and both halves in the same order of labels.
-            rows = _supervised(state.hidden_states, stacked["labels"])
-            labels = factual["labels"]
-            first, second = rows.chunk(2) if len(rows) else (rows, rows)
-            targets = labels[_mask(labels)]
-            kept.append(_compute(self.loss, first, second, state, targets, _sequence_ids(labels), num_items))
+            first, second = both.select(state).split(len(rows.labels)) if len(rows.labels) else [both.select(state)] * 2
+            kept.append(_compute(self.loss, first, second, state, rows, num_items))
             return kept[0].loss
 
         return self.runner.forward(compute, _model_inputs(stacked), call), kept[0]
@@ -167,32 +193,18 @@ def _compute(
     factual: Tensor,
     counterfactual: Tensor | None,
     state: HeadState,
-    labels: Tensor,
-    sequence_ids: Tensor,
+    rows: SupervisedRows,
     num_items: float | Tensor | None,
 ) -> PreferenceLossOutput:
     return loss.compute(
-        factual, counterfactual, state.weight, labels, state.bias, sequence_ids, num_items, effect_nll=False
+        factual, counterfactual, state.weight, rows.labels, state.bias, rows.sequence_ids, num_items, effect_nll=False
     )
+
+
+def _as_rows(hidden: Tensor, state: HeadState) -> Tensor:
+    """Rows of an earlier pass in the dtype this pass selects its own in."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(state.weight.dtype)
 
 
 def _model_inputs(branch: Branch) -> dict[str, Tensor]:
     return {"input_ids": branch["input_ids"], "attention_mask": branch["attention_mask"]}
-
-
-def _mask(labels: Tensor) -> Tensor:
-    return labels != -100
-
-
-def _supervised(hidden: Tensor, labels: Tensor) -> Tensor:
-    if hidden.shape[:2] != labels.shape:
-        raise UnsupportedModelError(
-            f"output embedding: expected hidden states for {list(labels.shape)} positions, got {list(hidden.shape[:2])}; "
-            "prompt-learning adapters that insert positions are not supported"
-        )
-    return hidden[_mask(labels)]
-
-
-def _sequence_ids(labels: Tensor) -> Tensor:
-    rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand(labels.shape)
-    return rows[_mask(labels)]

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from nextquill.data import EncodedExample, PairCollator
+from nextquill.errors import ArgumentError
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import SFTLoss
+
+_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ def score_examples(
         pad_token_id: fills the batches.
         batch_size: examples at a time.
     """
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
     passes = PairPasses(model, SFTLoss())
-    branches = ("factual", "counterfactual")
-    if examples and all(example.placebo is not None for example in examples):
-        branches += ("placebo",)  # type: ignore[assignment]
-    collate = PairCollator(pad_token_id, branches)
+    placebo = bool(examples) and all(example.placebo is not None for example in examples)
+    collate = PairCollator(pad_token_id, ("factual", "counterfactual", *(["placebo"] if placebo else [])))
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -64,6 +67,44 @@ def score_examples(
             yield from _score_batch(passes, part, collate(part), device)
     finally:
         model.train(training)
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The piece of text each token adds; they join to the decoded text.
+
+    A token that ends inside a character adds nothing, and the one that completes it adds the character. Each step
+    decodes the tokens since the last but one that completed something, so the cost is linear in the length. A tokenizer
+    whose decoding reaches further back (a clean-up of spaces) is found out at the end, and decoded from the start for
+    every token.
+    """
+    full = tokenizer.decode(list(token_ids))
+    pieces: list[str] = []
+    previous, complete, known = 0, 0, ""  # `known` is the text of the tokens from `previous` to `complete`
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[previous:end]))
+        if text.endswith(_REPLACEMENT) or not text.startswith(known):
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :])
+        previous, complete = complete, end
+        known = tokenizer.decode(list(token_ids[previous:complete]))
+    joined = "".join(pieces)
+    if pieces and full.startswith(joined):  # the last character may be incomplete
+        pieces[-1] += full[len(joined) :]
+        return pieces
+    return _token_texts_from_start(tokenizer, token_ids, full)
+
+
+def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str) -> list[str]:
+    pieces: list[str] = []
+    start = done = 0
+    for end in range(1, len(token_ids) + 1):
+        text = full if end == len(token_ids) else tokenizer.decode(list(token_ids[:end]))
+        while done < min(len(text), len(full)) and text[done] == full[done]:
+            done += 1
+        pieces.append(full[start:done])
+        start = done
+    return pieces
 
 
 def _score_batch(

@@ -8,26 +8,31 @@ are atomic. Everything else (optimisers, schedulers, mixed precision, PEFT, call
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from nextquill.data import EncodedExample, ExampleEncoder, PairCollator, PromptTemplate, load_records
-from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.integrations import checkpoints
-from nextquill.integrations.metrics import CounterfactualWatch, TrainingMeter, eval_metrics
-from nextquill.integrations.passes import BatchScores, PairPasses
+from nextquill.integrations.checks import (
+    check_arguments,
+    check_model,
+    check_options,
+    check_vocabulary,
+    default_max_length,
+)
+from nextquill.integrations.metrics import CounterfactualWatch, TrainingMeter, eval_metrics, example_table
+from nextquill.integrations.passes import PairPasses
 from nextquill.losses import NextQuillLoss, PairLoss
 
-_REFUSED = ("compute_loss_func", "compute_metrics", "data_collator", "preprocess_logits_for_metrics", "model_init")
+__all__ = ["EncodedDataset", "NextQuillTrainer", "check_vocabulary", "default_max_length"]
 
 
 class EncodedDataset(Dataset[EncodedExample]):
@@ -44,6 +49,7 @@ class EncodedDataset(Dataset[EncodedExample]):
 
     @property
     def has_placebo(self) -> bool:
+        """Whether every example has a placebo branch."""
         return bool(self.examples) and all(example.placebo is not None for example in self.examples)
 
 
@@ -61,14 +67,17 @@ class NextQuillTrainer(Trainer):
         template: how a prompt is worded; `PromptTemplate()` by default.
         max_length: budget of prompt and response in tokens; by default 2048 or the model's own limit if that is less.
         max_response_length: budget of the response alone, or None.
+        callbacks: as the Trainer's; a `CounterfactualWatch` among them takes the place of the default one.
         options: everything else the Trainer takes, but for compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init, which this class fills itself.
 
     Logged while training, over the interval since the last log and all ranks: loss_factual, loss_effect,
-    loss_counterfactual (terms under the loss's reduction), nll_factual, nll_counterfactual, effect_logprob, effect_prob,
-    share_above_threshold, token_weight (means over tokens), num_tokens, num_sequences. Evaluation returns eval_loss,
-    eval_nll_factual, eval_nll_counterfactual, eval_nll_placebo, eval_effect_logprob, eval_effect_placebo,
-    eval_effect_prob, eval_share_above_threshold and eval_num_tokens.
+    loss_counterfactual (terms under the loss's reduction), nll_factual, nll_counterfactual, effect_logprob,
+    effect_prob, share_above_threshold, token_weight (means over tokens), num_tokens, num_sequences; of a loss of one
+    stream only loss_factual, nll_factual and the two numbers. Evaluation returns eval_loss, eval_nll_factual,
+    eval_nll_counterfactual, eval_effect_logprob, eval_effect_prob, eval_share_above_threshold, eval_num_tokens, and,
+    where the data has more than one user, eval_nll_placebo and eval_effect_placebo. `predict` takes records too; its
+    `predictions` are the per-example table of `metrics.EVAL_COLUMNS`, its `label_ids` the examples' positions.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -88,33 +97,24 @@ class NextQuillTrainer(Trainer):
         template: PromptTemplate | None = None,
         max_length: int | None = None,
         max_response_length: int | None = None,
+        callbacks: list[Any] | None = None,
         **options: Any,
     ) -> None:
-        for name in _REFUSED:
-            if options.get(name) is not None:
-                raise ArgumentError(f"{name}: NextQuillTrainer fills this itself; subclass it to change it")
-        if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")
-        if processing_class is None:
-            raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
+        check_options(options)
         loss = NextQuillLoss(detach_counterfactual=True) if loss is None else loss
-        if not isinstance(loss, PairLoss):
-            raise ArgumentTypeError(f"loss: expected a nextquill loss, got {type(loss).__name__}")
+        check_model(model, processing_class, loss)
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
-        if args.n_gpu > 1:
-            raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
-        check_vocabulary(model, processing_class)
 
         self.passes = PairPasses(model, loss)
         self.loss = self.passes.loss
         length = default_max_length(model) if max_length is None else max_length
         self.encoder = ExampleEncoder(processing_class, template, length, max_response_length)  # type: ignore[arg-type]
-        self.meter, self.watch = TrainingMeter(), CounterfactualWatch()
-        self._seed = args.seed
-        self._disable_tqdm = args.disable_tqdm
+        self.meter, self.watch, callbacks = TrainingMeter(), *_with_watch(self.loss, callbacks)
+        self.args = args  # what encoding reads of it; the Trainer sets it again
         super().__init__(
             model,
             args,
@@ -127,46 +127,62 @@ class NextQuillTrainer(Trainer):
             ),
             processing_class=processing_class,
             compute_metrics=self._eval_metrics,
+            callbacks=callbacks,
             **options,
         )
-        self.add_callback(self.watch)
-        self.model_accepts_loss_kwargs = False
+        # Both say that `compute_loss` has normalised over the accumulation window: the first to transformers before
+        # 5.20 or so, the second, which it has in place of it, since.
+        self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._staging_for: Path | None = None
+        self._identity: dict[str, Any] | None = None
+        self._is_staging = False
 
     # ---- data ----------------------------------------------------------------------------------
 
     def _collator(self, *branches: str) -> PairCollator:
         tokenizer = self.encoder.renderer.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        return PairCollator(pad, branches)
+        known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return PairCollator(next((i for i in known if i is not None), 0), branches)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if source is None or isinstance(source, EncodedDataset):
             return source
-        progress = None if self._disable_tqdm else _progress
-        return EncodedDataset(self.encoder.encode_all(load_records(source), placebo, self._seed, progress))
+        progress = None if self.args.disable_tqdm else _progress
+        return EncodedDataset(self.encoder.encode_all(load_records(source), placebo, self.args.seed, progress))
 
     @contextmanager
     def _collating(self, *branches: str) -> Iterator[None]:
+        """Give the data loaders made in this block a collator of these branches."""
         previous, self.data_collator = self.data_collator, self._collator(*branches)
         try:
             yield
         finally:
             self.data_collator = previous
 
+    def _collating_for(self, dataset: EncodedDataset | None) -> Any:
+        placebo = ["placebo"] if dataset is not None and dataset.has_placebo else []
+        return self._collating("factual", "counterfactual", *placebo)
+
     def get_train_dataloader(self) -> Any:
+        """The Trainer's, over the branches that the loss needs."""
         with self._collating("factual", *(["counterfactual"] if self.loss.needs_counterfactual else [])):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if isinstance(eval_dataset, str):
-            chosen = self.eval_dataset[eval_dataset]
+        """The Trainer's, over all branches; `eval_dataset` may be records, or a name in the dict given at first."""
+        own: Any = self.eval_dataset
+        if isinstance(own, dict) and isinstance(eval_dataset, str) and eval_dataset in own:
+            own = own[eval_dataset]
         else:
-            chosen = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, placebo=True)
-            eval_dataset = None if eval_dataset is None else chosen
-        with self._collating("factual", "counterfactual", *(["placebo"] if chosen.has_placebo else [])):
+            eval_dataset = self._encoded(eval_dataset, placebo=True)
+        with self._collating_for(eval_dataset if isinstance(eval_dataset, EncodedDataset) else own):
             return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The Trainer's, over all branches of records."""
+        encoded: Any = self._encoded(test_dataset, placebo=True)
+        with self._collating_for(encoded):
+            return super().get_test_dataloader(encoded)
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -174,21 +190,18 @@ class NextQuillTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The accumulation window's batches, and what the reduction divides by over all of them and all ranks."""
-        batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
-        own = torch.tensor(float(sum(self._items(batch) for batch in batches)), device=device)
-        self.meter.add_step()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        own = torch.zeros((), device=device)
+        for batch in batches:
+            own += self._count_items(batch["factual"]["labels"].to(device))
+        self.meter.begin_step()
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
-    def _items(self, batch: Mapping[str, Any]) -> int:
-        supervised = batch["factual"]["labels"] != -100
+    def _count_items(self, labels: Tensor) -> Tensor | int:
+        supervised = labels != -100
         if self.loss.reduction == "sequence":
-            return int(supervised.any(-1).sum())
-        return int(supervised.sum()) if self.loss.reduction == "token" else 1
+            return supervised.any(-1).sum()
+        return supervised.sum() if self.loss.reduction == "token" else 1
 
     def compute_loss(
         self,
@@ -197,36 +210,59 @@ class NextQuillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """This micro-batch's share of the window's loss; with `return_outputs` also its `PreferenceLossOutput`."""
         loss, output = self.passes.training_loss(inputs, num_items_in_batch, model)
         self.meter.add(output)
-        # Data-parallel engines average gradients over ranks; the sum over ranks is what was normalised.
-        loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": loss}) if return_outputs else loss
+        if num_items_in_batch is not None:
+            # Data-parallel engines average gradients over ranks; the sum over ranks is what was normalised.
+            loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
-            reduce = lambda sums: self.accelerator.reduce(sums, reduction="sum")  # noqa: E731
-            logs |= self.meter.read(reduce, self.args.device)
+        """As the Trainer's; a log of the training loop, which every rank makes, gets the interval's metrics."""
+        if "loss" in logs and start_time is not None:
+            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        folder, identity = Path(self.args.output_dir), checkpoints.run_identity(self.model, self.loss)
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """6 · parameters · tokens over the branches; a pass without gradient costs a third."""
+        total = 0.0
+        for name, branch in inputs.items():
+            if isinstance(branch, Mapping):
+                constant = name != "factual" and self.loss.detaches_counterfactual
+                total += super().floating_point_ops(dict(branch)) / (3 if constant else 1)
+        return int(total)
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        for branch in inputs.values():
+            if isinstance(branch, Mapping):
+                super()._track_num_input_tokens(branch)  # type: ignore[no-untyped-call]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete, or of another model or loss.
+        """
+        folder = Path(str(self.args.output_dir))
+        checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
+        if self._identity is None:  # once: the engine may shard the parameters afterwards
+            self._identity = checkpoints.run_identity(self.model, self.loss)
+        if checkpoint is not None and self.is_world_process_zero():
+            checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
-        if resume_from_checkpoint:
-            own = isinstance(resume_from_checkpoint, bool)
-            checkpoints.check_identity(folder if own else Path(str(resume_from_checkpoint)).parent, identity)
-        if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_text(folder / checkpoints.RUN_FILE, json.dumps(identity, indent=2) + "\n")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._write_identity(folder)
+        self.meter.reset()
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     # ---- evaluation ----------------------------------------------------------------------------
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
@@ -238,90 +274,56 @@ class NextQuillTrainer(Trainer):
         return None, table, inputs["example_index"]
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
-        table = torch.from_numpy(prediction.predictions)
+        table = torch.from_numpy(np.asarray(prediction.predictions))
         return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return run_dir if self._staging_for is None else str(self._staging_for / checkpoints.STAGING)
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder) / checkpoints.STAGING) if self._is_staging else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when complete."""
-        run_dir = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging_for = run_dir
+        """As the Trainer's, but written under another name and renamed when every rank's part is in it."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        staged = folder / checkpoints.STAGING / name
+        self._is_staging = True
         try:
             super()._save_checkpoint(model, trial)
+            best = f"checkpoint-{self.state.best_global_step}"
+            if best == name or (folder / best).is_dir():
+                self.state.best_model_checkpoint = str(folder / best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                staged = run_dir / checkpoints.STAGING / name
-                self._point_at_best(run_dir, name, staged)
-                checkpoints.move_into_place(staged, run_dir / name)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                self._write_identity(staged)
+                checkpoints.move_into_place(staged, folder / name)
         finally:
-            self._staging_for = None
+            self._is_staging = False
             if self.args.should_save:
-                checkpoints.remove_staging(run_dir)
+                checkpoints.remove_staging(folder)
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+            checkpoints.rotate(folder, self.args.save_total_limit, name, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
 
-    def _point_at_best(self, run_dir: Path, name: str, staged: Path) -> None:
-        """Name the best checkpoint by its final path, in the state and in the file just written."""
-        best = self.state.best_global_step
-        if not best or self.args.metric_for_best_model is None:
-            return
-        path = run_dir / f"checkpoint-{best}"
-        if path.name == name or path.exists():
-            self.state.best_model_checkpoint = str(path)
-            self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_staging:  # the upload goes on in the background and needs a folder that stays
+            super()._push_from_checkpoint(checkpoint_folder)
 
-
-def default_max_length(model: nn.Module) -> int:
-    """2048 tokens, or the model's own limit if that is less."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048
+    def _write_identity(self, folder: Path) -> None:
+        checkpoints.write_text(folder / checkpoints.RUN_FILE, json.dumps(self._identity, indent=2) + "\n")
 
 
-def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ArgumentError where the tokenizer can produce ids the model has no embedding for."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    size = getattr(getattr(embedding, "weight", None), "shape", [0])[0]
-    if size and len(tokenizer) > size:
-        raise ArgumentError(
-            f"processing_class: its {len(tokenizer)} tokens exceed the model's {size} embeddings; "
-            "resize the model's embeddings or use its own tokenizer"
-        )
-
-
-def example_table(scores: BatchScores, num_examples: int, loss: PairLoss) -> Tensor:
-    """Per-example means over tokens, [num_examples, EVAL_COLUMNS]; float32."""
-    output, ids = scores.output, scores.sequence_ids
-    pair = output.pair_nll
-    assert pair.counterfactual is not None
-
-    def sums(values: Tensor) -> Tensor:
-        return values.new_zeros(num_examples).index_add(0, ids, values)
-
-    count = sums(torch.ones_like(pair.factual))
-    placebo = torch.full_like(pair.factual, torch.nan) if scores.placebo_nll is None else scores.placebo_nll
-    means = [
-        sums(values) / count.clamp(min=1.0)
-        for values in (
-            pair.factual,
-            pair.counterfactual,
-            placebo,
-            pair.effect_prob,
-            (pair.effect_prob > loss.threshold).to(pair.factual.dtype),
-        )
-    ]
-    objective = sums(output.token_loss)
-    if loss.reduction == "token":
-        objective = objective / count.clamp(min=1.0)
-    return torch.stack([objective, *means, count], dim=1).float()
+def _with_watch(loss: PairLoss, callbacks: list[Any] | None) -> tuple[CounterfactualWatch, list[Any]]:
+    """The watch among the callbacks, or a new one, and the callbacks with it."""
+    callbacks = list(callbacks or [])
+    given = [callback for callback in callbacks if isinstance(callback, CounterfactualWatch)]
+    if given:
+        return given[0], callbacks
+    watch = CounterfactualWatch(trained_through=loss.needs_counterfactual and not loss.detaches_counterfactual)
+    return watch, [*callbacks, watch]
 
 
 def _progress(iterable: Iterable[Any], total: int, desc: str) -> Iterable[Any]:

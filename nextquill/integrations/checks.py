@@ -1,0 +1,94 @@
+"""What a trainer refuses before any work: arguments that do not fit each other, or that it would silently ignore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nextquill.errors import ArgumentError, ArgumentTypeError, UnsupportedModelError
+from nextquill.losses import PairLoss
+
+#: Options of transformers' Trainer that `NextQuillTrainer` fills itself.
+FILLED_OPTIONS = (
+    "compute_loss_func",
+    "compute_metrics",
+    "data_collator",
+    "preprocess_logits_for_metrics",
+    "model_init",
+)
+
+# Training arguments that would be ignored or break later, with the values that are accepted and the reason.
+_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0, 0.0), "the loss runs inside the model's head, where labels are not smoothed"),
+    "torch_compile": ((False,), "the loss is set into the model's head anew in every step, which would recompile it"),
+    "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
+    "eval_do_concat_batches": ((True,), "metrics are means over all tokens of an evaluation"),
+    "include_for_metrics": (([], None), "metrics are made of the loss's own results"),
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ArgumentError where an option is given that the trainer fills itself."""
+    for name in FILLED_OPTIONS:
+        if options.get(name) is not None:
+            raise ArgumentError(f"{name}: NextQuillTrainer fills this itself; subclass it to change it")
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ArgumentError for training arguments that would be ignored or break later."""
+    for name, (accepted, reason) in _ARGUMENTS.items():
+        value = getattr(args, name, accepted[0])
+        if value not in accepted:
+            raise ArgumentError(f"args: {name}={value!r} is not supported: {reason}")
+    if args.n_gpu > 1:
+        raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
+    parallelism = getattr(args, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallelism, name, 1) not in (1, None):
+            raise ArgumentError(f"args: parallelism_config.{name} above 1 is not supported, only data parallelism")
+
+
+def check_model(model: Any, processing_class: Any, loss: Any) -> None:
+    """Raise unless these are a causal language model, its tokenizer, and a loss.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer is not the model's.
+        UnsupportedModelError: the model adds a loss of its own, which would be lost.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if processing_class is None:
+        raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
+    if not isinstance(loss, PairLoss):
+        hint = "; give an instance" if isinstance(loss, type) else ""
+        raise ArgumentTypeError(f"loss: expected a nextquill loss, got {type(loss).__name__} {loss!r}{hint}")
+    check_vocabulary(model, processing_class)
+    if getattr(_text_config(model), "output_router_logits", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its router loss is not computed here; set config.output_router_logits to False"
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise ArgumentError where the tokenizer can produce ids the model has no embedding for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    size = getattr(getattr(embedding, "weight", None), "shape", [0])[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if size and largest >= size:
+        raise ArgumentError(
+            f"processing_class: its token ids go up to {largest}, the model has {size} embeddings; "
+            "resize the model's embeddings or use its own tokenizer"
+        )
+
+
+def default_max_length(model: nn.Module) -> int:
+    """2048 tokens, or the model's own limit if that is less."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    return min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
