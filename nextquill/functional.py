@@ -112,8 +112,6 @@ def restore_rows(values: Tensor, plan: RowPlan, inputs: HeadInputs) -> Tensor:
     return full.view(inputs.shape)
 
 
-def _head_call(
-    inputs: HeadInputs, ignore_index: int, softcap: float | None, logit_scale: float, impl: str
-) -> HeadCall:
+def _head_call(inputs: HeadInputs, ignore_index: int, softcap: float | None, logit_scale: float, impl: str) -> HeadCall:
     kernels = resolve_impl(impl, inputs.factual.device)
     return HeadCall(plan_rows(inputs.labels, None, ignore_index), kernels, softcap, logit_scale)

@@ -57,8 +57,8 @@ class PairLoss(nn.Module):
         detach_counterfactual: treat z0 as a constant: no gradient to h0, nor to W and b through it.
         anchor: factor of the counterfactual's own nll, at least 0; it needs a counterfactual with gradient.
         reduction: "sequence" (mean over sequences; exact for any split of the batch), "token" (every sum divided by the
-            number of supervised tokens) or "micro_batch" (all rows of a call as one sequence, as NextQuill's code). Under
-            "token" the weighted sum is not divided by Σw, so with weights below 1 `alpha` counts for more.
+            number of supervised tokens) or "micro_batch" (all rows of a call as one sequence, as NextQuill's code).
+            Under "token" the weighted sum is not divided by Σw, so with weights below 1 `alpha` counts for more.
         ignore_index: label of rows that do not count.
         softcap, logit_scale: what the architecture does to its logits; see `linear_pair_nll`.
         impl: "auto", "triton", "native" or "torch".

@@ -90,8 +90,7 @@ class PromptRenderer:
     def _try_apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str | Exception:
         try:
             return self._apply(messages, generation_prompt=generation_prompt)
-        # A chat template is a program of its author's and may fail in any way.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a chat template is a program of its author's, and fails as it likes
             return error
 
     def _accepts_system_role(self) -> bool:

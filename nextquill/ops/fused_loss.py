@@ -164,9 +164,7 @@ class _Engine:
         options = (self.head.softcap, self.head.logit_scale)
         z1, z0 = self.buffers[0][:size], self.buffers[-1][:size]
         if grads.effect is not None:
-            self.kernels.pair_grad_(
-                z1, z0, labels, grads.factual, grads.counterfactual, grads.effect, *options
-            )
+            self.kernels.pair_grad_(z1, z0, labels, grads.factual, grads.counterfactual, grads.effect, *options)
         else:
             self.kernels.token_grad_(z1, labels, grads.factual, *options)
             if self.through_counterfactual and grads.counterfactual is not None:

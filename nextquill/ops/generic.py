@@ -141,9 +141,7 @@ def _chunks(
     for chunk in split_rows(0, call.plan.num_rows, max_rows):
         rows = call.plan.rows[chunk]
         hidden = tuple(gather_rows(stream, rows, head) for stream in streams)
-        logits = tuple(
-            head.logits(h, buffer[: rows.numel()]) for h, buffer in zip(hidden, buffers, strict=True)
-        )
+        logits = tuple(head.logits(h, buffer[: rows.numel()]) for h, buffer in zip(hidden, buffers, strict=True))
         yield chunk, logits, hidden
 
 

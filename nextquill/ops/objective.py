@@ -92,9 +92,7 @@ class PairObjective:
             return plan.num_sequences
         return plan.num_rows if self.reduction == "token" else 1
 
-    def coefficients(
-        self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float
-    ) -> RowCoefficients:
+    def coefficients(self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float) -> RowCoefficients:
         """Coefficients of a group's rows, given their nll's."""
         weights = self._weights(pair, group)
         if self.reduction == "token":

@@ -124,9 +124,7 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
     return sequence_ids.reshape(-1).long()
 
 
-def _check_labels(
-    labels: Tensor, hidden: Tensor, hidden_name: str, vocabulary: int, ignore_index: int
-) -> Tensor:
+def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str, vocabulary: int, ignore_index: int) -> Tensor:
     if not isinstance(labels, Tensor):
         raise ArgumentTypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     if not _is_integer(labels):

@@ -80,7 +80,8 @@ def clip_weights(pair: PairNLL, minimum: float, maximum: float) -> Tensor:
 def exp_clip_weights(pair: PairNLL, maximum: float) -> Tensor:
     """LongCE's w: min(exp(nll_c - nll_f), maximum)."""
     return torch.minimum(
-        torch.exp(_counterfactual(pair) - pair.factual), pair.factual.new_tensor(maximum),
+        torch.exp(_counterfactual(pair) - pair.factual),
+        pair.factual.new_tensor(maximum),
     ).detach()
 
 
