@@ -17,5 +17,5 @@ DESCRIPTION = (
 
 def run(arguments: Sequence[str]) -> int:
     (options,) = parse("demo", DESCRIPTION, (DemoOptions,), arguments)
-    run_demo(options.output_dir, seed=options.seed, quick=options.quick)
+    run_demo(options.output_dir, seed=options.seed, seeds=options.seeds, quick=options.quick)
     return OK

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 
 from nextquill.cli.main import OK
-from nextquill.cli.options import EvaluateOptions, ModelOptions, PromptOptions, ScoreFiles
+from nextquill.cli.options import EvaluateOptions, ModelOptions, PromptOptions, ScoreFiles, check_positive
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import Scored, bar
-from nextquill.integrations.checkpoints import write_text
-from nextquill.integrations.generation import greedy_responses
+from nextquill.cli.progress import bar
+from nextquill.cli.scored import Scored, claim_output_file
+from nextquill.integrations.generation import greedy_responses, rouge_l
 from nextquill.integrations.scoring import ExampleScores
 from nextquill.losses import DEFAULT_THRESHOLD
+from nextquill.report.files import write_whole
 
 DESCRIPTION = (
     "Measure a model on records: nll of the responses with the user's history, without it and under another user's "
@@ -40,15 +40,17 @@ _ROWS = (
 def run(arguments: Sequence[str]) -> int:
     kinds = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
     model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, kinds, arguments)
+    check_positive(options, ("max_new_tokens", "generate_limit"))
+    target = None
+    if options.output_file is not None:
+        target = claim_output_file(options.output_file, overwrite=options.overwrite)
     scored = Scored(model_options, prompt_options, files)
     metrics = summarise(scored.scores())
     if options.generate:
         metrics |= rouge(scored, options)
     _print(metrics)
-    if options.output_file is not None:
-        path = Path(options.output_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(metrics, indent=2) + "\n")
+    if target is not None:
+        write_whole(target, json.dumps(metrics, indent=2) + "\n")
     return OK
 
 
@@ -77,12 +79,10 @@ def summarise(scores: Iterable[ExampleScores]) -> dict[str, float]:
 
 def rouge(scored: Scored, options: EvaluateOptions) -> dict[str, float]:
     """ROUGE-L F1 of greedy responses against the records' own."""
-    from rouge_score import rouge_scorer
-
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     examples = scored.examples[: options.generate_limit]
+    references = [scored.records[example.index].response for example in examples]
     metrics = {}
-    for branch, name in (("factual", "rouge_l"), ("counterfactual", "rouge_l_without")):
+    for branch, name, what in (("factual", "rouge_l", "with"), ("counterfactual", "rouge_l_without", "without")):
         texts = greedy_responses(
             scored.model,
             scored.tokenizer,
@@ -91,12 +91,8 @@ def rouge(scored: Scored, options: EvaluateOptions) -> dict[str, float]:
             max_new_tokens=options.max_new_tokens,
             batch_size=scored.batch_size,
         )
-        texts = bar(texts, total=len(examples), desc=f"Generating ({branch})")
-        scores = [
-            scorer.score(scored.records[example.index].response, text)["rougeL"].fmeasure
-            for example, text in zip(examples, texts, strict=True)
-        ]
-        metrics[name] = sum(scores) / len(scores)
+        texts = bar(texts, total=len(examples), desc=f"Generating {what} history")
+        metrics[name] = rouge_l(references, list(texts))
     return metrics
 
 
@@ -107,10 +103,10 @@ def _print(metrics: dict[str, float]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
-    table.add_column("value", justify="right")
+    table.add_column("value", justify="right", no_wrap=True)
     table.add_column("unit")
     for name, label, unit in _ROWS:
         if name in metrics:
-            value = metrics[name]
+            value = round(metrics[name], 4) + 0.0  # never -0.0000
             table.add_row(label, f"{value:.0f}" if name in ("examples", "tokens") else f"{value:.4f}", unit)
     Console().print(table)

@@ -1,29 +1,33 @@
 """The `nextquill` command: chooses a subcommand, and turns a user's mistake into one line and an exit code.
 
-Exit codes: 0 done; 1 the run failed for a reason the message names; 2 wrong usage, nothing was started; 130 interrupted.
+Exit codes: 0 done; 1 the run failed for a reason the message names; 2 a flag, a config key or a value is wrong;
+130 interrupted. `--debug` shows the traceback of an error. What is nobody's mistake but ours always shows it.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, about 3 minutes).",
+    "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, a minute or two).",
     "train": "Fine-tune a model on users' histories with a causal loss.",
     "evaluate": "Measure a model: nll with, without and under another user's history, effects, ROUGE-L.",
     "score": "Write every response token's effect, and show some in colour.",
 }
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_PACKAGES = "pip install 'nextquill[cli]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
         return OK if arguments else USAGE
     if arguments[0] == "--version":
         from nextquill import __version__
@@ -32,38 +36,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        return _fail(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}", USAGE)
-    return _run(command, rest)
-
-
-def _run(command: str, arguments: list[str]) -> int:
-    arguments, debug = _take_debug(arguments)
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {command!r}; {hint}", USAGE)
+    arguments, debug = _take_debug(rest)
     try:
-        module = importlib.import_module(f"nextquill.cli.{command}")
-    except ImportError as error:
-        if debug:
-            raise
-        return _fail(f"{command} needs packages that are not installed ({error}); pip install 'nextquill[cli]'", FAILED)
-    from nextquill.cli.parsing import UsageError
-    from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
-
-    try:
-        if not debug:
-            warnings.simplefilter("ignore")  # third-party deprecations are not the user's to mend
-        code: int = module.run(arguments)
-        return code
+        return _run(command, arguments, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except NextQuillError as error:
-        if debug:
+    except SystemExit as stop:  # after --help
+        return int(stop.code or OK)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        message, code = _explain(command, error)
+        if debug or message is None:
             raise
-        usage = isinstance(error, (UsageError, ArgumentError, ArgumentTypeError))
-        hint = f"; see nextquill {command} --help" if isinstance(error, UsageError) else ""
-        return _fail(f"{error}{hint}", USAGE if usage else FAILED)
-    except (OSError, MemoryError) as error:
-        if debug:
-            raise
-        return _fail(f"{type(error).__name__}: {error}", FAILED)
+        return _fail(message, code)
+
+
+def _run(command: str, arguments: list[str], debug: bool) -> int:
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")  # third-party deprecations are not the user's to mend
+        code: int = importlib.import_module(f"nextquill.cli.{command}").run(arguments)
+    return code
+
+
+def _explain(command: str, error: Exception) -> tuple[str | None, int]:
+    """One line for an error that a user can do something about, and the exit code; None for any other error."""
+    from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, NextQuillError):
+        if type(error).__name__ == "UsageError":
+            return f"{text}; see nextquill {command} --help", USAGE
+        return text, USAGE if isinstance(error, (ArgumentError, ArgumentTypeError)) else FAILED
+    if isinstance(error, ImportError):
+        return f"{command} needs a package that is not installed: {text}; {_PACKAGES}", FAILED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return f"out of memory; use a smaller batch, --max_length or --chunk_bytes ({text[:120]})", FAILED
+    if isinstance(error, (OSError, MemoryError, ValueError)) or _is_connection_error(error):
+        return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
+    return None, FAILED
+
+
+def _is_connection_error(error: Exception) -> bool:
+    return type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nextquill.data import PromptTemplate
-from nextquill.errors import ArgumentError
-from nextquill.integrations.loading import PromptSettings
+from nextquill.errors import ArgumentError, NextQuillError
+from nextquill.integrations.loading import PromptSettings, is_adapter
+from nextquill.integrations.scratch import SCRATCH_SIZES
 from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
 
 LOSSES: dict[str, type[PairLoss]] = {
@@ -18,19 +20,44 @@ LOSSES: dict[str, type[PairLoss]] = {
     "longce": LongCELoss,
     "sft": SFTLoss,
 }
-#: Lengths of prompt and response for a new model, whose context is larger than a CPU wants to pay for.
-SCRATCH_MAX_LENGTH = 1024
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field whose metadata are what argparse's `add_argument` takes."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def check_positive(options: Any, names: Sequence[str]) -> None:
+    """Raise ArgumentError where one of these fields is set and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{name}: expected a positive number, got {value}")
+
+
+@dataclass
+class TrainModelOptions:
+    """Which model is trained."""
+
+    model_name_or_path: str = option(
+        "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from "
+        "the training text.",
+        metavar="MODEL",
+    )
+    dtype: str = option(
+        "Precision of the weights: 'auto' as stored. Training all weights in half precision rounds small updates away; "
+        "float32 with --bf16 does not.",
+        "auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
 
 
 @dataclass
 class ModelOptions:
+    """Which model is measured."""
+
     model_name_or_path: str = option(
-        "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from the "
-        "training text."
+        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", metavar="MODEL"
     )
     dtype: str = option(
         "Precision the weights are loaded in.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
@@ -39,9 +66,13 @@ class ModelOptions:
 
 @dataclass
 class TrainFiles:
-    train_file: str = option("Training records, JSONL: user_id, query, history, response and optionally timestamp.")
-    eval_file: str | None = option("Evaluation records, in the same form.", None)
-    overwrite_output_dir: bool = option("Delete what an output folder of an earlier run holds.", False)
+    """What goes in; --output_dir is TrainingArguments' own."""
+
+    train_file: str = option(
+        "Training records, JSONL: user_id, query, history, response and optionally timestamp.", metavar="FILE"
+    )
+    eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
+    overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
 
 
 @dataclass
@@ -60,11 +91,24 @@ class PromptOptions:
         choices=["none", "removal"],
     )  # fmt: skip
     system_prompt: str | None = option("A system message.", None)
-    chat: bool | None = option("Force the tokenizer's chat template on or off; by default used where there is one.", None)
+    chat: bool | None = option(
+        "Force the tokenizer's chat template on or off; left out: used where there is one.", None
+    )
 
-    def settings(self, stored: PromptSettings | None, default_length: int) -> PromptSettings:
+    def settings(self, stored: PromptSettings | None, default_length: int, context: int | None) -> PromptSettings:
+        """The flags over what the model was trained with over the defaults.
+
+        Args:
+            stored: what the model folder says, or None.
+            default_length: `max_length` where neither says.
+            context: most positions the model has, or None.
+
+        Raises:
+            ArgumentError: a length below 1 or beyond the context.
+        """
+        check_positive(self, ("max_length", "max_response_length"))
         template = PromptTemplate() if stored is None else stored.template
-        given = {
+        given: dict[str, Any] = {
             "order": self.prompt_order,
             "counterfactual": self.counterfactual,
             "system": self.system_prompt,
@@ -72,12 +116,16 @@ class PromptOptions:
         }
         template = dataclasses.replace(template, **{k: v for k, v in given.items() if v is not None})
         length = self.max_length or (default_length if stored is None else stored.max_length)
+        if context is not None and length > context:
+            raise ArgumentError(f"--max_length: expected at most the model's context of {context} tokens, got {length}")
         response = self.max_response_length or (None if stored is None else stored.max_response_length)
         return PromptSettings(template, length, response)
 
 
 @dataclass
 class LossOptions:
+    """The objective. What is left out has the published value, in brackets."""
+
     loss: str = option("The training objective.", "nextquill", choices=sorted(LOSSES))
     threshold: float | None = option("nextquill: least probability difference of a personal token (0.05).", None)
     high_weight: float | None = option("nextquill: weight of personal tokens (0.9).", None)
@@ -109,48 +157,76 @@ class LossOptions:
         for name in given:
             if name not in known:
                 raise ArgumentError(f"--{name}: --loss {self.loss} has no such option")
-        return kind(**given)
+        try:
+            return kind(**given)
+        except NextQuillError as error:  # its message begins with the argument's name
+            raise ArgumentError(f"--{error}") from error
 
 
 @dataclass
 class LoraOptions:
+    """Adapters."""
+
     lora_r: int | None = option("Train LoRA adapters of this rank instead of the whole model.", None)
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
     lora_dropout: float = option("Dropout inside the adapters.", 0.0)
-    lora_target_modules: list[str] | None = option(
-        "Names of the modules that get adapters (all linear layers but the head).", None
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers but the head)."}
     )
+
+    def check(self, model_name: str) -> None:
+        """Raise ArgumentError for flags that do not go together."""
+        if self.lora_r is None:
+            for name in ("lora_alpha", "lora_target_modules"):
+                if getattr(self, name) is not None:
+                    raise ArgumentError(f"--{name}: expected --lora_r with it")
+            return
+        check_positive(self, ("lora_r", "lora_alpha"))
+        if not 0 <= self.lora_dropout < 1:
+            raise ArgumentError(f"--lora_dropout: expected a probability below 1, got {self.lora_dropout}")
+        if model_name in SCRATCH_SIZES:
+            raise ArgumentError(
+                f"--lora_r: a new {model_name!r} model has no trained weights to adapt; train it whole, then give its "
+                "folder"
+            )
 
     def apply(self, model: Any) -> Any:
         """Wrap the model in adapters where a rank was given."""
         if self.lora_r is None:
             return model
-        if self.lora_r < 1:
-            raise ArgumentError(f"--lora_r: expected a positive rank, got {self.lora_r}")
+        if is_adapter(model):
+            raise ArgumentError("--lora_r: the model has an adapter, which is trained; leave --lora_r out")
         from peft import LoraConfig, get_peft_model
 
-        targets = self.lora_target_modules or "all-linear"
         config = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha or 2 * self.lora_r,
             lora_dropout=self.lora_dropout,
-            target_modules=targets,
+            target_modules=self.lora_target_modules or "all-linear",
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ArgumentError(f"--lora_target_modules: {error}") from error
 
 
 @dataclass
 class ScoreFiles:
-    eval_file: str = option("Records to score, JSONL.")
+    """What is measured."""
+
+    eval_file: str = option("Records to score, JSONL.", metavar="FILE")
     limit: int | None = option("Only the first so many records.", None)
     batch_size: int = option("Records at a time.", 8)
-    seed: int = option("Decides whose history serves as placebo.", 0)
+    seed: int = option("Decides whose history serves as placebo; train's default gives its evaluation.", 42)
 
 
 @dataclass
 class EvaluateOptions:
-    output_file: str | None = option("Also write the metrics here, as JSON.", None)
+    """What is measured besides, and where the figures go."""
+
+    output_file: str | None = option("Also write the metrics here, as JSON.", None, metavar="FILE")
+    overwrite: bool = option("Replace an existing output file.", False)
     generate: bool = option("Generate responses greedily and report ROUGE-L.", True)
     max_new_tokens: int = option("Bound on a generated response.", 128)
     generate_limit: int | None = option("Generate for only the first so many records.", None)
@@ -158,13 +234,18 @@ class EvaluateOptions:
 
 @dataclass
 class ScoreOptions:
-    output_file: str = option("Where the per-token effects go, JSONL, one record a line.")
-    show: int = option("Print so many responses, coloured by effect.", 3)
+    """Where the effects go."""
+
+    output_file: str = option("Where the per-token effects go, JSONL, one record a line.", metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
+    show: int = option("Print so many responses, coloured by effect.", 3)
 
 
 @dataclass
 class DemoOptions:
-    output_dir: str = option("Where the picture, the page and the figures go.", "demo")
+    """The demonstration."""
+
+    output_dir: str = option("Where the picture, the page and the figures go.", "demo", metavar="DIR")
     seed: int = option("Users, models and data order follow from it.", 0)
+    seeds: int | None = option("Runs, each with its own users and models (3).", None)
     quick: bool = option("A few seconds' run that shows the machinery, not the result.", False)

@@ -5,27 +5,90 @@ A `--config` file holds the same names as the flags; what is on the command line
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from nextquill.cli.help import help_text
 from nextquill.errors import NextQuillError
+
+#: Flags that are no booleans and take "true".
+_BARE_MEANS_TRUE = ("resume_from_checkpoint",)
 
 
 class UsageError(NextQuillError, ValueError):
     """A flag or a config key is wrong; nothing has been started."""
 
 
-class _Parser(HfArgumentParser):
-    """An HfArgumentParser that raises one line instead of printing two hundred flags."""
+class Parser(HfArgumentParser):
+    """An HfArgumentParser that raises one line instead of printing two hundred flags, and knows which are required.
+
+    Args:
+        command, description: for --help.
+        option_types: dataclasses; their fields are the flags.
+        defaults: defaults that differ from the dataclasses'.
+        required: flags that must be given although their dataclass has a default.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        description: str,
+        option_types: Sequence[Any],
+        defaults: dict[str, Any],
+        required: Sequence[str],
+    ) -> None:
+        super().__init__(list(option_types), allow_abbrev=False, prog=f"nextquill {command}", description=description)
+        self.add_argument("--config", metavar="FILE", help="A YAML file whose keys are these flags.")
+        self.set_defaults(**defaults)
+        self.required = {action.dest for action in self._actions if action.required} | set(required)
+        self.takes_mapping = {
+            name for kind in option_types for name, hint in get_type_hints(kind).items() if "dict" in str(hint)
+        }
+        for action in self._actions:
+            action.required = False  # asked for at the end, when the config file and the flags are together
+            if action.nargs is None and (action.type is string_to_bool or action.dest in _BARE_MEANS_TRUE):
+                action.nargs, action.const = "?", True if action.type is string_to_bool else "true"
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message))
+
+    def format_help(self) -> str:
+        return help_text(self, self.required)
+
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every spelling of every flag."""
+        return {name: action for action in self._actions for name in action.option_strings if name.startswith("--")}
+
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values of all flags.
+
+        Raises:
+            UsageError: an unknown flag, or a value of the wrong type.
+        """
+        namespace, unknown = self.parse_known_args(list(words))
+        if unknown:
+            raise UsageError(self.unknown_message(unknown[0]))
+        values = vars(namespace)
+        for name in self.takes_mapping:
+            _check_json(name, values.get(name))
+        return values
+
+    def unknown_message(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}; every value follows its flag"
+        name = word.split("=", 1)[0]
+        known = {flag[2:].replace("-", "_") for flag in self.flags()}
+        close = difflib.get_close_matches(name.strip("-").replace("-", "_"), sorted(known), n=1)
+        return f"unknown flag {name}" + (f"; did you mean --{close[0]}?" if close else "")
 
 
 def parse(
@@ -37,69 +100,76 @@ def parse(
     defaults: dict[str, Any] | None = None,
     required: Sequence[str] = (),
 ) -> tuple[Any, ...]:
-    """Parse `arguments` into one instance of each of `option_types`.
-
-    Args:
-        command: the command's name.
-        description: shown by --help.
-        option_types: dataclasses; their fields are the flags.
-        arguments: what followed the command.
-        defaults: defaults that differ from the dataclasses'.
-        required: flags that must be given although their dataclass has a default.
+    """Parse `arguments` into one instance of each of `option_types`; see `Parser`.
 
     Raises:
         UsageError: an unknown flag or key, a missing one, or a value of the wrong type.
     """
-    parser = _Parser(list(option_types), allow_abbrev=False, prog=f"nextquill {command}", description=description)
-    parser.add_argument("--config", help="A YAML file whose keys are these flags.")
-    parser.epilog = "--debug, anywhere on the command line, shows the traceback of an error."
-    parser.set_defaults(**(defaults or {}))
-    for action in parser._actions:
-        action.required = action.required or action.dest in required
-    arguments = [*_config_arguments(arguments, _flag_names(parser)), *arguments]
-    namespace, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise UsageError(_unknown_message(unknown[0], _flag_names(parser)))
-    values = vars(namespace)
+    parser = Parser(command, description, option_types, defaults or {}, required)
+    values = parser.parse([*_config_words(parser, arguments), *arguments])
+    missing = sorted(name for name in parser.required if values[name] is None)
+    if missing:
+        raise UsageError(f"expected {', '.join(f'--{name}' for name in missing)}")
     return tuple(_instantiate(kind, values) for kind in option_types)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _instantiate(kind: type, values: dict[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(kind) if f.init}
     try:
         return kind(**{name: value for name, value in values.items() if name in names})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error).strip().splitlines()[0]) from error
+    # What transformers and accelerate raise for values they do not like.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError) as error:
+        file = getattr(error, "filename", None)
+        flag = next((f"--{name}: " for name, value in values.items() if file is not None and value == file), "")
+        raise UsageError(f"{flag}{one_line(error)}") from error
 
 
-def _flag_names(parser: HfArgumentParser) -> list[str]:
-    return sorted({name for action in parser._actions for name in action.option_strings if name.startswith("--")})
+def _check_json(name: str, value: Any) -> None:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise UsageError(f"argument --{name}: not JSON: {error}") from error
 
 
-def _config_arguments(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+def _config_words(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """The config file's keys as flags, so that they are checked and converted like flags."""
     path = _config_path(arguments)
     if path is None:
         return []
+    flags, words = parser.flags(), list[str]()
+    for key, value in _read_yaml(path).items():
+        flag = f"--{key}"
+        if flag not in flags or key in ("config", "help"):
+            raise UsageError(f"--config: {path}: {parser.unknown_message(flag)}")
+        if value is None:
+            continue
+        try:
+            found = _as_words(parser, flags[flag], flag, value)
+            parser.parse(found)
+        except UsageError as error:
+            raise UsageError(f"--config: {path}: {error}") from error
+        words += found
+    return words
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: cannot read {path}: {error}") from error
+        raise UsageError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return []
-    if not isinstance(content, dict):
+        raise UsageError(f"--config: {path} is not YAML: {one_line(error)}") from error
+    if content is not None and not isinstance(content, dict):
         raise UsageError(f"--config: expected a mapping of flags in {path}, got {type(content).__name__}")
-    result: list[str] = []
-    for key, value in content.items():
-        if f"--{key}" not in flags or key in ("config", "help"):
-            raise UsageError(f"--config: {path}: {_unknown_message(f'--{key}', flags)}")
-        if value is not None:
-            result += [f"--{key}", *_as_words(value)]
-    return result
+    return content or {}
 
 
 def _config_path(arguments: Sequence[str]) -> str | None:
@@ -114,15 +184,26 @@ def _config_path(arguments: Sequence[str]) -> str | None:
     return path
 
 
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [str(value).lower()]
+def _as_words(parser: Parser, action: argparse.Action, flag: str, value: Any) -> list[str]:
+    """One key of a config file as command-line words; `--flag=value`, as a value may begin with a dash."""
     if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+        if any(isinstance(item, (list, dict)) for item in value):
+            raise UsageError(f"argument {flag}: expected a list of plain values, got one inside it")
+        if action.nargs == "+":
+            return [flag, *(_as_word(action, item) for item in value)]
+        if len(value) != 1:
+            raise UsageError(f"argument {flag}: expected one value, got a list of {len(value)}")
+        return [f"{flag}={_as_word(action, value[0])}"]
+    if isinstance(value, dict):
+        if action.dest not in parser.takes_mapping:
+            raise UsageError(f"argument {flag}: expected one value, got a mapping")
+        return [f"{flag}={json.dumps(value)}"]
+    return [f"{flag}={_as_word(action, value)}"]
 
 
-def _unknown_message(flag: str, flags: Sequence[str]) -> str:
-    name = flag.split("=", 1)[0]
-    close = difflib.get_close_matches(name, flags, n=1)
-    return f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else "")
+def _as_word(action: argparse.Action, value: Any) -> str:
+    if isinstance(value, bool):
+        if "no" in (action.choices or ()):  # YAML reads a bare `no` as false
+            return "yes" if value else "no"
+        return str(value).lower()
+    return str(value)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -16,11 +22,16 @@ _SHOWN = (
     ("nll_counterfactual", "without history {:.3f}"),
     ("share_above_threshold", "personal {:.1%}"),
     ("learning_rate", "lr {:.1e}"),
-    ("eval_loss", "eval loss {:.4f}"),
+    ("eval_loss", "evaluation: loss {:.4f}"),
     ("eval_nll_factual", "nll {:.3f}"),
     ("eval_nll_counterfactual", "without history {:.3f}"),
     ("eval_nll_placebo", "another user's {:.3f}"),
 )
+
+
+def bar(iterable: Any = None, **options: Any) -> Any:
+    """A progress bar on stderr, so that stdout stays a command's result; none where stderr is no terminal."""
+    return tqdm(iterable, file=sys.stderr, disable=options.pop("disable", False) or None, dynamic_ncols=True, **options)
 
 
 def log_line(step: int, total: int, logs: dict[str, Any]) -> str | None:
@@ -29,24 +40,46 @@ def log_line(step: int, total: int, logs: dict[str, Any]) -> str | None:
     return f"step {step}/{total}  " + " · ".join(parts) if len(parts) > 1 else None
 
 
-class TrainingProgress(ProgressCallback):
-    """The Trainer's progress bar with readable log lines."""
+class TrainingProgress(TrainerCallback):
+    """A bar for the training, one for each evaluation, and a line for each log."""
+
+    def __init__(self) -> None:
+        self._training: Any = None
+        self._evaluation: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self._training = bar(total=state.max_steps, initial=state.global_step, desc="Training", disable=hidden)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training.update(state.global_step - self._training.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training.close()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._evaluation is None:
+            hidden = args.disable_tqdm or not state.is_world_process_zero
+            total = len(kwargs["eval_dataloader"])
+            self._evaluation = bar(total=total, desc="Evaluating", leave=False, disable=hidden)
+        self._evaluation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         line = log_line(state.global_step, state.max_steps, logs or {})
-        if line is None or not state.is_world_process_zero:
-            return
-        if self.training_bar is not None:
-            self.training_bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr)
+        if line is not None and state.is_world_process_zero:
+            tqdm.write(line, file=sys.stderr)
 
 
 class SaveOnInterrupt(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.requested = False
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,32 +87,57 @@ class SaveOnInterrupt(TrainerCallback):
             self._previous[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
+        if self._agreed(args):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
 
+    def outcome(self, folder: Path, step: int) -> str:
+        """What an interrupted run left, for the user."""
+        if (folder / f"checkpoint-{step}").is_dir():
+            return f"nextquill: saved checkpoint-{step}; go on with --resume_from_checkpoint true"
+        return "nextquill: interrupted; the last steps were not saved"
+
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 
+    def _agreed(self, args: Any) -> bool:
+        """Whether any rank was interrupted: all must stop after the same step, or the others wait for ever."""
+        if args.world_size == 1:
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self.requested:
             self.restore()
             raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nnextquill: finishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
+        self.requested = True
+        tqdm.write("nextquill: finishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
 
 
-def install(trainer: Trainer) -> SaveOnInterrupt:
-    """Give a trainer the command line's progress and interruption."""
+@contextmanager
+def shown(trainer: Trainer) -> Iterator[SaveOnInterrupt]:
+    """Give a trainer the command line's progress and interruption, and the library's log a place above the bar."""
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(TrainingProgress())
-    interrupt = SaveOnInterrupt()
+    interrupt, handler, logger = SaveOnInterrupt(), _AboveBar(), logging.getLogger("nextquill")
+    trainer.add_callback(TrainingProgress())
     trainer.add_callback(interrupt)
-    return interrupt
+    logger.addHandler(handler)
+    try:
+        yield interrupt
+    finally:
+        interrupt.restore()
+        logger.removeHandler(handler)
+
+
+class _AboveBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"nextquill: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, ScoreOptions
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import Scored
-from nextquill.errors import OutputExistsError
-from nextquill.integrations.scoring import ExampleScores
+from nextquill.cli.scored import Scored, claim_output_file
+from nextquill.integrations.scoring import ExampleScores, token_texts
 from nextquill.report.terminal import effect_legend, effect_text
 
 DESCRIPTION = (
@@ -25,12 +25,9 @@ DESCRIPTION = (
 def run(arguments: Sequence[str]) -> int:
     kinds = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, kinds, arguments)
-    target = Path(options.output_file)
-    if target.exists() and not options.overwrite:
-        raise OutputExistsError(f"--output_file: {target} exists; give another name or --overwrite")
+    target = claim_output_file(options.output_file, overwrite=options.overwrite)
     scored = Scored(model_options, prompt_options, files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shown = []
+    shown: list[ExampleScores] = []
     with _complete_or_absent(target) as stream:
         for scores in scored.scores():
             stream.write(json.dumps(line(scores, scored.tokenizer), ensure_ascii=False) + "\n")
@@ -58,50 +55,31 @@ def line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
     return result
 
 
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The piece of text each token adds; they join to the decoded text.
-
-    A token that ends inside a character adds nothing, and the one that completes it adds the character.
-    """
-    pieces, text = [], ""
-    for end in range(1, len(token_ids) + 1):
-        longer = tokenizer.decode(token_ids[:end])
-        if longer.endswith("\ufffd"):
-            longer = text
-        pieces.append(longer[len(text) :])
-        text = longer
-    return pieces
-
-
 def _rounded(values: Any) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-class _complete_or_absent:
+@contextmanager
+def _complete_or_absent(target: Path) -> Iterator[IO[str]]:
     """A text file that gets its name when the block ends without an exception."""
-
-    def __init__(self, target: Path) -> None:
-        self.target, self.temporary = target, target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> IO[str]:
-        self.stream = self.temporary.open("w", encoding="utf-8")
-        return self.stream
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.stream.close()
-        if kind is None:
-            os.replace(self.temporary, self.target)
-        else:
-            self.temporary.unlink()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yield stream
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _print(shown: Sequence[ExampleScores], scored: Scored) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     for scores in shown:
         query = scored.records[scores.example.index].query
-        console.print(f"\n[bold]{scores.example.user_id}[/bold]  {query}", soft_wrap=True)
+        console.print()
+        console.print(Text.assemble((scores.example.user_id, "bold"), "  ", query), soft_wrap=True)
         effects = scores.effect_prob.tolist()
         console.print(effect_text(token_texts(scored.tokenizer, scores.token_ids), effects), soft_wrap=True)
     if shown:

@@ -1,58 +1,89 @@
-"""What `evaluate` and `score` share: a model, its prompts, and the scores of some records."""
+"""What `evaluate` and `score` share: a model, its prompts, the scores of some records, and an output file."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+import torch
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
-from nextquill.data import EncodedExample, ExampleEncoder, read_jsonl
-from nextquill.errors import ArgumentError
-from nextquill.integrations.loading import load_model, load_prompt_settings
+from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, check_positive
+from nextquill.cli.progress import bar
+from nextquill.data import EncodedExample, ExampleEncoder, Record, read_jsonl
+from nextquill.errors import BudgetError, OutputExistsError, RecordError
+from nextquill.integrations.checks import check_vocabulary, default_max_length
+from nextquill.integrations.loading import context_length, load_model, load_prompt_settings
 from nextquill.integrations.scoring import ExampleScores, score_examples
-from nextquill.integrations.trainer import check_vocabulary, default_max_length
 
 
 class Scored:
     """Records encoded for a model; `scores()` runs it over them."""
 
     def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
-        for name in ("limit", "batch_size"):
-            value = getattr(files, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"--{name}: expected a positive number, got {value}")
-        records = read_jsonl(files.eval_file)[: files.limit]
+        check_positive(files, ("limit", "batch_size"))
+        self.records = read_records("eval_file", files.eval_file)[: files.limit]
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(_device())
-        self.settings = prompt_options.settings(load_prompt_settings(name), default_max_length(self.model))
-        encoder = ExampleEncoder(
-            self.tokenizer, self.settings.template, self.settings.max_length, self.settings.max_response_length
-        )
-        self.records = records
         self.batch_size = files.batch_size
-        self.examples: Sequence[EncodedExample] = encoder.encode_all(records, True, files.seed, bar)
+        stored = load_prompt_settings(name)
+        settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
+        encoder = ExampleEncoder(self.tokenizer, settings.template, settings.max_length, settings.max_response_length)
+        self.examples = encode_records("eval_file", encoder, self.records, placebo=True, seed=files.seed)
 
     def scores(self) -> Iterator[ExampleScores]:
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else self.tokenizer.eos_token_id
-        scored = score_examples(self.model, self.examples, pad or 0, self.batch_size)
+        """The scores of each record, in order."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        pad = next((id for id in known if id is not None), 0)
+        scored = score_examples(self.model, self.examples, pad, self.batch_size)
         return iter(bar(scored, total=len(self.examples), desc="Scoring"))
 
 
-def bar(iterable: Any, total: int, desc: str) -> Any:
-    """A progress bar on stderr, so that stdout stays a command's result."""
-    return tqdm(iterable, total=total, desc=desc, file=sys.stderr)
+def read_records(flag: str, path: str) -> list[Record]:
+    """Read a JSONL file; a mistake in it names the flag it was given by."""
+    try:
+        return read_jsonl(path)
+    except RecordError as error:
+        raise RecordError(f"--{flag}: {error}") from error
 
 
-def _device() -> Any:
-    import torch
+def encode_records(
+    flag: str, encoder: ExampleEncoder, records: list[Record], *, placebo: bool, seed: int, hidden: bool = False
+) -> list[EncodedExample]:
+    """Encode with a progress bar; a record that does not fit names the flag its file was given by."""
 
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    def shown(iterable: Any, total: int, desc: str) -> Any:
+        return bar(iterable, total=total, desc=f"{desc} {flag}", leave=False, disable=hidden)
+
+    try:
+        return encoder.encode_all(records, placebo, seed, shown)
+    except BudgetError as error:
+        raise BudgetError(f"--{flag}: {error}") from error
+
+
+def claim_output_file(path: str, *, overwrite: bool) -> Path:
+    """Make sure, before any work, that a file can be written, and make its folder.
+
+    Raises:
+        OutputExistsError: something is there, or the folder is no folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputExistsError(f"--output_file: {target} is a folder")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"--output_file: {target} exists; give another name or --overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputExistsError(f"--output_file: {target.parent} is a file") from error
+    return target
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else accelerator

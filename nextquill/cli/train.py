@@ -3,156 +3,200 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from nextquill.cli import progress
 from nextquill.cli.main import INTERRUPTED, OK
-from nextquill.cli.options import (
-    SCRATCH_MAX_LENGTH,
-    LoraOptions,
-    LossOptions,
-    ModelOptions,
-    PromptOptions,
-    TrainFiles,
-)
-from nextquill.cli.parsing import parse
-from nextquill.data import EncodingStats, Record, read_jsonl
-from nextquill.errors import CheckpointError, OutputExistsError
+from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
+from nextquill.cli.parsing import UsageError, one_line, parse
+from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
+from nextquill.cli.scored import encode_records, read_records
+from nextquill.cli.training_checks import check_arguments, check_optimizer
+from nextquill.data import EncodingStats, ExampleEncoder, Record
+from nextquill.errors import NextQuillError
 from nextquill.integrations import checkpoints
-from nextquill.integrations.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
+from nextquill.integrations.checks import default_max_length
+from nextquill.integrations.loading import (
+    PROMPT_FILE,
+    PromptSettings,
+    context_length,
+    load_model,
+    load_prompt_settings,
+)
 from nextquill.integrations.scratch import SCRATCH_SIZES
-from nextquill.integrations.trainer import NextQuillTrainer, default_max_length
+from nextquill.integrations.trainer import EncodedDataset, NextQuillTrainer
 
 DESCRIPTION = (
-    "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of transformers' "
-    "TrainingArguments is one. The output folder holds the model, its tokenizer, the prompt settings, the metrics and the "
-    "checkpoints."
+    "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of "
+    "transformers' TrainingArguments is one. The output folder holds the model, its tokenizer, the prompt settings, "
+    "the metrics and the checkpoints. Ctrl-C finishes the step and saves a checkpoint."
 )
-DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": ["none"]}
+DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
+#: Length of prompt and response for a new model, whose context is larger than a CPU wants to pay for.
+SCRATCH_MAX_LENGTH = 1024
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (ModelOptions, TrainFiles, LossOptions, PromptOptions, LoraOptions, TrainingArguments)
+    kinds = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, LoraOptions, TrainingArguments)
     parsed = parse("train", DESCRIPTION, kinds, arguments, defaults=DEFAULTS, required=["output_dir"])
-    model_options, files, loss_options, prompt_options, lora, args = parsed
+    model_options, files, prompt_options, loss_options, lora, args = parsed
     loss = loss_options.build()
+    lora.check(model_options.model_name_or_path)
+    check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
-    if resume is None and args.should_save:
-        claim_output_dir(folder, overwrite=files.overwrite_output_dir)
+    if args.should_save:
+        inputs = (files.train_file, files.eval_file, model_options.model_name_or_path)
+        check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
 
-    records = read_jsonl(files.train_file)
-    eval_records = None if files.eval_file is None else read_jsonl(files.eval_file)
-    transformers_logging.set_verbosity_error()
+    paths = {"train": files.train_file, "eval": files.eval_file}
+    records = {name: read_records(f"{name}_file", path) for name, path in paths.items() if path is not None}
+    quieten(args)
     set_seed(args.seed)
-    model, tokenizer, settings = _load(model_options, prompt_options, records, args.seed)
-    trainer = NextQuillTrainer(
-        model=lora.apply(model),
+    model, tokenizer, settings = load(model_options, prompt_options, records["train"], args.seed)
+    model = lora.apply(model)
+    check_optimizer(args, model)
+    if resume is not None:
+        check_tokenizer(resume, tokenizer)
+    trainer = build_trainer(
+        model=model,
         args=args,
-        train_dataset=records,
-        eval_dataset=eval_records,
+        **datasets(tokenizer, settings, records, args),
         processing_class=tokenizer,
         loss=loss,
         template=settings.template,
         max_length=settings.max_length,
         max_response_length=settings.max_response_length,
     )
-    if trainer.is_world_process_zero():
-        print(summary(trainer, loss_options.loss), file=sys.stderr)
-    interrupt = progress.install(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    finally:
-        interrupt.restore()
-    if interrupt.interrupted:
-        step = trainer.state.global_step
-        print(f"nextquill: saved checkpoint-{step}; go on with --resume_from_checkpoint true", file=sys.stderr)
-        return INTERRUPTED
-    metrics = trainer.evaluate() if eval_records is not None else {}
-    save(trainer, settings, metrics)
+    if resume is not None:  # before the output folder is touched; the trainer would notice later
+        checkpoints.check_identity(resume, checkpoints.run_identity(trainer.model, trainer.loss))
+    if args.should_save:
+        open_output_dir(folder, resume)
+        checkpoints.write_text(folder / PROMPT_FILE, settings.to_json())
+    say(trainer, summary(trainer, loss_options.loss))
+    code = train(trainer, folder, resume)
+    trainer.accelerator.end_training()  # ranks leave their process group together
+    return code
+
+
+def train(trainer: NextQuillTrainer, folder: Path, resume: Path | None) -> int:
+    """Train, measure and save; the exit code."""
+    with progress.shown(trainer) as interrupt:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if interrupt.requested:
+            say(trainer, interrupt.outcome(folder, trainer.state.global_step))
+            return INTERRUPTED
+        metrics = {} if trainer.eval_dataset is None else final_metrics(trainer)
+    save(trainer, folder, metrics)
+    say(trainer, f"Saved the model to {folder}")
     return OK
 
 
-def resume_point(folder: Path, given: str | None) -> str | None:
-    """The checkpoint folder to resume from, or None.
-
-    Raises:
-        CheckpointError: one was asked for and is not there.
-    """
-    if given is None or given.lower() in ("false", "no", "0", ""):
-        return None
-    if given.lower() in ("true", "yes", "1"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
-            raise CheckpointError(f"--resume_from_checkpoint: no complete checkpoint in {folder}")
-        return last
-    if not (Path(given) / "trainer_state.json").is_file():
-        raise CheckpointError(f"--resume_from_checkpoint: {given} is not a complete checkpoint")
-    return given
+def quieten(args: TrainingArguments) -> None:
+    """Bars on a terminal only, and none of transformers' own chatter."""
+    if args.disable_tqdm is not True and not sys.stderr.isatty():
+        args.disable_tqdm = True
+    args.log_level_replica = "error"
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
-def claim_output_dir(folder: Path, *, overwrite: bool) -> None:
-    """Make sure a new run starts in an empty folder.
+def load(
+    model_options: TrainModelOptions, prompt_options: PromptOptions, records: list[Record], seed: int
+) -> tuple[Any, Any, PromptSettings]:
+    """The model, its tokenizer and how its prompts are made."""
+    name = model_options.model_name_or_path
+    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
+    is_new = name in SCRATCH_SIZES
+    length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
+    stored = None if is_new else load_prompt_settings(name)
+    return model, tokenizer, prompt_options.settings(stored, length, context_length(model))
 
-    Raises:
-        OutputExistsError: it holds something; with `overwrite`, something that is not a nextquill run.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not folder.is_dir():
-        raise OutputExistsError(f"--output_dir: {folder} is a file")
-    is_run = (folder / checkpoints.RUN_FILE).is_file()
-    if not is_run:
-        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a nextquill run; choose another")
-    if not overwrite:
-        raise OutputExistsError(
-            f"--output_dir: {folder} holds another run; go on with it by --resume_from_checkpoint true, replace it by "
-            "--overwrite_output_dir, or choose another"
-        )
-    shutil.rmtree(folder)
+
+def datasets(
+    tokenizer: Any, settings: PromptSettings, records: dict[str, list[Record]], args: TrainingArguments
+) -> dict[str, EncodedDataset]:
+    """The trainer's `train_dataset` and, where there are records for it, `eval_dataset`."""
+    encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+    encoded = {}
+    for name, part in records.items():
+        options: dict[str, Any] = {"placebo": name == "eval", "seed": args.seed, "hidden": bool(args.disable_tqdm)}
+        encoded[f"{name}_dataset"] = EncodedDataset(encode_records(f"{name}_file", encoder, part, **options))
+    return encoded
+
+
+def build_trainer(**options: Any) -> NextQuillTrainer:
+    """The trainer; what transformers refuses in its arguments is the user's to mend."""
+    try:
+        return NextQuillTrainer(**options)
+    except NextQuillError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UsageError(one_line(error)) from error
 
 
 def summary(trainer: NextQuillTrainer, loss: str) -> str:
     """What is about to be trained on, and what the token budget dropped."""
-    stats = EncodingStats.from_examples(trainer.train_dataset.examples)
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    dataset: Any = trainer.train_dataset
+    model: Any = trainer.model
+    stats = EncodingStats.from_examples(dataset.examples)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in trained) / 1e6
     lines = [
-        f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens; "
-        f"{parameters / 1e6:.1f}M trainable parameters; loss {loss}"
+        f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
+        f"{size:.1f}M trainable parameters, loss {loss}",
     ]
+    if any(p.element_size() < 4 for p in trained):
+        lines.append(
+            "the trained weights are in half precision, which rounds small updates away; --dtype float32 with --bf16 "
+            "keeps them"
+        )
     if stats.history_items_dropped:
         lines.append(
-            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit {trainer.encoder.max_length} "
-            f"tokens, in {stats.examples_truncated} examples; raise --max_length to keep them"
+            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit "
+            f"{trainer.encoder.max_length} tokens, in {stats.examples_truncated} examples; a larger --max_length keeps "
+            "them"
         )
     if stats.examples_without_history:
-        lines.append(f"{stats.examples_without_history} examples have no history left: both of their branches are equal")
+        lines.append(f"{stats.examples_without_history} examples have no history: both of their branches are equal")
     return "\n".join(lines)
 
 
-def save(trainer: NextQuillTrainer, settings: PromptSettings, metrics: dict[str, float]) -> None:
-    """Write the final model and its metrics into the output folder, each file complete or absent."""
-    folder = Path(trainer.args.output_dir)
-    with checkpoints.staged_files(folder) as staging:
+def final_metrics(trainer: NextQuillTrainer) -> dict[str, float]:
+    """The evaluation of the model that is saved; what the last step has measured already is not measured again."""
+    last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+    metrics: dict[str, float] = trainer.evaluate()
+    return metrics
+
+
+def say(trainer: NextQuillTrainer, text: str) -> None:
+    """Print to stderr, once among all ranks."""
+    if trainer.is_world_process_zero():
+        print(text, file=sys.stderr)
+
+
+def save(trainer: NextQuillTrainer, folder: Path, metrics: dict[str, float]) -> None:
+    """Write the final model and its metrics into the output folder, each file complete or absent.
+
+    Every rank takes part in gathering a sharded model; one writes, and renames when all are through.
+    """
+    wait = trainer.accelerator.wait_for_everyone
+    place = checkpoints.staged_files(folder) if trainer.args.should_save else nullcontext(folder)
+    with place as staging:
+        wait()
         trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
-            (staging / PROMPT_FILE).write_text(settings.to_json(), encoding="utf-8")
             log = {"log_history": trainer.state.log_history, "eval": metrics}
             (staging / "metrics.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
-
-
-def _load(
-    model_options: ModelOptions, prompt_options: PromptOptions, records: list[Record], seed: int
-) -> tuple[Any, Any, PromptSettings]:
-    name = model_options.model_name_or_path
-    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
-    length = SCRATCH_MAX_LENGTH if name in SCRATCH_SIZES else default_max_length(model)
-    return model, tokenizer, prompt_options.settings(load_prompt_settings(name), length)
+        wait()

@@ -1,0 +1,87 @@
+"""What a training run may do with its output folder, and where it resumes from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedModelError
+from nextquill.integrations import checkpoints
+from nextquill.integrations.loading import load_tokenizer
+
+
+def resume_point(folder: Path, given: str | None) -> Path | None:
+    """The checkpoint folder to resume from, or None.
+
+    Raises:
+        CheckpointError: one was asked for and is not there, or not complete.
+    """
+    word = "false" if given is None else given.lower()
+    if word in ("false", "no", "0", ""):
+        return None
+    return checkpoints.find_checkpoint(True if word in ("true", "yes", "1") else given, folder)
+
+
+def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inputs: Iterable[str | None]) -> None:
+    """Make sure that a run may use `folder`; nothing is changed yet.
+
+    Args:
+        folder: where the run writes.
+        resume: the checkpoint it resumes from; a run goes on in its own folder.
+        overwrite: an earlier run there is to be replaced.
+        inputs: files and folders the run reads, which must not be what is replaced.
+
+    Raises:
+        OutputExistsError: the folder holds something else, is a file, or cannot be written.
+    """
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not place.is_dir():
+        raise OutputExistsError(f"--output_dir: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputExistsError(f"--output_dir: {place} is not writable")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if resume is not None and resume.resolve().parent == folder.resolve():
+        return
+    if not (folder / checkpoints.RUN_FILE).is_file():
+        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a nextquill run; choose another")
+    if not overwrite:
+        raise OutputExistsError(
+            f"--output_dir: {folder} holds another run; go on with it by --resume_from_checkpoint true, replace it by "
+            "--overwrite_output_dir, or choose another"
+        )
+    for path in [*inputs, None if resume is None else str(resume)]:
+        if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
+            raise OutputExistsError(f"--overwrite_output_dir: {path}, which this run reads, lies in {folder}")
+
+
+def open_output_dir(folder: Path, resume: Path | None) -> None:
+    """Make `folder`, or empty it unless its own run is resumed; it may be a mount or a link, so it stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume is not None and resume.resolve().parent == folder.resolve():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_tokenizer(resume: Path, tokenizer: Any) -> None:
+    """Raise CheckpointError where a checkpoint was trained with another vocabulary.
+
+    The vocabulary of a new model follows from the training text, so another text would give its embeddings another
+    meaning.
+    """
+    try:
+        trained = load_tokenizer(str(resume))
+    except UnsupportedModelError as error:
+        raise CheckpointError(f"--resume_from_checkpoint: {resume} is not a complete checkpoint: {error}") from error
+    if trained.get_vocab() != tokenizer.get_vocab():
+        raise CheckpointError(
+            f"--resume_from_checkpoint: {resume} was trained with another vocabulary than this model's; the vocabulary "
+            "of a new 'tiny' or 'small' model follows from --train_file"
+        )

@@ -1,0 +1,131 @@
+"""The `nextquill` command itself: which command runs, what an error becomes, and the exit code."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from nextquill.cli import main as cli
+from nextquill.errors import ArgumentError, CheckpointError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Let `nextquill score` call a function in place of the real command."""
+
+    def replace(run):
+        module = ModuleType("nextquill.cli.score")
+        module.run = run
+        monkeypatch.setitem(sys.modules, "nextquill.cli.score", module)
+
+    return replace
+
+
+def raising(error):
+    def run(arguments):
+        raise error
+
+    return run
+
+
+def test_without_a_command_it_prints_the_help_and_fails(nextquill):
+    result = nextquill()
+    assert result.code == cli.USAGE
+    assert result.out == ""
+    assert all(name in result.err for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help_goes_to_stdout(nextquill, word):
+    result = nextquill(word)
+    assert result.code == cli.OK
+    assert "usage: nextquill COMMAND" in result.out
+
+
+def test_version(nextquill):
+    import nextquill as package
+
+    assert nextquill("--version") == (0, f"nextquill {package.__version__}\n", "")
+
+
+def test_unknown_command_is_told_with_a_suggestion(nextquill):
+    assert nextquill("trian") == (2, "", "nextquill: unknown command 'trian'; did you mean train?\n")
+    assert "expected one of demo, train, evaluate, score" in nextquill("xyzzy").err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(nextquill, name):
+    result = nextquill(name, "--help")
+    assert result.code == 0
+    assert result.out.startswith(f"usage: nextquill {name}")
+    assert result.err == ""
+
+
+def test_the_command_gets_its_words_and_gives_the_exit_code(nextquill, command):
+    seen = []
+    command(lambda words: seen.append(words) or 7)
+    assert nextquill("score", "--a", "b").code == 7
+    assert seen == [["--a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ArgumentError("alpha: expected a number"), 2, "nextquill: alpha: expected a number\n"),
+        (CheckpointError("no checkpoint"), 1, "nextquill: no checkpoint\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "FileNotFoundError: [Errno 2] No such file: 'a.txt'"),
+        (ValueError("first\nsecond"), 1, "nextquill: ValueError: first second (--debug shows where)\n"),
+        (ModuleNotFoundError("No module named 'peft'"), 1, "No module named 'peft'; pip install 'nextquill[cli]'"),
+        (KeyboardInterrupt(), 130, "nextquill: interrupted\n"),
+    ],
+)
+def test_a_mistake_is_one_line(nextquill, command, error, code, message):
+    command(raising(error))
+    result = nextquill("score")
+    assert result.code == code
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_out_of_memory_names_what_to_turn_down(nextquill, command):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    command(raising(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")))
+    result = nextquill("score")
+    assert result.code == 1
+    assert "--chunk_bytes" in result.err
+
+
+def test_our_own_errors_keep_their_traceback(nextquill, command):
+    command(raising(AttributeError("a bug")))
+    with pytest.raises(AttributeError, match="a bug"):
+        nextquill("score")
+
+
+def test_debug_shows_the_traceback_of_a_mistake(nextquill, command):
+    command(raising(CheckpointError("no checkpoint")))
+    with pytest.raises(CheckpointError):
+        nextquill("score", "--debug")
+
+
+def test_debug_with_a_value_is_left_to_training_arguments():
+    assert cli._take_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
+    assert cli._take_debug(["--a", "--debug", "--b"]) == (["--a", "--b"], True)
+
+
+def test_a_closed_pipe_is_no_error_message(nextquill, command, monkeypatch):
+    monkeypatch.setattr(cli.os, "open", lambda *_: -1)
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(cli.sys.stdout, "fileno", lambda: 1, raising=False)
+    command(raising(BrokenPipeError()))
+    code = cli.main(["score"])
+    assert code == 1
+
+
+def test_an_unreachable_hub_is_one_line(nextquill, command):
+    error = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    command(raising(error("[Errno -2] Name or service not known")))
+    result = nextquill("score")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "ConnectError: [Errno -2]" in result.err

@@ -1,0 +1,95 @@
+"""What the flags of the command line build, and which they refuse."""
+
+import pytest
+
+from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions, check_positive
+from nextquill.data import PromptTemplate
+from nextquill.errors import ArgumentError
+from nextquill.integrations.loading import PromptSettings
+from nextquill.losses import LongCELoss, NextQuillLoss, PerCELoss, SFTLoss
+
+STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="removal"), 700, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (LossOptions(), NextQuillLoss()),
+        (LossOptions(threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
+        (LossOptions(detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions("perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
+        (LossOptions("longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
+        (LossOptions("sft", chunk_bytes=1024), SFTLoss(chunk_bytes=1024)),
+    ],
+    ids=repr,
+)
+def test_loss_flags_build_the_loss(options, expected):
+    assert repr(options.build()) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (LossOptions("sft", threshold=0.1), "--threshold: --loss sft has no such option"),
+        (LossOptions("perce", detach_counterfactual=False), "--detach_counterfactual: --loss perce has no such option"),
+        (LossOptions(alpha=-1.0), "--alpha: "),
+        (LossOptions(anchor=1.0, detach_counterfactual=True), "--anchor: "),
+        (LossOptions(chunk_bytes=0), "--chunk_bytes: "),
+    ],
+)
+def test_loss_flags_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        options.build()
+
+
+def test_prompt_settings_default():
+    assert PromptOptions().settings(None, 512, None) == PromptSettings(PromptTemplate(), 512, None)
+
+
+def test_prompt_settings_of_the_model_folder_are_kept():
+    assert PromptOptions().settings(STORED, 512, None) == STORED
+
+
+def test_prompt_flags_win_over_the_model_folder():
+    options = PromptOptions(max_length=300, prompt_order="official", system_prompt="Be brief.", chat=False)
+    settings = options.settings(STORED, 512, None)
+    template = PromptTemplate(order="official", counterfactual="removal", system="Be brief.", chat=False)
+    assert settings == PromptSettings(template, 300, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (PromptOptions(max_length=0), "--max_length: expected a positive number, got 0"),
+        (PromptOptions(max_response_length=-1), "--max_response_length: expected a positive number"),
+        (PromptOptions(max_length=1025), "--max_length: expected at most the model's context of 1024 tokens, got 1025"),
+    ],
+)
+def test_prompt_lengths_that_cannot_be(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        options.settings(None, 512, 1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "message"),
+    [
+        (LoraOptions(lora_r=0), "a", "--lora_r: expected a positive number"),
+        (LoraOptions(lora_r=2, lora_alpha=0), "a", "--lora_alpha: expected a positive number"),
+        (LoraOptions(lora_r=2, lora_dropout=1.0), "a", "--lora_dropout: "),
+        (LoraOptions(lora_alpha=2), "a", "--lora_alpha: expected --lora_r with it"),
+        (LoraOptions(lora_target_modules=["q_proj"]), "a", "--lora_target_modules: expected --lora_r with it"),
+        (LoraOptions(lora_r=2), "tiny", "--lora_r: a new 'tiny' model has no trained weights to adapt"),
+    ],
+)
+def test_lora_flags_that_do_not_fit(options, model, message):
+    with pytest.raises(ArgumentError, match=message):
+        options.check(model)
+
+
+def test_lora_flags_left_out():
+    LoraOptions().check("tiny")
+    assert LoraOptions().apply("a model") == "a model"
+
+
+def test_check_positive_skips_what_is_not_set():
+    check_positive(PromptOptions(), ("max_length", "max_response_length"))

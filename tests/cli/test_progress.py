@@ -1,0 +1,175 @@
+"""Log lines, bars, and what Ctrl-C does to a run."""
+
+import logging
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from nextquill.cli import progress
+
+SCHEDULE = ("--max_steps", 4, "--logging_steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        ({"loss": 1.5, "nll_factual": 2.0, "learning_rate": 1e-4}, "step 3/9  loss 1.5000 · nll 2.000 · lr 1.0e-04"),
+        ({"loss": 1.5, "share_above_threshold": 0.25}, "step 3/9  loss 1.5000 · personal 25.0%"),
+        ({"eval_loss": 1.0, "eval_nll_placebo": 3.0}, "step 3/9  evaluation: loss 1.0000 · another user's 3.000"),
+        ({"train_runtime": 3.0, "total_flos": 1.0}, None),
+        ({}, None),
+    ],
+)
+def test_log_line(logs, line):
+    assert progress.log_line(3, 9, logs) == line
+
+
+def test_a_bar_draws_nothing_where_there_is_no_terminal(capsys):
+    assert list(progress.bar(range(3), total=3, desc="Work")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+class Trainer:
+    """As much of a trainer as `shown` asks for."""
+
+    def __init__(self):
+        self.callbacks = []
+
+    def remove_callback(self, kind):
+        pass
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+
+
+def test_the_librarys_warnings_are_shown_while_training(capsys):
+    with progress.shown(Trainer()):
+        logging.getLogger("nextquill.integrations.metrics").warning("it rose to %.1f", 2.0)
+    assert capsys.readouterr().err == "nextquill: warning: it rose to 2.0\n"
+    assert logging.getLogger("nextquill").handlers == []
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGINT)
+    with progress.shown(Trainer()) as interrupt:
+        interrupt.on_train_begin(None, None, None)
+        assert signal.getsignal(signal.SIGINT) == interrupt._handle
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_second_interrupt_stops_at_once(capsys):
+    interrupt = progress.SaveOnInterrupt()
+    interrupt.on_train_begin(None, None, None)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.restore()
+    assert "finishing this step and saving" in capsys.readouterr().err
+
+
+def test_an_interrupt_elsewhere_stops_this_rank_too(monkeypatch):
+    """Ranks must stop after the same step; the interrupted one says so in an all-reduce."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.fill_(1.0))
+    interrupt, control = progress.SaveOnInterrupt(), SimpleNamespace(should_save=False, should_training_stop=False)
+    interrupt.on_step_end(SimpleNamespace(world_size=2, device="cpu"), None, control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert interrupt.requested
+
+
+class InterruptAt(TrainerCallback):
+    """Presses Ctrl-C when a step begins."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def same_weights(one, other):
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(folder, *SCHEDULE).code == 0
+    return folder
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(train, nextquill, data, uninterrupted, tmp_path, monkeypatch):
+    folder, install = tmp_path / "run", progress.TrainingProgress
+    monkeypatch.setattr(progress, "TrainingProgress", lambda: InterruptAt(1))
+    result = train(folder, *SCHEDULE, "--save_strategy", "no")
+    assert result.code == 130
+    assert result.err.endswith("nextquill: saved checkpoint-2; go on with --resume_from_checkpoint true\n")
+    assert not (folder / "model.safetensors").exists()
+    words = ("--model_name_or_path", folder / "checkpoint-2", "--eval_file", data / "eval.jsonl", "--generate", "false")
+    assert nextquill("evaluate", *words).code == 0, "an interrupted run's checkpoint has its prompt settings"
+
+    monkeypatch.setattr(progress, "TrainingProgress", install)
+    resumed = train(folder, *SCHEDULE, "--resume_from_checkpoint", "true")
+    assert resumed.code == 0, resumed.err
+    assert same_weights(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_save_once(data, tmp_path):
+    """One rank is interrupted; both stop after the same step, and a resumed pair writes one complete model."""
+    folder = tmp_path / "run"
+    flags = ["--train_file", data / "train.jsonl", "--model_name_or_path", "tiny", "--output_dir", folder, "--use_cpu"]
+    sizes = ["--per_device_train_batch_size", 2, "--learning_rate", 1e-3, *SCHEDULE]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import signal, sys\n"
+        "from nextquill.cli import progress\n"
+        "from nextquill.cli.main import main\n"
+        "class Press(progress.TrainingProgress):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 1 and args.process_index == 1 and 'resume' not in sys.argv[-2]:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "progress.TrainingProgress = Press\n"
+        "code = main(sys.argv[1:])\n"
+        "sys.stdout.write(f'code {code}\\n')\n"
+    )
+    command = [str(word) for word in [*launch, script, "train", *flags, *sizes]]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.stdout.count("code 130") == 2, first.stderr
+    assert (folder / "checkpoint-2").is_dir()
+    second = subprocess.run([*command, "--resume_from_checkpoint", "true"], capture_output=True, text=True)
+    assert second.stdout.count("code 0") == 2, second.stderr
+    assert {"model.safetensors", "metrics.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / ".incomplete").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process_of_its_own(data, uninterrupted, tmp_path):
+    """The whole of it: a process, a signal, its exit code, and the same weights after resuming."""
+    folder = tmp_path / "run"
+    flags = ["--train_file", data / "train.jsonl", "--model_name_or_path", "tiny", "--output_dir", folder]
+    sizes = ["--per_device_train_batch_size", 4, "--learning_rate", 1e-3, *SCHEDULE]
+    command = [str(word) for word in [sys.executable, "-m", "nextquill.cli.main", "train", *flags, *sizes]]
+    seen = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("step 1/4"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, "".join(seen)
+    assert "go on with --resume_from_checkpoint true" in seen[-1]
+    assert not (folder / "model.safetensors").exists()
+    subprocess.run([*command, "--resume_from_checkpoint", "true"], check=True)
+    assert same_weights(folder, uninterrupted)

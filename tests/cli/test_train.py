@@ -1,0 +1,285 @@
+"""`nextquill train`: what a run leaves, what repeats, and what is refused before any work."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nextquill.integrations.loading import load_prompt_settings
+
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "nextquill_prompt.json",
+    "nextquill_run.json",
+    "metrics.json",
+}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def is_untouched(folder):
+    """The folder may have been made, but nothing is in it."""
+    return not folder.exists() or not any(folder.iterdir())
+
+
+def assert_same_weights(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_a_model_its_prompt_and_its_metrics(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= FILES | {"checkpoint-2"}
+    assert not [name for name in names if name.startswith(".")]
+    settings = load_prompt_settings(trained)
+    assert settings.max_length == 1024
+    assert load_prompt_settings(trained / "checkpoint-2") == settings
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {"eval_loss", "eval_nll_factual", "eval_effect_placebo"} <= metrics["eval"].keys()
+    assert any("loss_factual" in entry for entry in metrics["log_history"])
+
+
+def test_what_a_run_prints(train, data, tmp_path):
+    result = train(tmp_path / "run", "--eval_file", data / "eval.jsonl")
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert lines[0].startswith("8 examples, ")
+    assert lines[1].endswith("trainable parameters, loss nextquill")
+    assert lines[2].startswith("step 1/2  loss ")
+    assert lines[-2].startswith("step 2/2  evaluation: loss ")
+    assert "another user's" in lines[-2]
+    assert lines[-1] == f"Saved the model to {tmp_path / 'run'}"
+
+
+def test_the_same_seed_gives_the_same_weights(train, trained, data, tmp_path):
+    assert train(tmp_path / "again", "--eval_file", data / "eval.jsonl").code == 0
+    assert_same_weights(tmp_path / "again", trained)
+
+
+def test_another_seed_gives_others(train, trained, tmp_path):
+    assert train(tmp_path / "other", "--seed", 7).code == 0
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(weights(tmp_path / "other")[name], weights(trained)[name])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("sft",), ("perce",), ("longce",), ("nextquill", "--detach_counterfactual", "true", "--reduction", "token")],
+    ids=lambda words: words[0],
+)
+def test_every_loss_trains(train, tmp_path, words):
+    result = train(tmp_path / "run", "--max_steps", 1, "--loss", *words)
+    assert result.code == 0, result.err
+    assert f"loss {words[0]}" in result.err
+
+
+def test_a_config_file_trains_as_its_flags_do(nextquill, trained, data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"train_file: {data / 'train.jsonl'}\neval_file: {data / 'eval.jsonl'}\n"
+        "model_name_or_path: tiny\nmax_steps: 2\n"
+        f"per_device_train_batch_size: 4\nlearning_rate: 1e-3\neval_strategy: no\noutput_dir: {tmp_path / 'other'}\n"
+    )
+    result = nextquill("train", "--config", config, "--output_dir", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert not (tmp_path / "other").exists()
+    assert_same_weights(tmp_path / "run", trained)
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(train, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    schedule = ("--max_steps", 4, "--lr_scheduler_type", "constant", "--save_strategy", "steps", "--save_steps", 2)
+    assert train(whole, *schedule).code == 0
+    assert train(halves, *schedule, "--max_steps", 2).code == 0
+    result = train(halves, *schedule, "--resume_from_checkpoint")
+    assert result.code == 0, result.err
+    assert_same_weights(halves, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(train, trained, tmp_path):
+    assert train(tmp_path / "run").code == 0
+    assert train(tmp_path / "run", "--resume_from_checkpoint", "true").code == 0
+    assert_same_weights(tmp_path / "run", trained)
+
+
+def test_the_best_model_is_the_one_saved(train, data, tmp_path):
+    words = ("--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--learning_rate", 10.0)
+    folder = tmp_path / "run"
+    result = train(folder, "--eval_file", data / "eval.jsonl", *words, "--load_best_model_at_end",
+                   "--metric_for_best_model", "nll_factual")  # fmt: skip
+    assert result.code == 0, result.err
+    metrics = json.loads((folder / "metrics.json").read_text())
+    nlls = {log["step"]: log["eval_nll_factual"] for log in metrics["log_history"] if "eval_nll_factual" in log}
+    best = min(nlls, key=nlls.get)
+    assert_same_weights(folder, folder / f"checkpoint-{best}")
+
+
+def test_budget_and_histories_that_were_dropped_are_told(train, nextquill, data, make_records, tmp_path):
+    result = train(tmp_path / "a", "--max_length", 100, "--max_steps", 1)
+    assert "history items dropped to fit 100 tokens" in result.err
+    file = make_records(tmp_path / "bare.jsonl", 4, history=[])
+    words = ("--model_name_or_path", "tiny", "--max_steps", 1, "--output_dir", tmp_path / "b")
+    assert "4 examples have no history" in nextquill("train", "--train_file", file, *words).err
+
+
+def test_half_precision_weights_are_warned_of(train, trained, tmp_path):
+    result = train(tmp_path / "run", "--model_name_or_path", trained, "--dtype", "bfloat16", "--max_steps", 1)
+    assert result.code == 0, result.err
+    assert "half precision" in result.err
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr_scheduler_type slow", "argument --lr_scheduler_type: invalid choice: 'slow'"),
+        ("--lr_scheduler_kwargs slow", "--lr_scheduler_kwargs: expected a JSON mapping, got 'slow'"),
+        ('--lr_scheduler_kwargs {"slow":1}', "--lr_scheduler_kwargs: "),
+        ("--optim adamw_bnb_8bit", "--optim: "),
+        ("--optim_args fast", "--optim_args: "),
+        ("--eval_strategy steps", "--eval_strategy: expected --eval_file with it"),
+        ("--save_strategy best --metric_for_best_model loss", "--save_strategy best: expected --eval_file with it"),
+        ("--eval_file EVAL --load_best_model_at_end", "--load_best_model_at_end requires the save and eval strategy"),
+        ("--eval_file EVAL --metric_for_best_model bleu", "--metric_for_best_model: expected one of loss, nll_factual"),
+        ("--report_to nothing", "nothing is not supported, only"),
+        ("--accelerator_config no.json", "--accelerator_config: [Errno 2] No such file or directory: 'no.json'"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size: expected a positive number, got 0"),
+        ("--learning_rate -1", "--learning_rate: expected a number of at least 0, got -1.0"),
+        ("--max_steps 0 --num_train_epochs 0", "--num_train_epochs: expected a positive number, got 0.0"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1 is not supported"),
+        ("--loss sft --alpha 0.1", "--alpha: --loss sft has no such option"),
+        ("--max_length 100000", "--max_length: expected at most the model's context of 4096 tokens"),
+        ("--chat true", "chat: expected a tokenizer with a chat template"),
+        ("--lora_r 4", "--lora_r: a new 'tiny' model has no trained weights to adapt"),
+        ("--max_stps 3", "unknown flag --max_stps; did you mean --max_steps?"),
+    ],
+)
+def test_a_wrong_value_is_named_before_any_work(train, data, tmp_path, words, message):
+    result = train(tmp_path / "run", *words.replace("EVAL", str(data / "eval.jsonl")).split())
+    assert result.code == 2, result.err
+    assert result.err.startswith("nextquill: ")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert is_untouched(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no records, the file is empty"),
+        ("{", "line 1: not valid JSON"),
+        (
+            '{"user_id": "a", "query": "q", "response": "", "history": []}',
+            "line 1: field 'response': expected some text",
+        ),
+        (
+            '{"user_id": "a", "query": "q", "response": 3, "history": []}',
+            "line 1: field 'response': expected a string, got int",
+        ),
+        ('\n{"user_id": "a", "query": "q", "response": "r"}', "line 2: field 'history': required, but missing"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["train_file", "eval_file"])
+def test_a_bad_record_is_named_by_flag_line_and_field(train, tmp_path, text, message, flag):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    result = train(tmp_path / "run", f"--{flag}", file)
+    assert result.code == 1
+    assert result.err.startswith(f"nextquill: --{flag}: {file}")
+    assert message in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_query_that_alone_exceeds_the_context(train, make_records, tmp_path):
+    file = make_records(tmp_path / "long.jsonl", 2, query="salty soup " * 3000)
+    result = train(tmp_path / "run", "--eval_file", file)
+    assert result.code == 1
+    assert result.err.startswith("nextquill: --eval_file: record 0 (user 'u0'): the prompt without any history takes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files(train, tmp_path):
+    result = train(tmp_path / "run", "--train_file", tmp_path / "no.jsonl")
+    assert result.code == 1
+    assert result.err == f"nextquill: --train_file: {tmp_path}/no.jsonl: cannot be read: No such file or directory\n"
+
+
+def test_an_output_folder_that_holds_another_run(train, trained):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    result = train(trained)
+    assert result.code == 1
+    assert "holds another run" in result.err
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_a_mistake_does_not_cost_the_run_that_was_to_be_replaced(train, tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, "--max_steps", 1).code == 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    assert train(folder, "--overwrite_output_dir", "--train_file", bad).code == 1
+    assert (folder / "checkpoint-1").is_dir()
+    assert train(folder, "--overwrite_output_dir").code == 0
+    assert not (folder / "checkpoint-1").exists()
+
+
+def test_no_checkpoint_to_resume_from(train, tmp_path):
+    result = train(tmp_path / "run", "--resume_from_checkpoint", "true")
+    assert result.code == 1
+    assert f"resume_from_checkpoint: expected a checkpoint in {tmp_path / 'run'}, found none" in result.err
+
+
+def test_a_checkpoint_of_another_loss_or_model(train, nextquill, trained, data, tmp_path):
+    words = ("--resume_from_checkpoint", trained / "checkpoint-2")
+    result = train(tmp_path / "run", *words, "--loss", "perce")
+    assert result.code == 1
+    assert "another loss" in result.err
+    small = train(tmp_path / "run2", *words, "--model_name_or_path", "small")
+    assert small.code == 1
+    assert "resume_from_checkpoint: " in small.err
+    assert is_untouched(tmp_path / "run")
+    assert is_untouched(tmp_path / "run2")
+
+
+def test_a_checkpoint_of_another_vocabulary(train, trained, make_records, tmp_path):
+    other = make_records(tmp_path / "other.jsonl", 8, seed=9, query="entirely different words here")
+    result = train(tmp_path / "run", "--train_file", other, "--resume_from_checkpoint", trained / "checkpoint-2")
+    assert result.code == 1
+    assert "was trained with another vocabulary" in result.err
+
+
+# ---- LoRA --------------------------------------------------------------------------------------
+
+
+def test_adapters_train_and_are_measured_with_their_base(train, nextquill, trained, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)  # a base given by a relative path is found from elsewhere
+    folder = tmp_path / "lora"
+    result = train(folder, "--model_name_or_path", trained.name, "--lora_r", 2, "--max_length", 600)
+    assert result.code == 0, result.err
+    assert not (folder / "model.safetensors").exists()
+    assert load_prompt_settings(folder).max_length == 600
+    monkeypatch.chdir(tmp_path)
+    again = train(tmp_path / "more", "--model_name_or_path", folder, "--max_steps", 1)
+    assert again.code == 0, again.err
+    for place in (folder, folder / "checkpoint-2", tmp_path / "more"):
+        measured = nextquill("evaluate", "--model_name_or_path", place, "--eval_file", data / "eval.jsonl",
+                             "--generate", "false")  # fmt: skip
+        assert measured.code == 0, measured.err
+    nested = train(tmp_path / "nested", "--model_name_or_path", folder, "--lora_r", 2)
+    assert nested.code == 2
+    assert "the model has an adapter" in nested.err
+
+
+def test_adapters_on_modules_that_are_not_there(train, trained, tmp_path):
+    words = ("--model_name_or_path", trained, "--lora_r", 2, "--lora_target_modules", "nowhere")
+    result = train(tmp_path / "run", *words)
+    assert result.code == 2
+    assert result.err.startswith("nextquill: --lora_target_modules: Target modules")
