@@ -1,6 +1,7 @@
 """Suite `head`: the loss alone, forward and backward, against plain PyTorch over full logits; time and memory.
 
-Peak memory is that of a fresh process that runs one provider once, less that of a process that makes the inputs only.
+Peak memory is that of a fresh process that runs one provider once, less that of a process that makes the inputs only
+(Linux only).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -106,13 +108,12 @@ def peak_bytes(shape: Shape, provider: str) -> int:
 
 
 def _weigh(rows: str, hidden: str, vocabulary: str, provider: str) -> None:
-    import resource
-
     providers = make_providers(Shape(int(rows), int(hidden), int(vocabulary)))
     if provider != "none":
         providers[provider]()
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    # Not ru_maxrss: Linux hands the parent's down to a child.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024)
 
 
 if __name__ == "__main__":

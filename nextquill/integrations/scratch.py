@@ -51,13 +51,27 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING)
 
 
-def build_model(size: ScratchSize, tokenizer: Any, seed: int) -> Any:
-    """A randomly initialised Llama of this size for this tokenizer; the same for the same seed."""
+def build_model(
+    size: ScratchSize,
+    seed: int,
+    *,
+    vocabulary: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> Any:
+    """A randomly initialised Llama of this size; the same for the same seed.
+
+    Args:
+        size: the architecture.
+        seed: of the initialisation; the global random state is left alone.
+        vocabulary: tokens, where they are not `size.vocabulary`.
+        eos_token_id, pad_token_id: the tokenizer's.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=size.vocabulary if vocabulary is None else vocabulary,
         hidden_size=size.hidden_size,
         intermediate_size=size.intermediate_size,
         num_hidden_layers=size.layers,
@@ -66,8 +80,8 @@ def build_model(size: ScratchSize, tokenizer: Any, seed: int) -> Any:
         max_position_embeddings=size.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -65,7 +65,7 @@ def test_sizes_have_whole_heads(name):
 def test_a_model_fits_its_tokenizer():
     tokenizer = build_tokenizer(["a"], 300)
     size = ScratchSize(vocabulary=300, hidden_size=32, layers=1, heads=1, intermediate_size=48, positions=128)
-    model = build_model(size, tokenizer, 0)
+    model = build_model(size, 0, vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     assert model.get_output_embeddings().weight.shape == (len(tokenizer), 32)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.config.max_position_embeddings == 128
