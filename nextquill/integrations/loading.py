@@ -104,7 +104,7 @@ def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: 
     size = SCRATCH_SIZES[name]
     tokenizer = build_tokenizer(training_texts(records()), size.vocabulary)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return build_model(size, seed, vocabulary=len(tokenizer), **ids), tokenizer
+    return build_model(size, seed, vocabulary=len(tokenizer), **ids), tokenizer
 
 
 def _locate(name_or_path: str) -> tuple[str, bool]:
