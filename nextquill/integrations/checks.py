@@ -25,6 +25,8 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
     "eval_do_concat_batches": ((True,), "metrics are means over all tokens of an evaluation"),
     "include_for_metrics": (([], None), "metrics are made of the loss's own results"),
+    "use_liger_kernel": ((False,), "it replaces the model's forward, which the loss runs inside"),
+    "train_sampling_strategy": (("random", "sequential"), "an example has two lengths, one a branch"),
 }
 
 
@@ -41,6 +43,12 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             raise ArgumentError(f"args: {name}={value!r} is not supported: {reason}")
+    metric = str(getattr(args, "metric_for_best_model", None) or "").removeprefix("eval_")
+    if metric.startswith("nll_") and args.greater_is_better:
+        raise ArgumentError(
+            f"args: greater_is_better=True would keep the checkpoint with the worst {metric}; set it to False "
+            "(TrainingArguments takes every metric whose name does not end in 'loss' for a score)"
+        )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
     parallelism = getattr(args, "parallelism_config", None)

@@ -60,6 +60,13 @@ def test_options_the_trainer_fills_itself(tmp_path: Path, name: str) -> None:
         make(tmp_path, **{name: lambda *args: None})
 
 
+def test_best_model_by_the_greatest_nll(tmp_path: Path) -> None:
+    args = make_args(tmp_path)
+    args.metric_for_best_model, args.greater_is_better = "eval_nll_factual", True
+    with pytest.raises(ArgumentError, match="args: greater_is_better"):
+        make(tmp_path, args=args)
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -68,6 +75,8 @@ def test_options_the_trainer_fills_itself(tmp_path: Path, name: str) -> None:
         {"eval_do_concat_batches": False},
         {"include_for_metrics": ["inputs"]},
         {"torch_compile": True},
+        {"use_liger_kernel": True},
+        {"train_sampling_strategy": "group_by_length"},
     ],
     ids=lambda option: next(iter(option)),
 )
