@@ -242,7 +242,7 @@ def best_run(folder: Path, limit: int, **options: Any) -> NextQuillTrainer:
     """Its best checkpoint is the first: the falling loss is declared better when greater."""
     trainer = trainer_in(
         folder, save_steps=2, max_steps=8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="nll_factual", greater_is_better=True, save_total_limit=limit,
+        metric_for_best_model="loss", greater_is_better=True, save_total_limit=limit,
         eval_dataset=make_records(20), learning_rate=1e-2, **options,
     )  # fmt: skip
     trainer.train()
