@@ -30,7 +30,7 @@ def train(folder: Path, loss_name: str, reduction: str) -> None:
         folder, loss, optim="sgd", learning_rate=0.3, train_dataset=make_records(16), eval_dataset=make_records(7),
         per_device_train_batch_size=8 // trainer_processes(), per_device_eval_batch_size=2,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
-        metric_for_best_model="nll_factual", load_best_model_at_end=True, save_total_limit=2,
+        metric_for_best_model="loss", load_best_model_at_end=True, save_total_limit=2,
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_model_checkpoint
