@@ -52,7 +52,7 @@ bench: $(READY)-cli
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +
 
 $(READY)-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"nextquill needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=")'
