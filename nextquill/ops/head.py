@@ -54,7 +54,7 @@ class LinearHead:
 
     def hidden_grad(self, grad_logits: Tensor) -> Tensor:
         """dh = dz W; [n, D] in the compute dtype."""
-        if _has_wide_mm(grad_logits, self.weight, accept_wide_left=True):
+        if _has_wide_mm(grad_logits, self.weight, gradient=True):
             return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         result = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
         for rows, block in self._weight_blocks():
@@ -63,7 +63,7 @@ class LinearHead:
 
     def add_weight_grad(self, accumulator: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         """accumulator [V, D] += dzᵀ h, in the compute dtype."""
-        if _has_wide_mm(grad_logits, hidden, accept_wide_left=True):
+        if _has_wide_mm(grad_logits, hidden, gradient=True):
             product = torch.mm(grad_logits.T.to(hidden.dtype), hidden, out_dtype=self.dtype)
             accumulator.add_(product)
         else:
@@ -79,7 +79,11 @@ class LinearHead:
             yield slice(start, stop), self.weight[start:stop].to(self.dtype)
 
 
-def _has_wide_mm(left: Tensor, right: Tensor, *, accept_wide_left: bool = False) -> bool:
-    """Whether torch.mm can multiply half-precision inputs into a float32 result here (CUDA and ROCm, torch >= 2.8)."""
-    half = (torch.float16, torch.bfloat16)
-    return right.is_cuda and right.dtype in half and (accept_wide_left or left.dtype == right.dtype)
+def _has_wide_mm(left: Tensor, right: Tensor, *, gradient: bool = False) -> bool:
+    """Whether torch.mm can multiply half-precision inputs into a float32 result here (CUDA and ROCm, torch >= 2.8).
+
+    A `gradient` on the left is float32 and is rounded to the right's dtype first; but not to float16, in which the
+    gradients of unlikely tokens underflow.
+    """
+    half = (torch.bfloat16,) if gradient else (torch.float16, torch.bfloat16)
+    return right.is_cuda and right.dtype in half and (gradient or left.dtype == right.dtype)
