@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from nextquill import NextQuillLoss, reference
 from nextquill.cli.main import COMMANDS, main
-from nextquill.data import PromptTemplate
 from tests.integrations.integration_helpers import make_args, make_batch, make_records, random_examples, tiny_model
 from tests.integrations.integration_helpers import word_tokenizer as make_tokenizer
 
@@ -68,8 +67,7 @@ def test_the_trainer_runs_as_printed(tmp_path, monkeypatch):
     exec(code(1)[1], names | {"args": make_args(tmp_path / "out", max_steps=1)})
 
 
-def test_table_of_losses_has_the_published_formulas():
-    assert PromptTemplate().counterfactual == "none"
+def test_defaults_are_the_numbers_in_the_table_of_losses():
     objective = NextQuillLoss().objective
     assert (objective.alpha, objective.weighting.high, objective.weighting.low, objective.weighting.threshold) == (
         0.1, 0.9, 0.1, 0.05,

@@ -49,7 +49,7 @@ class RowGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Which weights, which terms, and what each is divided by (DESIGN: losses and reductions).
+    """Which weights, which terms, and what each is divided by.
 
     With n rows and Z = Σ w if `normalize_weights` else n, per sequence:
 
