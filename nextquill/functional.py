@@ -1,12 +1,12 @@
-"""Per-token operators over the output head: validate, plan the rows, run, put the results back in the labels' shape."""
+"""Per-token operators over the output head: validate, flatten, call the operator."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nextquill.ops.dispatch import resolve_impl
-from nextquill.ops.generic import HeadCall, PairNLLFunction, TokenNLLFunction
-from nextquill.ops.plan import RowPlan, plan_rows
+from nextquill.ops.dispatch import check_impl
+from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
 from nextquill.ops.validation import (
     HeadInputs,
     check_floating,
@@ -14,7 +14,7 @@ from nextquill.ops.validation import (
     check_head_options,
     check_ignore_index,
 )
-from nextquill.outputs import PairNLL
+from nextquill.outputs import PairNLL, PairStats
 
 
 def linear_token_nll(
@@ -53,13 +53,11 @@ def linear_token_nll(
         BackendUnavailableError: `impl` cannot run here.
     """
     check_head_options(softcap, logit_scale)
-    inputs = check_head_inputs(
-        hidden_states, None, lm_head_weight, labels, bias, check_ignore_index(ignore_index),
-        hidden_name="hidden_states",
-    )  # fmt: skip
-    call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
-    nll = TokenNLLFunction.apply(inputs.factual, inputs.weight, inputs.bias, call)  # type: ignore[no-untyped-call]
-    return restore_rows(nll, call.plan, inputs)
+    check_ignore_index(ignore_index)
+    inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
+    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
+    nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, *options)[0]
+    return nll.view(inputs.shape)
 
 
 def linear_pair_nll(
@@ -95,23 +93,64 @@ def linear_pair_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    check_head_options(softcap, logit_scale)
-    check_floating("hidden_counterfactual", hidden_counterfactual)
-    inputs = check_head_inputs(
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, check_ignore_index(ignore_index)
+    inputs = _check_pair(
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale
     )
-    call = _head_call(inputs, ignore_index, softcap, logit_scale, impl)
-    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
-    nlls = PairNLLFunction.apply(*tensors, call)  # type: ignore[no-untyped-call]
-    return PairNLL(*(restore_rows(nll, call.plan, inputs) for nll in nlls))
+    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
+    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
+    nll_f, nll_c, nll_e, _ = pair_nll(*tensors, *options)
+    return PairNLL(*(nll.view(inputs.shape) for nll in (nll_f, nll_c, nll_e)))
 
 
-def restore_rows(values: Tensor, plan: RowPlan, inputs: HeadInputs) -> Tensor:
-    """One value per planned row, put back in the labels' shape; ignored rows are exactly 0."""
-    full = values.new_zeros(inputs.labels.numel()).index_copy(0, plan.rows, values)
-    return full.view(inputs.shape)
+def linear_pair_stats(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> PairStats:
+    """What `linear_pair_nll` computes, and how far the history moves the whole distribution; without gradient.
+
+        kl = KL(p1 ‖ p0) = Σ p1 (log p1 - log p0)        entropy = - Σ p1 log p1        (nats)
+
+    Args:
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl:
+            as in `linear_pair_nll`.
+
+    Returns:
+        PairStats(pair_nll, kl, entropy), float32 (float64 for float64 inputs) in the labels' shape, 0 in ignored rows.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: `impl` cannot run here.
+    """
+    inputs = _check_pair(
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale
+    )
+    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
+    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
+    with torch.no_grad():
+        stats = pair_stats(*tensors, *options)
+    rows = [row.view(inputs.shape) for row in stats]
+    return PairStats(PairNLL(*rows[3:6]), kl=rows[6], entropy=rows[7])
 
 
-def _head_call(inputs: HeadInputs, ignore_index: int, softcap: float | None, logit_scale: float, impl: str) -> HeadCall:
-    kernels = resolve_impl(impl, inputs.factual.device)
-    return HeadCall(plan_rows(inputs.labels, None, ignore_index), kernels, softcap, logit_scale)
+def _check_pair(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> HeadInputs:
+    check_head_options(softcap, logit_scale)
+    check_ignore_index(ignore_index)
+    check_floating("hidden_counterfactual", hidden_counterfactual)
+    return check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)

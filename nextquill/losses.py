@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.functional import restore_rows
-from nextquill.ops.dispatch import check_impl, resolve_impl
-from nextquill.ops.fused_loss import FusedPairLossFunction, LossCall, RowResults
-from nextquill.ops.generic import DEFAULT_CHUNK_BYTES, HeadCall
-from nextquill.ops.gradients import Needs
+from nextquill.ops.dispatch import check_impl
+from nextquill.ops.fused_loss import RowResults
+from nextquill.ops.loss_operator import pair_loss_operator
 from nextquill.ops.objective import REDUCTIONS, PairObjective
-from nextquill.ops.plan import plan_rows
+from nextquill.ops.objective_handles import register
 from nextquill.ops.validation import (
     HeadInputs,
     check_head_inputs,
@@ -62,7 +60,7 @@ class PairLoss(nn.Module):
         ignore_index: label of rows that do not count.
         softcap, logit_scale: what the architecture does to its logits; see `linear_pair_nll`.
         impl: "auto", "triton", "native" or "torch".
-        chunk_bytes: bound on the logits held at once, in bytes.
+        chunk_bytes: bound on the logits held at once, in bytes; by default 256 MiB on a CPU, 768 on an accelerator.
 
     Raises:
         ArgumentError, ArgumentTypeError: a hyper-parameter is impossible; the message names it.
@@ -87,7 +85,7 @@ class PairLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         impl: str = "auto",
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(weighting):
@@ -102,10 +100,7 @@ class PairLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         check_head_options(softcap, logit_scale)
-        if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-            raise ArgumentTypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__} {chunk_bytes!r}")
-        if chunk_bytes <= 0:
-            raise ArgumentError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes!r}")
+        _check_chunk_bytes(chunk_bytes)
         self.objective = PairObjective(
             weighting=weighting,
             normalize_weights=normalize_weights,
@@ -115,11 +110,17 @@ class PairLoss(nn.Module):
             anchor=float(anchor),
             reduction=reduction,
         )
+        self._objective_handle = register(self.objective)
         self.ignore_index = check_ignore_index(ignore_index)
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.impl = check_impl(impl)
         self.chunk_bytes = chunk_bytes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Handles are of one process and one object: a copy, or a loss that was unpickled, registers its own.
+        self._objective_handle = register(self.objective)
 
     @property
     def reduction(self) -> str:
@@ -160,10 +161,10 @@ class PairLoss(nn.Module):
         Raises:
             ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         """
-        inputs, call = self._prepare(
-            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, False
+        inputs, ids, items = self._check(
+            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch
         )
-        loss: Tensor = FusedPairLossFunction.apply(*_tensors(inputs), call)[0]  # type: ignore[no-untyped-call]
+        loss: Tensor = self._run(inputs, ids, items, effect_nll=False)[0]
         return loss
 
     def compute(
@@ -184,12 +185,13 @@ class PairLoss(nn.Module):
             effect_nll: compute `pair_nll.effect` also where the loss has no effect term; False saves that pass over the
                 logits and leaves it None.
         """
-        inputs, call = self._prepare(
-            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch,
-            effect_nll,
-        )  # fmt: skip
-        loss, *rows = FusedPairLossFunction.apply(*_tensors(inputs), call)  # type: ignore[no-untyped-call]
-        return self._output(loss, RowResults(*rows), inputs, call)
+        inputs, ids, items = self._check(
+            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch
+        )
+        loss, rows, counts, *_ = self._run(inputs, ids, items, effect_nll)
+        paired = inputs.counterfactual is not None
+        results = RowResults.unpack(rows, paired, paired and (effect_nll or self.objective.needs_effect))
+        return self._output(loss, results, inputs, *counts.tolist())
 
     def extra_repr(self) -> str:
         objective = self.objective
@@ -199,7 +201,7 @@ class PairLoss(nn.Module):
             f"reduction={objective.reduction!r}"
         )
 
-    def _prepare(
+    def _check(
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
@@ -208,43 +210,59 @@ class PairLoss(nn.Module):
         bias: Tensor | None,
         sequence_ids: Tensor | None,
         num_items_in_batch: float | Tensor | None,
-        effect_nll: bool,
-    ) -> tuple[HeadInputs, LossCall]:
+    ) -> tuple[HeadInputs, Tensor | None, Tensor | None]:
         if hidden_counterfactual is None and self.needs_counterfactual:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
-        inputs = check_head_inputs(
-            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, self.ignore_index
-        )
+        inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
         ids = check_sequence_ids(sequence_ids, labels)
-        plan = plan_rows(inputs.labels, None if self.reduction == "micro_batch" else ids, self.ignore_index)
-        kernels = resolve_impl(self.impl, inputs.factual.device)
-        head_call = HeadCall(plan, kernels, self.softcap, self.logit_scale, self.chunk_bytes)
-        enabled = torch.is_grad_enabled()
-        needs = Needs(*(enabled and t is not None and t.requires_grad for t in _tensors(inputs)))
-        effect = inputs.counterfactual is not None and (effect_nll or self.objective.needs_effect)
-        items = _check_items(num_items_in_batch, self.objective.default_items(plan))
-        return inputs, LossCall(head_call, self.objective, items, needs, effect)
+        return inputs, None if self.reduction == "micro_batch" else ids, _check_items(num_items_in_batch)
 
-    def _output(self, loss: Tensor, rows: RowResults, inputs: HeadInputs, call: LossCall) -> PreferenceLossOutput:
-        plan, pair = call.head_call.plan, rows.pair
+    def _run(
+        self, inputs: HeadInputs, ids: Tensor | None, items: Tensor | None, effect_nll: bool
+    ) -> tuple[Tensor, ...]:
+        tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
+        enabled = torch.is_grad_enabled()
+        needs = [enabled and t is not None and t.requires_grad for t in tensors]
+        results: tuple[Tensor, ...] = pair_loss_operator(
+            *tensors,
+            inputs.labels,
+            ids,
+            items,
+            self._objective_handle,
+            effect_nll,
+            needs,
+            self.ignore_index,
+            self.softcap,
+            self.logit_scale,
+            self.impl,
+            self.chunk_bytes,
+            None,
+        )
+        return results
+
+    def _output(
+        self, loss: Tensor, rows: RowResults, inputs: HeadInputs, num_tokens: int, num_sequences: int
+    ) -> PreferenceLossOutput:
+        pair, shape = rows.pair, inputs.shape
         terms = self.objective.terms(rows.coefficients, pair)
-        zero, count = rows.weights.new_zeros(()), max(1, plan.num_rows)
+        zero, count = rows.weights.new_zeros(()), max(1, num_tokens)
         paired = pair.counterfactual is not None
         effect_prob = pair.effect_prob if paired else zero
+        above = (effect_prob > self.threshold) & (inputs.labels != self.ignore_index) if paired else zero
         return PreferenceLossOutput(
             loss=loss,
             factual=terms.factual.sum(),
             effect=zero if terms.effect is None or self.objective.alpha == 0 else terms.effect.sum(),
             counterfactual=zero if terms.counterfactual is None else terms.counterfactual.sum(),
-            token_weights=restore_rows(rows.weights, plan, inputs),
-            token_loss=restore_rows(self.objective.token_loss(terms), plan, inputs),
-            pair_nll=PairNLL(*(None if t is None else restore_rows(t, plan, inputs) for t in pair)),  # type: ignore[arg-type]
+            token_weights=rows.weights.view(shape),
+            token_loss=self.objective.token_loss(terms).view(shape),
+            pair_nll=PairNLL(*(None if t is None else t.view(shape) for t in pair)),  # type: ignore[arg-type]
             mean_effect_logprob=pair.effect_logprob.sum() / count if paired else zero,
             mean_effect_prob=effect_prob.sum() / count,
-            share_above_threshold=(effect_prob > self.threshold).sum() / count,
+            share_above_threshold=above.sum() / count,
             weight_sum=rows.weights.sum(),
-            num_tokens=plan.num_rows,
-            num_sequences=plan.num_sequences,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
         )
 
 
@@ -329,16 +347,23 @@ class SFTLoss(PairLoss):
         super().__init__(UniformWeighting(), **options)
 
 
-def _tensors(inputs: HeadInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    return inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias
+def _check_chunk_bytes(chunk_bytes: object) -> None:
+    if chunk_bytes is None:
+        return
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise ArgumentTypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__} {chunk_bytes!r}")
+    if chunk_bytes <= 0:
+        raise ArgumentError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes!r}")
 
 
-def _check_items(num_items_in_batch: float | Tensor | None, default: int) -> float:
+def _check_items(num_items_in_batch: float | Tensor | None) -> Tensor | None:
+    """`num_items_in_batch` as a tensor of no dimensions; one on an accelerator is not read."""
     if num_items_in_batch is None:
-        return float(max(1, default))
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            raise ArgumentError(f"num_items_in_batch: expected one number, got shape {list(num_items_in_batch.shape)}")
-        # Reading it waits for the device, as the check of the labels has already done.
-        num_items_in_batch = num_items_in_batch.item()
-    return check_number("num_items_in_batch", num_items_in_batch, above=0.0)
+        return None
+    if not isinstance(num_items_in_batch, Tensor):
+        return torch.tensor(check_number("num_items_in_batch", num_items_in_batch, above=0.0), dtype=torch.float64)
+    if num_items_in_batch.numel() != 1:
+        raise ArgumentError(f"num_items_in_batch: expected one number, got shape {list(num_items_in_batch.shape)}")
+    if num_items_in_batch.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_number("num_items_in_batch", num_items_in_batch.item(), above=0.0)
+    return num_items_in_batch.detach().reshape(()).double()

@@ -42,6 +42,17 @@ class PairNLL(NamedTuple):
         return self.counterfactual
 
 
+class PairStats(NamedTuple):
+    """Per token: the pair's likelihoods, how far the history moves the distribution, and how sure the model is.
+
+    kl = KL(p1 ‖ p0)        entropy = - Σ p1 log p1        (nats, in the labels' shape, 0 where ignored)
+    """
+
+    pair_nll: PairNLL
+    kl: Tensor
+    entropy: Tensor
+
+
 @dataclass(frozen=True)
 class PreferenceLossOutput:
     """A loss and what a person watches while it falls.

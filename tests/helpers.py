@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOAT32_RELATIVE = 1e-5
@@ -125,7 +126,8 @@ def named(cls: type, /, **options: Any) -> str:
 class ProductCounter(TorchDispatchMode):
     """Counts multiply-adds of every matrix product that runs inside, whoever makes it.
 
-    torch's own FlopCounterMode does not see `addmm_`.
+    torch's own FlopCounterMode does not see `addmm_`. A dispatch mode is off inside an operator, so ours are entered by
+    running their functions under the mode again.
     """
 
     def __init__(self) -> None:
@@ -134,6 +136,9 @@ class ProductCounter(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in OPDEFS:
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         if name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "dot", "einsum"):
             assert name in ("mm", "addmm"), f"{name}: count me"

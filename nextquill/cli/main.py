@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Fine-tune a model on users' histories with a causal loss.",
     "evaluate": "Measure a model: nll with, without and under another user's history, effects, ROUGE-L.",
     "score": "Write every response token's effect, and show some in colour.",
+    "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PACKAGES = "pip install 'nextquill[cli]'"

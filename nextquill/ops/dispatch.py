@@ -1,9 +1,16 @@
-"""Which implementation of the chunk kernels runs: `impl` as an ordinary argument, resolved once per call."""
+"""Which implementation of the kernels runs: `impl` as an ordinary argument, resolved once per call.
+
+"auto" is Triton on an accelerator and the native extension on a CPU where each is installed and knows the dtype, and
+plain PyTorch otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +21,24 @@ from nextquill.ops import chunk_torch
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 
 
-class ChunkKernels(Protocol):
-    """The functions an implementation offers; `nextquill.ops.chunk_torch` documents each."""
+@dataclass(frozen=True)
+class ChunkKernels:
+    """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first four.
 
-    token_stats: Callable[[Tensor, Tensor], Tensor]
-    effect_stats: Callable[[Tensor, Tensor, Tensor], Tensor]
-    token_grad_: Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
-    pair_grad_: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, float | None, float], tuple[Tensor, Tensor]
-    ]
+    Attributes:
+        stream_stats: (streams, head, labels) -> statistics [2 or 6, N] without logits in memory; labels below 0 are
+            ignored rows. None where the implementation has none.
+        row_coefficients: a weighting's coefficients in one kernel, see `PairObjective.coefficients`; None where the
+            elementwise operations of torch serve.
+    """
+
+    name: str
+    token_stats: Callable[..., None]
+    pair_stats: Callable[..., None]
+    token_grad_: Callable[..., Tensor]
+    pair_grad_: Callable[..., tuple[Tensor, Tensor | None]]
+    stream_stats: Callable[..., Tensor] | None = None
+    row_coefficients: Callable[..., Any] | None = None
 
 
 def check_impl(impl: str) -> str:
@@ -32,15 +48,67 @@ def check_impl(impl: str) -> str:
     return impl
 
 
-def resolve_impl(impl: str, device: torch.device) -> ChunkKernels:
-    """Return the chunk kernels for `impl` on `device`.
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> ChunkKernels:
+    """Return the kernels for `impl` on `device`, for logits of `dtype`.
 
     Raises:
-        BackendUnavailableError: the implementation is not part of this version.
+        ArgumentError: not a known name.
+        BackendUnavailableError: the implementation cannot run here; the message says why.
     """
     check_impl(impl)
-    if impl in ("triton", "native"):
-        raise BackendUnavailableError(
-            f"impl: {impl!r} is not part of this version, so it cannot run on {device}; use 'auto' or 'torch'"
-        )
-    return chunk_torch  # type: ignore[return-value]
+    if impl == "auto":
+        candidates = ("native",) if device.type == "cpu" else ("triton",)
+        impl = next((name for name in candidates if why_not(name, device, dtype) is None), "torch")
+    elif (reason := why_not(impl, device, dtype)) is not None:
+        raise BackendUnavailableError(f"impl: {impl!r} cannot run on {device}: {reason}; use 'auto' or 'torch'")
+    return _kernels(impl)
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run on `device` with logits of `dtype`, or None if it can."""
+    if impl == "torch":
+        return None
+    if dtype != torch.float32:
+        return f"its kernels compute in float32, and these inputs need {dtype}"
+    return (_why_not_triton if impl == "triton" else _why_not_native)(device)
+
+
+@cache
+def _kernels(impl: str) -> ChunkKernels:
+    if impl == "torch":
+        return _from_module(impl, chunk_torch)
+    if impl == "native":
+        from nextquill.ops import chunk_native
+
+        return _from_module(impl, chunk_native)
+    from nextquill.ops import chunk_triton
+
+    return _from_module(
+        impl, chunk_triton, stream_stats=chunk_triton.stream_stats, row_coefficients=chunk_triton.row_coefficients
+    )
+
+
+def _from_module(name: str, module: ModuleType, **more: Callable[..., Any]) -> ChunkKernels:
+    return ChunkKernels(name, module.token_stats, module.pair_stats, module.token_grad_, module.pair_grad_, **more)
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    try:
+        from nextquill_kernels import launch
+    except ImportError as error:
+        return f"Triton is not installed ({error}); pip install 'nextquill[triton]'"
+    if device.type == "cpu":
+        return None if launch.interpreted() else "Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return "its kernels are built for CUDA and ROCm devices"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    from nextquill.ops import chunk_native
+
+    if device.type != "cpu":
+        return "the native extension runs on CPUs only"
+    return None if chunk_native.is_available() else chunk_native.reason()

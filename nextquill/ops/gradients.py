@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,29 +39,43 @@ class HeadGradients:
         bias_needed = needs.bias and head.bias is not None
         self.bias = head.weight.new_zeros(head.vocabulary, dtype=head.dtype) if bias_needed else None
 
-    def add(self, into: Tensor | None, rows: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """Add what dz [n, V] of `rows`, computed from `hidden` [n, D], contributes; `into` is one of the dh's."""
-        if into is not None:
-            into.index_copy_(0, rows, self.head.hidden_grad(grad_logits).to(into.dtype))
+    def add(self, rows: Tensor, grad_logits: Tensor, hidden: Tensor, streams: Sequence[int]) -> None:
+        """Add what dz [s·n, V] of `rows` [n], computed from `hidden` [s·n, D], contributes.
+
+        The streams (0 factual, 1 counterfactual) are stacked, so that two of them are one product, not two.
+        """
+        if rows.numel() == 0:
+            return
+        self._add_hidden(rows, grad_logits, streams)
         if self.weight is not None:
             self.head.add_weight_grad(self.weight, grad_logits, hidden)
         if self.bias is not None:
-            self.bias.add_(grad_logits.sum(0))
+            # Stream by stream: the effect term's share of dz0 is minus that of dz1, and their sums cancel exactly.
+            for piece in grad_logits.split(rows.numel()):
+                self.bias.add_(piece.sum(0, dtype=self.bias.dtype))
+
+    def _add_hidden(self, rows: Tensor, grad_logits: Tensor, streams: Sequence[int]) -> None:
+        targets = [(self.factual, self.counterfactual)[stream] for stream in streams]
+        pieces = grad_logits.split(rows.numel())
+        if all(target is not None for target in targets):
+            pieces = self.head.hidden_grad(grad_logits).split(rows.numel())
+        else:
+            pieces = tuple(
+                piece if target is None else self.head.hidden_grad(piece)
+                for target, piece in zip(targets, pieces, strict=True)
+            )
+        for target, piece in zip(targets, pieces, strict=True):
+            if target is not None:
+                target.index_copy_(0, rows, piece.to(target.dtype))
 
 
-def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """gradient · scale in `dtype`, in one pass and never in place, so that a graph can be walked twice."""
-    if gradient is None:
-        return None
-    if scale is None:
-        return gradient.to(dtype)
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+def rows_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which dh is kept: gradients of a mean underflow in float16 before a loss scaler can lift them."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _rows_like(hidden: Tensor) -> Tensor:
-    # Gradients of a mean over many tokens underflow in float16 before a loss scaler can lift them.
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return torch.zeros(hidden.shape, dtype=rows_dtype(hidden), device=hidden.device)
 
 
 def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextquill.ops.wide import addmm_into, has_wide_mm, mm_into
 from nextquill.reference.linear import compute_dtype
 
 # A half-precision weight is cast to float32 on the CPU in slices of this size, so the cast never exists as a whole.
@@ -36,12 +37,24 @@ class LinearHead:
         """The dtype of logits and of accumulated gradients."""
         return compute_dtype(self.weight.dtype)
 
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """The dtype in which dz enters its products.
+
+        bfloat16 where that is the weight's dtype and the device multiplies it into float32. Not float16, in which the
+        gradients of unlikely tokens underflow: those products run in float32.
+        """
+        narrow = self.weight.dtype == torch.bfloat16 and has_wide_mm(self.weight.device, self.weight.dtype)
+        return self.weight.dtype if narrow else self.dtype
+
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Write z for hidden [n, D] into `out` [n, V]."""
-        if _has_wide_mm(hidden, self.weight):
-            out.copy_(torch.mm(hidden, self.weight.T, out_dtype=self.dtype))
+        if hidden.dtype == self.weight.dtype and has_wide_mm(self.weight.device, self.weight.dtype):
+            mm_into(out, hidden, self.weight.T)
         else:
             wide = hidden.to(self.dtype)
+            # float32 inputs follow `torch.set_float32_matmul_precision`, as `nn.Linear` does: with TF32 allowed, the
+            # difference of two close logits is mostly rounding.
             for rows, block in self._weight_blocks():
                 torch.mm(wide, block.T, out=out[:, rows])
         if self.bias is not None:
@@ -53,19 +66,20 @@ class LinearHead:
         return out
 
     def hidden_grad(self, grad_logits: Tensor) -> Tensor:
-        """dh = dz W; [n, D] in the compute dtype."""
-        if _has_wide_mm(grad_logits, self.weight, gradient=True):
-            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
-        result = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
+        """dh = dz W; [n, D] in the compute dtype. dz [n, V] is in `grad_dtype` or the compute dtype."""
+        size = (grad_logits.shape[0], self.weight.shape[1])
+        if self.grad_dtype != self.dtype:
+            result = grad_logits.new_empty(size, dtype=self.dtype)
+            return mm_into(result, grad_logits.to(self.grad_dtype), self.weight)
+        result = grad_logits.new_zeros(size)
         for rows, block in self._weight_blocks():
             result.addmm_(grad_logits[:, rows], block)
         return result
 
     def add_weight_grad(self, accumulator: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         """accumulator [V, D] += dzᵀ h, in the compute dtype."""
-        if _has_wide_mm(grad_logits, hidden, gradient=True):
-            product = torch.mm(grad_logits.T.to(hidden.dtype), hidden, out_dtype=self.dtype)
-            accumulator.add_(product)
+        if self.grad_dtype != self.dtype:
+            addmm_into(accumulator, grad_logits.to(self.grad_dtype).T, hidden.to(self.grad_dtype))
         else:
             accumulator.addmm_(grad_logits.T, hidden.to(self.dtype))
 
@@ -77,13 +91,3 @@ class LinearHead:
         for start in range(0, self.vocabulary, rows):
             stop = min(start + rows, self.vocabulary)
             yield slice(start, stop), self.weight[start:stop].to(self.dtype)
-
-
-def _has_wide_mm(left: Tensor, right: Tensor, *, gradient: bool = False) -> bool:
-    """Whether torch.mm can multiply half-precision inputs into a float32 result here (CUDA and ROCm, torch >= 2.8).
-
-    A `gradient` on the left is float32 and is rounded to the right's dtype first; but not to float16, in which the
-    gradients of unlikely tokens underflow.
-    """
-    half = (torch.bfloat16,) if gradient else (torch.float16, torch.bfloat16)
-    return right.is_cuda and right.dtype in half and (gradient or left.dtype == right.dtype)

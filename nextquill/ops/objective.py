@@ -6,8 +6,9 @@ scheme and reduction is an elementwise computation on a few numbers per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ from torch import Tensor
 from nextquill.errors import ArgumentError
 from nextquill.ops.plan import RowGroup, RowPlan
 from nextquill.outputs import PairNLL
-from nextquill.weighting import Weighting
+from nextquill.weighting import (
+    ClipWeighting,
+    ExpClipWeighting,
+    ThresholdWeighting,
+    UniformWeighting,
+    Weighting,
+)
 
 REDUCTIONS = ("sequence", "token", "micro_batch")
 
@@ -92,14 +99,40 @@ class PairObjective:
             return plan.num_sequences
         return plan.num_rows if self.reduction == "token" else 1
 
-    def coefficients(self, pair: PairNLL, group: RowGroup, plan: RowPlan, num_items: float) -> RowCoefficients:
-        """Coefficients of a group's rows, given their nll's."""
-        weights = self._weights(pair, group)
+    def coefficients(
+        self,
+        pair: PairNLL,
+        group: RowGroup,
+        plan: RowPlan,
+        num_items: float | Tensor,
+        fused: Callable[..., None] | None = None,
+    ) -> RowCoefficients:
+        """Coefficients of a group's rows, given their nll's; nothing here waits for the device.
+
+        Args:
+            fused: a kernel that computes the published weightings and their normalisation in one pass over whole
+                sequences; without it the same is done by elementwise operations.
+        """
+        if fused is not None and group.sequences is not None and (scheme := _scheme(self.weighting)) is not None:
+            offsets = plan.offsets[group.sequences.start : group.sequences.stop + 1]
+            out = pair.factual.new_empty(3, group.stop - group.start)
+            fused(
+                pair.factual,
+                pair.counterfactual,
+                offsets,
+                **scheme,
+                normalize=self.normalize_weights,
+                per_token=self.reduction == "token",
+                num_items=num_items,
+                out=out,
+            )
+            return RowCoefficients(*out)
+        weights = self._weights(pair, group, plan)
         if self.reduction == "token":
             counts = totals = torch.ones_like(weights)
         else:
-            counts = plan.sequence_lengths(slice(group.start, group.stop)).to(weights.dtype)
-            totals = _sequence_sums(weights, group.lengths) if self.normalize_weights else counts
+            counts = plan.sequence_lengths(group.rows).to(weights.dtype)
+            totals = _sequence_sums(weights, plan, group) if self.normalize_weights else counts
         return RowCoefficients(weights, weights / (totals * num_items), 1.0 / (counts * num_items))
 
     def gradients(self, coefficients: RowCoefficients) -> RowGradients:
@@ -129,14 +162,31 @@ class PairObjective:
     def _effect_factor(self, coefficients: RowCoefficients) -> Tensor:
         return coefficients.weighted if self.weighted_effect else coefficients.uniform
 
-    def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
+    def _weights(self, pair: PairNLL, group: RowGroup, plan: RowPlan) -> Tensor:
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
+        assert group.sequences is not None
         pieces = [
             PairNLL(*(None if t is None else t[rows] for t in pair))  # type: ignore[arg-type]
-            for rows in _sequence_slices(group.lengths)
+            for rows in _sequence_slices(plan.lengths[group.sequences])
         ]
         return torch.cat([_checked_weights(self.weighting(piece), piece) for piece in pieces])
+
+
+def _scheme(weighting: Weighting) -> dict[str, Any] | None:
+    """A published weighting as the arguments of the fused kernel, or None for a caller's own."""
+    # Exact types: a subclass may compute something else.
+    if type(weighting) is UniformWeighting:
+        return {"scheme": "uniform", "low": 1.0, "high": 1.0, "threshold": 0.0}
+    if type(weighting) is ThresholdWeighting:
+        return {
+            "scheme": "threshold", "low": weighting.low, "high": weighting.high, "threshold": weighting.threshold
+        }  # fmt: skip
+    if type(weighting) is ClipWeighting:
+        return {"scheme": "clip", "low": weighting.minimum, "high": weighting.maximum, "threshold": 0.0}
+    if type(weighting) is ExpClipWeighting:
+        return {"scheme": "exp_clip", "low": 0.0, "high": weighting.maximum, "threshold": 0.0}
+    return None
 
 
 def _checked_weights(weights: object, pair: PairNLL) -> Tensor:
@@ -155,9 +205,10 @@ def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
     return slices
 
 
-def _sequence_sums(weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _sequence_sums(weights: Tensor, plan: RowPlan, group: RowGroup) -> Tensor:
     """Σ w of each row's sequence; 1 where it is exactly 0, so that all-zero weights give 0 and not 0/0."""
-    sizes = torch.tensor(lengths, device=weights.device)
+    assert group.sequences is not None
+    sizes = plan.offsets[group.sequences.start : group.sequences.stop + 1].diff()
     # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA.
     sums = torch.segment_reduce(weights, "sum", lengths=sizes, unsafe=True)
     return sums.masked_fill_(sums == 0, 1.0).repeat_interleave(sizes, output_size=weights.numel())

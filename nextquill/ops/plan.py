@@ -3,6 +3,9 @@
 A weight may depend on its whole sequence (Σω is the denominator), so a group holds whole sequences. A sequence longer
 than the budget becomes a group of several chunks, whose logits are computed twice: once for the weights, once for the
 gradient.
+
+A plan is made on the host: how many rows there are decides the shapes of every product. Labels and sequence ids are
+read from the device once per call, together, and nothing after that waits for it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nextquill.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -23,11 +28,13 @@ class RowPlan:
     Attributes:
         rows: [n] indices into the flat batch, ascending within a sequence.
         labels: [n] their labels.
-        lengths: rows of each sequence, in the order of `rows`.
+        offsets: [S + 1] sequence s is rows[offsets[s] : offsets[s + 1]].
+        lengths: rows of each sequence, in the order of `rows`, on the host.
     """
 
     rows: Tensor
     labels: Tensor
+    offsets: Tensor
     lengths: tuple[int, ...]
 
     @property
@@ -40,7 +47,7 @@ class RowPlan:
 
     @cached_property
     def _row_lengths(self) -> Tensor:
-        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.rows.device)
+        lengths = self.offsets.diff()
         return lengths.repeat_interleave(lengths, output_size=self.num_rows)
 
     def sequence_lengths(self, rows: slice) -> Tensor:
@@ -50,24 +57,57 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows [start, stop) of a plan, whole sequences of the given lengths, computed in `chunks`."""
+    """Rows [start, stop) of a plan, computed in `chunks`.
+
+    `sequences` are those it holds whole, as a slice into the plan's; None where rows do not depend on one another.
+    """
 
     start: int
     stop: int
-    lengths: tuple[int, ...]
+    sequences: slice | None
     chunks: tuple[slice, ...]
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
-def plan_rows(labels: Tensor, sequence_ids: Tensor | None, ignore_index: int) -> RowPlan:
-    """Collect the supervised rows; `sequence_ids` [N] or None for a single sequence."""
+
+def plan_rows(labels: Tensor, sequence_ids: Tensor | None, ignore_index: int, vocabulary: int) -> RowPlan:
+    """Collect the supervised rows; `sequence_ids` [N] or None for a single sequence.
+
+    Raises:
+        ArgumentError: a label is outside [0, vocabulary) and not `ignore_index`.
+    """
+    device = labels.device
+    if device.type != "cpu":
+        read = labels[None] if sequence_ids is None else torch.stack([labels, sequence_ids])
+        labels, sequence_ids = (*read.cpu(), None)[:2]
+    check_label_range(labels, ignore_index, vocabulary)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     if sequence_ids is None:
-        return RowPlan(rows, labels[rows], (rows.numel(),) if rows.numel() else ())
-    ids = sequence_ids[rows]
-    ids, order = torch.sort(ids, stable=True)
-    rows = rows[order]
-    lengths = torch.unique_consecutive(ids, return_counts=True)[1]
-    return RowPlan(rows, labels[rows], tuple(lengths.tolist()))
+        lengths = rows.new_tensor([rows.numel()] if rows.numel() else [])
+    else:
+        ids, order = torch.sort(sequence_ids[rows], stable=True)
+        rows = rows[order]
+        lengths = torch.unique_consecutive(ids, return_counts=True)[1]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return RowPlan(_send(rows, device), _send(labels[rows], device), _send(offsets, device), tuple(lengths.tolist()))
+
+
+def check_label_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Raise ArgumentError for a label on the host that is outside [0, vocabulary) and not `ignore_index`."""
+    wrong = wrong_labels(labels, ignore_index, vocabulary)
+    if labels.numel() and bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        raise ArgumentError(
+            f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, "
+            f"got {int(labels[position])} at flat position {position}"
+        )
+
+
+def wrong_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """Where [N] labels are outside [0, vocabulary) and not `ignore_index`."""
+    return (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
 
 
 def split_rows(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
@@ -81,23 +121,24 @@ def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterat
     """Yield groups that cover the plan in order.
 
     With `whole_sequences=False` (weights of a row depend on that row only, denominators are counts) a group is any
-    chunk of rows and its `lengths` is empty.
+    chunk of rows.
     """
     if not whole_sequences:
         for piece in split_rows(0, plan.num_rows, max_rows):
-            yield RowGroup(piece.start, piece.stop, (), (piece,))
+            yield RowGroup(piece.start, piece.stop, None, (piece,))
         return
-    start, filled, lengths = 0, 0, list[int]()
-    for length in plan.lengths:
-        if lengths and filled + length > max_rows:
-            yield _group(start, tuple(lengths), max_rows)
-            start, filled, lengths = start + filled, 0, []
-        lengths.append(length)
-        filled += length
-    if lengths:
-        yield _group(start, tuple(lengths), max_rows)
+    start = stop = first = 0
+    for index, length in enumerate(plan.lengths):
+        if index > first and stop + length - start > max_rows:
+            yield RowGroup(start, stop, slice(first, index), split_rows(start, stop, max_rows))
+            start, first = stop, index
+        stop += length
+    if stop > start:
+        yield RowGroup(start, stop, slice(first, plan.num_sequences), split_rows(start, stop, max_rows))
 
 
-def _group(start: int, lengths: tuple[int, ...], max_rows: int) -> RowGroup:
-    stop = start + sum(lengths)
-    return RowGroup(start, stop, lengths, split_rows(start, stop, max_rows))
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    # From pinned memory the copy is queued and the host goes on.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """Checks of what a caller passes, made once, before any work.
 
-The engines below this file trust their inputs: rows are flat, labels are in range and on the right device.
+The engines below this file trust their inputs: rows are flat, dtypes and devices agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class HeadInputs:
         factual: [N, D] hidden states with the history.
         counterfactual: [N, D] without it, or None for a single-stream operator.
         weight, bias: [V, D] and [V] or None.
-        labels: [N] int64, `ignore_index` where a row is ignored.
+        labels: [N] int64.
         shape: the labels' original shape.
     """
 
@@ -40,15 +40,14 @@ def check_head_inputs(
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
     *,
     hidden_name: str = "hidden_factual",
 ) -> HeadInputs:
-    """Validate shapes, dtypes, devices and label range; flatten.
+    """Validate shapes, dtypes and devices; flatten. What labels hold is checked where they are read.
 
     Raises:
         ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
-        ArgumentError: shapes or devices that do not agree, or a label outside [0, V) that is not `ignore_index`.
+        ArgumentError: shapes or devices that do not agree.
     """
     check_floating(hidden_name, hidden_factual)
     check_floating("lm_head_weight", lm_head_weight)
@@ -76,7 +75,7 @@ def check_head_inputs(
         if bias.shape != (vocabulary,):
             raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")
         _check_same("bias", bias, hidden_name, hidden_factual)
-    flat_labels = _check_labels(labels, hidden_factual, hidden_name, vocabulary, ignore_index)
+    flat_labels = _check_labels(labels, hidden_factual, hidden_name)
     return HeadInputs(
         factual=hidden_factual.reshape(-1, hidden_size),
         counterfactual=None if hidden_counterfactual is None else hidden_counterfactual.reshape(-1, hidden_size),
@@ -94,9 +93,10 @@ def check_head_options(softcap: float | None, logit_scale: float) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    # Comparisons rather than math.isfinite, which torch.compile cannot trace.
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ArgumentError(f"softcap: expected None or a finite positive number, got {softcap!r}")
-    if not math.isfinite(logit_scale) or logit_scale == 0:
+    if not abs(logit_scale) < math.inf or logit_scale == 0:
         raise ArgumentError(f"logit_scale: expected a finite non-zero number, got {logit_scale!r}")
 
 
@@ -124,7 +124,7 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
     return sequence_ids.reshape(-1).long()
 
 
-def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str, vocabulary: int, ignore_index: int) -> Tensor:
+def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
     if not isinstance(labels, Tensor):
         raise ArgumentTypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     if not _is_integer(labels):
@@ -136,15 +136,7 @@ def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str, vocabulary: 
         )
     if labels.device != hidden.device:
         raise ArgumentError(f"labels: expected device {hidden.device} like {hidden_name}, got {labels.device}")
-    flat = labels.reshape(-1).long()
-    wrong = (flat != ignore_index) & ((flat < 0) | (flat >= vocabulary))
-    if flat.numel() and bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        raise ArgumentError(
-            f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, "
-            f"got {int(flat[position])} at flat position {position}"
-        )
-    return flat
+    return labels.reshape(-1).long()
 
 
 def check_floating(name: str, tensor: object) -> None:

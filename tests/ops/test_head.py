@@ -1,10 +1,13 @@
 """The three products of the head: values, result dtypes, and half-precision weights widened block by block."""
 
+import itertools
+
 import pytest
 import torch
 
 from nextquill.ops import head as head_module
-from nextquill.ops.gradients import HeadGradients, Needs, scaled
+from nextquill.ops import wide
+from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from tests.helpers import assert_close, make_case
 
@@ -42,15 +45,59 @@ def test_gradients_are_kept_only_where_needed():
     case = make_case(6, 4, 5)
     head = LinearHead(case.weight, case.bias)
     grads = HeadGradients(head, case.factual, case.counterfactual, Needs(True, False, False, True))
-    grads.add(grads.factual, torch.tensor([1, 4]), torch.randn(2, 5), torch.randn(2, 4))
+    grads.add(torch.tensor([1, 4]), torch.randn(4, 5), torch.randn(4, 4), (0, 1))
     assert grads.counterfactual is None
     assert grads.weight is None
     assert grads.bias.any()
     assert grads.factual.any(-1).tolist() == [False, True, False, False, True, False]
 
 
-def test_scaling_never_happens_in_place():
-    gradient = torch.ones(3)
-    result = scaled(gradient, torch.tensor(2.0), torch.bfloat16)
-    assert (result.dtype, result.tolist(), gradient.tolist()) == (torch.bfloat16, [2.0] * 3, [1.0] * 3)
-    assert scaled(None, torch.tensor(2.0), torch.float32) is None
+@pytest.mark.parametrize(
+    "needs", list(itertools.product([True, False], repeat=4)), ids=lambda n: "".join("ny"[x] for x in n)
+)
+def test_stacked_streams_give_each_its_own_gradient(needs):
+    case, rows = make_case(6, 4, 5, dtype=torch.float64), torch.tensor([1, 4])
+    grads = HeadGradients(LinearHead(case.weight, case.bias), case.factual, case.counterfactual, Needs(*needs))
+    dz, hidden = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    grads.add(rows, dz, hidden, (0, 1))
+    expected = [torch.zeros(6, 4).double().index_copy(0, rows, part @ case.weight) for part in dz.split(2)]
+    expected += [dz.T @ hidden, dz.sum(0)]
+    found = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
+    for actual, truth, wanted in zip(found, expected, needs, strict=True):
+        if wanted:
+            assert_close(actual, truth, 1e-14)
+        else:
+            assert actual is None
+
+
+def test_the_bias_gradient_of_opposite_streams_cancels_exactly():
+    case = make_case(6, 4, 5)
+    grads = HeadGradients(LinearHead(case.weight, case.bias), case.factual, None, Needs(False, False, False, True))
+    dz = torch.randn(3, 5)
+    grads.add(torch.arange(3), torch.cat([dz, -dz]), torch.randn(6, 4), (0, 1))
+    assert not grads.bias.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulates", [True, False], ids=["one-product", "slices"])
+def test_wide_products_on_a_gpu(accumulates, monkeypatch):
+    """bfloat16 factors, float32 results: as exact as float32 products of the same factors."""
+    device = torch.device("cuda")
+    if not wide.has_wide_mm(device, torch.bfloat16):
+        pytest.skip("this build has no product of half-precision factors into float32")
+    works = wide._works
+    monkeypatch.setattr(
+        wide, "_works", lambda probe, *a: works(probe, *a) and (accumulates or "addmm" not in probe.__name__)
+    )
+    monkeypatch.setattr(wide, "_SLICE_BYTES", 4 * 64 * 7)
+    left, right = torch.randn(96, 33, device=device).bfloat16(), torch.randn(33, 64, device=device).bfloat16()
+    truth = left.double() @ right.double()
+    assert_close(wide.mm_into(torch.full((96, 64), torch.nan, device=device), left, right), truth, 1e-6)
+    accumulator = torch.ones(96, 64, device=device)
+    wide.addmm_into(accumulator, left, right)
+    assert_close(accumulator, 1 + truth, 1e-6)
+
+
+def test_no_wide_products_on_a_cpu():
+    assert not wide.has_wide_mm(torch.device("cpu"), torch.bfloat16)
+    assert LinearHead(torch.zeros(2, 2, dtype=torch.bfloat16)).grad_dtype == torch.float32

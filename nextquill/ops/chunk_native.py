@@ -1,0 +1,184 @@
+"""The chunk kernels in C++ for CPUs, from the optional distribution `nextquill_ext` (folder `csrc`).
+
+Tensors cross as DLPack capsules without a copy. One pass over the logits computes each function, where plain PyTorch
+needs several; `nextquill.ops.chunk_torch` has the equations. Only float32 logits are taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from nextquill.errors import BackendUnavailableError
+
+_INTERFACE_VERSION = 1
+
+
+def is_available() -> bool:
+    """Whether `nextquill_ext` is installed and fits this version."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why `is_available()` is False; empty where it is True."""
+    return _load()[1]
+
+
+def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
+    """Write logsumexp(z) and nll = logsumexp(z) - z[y] into `out`.
+
+    Args:
+        logits: [n, V] float32, last stride 1.
+        labels: [n] int64, all in [0, V).
+        out: [2, n] float32.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, device, shape or range; named in the message.
+        BackendUnavailableError: `nextquill_ext` is not installed.
+    """
+    if len(logits) > 0:
+        _kernels().token_stats(_dlpack(logits), _dlpack(labels), _dlpack(out), torch.get_num_threads())
+
+
+def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
+    """Write the logsumexp of z1, z0 and z1 - z0 and their three nll into `out`, reading both logits once.
+
+    Args:
+        logits_factual, logits_counterfactual: z1, z0 [n, V] float32, last stride 1.
+        labels: [n] int64, all in [0, V).
+        out: [6, n] float32; or [8, n], where KL(p1 || p0) and the entropy of p1 follow, in nats.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
+    """
+    if len(logits_factual) > 0:
+        _kernels().pair_stats(
+            _dlpack(logits_factual),
+            _dlpack(logits_counterfactual),
+            _dlpack(labels),
+            _dlpack(out),
+            torch.get_num_threads(),
+        )
+
+
+def token_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    grad_nll: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Overwrite z with scale·cap'(z)·g·(exp(z - logsumexp) - onehot(y)), where cap'(z) = 1 - (z / softcap)².
+
+    Args:
+        logits: z [n, V] float32 after scale and cap, last stride 1; overwritten.
+        labels: [n] int64, all in [0, V).
+        logsumexp, grad_nll: [n] float32.
+        softcap: c of z = c·tanh(x / c), or None.
+        logit_scale: the factor on the logits before the cap.
+        dtype: not used: this implementation does not narrow.
+
+    Returns:
+        `logits`.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
+    """
+    del dtype
+    if len(logits) > 0:
+        _kernels().token_grad_(
+            _dlpack(logits),
+            _dlpack(labels),
+            _dlpack(logsumexp),
+            _dlpack(grad_nll),
+            softcap,
+            logit_scale,
+            torch.get_num_threads(),
+        )
+    return logits
+
+
+def pair_grad_(
+    logits_factual: Tensor,
+    logits_counterfactual: Tensor,
+    labels: Tensor,
+    logsumexps: Tensor,
+    grad_factual: Tensor,
+    grad_counterfactual: Tensor | None,
+    grad_effect: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    detach_counterfactual: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Overwrite z1, z0 with the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
+
+        dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
+
+    each times scale·cap', see `token_grad_`.
+
+    Args:
+        logits_factual, logits_counterfactual: z1, z0 [n, V] float32, last stride 1; overwritten.
+        labels: [n] int64, all in [0, V).
+        logsumexps: [3, n] float32, of z1, z0 and z1 - z0.
+        grad_factual, grad_counterfactual, grad_effect: g_f, g_c, g_e [n] float32; None for g_c = 0, which saves the
+            exponentials of z0.
+        softcap, logit_scale, dtype: as `token_grad_`.
+        detach_counterfactual: leave z0 as it is, and compute dz1 only.
+
+    Returns:
+        `logits_factual`, and `logits_counterfactual` or None if detached.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
+    """
+    del dtype
+    if len(logits_factual) > 0:
+        _kernels().pair_grad_(
+            _dlpack(logits_factual),
+            _dlpack(logits_counterfactual),
+            _dlpack(labels),
+            _dlpack(logsumexps),
+            _dlpack(grad_factual),
+            None if grad_counterfactual is None else _dlpack(grad_counterfactual),
+            _dlpack(grad_effect),
+            softcap,
+            logit_scale,
+            detach_counterfactual,
+            torch.get_num_threads(),
+        )
+    return logits_factual, None if detach_counterfactual else logits_counterfactual
+
+
+def _dlpack(tensor: Tensor) -> Any:
+    # `to_dlpack` takes 0.2 us; `Tensor.__dlpack__`, which the extension would call, is Python code and takes 2 us.
+    return to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
+
+
+def _kernels() -> Any:
+    module, problem = _load()
+    if module is None:
+        raise BackendUnavailableError(f"impl: 'native' cannot run here: {problem}")
+    return module
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The extension and "", or None and what is wrong."""
+    try:
+        module = importlib.import_module("nextquill_ext")
+    except ImportError as error:
+        if error.name == "nextquill_ext":
+            return None, "nextquill_ext is not installed; `pip install ./csrc` in nextquill's source tree builds it"
+        return None, f"nextquill_ext cannot be imported: {error}"
+    found = getattr(module, "INTERFACE_VERSION", None)
+    if found != _INTERFACE_VERSION:
+        return None, f"nextquill_ext has interface {found}, expected {_INTERFACE_VERSION}; rebuild it"
+    return module, ""

@@ -1,0 +1,26 @@
+"""The Triton kernels of `nextquill_kernels`, under the names the engines call.
+
+Imported only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nextquill_kernels import stream
+from nextquill_kernels.chunk import pair_grad_, pair_stats, token_grad_, token_stats
+from nextquill_kernels.coefficients import row_coefficients
+from torch import Tensor
+
+from nextquill.ops.head import LinearHead
+
+__all__ = ["pair_grad_", "pair_stats", "row_coefficients", "stream_stats", "token_grad_", "token_stats"]
+
+
+def stream_stats(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:
+    """Statistics [2 or 6, N] of whole streams [N, D] without logits in memory; rows with a label below 0 are 0."""
+    options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+    wide = tuple(each.to(head.weight.dtype) for each in streams)
+    kernel: Callable[..., Tensor] = stream.token_stats if len(wide) == 1 else stream.pair_stats
+    return kernel(*wide, head.weight, labels, **options)

@@ -1,0 +1,108 @@
+"""`torch.ops.nextquill.pair_loss`: a whole loss as one operator that returns its finished gradients beside it.
+
+Its backward scales them by the loss's upstream gradient. The objective travels as a handle, since a schema has no room
+for a Python callable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.ops.fused_loss import LossCall, pair_loss
+from nextquill.ops.gradients import Needs, first_order_only, rows_dtype
+from nextquill.ops.objective_handles import lookup
+from nextquill.ops.plan import plan_rows
+from nextquill.ops.precision import autocast_off
+from nextquill.ops.registration import HeadOptions, define, nothing
+from nextquill.reference.linear import compute_dtype
+
+
+def _pair_loss(
+    factual: Tensor,
+    counterfactual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor | None,
+    num_items: Tensor | None,
+    objective: int,
+    effect: bool,
+    needs: list[bool],
+    ignore_index: int,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """loss, rows [6, N] (fused_loss.RowResults), (tokens, sequences) on the host, dh1, dh0, dW, db."""
+    options = HeadOptions(*rest)
+    head_call, found = options.call(factual), lookup(objective)
+    plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0])
+    items = float(max(1, found.default_items(plan))) if num_items is None else num_items
+    effect = counterfactual is not None and (effect or found.needs_effect)
+    with autocast_off(factual.device):
+        head = head_call.head(weight, bias, options.dtype(factual))
+        call = LossCall(head_call, found, plan, items, Needs(*needs), effect)
+        loss, compact, grads = pair_loss(call, head, factual, counterfactual)
+    rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
+    counts = torch.tensor([plan.num_rows, plan.num_sequences])
+    kept = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
+    return loss, rows, counts, *(nothing(loss) if gradient is None else gradient for gradient in kept)
+
+
+def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    factual, counterfactual, weight, bias, labels, _, _, objective, _, needs, _, *rest = arguments
+    wide = compute_dtype(HeadOptions(*rest).dtype(factual))
+    loss = factual.new_empty((), dtype=wide)
+    through = counterfactual is not None and not lookup(objective).counterfactual_is_constant
+    likes = ((factual, rows_dtype(factual)), (factual, rows_dtype(factual)), (weight, wide), (bias, wide))
+    wanted = (needs[0], needs[1] and through, needs[2], needs[3] and bias is not None)
+    kept = (
+        like.new_empty(like.shape, dtype=dtype) if want else nothing(loss)
+        for (like, dtype), want in zip(likes, wanted, strict=True)
+    )
+    counts = torch.empty(2, dtype=torch.long, device="cpu")
+    return loss, loss.new_empty(6, labels.shape[0]), counts, *kept
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.num_inputs = len(inputs)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@first_order_only
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is not None:
+        for index, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            # An unwanted gradient, and one that the objective makes constant, is an empty vector.
+            if ctx.needs_input_grad[index] and gradient.dim() + gradient.numel() > 1:
+                grads[index] = scale_gradient(gradient, grad_loss, dtype)
+    return tuple(grads)
+
+
+def _scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · scale in `dtype`, in one pass and never in place, so that a graph can be walked twice."""
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+pair_loss_operator = define(
+    "pair_loss",
+    _pair_loss,
+    "Tensor factual, Tensor? counterfactual, Tensor weight, Tensor? bias, Tensor labels, Tensor? sequence_ids, "
+    "Tensor? num_items, int objective, bool effect, bool[] needs, int ignore_index",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    product=(0, 2),
+)
+scale_gradient = torch.library.custom_op(
+    "nextquill::scale_gradient",
+    _scale_gradient,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
+)
+pair_loss_operator.register_fake(_pair_loss_fake)
+pair_loss_operator.register_autograd(_autograd, setup_context=_setup)
+scale_gradient.register_fake(lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype))

@@ -1,0 +1,121 @@
+"""Per-token likelihoods of one or two streams and their gradients, for any upstream gradient; no logits are kept.
+
+The forward computes 1U (2U for a pair) and leaves a few numbers per row; the backward computes the logits of each chunk
+again, overwrites them with their gradient and multiplies: 3U (6U). A loss that finishes its gradient in its forward
+saves the second computation of the logits: fused_loss.py.
+
+These functions know nothing of autograd; operators.py registers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nextquill.ops.chunks import Chunk, HeadCall, LogitsBuffer
+from nextquill.ops.gradients import HeadGradients, Needs
+from nextquill.ops.head import LinearHead
+from nextquill.ops.label_check import check_labels
+from nextquill.ops.plan import RowPlan, plan_rows, split_rows
+
+TOKEN_STATS = 2  # logsumexp, nll
+PAIR_STATS = 6  # logsumexp of z1, z0, z1 - z0; nll of the same
+PAIR_STATS_DIVERGENCE = 8  # and KL(p1 ‖ p0), entropy of p1
+
+
+def head_stats(
+    streams: tuple[Tensor, ...],
+    head: LinearHead,
+    labels: Tensor,
+    ignore_index: int,
+    call: HeadCall,
+    *,
+    divergence: bool = False,
+) -> Tensor:
+    """Statistics of every row, [2, N] for one stream and [6, N] (8 with `divergence`) for two; ignored rows are 0.
+
+    Streams whole vocabulary tiles without logits in memory where the kernels can, else chunk by chunk.
+    """
+    if call.kernels.stream_stats is not None and not divergence:
+        check_labels(labels, ignore_index, head.vocabulary)
+        # For the kernel -1 is an ignored row, and V a label out of range, whose nll is NaN.
+        known = torch.where(labels < 0, head.vocabulary, labels)
+        return call.kernels.stream_stats(streams, head, torch.where(labels == ignore_index, -1, known))
+    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
+    kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
+    found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
+    for rows, chunk in _chunks(plan, head, streams, call):
+        y, out = plan.labels[rows], found[:, rows]
+        if len(streams) == 1:
+            call.kernels.token_stats(chunk.logits, y, out)
+        else:
+            call.kernels.pair_stats(chunk.stream(0), chunk.stream(1), y, out)
+    return found.new_zeros(kinds, labels.numel()).index_copy_(1, plan.rows, found)
+
+
+def token_gradients(
+    grad_nll: Tensor,
+    hidden: Tensor,
+    head: LinearHead,
+    labels: Tensor,
+    logsumexp: Tensor,
+    ignore_index: int,
+    call: HeadCall,
+    needs: Needs,
+) -> HeadGradients:
+    """Gradients of Σ g·nll; `grad_nll`, `logsumexp` [N]."""
+    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
+    grads = HeadGradients(head, hidden, None, needs)
+    g, lse = (each.to(head.dtype).index_select(0, plan.rows) for each in (grad_nll, logsumexp))
+    for rows, chunk in _chunks(plan, head, (hidden,), call):
+        dz = call.kernels.token_grad_(
+            chunk.logits, plan.labels[rows], lse[rows], g[rows], call.softcap, call.logit_scale, head.grad_dtype
+        )
+        chunk.add_gradient(grads, dz.dtype, (0,))
+    return grads
+
+
+def pair_gradients(
+    grad_nlls: tuple[Tensor | None, Tensor | None, Tensor | None],
+    streams: tuple[Tensor, Tensor],
+    head: LinearHead,
+    labels: Tensor,
+    logsumexps: Tensor,
+    ignore_index: int,
+    call: HeadCall,
+    needs: Needs,
+) -> HeadGradients:
+    """Gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e; each g [N] or None for zero, `logsumexps` [3, N]."""
+    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
+    grads = HeadGradients(head, *streams, needs)
+    lse = logsumexps.index_select(1, plan.rows)
+    g_f, g_c, g_e = (None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in grad_nlls)
+    zero = lse.new_zeros(plan.num_rows)
+    g_f, g_e = (zero if g is None else g for g in (g_f, g_e))
+    for rows, chunk in _chunks(plan, head, streams, call):
+        dz, _ = call.kernels.pair_grad_(
+            chunk.stream(0),
+            chunk.stream(1),
+            plan.labels[rows],
+            lse[:, rows],
+            g_f[rows],
+            None if g_c is None else g_c[rows],
+            g_e[rows],
+            call.softcap,
+            call.logit_scale,
+            head.grad_dtype,
+        )
+        chunk.add_gradient(grads, dz.dtype, (0, 1))
+    return grads
+
+
+def _chunks(
+    plan: RowPlan, head: LinearHead, streams: tuple[Tensor, ...], call: HeadCall
+) -> Iterator[tuple[slice, Chunk]]:
+    """Yield (rows of the plan, their logits); each chunk overwrites the one before."""
+    max_rows = min(call.max_rows(head, len(streams)), max(1, plan.num_rows))
+    buffer = LogitsBuffer(head, len(streams), max_rows)
+    for rows in split_rows(0, plan.num_rows, max_rows):
+        yield rows, buffer.fill(streams, plan.rows[rows])

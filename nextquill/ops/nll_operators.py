@@ -1,0 +1,225 @@
+"""`torch.ops.nextquill.token_nll` and `.pair_nll`: per-token likelihoods, differentiable, with any upstream gradient.
+
+Each saves its inputs and one logsumexp per row and stream; its backward is a second operator. `.pair_stats` is the same
+forward without gradient, with divergences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.ops.gradients import HeadGradients, Needs, first_order_only
+from nextquill.ops.nll import PAIR_STATS_DIVERGENCE, head_stats, pair_gradients, token_gradients
+from nextquill.ops.precision import autocast_off
+from nextquill.ops.registration import HeadOptions, define, nothing
+from nextquill.reference.linear import compute_dtype
+
+
+def _token_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """(nll, logsumexp), each [N]."""
+    options = HeadOptions(*rest)
+    call = options.call(hidden)
+    with autocast_off(hidden.device):
+        head = call.head(weight, bias, options.dtype(hidden))
+        logsumexp, nll = head_stats((hidden,), head, labels, ignore_index, call)
+    return nll.clone(), logsumexp.clone()  # an operator's results share no memory
+
+
+def _token_nll_fake(hidden: Tensor, _weight: Tensor, _bias: Any, labels: Tensor, _: int, *rest: Any) -> Any:
+    rows = hidden.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(hidden)))
+    return rows, torch.empty_like(rows)
+
+
+def _token_nll_backward(
+    grad_nll: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logsumexp: Tensor,
+    needs: list[bool],
+    ignore_index: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = HeadOptions(*rest)
+    call = options.call(hidden)
+    wanted = Needs(needs[0], False, *needs[1:])
+    with autocast_off(hidden.device):
+        head = call.head(weight, bias, options.dtype(hidden))
+        grads = token_gradients(grad_nll, hidden, head, labels, logsumexp, ignore_index, call, wanted)
+    dh, _, dw, db = _deliver(grads, hidden, weight, bias)
+    return dh, dw, db
+
+
+def _token_nll_backward_fake(*arguments: Any) -> Any:
+    _, hidden, weight, bias, _, _, needs, *_ = arguments
+    return _fake_gradients((hidden, weight, bias), needs)
+
+
+def _pair_nll(
+    factual: Tensor,
+    counterfactual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll of z1, z0, z1 - z0, each [N], and their logsumexps [3, N]."""
+    options = HeadOptions(*rest)
+    call = options.call(factual)
+    with autocast_off(factual.device):
+        head = call.head(weight, bias, options.dtype(factual))
+        stats = head_stats((factual, counterfactual), head, labels, ignore_index, call)
+    return stats[3].clone(), stats[4].clone(), stats[5].clone(), stats[:3].clone()
+
+
+def _pair_nll_fake(*arguments: Any) -> Any:
+    factual, _, _, _, labels, _, *rest = arguments
+    rows = factual.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(factual)))
+    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(3, labels.shape[0])
+
+
+def _pair_nll_backward(
+    grad_factual: Tensor | None,
+    grad_counterfactual: Tensor | None,
+    grad_effect: Tensor | None,
+    factual: Tensor,
+    counterfactual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logsumexps: Tensor,
+    needs: list[bool],
+    ignore_index: int,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    options = HeadOptions(*rest)
+    call = options.call(factual)
+    upstream, streams = (grad_factual, grad_counterfactual, grad_effect), (factual, counterfactual)
+    with autocast_off(factual.device):
+        head = call.head(weight, bias, options.dtype(factual))
+        grads = pair_gradients(upstream, streams, head, labels, logsumexps, ignore_index, call, Needs(*needs))
+    return _deliver(grads, factual, weight, bias)
+
+
+def _pair_nll_backward_fake(*arguments: Any) -> Any:
+    *inputs, _, _, needs = arguments[3:10]
+    return _fake_gradients(tuple(inputs), needs)
+
+
+def _pair_stats(
+    factual: Tensor,
+    counterfactual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    *rest: Any,
+) -> Tensor:
+    options = HeadOptions(*rest)
+    call = options.call(factual)
+    with autocast_off(factual.device):
+        head = call.head(weight, bias, options.dtype(factual))
+        return head_stats((factual, counterfactual), head, labels, ignore_index, call, divergence=True)
+
+
+def _pair_stats_fake(*arguments: Any) -> Any:
+    factual, _, _, _, labels, _, *rest = arguments
+    dtype = compute_dtype(HeadOptions(*rest).dtype(factual))
+    return factual.new_empty(PAIR_STATS_DIVERGENCE, labels.shape[0], dtype=dtype)
+
+
+def _deliver(grads: HeadGradients, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """dh1, dh0, dW, db in their inputs' dtypes."""
+    found = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
+    likes = (hidden, hidden, weight, weight if bias is None else bias)
+    return tuple(
+        nothing(hidden) if gradient is None else gradient.to(like.dtype)
+        for gradient, like in zip(found, likes, strict=True)
+    )
+
+
+def _fake_gradients(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    first = inputs[0]
+    assert first is not None
+    return tuple(
+        tensor.new_empty(tensor.shape) if tensor is not None and need else nothing(first)
+        for tensor, need in zip(inputs, needs, strict=True)
+    )
+
+
+token_nll = define(
+    "token_nll",
+    _token_nll,
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index",
+    "(Tensor, Tensor)",
+    product=(0, 1),
+)
+token_nll_backward = define(
+    "token_nll_backward",
+    _token_nll_backward,
+    "Tensor grad_nll, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logsumexp, bool[] needs, "
+    "int ignore_index",
+    "(Tensor, Tensor, Tensor)",
+)
+_PAIR = "Tensor factual, Tensor counterfactual, Tensor weight, Tensor? bias, Tensor labels"
+pair_nll = define(
+    "pair_nll", _pair_nll, f"{_PAIR}, int ignore_index", "(Tensor, Tensor, Tensor, Tensor)", product=(0, 2)
+)
+pair_nll_backward = define(
+    "pair_nll_backward",
+    _pair_nll_backward,
+    f"Tensor? grad_factual, Tensor? grad_counterfactual, Tensor? grad_effect, {_PAIR}, Tensor logsumexps, "
+    "bool[] needs, int ignore_index",
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 2))
+
+token_nll.register_fake(_token_nll_fake)
+token_nll_backward.register_fake(_token_nll_backward_fake)
+pair_nll.register_fake(_pair_nll_fake)
+pair_nll_backward.register_fake(_pair_nll_backward_fake)
+pair_stats.register_fake(_pair_stats_fake)
+
+
+def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, bias, labels, *ctx.arguments = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+@first_order_only
+def _token_autograd(ctx: Any, grad_nll: Tensor, _: Any) -> tuple[Any, ...]:
+    hidden, weight, bias, labels, logsumexp = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = token_nll_backward(grad_nll, hidden, weight, bias, labels, logsumexp, needs, *ctx.arguments)
+    return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
+
+
+def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    factual, counterfactual, weight, bias, labels, *ctx.arguments = inputs
+    ctx.save_for_backward(factual, counterfactual, weight, bias, labels, output[3])
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+
+
+@first_order_only
+def _pair_autograd(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+    *inputs, logsumexps = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grads = pair_nll_backward(*grad_outputs[:3], *inputs, logsumexps, needs, *ctx.arguments)
+    return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+token_nll.register_autograd(_token_autograd, setup_context=_token_setup)
+pair_nll.register_autograd(_pair_autograd, setup_context=_pair_setup)

@@ -1,0 +1,63 @@
+"""Half-precision matrix products with float32 results, where the device has them.
+
+torch multiplies float16 and bfloat16 matrices into a float32 result on accelerators only (`out_dtype`, torch >= 2.8).
+Whether a build and device really do is asked once with a product of a few numbers, and remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+# Without a product that accumulates, dW is added slice by slice; a slice of this size stays in the L2 cache.
+_SLICE_BYTES = 32 * 2**20
+
+
+def has_wide_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `mm_into` can write float32 products of `dtype` matrices on `device`."""
+    return device.type == "cuda" and dtype in _HALF and _works(_probe_mm, device, dtype)
+
+
+def mm_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out <- left @ right for half-precision factors and a float32 `out`."""
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def addmm_into(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
+    """accumulator += left @ right for half-precision factors and a float32 accumulator.
+
+    In one product where the device can; else through float32 slices, which costs the accumulator's traffic once more.
+    """
+    if _works(_probe_addmm, accumulator.device, left.dtype):
+        torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
+        return
+    rows = max(1, _SLICE_BYTES // (accumulator.shape[1] * accumulator.element_size()))
+    for start in range(0, accumulator.shape[0], rows):
+        piece = slice(start, start + rows)
+        accumulator[piece] += torch.mm(left[piece], right, out_dtype=accumulator.dtype)
+
+
+@cache
+def _works(probe: Callable[[Tensor, Tensor], None], device: torch.device, dtype: torch.dtype) -> bool:
+    factor = torch.full((16, 16), 0.5, dtype=dtype, device=device)
+    result = torch.ones(16, 16, device=device)
+    try:
+        probe(result, factor)
+    except (RuntimeError, TypeError):
+        return False
+    return float(result[0, 0]) == _EXPECTED[probe]
+
+
+def _probe_mm(result: Tensor, factor: Tensor) -> None:
+    mm_into(result, factor, factor)
+
+
+def _probe_addmm(result: Tensor, factor: Tensor) -> None:
+    torch.addmm(result, factor, factor, out_dtype=result.dtype, out=result)
+
+
+_EXPECTED: dict[Callable[[Tensor, Tensor], None], float] = {_probe_mm: 4.0, _probe_addmm: 5.0}

@@ -1,0 +1,157 @@
+"""The chunk kernels of every implementation alone, on given logits: one interface, one set of expectations.
+
+What is particular to an implementation (row blocks, instruction sets, tiles) has tests of its own beside it.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from nextquill.ops import chunk_torch
+from nextquill.ops.dispatch import resolve_impl, why_not
+from tests.helpers import FLOAT32_RELATIVE, assert_close
+
+CAPS = [(None, 1.0), (None, 0.3), (4.0, 1.0), (4.0, -1.5)]
+caps = pytest.mark.parametrize(("softcap", "scale"), CAPS, ids=["plain", "scale", "softcap", "softcap-scale"])
+shapes = pytest.mark.parametrize(("n", "v"), [(252, 123), (1, 5), (7, 1), (3, 1031)], ids=lambda x: str(x))
+FLOAT32 = torch.float32
+
+
+@pytest.fixture(params=["torch-row-blocks", "torch", "native", "triton"])
+def kernels(request, monkeypatch):
+    impl, _, small = request.param.partition("-")
+    if small:
+        monkeypatch.setattr(chunk_torch, "_BLOCK_BYTES_PER_THREAD", 1)
+    if reason := why_not(impl, torch.device("cpu"), FLOAT32):
+        pytest.skip(reason)
+    return resolve_impl(impl, torch.device("cpu"), FLOAT32)
+
+
+def raw_logits(n, v):
+    """Two streams before scale and cap, float64 leaves, with labels and an upstream gradient per nll."""
+    z1, z0 = (torch.randn(n, v, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return z1, z0, torch.randint(v, (n,)), torch.randn(3, n, dtype=torch.float64)
+
+
+def capped(raw, softcap, scale):
+    z = raw * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def nll(z, y):
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def narrow_view(n, rows):
+    """`rows` rows of statistics as the engines pass them: a view into columns of a larger buffer, full of NaN."""
+    return torch.full((2 * rows, n + 5), torch.nan)[::2, 2 : n + 2]
+
+
+@shapes
+def test_stats_are_logsumexps_and_cross_entropies_and_leave_the_logits(kernels, n, v):
+    raw1, raw0, y, _ = raw_logits(n, v)
+    z1, z0 = raw1.detach().float(), raw0.detach().float()
+    kept = z1.clone(), z0.clone()
+    token, pair, full = narrow_view(n, 2), narrow_view(n, 6), narrow_view(n, 8)
+    kernels.token_stats(z1, y, token)
+    kernels.pair_stats(z1, z0, y, pair)
+    kernels.pair_stats(z1, z0, y, full)
+    streams = raw1, raw0, raw1 - raw0
+    for index, z in enumerate(streams):
+        assert_close(pair[index], z.logsumexp(1))
+        assert_close(pair[3 + index], nll(z, y))
+    assert_close(token[0], raw1.logsumexp(1))
+    assert_close(token[1], nll(raw1, y))
+    assert_close(full[:6], pair, 1e-6)
+    log_p1, log_p0 = raw1.log_softmax(1), raw0.log_softmax(1)
+    assert_close(full[6], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
+    assert_close(full[7], -(log_p1.exp() * log_p1).sum(1))
+    assert torch.equal(z1, kept[0])
+    assert torch.equal(z0, kept[1])
+
+
+@shapes
+@caps
+def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softcap, scale):
+    raw, _, y, (g, _, _) = raw_logits(n, v)
+    own = capped(raw, softcap, scale)
+    (nll(own, y) * g).sum().backward()
+    z = own.detach().float()
+    result = kernels.token_grad_(z, y, own.logsumexp(1).float(), g.float(), softcap, scale, FLOAT32)
+    assert result.data_ptr() == z.data_ptr()
+    assert_close(z, raw.grad, FLOAT32_RELATIVE)
+
+
+@shapes
+@caps
+@pytest.mark.parametrize("mode", ["counterfactual", "no-counterfactual", "detached"])
+def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
+    raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(n, v)
+    z1, z0 = capped(raw1, softcap, scale), capped(raw0, softcap, scale)
+    lse = torch.stack([z.logsumexp(1) for z in (z1, z0, z1 - z0)]).float()
+    objective = (nll(z1, y) * g_f).sum() + (nll(z1 - z0, y) * g_e).sum()
+    if mode == "counterfactual":
+        objective = objective + (nll(z0, y) * g_c).sum()
+    objective.backward()
+    z1, z0 = z1.detach().float(), z0.detach().float()
+    kept, detached = z0.clone(), mode == "detached"
+    g_c = g_c.float() if mode == "counterfactual" else None
+    results = kernels.pair_grad_(
+        z1, z0, y, lse.detach(), g_f.float(), g_c, g_e.float(), softcap, scale, FLOAT32, detach_counterfactual=detached
+    )
+    assert results[0].data_ptr() == z1.data_ptr()
+    assert_close(z1, raw1.grad, FLOAT32_RELATIVE)
+    if detached:
+        assert results[1] is None
+        assert torch.equal(z0, kept)
+    else:
+        assert results[1].data_ptr() == z0.data_ptr()
+        assert_close(z0, raw0.grad, FLOAT32_RELATIVE)
+
+
+def test_a_masked_label_and_masked_columns(kernels):
+    """-inf is a column that cannot occur: probability 0, an infinite nll as a label, and a finite logsumexp."""
+    z = torch.randn(3, 7)
+    z[:, 5] = -torch.inf
+    y, out = torch.tensor([5, 1, 2]), torch.empty(2, 3)
+    kernels.token_stats(z, y, out)
+    assert_close(out[0], z.double().logsumexp(1))
+    assert out[1, 0] == torch.inf
+    assert torch.isfinite(out[1, 1:]).all()
+    kernels.token_grad_(z, y, out[0].clone(), torch.ones(3), None, 1.0, FLOAT32)
+    assert torch.isfinite(z).all()
+    assert z[:, 5].tolist() == [-1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_a_broken_row_is_visible_and_alone(kernels, bad):
+    z1, z0, y = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
+    z1[2, 7] = bad
+    out = torch.empty(6, 4)
+    kernels.pair_stats(z1, z0, y, out)
+    broken = ~torch.isfinite(out)
+    assert broken[3].tolist() == broken[5].tolist() == [False, False, True, False]
+    assert not broken[4].any()
+
+
+def test_work_stays_inside_the_given_rows(kernels):
+    """Chunks are views of a larger buffer: what lies beyond them is not touched, nor read when it holds NaN."""
+    buffer = torch.full((10, 11), torch.nan)
+    buffer[2:7, 3:9] = torch.randn(5, 6)
+    view, y, out = buffer[2:7, 3:9], torch.randint(6, (5,)), torch.empty(2, 5)
+    kernels.token_stats(view, y, out)
+    assert torch.isfinite(out).all()
+    kernels.token_grad_(view, y, out[0], torch.ones(5), None, 1.0, FLOAT32)
+    assert torch.isfinite(view).all()
+    assert torch.isfinite(buffer).sum() == view.numel()
+
+
+def test_extreme_logits_do_not_overflow(kernels):
+    z1, z0 = 1e4 * torch.randn(4, 33), 1e4 * torch.randn(4, 33)
+    y, out = torch.randint(33, (4,)), torch.empty(6, 4)
+    kernels.pair_stats(z1, z0, y, out)
+    for index, z in enumerate((z1.double(), z0.double(), z1.double() - z0.double())):
+        assert_close(out[3 + index], nll(z, y))
+    kernels.pair_grad_(z1, z0, y, out[:3], torch.ones(4), torch.ones(4), torch.ones(4), None, 1.0, FLOAT32)
+    assert torch.isfinite(z1).all()
+    assert torch.isfinite(z0).all()

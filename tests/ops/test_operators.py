@@ -1,0 +1,206 @@
+"""The registered operators: what PyTorch's own checks say, compiled graphs, autocast, and what may share memory."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import nextquill as nq
+from nextquill.ops.loss_operator import pair_loss_operator
+from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
+from nextquill.ops.objective_handles import lookup
+from tests.helpers import assert_close, make_case, relative_error
+
+OPTIONS = (-100, 3.0, 0.5, "torch", None, None)
+LOSSES = {
+    "NextQuill": nq.NextQuillLoss(),
+    "detached": nq.NextQuillLoss(detach_counterfactual=True),
+    "PerCE": nq.PerCELoss(),
+    "SFT": nq.SFTLoss(),
+}
+subsets = pytest.mark.parametrize(
+    "needs", list(itertools.product([True, False], repeat=4)), ids=lambda n: "".join("-g"[x] for x in n)
+)
+
+
+def leaves(needs, dtype=torch.float32):
+    names = [name for name, need in zip(("factual", "counterfactual", "weight", "bias"), needs, strict=True) if need]
+    return make_case(12, 5, 11, dtype=dtype).leaves(*(names or ["none"]))
+
+
+@subsets
+def test_opcheck_of_the_pair_operator(needs):
+    case = leaves(needs)
+    torch.library.opcheck(pair_nll, (case.factual, case.counterfactual, case.weight, case.bias, case.labels, *OPTIONS))
+
+
+@subsets
+def test_opcheck_of_the_loss_operator(needs):
+    case, loss = leaves(needs), LOSSES["NextQuill"]
+    tensors = (case.factual, case.counterfactual, case.weight, case.bias, case.labels, None, None)
+    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_handle, True, list(needs), *OPTIONS))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_opcheck_of_each_loss(name, dtype):
+    loss, case = LOSSES[name], leaves([True] * 4, dtype)
+    counterfactual = None if name == "SFT" else case.counterfactual
+    needs = [True, counterfactual is not None, True, True]
+    ids = torch.arange(12) // 4
+    tensors = (case.factual, counterfactual, case.weight, case.bias, case.labels, ids, torch.tensor(2.0))
+    # Two half-precision results are compared by torch's own tolerance for the dtype.
+    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_handle, False, needs, *OPTIONS))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_opcheck_of_the_single_stream_and_of_the_statistics(bias):
+    case = leaves([True] * 4)
+    b = case.bias if bias else None
+    torch.library.opcheck(token_nll, (case.factual, case.weight, b, case.labels, *OPTIONS))
+    detached = (case.factual.detach(), case.counterfactual.detach(), case.weight.detach(), None, case.labels)
+    torch.library.opcheck(pair_stats, (*detached, *OPTIONS))
+
+
+class Model(nn.Module):
+    """Embeddings, a layer and a head, and one of the public entry points at its end."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.embed, self.mix, self.head, self.end = nn.Embedding(37, 16), nn.Linear(16, 16), nn.Linear(16, 37), end
+
+    def forward(self, factual, counterfactual, labels):
+        h1, h0 = (torch.tanh(self.mix(self.embed(ids))) for ids in (factual, counterfactual))
+        if self.end == "token":
+            return nq.linear_token_nll(h1, self.head.weight, labels, bias=self.head.bias).mean()
+        if self.end == "pair":
+            pair = nq.linear_pair_nll(h1, h0, self.head.weight, labels, bias=self.head.bias)
+            return (pair.factual + 0.3 * pair.effect + pair.effect_prob).mean()
+        if self.end == "no-grad":
+            with torch.no_grad():
+                h0 = h0 * 1.0
+            return LOSSES["PerCE"](h1, h0, self.head.weight, labels, self.head.bias)
+        return self.end(h1, h0, self.head.weight, labels, self.head.bias)
+
+
+ENDS = {
+    "token": "token",
+    "pair": "pair",
+    "no-grad": "no-grad",
+    **LOSSES,
+    "user": nq.PairLoss(lambda p: p.factual.detach(), alpha=0.1),
+    "micro-batch": nq.NextQuillLoss(reduction="micro_batch"),
+}
+ends = pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+
+
+def step(function, model, batch):
+    model.zero_grad()
+    loss = function(*batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def batches(*lengths):
+    for length in lengths:
+        factual, counterfactual, labels = (torch.randint(37, (3, length)) for _ in range(3))
+        labels[0, : length - 2] = -100
+        yield factual, counterfactual, labels
+
+
+@ends
+def test_one_graph_over_changing_row_counts(end):
+    torch._dynamo.reset()
+    model, backend = Model(end), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for batch in batches(5, 7, 9, 12):
+        for actual, expected in zip(step(compiled, model, batch), step(model, model, batch), strict=True):
+            assert torch.equal(actual, expected)
+    assert backend.frame_count == 1
+
+
+@ends
+def test_traced_forward_and_backward_are_the_eager_ones(end):
+    """aot_eager traces the backward too and decides anew what is saved."""
+    torch._dynamo.reset()
+    model = Model(end)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in batches(5, 8):
+        for actual, expected in zip(step(compiled, model, batch), step(model, model, batch), strict=True):
+            assert_close(actual, expected, 1e-6)
+
+
+def test_traced_under_autocast():
+    torch._dynamo.reset()
+    model = Model(LOSSES["NextQuill"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for batch in batches(6):
+            results = zip(step(compiled, model, batch), step(model, model, batch), strict=True)
+            # The layers before ours round in bfloat16, in another order.
+            assert all(relative_error(actual, expected) < 2**-7 for actual, expected in results)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@ends
+def test_inductor_compiled_step_is_the_eager_one(end):
+    torch._dynamo.reset()
+    model = Model(end)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in batches(5, 8):
+        for actual, expected in zip(step(compiled, model, batch), step(model, model, batch), strict=True):
+            assert_close(actual, expected, 1e-5)
+
+
+def test_a_label_out_of_range_is_an_error_in_compiled_code_too():
+    torch._dynamo.reset()
+    compiled = torch.compile(Model("pair"), backend="eager", fullgraph=True)
+    factual, counterfactual, labels = next(batches(5))
+    labels[1, 1] = 37
+    with pytest.raises(nq.ArgumentError, match="got 37"):
+        compiled(factual, counterfactual, labels)
+
+
+def test_autocast_reaches_the_operator_itself():
+    """Called through torch.ops, without our checks in front: float32 weights, bfloat16 hidden states."""
+    case = make_case(12, 5, 11)
+    arguments = (case.factual.bfloat16(), case.weight, case.bias, case.labels, -100, None, 1.0, "torch", None, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll, _ = torch.ops.nextquill.token_nll(*arguments)
+    expected = nq.linear_token_nll(case.factual.bfloat16().float(), case.weight, case.labels, bias=case.bias)
+    assert torch.equal(nll, expected)
+
+
+def test_results_share_no_memory():
+    case = make_case(12, 5, 11).leaves()
+    pair = nq.linear_pair_nll(*case.pair_args)
+    assert len({nll.untyped_storage().data_ptr() for nll in pair}) == 3
+
+
+def test_only_small_things_are_saved():
+    """Inputs and one logsumexp per row and stream: nothing of the logits' size waits for the backward."""
+    case, saved = make_case(12, 5, 300).leaves(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        nq.linear_pair_nll(*case.pair_args, bias=case.bias)
+    inputs = {t.data_ptr() for t in (*case.tensors.values(), case.labels)}
+    extra = [t for t in saved if t.data_ptr() not in inputs]
+    assert sum(t.numel() for t in extra) == 3 * 12
+
+
+def test_a_copy_of_a_loss_outlives_the_original():
+    import copy
+    import pickle
+
+    case = make_case(12, 5, 11)
+    original = nq.NextQuillLoss(alpha=0.3)
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    expected = original(*case.pair_args)
+    handle = original._objective_handle
+    assert len({handle, *(c._objective_handle for c in copies)}) == 3
+    del original
+    with pytest.raises(nq.ArgumentError, match=r"^objective: "):
+        lookup(handle)
+    assert all(torch.equal(c(*case.pair_args), expected) for c in copies)
