@@ -4,6 +4,7 @@
 #   make demo    the demo (DEMO_ARGS="...")            make clean      remove the environment and caches
 #   make test    the tests (TEST_ARGS="...")           make test-slow  the tests left out by default
 #   make lint    ruff and mypy                         make format     ruff's formatter and safe fixes
+#   make native  the C++ extension for CPUs, where there is a compiler; tests and benchmarks build it too
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment.
 
@@ -17,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench native clean
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
 
@@ -25,17 +26,17 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.nextquill
 
 help:
-	@sed -n '3,8s/^#  *//p' Makefile
+	@sed -n '3,7s/^#  *//p' Makefile
 
 setup: $(READY)-dev
 
 demo: $(READY)-cli
 	$(VENV)/bin/nextquill demo $(DEMO_ARGS)
 
-test: $(READY)-test
+test: $(READY)-test $(READY)-native
 	$(PY) -m pytest $(TEST_ARGS)
 
-test-slow: $(READY)-test
+test-slow: $(READY)-test $(READY)-native
 	$(PY) -m pytest -m slow $(TEST_ARGS)
 
 lint: $(READY)-dev
@@ -47,7 +48,9 @@ format: $(READY)-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY)-cli
+native: $(READY)-native
+
+bench: $(READY)-cli $(READY)-native
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
 clean:
@@ -68,3 +71,9 @@ $(READY)-cli $(READY)-test $(READY)-dev: $(READY)-%: pyproject.toml constraints.
 	@echo "Installing nextquill[$*] into $(VENV); the first time takes a few minutes."
 	@$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input -c constraints.txt -e '.[$*]'
 	@touch $(addprefix $(READY)-,$(CONTAINS))
+
+# Optional: without a compiler everything works, with plain PyTorch in its place.
+$(READY)-native: $(wildcard csrc/* csrc/src/* csrc/nextquill_ext/*) | $(READY)-venv
+	@echo "Building the native extension into $(VENV)."
+	@if $(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input --no-deps --force-reinstall ./csrc; \
+	then touch $@; else echo "It did not build (see above); going on without it."; fi

@@ -26,9 +26,9 @@ from nextquill.errors import (
     RecordError,
     UnsupportedModelError,
 )
-from nextquill.functional import linear_pair_nll, linear_token_nll
+from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
 from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
-from nextquill.outputs import PairNLL, PreferenceLossOutput
+from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
 
 if TYPE_CHECKING:
     from nextquill.integrations.trainer import NextQuillTrainer
@@ -49,12 +49,14 @@ __all__ = [
     "OutputExistsError",
     "PairLoss",
     "PairNLL",
+    "PairStats",
     "PerCELoss",
     "PreferenceLossOutput",
     "RecordError",
     "SFTLoss",
     "UnsupportedModelError",
     "linear_pair_nll",
+    "linear_pair_stats",
     "linear_token_nll",
 ]
 

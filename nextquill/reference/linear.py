@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nextquill.outputs import PairNLL
+from nextquill.outputs import PairNLL, PairStats
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,3 +80,36 @@ def linear_pair_nll(
         scatter_rows(token_nll(z0, kept), keep),
         scatter_rows(token_nll(z1 - z0, kept), keep),
     )
+
+
+def linear_pair_stats(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> PairStats:
+    """Reference of `nextquill.linear_pair_stats`."""
+    keep = labels != ignore_index
+    pair = linear_pair_nll(
+        hidden_factual,
+        hidden_counterfactual,
+        lm_head_weight,
+        labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    log_p1, log_p0 = (
+        torch.log_softmax(linear_logits(hidden[keep], lm_head_weight, bias, softcap, logit_scale), -1)
+        for hidden in (hidden_factual, hidden_counterfactual)
+    )
+    p1 = torch.exp(log_p1)
+    kl = torch.where(p1 > 0, p1 * (log_p1 - log_p0), p1).sum(-1)
+    entropy = -torch.where(p1 > 0, p1 * log_p1, p1).sum(-1)
+    return PairStats(pair, kl=scatter_rows(kl, keep), entropy=scatter_rows(entropy, keep))

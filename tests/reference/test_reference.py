@@ -31,6 +31,16 @@ def test_pair_nll_is_three_cross_entropies_in_the_labels_shape(shape):
         assert_close(actual.flatten(), F.cross_entropy(z, case.labels.flatten(), reduction="none"), 1e-13)
 
 
+def test_pair_stats_are_torchs_divergence_and_entropy():
+    case = make_case(30, 6, 11, dtype=torch.float64)
+    stats = reference.linear_pair_stats(*case.pair_args, bias=case.bias)
+    z1, z0 = (logits(h, case.weight, case.bias) for h in (case.factual, case.counterfactual))
+    keep = case.labels != -100
+    first, second = (torch.distributions.Categorical(logits=z) for z in (z1, z0))
+    assert_close(stats.kl, keep * torch.distributions.kl_divergence(first, second), 1e-12)
+    assert_close(stats.entropy, keep * first.entropy(), 1e-12)
+
+
 def test_ignored_rows_are_zero_whatever_they_hold():
     case = make_case(30, 6, 11)
     ignored = case.labels == -100
