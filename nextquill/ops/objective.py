@@ -116,6 +116,8 @@ class PairObjective:
         if fused is not None and group.sequences is not None and (scheme := _scheme(self.weighting)) is not None:
             offsets = plan.offsets[group.sequences.start : group.sequences.stop + 1]
             out = pair.factual.new_empty(3, group.stop - group.start)
+            if isinstance(num_items, Tensor) and num_items.device != out.device:
+                num_items = float(num_items)  # on the host already: nothing waits
             fused(
                 pair.factual,
                 pair.counterfactual,

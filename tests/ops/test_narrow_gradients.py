@@ -1,0 +1,70 @@
+"""dz in bfloat16 over the logits' own memory, as on a GPU: the products are emulated, everything around them is real."""
+
+import pytest
+import torch
+
+import nextquill as nq
+from nextquill.ops import head as head_module
+from tests.helpers import make_case, relative_error
+
+LOSSES = {
+    "NextQuill": lambda **o: nq.NextQuillLoss(anchor=0.1, **o),
+    "detached": lambda **o: nq.NextQuillLoss(detach_counterfactual=True, **o),
+    "anchored": lambda **o: nq.NextQuillLoss(alpha=0.0, anchor=0.3, **o),
+    "PerCE": nq.PerCELoss,
+    "SFT": nq.SFTLoss,
+}
+
+
+@pytest.fixture
+def _wide_products(monkeypatch):
+    """Half-precision factors into float32 on a CPU, by widening them; counts what came in narrow."""
+    seen = []
+
+    def check(left, right):
+        assert left.dtype == right.dtype == torch.bfloat16
+        seen.append(left)
+
+    def mm_into(out, left, right):
+        check(left, right)
+        return torch.mm(left.float(), right.float(), out=out)
+
+    def addmm_into(accumulator, left, right):
+        check(left, right)
+        accumulator.addmm_(left.float(), right.float())
+
+    monkeypatch.setattr(head_module, "has_wide_mm", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(head_module, "mm_into", mm_into)
+    monkeypatch.setattr(head_module, "addmm_into", addmm_into)
+    return seen
+
+
+def gradients(loss_fn, case, ids):
+    own = case.leaves()
+    loss_fn(*own.pair_args, own.bias, ids).backward()
+    return own.gradients()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, impl, _wide_products):  # noqa: PT019
+    case, ids = make_case(30, 12, 77, dtype=torch.bfloat16), torch.arange(30) // 7
+    # Chunks smaller than a batch, so that buffers are used again after they were written narrow.
+    actual = gradients(LOSSES[name](impl=impl, chunk_bytes=77 * 4 * 16), case, ids)
+    assert _wide_products
+    truth = gradients(LOSSES[name](impl="torch"), case.double(), ids)
+    for key, expected in truth.items():
+        # dz is rounded to bfloat16 (cut off by Triton's interpreter) before it is summed, dh and dW after.
+        assert relative_error(actual[key], expected) < 2**-6, key
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_operators(impl, _wide_products):  # noqa: PT019
+    case = make_case(30, 12, 77, dtype=torch.bfloat16)
+    own, exact = case.leaves(), case.double()
+    for each in (own, exact):
+        pair = nq.linear_pair_nll(*each.pair_args, bias=each.bias, impl=impl if each is own else "torch")
+        sum(nll.mean() * factor for nll, factor in zip(pair, (1.0, 0.4, -0.3), strict=True)).backward()
+    assert _wide_products
+    for key, expected in exact.gradients().items():
+        assert relative_error(own.gradients()[key], expected) < 2**-6, key
