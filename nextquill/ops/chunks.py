@@ -36,7 +36,7 @@ class HeadCall:
         budget = self.chunk_bytes
         if budget is None:
             budget = _DEFAULT_BYTES if head.weight.device.type == "cpu" else _DEFAULT_BYTES_ACCELERATOR
-        return max(1, budget // (streams * head.vocabulary * head.dtype.itemsize))
+        return max(1, budget // (streams * _row_stride(head.vocabulary) * head.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,16 @@ class LogitsBuffer:
 
     def __init__(self, head: LinearHead, streams: int, max_rows: int) -> None:
         self.head = head
-        self._memory = head.weight.new_empty(streams * max_rows, head.vocabulary, dtype=head.dtype)
+        padded = head.weight.new_empty(streams * max_rows, _row_stride(head.vocabulary), dtype=head.dtype)
+        self._memory = padded[:, : head.vocabulary]
 
     def fill(self, streams: Sequence[Tensor], rows: Tensor) -> Chunk:
         """Compute the logits of `rows` [n] of each stream [N, D]; overwrites the chunk before."""
         dtype = self.head.weight.dtype
         hidden = torch.cat([stream.index_select(0, rows).to(dtype) for stream in streams])
         return Chunk(rows, hidden, self.head.logits(hidden, self._memory[: hidden.shape[0]]))
+
+
+def _row_stride(vocabulary: int) -> int:
+    """V rounded up so that every row begins at a multiple of 64 bytes: kernels then read and write whole vectors."""
+    return -(-vocabulary // 16) * 16
