@@ -1,6 +1,9 @@
 """Benchmarks: each suite checks its providers' results against each other, then times them as ratios in one run.
 
-python -m benchmarks.run --suite step      a whole training step of the `small` model, per loss
-python -m benchmarks.run --suite head      the loss alone, against plain PyTorch over full logits
-python -m benchmarks.table                 write the README's tables from benchmarks/results
+python -m benchmarks.run --suite step            a whole training step of the `small` model, per loss
+python -m benchmarks.run --suite head            the loss alone at real models' head shapes, against plain PyTorch,
+                                                 torch's linear_cross_entropy, Liger-Kernel and cut-cross-entropy
+python -m benchmarks.verify_gpu --out DIR        the kernels' tests and suite `head` on a GPU, within eight minutes
+python -m benchmarks.table                       write the README's tables from benchmarks/results
+python -m benchmarks.plot                        draw docs/bench-head.png from them
 """

@@ -1,120 +1,241 @@
-"""Suite `head`: the loss alone, forward and backward, against plain PyTorch over full logits; time and memory.
+"""Suite `head`: the loss alone at real models' head shapes, against plain PyTorch and the fused losses one can install.
 
-Peak memory is that of a fresh process that runs one provider once, less that of a process that makes the inputs only
-(Linux only).
+Per shape and task every provider that can take part is checked (`benchmarks.gate`), then timed in turns. Metrics:
+
+    seconds            s        one call
+    time               x        the same over plain PyTorch's, round by round
+    tflops             TFLOP/s  the task's useful products (`Task.products`) over the time
+    gemm_fraction      x        that over the device's own rate, round by round: `torch.mm` takes its turn with
+                                [N, D] by [D, 32768] in the same dtype
+    peak, transient    MiB      `benchmarks.memory`
+    error_*, full_size x        `benchmarks.gate`
+    status                      no figure: `note` says why (not installed, out of memory, refused by the gate …)
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-import nextquill as nq
-from benchmarks.measure import Row, make_row, ratios, time_in_turns
-from benchmarks.plain import nextquill_plain, perce_plain
+from benchmarks import gate
+from benchmarks.cases import Inputs, Shape, Task, for_task, make_inputs, output_names, shapes, tasks
+from benchmarks.measure import (
+    GateError,
+    Options,
+    Row,
+    default_device,
+    make_row,
+    ratios,
+    synchronise,
+    time_in_turns,
+)
+from benchmarks.memory import MIB, cpu_peaks, cuda_peak, kept_bytes
+from benchmarks.registry import BASELINE, OUT_OF_MEMORY, Call, Provider, ProviderError, providers
 
-
-@dataclass(frozen=True)
-class Shape:
-    """N rows in 8 sequences, hidden size D, vocabulary V."""
-
-    rows: int
-    hidden: int
-    vocabulary: int
-
-    def __str__(self) -> str:
-        return f"N={self.rows}, D={self.hidden}, V={self.vocabulary}"
-
-
-SHAPES = (Shape(1024, 256, 8192), Shape(1024, 896, 32768))
-QUICK = (Shape(128, 64, 1024),)
-BASELINES = {
-    "NextQuill": "NextQuill (plain)",
-    "NextQuill detached": "NextQuill detached (plain)",
-    "PerCE": "PerCE (plain)",
-}
+GEMM = "torch.mm"
+_GEMM_COLUMNS = 32768
+#: Of a task's time; the rest is for what follows it.
+_TIMED_SHARE = 0.8
 
 
-def run(rounds: int, quick: bool = False) -> list[Row]:
-    """Check, then time and weigh, every shape."""
-    rows: list[Row] = []
-    for shape in QUICK if quick else SHAPES:
-        providers = make_providers(shape)
-        gate(providers)
-        seconds = time_in_turns(providers, rounds)
+def run(options: Options, entrants: Sequence[Provider] | None = None) -> list[Row]:
+    """Check, time and weigh every task at every shape.
+
+    Raises:
+        GateError: at the end, if an implementation of ours failed or is wrong; every other figure has been saved.
+    """
+    device = torch.device(options.device or default_device())
+    suite = _Suite(options, device, tuple(entrants or providers()))
+    todo = [(shape, task) for shape in shapes(device, options.quick) for task in tasks(device, options.quick)]
+    deadline = None if options.budget is None else time.perf_counter() + options.budget
+    for position, (shape, task) in enumerate(todo):
+        share = None if deadline is None else (deadline - time.perf_counter()) / (len(todo) - position)
+        suite.measure(shape, task, share)
+        if (shape, task) == todo[-1] or todo[position + 1][0] != shape:
+            suite.weigh(shape)
+        options.save(suite.rows)
+    if suite.broken:
+        raise GateError("head: not timed: " + "; ".join(suite.broken))
+    return suite.rows
+
+
+class _Suite:
+    """The rows so far, and the inputs of the shape at hand."""
+
+    def __init__(self, options: Options, device: torch.device, entrants: tuple[Provider, ...]) -> None:
+        self.options, self.device, self.entrants = options, device, entrants
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.rows: list[Row] = []
+        self.broken: list[str] = []
+        self.shape: Shape | None = None
+        self.inputs: Any = None
+        self.slice: Any = None
+        self.gemm: Any = None
+        self.products = 0
+        self.ran: list[tuple[Task, Provider]] = []
+
+    def measure(self, shape: Shape, task: Task, share: float | None) -> None:
+        """One task at one shape, in about `share` seconds."""
+        begun = time.perf_counter()
+        if share is not None and share <= 0:
+            self._note(shape, task, "", "out of time")
+            return
+        if shape != self.shape:
+            self._prepare(shape)
+        entrants = self._able(shape, task)
+        settings = {each.name: dict(_choose(each, task, self.inputs)) for each in entrants}
+        entrants = self._check_slice(shape, task, entrants, settings)
+        inputs = for_task(self.inputs, task)
+        calls = {each.name: each.bind(task, inputs, settings[each.name]) for each in entrants}
+        calls = self._check_full_size(shape, task, calls, inputs)
+        if not calls:
+            return
+        calls[GEMM] = self.gemm
+        left = None if share is None else _TIMED_SHARE * (share - (time.perf_counter() - begun))
+        warmup = 1 if self.device.type == "cuda" else 0  # one more call than the check at full size
+        try:
+            seconds = time_in_turns(calls, self.options.rounds, warmup, left)
+        except ProviderError as failure:  # it ran before, so a machine short of memory, not a provider's fault
+            self._note(shape, task, "", str(failure))
+            return
+        self._times(shape, task, seconds, settings)
+        ran = [each for each in entrants if each.name in calls]
+        if self.device.type == "cuda":
+            for provider in ran:
+                try:
+                    self._peak(shape, task, provider, cuda_peak(calls[provider.name]))
+                except ProviderError as failure:
+                    self._note(shape, task, provider.name, f"memory: {failure}")
+        else:
+            self.ran += [(task, provider) for provider in ran]
+
+    def _prepare(self, shape: Shape) -> None:
+        self.shape = None
+        self.inputs = self.slice = self.gemm = None  # free the last shape's before making these
+        _release()
+        self.inputs = make_inputs(shape, self.dtype, self.device)
+        self.slice = make_inputs(shape, self.dtype, self.device, min(shape.rows, gate.ROWS))
+        columns = min(shape.vocabulary, _GEMM_COLUMNS)
+        left, right = self.inputs.h1, self.inputs.weight[:columns].T
+        self.gemm = lambda: torch.mm(left, right)
+        self.products = 2 * shape.rows * shape.hidden * columns
+        self.shape = shape
+
+    def weigh(self, shape: Shape) -> None:
+        """On a CPU: the peak memory of everything that ran at a shape."""
+        peaks = cpu_peaks(shape, [(task, provider.name) for task, provider in self.ran])
+        for (task, provider), peak in zip(self.ran, peaks, strict=True):
+            if peak is not None:
+                self._peak(shape, task, provider, peak)
+        self.ran = []
+
+    def _able(self, shape: Shape, task: Task) -> list[Provider]:
+        able = []
+        for provider in self.entrants:
+            reason = provider.reason_against(task, self.inputs)
+            if reason is None:
+                able.append(provider)
+            else:
+                self._note(shape, task, provider.name, reason)
+        return able
+
+    def _check_slice(
+        self, shape: Shape, task: Task, entrants: list[Provider], settings: Mapping[str, Mapping[str, Any]]
+    ) -> list[Provider]:
+        found, refused = gate.check_slice(entrants, task, self.slice, settings)
+        for name, errors in found.items():
+            for output, error in errors.items():
+                self._row(shape, task, name, f"error_{output}", "x", [error], "float64")
+        return [each for each in entrants if not self._refuse(shape, task, each, refused)]
+
+    def _check_full_size(self, shape: Shape, task: Task, calls: Mapping[str, Call], inputs: Inputs) -> dict[str, Call]:
+        first, found, refused = gate.check_full_size(calls, output_names(inputs, task), self.dtype)
+        for name, difference in found.items():
+            self._row(shape, task, name, "full_size", "x", [difference], first)
+        entrants = {each.name: each for each in self.entrants}
+        kept = {name: call for name, call in calls.items() if not self._refuse(shape, task, entrants[name], refused)}
+        _release()
+        return kept
+
+    def _refuse(self, shape: Shape, task: Task, provider: Provider, refused: Mapping[str, str]) -> bool:
+        reason = refused.get(provider.name)
+        if reason is None:
+            return False
+        self._note(shape, task, provider.name, reason)
+        if reason != OUT_OF_MEMORY and (provider.ours or provider.name == BASELINE):
+            self.broken.append(f"{provider.name}, {task}, {shape}: {reason}")
+        return True
+
+    def _times(
+        self, shape: Shape, task: Task, seconds: dict[str, list[float]], settings: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        gemm = [self.products / value / 1e12 for value in seconds.pop(GEMM)]
+        self._row(shape, task, GEMM, "gemm_rate", "TFLOP/s", gemm)
+        work = task.products * 2 * shape.rows * shape.hidden * shape.vocabulary
+        against = ratios(seconds, BASELINE) if BASELINE in seconds else {}
         for name, values in seconds.items():
-            rows.append(make_row("head", str(shape), name, "seconds", "s", values))
-            baseline = BASELINES[name.rsplit(" (", 1)[0]]
-            rows.append(make_row("head", str(shape), name, "time", "x", ratios(seconds, baseline)[name], baseline))
-        idle = peak_bytes(shape, "none")
-        for name in providers:
-            extra = max(0, peak_bytes(shape, name) - idle)
-            rows.append(make_row("head", str(shape), name, "memory", "MiB", [extra / 2**20]))
-    return rows
+            note = ", ".join(f"{key}={value}" for key, value in settings[name].items())
+            self._row(shape, task, name, "seconds", "s", values, note=note)
+            if against:
+                self._row(shape, task, name, "time", "x", against[name], BASELINE, note=note)
+            rates = [work / value / 1e12 for value in values]
+            self._row(shape, task, name, "tflops", "TFLOP/s", rates, note=note)
+            fractions = [rate / of for rate, of in zip(rates, gemm, strict=True)]
+            self._row(shape, task, name, "gemm_fraction", "x", fractions, GEMM, note=note)
+
+    def _peak(self, shape: Shape, task: Task, provider: Provider, peak: int) -> None:
+        transient = max(0, peak - kept_bytes(provider, task, for_task(self.inputs, task)))
+        self._row(shape, task, provider.name, "peak", "MiB", [peak / MIB])
+        self._row(shape, task, provider.name, "transient", "MiB", [transient / MIB])
+
+    def _note(self, shape: Shape, task: Task, provider: str, note: str) -> None:
+        self._row(shape, task, provider, "status", "", [], note=note)
+
+    def _row(
+        self,
+        shape: Shape,
+        task: Task | None,
+        provider: str,
+        metric: str,
+        unit: str,
+        values: list[float],
+        baseline: str = "",
+        note: str = "",
+    ) -> Row:
+        loss, mode, head = (task.loss, task.mode, task.head) if task else ("", "", "")
+        row = make_row(
+            "head", str(shape), provider, metric, unit, values, baseline,
+            loss=loss, mode=mode, head=head, dtype=str(self.dtype).removeprefix("torch."), note=note,
+            device=self.device.type,
+        )  # fmt: skip
+        self.rows.append(row)
+        return row
 
 
-def make_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h1, h0, W with gradient, labels and sequence ids; the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    h1 = torch.randn(shape.rows, shape.hidden, generator=generator)
-    h0 = h1 + 0.5 * torch.randn(shape.rows, shape.hidden, generator=generator)
-    weight = 0.1 * torch.randn(shape.vocabulary, shape.hidden, generator=generator)
-    labels = torch.randint(0, shape.vocabulary, (shape.rows,), generator=generator)
-    ids = torch.arange(shape.rows) * 8 // shape.rows
-    return h1.requires_grad_(), h0.requires_grad_(), weight.requires_grad_(), labels, ids
+def _choose(provider: Provider, task: Task, inputs: Inputs) -> Mapping[str, Any]:
+    """The fastest of a provider's variants at full size; one that fails counts as slowest."""
+    variants = provider.variants()
+    if len(variants) == 1:
+        return variants[0]
+    seconds = []
+    for options in variants:
+        call = provider.bind(task, for_task(inputs, task), options)
+        try:
+            call()
+            synchronise()
+            start = time.perf_counter()
+            call()
+            synchronise()
+            seconds.append(time.perf_counter() - start)
+        except ProviderError:
+            _release()
+            seconds.append(float("inf"))
+    return variants[seconds.index(min(seconds))]
 
 
-def make_providers(shape: Shape) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Callables that return the loss and the gradients of h1, h0 (where there is one) and W."""
-    h1, h0, weight, labels, ids = make_inputs(shape)
-
-    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(loss, (h1, h0, weight), allow_unused=True)
-        return loss.detach(), *(g if g is not None else torch.zeros(()) for g in found)
-
-    official, detached, perce = nq.NextQuillLoss(), nq.NextQuillLoss(detach_counterfactual=True), nq.PerCELoss()
-    return {
-        "NextQuill (ours)": lambda: gradients(official(h1, h0, weight, labels, sequence_ids=ids)),
-        "NextQuill (plain)": lambda: gradients(nextquill_plain(h1, h0, weight, labels, ids)),
-        "NextQuill detached (ours)": lambda: gradients(detached(h1, h0, weight, labels, sequence_ids=ids)),
-        "NextQuill detached (plain)": lambda: gradients(nextquill_plain(h1, h0, weight, labels, ids, detach=True)),
-        "PerCE (ours)": lambda: gradients(perce(h1, h0, weight, labels, sequence_ids=ids)),
-        "PerCE (plain)": lambda: gradients(perce_plain(h1, h0, weight, labels, ids)),
-    }
-
-
-def gate(providers: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
-    """Refuse to time anything unless ours and plain agree."""
-    for name, baseline in BASELINES.items():
-        for ours, plain in zip(providers[f"{name} (ours)"](), providers[baseline](), strict=True):
-            error = float((ours - plain).norm() / plain.norm().clamp(min=1e-12))
-            if error > 1e-4:
-                raise SystemExit(f"head: {name}: differs from plain PyTorch by {error:.1e}; not timed")
-
-
-def peak_bytes(shape: Shape, provider: str) -> int:
-    """Peak resident memory of a process that runs one provider once."""
-    arguments = [str(shape.rows), str(shape.hidden), str(shape.vocabulary), provider]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.head", *arguments], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
-
-
-def _weigh(rows: str, hidden: str, vocabulary: str, provider: str) -> None:
-    providers = make_providers(Shape(int(rows), int(hidden), int(vocabulary)))
-    if provider != "none":
-        providers[provider]()
-    # Not ru_maxrss: Linux hands the parent's down to a child.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024)
-
-
-if __name__ == "__main__":
-    _weigh(*sys.argv[1:])
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

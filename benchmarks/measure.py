@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import math
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -19,13 +22,25 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+#: A median of fewer rounds says little.
+LEAST_ROUNDS = 3
+
+
+class GateError(RuntimeError):
+    """Something of ours, or plain PyTorch, is wrong and was not timed."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One figure: `value` is the median over rounds, p20 and p80 their spread."""
+    """One figure: `value` is the median over rounds, p20 and p80 their spread; `note` says why there is none (nan)."""
 
     suite: str
     case: str
+    loss: str
     provider: str
+    mode: str
+    head: str
+    dtype: str
     metric: str
     unit: str
     value: float
@@ -33,28 +48,69 @@ class Row:
     p80: float
     rounds: int
     baseline: str
+    note: str
     device: str
     threads: int
     torch: str
+    triton: str
     python: str
     commit: str
     time: str
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a suite is run.
+
+    Args:
+        rounds: turns that each provider takes at most.
+        quick: tiny shapes, to see that it runs.
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+        budget: seconds in which to end; fewer rounds are taken, never below three, and what does not fit is left out.
+        save: called with all rows so far whenever there are more.
+    """
+
+    rounds: int = 7
+    quick: bool = False
+    device: str | None = None
+    budget: float | None = None
+    save: Callable[[list[Row]], None] = lambda rows: None
+
+
 def time_in_turns(
-    providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, budget: float | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each provider in each round; in every round each runs once, in rotating order."""
+    """Seconds of each provider in each round; in every round each runs once, in rotating order.
+
+    With a `budget` in seconds no round begins that would outlast it, judging by the round before, but three are run
+    (or `rounds`, if fewer).
+    """
+    gc.collect()
+    gc.freeze()  # with torch's compiler imported a collection took 180 ms, most of a small suite
+    try:
+        return _take_turns(providers, rounds, warmup, budget)
+    finally:
+        gc.unfreeze()
+
+
+def _take_turns(
+    providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int, budget: float | None
+) -> dict[str, list[float]]:
     names = list(providers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    begun = round_begun = time.perf_counter()
     for turn in range(-warmup, rounds):
+        now = time.perf_counter()
+        last_round, round_begun = now - round_begun, now
+        if budget is not None and turn >= LEAST_ROUNDS and now - begun + last_round > budget:
+            break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             providers[name]()
-            _synchronise()
+            synchronise()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -69,24 +125,45 @@ def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, list[
 
 
 def make_row(
-    suite: str, case: str, provider: str, metric: str, unit: str, values: list[float], baseline: str = ""
+    suite: str,
+    case: str,
+    provider: str,
+    metric: str,
+    unit: str,
+    values: list[float],
+    baseline: str = "",
+    *,
+    loss: str = "",
+    mode: str = "",
+    head: str = "",
+    dtype: str = "",
+    note: str = "",
+    device: str | None = None,
 ) -> Row:
-    """Summarise the rounds of one figure."""
-    cuts = quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    """Summarise the rounds of one figure, to five significant digits; no values make a row that only has a note."""
+    own = values or [math.nan]
+    cuts = quantiles(own, n=5, method="inclusive") if len(own) > 1 else own * 4
+    value, p20, p80 = (float(f"{number:.5g}") for number in (median(own), cuts[0], cuts[-1]))
     return Row(
         suite=suite,
         case=case,
+        loss=loss,
         provider=provider,
+        mode=mode,
+        head=head,
+        dtype=dtype,
         metric=metric,
         unit=unit,
-        value=round(median(values), 4),
-        p20=round(cuts[0], 4),
-        p80=round(cuts[-1], 4),
+        value=value,
+        p20=p20,
+        p80=p80,
         rounds=len(values),
         baseline=baseline,
-        device=device_name(),
+        note=note,
+        device=device_name(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
+        triton=_triton_version(),
         python=platform.python_version(),
         commit=_commit(),
         time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
@@ -104,9 +181,15 @@ def write_csv(rows: list[Row], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def device_name() -> str:
-    """The accelerator's name, or the processor's."""
-    if torch.cuda.is_available():
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@lru_cache
+def device_name(kind: str | None = None) -> str:
+    """The accelerator's name, or the processor's; `kind` is "cuda" or "cpu"."""
+    if (kind or default_device()) == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -116,12 +199,25 @@ def device_name() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+@lru_cache
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
-def _synchronise() -> None:
+@lru_cache
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

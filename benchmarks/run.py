@@ -1,46 +1,95 @@
-"""Run benchmark suites and write their figures: `python -m benchmarks.run [--suite NAME]`."""
+"""Run benchmark suites and write their figures: `python -m benchmarks.run [--suite NAME]`, or `nextquill bench`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import head, step
-from benchmarks.measure import RESULTS, Row, write_csv
+from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, write_csv
 
-SUITES = {"step": step.run, "head": head.run}
+#: Modules with a `run(options)`; imported when asked for, because `step` needs transformers and `head` only torch.
+SUITES = {"step": "benchmarks.step", "head": "benchmarks.head"}
 
 
-def main() -> None:
-    """Parse the flags, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog=prog, description="Check, then time, the losses.", allow_abbrev=False)
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="which to run; all by default")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that each provider takes")
+    parser.add_argument("--rounds", type=_positive(int), default=7, help="turns that each provider takes at most")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
+    parser.add_argument(
+        "--budget", type=_positive(float), default=330.0, help="seconds per suite: fewer rounds where time is short"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds: expected a positive number, got {options.rounds}")
-    for name in options.suite or sorted(SUITES):
-        rows = SUITES[name](options.rounds, options.quick)
-        show(rows)
-        path = options.out / f"{name}.csv"
-        write_csv(rows, path)
-        print(f"wrote {path}\n")
+    parser.add_argument("--csv", type=Path, help="the CSV file itself, with one --suite")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Parse the flags, run, print, write; 1 if something of ours was wrong."""
+    parser = parser or make_parser()
+    chosen = parser.parse_args(arguments)
+    names = chosen.suite or sorted(SUITES)
+    if chosen.csv and len(names) != 1:
+        parser.error("--csv: expected exactly one --suite")
+    code = 0
+    for name in names:
+        path = chosen.csv or chosen.out / file_name(name, chosen.device or default_device())
+        saved: list[Row] = []
+
+        def save(rows: list[Row], path: Path = path, saved: list[Row] = saved) -> None:
+            saved[:] = rows
+            write_csv(rows, path)
+
+        options = Options(chosen.rounds, chosen.quick, chosen.device, chosen.budget, save)
+        try:
+            save(importlib.import_module(SUITES[name]).run(options))
+        except GateError as error:
+            print(error, file=sys.stderr)
+            code = 1
+        if saved:
+            show(saved)
+            print(f"wrote {path}\n")
+    return code
+
+
+def file_name(suite: str, device: str) -> str:
+    """`head.csv` for a CPU, `head-nvidia-h200.csv` for a GPU, so that both kinds of figures stand side by side."""
+    slug = "-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else ""
+    return f"{suite}{slug}.csv"
 
 
 def show(rows: list[Row]) -> None:
-    """Print the figures, a case at a time."""
-    case = None
+    """Print the figures, a case at a time, and what took no part."""
+    group = None
     for row in rows:
-        if row.case != case:
-            case = row.case
-            print(f"\n{row.suite}: {case}  ({row.device}, {row.threads} threads, torch {row.torch})")
+        if (row.case, row.loss, row.mode, row.head) != group:
+            group = row.case, row.loss, row.mode, row.head
+            print(f"\n{', '.join(filter(None, group))}  ({row.device}, {row.threads} threads, torch {row.torch})")
+        if row.metric == "status":
+            print(f"  {row.provider or 'everything':<28} {row.note}")
+            continue
         against = f" of {row.baseline}" if row.baseline else ""
-        print(
-            f"  {row.provider:<28} {row.metric:<8} {row.value:9.3f} {row.unit}{against}  [{row.p20:.3f}, {row.p80:.3f}]"
-        )
+        spread = f"  [{row.p20:.4g}, {row.p80:.4g}]" if row.rounds > 1 else ""
+        note = f"  {row.note}" if row.note else ""
+        print(f"  {row.provider:<28} {row.metric:<18} {row.value:10.4g} {row.unit}{against}{spread}{note}")
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where `kind` itself fails
+    return convert
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

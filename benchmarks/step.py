@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import nextquill as nq
-from benchmarks.measure import Row, make_row, ratios, time_in_turns
-from benchmarks.plain import nextquill_plain, perce_plain, sft_plain
+from benchmarks.measure import GateError, Options, Row, make_row, ratios, time_in_turns
+from benchmarks.peers.plain import nextquill_plain, perce_plain, sft_plain
 from nextquill.data import Branch, EncodedExample, PairCollator, stack_branches
 from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.scratch import SCRATCH_SIZES, ScratchSize, build_model
@@ -36,19 +36,28 @@ BATCH = 8
 BASELINE = "SFT (ours)"
 
 
-def run(rounds: int, quick: bool = False) -> list[Row]:
-    """Check, then time, every case."""
-    size = SCRATCH_SIZES["tiny" if quick else "small"]
+def run(options: Options) -> list[Row]:
+    """Check, then time, every case; always on the CPU, which is what the `small` model is for."""
+    size = SCRATCH_SIZES["tiny" if options.quick else "small"]
     rows: list[Row] = []
     for case, (query, history, response) in CASES.items():
-        scale = 4 if quick else 1
+        scale = 4 if options.quick else 1
         batch = make_batch(size, query // scale, history // scale, response // scale)
         gate(size, batch)
-        seconds = time_in_turns(steps(size, batch), rounds)
+        budget = None if options.budget is None else options.budget / len(CASES)
+        seconds = time_in_turns(steps(size, batch), options.rounds, budget=budget)
+        labels = {"mode": "step", "head": "trainable", "dtype": "float32", "device": "cpu"}
         for name, values in ratios(seconds, BASELINE).items():
-            rows.append(make_row("step", case, name, "time", "x", values, BASELINE))
-        rows += [make_row("step", case, name, "seconds", "s", values) for name, values in seconds.items()]
+            rows.append(make_row("step", case, name, "time", "x", values, BASELINE, loss=loss_of(name), **labels))
+        for name, values in seconds.items():
+            rows.append(make_row("step", case, name, "seconds", "s", values, loss=loss_of(name), **labels))
+        options.save(rows)
     return rows
+
+
+def loss_of(provider: str) -> str:
+    """A provider here is a loss and whose it is: `PerCE (ours)`."""
+    return provider.rsplit(" (", 1)[0]
 
 
 def make_batch(size: ScratchSize, query: int, history: int, response: int) -> dict[str, Any]:
@@ -129,4 +138,4 @@ def gate(size: ScratchSize, batch: dict[str, Any]) -> None:
         (ours, own_grads), (plain, plain_grads) = results
         worst = max(float((a - b).norm() / b.norm()) for a, b in zip(own_grads, plain_grads, strict=True))
         if abs(ours - plain) > 1e-5 * abs(plain) or worst > 1e-4:
-            raise SystemExit(f"step: {name}: loss {ours} against {plain}, gradients differ by {worst:.1e}; not timed")
+            raise GateError(f"step: {name}: loss {ours} against {plain}, gradients differ by {worst:.1e}; not timed")

@@ -11,9 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.measure import RESULTS
 
+BASELINE = "plain"
 README = RESULTS.parent.parent / "README.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
@@ -32,21 +34,60 @@ def step_table() -> str:
     return "\n".join([*lines, "", _footnote(rows)])
 
 
+#: What the README shows of suite `head`: the losses, forward and backward, with a trainable head.
+HEAD_LOSSES = ("NextQuill", "NextQuill detached")
+NOT_ON_A_GPU = "Not measured on a GPU yet."
+
+
 def head_table() -> str:
-    """Time against plain PyTorch and peak memory of the loss alone."""
-    rows = read("head.csv")
-    cells = {(row["case"], row["provider"], row["metric"]): row for row in rows}
+    """The loss alone: one table for the CPU, and one for each GPU that has a file."""
+    gpus = sorted(RESULTS.glob("head-*.csv"))
+    parts = [_head_part(read("head.csv")), *(_head_part(read(path.name), rates=True) for path in gpus)]
+    return "\n\n".join(parts if gpus else [*parts, NOT_ON_A_GPU])
+
+
+def _head_part(rows: list[dict[str, str]], rates: bool = False) -> str:
+    """Time over plain PyTorch's and peak memory, one row per shape and loss, one column per provider."""
+    rows = [row for row in rows if row["mode"] == "forward+backward" and row["head"] == "trainable"]
+    cells = {(row["case"], row["loss"], row["provider"], row["metric"]): row for row in rows}
+    timed = list(dict.fromkeys(row["provider"] for row in rows if row["metric"] == "time"))
+    ours = [name for name in timed if name.startswith("ours")]
+    others = [name for name in timed if name not in ours and name != BASELINE]
+    columns = [*(f"time, {name}" for name in (*ours, *others)), "peak memory, ours", "plain"]
+    columns += ["TFLOP/s, ours (of GEMM)"] if rates else []
     lines = [
-        "| loss, forward and backward | shape | time, ours / plain | memory, ours | memory, plain |",
-        "|---|---|---|---|---|",
+        "| " + " | ".join(["head, forward and backward", "loss", *columns]) + " |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for case in dict.fromkeys(row["case"] for row in rows):
-        for provider in dict.fromkeys(row["provider"] for row in rows if row["provider"].endswith("(ours)")):
-            name = provider.removesuffix(" (ours)")
-            own, plain = (cells[case, f"{name} ({kind})", "memory"]["value"] for kind in ("ours", "plain"))
-            ratio = _ratio(cells[case, provider, "time"])
-            lines.append(f"| {name} | {case} | {ratio} | {float(own):.0f} MiB | {float(plain):.0f} MiB |")
-    return "\n".join([*lines, "", _footnote(rows)])
+        for loss in HEAD_LOSSES:
+            own = [name for name in ours if (case, loss, name, "time") in cells]
+            if not own:
+                continue
+            best = min(own, key=lambda name: _value(cells, case, loss, name, "time") or 0)
+            values = [_cell(cells.get((case, loss, name, "time"))) for name in (*ours, *others)]
+            values += [_mebibytes(cells, case, loss, name) for name in (best, BASELINE)]
+            if rates:
+                rate, fraction = (
+                    _value(cells, case, loss, best, metric) or 0 for metric in ("tflops", "gemm_fraction")
+                )
+                values.append(f"{rate:.0f} ({100 * fraction:.0f}%)")
+            lines.append("| " + " | ".join([case, loss, *values]) + " |")
+    times = [row for row in rows if row["metric"] == "time"]
+    return "\n".join([*lines, "", f"Times are multiples of plain PyTorch's. {_footnote(times, of='at least')}"])
+
+
+def _value(cells: dict[Any, dict[str, str]], *key: str) -> float | None:
+    return float(cells[key]["value"]) if key in cells else None
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    return "–" if row is None else _ratio(row)
+
+
+def _mebibytes(cells: dict[Any, dict[str, str]], *key: str) -> str:
+    value = _value(cells, *key, "peak")
+    return "–" if value is None else f"{value:.0f} MiB" if value < 10240 else f"{value / 1024:.1f} GiB"
 
 
 TABLES: dict[str, Callable[[], str]] = {"step": step_table, "head": head_table}
@@ -67,11 +108,15 @@ def _ratio(row: dict[str, str]) -> str:
     return f"{float(row['value']):.2f} [{float(row['p20']):.2f}, {float(row['p80']):.2f}]"
 
 
-def _footnote(rows: list[dict[str, str]]) -> str:
-    first = rows[0]
+def _footnote(rows: list[dict[str, str]], of: str = "") -> str:
+    first = min(rows, key=lambda row: int(row["rounds"]))
+    rounds = " ".join(
+        filter(None, (of if any(row["rounds"] != first["rounds"] for row in rows) else "", first["rounds"]))
+    )
+    triton = f", triton {first['triton']}" if first.get("triton") and "NVIDIA" in first["device"] else ""
     return (
-        f"Median [20th, 80th percentile] of {first['rounds']} rounds in one run; {first['device']}, {first['threads']} "
-        f"threads, torch {first['torch']}, {first['time'][:10]}."
+        f"Median [20th, 80th percentile] of {rounds} rounds in one run; {first['device']}, {first['threads']} "
+        f"threads, torch {first['torch']}{triton}, {first['dtype'] or 'float32'}, {first['time'][:10]}."
     )
 
 

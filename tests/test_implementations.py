@@ -8,6 +8,7 @@ import torch
 
 import nextquill as nq
 from nextquill import reference
+from nextquill.ops import loss_operator
 from nextquill.ops.dispatch import why_not
 from tests.helpers import FLOAT32_RELATIVE, assert_close, assert_same_gradients, make_case, relative_error
 
@@ -211,3 +212,52 @@ def test_half_precision_is_no_worse_than_plain_pytorch(impl):
         for key, value in exact.gradients().items():
             own, other = relative_error(case.gradients()[key], value), relative_error(plain.gradients()[key], value)
             assert own <= 2 * other, (dtype, key)
+
+
+@pytest.mark.gpu
+@losses
+def test_nothing_waits_for_the_device_once_rows_are_planned(name, monkeypatch):
+    case = placed(make_case(300, 64, 1031))
+    loss_fn = LOSSES[name](impl="triton", chunk_bytes=100 * 2 * 1031 * 4)
+    ids = torch.arange(300, device=DEVICE) // 40
+    run_loss(loss_fn, case, ids)  # compiles
+    plan = loss_operator.plan_rows(case.labels, ids, -100, 1031)
+    monkeypatch.setattr(loss_operator, "plan_rows", lambda *_: plan)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_loss(loss_fn, case, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_model_sized_head_in_bfloat16(softcap):
+    """Many tiles in each direction, several chunks, products of half precision into float32."""
+    case = placed(make_case(700, 1000, 50257, dtype=torch.bfloat16, bias=False))
+    exact, ids = case.double(), torch.arange(700, device=DEVICE) // 70
+    loss = nq.NextQuillLoss(impl="triton", softcap=softcap, chunk_bytes=2**27)
+    actual = run_loss(loss, case, ids)
+    truth = run_loss(nq.NextQuillLoss(impl="torch", softcap=softcap), exact, ids)
+    assert_close(actual.loss, truth.loss)
+    for field, value in truth.pair_nll._asdict().items():
+        assert_close(getattr(actual.pair_nll, field), value, what=field)
+    for key, value in exact.gradients().items():
+        assert relative_error(case.gradients()[key], value) <= 2**-7, key
+    pair = nq.linear_pair_nll(*case.pair_args, softcap=softcap, impl="triton")
+    for field, value in truth.pair_nll._asdict().items():
+        assert_close(getattr(pair, field), value, what=f"streamed {field}")
+
+
+@pytest.mark.gpu
+def test_transient_memory_on_a_gpu_is_the_chunk_budget():
+    case, budget = placed(make_case(2048, 256, 32768, dtype=torch.bfloat16, bias=False)), 2**26
+    loss_fn, ids = nq.NextQuillLoss(impl="triton", chunk_bytes=budget), torch.arange(2048, device=DEVICE) // 32
+    run_loss(loss_fn, case, ids)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_fn(*case.pair_args, None, ids)
+    kept = 2 * case.factual.numel() * 2 + case.weight.numel() * 4  # dh1, dh0 in bfloat16; dW in float32
+    assert torch.cuda.max_memory_allocated() - before - kept < 1.5 * budget

@@ -1,14 +1,16 @@
-"""The benchmarks refuse to time what is wrong, their statistics are right, and the README's tables come from files."""
+"""The step suite refuses to time what is wrong, the statistics are right, and the README's tables come from files."""
 
 from __future__ import annotations
 
 import csv
+import math
 import time
 
 import pytest
 import torch
 
-from benchmarks import head, measure, step, table
+from benchmarks import measure, run, step, table
+from benchmarks.peers.plain import perce_plain
 from nextquill.integrations.scratch import ScratchSize
 
 SIZE = ScratchSize(vocabulary=64, hidden_size=16, layers=1, heads=2, intermediate_size=32)
@@ -19,29 +21,23 @@ def test_step_gate_passes_when_ours_and_plain_agree():
 
 
 def test_step_gate_stops_at_a_wrong_loss(monkeypatch):
-    monkeypatch.setattr(
-        step, "perce_plain", lambda h1, h0, w, labels, ids: 1.001 * head.perce_plain(h1, h0, w, labels, ids)
-    )
-    with pytest.raises(SystemExit, match="PerCE"):
+    monkeypatch.setattr(step, "perce_plain", lambda h1, h0, w, labels, ids: 1.001 * perce_plain(h1, h0, w, labels, ids))
+    with pytest.raises(measure.GateError, match="PerCE"):
         step.gate(SIZE, step.make_batch(SIZE, 4, 8, 4))
-
-
-def test_head_gate_stops_at_a_wrong_gradient():
-    providers = head.make_providers(head.Shape(24, 8, 40))
-    head.gate(providers)
-    right = providers["NextQuill (plain)"]
-
-    def wrong():
-        loss, dh1, dh0, dw = right()
-        return loss, dh1, 1.001 * dh0, dw
-
-    with pytest.raises(SystemExit, match="NextQuill"):
-        head.gate(providers | {"NextQuill (plain)": wrong})
 
 
 def test_every_provider_of_a_step_changes_the_parameters():
     for call in step.steps(SIZE, step.make_batch(SIZE, 4, 8, 4)).values():
         assert call() is None
+
+
+def test_step_suite_runs_and_saves_after_every_case(monkeypatch):
+    monkeypatch.setattr(step, "SCRATCH_SIZES", {"tiny": SIZE})
+    monkeypatch.setattr(step, "CASES", {"a": (16, 32, 16), "b": (16, 16, 16)})
+    saved = []
+    rows = step.run(measure.Options(rounds=1, quick=True, save=lambda rows: saved.append(len(rows))))
+    assert saved == [16, 32]
+    assert {(row.loss, row.provider) for row in rows} >= {("PerCE", "PerCE (ours)"), ("SFT", "SFT (plain)")}
 
 
 def test_ratios_are_taken_within_a_round():
@@ -58,6 +54,14 @@ def test_time_in_turns_runs_every_provider_once_a_round_and_warms_up():
     assert min(seconds["slow"]) > 0.015
 
 
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (0.26, 4), (60.0, 8)])
+def test_a_budget_takes_rounds_away_but_leaves_three(monkeypatch, budget, rounds):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) * 0.01)  # a call takes .01, a round .05
+    seconds = measure.time_in_turns({"a": lambda: None, "b": lambda: None}, rounds=8, warmup=1, budget=budget)
+    assert {len(values) for values in seconds.values()} == {rounds}
+
+
 def test_csv_has_hardware_and_versions(tmp_path):
     rows = [measure.make_row("step", "case", "p", "time", "x", [1.0, 2.0, 3.0], "base")]
     measure.write_csv(rows, tmp_path / "step.csv")
@@ -68,6 +72,24 @@ def test_csv_has_hardware_and_versions(tmp_path):
     assert row["device"]
     assert row["commit"]
     assert [path.name for path in tmp_path.iterdir()] == ["step.csv"]
+
+
+def test_a_small_error_keeps_its_digits_and_a_missing_figure_is_no_number():
+    assert measure.make_row("head", "case", "p", "error_loss", "x", [1.23456e-8]).value == 1.2346e-8
+    assert math.isnan(measure.make_row("head", "case", "p", "status", "", [], note="not installed").value)
+
+
+def test_committed_results_have_the_columns_of_a_row():
+    for path in measure.RESULTS.glob("*.csv"):
+        rows = table.read(path.name)
+        assert rows
+        assert list(rows[0]) == list(measure.Row.__dataclass_fields__), path.name
+
+
+def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
+    monkeypatch.setattr(run, "device_name", lambda kind: {"cuda": "NVIDIA H200"}[kind])
+    assert run.file_name("head", "cuda") == "head-nvidia-h200.csv"
+    assert run.file_name("head", "cpu") == "head.csv"
 
 
 def test_readme_tables_are_those_of_the_committed_results():

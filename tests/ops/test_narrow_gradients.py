@@ -1,4 +1,4 @@
-"""dz in bfloat16 over the logits' own memory, as on a GPU: the products are emulated, everything around them is real."""
+"""dz in bfloat16 over the logits' own memory, as on a GPU: products are emulated, everything around them is real."""
 
 import pytest
 import torch

@@ -1,0 +1,169 @@
+"""What suite `head` measures: head shapes of real models scaled to the machine, losses, modes and inputs.
+
+A product U is N·D·V multiply-adds. `Task.products` counts what the mathematics needs (both streams' logits, and per
+stream with gradient one product each for dh and dW), so that a provider that recomputes logits is not paid for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FORWARD, TRAINING = "forward", "forward+backward"
+TRAINABLE, FROZEN = "trainable", "frozen"
+SEQUENCES = 8
+
+#: Useful products: forward, forward and backward with a trainable head, and with a frozen one.
+PRODUCTS = {
+    "NextQuill": (2, 6, 4),
+    "NextQuill detached": (2, 4, 3),
+    "PerCE": (2, 4, 3),
+    "SFT": (1, 3, 2),
+    "pair nll": (2, 6, 4),
+    "token nll": (1, 3, 2),
+}
+#: The per-token operators, measured as scoring: forward only.
+SCORING = ("pair nll", "token nll")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`rows` supervised tokens in 8 equally long sequences, hidden size D, vocabulary V, and the head's soft-cap."""
+
+    name: str
+    rows: int
+    hidden: int
+    vocabulary: int
+    softcap: float | None = None
+
+    def __str__(self) -> str:
+        cap = f", softcap {self.softcap:g}" if self.softcap else ""
+        return f"{self.name}: N={self.rows}, D={self.hidden}, V={self.vocabulary}{cap}"
+
+
+#: Where fused losses were compared in public (an H100, N=8192); first on a GPU, so that a run cut short has it.
+TARGET = Shape("Qwen3-8B", 8192, 4096, 151936)
+MODELS = (
+    Shape("Qwen2.5-0.5B", 8192, 896, 151936),
+    Shape("Qwen2.5-3B", 8192, 2048, 151936),
+    Shape("Llama-3-8B", 8192, 4096, 128256),
+    Shape("Gemma-2-2B", 8192, 2304, 256000, softcap=30.0),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One loss in one mode; `head` says whether W takes a gradient and is empty where none is asked for."""
+
+    loss: str
+    mode: str
+    head: str = ""
+
+    @property
+    def products(self) -> int:
+        forward, trainable, frozen = PRODUCTS[self.loss]
+        return forward if self.mode == FORWARD else trainable if self.head == TRAINABLE else frozen
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.loss, self.mode, self.head and f"{self.head} head") if part)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hidden states of both streams [N, D], W [V, D], labels [N] and each row's sequence [N]."""
+
+    h1: Tensor
+    h0: Tensor
+    weight: Tensor
+    labels: Tensor
+    ids: Tensor
+    softcap: float | None = None
+
+    @property
+    def wanted(self) -> dict[str, Tensor]:
+        """The tensors whose gradient is asked for."""
+        named = {"factual": self.h1, "counterfactual": self.h0, "weight": self.weight}
+        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
+    """The cases for a device.
+
+    On a GPU the real sizes, with fewer rows where less than 100 GiB must hold plain PyTorch's logits. On a CPU D/4 and
+    V/16 with 512 rows, so that the suite ends within minutes on two cores; the label states what was used.
+    """
+    if quick:
+        return (Shape("tiny", 64, 32, 512), Shape("tiny capped", 64, 48, 384, softcap=30.0))
+    if device.type != "cuda":
+        return tuple(
+            Shape(f"{model.name} (D/4, V/16)", 512, model.hidden // 4, model.vocabulary // 16, model.softcap)
+            for model in MODELS
+        )
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    rows = 8192 if gib > 100 else 4096 if gib > 60 else 2048 if gib > 30 else 1024
+    return tuple(replace(shape, rows=rows) for shape in (TARGET, *MODELS))
+
+
+def tasks(device: torch.device, quick: bool = False) -> tuple[Task, ...]:
+    """What is measured at every shape, the most wanted first."""
+    if quick:
+        return (
+            Task("NextQuill", TRAINING, TRAINABLE),
+            Task("NextQuill detached", TRAINING, FROZEN),
+            Task("pair nll", FORWARD),
+        )
+    chosen = [
+        Task("NextQuill", TRAINING, TRAINABLE),
+        Task("NextQuill detached", TRAINING, TRAINABLE),
+        Task("NextQuill", TRAINING, FROZEN),
+        Task("NextQuill detached", TRAINING, FROZEN),
+        Task("PerCE", TRAINING, TRAINABLE),
+        Task("NextQuill", FORWARD),
+        Task("pair nll", FORWARD),
+        Task("token nll", FORWARD),
+    ]
+    if device.type == "cuda":
+        chosen[5:5] = [Task("PerCE", TRAINING, FROZEN), Task("SFT", TRAINING, TRAINABLE)]
+    return tuple(chosen)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Inputs:
+    """The same inputs every time; logits spread by about 2.
+
+    Half of the labels stand out in the factual stream only (by 24 before a cap), so that both of NextQuill's weights
+    occur, and no probability lies near the threshold of .05, where rounding would decide.
+    """
+    n, generator = rows or shape.rows, torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    weight = normal(shape.vocabulary, shape.hidden).mul_(2 / shape.hidden**0.5)
+    labels = torch.randint(0, shape.vocabulary, (n,), generator=generator, device=device)
+    h0 = normal(n, shape.hidden)
+    h1 = 0.8 * h0 + 0.6 * normal(n, shape.hidden)
+    towards = weight[labels]
+    towards = towards * (24 / towards.square().sum(-1, keepdim=True))
+    h1 = h1 + towards * (torch.arange(n, device=device) % 2)[:, None]
+    ids = torch.arange(n, device=device) * SEQUENCES // n
+    return Inputs(h1.to(dtype), h0.to(dtype), weight.to(dtype), labels, ids, shape.softcap)
+
+
+def for_task(inputs: Inputs, task: Task, dtype: torch.dtype | None = None) -> Inputs:
+    """The same values as leaves that require the gradients of a task, in `dtype` if given."""
+    training, both = task.mode == TRAINING, task.loss == "NextQuill"
+    needs = {"h1": training, "h0": training and both, "weight": training and task.head == TRAINABLE}
+    tensors = {name: getattr(inputs, name).detach().to(dtype or inputs.h1.dtype) for name in needs}
+    return replace(inputs, **{name: tensor.requires_grad_(needs[name]) for name, tensor in tensors.items()})
+
+
+def output_names(inputs: Inputs, task: Task) -> Sequence[str]:
+    """What a provider's results are called, in order."""
+    if task.loss == "pair nll":
+        return ("nll_factual", "nll_counterfactual", "nll_effect")
+    if task.loss == "token nll":
+        return ("nll_factual",)
+    return ("loss", *(f"grad_{name}" for name in inputs.wanted))

@@ -1,0 +1,46 @@
+"""Liger-Kernel's fused linear cross-entropy: the composition that its users write, with dW accumulated in float32.
+
+`reduction="none"` keeps no gradients and recomputes the logits in its backward, where the per-token gradients are
+known; `"mean"` finishes them in its forward. `chunk_mem_const` bounds the transient logits by that multiple of the
+hidden states' size: at 1, a vocabulary of 151936 over D = 4096 is cut into 32 chunks of 256 rows, so larger ones are
+tried and the fastest is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.compose import compose, unsupported
+from benchmarks.registry import Provider, not_installed
+
+CHUNK_MEM_CONSTS = (1, 4, 16)
+
+
+def _missing(device: torch.device) -> str | None:
+    return "needs a GPU" if device.type != "cuda" else not_installed("liger_kernel", "liger-kernel")
+
+
+def _fused(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, reduction: str, **options: Any
+) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: Tensor = liger_fused_linear_cross_entropy(
+        hidden, weight, labels, reduction=reduction, softcap=softcap, accum_dtype=torch.float32, **options
+    )
+    return loss
+
+
+def _variants() -> tuple[dict[str, Any], ...]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    if "chunk_mem_const" not in inspect.signature(liger_fused_linear_cross_entropy).parameters:
+        return ({},)  # before 0.8.5
+    return tuple({"chunk_mem_const": value} for value in CHUNK_MEM_CONSTS)
+
+
+PROVIDER = Provider("Liger", compose(_fused), _missing, unsupported, _variants, float32_weight_gradient=True)

@@ -1,0 +1,179 @@
+"""The whole verification on a GPU in one command: `python -m benchmarks.verify_gpu --out DIR`.
+
+It runs the kernels' tests on the GPU and then suite `head`, within eight minutes, from a checkout, with nothing
+installed but torch, triton and pytest. DIR gets:
+
+    junit.xml      every test
+    head.csv       every figure, rewritten after each task, so that a run cut short leaves what it measured
+    tests.log, head.log
+
+Exit codes: 0 all well; 1 a test failed, no test passed, or a figure was refused; 2 no GPU, or a wrong flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "tests/kernels",
+    "tests/test_implementations.py",
+    *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),
+)
+#: Of all the time; the suite gets the rest, and what the tests leave.
+_TESTS_SHARE = 0.5
+#: Seconds for imports and for ending, kept out of the suite's budget.
+_MARGIN = 30
+_GRACE = 10
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Test, measure, sum up."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.verify_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of junit.xml and head.csv")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes in the suite")
+    parser.add_argument("--stop-on-failure", action="store_true", help="do not measure after a failed test")
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files or folders of tests")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes on the CPU"
+    )
+    options = parser.parse_args(arguments)
+    if options.seconds <= 0:
+        parser.error(f"--seconds: expected a positive number, got {options.seconds}")
+    reason = _no_gpu()
+    if reason and not options.dry_run:
+        print(
+            f"verify_gpu: {reason}; this command needs an NVIDIA or AMD GPU (--dry-run goes without)", file=sys.stderr
+        )
+        return 2
+    begun = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    tested = _run_tests(out, options.tests, _TESTS_SHARE * options.seconds)
+    print(tested.line, flush=True)
+    if not tested.passed and options.stop_on_failure:
+        return 1
+    left = options.seconds - (time.monotonic() - begun)
+    measured = _run_suite(out, left, "cpu" if options.dry_run else "cuda", options.quick or options.dry_run)
+    _summarise(out / "head.csv")
+    print(f"\n{tested.line}\n{measured.line}")
+    print(f"{time.monotonic() - begun:.0f} s; results in {out}")
+    return 0 if tested.passed and measured.passed else 1
+
+
+def _no_gpu() -> str | None:
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error})"
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
+
+
+class Part:
+    """How one part ended: its line in the summary, and whether it passed."""
+
+    def __init__(self, passed: bool, line: str) -> None:
+        self.passed, self.line = passed, line
+
+
+def _run_tests(out: Path, tests: Sequence[str], seconds: float) -> Part:
+    junit = out / "junit.xml"
+    junit.unlink(missing_ok=True)
+    found = [test for test in tests if (ROOT / test.split("::")[0]).exists()]
+    if not found:
+        return Part(False, f"tests: FAILED, none of {', '.join(tests)} exists")
+    flags = ["-c", str(ROOT / "benchmarks" / "gpu_pytest.ini"), f"--rootdir={ROOT}", f"--junit-xml={junit}"]
+    command = [sys.executable, "-m", "pytest", *flags, "-m", "not slow", *found]
+    code = _run(command, out / "tests.log", seconds)
+    return _judge_tests(junit, code, seconds)
+
+
+def _judge_tests(junit: Path, code: int | None, seconds: float) -> Part:
+    """From the JUnit file as well as the exit code: a run in which everything was skipped has verified nothing."""
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    if junit.is_file():
+        for suite in ElementTree.parse(junit).getroot().iter("testsuite"):
+            for name in counts:
+                counts[name] += int(suite.get(name, 0))
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    bad = counts["failures"] + counts["errors"]
+    summary = f"{passed} passed, {bad} failed, {counts['skipped']} skipped (junit.xml, tests.log)"
+    if code is None:
+        return Part(False, f"tests: FAILED, stopped after {seconds:.0f} s; {summary}")
+    if passed == 0:
+        return Part(False, f"tests: FAILED, no test passed (pytest ended with {code}); {summary}")
+    return Part(code == 0, f"tests: {'ok' if code == 0 else 'FAILED'}, {summary}")
+
+
+def _run_suite(out: Path, seconds: float, device: str, quick: bool) -> Part:
+    path = out / "head.csv"
+    path.unlink(missing_ok=True)
+    flags = ["--suite", "head", "--device", device, "--csv", str(path), *(["--quick"] if quick else [])]
+    budget = max(10.0, seconds - _MARGIN)
+    command = [sys.executable, "-m", "benchmarks.run", *flags, "--budget", f"{budget:.0f}"]
+    code = _run(command, out / "head.log", seconds - _GRACE)
+    rows = _rows(path)
+    timed = sum(row["metric"] == "time" for row in rows)
+    summary = f"{timed} ratios (head.csv, head.log)"
+    if code is None:
+        return Part(timed > 0, f"head: stopped after {seconds:.0f} s; {summary}")
+    return Part(code == 0 and timed > 0, f"head: {'ok' if code == 0 and timed else 'FAILED, see head.log'}, {summary}")
+
+
+def _run(command: Sequence[str], log: Path, seconds: float) -> int | None:
+    """Exit code of a command in a process group of its own; None if time ran out, and then nothing of it is left."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # on which pytest still writes its JUnit file
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _summarise(path: Path) -> None:
+    """The training steps' times over plain PyTorch's, and whatever was refused."""
+    group = None
+    for row in _rows(path):
+        if row["metric"] not in ("time", "gemm_fraction", "transient") or row["mode"] != "forward+backward":
+            continue
+        if (row["case"], row["loss"], row["head"]) != group:
+            group = row["case"], row["loss"], row["head"]
+            print(f"\n{row['case']}, {row['loss']}, {row['head']} head")
+        of = f" of {row['baseline']}" if row["baseline"] else ""
+        print(f"  {row['provider']:<28} {row['metric']:<14} {float(row['value']):9.3f} {row['unit']}{of}")
+    refused = {(row["provider"], row["note"]) for row in _rows(path) if row["metric"] == "status"}
+    for provider, note in sorted(refused):
+        print(f"not measured: {provider or 'everything'}: {note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Native CPU kernels for nextquill: label statistics and gradients of chunks of logits, through DLPack.
+
+The four kernels take float32 tensors on the CPU, or their DLPack capsules, and write into the tensors they are given.
+`nextquill.ops.chunk_native` is their caller and documents what they compute.
+
+`NEXTQUILL_ISA` in the environment (one of `available_isas()`), read once on import, or `set_isa` fixes the instruction
+set; otherwise the best that the machine has is used.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nextquill_ext._core import (
+    available_isas,
+    current_isa,
+    pair_grad_,
+    pair_stats,
+    set_isa,
+    token_grad_,
+    token_stats,
+)
+
+__version__ = "0.1.0"
+
+# Raised when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
+INTERFACE_VERSION = 1
+
+__all__ = [
+    "INTERFACE_VERSION",
+    "available_isas",
+    "current_isa",
+    "pair_grad_",
+    "pair_stats",
+    "set_isa",
+    "token_grad_",
+    "token_stats",
+]
+
+if "NEXTQUILL_ISA" in os.environ:
+    try:
+        set_isa(os.environ["NEXTQUILL_ISA"])
+    except ValueError as error:
+        raise ImportError(f"NEXTQUILL_ISA: {error}") from None

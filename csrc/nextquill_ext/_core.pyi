@@ -1,0 +1,48 @@
+"""The compiled part. A tensor is anything with `__dlpack__`, or a DLPack capsule, on the CPU."""
+
+from typing import Any, TypeAlias
+
+_Tensor: TypeAlias = Any
+
+def token_stats(logits: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1) -> None:
+    """Write logsumexp and nll of float32 [n, V] into the rows of `out` [2, n]."""
+
+def pair_stats(
+    logits_factual: _Tensor, logits_counterfactual: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1
+) -> None:
+    """Write logsumexp of z1, z0, z1 - z0 and the three nll into `out` [6, n]; with [8, n] also KL(p1 || p0), H(p1)."""
+
+def token_grad_(
+    logits: _Tensor,
+    labels: _Tensor,
+    logsumexp: _Tensor,
+    grad_nll: _Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    threads: int = 1,
+) -> None:
+    """Overwrite z with the gradient of grad_nll · nll before cap and scale."""
+
+def pair_grad_(
+    logits_factual: _Tensor,
+    logits_counterfactual: _Tensor,
+    labels: _Tensor,
+    logsumexps: _Tensor,
+    grad_factual: _Tensor,
+    grad_counterfactual: _Tensor | None,
+    grad_effect: _Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    detach_counterfactual: bool = False,
+    threads: int = 1,
+) -> None:
+    """Overwrite z1, z0 with the gradients of the three nll before cap and scale."""
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets this machine can run, best first."""
+
+def current_isa() -> str:
+    """The instruction set in use."""
+
+def set_isa(name: str) -> None:
+    """Use this instruction set from now on; ValueError if the machine cannot."""

@@ -1,0 +1,118 @@
+#include "thread_pool.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace nextquill {
+namespace {
+
+struct Job {
+    void (*body)(const void*, std::int64_t, std::int64_t);
+    const void* context;
+    std::int64_t count, grain;
+};
+
+// Never destroyed: its threads sleep until the process ends.
+class Pool {
+public:
+    // False if the threads are at work for somebody else.
+    bool run(const Job& job, int helpers) {
+        std::unique_lock<std::mutex> in_use(in_use_, std::try_to_lock);
+        if (!in_use) return false;
+        start_threads(helpers);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            next_.store(0, std::memory_order_relaxed);
+            seats_ = helpers;
+        }
+        for (int i = 0; i < std::min(helpers, started_); ++i) wake_.notify_one();
+        work(job);
+        std::unique_lock<std::mutex> lock(mutex_);
+        seats_ = 0;  // who has not woken yet is no longer needed
+        idle_.wait(lock, [this] { return working_ == 0; });
+        job_ = nullptr;
+        return true;
+    }
+
+private:
+    void start_threads(int wanted) {
+        if (started_ >= wanted) return;
+        // Signals belong to the threads that Python knows.
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (; started_ < wanted; ++started_) std::thread([this] { serve(); }).detach();
+        } catch (const std::system_error&) {
+            // No more threads to be had; those that are there do the work.
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return seats_ > 0; });
+            --seats_;
+            ++working_;
+            const Job& job = *job_;
+            lock.unlock();
+            work(job);
+            lock.lock();
+            if (--working_ == 0) idle_.notify_one();
+        }
+    }
+
+    void work(const Job& job) {
+        for (;;) {
+            const std::int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
+            if (begin >= job.count) return;
+            job.body(job.context, begin, std::min(begin + job.grain, job.count));
+        }
+    }
+
+    std::mutex in_use_;
+    int started_ = 0;  // guarded by in_use_
+
+    std::mutex mutex_;
+    std::condition_variable wake_, idle_;
+    const Job* job_ = nullptr;
+    int seats_ = 0, working_ = 0;
+    std::atomic<std::int64_t> next_{0};
+};
+
+std::atomic<Pool*> current_pool{nullptr};
+
+// A fork copies the pool but not its threads, and its mutexes perhaps locked: the child leaves it alone.
+void forget_pool() { current_pool.store(nullptr); }
+
+Pool& pool() {
+    if (Pool* existing = current_pool.load()) return *existing;
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+    static_cast<void>(registered);
+    Pool* expected = nullptr;
+    Pool* fresh = new Pool;
+    if (current_pool.compare_exchange_strong(expected, fresh)) return *fresh;
+    delete fresh;
+    return *expected;
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t count, std::int64_t grain, int threads,
+                  void (*body)(const void*, std::int64_t, std::int64_t), const void* context) {
+    const std::int64_t groups = (count + grain - 1) / grain;
+    const int helpers = static_cast<int>(std::min<std::int64_t>(threads, groups)) - 1;
+    const Job job{body, context, count, grain};
+    if (helpers <= 0 || !pool().run(job, helpers)) body(context, 0, count);
+}
+
+}  // namespace nextquill

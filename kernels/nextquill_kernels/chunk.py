@@ -1,0 +1,22 @@
+"""Label statistics of a chunk of logits, and its gradient in place.
+
+The four launchers walk [n, V] float32 logits, one program per row, in tiles of BLOCK_V columns. A chunk of the training
+engine has at least a few hundred rows, which fills a GPU of 80 to 200 multiprocessors, so no row is shared by programs
+and nothing needs combining afterwards: no atomics, bitwise repeatable.
+
+All four are bound by memory. While a tile is worked on, the next one is already being loaded into registers; accesses
+are 16 bytes wide where V and the row stride are multiples of 16, and 4 bytes wide (still coalesced) where they are not.
+
+With y the label of a row, and z1, z0 the logits with and without the user's history:
+
+    nll_f = lse(z1) - z1[y]        nll_c = lse(z0) - z0[y]        nll_e = lse(z1 - z0) - (z1 - z0)[y]
+    dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
+
+A negative label marks a row to be ignored: its statistics and gradients are exactly 0, whatever the logits hold. A
+label of V or more makes its nll NaN. Neither is ever used as an address.
+"""
+
+from nextquill_kernels.chunk_grad import pair_grad_, token_grad_
+from nextquill_kernels.chunk_stats import pair_stats, token_stats
+
+__all__ = ["pair_grad_", "pair_stats", "token_grad_", "token_stats"]

@@ -1,0 +1,352 @@
+"""The gradient of a chunk of logits, written over them: in float32, or in a half dtype over the first half of each row.
+
+See `nextquill_kernels.chunk` for the mathematics.
+"""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nextquill_kernels.crosscompile import CompileCase
+from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, on_device
+
+# 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
+# loaded while one is worked on, so each of these programs has 32 KiB under way, and at 60 registers two of them share a
+# multiprocessor.
+TOKEN_GRAD = Tile(block_v=8192, num_warps=16)
+PAIR_GRAD = Tile(block_v=4096, num_warps=16)
+
+_NARROW_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _softmax_minus_onehot(b_z, lse, cols, label):
+    b_p = tl.exp(b_z - lse)
+    return tl.where(cols == label, b_p - 1.0, b_p)
+
+
+@triton.jit
+def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
+    """dz · scale · cap'(z). With a cap, cap' = (c - z)(c + z) / c², exact near z = c, and `factor` is scale / c²."""
+    if HAS_CAP:
+        b_dz = b_dz * ((softcap - b_z) * (softcap + b_z))
+    return b_dz * factor
+
+
+# Writing a half dtype in place. Row r of the float32 logits and row r of the result begin at the same address, so with
+# tiles of B columns the store of tile t covers the bytes [2tB, 2(t+1)B), which hold the logits [tB/2, (t+1)B/2): for
+# t = 0 the first half of its own tile, for t >= 1 only tiles before t, as (t+1)/2 <= t. Hence:
+#   - no store touches a tile after its own, so loading the next tile early, by hand or by the compiler, is harmless;
+#   - a store may hit tile t or an earlier one, which another warp might not have read yet. One barrier between the
+#     load of a tile and its store is enough: behind it every warp has loaded all tiles up to t. A warp that runs ahead
+#     to tile t+1 waits at the next barrier before it stores, and its load there is of bytes no one stores yet.
+#   - rows do not share memory, and a row belongs to one program.
+# The compiler keeps the order: a barrier clobbers memory, and the two pointers are not declared to be distinct.
+# In float32 each value is overwritten by the thread whose load produced it, and no barrier is needed.
+
+
+@triton.jit
+def _token_grad_kernel(
+    z_ptr,
+    out_ptr,
+    label_ptr,
+    lse_ptr,
+    grad_ptr,
+    z_stride,
+    out_stride,
+    V,
+    softcap,
+    factor,
+    BLOCK_V: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_NARROW: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    grad = tl.load(grad_ptr + row)
+    z_row = z_ptr + row * z_stride
+    out_row = out_ptr + row * out_stride
+    lanes = tl.arange(0, BLOCK_V)
+
+    b_next = tl.load(z_row + lanes, mask=lanes < V, other=0.0)
+    for start in range(0, V, BLOCK_V):
+        b_z = b_next
+        cols = start + lanes
+        b_next = tl.load(z_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
+        b_dz = grad * _softmax_minus_onehot(b_z, lse, cols, label)
+        b_dz = _through_cap(b_dz, b_z, softcap, factor, HAS_CAP)
+        if IS_NARROW:
+            tl.debug_barrier()
+        b_dz = tl.where(label < 0, 0.0, b_dz).to(out_ptr.dtype.element_ty)
+        tl.store(out_row + cols, b_dz, mask=cols < V)
+
+
+def token_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    grad_nll: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Overwrite z with the gradient of g·nll before cap and scale: scale·cap'(z)·g·(exp(z - logsumexp) - onehot(y)).
+
+    Args:
+        logits: z [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
+        labels: [n] int64; negative is ignored and gets 0.
+        logsumexp: [n] float32.
+        grad_nll: g [n] float32.
+        softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
+        logit_scale: the scale.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        [n, V] in `dtype`, in the memory of `logits`; a half dtype fills the first half of each row.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout or device.
+        RuntimeError: not a device Triton runs on.
+    """
+    n, vocabulary = check_logits("logits", logits)
+    check_together(logits=logits, labels=labels, logsumexp=logsumexp, grad_nll=grad_nll)
+    check_rows(n, torch.int64, labels=labels)
+    check_rows(n, torch.float32, logsumexp=logsumexp, grad_nll=grad_nll)
+    out = _in_place("logits", logits, dtype)
+    if n == 0:
+        return out
+    tile = TOKEN_GRAD
+    with on_device(logits):
+        _token_grad_kernel[(n,)](
+            logits,
+            out,
+            labels.contiguous(),
+            logsumexp.contiguous(),
+            grad_nll.contiguous(),
+            logits.stride(0),
+            out.stride(0),
+            vocabulary,
+            *_cap_arguments(softcap, logit_scale),
+            BLOCK_V=tile.block_v,
+            HAS_CAP=softcap is not None,
+            IS_NARROW=dtype != torch.float32,
+            num_warps=tile.num_warps,
+            num_stages=1,
+        )
+    return out
+
+
+@triton.jit
+def _pair_grad_kernel(
+    z1_ptr,
+    z0_ptr,
+    out1_ptr,
+    out0_ptr,
+    label_ptr,
+    lse_ptr,
+    grad1_ptr,
+    grad0_ptr,
+    grade_ptr,
+    z1_stride,
+    z0_stride,
+    out1_stride,
+    out0_stride,
+    lse_stride,
+    V,
+    softcap,
+    factor,
+    BLOCK_V: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_NARROW: tl.constexpr,
+):
+    # A pointer that is None belongs to a part that is left out: grad0 to g_c, out0 to dz0 as a whole.
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    lse1 = tl.load(lse_ptr + row)
+    lsee = tl.load(lse_ptr + row + 2 * tl.cast(lse_stride, tl.int64))
+    grad1 = tl.load(grad1_ptr + row)
+    grade = tl.load(grade_ptr + row)
+    if grad0_ptr is not None:
+        lse0 = tl.load(lse_ptr + row + tl.cast(lse_stride, tl.int64))
+        grad0 = tl.load(grad0_ptr + row)
+    z1_row = z1_ptr + row * z1_stride
+    z0_row = z0_ptr + row * z0_stride
+    out1_row = out1_ptr + row * out1_stride
+    if out0_ptr is not None:
+        out0_row = out0_ptr + row * out0_stride
+    lanes = tl.arange(0, BLOCK_V)
+
+    b_next1 = tl.load(z1_row + lanes, mask=lanes < V, other=0.0)
+    b_next0 = tl.load(z0_row + lanes, mask=lanes < V, other=0.0)
+    for start in range(0, V, BLOCK_V):
+        b_z1 = b_next1
+        b_z0 = b_next0
+        cols = start + lanes
+        b_next1 = tl.load(z1_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
+        b_next0 = tl.load(z0_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
+        b_effect = grade * _softmax_minus_onehot(b_z1 - b_z0, lsee, cols, label)
+        b_dz1 = grad1 * _softmax_minus_onehot(b_z1, lse1, cols, label) + b_effect
+        b_dz1 = _through_cap(b_dz1, b_z1, softcap, factor, HAS_CAP)
+        if IS_NARROW:
+            tl.debug_barrier()
+        b_dz1 = tl.where(label < 0, 0.0, b_dz1).to(out1_ptr.dtype.element_ty)
+        tl.store(out1_row + cols, b_dz1, mask=cols < V)
+        if out0_ptr is not None:
+            b_dz0 = -b_effect
+            if grad0_ptr is not None:
+                b_dz0 += grad0 * _softmax_minus_onehot(b_z0, lse0, cols, label)
+            b_dz0 = _through_cap(b_dz0, b_z0, softcap, factor, HAS_CAP)
+            b_dz0 = tl.where(label < 0, 0.0, b_dz0).to(out0_ptr.dtype.element_ty)
+            tl.store(out0_row + cols, b_dz0, mask=cols < V)
+
+
+def pair_grad_(
+    logits_factual: Tensor,
+    logits_counterfactual: Tensor,
+    labels: Tensor,
+    logsumexps: Tensor,
+    grad_factual: Tensor,
+    grad_counterfactual: Tensor | None,
+    grad_effect: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype,
+    detach_counterfactual: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Overwrite z1, z0 with the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
+
+        dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
+
+    each times scale·cap'.
+
+    Args:
+        logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
+        logits_counterfactual: z0, likewise; in other memory than z1.
+        labels: [n] int64; negative is ignored and gets 0.
+        logsumexps: [3, n] float32 of z1, z0, z1 - z0; last stride 1.
+        grad_factual: g_f [n] float32.
+        grad_counterfactual: g_c [n] float32; None is 0 and spares its exponentials.
+        grad_effect: g_e [n] float32.
+        softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
+        logit_scale: the scale.
+        dtype: of the results: float32, bfloat16 or float16.
+        detach_counterfactual: leave z0 as it is, and return None for dz0.
+
+    Returns:
+        dz1 and dz0 [n, V] in `dtype`, in the memory of the logits; a half dtype fills the first half of each row.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape, layout or device.
+        RuntimeError: not a device Triton runs on.
+    """
+    n, vocabulary = check_logits("logits_factual", logits_factual)
+    check_together(
+        logits_factual=logits_factual,
+        logits_counterfactual=logits_counterfactual,
+        labels=labels,
+        logsumexps=logsumexps,
+        grad_factual=grad_factual,
+        grad_counterfactual=grad_counterfactual,
+        grad_effect=grad_effect,
+    )
+    check_tensor("logits_counterfactual", logits_counterfactual, torch.float32, n, vocabulary)
+    check_rows(n, torch.int64, labels=labels)
+    check_tensor("logsumexps", logsumexps, torch.float32, 3, n)
+    check_rows(
+        n, torch.float32, grad_factual=grad_factual, grad_counterfactual=grad_counterfactual, grad_effect=grad_effect
+    )
+    out1 = _in_place("logits_factual", logits_factual, dtype)
+    out0 = None if detach_counterfactual else _in_place("logits_counterfactual", logits_counterfactual, dtype)
+    if n == 0:
+        return out1, out0
+    no_counterfactual = grad_counterfactual is None or detach_counterfactual
+    tile = PAIR_GRAD
+    with on_device(logits_factual):
+        _pair_grad_kernel[(n,)](
+            logits_factual,
+            logits_counterfactual,
+            out1,
+            out0,
+            labels.contiguous(),
+            logsumexps,
+            grad_factual.contiguous(),
+            None if no_counterfactual else grad_counterfactual.contiguous(),  # type: ignore[union-attr]
+            grad_effect.contiguous(),
+            logits_factual.stride(0),
+            logits_counterfactual.stride(0),
+            out1.stride(0),
+            0 if out0 is None else out0.stride(0),
+            logsumexps.stride(0),
+            vocabulary,
+            *_cap_arguments(softcap, logit_scale),
+            BLOCK_V=tile.block_v,
+            HAS_CAP=softcap is not None,
+            IS_NARROW=dtype != torch.float32,
+            num_warps=tile.num_warps,
+            num_stages=1,
+        )
+    return out1, out0
+
+
+def _in_place(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, V] in `dtype` over the memory of `logits`: themselves, or the first half of each row."""
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{name}: expected a row stride of at least {logits.shape[1]}, so that rows do not overlap, "
+            f"got {logits.stride(0)}"
+        )
+    if dtype == torch.float32:
+        return logits
+    if dtype not in _NARROW_DTYPES:
+        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    return logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _cap_arguments(softcap: float | None, logit_scale: float) -> tuple[float, float]:
+    """The kernels' `softcap` and `factor`."""
+    return (0.0, float(logit_scale)) if softcap is None else (float(softcap), logit_scale / softcap**2)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The configurations that training uses, for `nextquill_kernels.crosscompile`."""
+    rows = {"label_ptr": "*i64", "lse_ptr": "*fp32", "V": "i32", "softcap": "fp32", "factor": "fp32"}
+    token = {**rows, "z_ptr": "*fp32", "z_stride": "i32", "out_stride": "i32", "grad_ptr": "*fp32"}
+    detached = {
+        **rows,
+        **dict.fromkeys(("z1_ptr", "z0_ptr", "grad1_ptr", "grade_ptr"), "*fp32"),
+        **dict.fromkeys(("z1_stride", "z0_stride", "out1_stride", "lse_stride"), "i32"),
+    }
+    pair = {**detached, "grad0_ptr": "*fp32", "out0_stride": "i32"}
+    left_out = {"out0_ptr": None, "out0_stride": 0, "grad0_ptr": None}
+
+    def case(name: str, kernel: Any, tile: Tile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
+        is_pointer_or_size = [name for name, kind in signature.items() if kind.startswith("*") or kind == "i32"]
+        return CompileCase(
+            name=name,
+            kernel=kernel,
+            signature=signature,
+            constexprs={"BLOCK_V": tile.block_v, **constexprs},
+            num_warps=tile.num_warps,
+            num_stages=1,
+            divisible_by_16=is_pointer_or_size,
+        )
+
+    cases = []
+    for out in ("fp32", "bf16"):
+        flags = {"HAS_CAP": True, "IS_NARROW": out != "fp32"}
+        one, two = {"out_ptr": f"*{out}"}, {"out1_ptr": f"*{out}", "out0_ptr": f"*{out}"}
+        cases += [
+            case(f"token_grad/{out}", _token_grad_kernel, TOKEN_GRAD, {**token, **one}, **flags),
+            case(f"pair_grad/{out}", _pair_grad_kernel, PAIR_GRAD, {**pair, **two}, **flags),
+        ]
+    signature, flags = {**detached, "out1_ptr": "*bf16"}, {"HAS_CAP": False, "IS_NARROW": True}
+    return [*cases, case("pair_grad/detached_bf16", _pair_grad_kernel, PAIR_GRAD, signature, **flags, **left_out)]

@@ -1,0 +1,235 @@
+"""Compile kernels for GPUs that are not here, and read off registers, spills and shared memory.
+
+A kernel module registers its configurations by a function `compile_cases() -> list[CompileCase]`. All of them are
+compiled, one JSON line each, by
+
+    python -m nextquill_kernels.crosscompile --target sm_90 --target gfx942
+
+which exits with status 1 when one does not compile, spills, or exceeds the target's shared memory. It must run without
+TRITON_INTERPRET, which replaces the kernels by Python functions at import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import io
+import json
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import nextquill_kernels
+from nextquill_kernels.launch import interpreted
+
+_GPU_TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TARGETS = tuple(_GPU_TARGETS)
+
+# Bytes of shared memory one program may use.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses.
+
+    Attributes:
+        target: a name of `TARGETS`.
+        registers: 32-bit registers per thread (vector registers on AMD).
+        spill_bytes: bytes per thread spilled to memory: stores plus loads, or 4 per spilled vector register on AMD.
+        shared_bytes: bytes of shared memory per program.
+        assembly: the PTX or AMD assembly.
+        ttir: Triton's own intermediate representation, before layouts are chosen.
+    """
+
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    assembly: str = dataclasses.field(default="", repr=False)
+    ttir: str = dataclasses.field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One configuration to be compiled: the arguments of `compile_for`, and the targets it is meant for."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    divisible_by_16: Iterable[str] = ()
+    targets: Sequence[str] = TARGETS
+
+    def compile(self, target: str) -> Resources:
+        return compile_for(
+            self.kernel,
+            target,
+            signature=self.signature,
+            constexprs=self.constexprs,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            divisible_by_16=self.divisible_by_16,
+        )
+
+
+def compile_for(
+    kernel: Any,
+    target: str,
+    *,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    divisible_by_16: Iterable[str] = (),
+) -> Resources:
+    """Compile `kernel` for `target`; no GPU is needed.
+
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        target: one of `TARGETS`.
+        signature: the type of each run-time argument, such as "*fp32", "i64" or "fp32".
+        constexprs: the value of each compile-time argument; None for a pointer that is left out.
+        num_warps: warps per program.
+        num_stages: stages of software pipelining.
+        divisible_by_16: names of pointers and integers that are multiples of 16, as Triton finds out at a launch.
+
+    Raises:
+        ValueError: unknown target, or an argument of the kernel that is in neither or both of the mappings.
+        RuntimeError: the kernels were imported under TRITON_INTERPRET.
+    """
+    if target not in _GPU_TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET: expected it to be unset when nextquill_kernels is imported, got 1")
+    names = list(kernel.arg_names)
+    if sorted(names) != sorted([*signature, *constexprs]):
+        raise ValueError(
+            f"signature, constexprs: expected {names} to be divided between them, "
+            f"got {list(signature)} and {list(constexprs)}"
+        )
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs=dict(constexprs),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+    )
+    knobs = triton.knobs
+    # ptxas reports while it compiles: what is found in a cache would have no report.
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(io.StringIO()) as ptxas_report:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(
+            source,
+            target=GPUTarget(*_GPU_TARGETS[target]),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+    is_amd = target.startswith("gfx")
+    assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
+    registers, spills = _amd_usage(assembly) if is_amd else _nvidia_usage(ptxas_report.getvalue())
+    return Resources(target, registers, spills, int(compiled.metadata.shared), assembly, compiled.asm["ttir"])
+
+
+def refuse(resources: Resources) -> None:
+    """Raise ValueError if a kernel spills registers or needs more shared memory than its target has."""
+    if resources.spill_bytes:
+        raise ValueError(
+            f"{resources.target}: expected no spills, got {resources.spill_bytes} bytes "
+            f"at {resources.registers} registers"
+        )
+    limit = SHARED_LIMIT[resources.target]
+    if resources.shared_bytes > limit:
+        raise ValueError(
+            f"{resources.target}: expected at most {limit} bytes of shared memory, got {resources.shared_bytes}"
+        )
+
+
+def _nvidia_usage(report: str) -> tuple[int, int]:
+    """Registers and spilled bytes, stores plus loads, as `ptxas -v` reports them."""
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill", report)]
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas: expected a report of registers and spills, got {report!r}")
+    return max(registers), sum(spills)
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and spill slots, from the metadata the assembly carries."""
+    values = {}
+    for name in ("vgpr_count", "vgpr_spill_count"):
+        found = re.findall(rf"\.{name}:\s+(\d+)", assembly)
+        if not found:
+            raise RuntimeError(f"gfx942: expected .{name} in the assembly's metadata, got none")
+        values[name] = max(map(int, found))
+    # Scalar registers spill into lanes of vector registers, which costs no memory traffic: they are not counted.
+    return values["vgpr_count"], 4 * values["vgpr_spill_count"]
+
+
+def registered_cases(modules: Sequence[str] = ()) -> Iterator[CompileCase]:
+    """Yield the cases of this package's modules (all of them, or those named), in the modules' order."""
+    known = sorted(info.name for info in pkgutil.iter_modules(nextquill_kernels.__path__))
+    if unknown := set(modules) - set(known):
+        raise ValueError(f"modules: expected some of {known}, got {sorted(unknown)}")
+    for name in modules or known:
+        if name == "crosscompile":
+            continue
+        module = importlib.import_module(f"nextquill_kernels.{name}")
+        if hasattr(module, "compile_cases"):
+            yield from module.compile_cases()
+
+
+def report(targets: Sequence[str], modules: Sequence[str] = ()) -> Iterator[dict[str, object]]:
+    """Compile every registered case; yield a record of each: name, target, figures, and why it is refused (or None)."""
+    for case in registered_cases(modules):
+        for target in targets:
+            if target not in case.targets:
+                continue
+            record: dict[str, object] = {"case": case.name, "target": target, "error": None}
+            try:
+                resources = case.compile(target)
+                record.update(
+                    registers=resources.registers,
+                    spill_bytes=resources.spill_bytes,
+                    shared_bytes=resources.shared_bytes,
+                    num_warps=case.num_warps,
+                )
+                refuse(resources)
+            except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other cases are wanted too
+                record["error"] = f"{type(error).__name__}: {error}"
+            yield record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile the registered cases, write one JSON line each to standard output; 1 if any is refused."""
+    parser = argparse.ArgumentParser(prog="python -m nextquill_kernels.crosscompile", description=main.__doc__)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; all targets by default")
+    parser.add_argument("--module", action="append", help="repeatable; all kernel modules by default")
+    options = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET: expected it to be unset, got 1")
+    failed = False
+    for record in report(options.target or TARGETS, options.module or ()):
+        failed |= record["error"] is not None
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

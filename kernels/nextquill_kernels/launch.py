@@ -1,0 +1,129 @@
+"""What every launcher shares: where kernels run, which tuned target a device belongs to, small integer helpers.
+
+The kernels are compiled for CUDA and ROCm devices. With TRITON_INTERPRET=1 set before this package is imported,
+Triton's interpreter runs them instead, on CPU tensors too; that is for tests, at about 250 tiles per second.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Read once, as `triton.jit` does when it decorates the kernels of this package.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_NVIDIA_TARGETS = ((100, "sm_100"), (90, "sm_90"), (80, "sm_80"))
+
+
+class Tile(NamedTuple):
+    """Columns per step and warps per program of a kernel that walks along rows."""
+
+    block_v: int
+    num_warps: int
+
+
+def interpreted() -> bool:
+    """Whether the kernels run under Triton's interpreter, decided by TRITON_INTERPRET when they were imported."""
+    return _INTERPRETED
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError unless the kernels can run where `tensor` lives."""
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _INTERPRETED):
+        return
+    raise RuntimeError(
+        f"{name}: got a tensor on {tensor.device}, expected a CUDA or ROCm device (or the CPU with TRITON_INTERPRET=1 "
+        f"set before nextquill_kernels is imported)"
+    )
+
+
+def check_together(**tensors: Tensor | None) -> None:
+    """Raise unless the kernels can run where the first tensor lives and every other (None is skipped) lives there."""
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = given[0]
+    check_device(first_name, first)
+    for name, tensor in given[1:]:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected a tensor on {first.device} as {first_name}, got {tensor.device}")
+
+
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, dense: bool = True) -> None:
+    """Raise TypeError on another dtype, ValueError on another shape or (if `dense`) a last stride that is not 1."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if dense and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a last stride of 1, got {tensor.stride(-1)}")
+
+
+def check_rows(n: int, dtype: torch.dtype, **rows: Tensor | None) -> None:
+    """Raise unless each tensor given by keyword (None is skipped) holds one number of `dtype` per row; any stride."""
+    for name, tensor in rows.items():
+        if tensor is not None:
+            check_tensor(name, tensor, dtype, n, dense=False)
+
+
+def check_logits(name: str, logits: Tensor) -> tuple[int, int]:
+    """Return n and V of [n, V] float32 logits with V > 0, or raise."""
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [n, V] with V > 0, got {list(logits.shape)}")
+    check_tensor(name, logits, torch.float32, *logits.shape)
+    return logits.shape[0], logits.shape[1]
+
+
+@contextmanager
+def on_device(tensor: Tensor) -> Iterator[None]:
+    """The context in which to launch: Triton launches on the current device, whatever its arguments' device is.
+
+    Under the interpreter it silences NumPy: its warnings of arithmetic with infinities, which a GPU does not give, and
+    of a deprecated conversion in the interpreter of triton 3.6.
+    """
+    if _INTERPRETED:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    else:
+        with torch.cuda.device(tensor.device):
+            yield
+
+
+def target_of(device: torch.device) -> str:
+    """Name the target whose tuned tiles suit `device`: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" on CPU.
+
+    Other GPUs get the nearest lower target ("sm_89" is "sm_80", every ROCm device is "gfx942"), whose instructions they
+    have. They may have less shared memory than it; `shared_memory_of` tells.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    for known, name in _NVIDIA_TARGETS:
+        if 10 * major + minor >= known:
+            return name
+    return _NVIDIA_TARGETS[-1][1]
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use on `device`; a large number under the interpreter."""
+    if device.type != "cuda":
+        return 2**30
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least `value`, and at least 1."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(value: int, divisor: int) -> int:
+    """value / divisor, rounded up."""
+    return -(-value // divisor)

@@ -1,0 +1,331 @@
+"""Label statistics straight from the hidden states: a matrix product whose epilogue reduces the logits, none is stored.
+
+    z1 = cap(scale · (h1 Wᵀ + b))        z0 = cap(scale · (h0 Wᵀ + b))        cap(x) = c·tanh(x/c), or x
+    nll_f = lse(z1) − z1[y]              nll_c = lse(z0) − z0[y]              nll_e = lse(z1 − z0) − (z1 − z0)[y]
+
+Three steps, on the device throughout and without a host synchronisation:
+
+1. `gather_kernel` packs the supervised rows (label >= 0), zero-padded to whole tiles, both streams in one buffer.
+   Ignored rows are not read, so they may hold anything.
+2. `stream_fwd_kernel` multiplies a tile of BLOCK_N packed rows with a tile of BLOCK_V rows of W. The rows of a tile
+   are BLOCK_N / 2 tokens of both streams in runs of INTERLEAVE tokens (factual run, counterfactual run, factual run,
+   ...), so that one product of an ordinary GEMM size serves both streams with one load of W. Each program leaves per
+   token and stream the largest logit and the sum of exponentials under it, and the label's logit if the tile has it.
+3. `combine_kernel` merges these over the vocabulary in a fixed order and puts the results in their rows.
+
+No atomics: results are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nextquill_kernels.crosscompile import TARGETS, CompileCase
+from nextquill_kernels.launch import cdiv, check_together, interpreted, on_device, shared_memory_of, target_of
+from nextquill_kernels.stream_kernel import combine_kernel, gather_kernel, stream_fwd_kernel
+from nextquill_kernels.tiles import Tile, entries, lookup
+
+# Rows at a time: bounds the packed copy (2 x 8192 x D) and the partial results, whatever N is.
+_MAX_TOKENS = 8192
+_MAX_PARTIAL_BYTES = 2**28
+_GATHER_ROWS = 8
+_GATHER_D = 512
+_COMBINE_TILES = 32
+_COMBINE_ROWS = 32
+
+_FAMILY = {1: "token", 2: "pair"}
+# W's rows are then loaded 2 or 4 bytes at a time through registers, for which a full-sized tile has none left.
+UNALIGNED = Tile(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=3, group_n=16, interleave=8)
+
+_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """lse(z) and lse(z) - z[y] of z = cap(scale · (h Wᵀ + b)); no logits are stored.
+
+    Args:
+        hidden: [N, D], bfloat16, float16 or float32, any strides.
+        weight: [V, D], same dtype. Any row stride; copied if its last stride is not 1.
+        labels: [N], int64. A negative one marks a row to be ignored: its results are 0 and it is not read. A label of V
+            or more makes the row's nll NaN.
+        bias: [V], any float dtype.
+        softcap: c > 0 of cap(x) = c·tanh(x/c), or None.
+        logit_scale: the scale, finite; it may be negative.
+        tile: tile sizes; by default those of the table for this GPU.
+
+    Returns:
+        [2, N] float32: logsumexp, nll. Non-finite where a logit of the row is not finite.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or value other than the above.
+        RuntimeError: tensors where no kernel can run.
+    """
+    return _stats((hidden,), weight, labels, bias, softcap, logit_scale, tile)
+
+
+def pair_stats(
+    hidden_factual: Tensor,
+    hidden_counterfactual: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """The logsumexps of z1, z0 and z1 - z0 and the nlls of the label under each; no logits are stored.
+
+    Args:
+        hidden_factual: h1 [N, D], as `hidden` of `token_stats`, which describes the other arguments as well.
+        hidden_counterfactual: h0 [N, D], same dtype.
+
+    Returns:
+        [6, N] float32: logsumexp of z1, z0, z1 - z0; nll factual, counterfactual, effect.
+    """
+    return _stats((hidden_factual, hidden_counterfactual), weight, labels, bias, softcap, logit_scale, tile)
+
+
+def _stats(
+    hiddens: tuple[Tensor, ...],
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    tile: Tile | None,
+) -> Tensor:
+    _check(hiddens, weight, labels, bias, softcap, logit_scale)
+    streams, tokens = len(hiddens), labels.shape[0]
+    vocabulary, dim = weight.shape
+    if weight.stride(1) != 1 and dim > 1:
+        weight = weight.contiguous()
+    if tile is None:
+        tile = _tile_for(weight, streams)
+    bias = bias if bias is None else bias.contiguous()
+    out = torch.empty(4 * streams - 2, tokens, dtype=torch.float32, device=weight.device)
+    if not tokens:
+        return out
+
+    block_t = tile.block_n // streams
+    tiles_v = cdiv(vocabulary, tile.block_v)
+    per_token = 4 * (4 * streams - 2) * tiles_v
+    affordable = max(1, min(_MAX_TOKENS, _MAX_PARTIAL_BYTES // per_token) // block_t)
+    slots = min(affordable, cdiv(tokens, block_t)) * block_t
+    packed_width = cdiv(dim, tile.block_d) * tile.block_d
+    packed = weight.new_empty(streams * slots, packed_width)
+    packed_labels = torch.empty(slots, dtype=torch.int32, device=weight.device)
+    partials = out.new_empty(tiles_v, 4 * streams - 2, slots)
+    runs = _runs(tile, streams)
+    descriptors = tile.descriptors and _describable(weight)
+    operands: tuple[Any, Any] = (packed, weight)
+    if descriptors:
+        operands = (
+            TensorDescriptor.from_tensor(packed, [tile.block_n // runs, tile.block_d]),
+            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
+        )
+    # Supervised rows first, in their order; all of this stays on the device.
+    ignored = labels < 0
+    order = torch.argsort(ignored.to(torch.uint8), stable=True)
+    count = tokens - ignored.sum()
+    first, last = hiddens[0], hiddens[-1]
+    with on_device(weight):
+        for first_token in range(0, tokens, slots):
+            at_label = out.new_full((streams, slots), float("nan"))
+            gather_kernel[(cdiv(slots, _GATHER_ROWS), cdiv(packed_width, _GATHER_D))](
+                first, last, order, count, labels, packed, packed_labels,
+                first_token, *first.stride(), *last.stride(), labels.stride(0), dim, vocabulary, packed_width,
+                STREAMS=streams, BLOCK_T=block_t, INTERLEAVE=tile.interleave, ROWS=_GATHER_ROWS, COLUMNS=_GATHER_D,
+            )  # fmt: skip
+            stream_fwd_kernel[(slots // block_t * tiles_v,)](
+                *operands, bias, packed_labels, count, partials, at_label,
+                first_token, slots, tiles_v, weight.stride(0), dim, vocabulary, float(logit_scale), float(softcap or 0),
+                STREAMS=streams, BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
+                INTERLEAVE=tile.interleave, GROUP_N=tile.group_n, HAS_BIAS=bias is not None,
+                HAS_SCALE=logit_scale != 1, HAS_CAP=softcap is not None, EVEN_D=dim % tile.block_d == 0,
+                DESCRIPTORS=descriptors, WARP_SPECIALIZE=tile.warp_specialize,
+                WIDEN=interpreted() and weight.dtype == torch.bfloat16,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+            combine_kernel[(cdiv(slots, _COMBINE_ROWS),)](
+                partials, at_label, order, count, out, first_token, slots, tiles_v, tokens, out.stride(0),
+                STREAMS=streams, TILES=_COMBINE_TILES, ROWS=_COMBINE_ROWS,
+            )  # fmt: skip
+    return out
+
+
+def _check(
+    hiddens: tuple[Tensor, ...],
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    names = ("hidden",) if len(hiddens) == 1 else ("hidden_factual", "hidden_counterfactual")
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"weight: expected shape [V, D] with V, D > 0, got {list(weight.shape)}")
+    if weight.dtype not in _TYPE_NAMES:
+        raise TypeError(f"weight: expected bfloat16, float16 or float32, got {weight.dtype}")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
+    for name, hidden in zip(names, hiddens, strict=True):
+        if hidden.shape != (labels.shape[0], weight.shape[1]):
+            expected = [labels.shape[0], weight.shape[1]]
+            raise ValueError(f"{name}: expected shape [N, D] = {expected}, got {list(hidden.shape)}")
+        if hidden.dtype != weight.dtype:
+            raise TypeError(f"{name}: expected {weight.dtype} as weight, got {hidden.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None and bias.dtype not in _TYPE_NAMES:
+        raise TypeError(f"bias: expected bfloat16, float16 or float32, got {bias.dtype}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
+    if not -float("inf") < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    check_together(weight=weight, **dict(zip(names, hiddens, strict=True)), labels=labels, bias=bias)
+
+
+def _describable(weight: Tensor) -> bool:
+    """Whether TMA can address `weight`: base and row stride multiples of 16 bytes."""
+    row_bytes = weight.stride(0) * weight.element_size()
+    return weight.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and row_bytes > 0
+
+
+def _tile_for(weight: Tensor, streams: int) -> Tile:
+    """The table's tile for this GPU, or that for rows which cannot be loaded 16 bytes at a time."""
+    tile = lookup(_FAMILY[streams], target_of(weight.device), weight.dtype, weight.shape[1])
+    if not (tile.descriptors and _describable(weight)) and (weight.stride(0) % 16 or weight.data_ptr() % 16):
+        tile = UNALIGNED
+    return tile.fitted(weight.element_size(), shared_memory_of(weight.device))
+
+
+def _runs(tile: Tile, streams: int) -> int:
+    """Products per step: two where the tile holds one run of each stream."""
+    return 2 if streams == 2 and 2 * tile.interleave == tile.block_n else 1
+
+
+def compile_cases(thorough: bool = False) -> list[CompileCase]:
+    """The tiles of the table, each once, with bias, scale and softcap, which take the most registers.
+
+    `thorough` adds the kernel without these, and what replaces a tile with descriptors where W is not aligned.
+    """
+    cases: dict[object, CompileCase] = {}
+    for entry in entries():
+        if entry.target not in TARGETS:
+            continue
+        dtype = "bf16" if entry.dtype_class == "half" else "fp32"
+        streams = 1 if entry.family == "token" else 2
+        pointers = dataclasses.replace(entry.tile, descriptors=False, warp_specialize=False)
+        variants = [("", entry.tile, True, True)]
+        if thorough:
+            variants += [("_plain", entry.tile, True, False), ("_pointers", pointers, True, True)]
+            variants += [("_unaligned", UNALIGNED, False, True)]
+        for suffix, tile, aligned, with_options in variants:
+            name = f"stream/{entry.family}_{dtype}_{entry.bucket}{suffix}"
+            # Tiles that differ in their order only are compiled once.
+            key = (entry.target, streams, dtype, dataclasses.replace(tile, group_n=1), aligned, with_options)
+            if key not in cases:
+                cases[key] = compile_case(name, streams, dtype, tile, entry.target, aligned, with_options)
+    return [*cases.values(), *_small_cases(1), *_small_cases(2)]
+
+
+def _small_cases(streams: int) -> list[CompileCase]:
+    """The gather and the combine kernel."""
+    sizes = {**dict.fromkeys(("first_token", "D", "V", "packed_width"), "i32"), "stride_label": "i32"}
+    strides = dict.fromkeys(("stride_n1", "stride_d1", "stride_n0", "stride_d0"), "i32")
+    rows = {"order_ptr": "*i64", "count_ptr": "*i64"}
+    gather = {"h1_ptr": "*bf16", "h0_ptr": "*bf16", **rows, "label_ptr": "*i64", "packed_ptr": "*bf16"}
+    combine = {"partial_ptr": "*fp32", "at_label_ptr": "*fp32", **rows, "out_ptr": "*fp32"}
+    family = _FAMILY[streams]
+    return [
+        CompileCase(
+            name=f"stream/{family}_gather",
+            kernel=gather_kernel,
+            signature={**gather, "packed_label_ptr": "*i32", **sizes, **strides},
+            constexprs={
+                "STREAMS": streams,
+                "BLOCK_T": 64,
+                "INTERLEAVE": 8,
+                "ROWS": _GATHER_ROWS,
+                "COLUMNS": _GATHER_D,
+            },
+        ),
+        CompileCase(
+            name=f"stream/{family}_combine",
+            kernel=combine_kernel,
+            signature={**combine, **dict.fromkeys(("first_token", "slots", "tiles_v", "N", "stride_out"), "i32")},
+            constexprs={"STREAMS": streams, "TILES": _COMBINE_TILES, "ROWS": _COMBINE_ROWS},
+        ),
+    ]
+
+
+def compile_case(
+    name: str, streams: int, dtype: str, tile: Tile, target: str, aligned: bool = True, with_options: bool = False
+) -> CompileCase:
+    """The streaming kernel with `tile`, for `nextquill_kernels.crosscompile`.
+
+    Args:
+        name: name of the case.
+        streams: 1 (`token_stats`) or 2 (`pair_stats`).
+        dtype: "bf16", "fp16" or "fp32", of hidden states and weight.
+        tile: tile sizes.
+        target: the target they are meant for.
+        aligned: whether D and the row stride of the weight are multiples of 16, and D one of the tile's block_d.
+        with_options: with bias, scale and softcap.
+    """
+    runs = _runs(tile, streams)
+    pointer = f"*{dtype}"
+    signature = {
+        "packed": f"tensordesc<{dtype}[{tile.block_n // runs}, {tile.block_d}]>" if tile.descriptors else pointer,
+        "weight": f"tensordesc<{dtype}[{tile.block_v}, {tile.block_d}]>" if tile.descriptors else pointer,
+        "bias_ptr": pointer,
+        "label_ptr": "*i32",
+        "count_ptr": "*i64",
+        "partial_ptr": "*fp32",
+        "at_label_ptr": "*fp32",
+        **dict.fromkeys(("first_token", "slots", "tiles_v", "stride_w", "D", "V"), "i32"),
+        "logit_scale": "fp32",
+        "softcap": "fp32",
+    }
+    constexprs: dict[str, Any] = {
+        "STREAMS": streams,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "INTERLEAVE": tile.interleave,
+        "GROUP_N": tile.group_n,
+        **dict.fromkeys(("HAS_BIAS", "HAS_SCALE", "HAS_CAP"), with_options),
+        "EVEN_D": aligned,
+        "DESCRIPTORS": tile.descriptors,
+        "WARP_SPECIALIZE": tile.warp_specialize,
+        "WIDEN": False,
+    }
+    if not with_options:
+        constexprs["bias_ptr"] = None
+        del signature["bias_ptr"]
+    divisible = [name for name, kind in signature.items() if kind.startswith("*")] + ["first_token", "slots"]
+    return CompileCase(
+        name=name,
+        kernel=stream_fwd_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        divisible_by_16=[*divisible, "stride_w", "D"] if aligned else divisible,
+        targets=(target,),
+    )

@@ -1,0 +1,210 @@
+"""The kernels compiled for GPUs that are not here: no spills, shared memory that fits, wide accesses, 64-bit addresses.
+
+Under the interpreter the kernels are Python functions: all compilation happens in processes without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nextquill_kernels import chunk_grad
+from nextquill_kernels.crosscompile import SHARED_LIMIT, TARGETS, Resources, compile_for, refuse
+from nextquill_kernels.launch import interpreted
+
+CASES = {
+    "chunk_stats": {"token_stats", "pair_stats", "pair_stats/moments"},
+    "chunk_grad": {
+        "token_grad/fp32",
+        "token_grad/bf16",
+        "pair_grad/fp32",
+        "pair_grad/bf16",
+        "pair_grad/detached_bf16",
+    },
+    "coefficients": {f"row_coefficients/{scheme}" for scheme in ("uniform", "threshold", "clip", "exp_clip")},
+}
+
+# Looks at the assembly and the intermediate representation of every case; prints a JSON object by case and target.
+LOOK = r"""
+import json, re, sys, triton, triton.language as tl
+from nextquill_kernels import chunk_grad, chunk_stats, coefficients
+from nextquill_kernels.crosscompile import CompileCase
+
+@triton.jit
+def narrow_address_kernel(x_ptr, x_stride, row_stride):
+    row = tl.program_id(0)
+    tl.store(x_ptr + row * x_stride + tl.program_id(1).to(tl.int64) * row_stride, 1.0)
+
+@triton.jit
+def spilling_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    b_x = tl.load(x_ptr + lanes)
+    b_total = tl.zeros([N], tl.float32)
+    for step in range(100):
+        b_y = tl.load(x_ptr + step * N + lanes)
+        b_total += tl.sum(b_x * b_y, axis=0) + b_y
+    tl.store(out_ptr + lanes, b_total)
+
+def uses_in_32_bits(ttir):
+    "Lines that use a stride or a program's index other than to extend it to 64 bits."
+    head = re.search(r"tt\.func public .*", ttir)[0]
+    names = re.findall(r"(%\w*stride\w*): i32", head) + re.findall(r"(%\w+) = tt\.get_program_id", ttir)
+    lines = [line.split(" loc(")[0].strip() for line in ttir.splitlines() if "tt.func" not in line]
+    used = [(name, line) for line in lines for name in names if re.search(name + r"\b(?!\s*=)", line)]
+    return [line for name, line in used if f"arith.extsi {name} : i32 to i64" not in line], len(names)
+
+def order(assembly, load, barrier, store):
+    "The first letters of loads, barriers and stores from the last load on."
+    found = re.findall(f"({load})|({barrier})|({store})", assembly)
+    letters = "".join("L" if l else "B" if b else "S" for l, b, s in found)
+    return letters[letters.rindex("L"):]
+
+target = sys.argv[1]
+is_amd = target.startswith("gfx")
+cases = [*chunk_stats.compile_cases(), *chunk_grad.compile_cases(), *coefficients.compile_cases()]
+strides = {"x_ptr": "*fp32", "x_stride": "i32", "row_stride": "i32"}
+cases.append(CompileCase("narrow_address", narrow_address_kernel, strides, {}))
+cases.append(CompileCase("spilling", spilling_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"N": 32768}))
+found = {}
+for case in cases:
+    resources = case.compile(target)
+    text = resources.assembly
+    uses, names = uses_in_32_bits(resources.ttir)
+    found[case.name] = {
+        "uses_in_32_bits": uses,
+        "names": names,
+        "spill_bytes": resources.spill_bytes,
+        "wide_loads": len(re.findall(r"global_load_dwordx4|buffer_load_dwordx4|ld\.global[\w.:]*\.v4", text)),
+        "readonly_loads": len(re.findall(r"ld\.global[\w.:]*\.nc", text)),
+    }
+    if "grad" in case.name:
+        patterns = (
+            ("(?:global|buffer)_load_dwordx4", "s_barrier", "(?:global|buffer)_store") if is_amd
+            else (r"ld\.global[\w.:]*\.v4", r"bar(?:rier)?\.sync", r"st\.global")
+        )
+        found[case.name]["order"] = order(text, *patterns)
+print(json.dumps(found))
+"""
+
+
+def run(*arguments: str, cache: Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """An empty compiler cache, so that nothing found in it is left from another version of a kernel."""
+    return tmp_path_factory.mktemp("triton_cache")
+
+
+@pytest.fixture(scope="module")
+def records(cache) -> list[dict]:
+    modules = [argument for name in CASES for argument in ("--module", name)]
+    done = run("-m", "nextquill_kernels.crosscompile", *modules, cache=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
+def look(request, cache, tmp_path_factory) -> dict[str, dict]:
+    script = tmp_path_factory.mktemp("look") / "look.py"  # Triton reads the source of a kernel from its file
+    script.write_text(LOOK)
+    done = run(str(script), request.param, cache=cache)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_fits(records, target):
+    mine = {record["case"]: record for record in records if record["target"] == target}
+    assert mine.keys() == set().union(*CASES.values())
+    for record in mine.values():
+        assert record["error"] is None
+        assert record["spill_bytes"] == 0
+        assert 0 <= record["shared_bytes"] <= SHARED_LIMIT[target]
+        # Statistics and gradients count on two programs per multiprocessor, which has 65536 registers. (One of them has
+        # 71 on sm_100 with triton 3.9, where a single program fits.)
+        if "coefficients" not in record["case"] and target in ("sm_80", "sm_90"):
+            assert 0 < 2 * 32 * record["num_warps"] * record["registers"] <= 65536
+
+
+def test_addresses_are_computed_in_64_bits(look):
+    for name, found in look.items():
+        assert found["names"] > 0 or name == "spilling"
+        if name == "narrow_address":
+            assert len(found["uses_in_32_bits"]) > 0
+        else:
+            assert found["uses_in_32_bits"] == []
+
+
+def test_spills_are_found(look):
+    assert look["spilling"]["spill_bytes"] > 0
+
+
+def test_accesses_are_16_bytes_wide(look):
+    for name in CASES["chunk_stats"] | CASES["chunk_grad"]:
+        # With 64 lanes to a warp on AMD, the small tile of the moments leaves 2 columns, 8 bytes, to each.
+        assert look[name]["wide_loads"] >= 2 or name == "pair_stats/moments"
+        # A read-only load of memory that the kernel writes may come from a stale cache.
+        assert look[name]["readonly_loads"] == 0
+
+
+def test_a_barrier_stands_between_the_loads_and_the_stores_of_a_narrow_write(look):
+    for name in CASES["chunk_grad"]:
+        order = look[name]["order"]
+        assert order.startswith("LBS" if "bf16" in name else "LS"), f"{name}: {order}"
+
+
+def test_refuse_names_the_figures():
+    with pytest.raises(ValueError, match="sm_90: expected no spills, got 24 bytes at 255 registers"):
+        refuse(Resources("sm_90", 255, 24, 0))
+    with pytest.raises(ValueError, match="gfx942: expected at most 65536 bytes of shared memory, got 65537"):
+        refuse(Resources("gfx942", 100, 0, 65537))
+    for target, limit in {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}.items():
+        refuse(Resources(target, 255, 0, limit))
+
+
+def test_unknown_target():
+    with pytest.raises(ValueError, match=r"target: expected one of sm_80, sm_90, sm_100, gfx942, got 'sm_75'"):
+        compile_for(chunk_grad, "sm_75", signature={}, constexprs={}, num_warps=4, num_stages=1)
+
+
+@pytest.mark.skipif(not interpreted(), reason="the kernels are compiled here")
+def test_interpreted_kernels_are_refused():
+    case = chunk_grad.compile_cases()[0]
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected it to be unset"):
+        case.compile("sm_90")
+
+
+def test_command_line_refuses_the_interpreter(cache):
+    done = run("-m", "nextquill_kernels.crosscompile", "--target", "sm_90", cache=cache, interpret=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET: expected it to be unset" in done.stderr
+
+
+def test_command_line_reports_a_refusal(cache):
+    code = """
+import dataclasses, sys
+from nextquill_kernels import chunk_stats, crosscompile
+good = chunk_stats.compile_cases()[0]
+too_large = dataclasses.replace(good, name="too_large", constexprs={"BLOCK_V": 32768})
+incomplete = dataclasses.replace(good, name="incomplete", constexprs={})
+chunk_stats.compile_cases = lambda: [too_large, incomplete, good]
+sys.exit(crosscompile.main(["--target", "sm_90", "--module", "chunk_stats"]))
+"""
+    done = run("-c", code, cache=cache)
+    assert done.returncode == 1, done.stderr
+    errors = {record["case"]: record["error"] for record in map(json.loads, done.stdout.splitlines())}
+    assert errors["token_stats"] is None
+    assert errors["too_large"].startswith("ValueError: sm_90: expected no spills")
+    assert errors["incomplete"].startswith("ValueError: signature, constexprs: expected")
