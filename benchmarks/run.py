@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, write_csv
 
 #: Modules with a `run(options)`; imported when asked for, because `step` needs transformers and `head` only torch.
-SUITES = {"step": "benchmarks.step", "head": "benchmarks.head"}
+SUITES = {"step": "benchmarks.step", "head": "benchmarks.head", "native": "benchmarks.native"}
 
 
 def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentParser:

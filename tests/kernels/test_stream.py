@@ -7,7 +7,8 @@ with NaN by PyTorch's deterministic mode.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -40,11 +41,14 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Only around the launchers: cuBLAS would refuse to run in this mode."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @dataclass
@@ -64,10 +68,14 @@ class Case:
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def pair(self, tile: Tile | None = SMALL) -> Tensor:
-        return stream.pair_stats(self.factual, self.counterfactual, self.weight, self.labels, tile=tile, **self.options)
+        with poisoned_memory():
+            return stream.pair_stats(
+                self.factual, self.counterfactual, self.weight, self.labels, tile=tile, **self.options
+            )
 
     def token(self, tile: Tile | None = SMALL) -> Tensor:
-        return stream.token_stats(self.factual, self.weight, self.labels, tile=tile, **self.options)
+        with poisoned_memory():
+            return stream.token_stats(self.factual, self.weight, self.labels, tile=tile, **self.options)
 
     def logits(self, hidden: Tensor, compute: torch.dtype = torch.float64) -> Tensor:
         z = (hidden.to(compute) @ self.weight.to(compute).T).to(torch.promote_types(compute, torch.float32))
@@ -310,7 +318,7 @@ def test_huge_logits(device):
 
 
 def test_nll_of_a_certain_token_keeps_its_digits(device):
-    """logsumexp - z[y] at a logit of 16 would be 1e-6 off; what is left is the error of log(1 + nll), 2^-24."""
+    """logsumexp - z[y] at a logit of 16 would be 1e-6 off; what is left is that of adding up 1 + nll, 2^-24 a step."""
     case = make_case(20, 16, 70, device, ignored=0.0)
     case.factual.zero_()[:, 0] = torch.linspace(0.8, 1.0, 20, device=device)
     case.counterfactual.copy_(case.factual * 0.5)
@@ -319,7 +327,7 @@ def test_nll_of_a_certain_token_keeps_its_digits(device):
     case.labels.fill_(11)
     truth = case.truth()
     assert (truth[3] < 1e-3).all()
-    assert ((case.pair()[3] - truth[3]).abs() < 2**-23 + RELATIVE * truth[3]).all()
+    assert ((case.pair()[3] - truth[3]).abs() < 2**-22).all()
 
 
 def test_equal_streams_have_a_flat_effect(device):
