@@ -1,4 +1,4 @@
-"""What users of other fused losses ran into, each named after its report."""
+"""What users of other fused losses ran into, each named after its report, under every implementation."""
 
 import pytest
 import torch
@@ -6,9 +6,21 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import nextquill as nq
+from nextquill.ops import dispatch
 from tests.helpers import assert_close, assert_same_gradients, make_case
 
 NAN = torch.nan
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["torch", "native", "triton"], autouse=True)
+def _impl(request, monkeypatch):
+    """What "auto" means here; float64 is plain PyTorch's in any case."""
+    if reason := dispatch.why_not(request.param, CPU, torch.float32):
+        pytest.skip(reason)
+    monkeypatch.setitem(dispatch._PREFERRED, "cpu", request.param)
+
+
 LOSSES = [
     nq.NextQuillLoss(anchor=0.1),
     nq.NextQuillLoss(detach_counterfactual=True),

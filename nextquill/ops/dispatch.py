@@ -19,6 +19,8 @@ from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.ops import chunk_torch
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
+# What "auto" prefers to plain PyTorch, by device type.
+_PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> ChunkKe
     """
     check_impl(impl)
     if impl == "auto":
-        candidates = ("native",) if device.type == "cpu" else ("triton",)
-        impl = next((name for name in candidates if why_not(name, device, dtype) is None), "torch")
+        preferred = _PREFERRED.get(device.type, "torch")
+        impl = preferred if why_not(preferred, device, dtype) is None else "torch"
     elif (reason := why_not(impl, device, dtype)) is not None:
         raise BackendUnavailableError(f"impl: {impl!r} cannot run on {device}: {reason}; use 'auto' or 'torch'")
     return _kernels(impl)

@@ -70,6 +70,8 @@ def token_gradients(
     grads = HeadGradients(head, hidden, None, needs)
     g, lse = (each.to(head.dtype).index_select(0, plan.rows) for each in (grad_nll, logsumexp))
     for rows, chunk in _chunks(plan, head, (hidden,), call):
+        if call.kernels.stream_stats is not None:
+            lse[rows] = _own_stats(chunk, plan.labels[rows], call)[0]
         dz = call.kernels.token_grad_(
             chunk.logits, plan.labels[rows], lse[rows], g[rows], call.softcap, call.logit_scale, head.grad_dtype
         )
@@ -95,6 +97,8 @@ def pair_gradients(
     zero = lse.new_zeros(plan.num_rows)
     g_f, g_e = (zero if g is None else g for g in (g_f, g_e))
     for rows, chunk in _chunks(plan, head, streams, call):
+        if call.kernels.stream_stats is not None:
+            lse[:, rows] = _own_stats(chunk, plan.labels[rows], call)[:3]
         dz, _ = call.kernels.pair_grad_(
             chunk.stream(0),
             chunk.stream(1),
@@ -109,6 +113,22 @@ def pair_gradients(
         )
         chunk.add_gradient(grads, dz.dtype, (0, 1))
     return grads
+
+
+def _own_stats(chunk: Chunk, labels: Tensor, call: HeadCall) -> Tensor:
+    """Statistics of the logits at hand.
+
+    Those of a streaming forward came from another product of the same matrices and differ in the last bits, which at
+    |z| = 1e4 are 1e-3 of a probability. One read of the chunk is small beside its products.
+    """
+    rows = chunk.rows.numel()
+    if chunk.logits.shape[0] == rows:
+        found = chunk.logits.new_empty(TOKEN_STATS, rows)
+        call.kernels.token_stats(chunk.logits, labels, found)
+    else:
+        found = chunk.logits.new_empty(PAIR_STATS, rows)
+        call.kernels.pair_stats(chunk.stream(0), chunk.stream(1), labels, found)
+    return found
 
 
 def _chunks(
