@@ -16,7 +16,7 @@ from nextquill.ops.dispatch import check_impl
 from nextquill.ops.fused_loss import RowResults
 from nextquill.ops.loss_operator import pair_loss_operator
 from nextquill.ops.objective import REDUCTIONS, PairObjective
-from nextquill.ops.objective_handles import register
+from nextquill.ops.objective_spec import encode
 from nextquill.ops.validation import (
     HeadInputs,
     check_head_inputs,
@@ -110,7 +110,6 @@ class PairLoss(nn.Module):
             anchor=float(anchor),
             reduction=reduction,
         )
-        self._objective_handle = register(self.objective)
         self.ignore_index = check_ignore_index(ignore_index)
         self.softcap = softcap
         self.logit_scale = logit_scale
@@ -119,8 +118,17 @@ class PairLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # Handles are of one process and one object: a copy, or a loss that was unpickled, registers its own.
-        self._objective_handle = register(self.objective)
+        # The text of a caller's own weighting is of one object in one process: a copy has its own.
+        self.objective = self._objective
+
+    @property
+    def objective(self) -> PairObjective:
+        """Weights, terms and reduction. May be replaced, for a schedule of `alpha` say."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: PairObjective) -> None:
+        self._objective, self._objective_spec = objective, encode(objective)
 
     @property
     def reduction(self) -> str:
@@ -213,9 +221,14 @@ class PairLoss(nn.Module):
     ) -> tuple[HeadInputs, Tensor | None, Tensor | None]:
         if hidden_counterfactual is None and self.needs_counterfactual:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
+        # Again what the constructor checked: these are attributes, and someone may have set them.
+        check_head_options(self.softcap, self.logit_scale)
+        check_ignore_index(self.ignore_index)
+        _check_chunk_bytes(self.chunk_bytes)
         inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
         ids = check_sequence_ids(sequence_ids, labels)
-        return inputs, None if self.reduction == "micro_batch" else ids, _check_items(num_items_in_batch)
+        items = _check_items(num_items_in_batch, labels.device)
+        return inputs, None if self.reduction == "micro_batch" else ids, items
 
     def _run(
         self, inputs: HeadInputs, ids: Tensor | None, items: Tensor | None, effect_nll: bool
@@ -223,12 +236,13 @@ class PairLoss(nn.Module):
         tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()
         needs = [enabled and t is not None and t.requires_grad for t in tensors]
+        needs[1] = needs[1] and not self.objective.counterfactual_is_constant
         results: tuple[Tensor, ...] = pair_loss_operator(
             *tensors,
             inputs.labels,
             ids,
             items,
-            self._objective_handle,
+            self._objective_spec,
             effect_nll,
             needs,
             self.ignore_index,
@@ -352,18 +366,20 @@ def _check_chunk_bytes(chunk_bytes: object) -> None:
         return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise ArgumentTypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__} {chunk_bytes!r}")
-    if chunk_bytes <= 0:
+    if not 0 < chunk_bytes < 2**63:
         raise ArgumentError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes!r}")
 
 
-def _check_items(num_items_in_batch: float | Tensor | None) -> Tensor | None:
-    """`num_items_in_batch` as a tensor of no dimensions; one on an accelerator is not read."""
+def _check_items(num_items_in_batch: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """`num_items_in_batch` as a tensor of no dimensions. Its value is read by the operator, and on a CPU only."""
     if num_items_in_batch is None:
         return None
     if not isinstance(num_items_in_batch, Tensor):
         return torch.tensor(check_number("num_items_in_batch", num_items_in_batch, above=0.0), dtype=torch.float64)
     if num_items_in_batch.numel() != 1:
         raise ArgumentError(f"num_items_in_batch: expected one number, got shape {list(num_items_in_batch.shape)}")
-    if num_items_in_batch.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_number("num_items_in_batch", num_items_in_batch.item(), above=0.0)
+    if num_items_in_batch.device.type != "cpu" and num_items_in_batch.device != device:
+        raise ArgumentError(
+            f"num_items_in_batch: expected a number on {device} or the CPU, got one on {num_items_in_batch.device}"
+        )
     return num_items_in_batch.detach().reshape(()).double()

@@ -26,7 +26,8 @@ def check_number(name: str, value: object, *, low: float | None = None, above: f
     """Return `value` as a finite float of at least `low` (or above `above`), or raise naming the argument."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    # A comparison rather than math.isfinite, which torch.compile cannot trace.
+    if not abs(value) < math.inf:
         raise ArgumentError(f"{name}: expected a finite number, got {value!r}")
     if low is not None and value < low:
         raise ArgumentError(f"{name}: expected at least {low:g}, got {value!r}")
@@ -105,3 +106,7 @@ class ExpClipWeighting:
 
     def __call__(self, pair: PairNLL) -> Tensor:
         return pair.effect_logprob.exp().clamp(max=self.maximum)
+
+
+#: The schemes of the papers: known to the fused kernels, and to what is written about a compiled loss.
+PUBLISHED_WEIGHTINGS = (UniformWeighting, ThresholdWeighting, ClipWeighting, ExpClipWeighting)

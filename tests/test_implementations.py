@@ -177,17 +177,19 @@ def test_two_runs_are_bitwise_equal(impl, name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_non_finite_hidden_states_are_never_silently_finite(impl):
-    for bad in (torch.nan, torch.inf):
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "softcap"])
+def test_non_finite_hidden_states_are_never_silently_finite(impl, softcap):
+    """A cap turns an infinite logit into a finite one, but not the hidden state it came from."""
+    for bad in (torch.nan, torch.inf, -torch.inf):
         for stream in ("factual", "counterfactual"):
             case = placed(make_case(13, 9, 31, ignored=0.0), "none")
             case.tensors[stream][4, 2] = bad
-            pair = nq.linear_pair_nll(*case.pair_args, impl=impl)
+            pair = nq.linear_pair_nll(*case.pair_args, impl=impl, softcap=softcap)
             assert not torch.isfinite(getattr(pair, stream)[4])
             assert not torch.isfinite(pair.effect[4])
             others = torch.arange(13, device=DEVICE) != 4
             assert all(torch.isfinite(nll[others]).all() for nll in pair)
-            assert not torch.isfinite(nq.NextQuillLoss(impl=impl)(*case.pair_args))
+            assert not torch.isfinite(nq.NextQuillLoss(impl=impl, softcap=softcap)(*case.pair_args))
 
 
 def test_half_precision_is_no_worse_than_plain_pytorch(impl):

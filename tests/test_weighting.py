@@ -198,3 +198,19 @@ def test_elementwise_weighting_of_ones_own_may_read_the_effect():
     hidden, other, weight, labels = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
     loss_fn = nq.PairLoss(EffectWeighting())
     assert torch.equal(loss_fn(hidden, other, weight, labels), loss_fn.compute(hidden, other, weight, labels).loss)
+
+
+def test_a_weighting_that_works_in_place_harms_nothing_but_itself():
+    case = make_case(20, 5, 11)
+    results = [
+        nq.PairLoss(weighting).compute(*case.pair_args)
+        for weighting in (lambda p: p.factual.exp(), lambda p: p.factual.exp_())
+    ]
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert torch.equal(results[0].pair_nll.factual, results[1].pair_nll.factual)
+
+
+def test_complex_weights_are_refused():
+    case = make_case(20, 5, 11)
+    with pytest.raises(nq.ArgumentError, match=r"^weighting: expected real weights"):
+        nq.PairLoss(lambda p: p.factual.to(torch.complex64))(*case.pair_args)

@@ -80,7 +80,14 @@ class LogitsBuffer:
         """Compute the logits of `rows` [n] of each stream [N, D]; overwrites the chunk before."""
         dtype = self.head.weight.dtype
         hidden = torch.cat([stream.index_select(0, rows).to(dtype) for stream in streams])
+        if self.head.softcap is not None:
+            hidden = infinite_to_nan(hidden)
         return Chunk(rows, hidden, self.head.logits(hidden, self._memory[: hidden.shape[0]]))
+
+
+def infinite_to_nan(hidden: Tensor) -> Tensor:
+    """NaN for ±inf: a cap would turn the logits of a broken hidden state into ±softcap, and its nll finite."""
+    return torch.nan_to_num(hidden, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
 
 
 def _row_stride(vocabulary: int) -> int:

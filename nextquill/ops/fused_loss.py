@@ -8,7 +8,7 @@ N·D·V (U), trainable / frozen head:
     counterfactual a constant (PerCE, detached NextQuill)   4U / 3U
     one stream (SFT)                                        3U / 2U
 
-A sequence whose logits exceed the byte budget costs its logits twice, and only it.
+A sequence whose logits exceed the byte budget costs those of its rows beyond the budget twice.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ class _Engine:
             target.copy_(values)
         if not self.with_gradient:
             return
-        for rows in group.chunks:
-            if len(group.chunks) > 1:
+        # Backwards, because the last chunk's logits still stand in the buffer.
+        for rows in reversed(group.chunks):
+            if rows != group.chunks[-1]:
                 chunk = self._fill(rows)
             self._gradient(chunk, rows, call.objective.gradients(RowCoefficients(*self.rows[:3, rows])))
 

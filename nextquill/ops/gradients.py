@@ -35,7 +35,8 @@ class HeadGradients:
         self.counterfactual = None
         if needs.counterfactual and counterfactual is not None:
             self.counterfactual = _rows_like(counterfactual)
-        self.weight = torch.zeros_like(head.weight, dtype=head.dtype) if needs.weight else None
+        # Not zeros_like: a transposed weight's strides would follow, which the operators' fake results do not.
+        self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None
         bias_needed = needs.bias and head.bias is not None
         self.bias = head.weight.new_zeros(head.vocabulary, dtype=head.dtype) if bias_needed else None
 

@@ -6,6 +6,7 @@ flag computed here is copied to the host behind the kernel; whichever call comes
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +37,7 @@ class _Pending:
 
 
 _pending: deque[_Pending] = deque()
+_lock = threading.Lock()
 
 
 def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
@@ -48,10 +50,11 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
     if labels.device.type == "cpu":
         check_label_range(labels, ignore_index, vocabulary)
     elif labels.numel():
+        stream = torch.cuda.current_stream(labels.device)
         event = torch.cuda.Event()
         values = torch.empty(2, dtype=torch.long, pin_memory=True)
         values.copy_(_summary(labels, ignore_index, vocabulary), non_blocking=True)
-        event.record()
+        event.record(stream)
         defer(values, event, ignore_index, vocabulary)
 
 
@@ -71,9 +74,14 @@ def raise_pending(*, wait: bool = False) -> None:
         ArgumentError: labels of an earlier call were out of range.
     """
     if wait and _pending and torch.cuda.is_available():
-        torch.cuda.synchronize()
-    while _pending and _pending[0].arrived.query():
-        _pending.popleft().check()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+    while True:
+        with _lock:
+            if not (_pending and _pending[0].arrived.query()):
+                return
+            arrived = _pending.popleft()
+        arrived.check()
 
 
 def _summary(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:

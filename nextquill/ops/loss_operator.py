@@ -1,7 +1,7 @@
 """`torch.ops.nextquill.pair_loss`: a whole loss as one operator that returns its finished gradients beside it.
 
-Its backward scales them by the loss's upstream gradient. The objective travels as a handle, since a schema has no room
-for a Python callable.
+Its backward scales them by the loss's upstream gradient. The objective travels as text. Which results there are is said
+by `needs` alone: compiled graphs are cached by their arguments, across processes too, and must not depend on more.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nextquill.ops.fused_loss import LossCall, pair_loss
 from nextquill.ops.gradients import Needs, first_order_only, rows_dtype
-from nextquill.ops.objective_handles import lookup
+from nextquill.ops.objective_spec import decode
 from nextquill.ops.plan import plan_rows
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import HeadOptions, define, nothing
 from nextquill.reference.linear import compute_dtype
+from nextquill.weighting import check_number
 
 
 def _pair_loss(
@@ -28,7 +29,7 @@ def _pair_loss(
     labels: Tensor,
     sequence_ids: Tensor | None,
     num_items: Tensor | None,
-    objective: int,
+    objective: str,
     effect: bool,
     needs: list[bool],
     ignore_index: int,
@@ -36,9 +37,9 @@ def _pair_loss(
 ) -> tuple[Tensor, ...]:
     """loss, rows [6, N] (fused_loss.RowResults), (tokens, sequences) on the host, dh1, dh0, dW, db."""
     options = HeadOptions(*rest)
-    head_call, found = options.call(factual), lookup(objective)
+    head_call, found = options.call(factual), decode(objective)
     plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0])
-    items = float(max(1, found.default_items(plan))) if num_items is None else num_items
+    items = _items(num_items, found.default_items(plan))
     effect = counterfactual is not None and (effect or found.needs_effect)
     with autocast_off(factual.device):
         head = head_call.head(weight, bias, options.dtype(factual))
@@ -46,23 +47,34 @@ def _pair_loss(
         loss, compact, grads = pair_loss(call, head, factual, counterfactual)
     rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
     counts = torch.tensor([plan.num_rows, plan.num_sequences])
+    if needs[1] and counterfactual is not None and grads.counterfactual is None:
+        # The objective makes it a constant. What is asked for is returned all the same, as the fake result says.
+        grads.counterfactual = torch.zeros(counterfactual.shape, dtype=rows_dtype(counterfactual), device=loss.device)
     kept = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
     return loss, rows, counts, *(nothing(loss) if gradient is None else gradient for gradient in kept)
 
 
 def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    factual, counterfactual, weight, bias, labels, _, _, objective, _, needs, _, *rest = arguments
+    factual, counterfactual, weight, bias, labels, _, _, _, _, needs, _, *rest = arguments
     wide = compute_dtype(HeadOptions(*rest).dtype(factual))
     loss = factual.new_empty((), dtype=wide)
-    through = counterfactual is not None and not lookup(objective).counterfactual_is_constant
-    likes = ((factual, rows_dtype(factual)), (factual, rows_dtype(factual)), (weight, wide), (bias, wide))
-    wanted = (needs[0], needs[1] and through, needs[2], needs[3] and bias is not None)
     kept = (
-        like.new_empty(like.shape, dtype=dtype) if want else nothing(loss)
-        for (like, dtype), want in zip(likes, wanted, strict=True)
+        nothing(loss)
+        if like is None or not need
+        else like.new_empty(like.shape, dtype=rows_dtype(like) if stream else wide)
+        for like, need, stream in zip((factual, counterfactual, weight, bias), needs, (1, 1, 0, 0), strict=True)
     )
-    counts = torch.empty(2, dtype=torch.long, device="cpu")
+    counts = torch.zeros(2, dtype=torch.long, device="cpu")
     return loss, loss.new_empty(6, labels.shape[0]), counts, *kept
+
+
+def _items(given: Tensor | None, default: int) -> float | Tensor:
+    """What the reduction divides by; a number on an accelerator is left there, unread."""
+    if given is None:
+        return float(max(1, default))
+    if given.device.type != "cpu":
+        return given
+    return check_number("num_items_in_batch", given.item(), above=0.0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -93,9 +105,9 @@ pair_loss_operator = define(
     "pair_loss",
     _pair_loss,
     "Tensor factual, Tensor? counterfactual, Tensor weight, Tensor? bias, Tensor labels, Tensor? sequence_ids, "
-    "Tensor? num_items, int objective, bool effect, bool[] needs, int ignore_index",
+    "Tensor? num_items, str objective, bool effect, bool[] needs, int ignore_index",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    product=(0, 2),
+    product=(0, 1, 2),
 )
 scale_gradient = torch.library.custom_op(
     "nextquill::scale_gradient",

@@ -52,7 +52,7 @@ def _token_nll_backward(
     with autocast_off(hidden.device):
         head = call.head(weight, bias, options.dtype(hidden))
         grads = token_gradients(grad_nll, hidden, head, labels, logsumexp, ignore_index, call, wanted)
-    dh, _, dw, db = _deliver(grads, hidden, weight, bias)
+    dh, _, dw, db = _deliver(grads, hidden, hidden, weight, bias)
     return dh, dw, db
 
 
@@ -105,7 +105,7 @@ def _pair_nll_backward(
     with autocast_off(factual.device):
         head = call.head(weight, bias, options.dtype(factual))
         grads = pair_gradients(upstream, streams, head, labels, logsumexps, ignore_index, call, Needs(*needs))
-    return _deliver(grads, factual, weight, bias)
+    return _deliver(grads, factual, counterfactual, weight, bias)
 
 
 def _pair_nll_backward_fake(*arguments: Any) -> Any:
@@ -135,12 +135,14 @@ def _pair_stats_fake(*arguments: Any) -> Any:
     return factual.new_empty(PAIR_STATS_DIVERGENCE, labels.shape[0], dtype=dtype)
 
 
-def _deliver(grads: HeadGradients, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+def _deliver(
+    grads: HeadGradients, factual: Tensor, counterfactual: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, ...]:
     """dh1, dh0, dW, db in their inputs' dtypes."""
     found = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
-    likes = (hidden, hidden, weight, weight if bias is None else bias)
+    likes = (factual, counterfactual, weight, weight if bias is None else bias)
     return tuple(
-        nothing(hidden) if gradient is None else gradient.to(like.dtype)
+        nothing(factual) if gradient is None else gradient.to(like.dtype)
         for gradient, like in zip(found, likes, strict=True)
     )
 
@@ -170,7 +172,7 @@ token_nll_backward = define(
 )
 _PAIR = "Tensor factual, Tensor counterfactual, Tensor weight, Tensor? bias, Tensor labels"
 pair_nll = define(
-    "pair_nll", _pair_nll, f"{_PAIR}, int ignore_index", "(Tensor, Tensor, Tensor, Tensor)", product=(0, 2)
+    "pair_nll", _pair_nll, f"{_PAIR}, int ignore_index", "(Tensor, Tensor, Tensor, Tensor)", product=(0, 1, 2)
 )
 pair_nll_backward = define(
     "pair_nll_backward",
@@ -179,7 +181,7 @@ pair_nll_backward = define(
     "bool[] needs, int ignore_index",
     "(Tensor, Tensor, Tensor, Tensor)",
 )
-pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 2))
+pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 1, 2))
 
 token_nll.register_fake(_token_nll_fake)
 token_nll_backward.register_fake(_token_nll_backward_fake)

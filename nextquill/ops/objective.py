@@ -17,6 +17,7 @@ from nextquill.errors import ArgumentError
 from nextquill.ops.plan import RowGroup, RowPlan
 from nextquill.outputs import PairNLL
 from nextquill.weighting import (
+    PUBLISHED_WEIGHTINGS,
     ClipWeighting,
     ExpClipWeighting,
     ThresholdWeighting,
@@ -165,6 +166,9 @@ class PairObjective:
         return coefficients.weighted if self.weighted_effect else coefficients.uniform
 
     def _weights(self, pair: PairNLL, group: RowGroup, plan: RowPlan) -> Tensor:
+        if type(self.weighting) not in PUBLISHED_WEIGHTINGS:
+            # A caller's function may work in place on what it is given; what it is given here is the engine's memory.
+            pair = PairNLL(*(None if t is None else t.clone() for t in pair))  # type: ignore[arg-type]
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
         assert group.sequences is not None
@@ -196,6 +200,10 @@ def _checked_weights(weights: object, pair: PairNLL) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != pair.factual.shape:
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ArgumentError(f"weighting: expected a tensor of shape {list(pair.factual.shape)}, got {got}")
+    if weights.is_complex() or weights.device != pair.factual.device:
+        raise ArgumentError(
+            f"weighting: expected real weights on {pair.factual.device}, got {weights.dtype} on {weights.device}"
+        )
     return weights.detach().to(pair.factual)
 
 

@@ -1,8 +1,8 @@
 """Which rows are computed together: supervised rows, sorted by sequence, cut into groups under a byte budget.
 
 A weight may depend on its whole sequence (Σω is the denominator), so a group holds whole sequences. A sequence longer
-than the budget becomes a group of several chunks, whose logits are computed twice: once for the weights, once for the
-gradient.
+than the budget becomes a group of several chunks. All but the last of them are computed twice, once for the weights and
+once for the gradient, so the last is as large as the budget allows.
 
 A plan is made on the host: how many rows there are decides the shapes of every product. Labels and sequence ids are
 read from the device once per call, together, and nothing after that waits for it.
@@ -130,11 +130,17 @@ def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterat
     start = stop = first = 0
     for index, length in enumerate(plan.lengths):
         if index > first and stop + length - start > max_rows:
-            yield RowGroup(start, stop, slice(first, index), split_rows(start, stop, max_rows))
+            yield RowGroup(start, stop, slice(first, index), _largest_last(start, stop, max_rows))
             start, first = stop, index
         stop += length
     if stop > start:
-        yield RowGroup(start, stop, slice(first, plan.num_sequences), split_rows(start, stop, max_rows))
+        yield RowGroup(start, stop, slice(first, plan.num_sequences), _largest_last(start, stop, max_rows))
+
+
+def _largest_last(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
+    """[start, stop) as one slice of `max_rows` at the end, and what is before it in nearly equal slices."""
+    last = max(start, stop - max_rows)
+    return (*split_rows(start, last, max_rows), slice(last, stop))
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

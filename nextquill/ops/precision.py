@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,14 +15,11 @@ def autocast_off(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which h and W meet: their own, or under autocast what `nn.Linear` would use on this device.
+def product_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which hidden states and weight meet under autocast: what `nn.Linear` would use on this device.
 
-    On the CPU half-precision products bring no speed here, so autocast keeps the wider of the two dtypes.
+    On the CPU half-precision products bring no speed here, so autocast keeps the widest of the factors' dtypes.
     """
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden.dtype
     if device == "cpu":
-        return torch.promote_types(hidden.dtype, weight.dtype)
+        return functools.reduce(torch.promote_types, (factor.dtype for factor in factors))
     return torch.get_autocast_dtype(device)

@@ -43,18 +43,18 @@ class HeadOptions(NamedTuple):
 
 
 def define(
-    name: str, function: Callable[..., Any], arguments: str, returns: str, *, product: tuple[int, int] | None = None
+    name: str, function: Callable[..., Any], arguments: str, returns: str, *, product: tuple[int, ...] = ()
 ) -> Any:
     """Define `nextquill::name` with the head's options appended to `arguments`.
 
-    `product` gives the positions of the hidden states and of the weight; with it the operator follows autocast.
+    `product` gives the positions of the streams and, last, of the weight; with it the operator follows autocast.
     """
     operator = torch.library.custom_op(
         f"nextquill::{name}", function, mutates_args=(), schema=f"({arguments}, {_OPTIONS}) -> {returns}"
     )
-    if product is not None:
+    if product:
         for key, device in _AUTOCAST_DEVICES.items():
-            _library.impl(name, _autocast_kernel(operator, torch.device(device), *product), key)
+            _library.impl(name, _autocast_kernel(operator, torch.device(device), product), key)
     return operator
 
 
@@ -68,10 +68,11 @@ def or_none(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() or tensor.dim() > 1 else None
 
 
-def _autocast_kernel(operator: Any, device: torch.device, hidden: int, weight: int) -> Callable[..., Any]:
+def _autocast_kernel(operator: Any, device: torch.device, product: tuple[int, ...]) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         *others, dtype = arguments
-        dtype = dtype or product_dtype(arguments[hidden], arguments[weight])
+        factors = [arguments[index] for index in product if arguments[index] is not None]
+        dtype = dtype or product_dtype(device.type, factors)
         with autocast_off(device):
             return operator(*others, dtype)
 

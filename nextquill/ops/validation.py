@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.errors import ArgumentError, ArgumentTypeError, GradientError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def check_head_inputs(
         ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
         ArgumentError: shapes or devices that do not agree.
     """
+    _check_transforms()
     check_floating(hidden_name, hidden_factual)
     check_floating("lm_head_weight", lm_head_weight)
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0 or lm_head_weight.shape[1] == 0:
@@ -77,13 +79,25 @@ def check_head_inputs(
         _check_same("bias", bias, hidden_name, hidden_factual)
     flat_labels = _check_labels(labels, hidden_factual, hidden_name)
     return HeadInputs(
-        factual=hidden_factual.reshape(-1, hidden_size),
-        counterfactual=None if hidden_counterfactual is None else hidden_counterfactual.reshape(-1, hidden_size),
+        factual=_usable(hidden_factual).reshape(-1, hidden_size),
+        counterfactual=None
+        if hidden_counterfactual is None
+        else _usable(hidden_counterfactual).reshape(-1, hidden_size),
         weight=lm_head_weight,
         bias=bias,
         labels=flat_labels,
         shape=labels.shape,
     )
+
+
+def _check_transforms() -> None:
+    """Refuse derivatives that these operators do not have, and would silently leave out."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise GradientError("nextquill's operators do not work under torch.func transforms: expected torch.autograd")
+    if forward_ad._current_level >= 0:
+        raise GradientError("nextquill's operators have no forward-mode derivative: expected torch.autograd")
 
 
 def check_head_options(softcap: float | None, logit_scale: float) -> None:
@@ -104,6 +118,8 @@ def check_ignore_index(ignore_index: object) -> int:
     """Return `ignore_index` if it is an int."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise ArgumentTypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__} {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ArgumentError(f"ignore_index: expected a number of 64 bits, got {ignore_index!r}")
     return ignore_index
 
 
@@ -122,6 +138,13 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
     if sequence_ids.device != labels.device:
         raise ArgumentError(f"sequence_ids: expected device {labels.device}, got {sequence_ids.device}")
     return sequence_ids.reshape(-1).long()
+
+
+def _usable(hidden: Tensor) -> Tensor:
+    """`hidden`, copied if it was made in inference mode: such a tensor cannot be kept for a backward."""
+    if torch.compiler.is_compiling() or not hidden.is_inference() or torch.is_inference_mode_enabled():
+        return hidden
+    return hidden.clone()
 
 
 def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
@@ -145,6 +168,11 @@ def check_floating(name: str, tensor: object) -> None:
         raise ArgumentTypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise ArgumentTypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if type(tensor).__name__ == "DTensor":
+        raise ArgumentTypeError(
+            f"{name}: expected a plain tensor, got a DTensor: call the loss inside a forward for which FSDP has "
+            "gathered the weight, or pass `.full_tensor()`"
+        )
 
 
 def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

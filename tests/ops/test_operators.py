@@ -1,17 +1,22 @@
 """The registered operators: what PyTorch's own checks say, compiled graphs, autocast, and what may share memory."""
 
+import copy
+import dataclasses
+import gc
 import itertools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import nextquill as nq
 from nextquill.ops.loss_operator import pair_loss_operator
-from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
-from nextquill.ops.objective_handles import lookup
-from tests.helpers import assert_close, make_case, relative_error
+from nextquill.ops.nll_operators import pair_nll, pair_nll_backward, pair_stats, token_nll, token_nll_backward
+from nextquill.ops.objective_spec import decode
+from tests.helpers import assert_close, make_case, relative_error, run_python
 
 OPTIONS = (-100, 3.0, 0.5, "torch", None, None)
 LOSSES = {
@@ -40,7 +45,7 @@ def test_opcheck_of_the_pair_operator(needs):
 def test_opcheck_of_the_loss_operator(needs):
     case, loss = leaves(needs), LOSSES["NextQuill"]
     tensors = (case.factual, case.counterfactual, case.weight, case.bias, case.labels, None, None)
-    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_handle, True, list(needs), *OPTIONS))
+    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, True, list(needs), *OPTIONS))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -52,7 +57,7 @@ def test_opcheck_of_each_loss(name, dtype):
     ids = torch.arange(12) // 4
     tensors = (case.factual, counterfactual, case.weight, case.bias, case.labels, ids, torch.tensor(2.0))
     # Two half-precision results are compared by torch's own tolerance for the dtype.
-    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_handle, False, needs, *OPTIONS))
+    torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, False, needs, *OPTIONS))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -170,7 +175,8 @@ def test_autocast_reaches_the_operator_itself():
     arguments = (case.factual.bfloat16(), case.weight, case.bias, case.labels, -100, None, 1.0, "torch", None, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         nll, _ = torch.ops.nextquill.token_nll(*arguments)
-    expected = nq.linear_token_nll(case.factual.bfloat16().float(), case.weight, case.labels, bias=case.bias)
+    wide = case.factual.bfloat16().float()
+    expected = nq.linear_token_nll(wide, case.weight, case.labels, bias=case.bias, impl="torch")
     assert torch.equal(nll, expected)
 
 
@@ -191,16 +197,136 @@ def test_only_small_things_are_saved():
 
 
 def test_a_copy_of_a_loss_outlives_the_original():
-    import copy
-    import pickle
+    case = make_case(12, 5, 11)
+    original = nq.PairLoss(half_weighting, alpha=0.3)
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    expected, spec = original(*case.pair_args), original._objective_spec
+    assert len({spec, *(c._objective_spec for c in copies)}) == 3
+    del original
+    gc.collect()
+    with pytest.raises(nq.ArgumentError, match=r"^objective: .*own"):
+        decode(spec)
+    assert all(torch.equal(c(*case.pair_args), expected) for c in copies)
+
+
+def half_weighting(pair):
+    return 0.5 * torch.ones_like(pair.factual)
+
+
+def test_equal_published_losses_are_one_to_the_compiler():
+    specs = {nq.NextQuillLoss(alpha=0.3)._objective_spec for _ in range(3)}
+    assert len(specs) == 1
+    assert decode(specs.pop()) == nq.NextQuillLoss(alpha=0.3).objective
+    assert nq.NextQuillLoss()._objective_spec != nq.NextQuillLoss(detach_counterfactual=True)._objective_spec
+
+
+def test_the_objective_may_be_replaced():
+    case, loss_fn = make_case(12, 5, 11), nq.NextQuillLoss()
+    loss_fn.objective = dataclasses.replace(loss_fn.objective, alpha=5.0)
+    output = loss_fn.compute(*case.pair_args)
+    assert torch.equal(output.loss, nq.NextQuillLoss(alpha=5.0)(*case.pair_args))
+    assert_close(output.token_loss.sum(), output.loss, 1e-6)
+
+
+CACHED = """
+import sys, torch
+import nextquill as nq
+torch.manual_seed(0)
+h1, h0, w = (torch.randn(n, 6).requires_grad_() for n in (12, 12, 33))
+y = torch.randint(33, (12,))
+loss_fn = {"detached": nq.NextQuillLoss(detach_counterfactual=True), "both": nq.NextQuillLoss()}[sys.argv[1]]
+torch.compile(lambda a, b, c: loss_fn(a, b * 2, c, y), fullgraph=True)(h1, h0, w).backward()
+print(h0.grad is not None and bool(h0.grad.any()))
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_from_the_compilers_cache_is_that_of_the_same_loss(tmp_path, monkeypatch):
+    """The on-disk cache knows a graph by its arguments: two objectives must not look alike in two processes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = {name: run_python(CACHED, name).strip() for name in ("detached", "both")}
+    assert found == {"detached": "False", "both": "True"}
+
+
+def test_an_exported_program_keeps_its_loss():
+    class Loss(nn.Module):
+        def __init__(self, loss_fn):
+            super().__init__()
+            self.loss_fn = loss_fn
+
+        def forward(self, h1, h0, weight, labels):
+            return self.loss_fn(h1, h0, weight, labels)
 
     case = make_case(12, 5, 11)
-    original = nq.NextQuillLoss(alpha=0.3)
-    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
-    expected = original(*case.pair_args)
-    handle = original._objective_handle
-    assert len({handle, *(c._objective_handle for c in copies)}) == 3
-    del original
-    with pytest.raises(nq.ArgumentError, match=r"^objective: "):
-        lookup(handle)
-    assert all(torch.equal(c(*case.pair_args), expected) for c in copies)
+    exported = torch.export.export(Loss(nq.NextQuillLoss(alpha=0.7)), case.pair_args)
+    assert torch.equal(exported.module()(*case.pair_args), nq.NextQuillLoss(alpha=0.7)(*case.pair_args))
+
+
+def test_num_items_may_change_between_compiled_calls():
+    torch._dynamo.reset()
+    case, backend = make_case(12, 5, 11), CompileCounterWithBackend("eager")
+    loss_fn = nq.NextQuillLoss()
+    compiled = torch.compile(lambda n: loss_fn(*case.pair_args, num_items_in_batch=n), backend=backend, fullgraph=True)
+    for items in (2, 3, 4, 5):
+        assert_close(compiled(items), loss_fn(*case.pair_args) / items, 1e-6)
+    assert backend.frame_count <= 2
+    with pytest.raises(nq.ArgumentError, match=r"^num_items_in_batch: "):
+        compiled(torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_opcheck_of_the_backward_operators(layout):
+    """A head stored as [D, V]: its gradient's strides are what the fake result says."""
+    case = make_case(12, 5, 11)
+    weight = case.weight if layout == "contiguous" else case.weight.T.contiguous().T
+    grads, needs = torch.randn(3, 12), [True] * 4
+    tail = (*OPTIONS[:3], "torch", None, None)
+    torch.library.opcheck(
+        pair_nll_backward,
+        (*grads, case.factual, case.counterfactual, weight, case.bias, case.labels, torch.zeros(3, 12), needs, *tail),
+    )
+    torch.library.opcheck(
+        token_nll_backward, (grads[0], case.factual, weight, case.bias, case.labels, torch.zeros(12), needs[:3], *tail)
+    )
+    tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels, None, None)
+    spec = LOSSES["NextQuill"]._objective_spec
+    torch.library.opcheck(pair_loss_operator, (*tensors, spec, True, needs, *OPTIONS))
+
+
+def test_streams_of_two_dtypes_under_autocast_meet_in_the_wider_one():
+    """h1 from inside the region, h0 from outside it: neither is rounded, nor is its gradient."""
+    case = make_case(12, 5, 11)
+    own, exact = case.leaves(), case.double()
+    own.factual = case.factual.bfloat16().requires_grad_()
+    exact.factual = own.factual.detach().double().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair = nq.linear_pair_nll(own.factual, own.counterfactual, own.weight, own.labels)
+        loss = nq.NextQuillLoss()(own.factual, own.counterfactual, own.weight, own.labels)
+    (sum(nll.sum() for nll in pair) + loss).backward()
+    truth = nq.linear_pair_nll(*exact.pair_args)
+    (sum(nll.sum() for nll in truth) + nq.NextQuillLoss()(*exact.pair_args)).backward()
+    for actual, expected in zip(pair, truth, strict=True):
+        assert_close(actual, expected)
+    assert_close(own.counterfactual.grad, exact.counterfactual.grad)
+    assert own.factual.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_derivatives_that_do_not_exist_are_refused():
+    case = make_case(12, 5, 11)
+    function = lambda h: nq.NextQuillLoss()(h, case.counterfactual, case.weight, case.labels)  # noqa: E731
+    with pytest.raises(nq.GradientError, match=r"torch\.func"):
+        torch.func.grad(function)(case.factual)
+    with pytest.raises(nq.GradientError, match=r"torch\.func|forward-mode"):
+        torch.func.jvp(function, (case.factual,), (case.factual,))
+    with forward_ad.dual_level(), pytest.raises(nq.GradientError, match="forward-mode"):
+        function(forward_ad.make_dual(case.factual, case.factual))
+
+
+def test_a_counterfactual_from_inference_mode():
+    case = make_case(12, 5, 11).leaves("factual", "weight")
+    with torch.inference_mode():
+        h0 = case.counterfactual * 1.0
+    nq.linear_pair_nll(case.factual, h0, case.weight, case.labels).factual.sum().backward()
+    nq.PerCELoss()(case.factual, h0, case.weight, case.labels).backward()
+    assert torch.isfinite(case.factual.grad).all()
