@@ -206,7 +206,7 @@ class PairLoss(nn.Module):
         return (
             f"weighting={objective.weighting}, alpha={objective.alpha}, weighted_effect={objective.weighted_effect}, "
             f"detach_counterfactual={objective.detach_counterfactual}, anchor={objective.anchor}, "
-            f"reduction={objective.reduction!r}"
+            f"reduction={objective.reduction!r}, impl={self.impl!r}, chunk_bytes={self.chunk_bytes}"
         )
 
     def _check(

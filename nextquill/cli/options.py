@@ -143,6 +143,10 @@ class LossOptions:
         choices=["sequence", "token", "micro_batch"],
     )  # fmt: skip
     chunk_bytes: int | None = option("Bytes of logits held at once.", None)
+    impl: str | None = option(
+        "Kernels that compute the loss (auto: the best for the device).", None,
+        choices=["auto", "triton", "native", "torch"],
+    )  # fmt: skip
 
     def build(self) -> PairLoss:
         """The loss these flags describe.
@@ -153,7 +157,7 @@ class LossOptions:
         kind = LOSSES[self.loss]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
         given = {name: value for name, value in given.items() if value is not None}
-        known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes"}
+        known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}
         for name in given:
             if name not in known:
                 raise ArgumentError(f"--{name}: --loss {self.loss} has no such option")

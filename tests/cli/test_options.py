@@ -20,6 +20,7 @@ STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="re
         (LossOptions("perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
         (LossOptions("longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
         (LossOptions("sft", chunk_bytes=1024), SFTLoss(chunk_bytes=1024)),
+        (LossOptions("perce", impl="torch"), PerCELoss(impl="torch")),
     ],
     ids=repr,
 )
