@@ -14,7 +14,11 @@ from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
 TRAINABLE, FROZEN = "trainable", "frozen"
-SEQUENCES = 8
+#: Of 512 tokens at 8192 rows, a typical response. The chunked engine takes whole sequences: 662 rows of two
+#: streams fit its default buffer at V = 151936, and the logits of a longer sequence are partly computed twice.
+SEQUENCES = 16
+#: Tokens per sequence of the extra case in which that happens.
+LONG = 1024
 
 #: Useful products: forward, forward and backward with a trainable head, and with a frozen one.
 PRODUCTS = {
@@ -31,17 +35,19 @@ SCORING = ("pair nll", "token nll")
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` supervised tokens in 8 equally long sequences, hidden size D, vocabulary V, and the head's soft-cap."""
+    """`rows` supervised tokens in equally long sequences, hidden size D, vocabulary V, and the head's soft-cap."""
 
     name: str
     rows: int
     hidden: int
     vocabulary: int
     softcap: float | None = None
+    sequences: int = SEQUENCES
 
     def __str__(self) -> str:
         cap = f", softcap {self.softcap:g}" if self.softcap else ""
-        return f"{self.name}: N={self.rows}, D={self.hidden}, V={self.vocabulary}{cap}"
+        layout = f", {self.sequences} sequences" if self.sequences != SEQUENCES else ""
+        return f"{self.name}: N={self.rows}, D={self.hidden}, V={self.vocabulary}{cap}{layout}"
 
 
 #: Where fused losses were compared in public (an H100, N=8192); first on a GPU, so that a run cut short has it.
@@ -87,6 +93,43 @@ class Inputs:
         """The tensors whose gradient is asked for."""
         named = {"factual": self.h1, "counterfactual": self.h0, "weight": self.weight}
         return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A task at a shape, and its share of the time relative to others'."""
+
+    shape: Shape
+    task: Task
+    weight: float = 1.0
+
+
+#: Measured at `TARGET` before anything else, with more rounds where time is short.
+FIRST = (
+    Task("NextQuill", TRAINING, TRAINABLE),
+    Task("NextQuill detached", TRAINING, TRAINABLE),
+    Task("NextQuill", TRAINING, FROZEN),
+    Task("NextQuill detached", TRAINING, FROZEN),
+    Task("pair nll", FORWARD),
+)
+_FIRST_WEIGHT = 6.0
+#: At the target with long sequences.
+_LONG_TASKS = FIRST[:3]
+
+
+def plan(device: torch.device, quick: bool = False) -> tuple[Step, ...]:
+    """What is measured on a device, the most wanted first; all of a shape's tasks stand together."""
+    sizes, todo = shapes(device, quick), tasks(device, quick)
+    if quick or device.type != "cuda":
+        return tuple(Step(shape, task) for shape in sizes for task in todo)
+    target, *others = sizes
+    long = replace(target, sequences=max(1, target.rows // LONG))
+    return (
+        *(Step(target, task, _FIRST_WEIGHT) for task in FIRST),
+        *(Step(target, task) for task in todo if task not in FIRST),
+        *(Step(long, task) for task in _LONG_TASKS),
+        *(Step(shape, task) for shape in others for task in todo),
+    )
 
 
 def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
@@ -148,7 +191,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, rows: in
     towards = weight[labels]
     towards = towards * (24 / towards.square().sum(-1, keepdim=True))
     h1 = h1 + towards * (torch.arange(n, device=device) % 2)[:, None]
-    ids = torch.arange(n, device=device) * SEQUENCES // n
+    ids = torch.arange(n, device=device) * shape.sequences // n
     return Inputs(h1.to(dtype), h0.to(dtype), weight.to(dtype), labels, ids, shape.softcap)
 
 

@@ -7,7 +7,9 @@ Per shape and task every provider that can take part is checked (`benchmarks.gat
     tflops             TFLOP/s  the task's useful products (`Task.products`) over the time
     gemm_fraction      x        that over the device's own rate, round by round: `torch.mm` takes its turn with
                                 [N, D] by [D, 32768] in the same dtype
-    peak, transient    MiB      `benchmarks.memory`
+    peak               MiB      `benchmarks.memory`: the whole call, forward and backward, beyond its inputs
+    forward_peak       MiB      the forward alone
+    transient          MiB      the forward's peak less the finished gradients that it keeps; `note` names these
     error_*, full_size x        `benchmarks.gate`
     status                      no figure: `note` says why (not installed, out of memory, refused by the gate …)
 """
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks import gate
-from benchmarks.cases import Inputs, Shape, Task, for_task, make_inputs, output_names, shapes, tasks
+from benchmarks.cases import Inputs, Shape, Task, for_task, make_inputs, output_names, plan
+from benchmarks.environment import describe
 from benchmarks.measure import (
     GateError,
     Options,
@@ -32,7 +36,7 @@ from benchmarks.measure import (
     synchronise,
     time_in_turns,
 )
-from benchmarks.memory import MIB, cpu_peaks, cuda_peak, kept_bytes
+from benchmarks.memory import MIB, Request, cpu_peaks, cuda_peak
 from benchmarks.registry import BASELINE, OUT_OF_MEMORY, Call, Provider, ProviderError, providers
 
 GEMM = "torch.mm"
@@ -49,13 +53,15 @@ def run(options: Options, entrants: Sequence[Provider] | None = None) -> list[Ro
     """
     device = torch.device(options.device or default_device())
     suite = _Suite(options, device, tuple(entrants or providers()))
-    todo = [(shape, task) for shape in shapes(device, options.quick) for task in tasks(device, options.quick)]
+    todo = plan(device, options.quick)
+    if device.type == "cuda":
+        print("\n".join(describe(device)), flush=True)
     deadline = None if options.budget is None else time.perf_counter() + options.budget
-    for position, (shape, task) in enumerate(todo):
-        share = None if deadline is None else (deadline - time.perf_counter()) / (len(todo) - position)
-        suite.measure(shape, task, share)
-        if (shape, task) == todo[-1] or todo[position + 1][0] != shape:
-            suite.weigh(shape)
+    for position, step in enumerate(todo):
+        part = step.weight / sum(each.weight for each in todo[position:])
+        suite.measure(step.shape, step.task, None if deadline is None else part * (deadline - time.perf_counter()))
+        if position + 1 == len(todo) or todo[position + 1].shape != step.shape:
+            suite.weigh(step.shape)
         options.save(suite.rows)
     if suite.broken:
         raise GateError("head: not timed: " + "; ".join(suite.broken))
@@ -76,6 +82,7 @@ class _Suite:
         self.gemm: Any = None
         self.products = 0
         self.ran: list[tuple[Task, Provider]] = []
+        self.chosen: dict[tuple[str, str, str], Mapping[str, Any]] = {}
 
     def measure(self, shape: Shape, task: Task, share: float | None) -> None:
         """One task at one shape, in about `share` seconds."""
@@ -86,7 +93,7 @@ class _Suite:
         if shape != self.shape:
             self._prepare(shape)
         entrants = self._able(shape, task)
-        settings = {each.name: dict(_choose(each, task, self.inputs)) for each in entrants}
+        settings = {each.name: dict(self._choose(each, shape, task)) for each in entrants}
         entrants = self._check_slice(shape, task, entrants, settings)
         inputs = for_task(self.inputs, task)
         calls = {each.name: each.bind(task, inputs, settings[each.name]) for each in entrants}
@@ -106,7 +113,9 @@ class _Suite:
         if self.device.type == "cuda":
             for provider in ran:
                 try:
-                    self._peak(shape, task, provider, cuda_peak(calls[provider.name]))
+                    whole = cuda_peak(calls[provider.name])
+                    forward = cuda_peak(provider.bind_forward(task, inputs, settings[provider.name]))
+                    self._peak(shape, task, provider, whole, forward)
                 except ProviderError as failure:
                     self._note(shape, task, provider.name, f"memory: {failure}")
         else:
@@ -126,11 +135,21 @@ class _Suite:
 
     def weigh(self, shape: Shape) -> None:
         """On a CPU: the peak memory of everything that ran at a shape."""
-        peaks = cpu_peaks(shape, [(task, provider.name) for task, provider in self.ran])
-        for (task, provider), peak in zip(self.ran, peaks, strict=True):
-            if peak is not None:
-                self._peak(shape, task, provider, peak)
+        requests = [Request(task, provider.name, part) for part in (False, True) for task, provider in self.ran]
+        peaks = cpu_peaks(shape, requests)
+        for (task, provider), whole, forward in zip(
+            self.ran, peaks[: len(self.ran)], peaks[len(self.ran) :], strict=True
+        ):
+            if whole is not None and forward is not None:
+                self._peak(shape, task, provider, whole, forward)
         self.ran = []
+
+    def _choose(self, provider: Provider, shape: Shape, task: Task) -> Mapping[str, Any]:
+        """The fastest variant, found once per size and loss: the choice costs as much as a round or two."""
+        key = provider.name, str(replace(shape, sequences=1)), task.loss.removesuffix(" detached")
+        if key not in self.chosen:
+            self.chosen[key] = _fastest(provider, task, self.inputs)
+        return self.chosen[key]
 
     def _able(self, shape: Shape, task: Task) -> list[Provider]:
         able = []
@@ -186,10 +205,13 @@ class _Suite:
             fractions = [rate / of for rate, of in zip(rates, gemm, strict=True)]
             self._row(shape, task, name, "gemm_fraction", "x", fractions, GEMM, note=note)
 
-    def _peak(self, shape: Shape, task: Task, provider: Provider, peak: int) -> None:
-        transient = max(0, peak - kept_bytes(provider, task, for_task(self.inputs, task)))
-        self._row(shape, task, provider.name, "peak", "MiB", [peak / MIB])
-        self._row(shape, task, provider.name, "transient", "MiB", [transient / MIB])
+    def _peak(self, shape: Shape, task: Task, provider: Provider, whole: int, forward: int) -> None:
+        kept = provider.forward_gradients(task, for_task(self.inputs, task))
+        less = ", ".join(f"{name} {size / MIB:.0f}" for name, size in kept.items()) or "nothing"
+        transient = max(0, forward - sum(kept.values()))
+        self._row(shape, task, provider.name, "peak", "MiB", [whole / MIB])
+        self._row(shape, task, provider.name, "forward_peak", "MiB", [forward / MIB])
+        self._row(shape, task, provider.name, "transient", "MiB", [transient / MIB], note=f"less {less}")
 
     def _note(self, shape: Shape, task: Task, provider: str, note: str) -> None:
         self._row(shape, task, provider, "status", "", [], note=note)
@@ -215,16 +237,18 @@ class _Suite:
         return row
 
 
-def _choose(provider: Provider, task: Task, inputs: Inputs) -> Mapping[str, Any]:
-    """The fastest of a provider's variants at full size; one that fails counts as slowest."""
+def _fastest(provider: Provider, task: Task, inputs: Inputs) -> Mapping[str, Any]:
+    """The fastest of a provider's variants at full size, after one call to warm up; one that fails is the slowest."""
     variants = provider.variants()
     if len(variants) == 1:
         return variants[0]
-    seconds = []
+    seconds, warm = [], False
     for options in variants:
         call = provider.bind(task, for_task(inputs, task), options)
         try:
-            call()
+            if not warm:
+                call()
+                warm = True
             synchronise()
             start = time.perf_counter()
             call()

@@ -163,7 +163,7 @@ def make_row(
         device=device_name(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        triton=_triton_version(),
+        triton=triton_version(),
         python=platform.python_version(),
         commit=_commit(),
         time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
@@ -210,7 +210,8 @@ def _commit() -> str:
 
 
 @lru_cache
-def _triton_version() -> str:
+def triton_version() -> str:
+    """The installed version, or an empty text."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -4,8 +4,9 @@ On a GPU the caching allocator counts it. On a CPU (Linux) each call runs in a f
 run every provider on tiny inputs only, on one thread so that there are no others to lose. The child does so again,
 makes the inputs, resets the high-water mark of its resident memory, and reads it after the call.
 
-`gradients` are what the call must return. `transient` is the peak less the gradients and, for a provider that keeps
-dW in float32 while W is narrower, less that.
+A call is measured as a whole, and its forward alone. `transient` is the forward's peak less the finished gradients
+that it keeps: whatever else it keeps for the backward counts. The whole's peak would not do for it: a float32 dW is
+narrowed to W's dtype only in the backward, when the buffers of the forward are gone.
 """
 
 from __future__ import annotations
@@ -18,32 +19,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import TRAINABLE, Inputs, Shape, Task, for_task, make_inputs
-from benchmarks.registry import Call, Provider, providers
+from benchmarks.cases import Shape, Task, for_task, make_inputs
+from benchmarks.registry import Call, providers
 
 MIB = 2**20
 #: Every block of 128 KiB or more comes from the kernel and goes back at once, so that the mark shows what is in use.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def gradient_bytes(inputs: Inputs) -> int:
-    """Bytes of the gradients that a task returns."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.wanted.values())
+class Request(NamedTuple):
+    """A provider's call for a task, whole or its forward alone."""
 
-
-def kept_bytes(provider: Provider, task: Task, inputs: Inputs) -> int:
-    """Gradients, and a float32 dW beside a narrower one."""
-    kept = gradient_bytes(inputs)
-    if provider.float32_weight_gradient and task.head == TRAINABLE and inputs.weight.element_size() < 4:
-        kept += 4 * inputs.weight.numel()
-    return kept
+    task: Task
+    provider: str
+    forward: bool
 
 
 def cuda_peak(call: Call) -> int:
-    """Bytes allocated at the call's peak beyond those allocated before it."""
+    """Bytes allocated at the call's peak, its results among them, beyond those allocated before it."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -53,11 +50,11 @@ def cuda_peak(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def cpu_peaks(shape: Shape, requests: Sequence[tuple[Task, str]], timeout: float = 300) -> list[int | None]:
-    """Peak bytes of (task, provider's name) at a shape, each in a process of its own; None where none was read."""
+def cpu_peaks(shape: Shape, requests: Sequence[Request], timeout: float = 300) -> list[int | None]:
+    """Peak bytes of requests at a shape, each in a process of its own; None where none was read."""
     if not sys.platform.startswith("linux"):
         return [None] * len(requests)
-    order = json.dumps([asdict(shape), [[asdict(task), name] for task, name in requests], torch.get_num_threads()])
+    order = json.dumps([asdict(shape), [[asdict(task), *rest] for task, *rest in requests], torch.get_num_threads()])
     command = [sys.executable, "-m", "benchmarks.memory"]
     root, environment = Path(__file__).parent.parent, os.environ | _MALLOC
     try:
@@ -80,16 +77,16 @@ def cpu_peaks(shape: Shape, requests: Sequence[tuple[Task, str]], timeout: float
 def _serve(order: str) -> None:
     """Answer every request with a line; -1 for a child that died."""
     shape, requests, threads = json.loads(order)
-    shape, tasks = Shape(**shape), [(Task(**task), name) for task, name in requests]
+    shape, asked = Shape(**shape), [Request(Task(**task), *rest) for task, *rest in requests]
     torch.set_num_threads(1)
-    for task, name in tasks:
-        _bind(_tiny(shape), task, name)()
+    for request in asked:
+        _bind(_tiny(shape), request)()
     gc.freeze()  # a collection in a child would copy every page it shares
-    for task, name in tasks:
+    for request in asked:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(threads)
-            os.write(1, f"{_measure(shape, task, name)}\n".encode())
+            os.write(1, f"{_measure(shape, request)}\n".encode())
             os._exit(0)
         if os.waitpid(child, 0)[1] != 0:
             os.write(1, b"-1\n")
@@ -99,14 +96,15 @@ def _tiny(shape: Shape) -> Shape:
     return Shape("", 32, 64, 512, shape.softcap)
 
 
-def _bind(shape: Shape, task: Task, name: str) -> Call:
-    provider = next(each for each in providers() if each.name == name)
-    return provider.bind(task, for_task(make_inputs(shape, torch.float32, torch.device("cpu")), task))
+def _bind(shape: Shape, request: Request) -> Call:
+    provider = next(each for each in providers() if each.name == request.provider)
+    inputs = for_task(make_inputs(shape, torch.float32, torch.device("cpu")), request.task)
+    return (provider.bind_forward if request.forward else provider.bind)(request.task, inputs)
 
 
-def _measure(shape: Shape, task: Task, name: str) -> int:
-    _bind(_tiny(shape), task, name)()  # a child's pages of library code count once they are touched
-    call = _bind(shape, task, name)
+def _measure(shape: Shape, request: Request) -> int:
+    _bind(_tiny(shape), request)()  # a child's pages of library code count once they are touched
+    call = _bind(shape, request)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
     call()

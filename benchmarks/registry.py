@@ -40,7 +40,8 @@ class Provider:
         unsupported: why it cannot do a task on these inputs, or None.
         variants: options to choose the fastest from; the choice is written beside the figures.
         ours: held to plain PyTorch's accuracy, and a failure of it fails the run.
-        float32_weight_gradient: keeps dW in float32 whatever W's dtype, which is not counted as transient memory.
+        forward_gradients: bytes of the finished gradients, by name, that a task's forward keeps for its backward; they
+            are not counted as transient memory, unlike whatever else it keeps.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Provider:
     unsupported: Callable[[Task, Inputs], str | None] = lambda task, inputs: None
     variants: Callable[[], tuple[dict[str, Any], ...]] = lambda: ({},)
     ours: bool = False
-    float32_weight_gradient: bool = False
+    forward_gradients: Callable[[Task, Inputs], dict[str, int]] = lambda task, inputs: {}
 
     def reason_against(self, task: Task, inputs: Inputs) -> str | None:
         """Why this provider does not take part in a task, or None."""
@@ -63,17 +64,31 @@ class Provider:
         Raises (when called):
             ProviderError: whatever went wrong.
         """
-        loss, chosen, wanted = self.losses[task.loss], dict(options or {}), tuple(inputs.wanted.values())
+        forward, wanted = self._forward(task, inputs, options), tuple(inputs.wanted.values())
 
         def compute() -> tuple[Tensor, ...]:
+            outputs = forward()
             if task.mode != TRAINING:
-                with torch.no_grad():
-                    outputs = loss(inputs, **chosen)
-                return outputs if isinstance(outputs, tuple) else (outputs,)
-            value = loss(inputs, **chosen)
-            assert isinstance(value, Tensor)
-            return value.detach(), *torch.autograd.grad(value, wanted)
+                return outputs
+            return outputs[0].detach(), *torch.autograd.grad(outputs[0], wanted)
 
+        return self._guarded(compute)
+
+    def bind_forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None = None) -> Call:
+        """As `bind`, but the outputs alone, which hold what the forward keeps for a training task's backward."""
+        return self._guarded(self._forward(task, inputs, options))
+
+    def _forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None) -> Call:
+        loss, chosen = self.losses[task.loss], dict(options or {})
+
+        def compute() -> tuple[Tensor, ...]:
+            with torch.set_grad_enabled(task.mode == TRAINING):
+                outputs = loss(inputs, **chosen)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        return compute
+
+    def _guarded(self, compute: Call) -> Call:
         def guarded() -> tuple[Tensor, ...]:
             try:
                 return compute()

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from benchmarks.measure import RESULTS
@@ -90,7 +91,41 @@ def _mebibytes(cells: dict[Any, dict[str, str]], *key: str) -> str:
     return "–" if value is None else f"{value:.0f} MiB" if value < 10240 else f"{value / 1024:.1f} GiB"
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step_table, "head": head_table}
+def native_table() -> str:
+    """The C++ extension's speed-up over its plain PyTorch twin: chunk kernels in rows, whole losses in a line."""
+    rows = [row for row in read("native.csv") if row["metric"] == "time"]
+    chunks = [row for row in rows if row["mode"] == "chunk kernels"]
+    losses = [row for row in rows if row["mode"] != "chunk kernels"]
+    counts = sorted({row["threads"] for row in rows}, key=int)
+    columns = [(kind, count) for kind in dict.fromkeys(row["loss"] for row in chunks) for count in counts]
+    cells = {(row["case"], row["loss"], row["threads"]): f"{1 / float(row['value']):.1f}×" for row in chunks}
+    lines = [
+        "| chunk kernels, native | " + " | ".join(f"{kind}, {_threads(count)}" for kind, count in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    lines += [
+        f"| {case} | " + " | ".join(cells.get((case, *column), "–") for column in columns) + " |"
+        for case in dict.fromkeys(row["case"] for row in chunks)
+    ]
+    foot = _footnote(rows, of="at least", what="Medians", threads=" and ".join(counts))
+    return "\n".join([*lines, "", f"Speed-up over the same kernels in plain PyTorch. {_whole_losses(losses)} {foot}"])
+
+
+def _whole_losses(rows: list[dict[str, str]]) -> str:
+    values = sorted(float(row["value"]) for row in rows)
+    names, cases = (list(dict.fromkeys(row[column] for row in rows)) for column in ("loss", "case"))
+    found = f"{values[0]:.2f}, {median(values):.2f} and {values[-1]:.2f}"
+    return (
+        f"Whole losses ({', '.join(names)}; forward and backward, "
+        f"{len(cases)} sizes) take {found} times as long as with those: smallest, median and largest of {len(values)}."
+    )
+
+
+def _threads(count: str) -> str:
+    return f"{count} thread{'' if count == '1' else 's'}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"step": step_table, "head": head_table, "native": native_table}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -108,15 +143,17 @@ def _ratio(row: dict[str, str]) -> str:
     return f"{float(row['value']):.2f} [{float(row['p20']):.2f}, {float(row['p80']):.2f}]"
 
 
-def _footnote(rows: list[dict[str, str]], of: str = "") -> str:
+def _footnote(
+    rows: list[dict[str, str]], of: str = "", what: str = "Median [20th, 80th percentile]", threads: str = ""
+) -> str:
     first = min(rows, key=lambda row: int(row["rounds"]))
     rounds = " ".join(
         filter(None, (of if any(row["rounds"] != first["rounds"] for row in rows) else "", first["rounds"]))
     )
     triton = f", triton {first['triton']}" if first.get("triton") and "NVIDIA" in first["device"] else ""
     return (
-        f"Median [20th, 80th percentile] of {rounds} rounds in one run; {first['device']}, {first['threads']} "
-        f"threads, torch {first['torch']}{triton}, {first['dtype'] or 'float32'}, {first['time'][:10]}."
+        f"{what} of {rounds} rounds in one run; {first['device']}, {threads or first['threads']} threads, "
+        f"torch {first['torch']}{triton}, {first['dtype'] or 'float32'}, {first['time'][:10]}."
     )
 
 

@@ -1,7 +1,7 @@
 """The whole verification on a GPU in one command: `python -m benchmarks.verify_gpu --out DIR`.
 
 It runs the kernels' tests on the GPU and then suite `head`, within eight minutes, from a checkout, with nothing
-installed but torch, triton and pytest. DIR gets:
+installed but torch, triton and pytest (with pytest-xdist the tests run side by side). DIR gets:
 
     junit.xml      every test
     head.csv       every figure, rewritten after each task, so that a run cut short leaves what it measured
@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,6 +36,9 @@ _TESTS_SHARE = 0.5
 #: Seconds for imports and for ending, kept out of the suite's budget.
 _MARGIN = 30
 _GRACE = 10
+#: Processes that test, where pytest-xdist is there: most of a kernel's first test is its compilation on one core, and
+#: Triton's cache on disk is shared.
+_WORKERS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,9 +98,18 @@ def _run_tests(out: Path, tests: Sequence[str], seconds: float) -> Part:
     if not found:
         return Part(False, f"tests: FAILED, none of {', '.join(tests)} exists")
     flags = ["-c", str(ROOT / "benchmarks" / "gpu_pytest.ini"), f"--rootdir={ROOT}", f"--junit-xml={junit}"]
-    command = [sys.executable, "-m", "pytest", *flags, "-m", "not slow", *found]
-    code = _run(command, out / "tests.log", seconds)
+    command = [sys.executable, "-m", "pytest", *flags, *_plugins(), "-m", "not slow and not compiles", *found]
+    code = _run(command, out / "tests.log", seconds, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     return _judge_tests(junit, code, seconds)
+
+
+def _plugins() -> list[str]:
+    """Flags that load the plugins that are of use; whatever else a machine has installed stays out."""
+    flags = ["-p", "pytest_timeout"] if importlib.util.find_spec("pytest_timeout") else []
+    workers = min(_WORKERS, os.cpu_count() or 1)
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        flags += ["-p", "xdist.plugin", "-n", str(workers), "--dist", "worksteal"]
+    return flags
 
 
 def _judge_tests(junit: Path, code: int | None, seconds: float) -> Part:
@@ -122,7 +135,7 @@ def _run_suite(out: Path, seconds: float, device: str, quick: bool) -> Part:
     flags = ["--suite", "head", "--device", device, "--csv", str(path), *(["--quick"] if quick else [])]
     budget = max(10.0, seconds - _MARGIN)
     command = [sys.executable, "-m", "benchmarks.run", *flags, "--budget", f"{budget:.0f}"]
-    code = _run(command, out / "head.log", seconds - _GRACE)
+    code = _run(command, out / "head.log", seconds - _GRACE, _allocator())
     rows = _rows(path)
     timed = sum(row["metric"] == "time" for row in rows)
     summary = f"{timed} ratios (head.csv, head.log)"
@@ -131,10 +144,22 @@ def _run_suite(out: Path, seconds: float, device: str, quick: bool) -> Part:
     return Part(code == 0 and timed > 0, f"head: {'ok' if code == 0 and timed else 'FAILED, see head.log'}, {summary}")
 
 
-def _run(command: Sequence[str], log: Path, seconds: float) -> int | None:
+def _allocator() -> dict[str, str]:
+    """Segments that grow: sizes differ from task to task, and fixed segments would run out of memory early."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if any(name in os.environ for name in names):
+        return {}
+    import torch
+
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return {names[0] if release >= (2, 9) else names[1]: "expandable_segments:True"}  # 2.9 warns of the older name
+
+
+def _run(command: Sequence[str], log: Path, seconds: float, extra: Mapping[str, str] | None = None) -> int | None:
     """Exit code of a command in a process group of its own; None if time ran out, and then nothing of it is left."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    environment.update(extra or {})
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
@@ -163,7 +188,7 @@ def _summarise(path: Path) -> None:
     """The training steps' times over plain PyTorch's, and whatever was refused."""
     group = None
     for row in _rows(path):
-        if row["metric"] not in ("time", "gemm_fraction", "transient") or row["mode"] != "forward+backward":
+        if row["metric"] not in ("time", "gemm_fraction", "peak", "transient") or row["mode"] != "forward+backward":
             continue
         if (row["case"], row["loss"], row["head"]) != group:
             group = row["case"], row["loss"], row["head"]

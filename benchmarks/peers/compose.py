@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.cases import TRAINABLE, Inputs, Task
+from benchmarks.cases import TRAINABLE, TRAINING, Inputs, Task
 from benchmarks.peers.plain import nextquill_objective, perce_objective
 from benchmarks.registry import Loss
 
+_WITH_MEAN = ("NextQuill", "NextQuill detached", "SFT")
 _WITH_EFFECT = ("NextQuill", "NextQuill detached", "pair nll")
 
 
@@ -64,6 +65,18 @@ def compose(fused: FusedCrossEntropy) -> dict[str, Loss]:
         "pair nll": pair_nll,
         "token nll": lambda x, **options: (token_nll(x.h1, x, **options),),
     }
+
+
+def mean_gradients(least_weight_bytes: int, task: Task, inputs: Inputs) -> dict[str, int]:
+    """What the forward keeps of a peer that finishes the gradients of a "mean" there, and of no "none": those of one
+    stream (or the effect's) in its dtype, and dW in W's dtype or one of `least_weight_bytes`, the wider.
+    """
+    if task.mode != TRAINING or task.loss not in _WITH_MEAN:
+        return {}
+    kept = {"d hidden": inputs.h1.numel() * inputs.h1.element_size()}
+    if task.head == TRAINABLE:
+        kept["d weight"] = inputs.weight.numel() * max(least_weight_bytes, inputs.weight.element_size())
+    return kept
 
 
 def unsupported(task: Task, inputs: Inputs, softcap: bool = True) -> str | None:

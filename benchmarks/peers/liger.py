@@ -9,12 +9,13 @@ tried and the fastest is kept.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.compose import compose, unsupported
+from benchmarks.peers.compose import compose, mean_gradients, unsupported
 from benchmarks.registry import Provider, not_installed
 
 CHUNK_MEM_CONSTS = (1, 4, 16)
@@ -43,4 +44,6 @@ def _variants() -> tuple[dict[str, Any], ...]:
     return tuple({"chunk_mem_const": value} for value in CHUNK_MEM_CONSTS)
 
 
-PROVIDER = Provider("Liger", compose(_fused), _missing, unsupported, _variants, float32_weight_gradient=True)
+PROVIDER = Provider(
+    "Liger", compose(_fused), _missing, unsupported, _variants, forward_gradients=partial(mean_gradients, 4)
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import nextquill as nq
-from benchmarks.cases import Inputs
+from benchmarks.cases import Inputs, Task
 from benchmarks.registry import Loss, Provider
 from nextquill.errors import BackendUnavailableError
 
@@ -55,6 +55,14 @@ def missing(impl: str, device: torch.device) -> str | None:
     return None
 
 
+def forward_gradients(task: Task, inputs: Inputs) -> dict[str, int]:
+    """Every gradient is finished in the forward: the hidden states' in their dtype, dW in float32."""
+    sizes = {name: tensor.element_size() for name, tensor in inputs.wanted.items()}
+    if "weight" in sizes:
+        sizes["weight"] = max(4, sizes["weight"])
+    return {f"d {name}": size * inputs.wanted[name].numel() for name, size in sizes.items()}
+
+
 def _provider(impl: str) -> Provider:
     named: dict[str, Loss] = {
         "NextQuill": partial(_nextquill, impl=impl),
@@ -64,7 +72,7 @@ def _provider(impl: str) -> Provider:
         "pair nll": partial(_pair_nll, impl=impl),
         "token nll": partial(_token_nll, impl=impl),
     }
-    return Provider(f"ours, {impl}", named, partial(missing, impl), ours=True, float32_weight_gradient=True)
+    return Provider(f"ours, {impl}", named, partial(missing, impl), ours=True, forward_gradients=forward_gradients)
 
 
 PROVIDERS = tuple(_provider(impl) for impl in ("torch", "native", "triton"))

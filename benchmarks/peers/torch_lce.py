@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.compose import compose, unsupported
+from benchmarks.peers.compose import compose, mean_gradients, unsupported
 from benchmarks.registry import Provider
 
 
@@ -25,4 +25,10 @@ def _fused(
     return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction=reduction, options=chunks)
 
 
-PROVIDER = Provider("torch linear_cross_entropy", compose(_fused), _missing, partial(unsupported, softcap=False))
+PROVIDER = Provider(
+    "torch linear_cross_entropy",
+    compose(_fused),
+    _missing,
+    partial(unsupported, softcap=False),
+    forward_gradients=partial(mean_gradients, 2),
+)

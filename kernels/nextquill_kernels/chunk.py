@@ -5,7 +5,8 @@ engine has at least a few hundred rows, which fills a GPU of 80 to 200 multiproc
 and nothing needs combining afterwards: no atomics, bitwise repeatable.
 
 All four are bound by memory. While a tile is worked on, the next one is already being loaded into registers; accesses
-are 16 bytes wide where V and the row stride are multiples of 16, and 4 bytes wide (still coalesced) where they are not.
+are 16 bytes wide where the row stride is a multiple of 16 numbers, and 4 bytes wide (still coalesced) where it is not,
+as in the last tile of a row if V is no multiple of 16.
 
 With y the label of a row, and z1, z0 the logits with and without the user's history:
 

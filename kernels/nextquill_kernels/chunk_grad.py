@@ -11,29 +11,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from nextquill_kernels.crosscompile import CompileCase
-from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, on_device
+from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
+from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
-# loaded while one is worked on, so each of these programs has 32 KiB under way, and at 60 registers two of them share a
-# multiprocessor.
-TOKEN_GRAD = Tile(block_v=8192, num_warps=16)
-PAIR_GRAD = Tile(block_v=4096, num_warps=16)
+# loaded while one is worked on, so each of these programs has 16 KiB under way, and at 64 registers four of them share
+# a multiprocessor.
+TOKEN_GRAD = Tile(block_v=4096, num_warps=8)
+PAIR_GRAD = Tile(block_v=2048, num_warps=8)
 
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
-@triton.jit
+@jit()
 def _softmax_minus_onehot(b_z, lse, cols, label):
     b_p = tl.exp(b_z - lse)
     return tl.where(cols == label, b_p - 1.0, b_p)
 
 
-@triton.jit
+@jit()
 def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
     """dz · scale · cap'(z). With a cap, cap' = (c - z)(c + z) / c², exact near z = c, and `factor` is scale / c²."""
     if HAS_CAP:
@@ -49,11 +48,30 @@ def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
 #     load of a tile and its store is enough: behind it every warp has loaded all tiles up to t. A warp that runs ahead
 #     to tile t+1 waits at the next barrier before it stores, and its load there is of bytes no one stores yet.
 #   - rows do not share memory, and a row belongs to one program.
+#   - the last, partial tile is a tile like the others, and comes last: it has its own load, barrier and store. Nothing
+#     of it is loaded before the stores of the whole tiles, none of which touches it. (Worked on first, as the
+#     statistics do, its store would cover logits that are still to be read.)
 # The compiler keeps the order: a barrier clobbers memory, and the two pointers are not declared to be distinct.
 # In float32 each value is overwritten by the thread whose load produced it, and no barrier is needed.
+#
+# Only the partial tile has a mask of single columns, which makes accesses 4 bytes wide where V is odd. What is loaded
+# beyond the last whole tile is nothing: that mask is the same for all columns, and leaves accesses at 16 bytes. So the
+# partial tile's load is waited for, 1 us of the 60 that a row of 150,000 columns takes. The mask does not repeat the
+# loop's own condition, from which ptxas would make a last iteration apart: 104 registers instead of 64.
 
 
-@triton.jit
+@jit()
+def _write_token_grad(
+    b_z, out_row, cols, mask, label, lse, grad, softcap, factor, HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr
+):
+    b_dz = grad * _softmax_minus_onehot(b_z, lse, cols, label)
+    b_dz = _through_cap(b_dz, b_z, softcap, factor, HAS_CAP)
+    if IS_NARROW:
+        tl.debug_barrier()
+    tl.store(out_row + cols, tl.where(label < 0, 0.0, b_dz).to(out_row.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize_on_alignment=["label_ptr", "lse_ptr", "grad_ptr"])
 def _token_grad_kernel(
     z_ptr,
     out_ptr,
@@ -77,17 +95,18 @@ def _token_grad_kernel(
     out_row = out_ptr + row * out_stride
     lanes = tl.arange(0, BLOCK_V)
 
-    b_next = tl.load(z_row + lanes, mask=lanes < V, other=0.0)
-    for start in range(0, V, BLOCK_V):
+    whole = V // BLOCK_V * BLOCK_V
+    b_next = tl.load(z_row + lanes, mask=BLOCK_V <= V, other=0.0)
+    for start in range(0, V - BLOCK_V + 1, BLOCK_V):
         b_z = b_next
         cols = start + lanes
-        b_next = tl.load(z_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
-        b_dz = grad * _softmax_minus_onehot(b_z, lse, cols, label)
-        b_dz = _through_cap(b_dz, b_z, softcap, factor, HAS_CAP)
-        if IS_NARROW:
-            tl.debug_barrier()
-        b_dz = tl.where(label < 0, 0.0, b_dz).to(out_ptr.dtype.element_ty)
-        tl.store(out_row + cols, b_dz, mask=cols < V)
+        b_next = tl.load(z_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
+        _write_token_grad(b_z, out_row, cols, None, label, lse, grad, softcap, factor, HAS_CAP, IS_NARROW)
+    if whole < V:
+        cols = whole + lanes
+        inside = cols < V
+        b_z = tl.load(z_row + cols, mask=inside, other=0.0)
+        _write_token_grad(b_z, out_row, cols, inside, label, lse, grad, softcap, factor, HAS_CAP, IS_NARROW)
 
 
 def token_grad_(
@@ -145,7 +164,44 @@ def token_grad_(
     return out
 
 
-@triton.jit
+@jit()
+def _write_pair_grad(
+    b_z1,
+    b_z0,
+    out1_row,
+    out0_row,
+    cols,
+    mask,
+    label,
+    lse1,
+    lse0,
+    lsee,
+    grad1,
+    grad0,
+    grade,
+    softcap,
+    factor,
+    HAS_CAP: tl.constexpr,
+    IS_NARROW: tl.constexpr,
+):
+    b_effect = grade * _softmax_minus_onehot(b_z1 - b_z0, lsee, cols, label)
+    b_dz1 = grad1 * _softmax_minus_onehot(b_z1, lse1, cols, label) + b_effect
+    b_dz1 = _through_cap(b_dz1, b_z1, softcap, factor, HAS_CAP)
+    if IS_NARROW:
+        tl.debug_barrier()
+    tl.store(out1_row + cols, tl.where(label < 0, 0.0, b_dz1).to(out1_row.dtype.element_ty), mask=mask)
+    if out0_row is not None:
+        b_dz0 = -b_effect
+        if grad0 is not None:
+            b_dz0 += grad0 * _softmax_minus_onehot(b_z0, lse0, cols, label)
+        b_dz0 = _through_cap(b_dz0, b_z0, softcap, factor, HAS_CAP)
+        tl.store(out0_row + cols, tl.where(label < 0, 0.0, b_dz0).to(out0_row.dtype.element_ty), mask=mask)
+
+
+@jit(
+    do_not_specialize=["lse_stride"],
+    do_not_specialize_on_alignment=["label_ptr", "lse_ptr", "grad1_ptr", "grad0_ptr", "grade_ptr"],
+)
 def _pair_grad_kernel(
     z1_ptr,
     z0_ptr,
@@ -175,6 +231,7 @@ def _pair_grad_kernel(
     lsee = tl.load(lse_ptr + row + 2 * tl.cast(lse_stride, tl.int64))
     grad1 = tl.load(grad1_ptr + row)
     grade = tl.load(grade_ptr + row)
+    lse0, grad0, out0_row = None, None, None
     if grad0_ptr is not None:
         lse0 = tl.load(lse_ptr + row + tl.cast(lse_stride, tl.int64))
         grad0 = tl.load(grad0_ptr + row)
@@ -185,28 +242,24 @@ def _pair_grad_kernel(
         out0_row = out0_ptr + row * out0_stride
     lanes = tl.arange(0, BLOCK_V)
 
-    b_next1 = tl.load(z1_row + lanes, mask=lanes < V, other=0.0)
-    b_next0 = tl.load(z0_row + lanes, mask=lanes < V, other=0.0)
-    for start in range(0, V, BLOCK_V):
+    whole = V // BLOCK_V * BLOCK_V
+    b_next1 = tl.load(z1_row + lanes, mask=BLOCK_V <= V, other=0.0)
+    b_next0 = tl.load(z0_row + lanes, mask=BLOCK_V <= V, other=0.0)
+    for start in range(0, V - BLOCK_V + 1, BLOCK_V):
         b_z1 = b_next1
         b_z0 = b_next0
         cols = start + lanes
-        b_next1 = tl.load(z1_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
-        b_next0 = tl.load(z0_row + cols + BLOCK_V, mask=cols + BLOCK_V < V, other=0.0)
-        b_effect = grade * _softmax_minus_onehot(b_z1 - b_z0, lsee, cols, label)
-        b_dz1 = grad1 * _softmax_minus_onehot(b_z1, lse1, cols, label) + b_effect
-        b_dz1 = _through_cap(b_dz1, b_z1, softcap, factor, HAS_CAP)
-        if IS_NARROW:
-            tl.debug_barrier()
-        b_dz1 = tl.where(label < 0, 0.0, b_dz1).to(out1_ptr.dtype.element_ty)
-        tl.store(out1_row + cols, b_dz1, mask=cols < V)
-        if out0_ptr is not None:
-            b_dz0 = -b_effect
-            if grad0_ptr is not None:
-                b_dz0 += grad0 * _softmax_minus_onehot(b_z0, lse0, cols, label)
-            b_dz0 = _through_cap(b_dz0, b_z0, softcap, factor, HAS_CAP)
-            b_dz0 = tl.where(label < 0, 0.0, b_dz0).to(out0_ptr.dtype.element_ty)
-            tl.store(out0_row + cols, b_dz0, mask=cols < V)
+        b_next1 = tl.load(z1_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
+        b_next0 = tl.load(z0_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, None, label, lse1, lse0, lsee, grad1, grad0, grade,
+                         softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
+    if whole < V:
+        cols = whole + lanes
+        inside = cols < V
+        b_z1 = tl.load(z1_row + cols, mask=inside, other=0.0)
+        b_z0 = tl.load(z0_row + cols, mask=inside, other=0.0)
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, inside, label, lse1, lse0, lsee, grad1, grad0, grade,
+                         softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
 
 
 def pair_grad_(
@@ -329,7 +382,6 @@ def compile_cases() -> list[CompileCase]:
     left_out = {"out0_ptr": None, "out0_stride": 0, "grad0_ptr": None}
 
     def case(name: str, kernel: Any, tile: Tile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
-        is_pointer_or_size = [name for name, kind in signature.items() if kind.startswith("*") or kind == "i32"]
         return CompileCase(
             name=name,
             kernel=kernel,
@@ -337,7 +389,7 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"BLOCK_V": tile.block_v, **constexprs},
             num_warps=tile.num_warps,
             num_stages=1,
-            divisible_by_16=is_pointer_or_size,
+            divisible_by_16=[name for name in signature if name.startswith(("z", "out"))] + ["V"],
         )
 
     cases = []
@@ -349,4 +401,5 @@ def compile_cases() -> list[CompileCase]:
             case(f"pair_grad/{out}", _pair_grad_kernel, PAIR_GRAD, {**pair, **two}, **flags),
         ]
     signature, flags = {**detached, "out1_ptr": "*bf16"}, {"HAS_CAP": False, "IS_NARROW": True}
-    return [*cases, case("pair_grad/detached_bf16", _pair_grad_kernel, PAIR_GRAD, signature, **flags, **left_out)]
+    detached_case = case("pair_grad/detached_bf16", _pair_grad_kernel, PAIR_GRAD, signature, **flags, **left_out)
+    return with_odd_vocabulary([*cases, detached_case])

@@ -12,12 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from nextquill_kernels.crosscompile import CompileCase
-from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, on_device
+from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
+from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # Start of a running maximum: finite, so that a lane which has only seen -inf never computes (-inf) - (-inf).
 _LOWEST = tl.constexpr(-3.4e38)
@@ -31,7 +30,7 @@ PAIR_STATS = Tile(block_v=2048, num_warps=8)
 PAIR_MOMENTS = Tile(block_v=1024, num_warps=8)  # at 2048 columns it spills
 
 
-@triton.jit
+@jit()
 def _accumulate(b_max, b_sum, b_z):
     """Add exp(z) to each lane's b_sum * exp(b_max). One exponential, where rescaling and adding would take two.
 
@@ -44,7 +43,7 @@ def _accumulate(b_max, b_sum, b_z):
     return tl.maximum(b_max, b_z), b_sum
 
 
-@triton.jit
+@jit()
 def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
     """`_accumulate`, and per lane the sums of exp(z - b_max) (z - b_max) and exp(z - b_max) e."""
     b_gap = b_z - b_max
@@ -56,26 +55,31 @@ def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
     return tl.maximum(b_max, b_z), b_sum, b_zsum, b_esum
 
 
-@triton.jit
+@jit()
 def _combine(b_max, b_sum):
     """The lanes' maximum m and log(sum(exp(z - m))). Kept apart: nll = (m - z[y]) + log(...) is exact at |z| = 1e4."""
     m = tl.max(b_max, axis=0)
     return m, tl.log(tl.sum(b_sum * tl.exp(b_max - m), axis=0))
 
 
-@triton.jit
+@jit()
 def _load_label_logit(row_ptr, label, V):
     """z[y]; NaN for a label of V or more."""
     return tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
 
 
-@triton.jit
+@jit()
 def _store_row(out_ptr, row, stride, index, label, value):
     """out[index, row] = value, or 0 where the row is ignored."""
     tl.store(out_ptr + index * tl.cast(stride, tl.int64) + row, tl.where(label < 0, 0.0, value))
 
 
-@triton.jit
+# A mask of single columns makes accesses 4 bytes wide where V is odd. Only the last, partial tile has one: it is worked
+# on first, while the first whole tile is on its way. (What is loaded beyond the last whole tile is nothing: that mask
+# is the same for all columns, and leaves accesses at 16 bytes.)
+
+
+@jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["label_ptr", "out_ptr"])
 def _token_stats_kernel(z_ptr, label_ptr, out_ptr, z_stride, out_stride, V, BLOCK_V: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
@@ -84,11 +88,14 @@ def _token_stats_kernel(z_ptr, label_ptr, out_ptr, z_stride, out_stride, V, BLOC
     b_max = tl.full([BLOCK_V], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_V], tl.float32)
 
-    b_next = tl.load(z_row + lanes, mask=lanes < V, other=float("-inf"))
-    for start in range(0, V, BLOCK_V):
+    whole = V // BLOCK_V * BLOCK_V
+    b_next = tl.load(z_row + lanes, mask=whole > 0, other=float("-inf"))
+    if whole < V:
+        b_tail = tl.load(z_row + whole + lanes, mask=whole + lanes < V, other=float("-inf"))
+        b_max, b_sum = _accumulate(b_max, b_sum, b_tail)
+    for start in range(0, whole, BLOCK_V):
         b_z = b_next
-        cols = start + BLOCK_V + lanes
-        b_next = tl.load(z_row + cols, mask=cols < V, other=float("-inf"))
+        b_next = tl.load(z_row + start + BLOCK_V + lanes, mask=start + BLOCK_V < whole, other=float("-inf"))
         b_max, b_sum = _accumulate(b_max, b_sum, b_z)
 
     m, log_sum = _combine(b_max, b_sum)
@@ -130,7 +137,20 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
         )
 
 
-@triton.jit
+@jit()
+def _accumulate_pair(
+    b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_ze, HAS_MOMENTS: tl.constexpr
+):
+    if HAS_MOMENTS:
+        b_max1, b_sum1, b_zsum, b_esum = _accumulate_moments(b_max1, b_sum1, b_zsum, b_esum, b_z1, b_ze)
+    else:
+        b_max1, b_sum1 = _accumulate(b_max1, b_sum1, b_z1)
+    b_max0, b_sum0 = _accumulate(b_max0, b_sum0, b_z0)
+    b_maxe, b_sume = _accumulate(b_maxe, b_sume, b_ze)
+    return b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum
+
+
+@jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["label_ptr", "out_ptr"])
 def _pair_stats_kernel(
     z1_ptr,
     z0_ptr,
@@ -154,26 +174,30 @@ def _pair_stats_kernel(
     b_sum1 = tl.zeros([BLOCK_V], tl.float32)
     b_sum0 = tl.zeros([BLOCK_V], tl.float32)
     b_sume = tl.zeros([BLOCK_V], tl.float32)
-    if HAS_MOMENTS:
-        b_zsum = tl.zeros([BLOCK_V], tl.float32)
-        b_esum = tl.zeros([BLOCK_V], tl.float32)
+    b_zsum = tl.zeros([BLOCK_V], tl.float32)  # the last two are for the moments only
+    b_esum = tl.zeros([BLOCK_V], tl.float32)
 
-    b_next1 = tl.load(z1_row + lanes, mask=lanes < V, other=float("-inf"))
-    b_next0 = tl.load(z0_row + lanes, mask=lanes < V, other=float("-inf"))
-    for start in range(0, V, BLOCK_V):
+    whole = V // BLOCK_V * BLOCK_V
+    b_next1 = tl.load(z1_row + lanes, mask=whole > 0, other=float("-inf"))
+    b_next0 = tl.load(z0_row + lanes, mask=whole > 0, other=float("-inf"))
+    if whole < V:
+        cols = whole + lanes
+        b_tail1 = tl.load(z1_row + cols, mask=cols < V, other=float("-inf"))
+        b_tail0 = tl.load(z0_row + cols, mask=cols < V, other=float("-inf"))
+        # Beyond V this is -inf - 0: the tail is masked in the difference too, and not NaN.
+        b_taile = b_tail1 - tl.where(cols < V, b_tail0, 0.0)
+        b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum = _accumulate_pair(
+            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_tail1, b_tail0, b_taile, HAS_MOMENTS
+        )
+    for start in range(0, whole, BLOCK_V):
         b_z1 = b_next1
         b_z0 = b_next0
         cols = start + BLOCK_V + lanes
-        b_next1 = tl.load(z1_row + cols, mask=cols < V, other=float("-inf"))
-        b_next0 = tl.load(z0_row + cols, mask=cols < V, other=float("-inf"))
-        # Beyond V this is -inf - 0: the tail is masked in the difference too, and not NaN.
-        b_ze = b_z1 - tl.where(start + lanes < V, b_z0, 0.0)
-        if HAS_MOMENTS:
-            b_max1, b_sum1, b_zsum, b_esum = _accumulate_moments(b_max1, b_sum1, b_zsum, b_esum, b_z1, b_ze)
-        else:
-            b_max1, b_sum1 = _accumulate(b_max1, b_sum1, b_z1)
-        b_max0, b_sum0 = _accumulate(b_max0, b_sum0, b_z0)
-        b_maxe, b_sume = _accumulate(b_maxe, b_sume, b_ze)
+        b_next1 = tl.load(z1_row + cols, mask=start + BLOCK_V < whole, other=float("-inf"))
+        b_next0 = tl.load(z0_row + cols, mask=start + BLOCK_V < whole, other=float("-inf"))
+        b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum = _accumulate_pair(
+            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_z1 - b_z0, HAS_MOMENTS
+        )
 
     y1 = _load_label_logit(z1_row, label, V)
     y0 = _load_label_logit(z0_row, label, V)
@@ -250,11 +274,13 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"BLOCK_V": tile.block_v, **constexprs},
             num_warps=tile.num_warps,
             num_stages=1,
-            divisible_by_16=[name for name, kind in signature.items() if kind in ("*fp32", "i32")],
+            divisible_by_16=[name for name in signature if name.startswith("z")] + ["V"],
         )
 
-    return [
-        case("token_stats", _token_stats_kernel, TOKEN_STATS, token),
-        case("pair_stats", _pair_stats_kernel, PAIR_STATS, pair, HAS_MOMENTS=False),
-        case("pair_stats/moments", _pair_stats_kernel, PAIR_MOMENTS, pair, HAS_MOMENTS=True),
-    ]
+    return with_odd_vocabulary(
+        [
+            case("token_stats", _token_stats_kernel, TOKEN_STATS, token),
+            case("pair_stats", _pair_stats_kernel, PAIR_STATS, pair, HAS_MOMENTS=False),
+            case("pair_stats/moments", _pair_stats_kernel, PAIR_MOMENTS, pair, HAS_MOMENTS=True),
+        ]
+    )

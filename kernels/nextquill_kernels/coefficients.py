@@ -20,12 +20,11 @@ Z of exactly 0 is replaced by 1, and a NaN gives the weight NaN. Nothing is read
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nextquill_kernels.crosscompile import CompileCase
-from nextquill_kernels.launch import check_tensor, check_together, on_device
+from nextquill_kernels.launch import check_tensor, check_together, jit, on_device
 
 SCHEMES = ("uniform", "threshold", "clip", "exp_clip")
 
@@ -34,7 +33,7 @@ BLOCK_N = 1024
 _NUM_WARPS = 4
 
 
-@triton.jit
+@jit()
 def _token_weights(nll1_ptr, nll0_ptr, rows, live, low, high, threshold, SCHEME: tl.constexpr):
     """w of some rows; 0 where not live."""
     if SCHEME == "uniform":
@@ -56,7 +55,10 @@ def _token_weights(nll1_ptr, nll0_ptr, rows, live, low, high, threshold, SCHEME:
     return tl.where(live, b_weights, 0.0)
 
 
-@triton.jit
+@jit(
+    do_not_specialize=["out_stride"],
+    do_not_specialize_on_alignment=["nll1_ptr", "nll0_ptr", "offset_ptr", "items_ptr", "out_ptr"],
+)
 def _row_coefficients_kernel(
     nll1_ptr,
     nll0_ptr,

@@ -6,7 +6,7 @@ compiled, one JSON line each, by
     python -m nextquill_kernels.crosscompile --target sm_90 --target gfx942
 
 which exits with status 1 when one does not compile, spills, or exceeds the target's shared memory. It must run without
-TRITON_INTERPRET, which replaces the kernels by Python functions at import.
+TRITON_INTERPRET, which replaces the kernels by Python functions.
 """
 
 from __future__ import annotations
@@ -89,6 +89,19 @@ class CompileCase:
         )
 
 
+def with_odd_vocabulary(cases: Sequence[CompileCase]) -> list[CompileCase]:
+    """The cases, and each of them for a V that is no multiple of 16 with a row stride that is."""
+    odd = [
+        dataclasses.replace(
+            case,
+            name=f"{case.name}/odd_vocabulary",
+            divisible_by_16=[name for name in case.divisible_by_16 if name != "V"],
+        )
+        for case in cases
+    ]
+    return [*cases, *odd]
+
+
 def compile_for(
     kernel: Any,
     target: str,
@@ -111,19 +124,24 @@ def compile_for(
         divisible_by_16: names of pointers and integers that are multiples of 16, as Triton finds out at a launch.
 
     Raises:
-        ValueError: unknown target, or an argument of the kernel that is in neither or both of the mappings.
+        ValueError: unknown target; an argument of the kernel that is in neither or both of the mappings; an argument in
+            `divisible_by_16` for which Triton does not find out, as the kernel forbids it.
         RuntimeError: the kernels were imported under TRITON_INTERPRET.
     """
     if target not in _GPU_TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     if interpreted():
-        raise RuntimeError("TRITON_INTERPRET: expected it to be unset when nextquill_kernels is imported, got 1")
+        raise RuntimeError("TRITON_INTERPRET: expected it to be unset when triton is imported, got 1")
     names = list(kernel.arg_names)
     if sorted(names) != sorted([*signature, *constexprs]):
         raise ValueError(
             f"signature, constexprs: expected {names} to be divided between them, "
             f"got {list(signature)} and {list(constexprs)}"
         )
+    divisible_by_16 = list(divisible_by_16)
+    forbidden = {each.name for each in kernel.params if each.do_not_specialize or each.do_not_specialize_on_alignment}
+    if unspecialised := sorted(forbidden.intersection(divisible_by_16)):
+        raise ValueError(f"divisible_by_16: expected arguments that the kernel is specialised on, got {unspecialised}")
     source = ASTSource(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in names},

@@ -1,22 +1,25 @@
 """What every launcher shares: where kernels run, which tuned target a device belongs to, small integer helpers.
 
-The kernels are compiled for CUDA and ROCm devices. With TRITON_INTERPRET=1 set before this package is imported,
-Triton's interpreter runs them instead, on CPU tensors too; that is for tests, at about 250 tiles per second.
+The kernels are compiled for CUDA and ROCm devices. With TRITON_INTERPRET=1 set before Triton is imported, Triton's
+interpreter runs them instead, on CPU tensors too; that is for tests, at about 250 tiles per second.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-# Read once, as `triton.jit` does when it decorates the kernels of this package.
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Triton's own functions, such as this one, are compiled or interpreted as TRITON_INTERPRET said when Triton was
+# imported, and the two kinds cannot call each other. What the variable says later comes too late for this package.
+_INTERPRETED = not isinstance(tl.sum, JITFunction)
 _NVIDIA_TARGETS = ((100, "sm_100"), (90, "sm_90"), (80, "sm_80"))
 
 
@@ -28,8 +31,33 @@ class Tile(NamedTuple):
 
 
 def interpreted() -> bool:
-    """Whether the kernels run under Triton's interpreter, decided by TRITON_INTERPRET when they were imported."""
+    """Whether the kernels run under Triton's interpreter, decided by TRITON_INTERPRET when Triton was imported."""
     return _INTERPRETED
+
+
+def jit(
+    *, do_not_specialize: Sequence[str] = (), do_not_specialize_on_alignment: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`, interpreted or not as Triton itself is, whatever TRITON_INTERPRET says by now.
+
+    Triton compiles a kernel anew for each combination of arguments that are, or are not, multiples of 16 or equal to 1.
+    Rows of a buffer begin anywhere, so that labels, statistics and upstream gradients of a chunk would be aligned at
+    one step and not at the next.
+
+    Args:
+        do_not_specialize: integers for which it shall not.
+        do_not_specialize_on_alignment: pointers for which it shall not.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = _INTERPRETED
+            return triton.jit(
+                do_not_specialize=list(do_not_specialize),
+                do_not_specialize_on_alignment=list(do_not_specialize_on_alignment),
+            )(function)
+
+    return decorate
 
 
 def check_device(name: str, tensor: Tensor) -> None:
@@ -38,7 +66,7 @@ def check_device(name: str, tensor: Tensor) -> None:
         return
     raise RuntimeError(
         f"{name}: got a tensor on {tensor.device}, expected a CUDA or ROCm device (or the CPU with TRITON_INTERPRET=1 "
-        f"set before nextquill_kernels is imported)"
+        f"set before triton is imported)"
     )
 
 
@@ -85,7 +113,8 @@ def on_device(tensor: Tensor) -> Iterator[None]:
     of a deprecated conversion in the interpreter of triton 3.6.
     """
     if _INTERPRETED:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True  # the variable may be unset by now
             warnings.simplefilter("ignore", RuntimeWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield

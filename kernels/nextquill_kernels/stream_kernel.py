@@ -17,8 +17,9 @@ at 128 × 256 with 8 warps on sm_90 (up to 184 bytes of stack with softcap); in 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from nextquill_kernels.launch import jit
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Start of a running maximum: finite, so that a tile of -inf only never computes (-inf) - (-inf).
@@ -26,7 +27,7 @@ _LOWEST = tl.constexpr(-3.4e38)
 _PIECE_V = tl.constexpr(64)
 
 
-@triton.jit
+@jit()
 def _tanh(x):
     """tanh to 1e-6 relative from exp alone, which every backend has; a series where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x
@@ -35,7 +36,7 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.5, near, far)
 
 
-@triton.jit
+@jit()
 def _logits(
     b_acc, b_bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr
 ):
@@ -49,7 +50,7 @@ def _logits(
     return b_acc
 
 
-@triton.jit
+@jit()
 def _fold(b_z, b_top, b_sum):
     """Take the columns of b_z into the running maximum and the running sum of exp(z - maximum)."""
     b_new = tl.maximum(b_top, tl.max(b_z, 1))
@@ -57,14 +58,14 @@ def _fold(b_z, b_top, b_sum):
     return b_new, b_sum
 
 
-@triton.jit
+@jit()
 def _left_right(b_x):
     """The left and the right half of the columns; register-local where the highest column bit is a register's."""
     b_x = tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2])
     return tl.split(tl.permute(b_x, [0, 2, 1]))
 
 
-@triton.jit
+@jit()
 def _token_epilogue(b_acc, start, bias_ptr, b_label, has_label, b_state, V, logit_scale, softcap,
                     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
     """Take the columns from `start` on into the state (maximum, sum, label's logit)."""
@@ -87,7 +88,7 @@ def _token_epilogue(b_acc, start, bias_ptr, b_label, has_label, b_state, V, logi
         return b_top, b_sum, b_at_label
 
 
-@triton.jit
+@jit()
 def _pair_epilogue(b_acc1, b_acc0, start, bias_ptr, b_label, has_label, b_state, V, logit_scale, softcap,
                    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
     """Take the columns from `start` on into the state (maximum, sum of z1, z0 and z1 - z0; the label's z1, z0)."""
@@ -117,7 +118,7 @@ def _pair_epilogue(b_acc1, b_acc0, start, bias_ptr, b_label, has_label, b_state,
         return b_top1, b_sum1, b_top0, b_sum0, b_tope, b_sume, b_at_label1, b_at_label0
 
 
-@triton.jit
+@jit()
 def _product(packed, weight, row, column, stride_w, D, V,
              ROWS: tl.constexpr, RUNS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
              DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
@@ -166,7 +167,7 @@ def _product(packed, weight, row, column, stride_w, D, V,
     return b_acc1, b_acc0
 
 
-@triton.jit
+@jit(do_not_specialize=["first_token", "slots", "tiles_v"])
 def stream_fwd_kernel(
     packed, weight, bias_ptr, label_ptr, count_ptr, partial_ptr, at_label_ptr,
     first_token, slots, tiles_v, stride_w, D, V, logit_scale, softcap,
@@ -233,7 +234,7 @@ def stream_fwd_kernel(
         tl.store(at_label_ptr + slots + offs_t, b_at_label0, mask=is_here)
 
 
-@triton.jit
+@jit(do_not_specialize=["first_token", "stride_label"], do_not_specialize_on_alignment=["label_ptr"])
 def gather_kernel(
     h1_ptr, h0_ptr, order_ptr, count_ptr, label_ptr, packed_ptr, packed_label_ptr,
     first_token, stride_n1, stride_d1, stride_n0, stride_d0, stride_label, D, V, packed_width,
@@ -262,7 +263,7 @@ def gather_kernel(
         tl.store(target + INTERLEAVE * packed_width, b_h, mask=write)
 
 
-@triton.jit
+@jit()
 def _merge(partial_ptr, tiles_v, stride, slots, offs, TILES: tl.constexpr, ROWS: tl.constexpr):
     """Maximum and sum over all tiles of the vocabulary, TILES at a time: the same order in every run."""
     b_top = tl.full([ROWS], _LOWEST, tl.float32)
@@ -280,7 +281,7 @@ def _merge(partial_ptr, tiles_v, stride, slots, offs, TILES: tl.constexpr, ROWS:
     return b_top, tl.log(b_sum)
 
 
-@triton.jit
+@jit(do_not_specialize=["first_token", "slots", "tiles_v", "N", "stride_out"])
 def combine_kernel(
     partial_ptr, at_label_ptr, order_ptr, count_ptr, out_ptr, first_token, slots, tiles_v, N, stride_out,
     STREAMS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,

@@ -86,6 +86,40 @@ def test_committed_results_have_the_columns_of_a_row():
         assert list(rows[0]) == list(measure.Row.__dataclass_fields__), path.name
 
 
+def native_row(case, loss, mode, threads, value, rounds=7):
+    row = {"suite": "native", "metric": "time", "case": case, "loss": loss, "mode": mode, "value": str(value)}
+    row |= {"threads": str(threads), "rounds": str(rounds), "device": "CPU", "torch": "2.13", "dtype": "float32"}
+    return row | {"triton": "", "time": "2026-01-02T03:04Z"}
+
+
+def test_table_of_the_extension(monkeypatch):
+    kernels, whole = "chunk kernels", "forward+backward"
+    rows = [
+        native_row("N=5, V=9", "pair", kernels, 1, 0.2),
+        native_row("N=5, V=9", "one stream", kernels, 1, 0.5),
+        native_row("N=6, V=9", "pair", kernels, 1, 0.125),
+        native_row("N=5, D=2, V=9", "SFT", whole, 1, 0.9),
+        native_row("N=5, D=2, V=9", "PerCE", whole, 1, 0.4),
+        native_row("N=5, V=9", "pair", kernels, 10, 0.185),
+        native_row("N=5, D=2, V=9", "SFT", whole, 10, 1.04, rounds=5),
+    ]
+    monkeypatch.setattr(table, "read", {"native.csv": rows}.__getitem__)
+    lines = table.native_table().splitlines()
+    assert lines[0] == (
+        "| chunk kernels, native | pair, 1 thread | pair, 10 threads | one stream, 1 thread | one stream, 10 threads |"
+    )
+    assert lines[1] == "|---|---|---|---|---|"
+    assert lines[2:4] == ["| N=5, V=9 | 5.0× | 5.4× | 2.0× | – |", "| N=6, V=9 | 8.0× | – | – | – |"]
+    assert lines[4] == ""
+    assert lines[5].startswith("Speed-up over the same kernels in plain PyTorch. Whole losses (SFT, PerCE; forward and")
+    assert "1 sizes) take 0.40, 0.90 and 1.04 times as long" in lines[5]
+    assert (
+        "smallest, median and largest of 3. Medians of at least 5 rounds in one run; CPU, 1 and 10 threads" in lines[5]
+    )
+    text = "a\n<!-- table: native -->\nold\n<!-- end table -->\nb"
+    assert table.fill(text) == "\n".join(["a", "<!-- table: native -->", *lines, "<!-- end table -->", "b"])
+
+
 def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
     monkeypatch.setattr(run, "device_name", lambda kind: {"cuda": "NVIDIA H200"}[kind])
     assert run.file_name("head", "cuda") == "head-nvidia-h200.csv"

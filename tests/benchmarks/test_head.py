@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import cases, gate, head, measure, memory, plot, registry, table
+from benchmarks import cases, environment, gate, head, measure, memory, plot, registry, table
 from benchmarks.cases import FORWARD, FROZEN, TRAINABLE, TRAINING, Shape, Task
 from benchmarks.peers import cce, compose, liger, ours, plain, torch_lce
 from benchmarks.registry import Provider, ProviderError
+from nextquill.ops import wide
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 32, 16, 96)
@@ -47,8 +49,8 @@ COMPOSED = Provider("composed", compose.compose(naive), unsupported=compose.unsu
 @pytest.fixture
 def small(monkeypatch):
     """One shape and two tasks, and none of the memory's processes."""
-    monkeypatch.setattr(head, "shapes", lambda device, quick: (SHAPE,))
-    monkeypatch.setattr(head, "tasks", lambda device, quick: (NEXTQUILL, Task("pair nll", FORWARD)))
+    steps = tuple(cases.Step(SHAPE, task) for task in (NEXTQUILL, Task("pair nll", FORWARD)))
+    monkeypatch.setattr(head, "plan", lambda device, quick: steps)
     monkeypatch.setattr(head, "cpu_peaks", lambda shape, requests: [2**20 * (1 + i) for i in range(len(requests))])
 
 
@@ -175,7 +177,17 @@ def test_suite_writes_every_metric_and_every_reason(small):
     assert saved[-1] == len(rows)
     assert len(saved) == 2
     metrics = {row.metric for row in rows if row.provider == "ours, torch" and row.loss == "NextQuill"}
-    assert metrics >= {"seconds", "time", "tflops", "gemm_fraction", "peak", "transient", "full_size", "error_loss"}
+    assert metrics >= {
+        "seconds",
+        "time",
+        "tflops",
+        "gemm_fraction",
+        "peak",
+        "forward_peak",
+        "transient",
+        "full_size",
+        "error_loss",
+    }
     notes = {row.provider: row.note for row in rows if row.metric == "status"}
     assert notes["Liger"] == "needs a GPU"
     (weight,) = [row for row in rows if row.metric == "peak" and row.provider == "plain" and row.loss == "NextQuill"]
@@ -252,6 +264,17 @@ def test_the_fastest_variant_is_chosen_and_named(small, monkeypatch):
     assert {row.note for row in rows if row.provider == "peer" and row.metric == "time"} == {"size=4"}
 
 
+def test_a_variant_is_chosen_once_per_size_and_loss(small, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(head, "_fastest", lambda provider, task, inputs: chosen.append(task.loss) or {})
+    nll = Task("pair nll", FORWARD)
+    plans = [(SHAPE, NEXTQUILL), (SHAPE, TASKS[1]), (SHAPE, TASKS[2]), (SHAPE, nll), (SHAPE, nll)]
+    plans += [(replace(SHAPE, sequences=8), NEXTQUILL), (replace(SHAPE, rows=48), NEXTQUILL)]
+    monkeypatch.setattr(head, "plan", lambda device, quick: [cases.Step(*each) for each in plans])
+    head.run(measure.Options(rounds=1, device="cpu"), (plain.PROVIDER,))
+    assert chosen == ["NextQuill", "pair nll", "NextQuill"]
+
+
 def test_without_time_left_it_says_so(small):
     rows = head.run(measure.Options(rounds=1, device="cpu", budget=1e-9), (plain.PROVIDER, OURS))
     assert {(row.metric, row.note) for row in rows} == {("status", "out of time")}
@@ -261,11 +284,102 @@ def test_without_time_left_it_says_so(small):
 def test_memory_of_a_process_is_what_it_holds():
     shape = Shape("wide", 256, 16, 16384)  # logits of 16 MiB
     frozen = Task("SFT", TRAINING, FROZEN)
-    (plain_peak, own_peak) = memory.cpu_peaks(shape, [(frozen, "plain"), (frozen, "ours, torch")])
-    assert 32 <= plain_peak / memory.MIB < 70  # the logits and their soft-max, at least
-    assert 16 <= own_peak / memory.MIB < plain_peak / memory.MIB
-    kept = memory.kept_bytes(OURS, NEXTQUILL, cases.for_task(inputs(dtype=torch.bfloat16), NEXTQUILL))
-    assert kept == 2 * (2 * 32 * 16 + 96 * 16) + 4 * 96 * 16
+    asked = [memory.Request(frozen, name, forward) for name in ("plain", "ours, torch") for forward in (False, True)]
+    plain_peak, plain_forward, own_peak, own_forward = (peak / memory.MIB for peak in memory.cpu_peaks(shape, asked))
+    assert 32 <= plain_peak < 70  # the logits and their soft-max, at least
+    assert 16 <= own_peak < plain_peak
+    assert 16 <= plain_forward < plain_peak - 8  # the gradient of the logits comes in the backward
+    assert own_forward == pytest.approx(own_peak, abs=2)  # ours has finished by then
+
+
+def test_gradients_that_a_forward_keeps():
+    wide, rows, weight = inputs(dtype=torch.bfloat16), 32 * 16, 96 * 16
+
+    def kept(provider, task):
+        return provider.forward_gradients(task, cases.for_task(wide, task))
+
+    assert kept(OURS, NEXTQUILL) == {"d factual": 2 * rows, "d counterfactual": 2 * rows, "d weight": 4 * weight}
+    assert kept(OURS, Task("PerCE", TRAINING, FROZEN)) == {"d factual": 2 * rows}
+    assert kept(OURS, Task("pair nll", FORWARD)) == {}
+    assert kept(liger.PROVIDER, NEXTQUILL) == {"d hidden": 2 * rows, "d weight": 4 * weight}
+    assert kept(torch_lce.PROVIDER, NEXTQUILL) == {"d hidden": 2 * rows, "d weight": 2 * weight}
+    for task in (Task("PerCE", TRAINING, TRAINABLE), Task("NextQuill", FORWARD)):
+        assert kept(liger.PROVIDER, task) == kept(torch_lce.PROVIDER, task) == {}
+    assert kept(plain.PROVIDER, NEXTQUILL) == kept(cce.PROVIDER, NEXTQUILL) == {}
+
+
+def test_transient_is_the_forwards_peak_less_those_gradients(small, monkeypatch):
+    def peaks(shape, requests):
+        return [memory.MIB * (2 if request.forward else 5) for request in requests]
+
+    monkeypatch.setattr(head, "cpu_peaks", peaks)
+    rows = head.run(measure.Options(rounds=1, device="cpu"), (plain.PROVIDER, OURS))
+    found = {(row.provider, row.metric): row for row in rows if row.loss == "NextQuill"}
+    for name, gradients in (("plain", 0), ("ours, torch", 4 * (2 * 32 * 16 + 96 * 16))):
+        assert (found[name, "peak"].value, found[name, "forward_peak"].value) == (5.0, 2.0)
+        assert found[name, "transient"].value == pytest.approx(2 - gradients / memory.MIB, rel=1e-4)
+    assert found["plain", "transient"].note == "less nothing"
+    assert found["ours, torch", "transient"].note == "less d factual 0, d counterfactual 0, d weight 0"
+
+
+def test_a_forward_alone_holds_what_its_backward_needs():
+    (value,) = OURS.bind_forward(NEXTQUILL, cases.for_task(inputs(), NEXTQUILL))()
+    assert value.grad_fn is not None
+    whole = OURS.bind(NEXTQUILL, cases.for_task(inputs(), NEXTQUILL))()
+    assert not whole[0].requires_grad
+    assert torch.equal(whole[0], value)
+    scores = Task("pair nll", FORWARD)
+    assert [each.requires_grad for each in OURS.bind_forward(scores, cases.for_task(inputs(), scores))()] == [False] * 3
+
+
+def test_on_a_gpu_the_target_comes_first_and_gets_more_time(monkeypatch):
+    cuda, total = torch.device("cuda"), {"total_memory": 140 * 2**30}
+    monkeypatch.setattr(cases.torch.cuda, "get_device_properties", lambda device: type("Properties", (), total))
+    steps = cases.plan(cuda)
+    assert [(step.shape, step.task) for step in steps[:5]] == [(cases.TARGET, task) for task in cases.FIRST]
+    assert {step.weight for step in steps[:5]} == {6.0}
+    assert {step.weight for step in steps[5:]} == {1.0}
+    assert {step.task for step in steps if step.shape == cases.TARGET} == set(cases.tasks(cuda))
+    long = [step.shape for step in steps if step.shape.sequences == 8]
+    assert {str(shape) for shape in long} == {"Qwen3-8B: N=8192, D=4096, V=151936, 8 sequences"}
+    assert len(steps) == len(set(steps)) == 5 * len(cases.tasks(cuda)) + len(long)
+    shapes = [step.shape for step in steps]
+    assert len(set(shapes)) == 1 + sum(one != other for one, other in pairwise(shapes))
+    monkeypatch.setitem(total, "total_memory", 40 * 2**30)
+    monkeypatch.setattr(cases.torch.cuda, "get_device_properties", lambda device: type("Properties", (), total))
+    assert {(step.shape.rows, step.shape.sequences) for step in cases.plan(cuda)} == {(2048, 16), (2048, 2)}
+
+
+def test_sequences_are_equally_long():
+    for shape in (Shape("a", 64, 8, 32), Shape("b", 64, 8, 32, sequences=8)):
+        assert inputs(shape).ids.bincount().tolist() == [64 // shape.sequences] * shape.sequences
+
+
+def test_steps_share_the_time_by_weight(monkeypatch):
+    steps = [cases.Step(SHAPE, NEXTQUILL, 6.0), cases.Step(SHAPE, TASKS[1]), cases.Step(SHAPE, TASKS[2])]
+    shares = []
+    monkeypatch.setattr(head, "plan", lambda device, quick: steps)
+    monkeypatch.setattr(head._Suite, "measure", lambda self, shape, task, share: shares.append(share))
+    head.run(measure.Options(device="cpu", budget=80.0), (plain.PROVIDER,))
+    assert shares == pytest.approx([60, 40, 80], rel=0.02)  # of what is left, and nobody here takes any
+
+
+def test_the_log_begins_with_what_the_figures_depend_on():
+    text = "\n".join(environment.describe(CPU))
+    assert f"torch {torch.__version__}" in text
+    assert measure.device_name("cpu") in text
+    assert "driver: " in text
+    assert f"allow_tf32: {torch.backends.cuda.matmul.allow_tf32}" in text
+    assert "torch.bfloat16 products into float32: False, accumulated in place: False" in text
+    assert "torch.float16 products" in text
+
+
+def test_a_log_line_that_fails_costs_no_figure(monkeypatch):
+    def broken(device, dtype):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(wide, "has_wide_mm", broken)
+    assert "cannot be asked (RuntimeError: no)" in environment.describe(CPU)[-1]
 
 
 @pytest.fixture

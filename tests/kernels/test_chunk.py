@@ -140,7 +140,7 @@ def test_pair_stats(n, v, rows, device):
         assert (actual - truth).abs().max() <= RELATIVE * max(1.0, truth.abs().max())
 
 
-def test_pair_stats_agree_with_token_stats_bit_for_bit(device):
+def test_pair_stats_agree_with_token_stats(device):
     case = make_case(5, 300, device)
     pair = case.stats(8)
     for i, z in enumerate((case.z1, case.z0, case.z1 - case.z0)):
@@ -228,8 +228,8 @@ def test_half_gradients_of_many_rows_do_not_race(v, device):
     exact = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.float32)
     first = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.bfloat16)
     for actual, truth in zip(first, exact, strict=True):
-        # A value made of overwritten logits is of the order of 1/V, and the error allowed is far below.
-        assert ((actual.float() - truth).abs() <= 2**-8 * truth.abs() + 1e-9).all()
+        # A value made of overwritten logits is of the order of 1/V >= 6.6e-6, and the error allowed is far below.
+        assert ((actual.float() - truth).abs() <= 2**-8 * truth.abs() + 1e-7).all()
     for _ in range(20):
         again = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.bfloat16)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))

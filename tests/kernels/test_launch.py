@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from nextquill_kernels.launch import cdiv, check_together, interpreted, next_power_of_2, on_device, target_of
@@ -9,6 +13,46 @@ from nextquill_kernels.launch import cdiv, check_together, interpreted, next_pow
 
 def test_interpreted_where_there_is_no_gpu(device):
     assert interpreted() == (device.type == "cpu")
+
+
+IMPORT = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+{steps}
+import torch
+from nextquill_kernels import chunk, chunk_stats, launch
+print(launch.interpreted(), type(chunk_stats._token_stats_kernel).__name__)
+out = torch.full((2, 3), torch.nan)
+try:
+    chunk.token_stats(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), out)
+    print((out - torch.tensor(4.0).log()).abs().max().item() < 1e-6)
+except RuntimeError as error:
+    print(error)
+"""
+SET, UNSET = 'os.environ["TRITON_INTERPRET"] = "1"', 'del os.environ["TRITON_INTERPRET"]'
+REFUSED = "logits: got a tensor on cpu, expected a CUDA or ROCm device (or the CPU with TRITON_INTERPRET=1 set before"
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_interpreted"),
+    [
+        ([], False),
+        ([SET], True),
+        (["import triton", SET], False),
+        (["import nextquill_kernels.launch", SET], False),
+        ([SET, "import triton", UNSET], True),
+        ([SET, "import nextquill_kernels.launch", UNSET], True),
+    ],
+    ids=["never", "before", "after_triton", "after_launch", "until_triton", "until_launch"],
+)
+def test_interpreted_says_what_the_kernels_are(steps, is_interpreted):
+    """Whenever TRITON_INTERPRET is set, the kernels are of one kind, and run or are refused."""
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT.format(steps="\n".join(steps))]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    kind, outcome = done.stdout.splitlines()
+    assert kind == f"{is_interpreted} {'InterpretedFunction' if is_interpreted else 'JITFunction'}"
+    assert outcome == "True" if is_interpreted else outcome.startswith(REFUSED)
 
 
 @pytest.mark.parametrize(

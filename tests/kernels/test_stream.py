@@ -131,7 +131,15 @@ def assert_true(actual: Tensor, truth: Tensor) -> None:
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Equal bits wherever a row lands in its tile; under the interpreter NumPy's product differs from row to row."""
-    assert torch.equal(actual, expected) if ON_GPU else (error(actual, expected) < RELATIVE).all()
+    if ON_GPU:
+        assert torch.equal(actual, expected)
+    else:
+        assert_close(actual, expected)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Of two kernels, or two streams, which the compiler lays out differently: sums are added up in another order."""
+    assert (error(actual, expected) < RELATIVE).all()
 
 
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
@@ -227,7 +235,7 @@ def test_ignored_rows_are_zero_and_unread(ignored, device):
     actual = case.pair()
     assert (actual[:, rows] == 0).all()
     assert_same(actual, expected)
-    assert_same(case.token(), expected[[0, 3]])
+    assert_close(case.token(), expected[[0, 3]])
 
 
 def test_no_rows(device):
@@ -334,7 +342,7 @@ def test_equal_streams_have_a_flat_effect(device):
     case = make_case(37, 19, 53, device, ignored=0.0)
     case = dataclasses.replace(case, counterfactual=case.factual)
     actual = case.pair()
-    assert_same(actual[1], actual[0])
+    assert_close(actual[1], actual[0])
     log_v = torch.full_like(actual[5], 53).log()
     assert (actual[5] - log_v).abs().max() < 1e-6
     assert (actual[2] - log_v).abs().max() < 1e-6
@@ -384,7 +392,8 @@ def test_table_tiles_on_a_gpu(shape, dtype, device):
     ours = error(case.pair(None), truth)
     assert (ours < (RELATIVE if dtype == torch.float32 else plain)).all(), (ours, plain)
     assert torch.equal(case.pair(None), case.pair(None))
-    assert (error(case.token(None), truth[[0, 3]]) < RELATIVE).all()
+    # Tensor cores of sm_90 truncate as they accumulate halves: 4 to 6e-6 over the 256 steps of D = 4096.
+    assert (error(case.token(None), truth[[0, 3]]) < (RELATIVE if dtype == torch.float32 else 3e-5)).all()
 
 
 @pytest.mark.gpu

@@ -47,6 +47,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("target", GPU_TARGETS)
 def test_half_precision_pair_tiles_fit_their_gpu(target):
     report = run_compiler(COMPILE_TABLE.format(target=target, names="pair_(bf16|gather|combine)", thorough=False))
@@ -54,6 +55,7 @@ def test_half_precision_pair_tiles_fit_their_gpu(target):
     assert {name: refused for name, (*_, refused) in report.items() if refused} == {}
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPU_TARGETS)
 def test_every_tile_fits_its_gpu(target):
@@ -88,15 +90,18 @@ def compiled(tile: Tile, target: str, options: bool = False) -> dict[str, object
     return run_compiler(COMPILE_ONE.format(tile=dataclasses.asdict(tile), target=target, options=options))
 
 
+@pytest.mark.compiles
 def test_tile_that_spills_is_refused():
     bad = dataclasses.replace(TILE, block_n=256, num_warps=4, num_stages=2)
     assert "spills" in str(compiled(bad, "sm_90")["refused"])
 
 
+@pytest.mark.compiles
 def test_tile_beyond_shared_memory_is_refused():
     assert "shared memory" in str(compiled(dataclasses.replace(TILE, num_stages=8), "sm_90")["refused"])
 
 
+@pytest.mark.compiles
 def test_hopper_tile_compiles_to_wgmma_and_tma_and_a_register_local_epilogue():
     found = compiled(lookup("pair", "sm_90", torch.bfloat16, 4096), "sm_90")
     assert found["refused"] is None
@@ -107,6 +112,7 @@ def test_hopper_tile_compiles_to_wgmma_and_tma_and_a_register_local_epilogue():
     assert found["shared_stores"] <= 16
 
 
+@pytest.mark.compiles
 def test_addresses_are_computed_in_int64():
     """V·D may exceed 2³¹: the offsets of rows, which are a column of the tile of pointers, have to be int64."""
     found = compiled(TILE, "sm_80")
@@ -287,7 +293,7 @@ def test_tuner_refuses_without_a_gpu(tmp_path, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tuner_writes_a_table_that_is_read(tmp_path, capsys):
     path = tmp_path / "table.json"
-    assert tune.main(["--out", str(path), "--n", "512", "--d", "256", "--v", "4000", "--seconds", "20"]) == 0
+    assert tune.main(["--out", str(path), "--n", "512", "--d", "256", "--v", "4000", "--seconds", "5"]) == 0
     measured = [entry for entry in tiles.entries(path) if entry.origin["kind"] == "measured"]
     assert len(measured) == 1
     assert "ms" in capsys.readouterr().out
