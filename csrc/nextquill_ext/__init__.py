@@ -19,12 +19,13 @@ from nextquill_ext._core import (
     set_isa,
     token_grad_,
     token_stats,
+    use_openmp,
 )
 
 __version__ = "0.1.0"
 
 # Raised when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 __all__ = [
     "INTERFACE_VERSION",
@@ -35,6 +36,7 @@ __all__ = [
     "set_isa",
     "token_grad_",
     "token_stats",
+    "use_openmp",
 ]
 
 if "NEXTQUILL_ISA" in os.environ:

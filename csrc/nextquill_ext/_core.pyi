@@ -46,3 +46,6 @@ def current_isa() -> str:
 
 def set_isa(name: str) -> None:
     """Use this instruction set from now on; ValueError if the machine cannot."""
+
+def use_openmp(path: str) -> bool:
+    """Share the threads of the OpenMP runtime loaded from `path`; False if none is, or it has no GOMP_parallel."""

@@ -239,5 +239,6 @@ NB_MODULE(_core, module) {
                "detach_counterfactual"_a = false, "threads"_a = 1);
     module.def("available_isas", available_isas);
     module.def("current_isa", [] { return current_kernels().name; });
+    module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); }, "path"_a);
     module.def("set_isa", [](const std::string& name) { use_kernels(name); }, "name"_a);
 }

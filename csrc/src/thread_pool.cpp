@@ -1,5 +1,6 @@
 #include "thread_pool.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -19,6 +20,14 @@ struct Job {
     std::int64_t count, grain;
 };
 
+void work(const Job& job, std::atomic<std::int64_t>& next) {
+    for (;;) {
+        const std::int64_t begin = next.fetch_add(job.grain, std::memory_order_relaxed);
+        if (begin >= job.count) return;
+        job.body(job.context, begin, std::min(begin + job.grain, job.count));
+    }
+}
+
 // Never destroyed: its threads sleep until the process ends.
 class Pool {
 public:
@@ -34,7 +43,7 @@ public:
             seats_ = helpers;
         }
         for (int i = 0; i < std::min(helpers, started_); ++i) wake_.notify_one();
-        work(job);
+        work(job, next_);
         std::unique_lock<std::mutex> lock(mutex_);
         seats_ = 0;  // who has not woken yet is no longer needed
         idle_.wait(lock, [this] { return working_ == 0; });
@@ -65,17 +74,9 @@ private:
             ++working_;
             const Job& job = *job_;
             lock.unlock();
-            work(job);
+            work(job, next_);
             lock.lock();
             if (--working_ == 0) idle_.notify_one();
-        }
-    }
-
-    void work(const Job& job) {
-        for (;;) {
-            const std::int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
-            if (begin >= job.count) return;
-            job.body(job.context, begin, std::min(begin + job.grain, job.count));
         }
     }
 
@@ -91,13 +92,34 @@ private:
 
 std::atomic<Pool*> current_pool{nullptr};
 
-// A fork copies the pool but not its threads, and its mutexes perhaps locked: the child leaves it alone.
-void forget_pool() { current_pool.store(nullptr); }
+// What GCC compiles `#pragma omp parallel` to; LLVM's and Intel's runtimes have it as well.
+using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<OpenMPParallel> openmp{nullptr};
+
+struct OpenMPJob {
+    const Job& job;
+    std::atomic<std::int64_t> next{0};
+};
+
+void openmp_body(void* argument) {
+    OpenMPJob& shared = *static_cast<OpenMPJob*>(argument);
+    work(shared.job, shared.next);
+}
+
+// A fork copies neither the pool's threads nor OpenMP's, and mutexes perhaps locked: the child leaves both alone.
+void forget_threads() {
+    current_pool.store(nullptr);
+    openmp.store(nullptr);
+}
+
+void watch_forks() {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+    static_cast<void>(registered);
+}
 
 Pool& pool() {
     if (Pool* existing = current_pool.load()) return *existing;
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-    static_cast<void>(registered);
+    watch_forks();
     Pool* expected = nullptr;
     Pool* fresh = new Pool;
     if (current_pool.compare_exchange_strong(expected, fresh)) return *fresh;
@@ -111,8 +133,24 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   void (*body)(const void*, std::int64_t, std::int64_t), const void* context) {
     const std::int64_t groups = (count + grain - 1) / grain;
     const int helpers = static_cast<int>(std::min<std::int64_t>(threads, groups)) - 1;
+    if (helpers <= 0) return body(context, 0, count);
     const Job job{body, context, count, grain};
-    if (helpers <= 0 || !pool().run(job, helpers)) body(context, 0, count);
+    if (const OpenMPParallel parallel = openmp.load()) {
+        OpenMPJob shared{job};
+        parallel(openmp_body, &shared, static_cast<unsigned>(helpers) + 1, 0);
+    } else if (!pool().run(job, helpers)) {
+        body(context, 0, count);
+    }
+}
+
+bool use_openmp(const char* path) {
+    void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return false;
+    const auto found = reinterpret_cast<OpenMPParallel>(dlsym(library, "GOMP_parallel"));
+    if (found == nullptr) return false;
+    watch_forks();
+    openmp.store(found);
+    return true;
 }
 
 }  // namespace nextquill

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public
 
 from nextquill.errors import BackendUnavailableError
 
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 
 
 def is_available() -> bool:
@@ -181,4 +182,19 @@ def _load() -> tuple[Any, str]:
     found = getattr(module, "INTERFACE_VERSION", None)
     if found != _INTERFACE_VERSION:
         return None, f"nextquill_ext has interface {found}, expected {_INTERFACE_VERSION}; rebuild it"
+    if (path := _openmp_of_torch()) is not None:
+        module.use_openmp(path)
     return module, ""
+
+
+def _openmp_of_torch() -> str | None:
+    """The file of the OpenMP runtime whose threads torch computes with, or None where it cannot be told."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    folder = str(Path(torch.__file__).parent)
+    loaded = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "omp" in line}
+    runtimes = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    # Two runtimes may be loaded; torch's wheels bring their own.
+    return min(runtimes, key=lambda path: (not path.startswith(folder), path), default=None)
