@@ -36,7 +36,7 @@ def step_table() -> str:
 
 
 #: What the README shows of suite `head`: the losses, forward and backward, with a trainable head.
-HEAD_LOSSES = ("NextQuill", "NextQuill detached")
+HEAD_LOSSES = ("NextQuill",)
 NOT_ON_A_GPU = "Not measured on a GPU yet."
 
 
