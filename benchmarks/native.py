@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nextquill as nq
 from benchmarks.measure import GateError, Options, Row, make_row, ratios, time_in_turns
+from nextquill.ops import huge_pages
 from nextquill.ops.dispatch import ChunkKernels, resolve_impl, why_not
 
 CPU = torch.device("cpu")
@@ -84,7 +85,10 @@ def _cases(quick: bool) -> Iterator[Case]:
 def _chunk_call(kernels: ChunkKernels, streams: int, n: int, v: int) -> Callable[[], Tensor]:
     """Statistics, then the gradient in place: each call overwrites what the call before left."""
     generator = torch.Generator().manual_seed(0)
-    logits = [2 * torch.randn(n, v, generator=generator) for _ in range(streams)]
+    logits = [torch.empty(n, v) for _ in range(streams)]
+    for each in logits:
+        huge_pages.advise(each)  # as the engine does
+        each.normal_(0.0, 2.0, generator=generator)
     labels, ones = torch.randint(v, (n,), generator=generator), torch.ones(n)
     stats = torch.empty(6 if streams == 2 else 2, n)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextquill.ops import huge_pages
 from nextquill.ops.dispatch import ChunkKernels
 from nextquill.ops.gradients import HeadGradients
 from nextquill.ops.head import LinearHead
@@ -74,6 +75,7 @@ class LogitsBuffer:
     def __init__(self, head: LinearHead, streams: int, max_rows: int) -> None:
         self.head = head
         padded = head.weight.new_empty(streams * max_rows, _row_stride(head.vocabulary), dtype=head.dtype)
+        huge_pages.advise(padded)
         self._memory = padded[:, : head.vocabulary]
 
     def fill(self, streams: Sequence[Tensor], rows: Tensor) -> Chunk:

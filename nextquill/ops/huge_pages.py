@@ -1,0 +1,39 @@
+"""Large buffers on huge pages, where Linux leaves that to the program ("madvise", the usual setting).
+
+A fresh buffer costs one page fault per page when it is first written, 65 thousand for 256 MiB in pages of 4 KiB, and
+the processor's table of pages holds only a few thousand of them afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+
+from torch import Tensor
+
+_PAGE = 2**21
+_MADV_HUGEPAGE = 14
+
+
+def advise(buffer: Tensor) -> None:
+    """Ask for huge pages under a fresh CPU buffer. Only a hint: where it is not heard, nothing changes."""
+    size = buffer.untyped_storage().nbytes()
+    if buffer.device.type != "cpu" or size < 4 * _PAGE or (madvise := _madvise()) is None:
+        return
+    start = buffer.untyped_storage().data_ptr()
+    first, last = -(-start // _PAGE) * _PAGE, (start + size) // _PAGE * _PAGE
+    madvise(first, last - first, _MADV_HUGEPAGE)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
