@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nextquill.ops.dispatch import check_impl
 from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
 from nextquill.ops.validation import (
-    HeadInputs,
     check_floating,
     check_head_inputs,
     check_head_options,
@@ -93,13 +94,11 @@ def linear_pair_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    inputs = _check_pair(
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale
+    arguments, shape = _pair_arguments(
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
     )
-    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
-    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
-    nll_f, nll_c, nll_e, _ = pair_nll(*tensors, *options)
-    return PairNLL(*(nll.view(inputs.shape) for nll in (nll_f, nll_c, nll_e)))
+    nll_f, nll_c, nll_e, _ = pair_nll(*arguments)
+    return PairNLL(*(nll.view(shape) for nll in (nll_f, nll_c, nll_e)))
 
 
 def linear_pair_stats(
@@ -129,18 +128,16 @@ def linear_pair_stats(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    inputs = _check_pair(
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale
+    arguments, shape = _pair_arguments(
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
     )
-    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
-    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
     with torch.no_grad():
-        stats = pair_stats(*tensors, *options)
-    rows = [row.view(inputs.shape) for row in stats]
+        stats = pair_stats(*arguments)
+    rows = [row.view(shape) for row in stats]
     return PairStats(PairNLL(*rows[3:6]), kl=rows[6], entropy=rows[7])
 
 
-def _check_pair(
+def _pair_arguments(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor,
     lm_head_weight: Tensor,
@@ -149,8 +146,12 @@ def _check_pair(
     ignore_index: int,
     softcap: float | None,
     logit_scale: float,
-) -> HeadInputs:
+    impl: str,
+) -> tuple[tuple[Any, ...], torch.Size]:
+    """What the pair operators take, checked and flattened, and the shape of their results."""
     check_head_options(softcap, logit_scale)
     check_ignore_index(ignore_index)
     check_floating("hidden_counterfactual", hidden_counterfactual)
-    return check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
+    return (*tensors, ignore_index, softcap, logit_scale, check_impl(impl), None, None), inputs.shape

@@ -148,11 +148,6 @@ def shared_memory_of(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
-def next_power_of_2(value: int) -> int:
-    """The smallest power of two that is at least `value`, and at least 1."""
-    return 1 << max(0, value - 1).bit_length()
-
-
 def cdiv(value: int, divisor: int) -> int:
     """value / divisor, rounded up."""
     return -(-value // divisor)

@@ -1,7 +1,9 @@
 """The chunk kernels in C++ for CPUs, from the optional distribution `nextquill_ext` (folder `csrc`).
 
 Tensors cross as DLPack capsules without a copy. One pass over the logits computes each function, where plain PyTorch
-needs several; `nextquill.ops.chunk_torch` has the equations. Only float32 logits are taken.
+needs several. `nextquill.ops.chunk_torch` documents the functions. Here tensors are on the CPU, floating ones float32,
+labels int64, and last strides 1: TypeError or ValueError names an argument that is not; BackendUnavailableError says
+that the extension is missing.
 """
 
 from __future__ import annotations
@@ -31,32 +33,13 @@ def reason() -> str:
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write logsumexp(z) and nll = logsumexp(z) - z[y] into `out`.
-
-    Args:
-        logits: [n, V] float32, last stride 1.
-        labels: [n] int64, all in [0, V).
-        out: [2, n] float32.
-
-    Raises:
-        TypeError, ValueError: an argument has another dtype, device, shape or range; named in the message.
-        BackendUnavailableError: `nextquill_ext` is not installed.
-    """
+    """As `chunk_torch.token_stats`, for float32."""
     if len(logits) > 0:
         _kernels().token_stats(_dlpack(logits), _dlpack(labels), _dlpack(out), torch.get_num_threads())
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write the logsumexp of z1, z0 and z1 - z0 and their three nll into `out`, reading both logits once.
-
-    Args:
-        logits_factual, logits_counterfactual: z1, z0 [n, V] float32, last stride 1.
-        labels: [n] int64, all in [0, V).
-        out: [6, n] float32; or [8, n], where KL(p1 || p0) and the entropy of p1 follow, in nats.
-
-    Raises:
-        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
-    """
+    """As `chunk_torch.pair_stats`, for float32, reading both logits once."""
     if len(logits_factual) > 0:
         _kernels().pair_stats(
             _dlpack(logits_factual),
@@ -76,22 +59,7 @@ def token_grad_(
     logit_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Overwrite z with scale·cap'(z)·g·(exp(z - logsumexp) - onehot(y)), where cap'(z) = 1 - (z / softcap)².
-
-    Args:
-        logits: z [n, V] float32 after scale and cap, last stride 1; overwritten.
-        labels: [n] int64, all in [0, V).
-        logsumexp, grad_nll: [n] float32.
-        softcap: c of z = c·tanh(x / c), or None.
-        logit_scale: the factor on the logits before the cap.
-        dtype: not used: this implementation does not narrow.
-
-    Returns:
-        `logits`.
-
-    Raises:
-        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
-    """
+    """As `chunk_torch.token_grad_`, for float32; the result is not narrowed."""
     del dtype
     if len(logits) > 0:
         _kernels().token_grad_(
@@ -119,27 +87,7 @@ def pair_grad_(
     dtype: torch.dtype,
     detach_counterfactual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Overwrite z1, z0 with the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
-
-        dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
-
-    each times scale·cap', see `token_grad_`.
-
-    Args:
-        logits_factual, logits_counterfactual: z1, z0 [n, V] float32, last stride 1; overwritten.
-        labels: [n] int64, all in [0, V).
-        logsumexps: [3, n] float32, of z1, z0 and z1 - z0.
-        grad_factual, grad_counterfactual, grad_effect: g_f, g_c, g_e [n] float32; None for g_c = 0, which saves the
-            exponentials of z0.
-        softcap, logit_scale, dtype: as `token_grad_`.
-        detach_counterfactual: leave z0 as it is, and compute dz1 only.
-
-    Returns:
-        `logits_factual`, and `logits_counterfactual` or None if detached.
-
-    Raises:
-        TypeError, ValueError, BackendUnavailableError: as `token_stats`.
-    """
+    """As `chunk_torch.pair_grad_`, for float32; the results are not narrowed."""
     del dtype
     if len(logits_factual) > 0:
         _kernels().pair_grad_(

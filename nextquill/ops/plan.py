@@ -59,7 +59,8 @@ class RowPlan:
 class RowGroup:
     """Rows [start, stop) of a plan, computed in `chunks`.
 
-    `sequences` are those it holds whole, as a slice into the plan's; None where rows do not depend on one another.
+    `sequences` are those it holds whole, as a slice into the plan's; None where it cuts them, which is allowed only if
+    rows do not depend on one another.
     """
 
     start: int
@@ -121,9 +122,9 @@ def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterat
     """Yield groups that cover the plan in order.
 
     With `whole_sequences=False` (weights of a row depend on that row only, denominators are counts) a group is any
-    chunk of rows.
+    chunk of rows; it holds sequences whole where it is the only one.
     """
-    if not whole_sequences:
+    if not whole_sequences and plan.num_rows > max_rows:
         for piece in split_rows(0, plan.num_rows, max_rows):
             yield RowGroup(piece.start, piece.stop, None, (piece,))
         return

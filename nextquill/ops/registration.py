@@ -63,11 +63,6 @@ def nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def or_none(tensor: Tensor) -> Tensor | None:
-    """The inverse of `nothing`, for tensors that otherwise have two dimensions or more than no element."""
-    return tensor if tensor.numel() or tensor.dim() > 1 else None
-
-
 def _autocast_kernel(operator: Any, device: torch.device, product: tuple[int, ...]) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         *others, dtype = arguments

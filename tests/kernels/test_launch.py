@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from nextquill_kernels.launch import cdiv, check_together, interpreted, next_power_of_2, on_device, target_of
+from nextquill_kernels.launch import cdiv, check_together, interpreted, on_device, target_of
 
 
 def test_interpreted_where_there_is_no_gpu(device):
@@ -95,5 +95,4 @@ def test_on_device_passes_errors_on(device):
 
 
 def test_integers():
-    assert [next_power_of_2(value) for value in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
     assert [cdiv(value, 16) for value in (0, 1, 16, 17)] == [0, 1, 1, 2]

@@ -178,3 +178,36 @@ def test_no_byte_beyond_the_rows_is_touched() -> None:
     run = subprocess.run([sys.executable, "-c", _GUARD], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "no fault\n"
+
+
+OPENMP = """
+import os, sys, torch, nextquill_ext
+from nextquill.ops import chunk_native
+torch.manual_seed(0)
+z, y = torch.randn(64, 1031), torch.randint(1031, (64,))
+
+def stats(threads):
+    out = torch.empty(2, 64)
+    nextquill_ext.token_stats(z, y, out, threads)
+    return out
+
+alone, pooled = stats(1), stats(3)
+path = chunk_native._openmp_of_torch()
+assert path is not None and path.startswith(os.path.dirname(torch.__file__)), path
+assert not nextquill_ext.use_openmp(path + ".not-there")
+assert nextquill_ext.use_openmp(path)
+shared = stats(3)
+assert torch.equal(alone, pooled) and torch.equal(alone, shared)
+child = os.fork()
+if child == 0:  # OpenMP's threads are not here: using them would hang
+    os._exit(0 if torch.equal(stats(3), alone) else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert torch.equal(stats(3), alone)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_torchs_openmp_threads_give_the_same_bits_and_survive_a_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", OPENMP], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
