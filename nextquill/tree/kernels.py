@@ -1,0 +1,148 @@
+"""One piece of tree attention: softmax attention with its logsumexp, and its gradient under a given softmax.
+
+    forward     queries [1, H, q, D], keys and values [1, H_kv, k, D]  ->  out, logsumexp [1, H, q]
+    backward    with `out` and `logsumexp` of *all* pieces a query has, which make p = exp(scores - logsumexp) the share
+                of this piece in the whole softmax
+
+`flash` is PyTorch's fused CPU kernel; `math` writes the scores out, on any device, in any dtype, with soft caps, and is
+the twin that the other is tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextquill.tree.pieces import Piece
+
+#: (query, key, value, piece, scale, softcap) -> (out, logsumexp)
+_Forward = Callable[[Tensor, Tensor, Tensor, Piece, float, float | None], tuple[Tensor, Tensor]]
+#: (grad, query, key, value, out, logsumexp, piece, scale, softcap) -> gradients of query, key, value
+_Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Piece, float, float | None], tuple[Tensor, Tensor, Tensor]
+]
+
+
+class PieceKernel(NamedTuple):
+    """A forward and its backward."""
+
+    name: str
+    forward: _Forward
+    backward: _Backward
+
+
+def choose_kernel(query: Tensor, softcap: float | None) -> PieceKernel:
+    """The fastest kernel that is exact for these arguments."""
+    return FLASH if query.device.type == "cpu" and softcap is None and _HAS_FLASH else MATH
+
+
+# ---- PyTorch's fused kernel for CPUs -----------------------------------------------------------------
+
+_HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, _: float | None
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, piece.is_causal, attn_mask=_bias(piece, query), scale=scale
+    )
+    return out, lse
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    piece: Piece,
+    scale: float,
+    _: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, _repeated(key, group), _repeated(value, group), out, logsumexp, 0.0, piece.is_causal,
+        attn_mask=_bias(piece, query), scale=scale,
+    )  # fmt: skip
+    return grads[0], _summed(grads[1], group), _summed(grads[2], group)
+
+
+def _bias(piece: Piece, query: Tensor) -> Tensor | None:
+    if piece.mask is None:
+        return None
+    return torch.zeros(piece.mask.shape, dtype=query.dtype).masked_fill_(~piece.mask, -math.inf)
+
+
+# ---- plain PyTorch -----------------------------------------------------------------------------------
+
+
+def _math_forward(
+    query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    scores, _ = _scores(query, _repeated(key, group), piece, scale, softcap)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse[..., None]).exp_()
+    return p @ _repeated(value, group).to(p.dtype), lse
+
+
+def _math_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    piece: Piece,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    k, v = _repeated(key, group), _repeated(value, group)
+    scores, slope = _scores(query, k, piece, scale, softcap)
+    p = (scores - logsumexp[..., None]).exp_()
+    grad = grad.to(p.dtype)
+    dp = grad @ v.to(p.dtype).mT
+    dscores = p * (dp - (grad * out).sum(-1, keepdim=True)) * scale
+    if slope is not None:
+        dscores *= slope
+    dq, dk, dv = dscores @ k.to(p.dtype), dscores.mT @ query.to(p.dtype), p.mT @ grad
+    return dq, _summed(dk, group), _summed(dv, group)
+
+
+def _scores(
+    query: Tensor, key: Tensor, piece: Piece, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [1, H, q, k] in float32 (float64), -inf where masked, and the derivative of the cap or None."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores, slope = query.to(wide) @ key.to(wide).mT * scale, None
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped.square()
+    if piece.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif piece.mask is not None:
+        scores = scores.masked_fill(~piece.mask.to(scores.device), -math.inf)
+    return scores, slope
+
+
+# ---- grouped heads -----------------------------------------------------------------------------------
+
+
+def _repeated(tensor: Tensor, group: int) -> Tensor:
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
+
+
+def _summed(grad: Tensor, group: int) -> Tensor:
+    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
+
+
+FLASH = PieceKernel("flash", _flash_forward, _flash_backward)
+MATH = PieceKernel("math", _math_forward, _math_backward)

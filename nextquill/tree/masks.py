@@ -1,0 +1,32 @@
+"""A tree's mask written out, for attention that takes one: the oracle, and what any architecture can use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visibility_mask(position_ids: Tensor, subtree_end: Tensor, window: int | None = None) -> Tensor:
+    """Which keys each query sees.
+
+    visible[i, j]  iff  j <= i < subtree_end[j]  and  depth[i] - depth[j] < window
+
+    Args:
+        position_ids, subtree_end: integers [T] or [B, T]; a padding row has subtree_end at most its own index, and then
+            sees only itself.
+        window: keys a query sees along its path, itself included; by depth, not by row. None for all.
+
+    Returns:
+        bool [T, T] or [B, T, T].
+    """
+    rows = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    query, key = rows[:, None], rows[None, :]
+    visible = (key <= query) & (query < subtree_end[..., None, :])
+    if window is not None:
+        visible = visible & (position_ids[..., :, None] - position_ids[..., None, :] < window)
+    return visible | (query == key)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible and the dtype's least finite number elsewhere, for attention that adds its mask to the scores."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)

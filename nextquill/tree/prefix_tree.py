@@ -1,0 +1,148 @@
+"""Merging branches that begin alike into one row, so that what they share is computed once.
+
+Branches are token lists: prompts with their responses. Sorted, each continues the one before it from their longest
+common prefix on, and appending only what is new lays the whole trie out in depth-first order:
+
+    branches   a b c d     a b e     f          row            a  b  c  d  e  f
+                                                position_ids   0  1  2  3  2  0      (depth)
+                                                subtree_end    5  5  4  4  5  6
+
+Key j is visible to query i iff `j <= i < subtree_end[j]`: i lies in j's subtree, so j lies on i's path to the root. One
+integer per key is the whole attention mask, and `position_ids` are what each branch would have had alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+
+#: Largest token id: ids are sorted as four bytes.
+_LARGEST_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Branches merged by common prefix, in depth-first order; any number of roots.
+
+    Attributes:
+        input_ids: int64 [T], each distinct prefix's last token once.
+        position_ids: int64 [T], depth: the token's position in every branch that holds it.
+        subtree_end: int64 [T], one past the last row of the token's subtree.
+        branch_rows: for each branch, in the order given, its tokens' rows, int64 [length]:
+            `input_ids[branch_rows[b]]` is branch b.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    subtree_end: Tensor
+    branch_rows: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_branch_tokens(self) -> int:
+        """Tokens of all branches, each on its own."""
+        return sum(rows.numel() for rows in self.branch_rows)
+
+    @property
+    def sharing_factor(self) -> float:
+        """Tokens of the branches on their own by tokens of the row, at least 1."""
+        return self.num_branch_tokens / max(1, len(self))
+
+
+def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
+    """Merge branches by token-level longest common prefix.
+
+    The order of siblings is that of their tokens, whatever the order of `branches`; equal branches share all rows.
+
+    Args:
+        branches: at least one; each a sequence or 1-D integer tensor of token ids, at least one.
+
+    Returns:
+        The tree, on the CPU.
+
+    Raises:
+        ArgumentError: no branches, an empty one, or a token id that is negative or above 2³¹ - 1.
+        ArgumentTypeError: a branch is not a sequence of integers.
+    """
+    ids = [_token_ids(branch, position) for position, branch in enumerate(branches)]
+    if not ids:
+        raise ArgumentError("branches: expected at least one, got none")
+    order = sorted(range(len(ids)), key=[_sort_key(each) for each in ids].__getitem__)
+    shared = [0, *(_common_prefix(ids[a], ids[b]) for a, b in pairwise(order))]
+    return _layout(ids, order, shared)
+
+
+def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTree:
+    """Append each branch, in sorted order, from what it shares with the one before it on."""
+    new = [len(ids[branch]) - kept for branch, kept in zip(order, shared, strict=True)]
+    starts = [0]
+    for count in new:
+        starts.append(starts[-1] + count)
+    total, longest = starts[-1], max(len(each) for each in ids)
+
+    path = torch.empty(longest, dtype=torch.long)  # row of the current branch's token at each depth
+    depths, rows = torch.arange(longest), torch.arange(total)
+    branch_rows: list[Tensor] = [path] * len(ids)
+    for branch, kept, start, stop in zip(order, shared, starts, starts[1:], strict=False):
+        length = len(ids[branch])
+        path[kept:length] = rows[start:stop]
+        branch_rows[branch] = path[:length].clone()
+
+    end = torch.full((longest,), total)  # where the subtree of a token at each depth ends, seen from the row's end
+    subtree_end = torch.empty(total, dtype=torch.long)
+    for branch, kept, start, stop in reversed(list(zip(order, shared, starts, starts[1:], strict=False))):
+        subtree_end[start:stop] = end[kept : len(ids[branch])]
+        end[kept:] = start  # what is deeper than this branch's departure ends where it begins
+    input_ids = torch.cat([ids[branch][kept:] for branch, kept in zip(order, shared, strict=True)])
+    position_ids = torch.cat([depths[kept : len(ids[branch])] for branch, kept in zip(order, shared, strict=True)])
+    return PrefixTree(input_ids, position_ids, subtree_end, tuple(branch_rows))
+
+
+def _common_prefix(a: Tensor, b: Tensor) -> int:
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    first = int(differs.to(torch.uint8).argmax()) if length else 0
+    return first if length and differs[first] else length
+
+
+def _token_ids(branch: Any, position: int) -> Tensor:
+    """A branch as int64 [length]."""
+    if isinstance(branch, Tensor):
+        if branch.dim() != 1 or branch.is_floating_point() or branch.is_complex() or branch.dtype == torch.bool:
+            raise ArgumentTypeError(
+                f"branches[{position}]: expected a 1-D integer tensor, got {branch.dtype} of shape {list(branch.shape)}"
+            )
+        ids = branch.to("cpu", torch.long)
+    else:
+        try:  # `array` converts Python integers several times faster than a tensor does
+            tokens = array("q", branch)
+        except (TypeError, OverflowError) as error:
+            raise ArgumentTypeError(f"branches[{position}]: expected a sequence of token ids: {error}") from error
+        ids = torch.frombuffer(tokens, dtype=torch.long) if tokens else torch.empty(0, dtype=torch.long)
+    if not len(ids):
+        raise ArgumentError(f"branches[{position}]: expected at least one token, got none")
+    least, largest = (int(bound) for bound in ids.aminmax())
+    if least < 0 or largest > _LARGEST_ID:
+        raise ArgumentError(f"branches[{position}]: expected token ids in [0, {_LARGEST_ID}], got {least} to {largest}")
+    return ids
+
+
+def _sort_key(ids: Tensor) -> bytes:
+    """Big-endian bytes, which compare as the tokens do."""
+    key = ids.to(torch.int32).view(torch.uint8)
+    if sys.byteorder == "little":
+        key = key.view(-1, 4).flip(1)
+    key = key.contiguous()
+    return ctypes.string_at(key.data_ptr(), key.numel())
