@@ -1,141 +1,226 @@
-"""Suite `step`: forward, backward and optimiser step of the command line's `small` model, per loss, on one batch.
+"""Suite `step`: whole optimiser steps of the published scheme, of what one composes today, of ours and of plain SFT.
 
-"ours" runs through the same passes as NextQuillTrainer; "plain" runs the backbone on the same padded batches and the
-loss over full logits. Ratios are to our SFT step. Two ordinary forwards with gradient would cost 2, and a second
-forward without gradient 1.33.
+Per case (`benchmarks.step_cases`) every provider (`benchmarks.step_peers`) is first held to separate unpadded passes in
+plain PyTorch: in loss and every gradient on a shrunken model in float32, and in loss at full size. Then zero_grad,
+forwards, backwards and AdamW are timed in turns on one model. Metrics, all per example, so that steps over more
+examples compare:
+
+    seconds     s     one example's share of a step
+    time        x     the same over plain SFT's on unpadded examples, round by round
+    examples    x     examples per second over the published scheme's, round by round
+    rate        1/s   examples per second
+    tokens      1/s   tokens per second; an example has those of the branches its loss needs, unpadded and unshared
+    computed          tokens per example that go through the model
+    peak, step_peak   MiB, `benchmarks.step_memory`
+    status            no figure: `note` says why
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import nextquill as nq
-from benchmarks.measure import GateError, Options, Row, make_row, ratios, time_in_turns
-from benchmarks.peers.plain import nextquill_plain, perce_plain, sft_plain
-from nextquill.data import Branch, EncodedExample, PairCollator, stack_branches
-from nextquill.integrations.passes import PairPasses
-from nextquill.integrations.scratch import SCRATCH_SIZES, ScratchSize, build_model
+from benchmarks.measure import GateError, Options, Row, default_device, make_row, time_in_turns
+from benchmarks.memory import MIB
+from benchmarks.registry import OUT_OF_MEMORY
+from benchmarks.step_cases import Case, build_model, cases, make_examples, shrunken
+from benchmarks.step_memory import Peak, bind, cpu_peaks, cuda_peak, make_optimiser
+from benchmarks.step_peers import (
+    LOSSES,
+    OFFICIAL,
+    SFT,
+    Micro,
+    StepProvider,
+    providers,
+    reference,
+    share_above_threshold,
+    step,
+)
 
-LOSSES: dict[str, Callable[[], nq.PairLoss]] = {
-    "SFT": nq.SFTLoss,
-    "PerCE": nq.PerCELoss,
-    "NextQuill": nq.NextQuillLoss,
-    "NextQuill detached": lambda: nq.NextQuillLoss(detach_counterfactual=True),
-}
-#: Tokens of query, history and response. A short history leaves the counterfactual nearly as long as the factual pass,
-#: which is where a causal loss costs most.
-CASES = {
-    f"query {query}, history {history}, response {response}": (query, history, response)
-    for query, history, response in ((48, 320, 128), (48, 96, 64), (192, 16, 128))
-}
-BATCH = 8
-BASELINE = "SFT (ours)"
+#: Relative error of a loss, and of a gradient's norm; wider where the model itself is in half precision.
+_LOSS, _GRADIENT, _HALF = 1e-5, 1e-4, 2e-2
 
 
 def run(options: Options) -> list[Row]:
-    """Check, then time, every case; always on the CPU, which is what the `small` model is for."""
-    size = SCRATCH_SIZES["tiny" if options.quick else "small"]
-    rows: list[Row] = []
-    for case, (query, history, response) in CASES.items():
-        scale = 4 if options.quick else 1
-        batch = make_batch(size, query // scale, history // scale, response // scale)
-        gate(size, batch)
-        budget = None if options.budget is None else options.budget / len(CASES)
-        seconds = time_in_turns(steps(size, batch), options.rounds, budget=budget)
-        labels = {"mode": "step", "head": "trainable", "dtype": "float32", "device": "cpu"}
-        for name, values in ratios(seconds, BASELINE).items():
-            rows.append(make_row("step", case, name, "time", "x", values, BASELINE, loss=loss_of(name), **labels))
-        for name, values in seconds.items():
-            rows.append(make_row("step", case, name, "seconds", "s", values, loss=loss_of(name), **labels))
-        options.save(rows)
+    """Check, time and weigh every case.
+
+    Raises:
+        GateError: a provider is wrong; nothing of its case is timed.
+    """
+    device = torch.device(options.device or default_device())
+    todo, rows = cases(device, options.quick), list[Row]()
+    begun = time.perf_counter()
+    for position, case in enumerate(todo):
+        share = None
+        if options.budget is not None:
+            share = (options.budget - (time.perf_counter() - begun)) / (len(todo) - position)
+        measure(case, device, options, rows, share)
     return rows
 
 
-def loss_of(provider: str) -> str:
-    """A provider here is a loss and whose it is: `PerCE (ours)`."""
-    return provider.rsplit(" (", 1)[0]
+def measure(case: Case, device: torch.device, options: Options, rows: list[Row], budget: float | None) -> None:
+    """Everything of one case, appended to `rows`."""
+    deadline, begun = None if budget is None else time.perf_counter() + budget, len(rows)
+    gate(shrunken(case), device)
+    model = build_model(case.model, device)
+    optimiser = make_optimiser(model)
+    entrants, peaks = providers(case), dict[str, Peak]()
+    if device.type == "cuda":
+        peaks = _cuda_peaks(model, optimiser, case, entrants, rows)
+    computed = check_full_size(model, case, entrants)
+    calls = {label: partial(step, optimiser, bind(model, case, entrant)) for label, entrant in entrants.items()}
+    left = None if deadline is None else max(0.0, deadline - time.perf_counter())
+    seconds = time_in_turns(calls, options.rounds, budget=left)
+    rows += _time_rows(case, device, entrants, seconds, computed)
+    options.save(rows)
+    del model, optimiser, calls
+    gc.collect()
+    if device.type != "cuda":
+        peaks = cpu_peaks(case, list(entrants))
+    for label, peak in peaks.items():
+        for metric, size in (("peak", peak.total), ("step_peak", peak.of_step)):
+            rows.append(_row(case, device, entrants[label], metric, "MiB", [size / MIB]))
+    places = {(entrant.loss, entrant.name): place for place, entrant in enumerate(providers(case).values())}
+    rows[begun:] = sorted(rows[begun:], key=lambda row: places[row.loss, row.provider])
+    options.save(rows)
 
 
-def make_batch(size: ScratchSize, query: int, history: int, response: int) -> dict[str, Any]:
-    """Random examples with lengths within ±20% of the given ones."""
-    generator = torch.Generator().manual_seed(0)
+def gate(case: Case, device: torch.device) -> None:
+    """Refuse to time anything unless every provider's loss and gradients are those of separate passes.
 
-    def ids(length: int) -> list[int]:
-        length = int(length * (0.8 + 0.4 * torch.rand((), generator=generator)))
-        return torch.randint(0, size.vocabulary, (max(1, length),), generator=generator).tolist()
-
-    examples = []
-    for index in range(BATCH):
-        question, past, answer = ids(query), ids(history), ids(response)
-        factual, counterfactual = Branch(question + past, answer), Branch(question, answer)
-        examples.append(EncodedExample(str(index), index, factual, counterfactual, None, 1, 1))
-    return PairCollator(0)(examples)
-
-
-def steps(size: ScratchSize, batch: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """One optimiser step per provider, each on a model of its own."""
-    providers: dict[str, Callable[[], object]] = {}
-    for name, make_loss in LOSSES.items():
-        for kind, build in (("ours", our_loss), ("plain", plain_loss)):
-            model = build_model(size, seed=0)
-            optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
-            loss = build(model, name, make_loss(), batch)
-            providers[f"{name} ({kind})"] = lambda loss=loss, optimiser=optimiser: _step(loss, optimiser)
-    return providers
+    Raises:
+        GateError: one is wrong, or the examples do not show it because all their tokens weigh the same.
+    """
+    model, examples = build_model(case.model, device), make_examples(case)
+    expected = {loss: _loss_and_gradients(model, reference(model, loss, examples)) for loss in LOSSES}
+    share = share_above_threshold(model, examples)
+    if not 0.02 < share < 0.98:
+        raise GateError(f"step: {share:.1%} of the gate's tokens are above the threshold, which tests one weight only")
+    for entrant in providers(case).values():
+        loss, gradients = _loss_and_gradients(model, entrant.build(model, case, examples))
+        truth, true_gradients = expected[entrant.loss]
+        _check_loss(entrant.label, float(loss), float(truth), _LOSS)
+        for (name, _), found, true in zip(model.named_parameters(), gradients, true_gradients, strict=True):
+            error = float((found - true).norm() / true.norm())
+            if not error <= _GRADIENT:
+                raise GateError(f"step: {entrant.label}: gradient of {name} is off by {error:.1e}; not timed")
 
 
-def _step(loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss().backward()
-    optimiser.step()
+def check_full_size(model: Any, case: Case, entrants: dict[str, StepProvider]) -> dict[str, float]:
+    """Check the losses where they are timed; tokens that went through the model per example and provider.
+
+    Raises:
+        GateError: one is wrong.
+    """
+    examples, allowed = make_examples(case), _LOSS if case.model.dtype == "float32" else _HALF
+    computed, count, truths = dict[str, float](), [0], dict[tuple[str, int], float]()
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: count.append(count.pop() + inputs[0].numel())
+    )
+    try:
+        with torch.no_grad():
+            for label, entrant in entrants.items():
+                size = entrant.examples_of(case)
+                if (entrant.loss, size) not in truths:
+                    truths[entrant.loss, size] = _total(reference(model, entrant.loss, examples[:size]))
+                micros = entrant.build(model, case, examples[:size])  # which may try the model on a few tokens
+                count[:] = [0]
+                found = _total(micros)
+                _check_loss(label, found, truths[entrant.loss, size], allowed)
+                computed[label] = count[0] / size
+    finally:
+        handle.remove()
+    return computed
 
 
-def our_loss(model: Any, name: str, loss: nq.PairLoss, batch: dict[str, Any]) -> Callable[[], Tensor]:
-    passes = PairPasses(model, loss)
-    return lambda: passes.training_loss(batch)[0]
+def _cuda_peaks(
+    model: Any, optimiser: torch.optim.Optimizer, case: Case, entrants: dict[str, StepProvider], rows: list[Row]
+) -> dict[str, Peak]:
+    """Peaks; who does not fit leaves `entrants`."""
+    peaks = dict[str, Peak]()
+    for label, entrant in list(entrants.items()):
+        try:
+            peaks[label] = cuda_peak(model, optimiser, case, entrant)
+        except torch.OutOfMemoryError:
+            del entrants[label]
+            rows.append(_row(case, model.device, entrant, "status", "", [], note=OUT_OF_MEMORY))
+        optimiser.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return peaks
 
 
-def plain_loss(model: Any, name: str, loss: nq.PairLoss, batch: dict[str, Any]) -> Callable[[], Tensor]:
-    """The same passes by hand, with full logits of the supervised rows."""
-
-    def hidden(branch: dict[str, Tensor]) -> Tensor:
-        states = model.model(branch["input_ids"], branch["attention_mask"], use_cache=False).last_hidden_state
-        return states[branch["labels"] != -100]
-
-    def compute() -> Tensor:
-        factual, counterfactual = batch["factual"], batch["counterfactual"]
-        mask = factual["labels"] != -100
-        labels, ids = factual["labels"][mask], mask.nonzero()[:, 0]
-        weight = model.lm_head.weight
-        if name == "SFT":
-            return sft_plain(hidden(factual), weight, labels, ids)
-        if loss.detaches_counterfactual:
-            with torch.no_grad():
-                h0 = hidden(counterfactual)
-            h1 = hidden(factual)
-        else:
-            h1, h0 = hidden(stack_branches(factual, counterfactual)).chunk(2)
-        if name == "PerCE":
-            return perce_plain(h1, h0, weight, labels, ids)
-        return nextquill_plain(h1, h0, weight, labels, ids, detach=loss.detaches_counterfactual)
-
-    return compute
+def _time_rows(
+    case: Case,
+    device: torch.device,
+    entrants: dict[str, StepProvider],
+    seconds: dict[str, list[float]],
+    computed: dict[str, float],
+) -> list[Row]:
+    each = {label: [value / entrants[label].examples_of(case) for value in seconds[label]] for label in seconds}
+    rows = list[Row]()
+    for label, values in each.items():
+        entrant = entrants[label]
+        rows.append(_row(case, device, entrant, "seconds", "s", values))
+        if SFT in each:
+            ratios = [own / base for own, base in zip(values, each[SFT], strict=True)]
+            rows.append(_row(case, device, entrant, "time", "x", ratios, SFT))
+        if OFFICIAL in each:
+            ratios = [base / own for own, base in zip(values, each[OFFICIAL], strict=True)]
+            rows.append(_row(case, device, entrant, "examples", "x", ratios, OFFICIAL))
+        held = tokens_of(case, entrant.loss)
+        rows.append(_row(case, device, entrant, "rate", "1/s", [1 / value for value in values]))
+        rows.append(_row(case, device, entrant, "tokens", "1/s", [held / value for value in values]))
+        rows.append(_row(case, device, entrant, "computed", "", [computed[label]]))
+    return rows
 
 
-def gate(size: ScratchSize, batch: dict[str, Any]) -> None:
-    """Refuse to time anything unless ours and plain agree in the loss and in every gradient."""
-    for name, make_loss in LOSSES.items():
-        results = []
-        for build in (our_loss, plain_loss):
-            model = build_model(size, seed=0)
-            loss = build(model, name, make_loss(), batch)()
-            loss.backward()
-            results.append((loss.item(), [p.grad for p in model.parameters()]))
-        (ours, own_grads), (plain, plain_grads) = results
-        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(own_grads, plain_grads, strict=True))
-        if abs(ours - plain) > 1e-5 * abs(plain) or worst > 1e-4:
-            raise GateError(f"step: {name}: loss {ours} against {plain}, gradients differ by {worst:.1e}; not timed")
+def tokens_of(case: Case, loss: str) -> int:
+    """Tokens of the branches that one example needs for a loss."""
+    sizes = case.lengths
+    factual = sizes.system + sizes.history + sizes.query + sizes.response
+    return factual if loss == "SFT" else factual + factual - sizes.history + sizes.none
+
+
+def _row(
+    case: Case,
+    device: torch.device,
+    entrant: StepProvider,
+    metric: str,
+    unit: str,
+    values: list[float],
+    baseline: str = "",
+    note: str = "",
+) -> Row:
+    return make_row(
+        "step", str(case), entrant.name, metric, unit, values, baseline,
+        loss=entrant.loss, mode="step", head="trainable", dtype=case.model.dtype, note=note, device=device.type,
+    )  # fmt: skip
+
+
+def _loss_and_gradients(model: Any, micros: Sequence[Micro]) -> tuple[Tensor, list[Tensor]]:
+    """Of the whole step; the model is left without gradients."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=model.device)
+    for micro in micros:
+        loss = micro()
+        loss.backward()
+        total += loss.detach()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return total, gradients
+
+
+def _total(micros: Sequence[Micro]) -> float:
+    return sum(float(micro()) for micro in micros)
+
+
+def _check_loss(label: str, found: float, true: float, allowed: float) -> None:
+    if not abs(found - true) <= allowed * abs(true):
+        raise GateError(f"step: {label}: loss {found:.7g}, separate passes have {true:.7g}; not timed")

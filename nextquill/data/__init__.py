@@ -1,20 +1,21 @@
-"""From records of users' writing to padded batches with a factual and a counterfactual branch.
+"""From records of users' writing to batches with a factual and a counterfactual branch.
 
     records = load_records("train.jsonl")
     encoder = ExampleEncoder(tokenizer, PromptTemplate(), max_length=2048)
     examples = encoder.encode_all(records)
-    batch = PairCollator(pad_token_id=tokenizer.pad_token_id)(examples[:8])
+    batch = TreeCollator()(examples[:8])
 
 Nothing here imports Hugging Face packages: tokenizers and data sets are used by their shape alone.
 """
 
 from __future__ import annotations
 
-from nextquill.data.collator import PairCollator, stack_branches
+from nextquill.data.collator import PaddedCollator, TreeCollator
 from nextquill.data.encoding import Branch, EncodedExample, EncodingStats, ExampleEncoder
 from nextquill.data.placebo import assign_placebo_histories
 from nextquill.data.records import HistoryItem, Record, load_records, parse_record, read_jsonl
 from nextquill.data.rendering import PromptRenderer
+from nextquill.data.sampling import UserGroupSampler
 from nextquill.data.templates import PromptTemplate
 
 __all__ = [
@@ -23,13 +24,14 @@ __all__ = [
     "EncodingStats",
     "ExampleEncoder",
     "HistoryItem",
-    "PairCollator",
+    "PaddedCollator",
     "PromptRenderer",
     "PromptTemplate",
     "Record",
+    "TreeCollator",
+    "UserGroupSampler",
     "assign_placebo_histories",
     "load_records",
     "parse_record",
     "read_jsonl",
-    "stack_branches",
 ]

@@ -1,137 +1,251 @@
-"""From encoded examples to padded tensors, one set per branch.
+"""From encoded examples to what a model runs on and a loss reads, in one of two layouts.
 
-Labels are aligned with hidden states: `labels[b, t]` is the token that position t predicts, which is
-`input_ids[b, t + 1]` where that is a response token, and -100 elsewhere. No loss has to shift them. Read in row-major
-order, the supervised labels of every branch are the same sequence, so the rows that the branches' labels select can be
-compared one by one.
+    trees    branches merged by common prefix, one row without padding (`TreeCollator`)
+    padded   a row per branch, filled on the right (`PaddedCollator`)
 
-    example: prompt p0 p1 p2, response r0 r1, padded to 6
-    input_ids       p0    p1    p2    r0    r1    pad
-    attention_mask   1     1     1     1     1     0
-    labels         -100  -100   r0    r1   -100  -100
+Both yield the same *batch*: `{"example_index": int64 [B], "users": int64 [B], "parts": [part, …]}`, where `users` tells
+users apart. A part is computed in one go,
+
+    labels          int64 [n]   the supervised tokens of its examples, example by example
+    sequence_ids    int64 [n]   each one's example, as a position in the batch
+    num_sequences   examples in the part
+    num_tokens, num_branch_tokens   tokens that are computed, and tokens of the branches on their own
+    forwards        the forwards of the model, in order; the last one carries the loss and its gradient
+
+and a forward holds inputs [rows, T] and, under `rows`, for each branch it runs the n positions, counted over
+all rows, whose hidden states predict the labels. Nothing is ever shifted: at the end of a branch the next row of a tree
+is another branch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nextquill.data._checks import check_integer
 from nextquill.data.encoding import Branch, EncodedExample
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, BudgetError
+from nextquill.tree import TreeLayout, build_prefix_tree, pack_branches
 
-IGNORE_INDEX = -100
-_BRANCHES = ("factual", "counterfactual", "placebo")
-_PADDING = {"attention_mask": 0, "labels": IGNORE_INDEX}
+BRANCHES = ("factual", "counterfactual", "placebo")
+#: The branches of each forward; a counterfactual that is a constant has its own, which needs no gradient.
+Forwards = tuple[tuple[str, ...], ...]
+FACTUAL: Forwards = (("factual",),)
+CONSTANT_COUNTERFACTUAL: Forwards = (("counterfactual",), ("factual",))
+JOINT: Forwards = (("factual", "counterfactual"),)
 
 
 @dataclass
-class PairCollator:
-    """Pads each branch of a batch on the right, to the branch's own longest row.
+class TreeCollator:
+    """Merges the branches of a batch by common prefix.
+
+    Args:
+        forwards: the branches of each of a part's forwards.
+        max_tokens: most tokens of the forward that carries the loss, after sharing; a batch that takes more becomes
+            several parts. None puts a batch into one part.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument has an unusable value.
+    """
+
+    forwards: Forwards = JOINT
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_forwards(self.forwards)
+        if self.max_tokens is not None:
+            check_integer("max_tokens", self.max_tokens, least=1)
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
+        """The batch of these examples.
+
+        Raises:
+            ArgumentError: no examples, an example without a branch that is asked for, or a branch without a prompt.
+            BudgetError: an example alone takes more than `max_tokens`.
+        """
+        _check_examples(examples, self.forwards)
+        groups = [[branch_of(example, name).input_ids for name in self.forwards[-1]] for example in examples]
+        try:
+            packed = pack_branches(groups, self.max_tokens)
+        except BudgetError as error:
+            raise BudgetError(f"examples: {error} (groups are the batch's examples)") from error
+        return _batch(examples, [self._part(examples, chosen) for chosen in packed])
+
+    def _part(self, examples: Sequence[EncodedExample], chosen: Sequence[int]) -> dict[str, Any]:
+        own = [examples[index] for index in chosen]
+        return _part(examples, chosen, [_tree_forward(own, names) for names in self.forwards])
+
+    def empty_part(self) -> dict[str, Any]:
+        """A part without labels, for a rank that has none where others have: one token per forward."""
+        token = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "position_ids": torch.zeros(1, 1, dtype=torch.long)}
+        end = torch.ones(1, 1, dtype=torch.long)
+        none = torch.empty(0, dtype=torch.long)
+        forwards = [
+            {**token, "subtree_end": end, "layout": TreeLayout.of(token["position_ids"][0], end[0]),
+             "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
+            for names in self.forwards
+        ]  # fmt: skip
+        return _assemble(none, none, 0, forwards)
+
+
+@dataclass
+class PaddedCollator:
+    """Gives every branch a row of its own, padded on the right to the forward's longest.
 
     Args:
         pad_token_id: fills `input_ids`; it is never attended and never a label.
-        branches: which branches to build, of "factual", "counterfactual" and "placebo".
-        pad_to_multiple_of: round each branch's length up to a multiple of this.
+        forwards: the branches of each forward.
+        pad_to_multiple_of: round each forward's length up to a multiple of this.
 
     Raises:
-        ArgumentError: an argument has an unusable value.
-        ArgumentTypeError: a number is not an integer, such as the pad_token_id of a tokenizer without padding.
+        ArgumentError, ArgumentTypeError: an argument has an unusable value, such as the pad_token_id of a tokenizer
+            without padding.
     """
 
     pad_token_id: int
-    branches: tuple[str, ...] = ("factual", "counterfactual")
+    forwards: Forwards = JOINT
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("pad_token_id", self.pad_token_id, least=0)
+        _check_forwards(self.forwards)
         if self.pad_to_multiple_of is not None:
             check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1)
-        unknown = [name for name in self.branches if name not in _BRANCHES]
-        if isinstance(self.branches, str) or unknown or not self.branches:
-            raise ArgumentError(f"branches: expected a tuple of some of {_BRANCHES}, got {self.branches!r}")
-        if len(set(self.branches)) < len(self.branches):
-            raise ArgumentError(f"branches: expected each once, got {self.branches!r}")
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        """Return `{branch: {"input_ids", "attention_mask", "labels"}, ..., "example_index"}`.
-
-        Args:
-            examples: B examples.
-
-        Returns:
-            For each branch a dict of int64 tensors [B, T] with the branch's own T, and `example_index`, int64 [B].
+        """The batch of these examples, in one part.
 
         Raises:
             ArgumentError: no examples, an example without a branch that is asked for, or a branch without a prompt.
         """
-        if not examples:
-            raise ArgumentError("examples: expected at least one, got none")
-        batch: dict[str, Any] = {}
-        for name in self.branches:
-            batch[name] = self._pad([_branch(example, name) for example in examples])
-        batch["example_index"] = torch.tensor([example.index for example in examples], dtype=torch.long)
-        return batch
+        _check_examples(examples, self.forwards)
+        forwards = [self._forward(examples, names) for names in self.forwards]
+        return _batch(examples, [_part(examples, range(len(examples)), forwards)])
 
-    def _pad(self, branches: list[Branch]) -> dict[str, torch.Tensor]:
-        longest = max(len(branch.prompt_ids) + len(branch.response_ids) for branch in branches)
+    def empty_part(self) -> dict[str, Any]:
+        """A part without labels, for a rank that has none where others have: one token per forward."""
+        none, ids = torch.empty(0, dtype=torch.long), torch.full((1, 1), self.pad_token_id)
+        forwards = [
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": dict.fromkeys(names, none),
+             "num_branch_tokens": 0}
+            for names in self.forwards
+        ]  # fmt: skip
+        return _assemble(none, none, 0, forwards)
+
+    def _forward(self, examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
+        branches = [branch_of(example, name) for name in names for example in examples]
+        lengths = [len(branch.prompt_ids) + len(branch.response_ids) for branch in branches]
         multiple = self.pad_to_multiple_of or 1
-        shape = (len(branches), -(-longest // multiple) * multiple)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        longest = -(-max(lengths) // multiple) * multiple
+        input_ids = torch.full((len(branches), longest), self.pad_token_id, dtype=torch.long)
         for row, branch in enumerate(branches):
-            ids = branch.input_ids
-            first = len(branch.prompt_ids) - 1
-            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-            attention_mask[row, : len(ids)] = 1
-            labels[row, first : len(ids) - 1] = torch.tensor(branch.response_ids, dtype=torch.long)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            input_ids[row, : lengths[row]] = torch.tensor(branch.input_ids, dtype=torch.long)
+        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+        predicting = [row * longest + _predicting(branch) for row, branch in enumerate(branches)]
+        count = len(examples)
+        rows = {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)}
+        return {"input_ids": input_ids, "attention_mask": mask, "rows": rows, "num_branch_tokens": sum(lengths)}
 
 
-def stack_branches(*branches: Mapping[str, torch.Tensor], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """Put branches of one batch into one set of tensors, the first branch's rows first.
-
-    Args:
-        branches: what `PairCollator` yields for single branches: `input_ids`, `attention_mask` and `labels`, int64
-            [B_i, T_i].
-        pad_token_id: fills `input_ids` up to the longest T_i. Those positions are masked out, so any valid id does.
-
-    Returns:
-        The same keys, int64 [sum of B_i, max of T_i].
-
-    Raises:
-        ArgumentError: no branches, or a branch without one of the three tensors.
-    """
-    if not branches:
-        raise ArgumentError("branches: expected at least one, got none")
-    padding = {"input_ids": pad_token_id, **_PADDING}
-    for position, branch in enumerate(branches):
-        if set(branch) != set(padding):
-            raise ArgumentError(f"branches[{position}]: expected the keys {sorted(padding)}, got {sorted(branch)}")
-    longest = max(branch["input_ids"].shape[1] for branch in branches)
+def _tree_forward(examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
+    branches = [branch_of(example, name) for name in names for example in examples]
+    tree = build_prefix_tree([branch.input_ids for branch in branches])
+    predicting = [rows[_predicting(branch)] for rows, branch in zip(tree.branch_rows, branches, strict=True)]
+    count = len(examples)
     return {
-        name: torch.cat([_widen(branch[name], longest, fill) for branch in branches]) for name, fill in padding.items()
+        "input_ids": tree.input_ids[None],
+        "position_ids": tree.position_ids[None],
+        "subtree_end": tree.subtree_end[None],
+        "layout": TreeLayout.of_tree(tree),
+        "rows": {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)},
+        "num_branch_tokens": tree.num_branch_tokens,
     }
 
 
-def _branch(example: EncodedExample, name: str) -> Branch:
+def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: list[dict[str, Any]]) -> dict[str, Any]:
+    responses = [examples[index].factual.response_ids for index in chosen]
+    labels = torch.tensor([token for response in responses for token in response], dtype=torch.long)
+    lengths = torch.tensor([len(response) for response in responses])
+    return _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
+
+
+def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "labels": labels,
+        "sequence_ids": sequence_ids,
+        "num_sequences": count,
+        "num_tokens": sum(forward["input_ids"].numel() for forward in forwards),
+        "num_branch_tokens": sum(forward.pop("num_branch_tokens") for forward in forwards),
+        "forwards": forwards,
+    }
+
+
+def _batch(examples: Sequence[EncodedExample], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "example_index": torch.tensor([example.index for example in examples], dtype=torch.long),
+        "users": torch.tensor([_user_number(example.user_id) for example in examples], dtype=torch.long),
+        "parts": parts,
+    }
+
+
+def _user_number(user_id: str) -> int:
+    """63 bits of a hash: the same number on every rank."""
+    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _predicting(branch: Branch) -> Tensor:
+    """Positions in the branch whose next token is one of the response."""
+    first = len(branch.prompt_ids) - 1
+    return torch.arange(first, first + len(branch.response_ids))
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """A batch, or a part of one, with its tensors on a device; what attention reads on the host stays there."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
+
+
+def branch_of(example: EncodedExample, name: str) -> Branch:
+    """The named branch of an example, which must have it."""
     branch: Branch | None = getattr(example, name)
-    if branch is None:
-        raise ArgumentError(
-            f"examples: expected a {name} branch in each, got none in example {example.index} "
-            f"(user {example.user_id!r}); encode with placebo=True, on records of at least two users"
-        )
-    if not branch.prompt_ids:
-        raise ArgumentError(
-            f"examples: expected a prompt in each branch, got none in the {name} branch of example {example.index}: "
-            f"nothing predicts the first response token"
-        )
+    assert branch is not None
     return branch
 
 
-def _widen(tensor: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=fill)
+def _check_forwards(forwards: Any) -> None:
+    names = [name for part in forwards for name in part] if isinstance(forwards, (tuple, list)) else []
+    if (
+        not names
+        or any(isinstance(part, str) or not part for part in forwards)
+        or set(names) - set(BRANCHES)
+        or len(set(names)) < len(names)
+    ):
+        raise ArgumentError(
+            f"forwards: expected a tuple of tuples of {BRANCHES}, each name at most once, got {forwards!r}"
+        )
+
+
+def _check_examples(examples: Sequence[EncodedExample], forwards: Forwards) -> None:
+    if not examples:
+        raise ArgumentError("examples: expected at least one, got none")
+    for example in examples:
+        for name in (name for names in forwards for name in names):
+            branch: Branch | None = getattr(example, name)
+            if branch is None:
+                raise ArgumentError(
+                    f"examples: expected a {name} branch in each, got none in example {example.index} "
+                    f"(user {example.user_id!r}); encode with placebo=True, on records of at least two users"
+                )
+            if not branch.prompt_ids or not branch.response_ids:
+                raise ArgumentError(
+                    f"examples: expected a prompt and a response in each branch, got an empty one in the {name} branch "
+                    f"of example {example.index}"
+                )

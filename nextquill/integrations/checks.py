@@ -57,6 +57,26 @@ def check_arguments(args: Any) -> None:
             raise ArgumentError(f"args: parallelism_config.{name} above 1 is not supported, only data parallelism")
 
 
+def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user: Any) -> None:
+    """Raise ArgumentError or ArgumentTypeError for batches that cannot be made."""
+    for name, value in (("max_tokens", max_tokens), ("examples_per_user", examples_per_user)):
+        if name == "max_tokens" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+        if value < 1:
+            raise ArgumentError(f"{name}: expected a positive number, got {value}")
+    if max_tokens is not None and loss.reduction == "micro_batch":
+        raise ArgumentError(
+            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+        )
+    if args.per_device_train_batch_size % examples_per_user:
+        raise ArgumentError(
+            f"examples_per_user: expected a divisor of per_device_train_batch_size={args.per_device_train_batch_size}, "
+            f"got {examples_per_user}"
+        )
+
+
 def check_model(model: Any, processing_class: Any, loss: Any) -> None:
     """Raise unless these are a causal language model, its tokenizer, and a loss.
 

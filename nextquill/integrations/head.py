@@ -40,7 +40,8 @@ class HeadState:
 
     def select(self, positions: Tensor) -> Tensor:
         """Rows [n, D] of the flattened hidden states, in the weight's dtype unless autocast chooses it."""
-        rows = self.hidden_states.flatten(0, 1).index_select(0, positions)
+        # Indexing, unlike index_select, has a backward without atomics on a GPU; branches may share a row.
+        rows = self.hidden_states.flatten(0, 1)[positions]
         return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
 
 

@@ -6,6 +6,7 @@ Sums stay on the device and are reduced over ranks once per log, so measuring ne
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from nextquill.integrations.passes import BatchScores
+from nextquill.integrations.passes import PartScores
 from nextquill.losses import PairLoss
 from nextquill.outputs import PreferenceLossOutput
 
@@ -32,8 +33,10 @@ class TrainingMeter:
         "share_above_threshold",
         "token_weight",
     )
-    _SUMS = (*_TERMS, *_TOKEN_SUMS, "num_tokens", "num_sequences")
-    _UNPAIRED = ("loss_factual", "nll_factual", "num_tokens", "num_sequences")
+    _COUNTS = ("num_tokens", "num_sequences")
+    _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS)
+    _WORK = ("computed", "branches")  # tokens that were computed, and those of the branches on their own
+    _UNPAIRED = ("loss_factual", "nll_factual", *_COUNTS)
 
     def __init__(self) -> None:
         self.reset()
@@ -44,16 +47,32 @@ class TrainingMeter:
         self._paired = False
         self._steps = 0
         self._step_began = False
+        self._work = [0, 0]
+        self._users = self._step_users = 0
+        self._since = time.perf_counter()
 
-    def begin_step(self) -> None:
-        """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count."""
+    def begin_step(self, users: int = 0) -> None:
+        """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count.
+
+        Args:
+            users: different users in the step, over all ranks.
+        """
         self._step_began = True
+        self._step_users = users
 
-    def add(self, output: PreferenceLossOutput) -> None:
-        """Add one micro-batch."""
+    def add(self, output: PreferenceLossOutput, computed_tokens: int = 0, branch_tokens: int = 0) -> None:
+        """Add one part.
+
+        Args:
+            output: the loss's.
+            computed_tokens: tokens that were computed for it.
+            branch_tokens: tokens of its branches on their own.
+        """
         pair, count = output.pair_nll, output.num_tokens
         self._steps += self._step_began
+        self._users += self._step_users * self._step_began
         self._step_began = False
+        self._work = [self._work[0] + computed_tokens, self._work[1] + branch_tokens]
         self._paired = pair.counterfactual is not None
         values = torch.stack(
             [
@@ -75,13 +94,19 @@ class TrainingMeter:
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Reduce over ranks, reset, and return the interval's metrics; every rank must call it."""
         none = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
-        total = dict(zip(self._SUMS, reduce(none if self._sums is None else self._sums).tolist(), strict=True))
+        sums = torch.cat([none if self._sums is None else self._sums, none.new_tensor(self._work)])
+        total = dict(zip((*self._SUMS, *self._WORK), reduce(sums).tolist(), strict=True))
         steps, tokens, paired = max(1, self._steps), max(1.0, total["num_tokens"]), self._paired
+        work = {
+            "tokens_per_second": total["branches"] / max(1e-9, time.perf_counter() - self._since),
+            "sharing_factor": total["branches"] / max(1.0, total["computed"]),
+            "users_per_step": self._users / steps,
+        }
         self.reset()
         metrics = {name: total[name] / steps for name in self._TERMS}
         metrics |= {name: total[name] / tokens for name in self._TOKEN_SUMS}
-        metrics |= {"num_tokens": total["num_tokens"], "num_sequences": total["num_sequences"]}
-        return metrics if paired else {name: metrics[name] for name in self._UNPAIRED}
+        metrics |= {name: total[name] for name in self._COUNTS}
+        return (metrics if paired else {name: metrics[name] for name in self._UNPAIRED}) | work
 
 
 #: Columns of the per-example evaluation table, means over the example's tokens but for the last.
@@ -90,7 +115,7 @@ EVAL_COLUMNS = (
 )  # fmt: skip
 
 
-def example_table(scores: BatchScores, num_examples: int, loss: PairLoss) -> Tensor:
+def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tensor:
     """One row of `EVAL_COLUMNS` per example, float32; `nll_placebo` is NaN where no placebo was scored."""
     output, ids = scores.output, scores.sequence_ids
     pair = output.pair_nll

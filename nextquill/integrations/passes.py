@@ -1,10 +1,11 @@
 """The forward passes of one batch: which branches run, with or without gradient, and where the loss meets them.
 
-    through both passes     one forward of both branches stacked, loss in its head
+    through both passes     one forward of both branches, loss in its head
     counterfactual constant one forward without gradient whose head keeps the hidden states, then the factual one
     one stream              the factual forward alone
 
-Only supervised rows leave the head function's first line, so the loss never sees a prompt or a padding position.
+A batch comes from one of the collators of `nextquill.data`, as trees or padded. Only rows that predict a label leave
+the head function's first line, so the loss never sees a prompt or a padding position.
 """
 
 from __future__ import annotations
@@ -12,158 +13,205 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nextquill.data import stack_branches
+from nextquill.data import PaddedCollator, TreeCollator
+from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, JOINT, Forwards
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
+from nextquill.integrations.attention import ATTENTIONS, TreeAttention
 from nextquill.integrations.head import HeadState, LossInHead
 from nextquill.losses import PairLoss
 from nextquill.outputs import PreferenceLossOutput
 
-Branch = Mapping[str, Tensor]
+Part = Mapping[str, Any]
 
 
-class BatchScores(NamedTuple):
-    """What an evaluation pass leaves: the loss's output over supervised rows [n], and the placebo's nll or None."""
+class PartScores(NamedTuple):
+    """What an evaluation of a part leaves: the loss's output over its labels [n], and the placebo's nll or None."""
 
     output: PreferenceLossOutput
     placebo_nll: Tensor | None
     sequence_ids: Tensor
 
 
-class SupervisedRows(NamedTuple):
-    """The rows of a batch that have a label: their positions in [B * T], labels and sequences (0 … B - 1), each [n]."""
-
-    shape: torch.Size
-    positions: Tensor
-    labels: Tensor
-    sequence_ids: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor) -> SupervisedRows:
-        # One wait for the device, here; everything below selects by index.
-        positions = (labels != -100).flatten().nonzero().squeeze(1)
-        return cls(labels.shape, positions, labels.flatten()[positions], positions // labels.shape[1])
-
-    def select(self, state: HeadState) -> Tensor:
-        """The hidden states of these rows [n, D]."""
-        if state.hidden_states.shape[:2] != self.shape:
-            raise UnsupportedModelError(
-                f"output embedding: expected hidden states for {list(self.shape)} positions, "
-                f"got {list(state.hidden_states.shape[:2])}; a model that adds or drops positions is not supported"
-            )
-        return state.select(self.positions)
-
-
 class PairPasses:
-    """Runs a loss over collated batches (`PairCollator`) of one model.
+    """Runs a loss over batches of one model. Usable as a context manager, which calls `close` in the end.
 
     Args:
         model: the unwrapped model.
         loss: the loss; `self.loss` is a copy with the model's own softcap and logit_scale.
+        attention: how rows of trees are attended, or "padded" for a row per branch; see `integrations.attention`.
 
     Raises:
-        ArgumentError: the loss was given a softcap or logit_scale that is not the model's.
-        UnsupportedModelError: the model's head cannot be handled exactly.
+        ArgumentError: the loss was given a softcap or logit_scale that is not the model's, or `attention` is unknown.
+        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
     """
 
-    def __init__(self, model: nn.Module, loss: PairLoss) -> None:
+    def __init__(self, model: nn.Module, loss: PairLoss, attention: str = "auto") -> None:
+        if attention not in ATTENTIONS:
+            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
         self.runner = LossInHead(model)
         self.loss = fit_to_head(loss, self.runner)
+        self.trees = None if attention == "padded" else TreeAttention(model, attention)
 
-    def training_loss(
-        self, batch: Mapping[str, Branch], num_items: float | Tensor | None = None, call: nn.Module | None = None
-    ) -> tuple[Tensor, PreferenceLossOutput]:
-        """The loss with its gradient, and its diagnostics.
+    def __enter__(self) -> PairPasses:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was found; a later call takes hold of it again."""
+        if self.trees is not None:
+            self.trees.close()
+
+    def check_training(self, max_length: int) -> None:
+        """Raise before training what would be raised during it.
+
+        Raises:
+            UnsupportedModelError: branches may be longer than the model's rotary embedding allows, or it has dropout.
+        """
+        if self.trees is not None:
+            self.trees.check_training(max_length)
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def collator(self, pad_token_id: int = 0, max_tokens: int | None = None) -> TreeCollator | PaddedCollator:
+        """What makes training batches of encoded examples.
 
         Args:
-            batch: `{"factual": …, "counterfactual": …}`, each with input_ids, attention_mask and labels [B, T].
-            num_items: what the reduction divides by; see `PairLoss.forward`.
+            pad_token_id: fills padded rows; trees have none.
+            max_tokens: see `TreeCollator`.
+        """
+        if not self.loss.needs_counterfactual:
+            return self._collator(FACTUAL, pad_token_id, max_tokens)
+        constant = self.loss.detaches_counterfactual
+        return self._collator(CONSTANT_COUNTERFACTUAL if constant else JOINT, pad_token_id, max_tokens)
+
+    def scoring_collator(
+        self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
+    ) -> TreeCollator | PaddedCollator:
+        """What makes batches for `scores`: trees hold all branches in one row; padded ones run one after the other."""
+        names = ("counterfactual", *(["placebo"] if placebo else []), "factual")
+        if self.trees is None:
+            return self._collator(tuple((name,) for name in names), pad_token_id, max_tokens)
+        return self._collator((names,), pad_token_id, max_tokens)
+
+    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
+        if self.trees is not None:
+            return TreeCollator(forwards, max_tokens)
+        if max_tokens is not None:
+            raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+        return PaddedCollator(pad_token_id, forwards)
+
+    # ---- training ----------------------------------------------------------------------------------
+
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """What the loss's reduction divides by, over this batch."""
+        parts = batch["parts"]
+        if self.loss.reduction == "sequence":
+            return sum(part["num_sequences"] for part in parts)
+        return sum(part["labels"].numel() for part in parts) if self.loss.reduction == "token" else len(parts)
+
+    def training_loss(
+        self, batch: Mapping[str, Any], num_items: float | Tensor | None = None, call: nn.Module | None = None
+    ) -> tuple[Tensor, list[PreferenceLossOutput]]:
+        """The loss of a batch with its gradient, and the diagnostics of each of its parts.
+
+        Args:
+            batch: of `self.collator`.
+            num_items: what the reduction divides by; by default `count_items(batch)`. See `PairLoss.forward`.
             call: the model in its DDP or FSDP wrapper.
         """
-        factual = batch["factual"]
-        if not self.loss.needs_counterfactual:
-            return self._loss_pass(self.loss, factual, None, num_items, call)
-        if self.loss.detaches_counterfactual:
-            with torch.no_grad():
-                hidden = self._hidden_pass(batch["counterfactual"], call)
-            return self._loss_pass(self.loss, factual, hidden, num_items, call)
-        return self._joint_pass(factual, batch["counterfactual"], num_items, call)
+        items = self.count_items(batch) if num_items is None else num_items
+        results = [self.part_loss(part, items, call) for part in batch["parts"]]
+        return torch.stack([loss for loss, _ in results]).sum(), [output for _, output in results]
+
+    def part_loss(
+        self, part: Part, num_items: float | Tensor | None = None, call: nn.Module | None = None
+    ) -> tuple[Tensor, PreferenceLossOutput]:
+        """The loss of one part with its gradient, and its diagnostics; as `training_loss`."""
+        hidden: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for forward in part["forwards"][:-1]:
+                hidden |= self._hidden(forward, call)
+        return self._loss(self.loss, part, hidden, num_items, call)
+
+    # ---- evaluation --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def scores(self, batch: Mapping[str, Branch], call: nn.Module | None = None) -> BatchScores:
-        """All branches of a batch without gradient.
+    def scores(self, part: Part, call: nn.Module | None = None) -> PartScores:
+        """All branches of a part of a batch of `scoring_collator`, without gradient.
 
         The reduction's items count as 1, so each sequence's `token_loss` adds up to its own loss. A "micro_batch"
         reduction, which has no loss per sequence, is scored as "sequence".
         """
-        counterfactual = self._hidden_pass(batch["counterfactual"], call)
-        placebo = self._hidden_pass(batch["placebo"], call) if "placebo" in batch else None
-        loss, factual, kept = self._scoring_loss(), batch["factual"], list[Tensor]()
-        rows = SupervisedRows.of(factual["labels"])
+        hidden: dict[str, Tensor] = {}
+        for forward in part["forwards"][:-1]:
+            hidden |= self._hidden(forward, call)
+        loss, placebo = self._scoring_loss(), list[Tensor]()
 
-        def score_placebo(state: HeadState) -> None:
-            if placebo is not None:
-                kept.append(
+        def score_placebo(streams: Mapping[str, Tensor], state: HeadState) -> None:
+            if "placebo" in streams:
+                placebo.append(
                     linear_token_nll(
-                        _as_rows(placebo, state), state.weight, rows.labels,
+                        streams["placebo"], state.weight, part["labels"],
                         bias=state.bias, softcap=loss.softcap, logit_scale=loss.logit_scale, impl=loss.impl,
                     )
                 )  # fmt: skip
 
-        _, output = self._loss_pass(loss, factual, counterfactual, 1.0, call, score_placebo)
-        return BatchScores(output, kept[0] if kept else None, rows.sequence_ids)
+        _, output = self._loss(loss, part, hidden, 1.0, call, score_placebo)
+        return PartScores(output, placebo[0] if placebo else None, part["sequence_ids"])
 
-    def _hidden_pass(self, branch: Branch, call: nn.Module | None) -> Tensor:
-        """Final hidden states of the supervised rows [n, D]."""
-        rows, kept = SupervisedRows.of(branch["labels"]), list[Tensor]()
+    # ---- forwards ----------------------------------------------------------------------------------
+
+    def _model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
+        if ("layout" in forward) is not (self.trees is not None):
+            raise ArgumentError("batch: expected one that this object's own collator made")
+        if self.trees is not None:
+            return self.trees.model_inputs(forward)
+        return {"input_ids": forward["input_ids"], "attention_mask": forward["attention_mask"]}
+
+    def _hidden(self, forward: Mapping[str, Any], call: nn.Module | None) -> dict[str, Tensor]:
+        """Final hidden states [n, D] of the rows that predict labels, by branch."""
+        kept: dict[str, Tensor] = {}
 
         def keep(state: HeadState) -> Tensor:
-            kept.append(rows.select(state))
+            kept.update(_select(state, forward))
             return state.hidden_states.new_zeros(())
 
-        self.runner.forward(keep, _model_inputs(branch), call)
-        return kept[0]
+        self.runner.forward(keep, self._model_inputs(forward), call)
+        return kept
 
-    def _loss_pass(
+    def _loss(
         self,
         loss: PairLoss,
-        branch: Branch,
-        hidden_counterfactual: Tensor | None,
+        part: Part,
+        hidden: Mapping[str, Tensor],
         num_items: float | Tensor | None,
         call: nn.Module | None,
-        afterwards: Callable[[HeadState], None] | None = None,
+        afterwards: Callable[[Mapping[str, Tensor], HeadState], None] | None = None,
     ) -> tuple[Tensor, PreferenceLossOutput]:
-        rows, kept = SupervisedRows.of(branch["labels"]), list[PreferenceLossOutput]()
+        forward, kept = part["forwards"][-1], list[PreferenceLossOutput]()
 
         def compute(state: HeadState) -> Tensor:
-            hidden = rows.select(state)
-            other = None if hidden_counterfactual is None else _as_rows(hidden_counterfactual, state)
-            kept.append(_compute(loss, hidden, other, state, rows, num_items))
+            streams = {name: _as_rows(rows, state) for name, rows in hidden.items()} | _select(state, forward)
+            kept.append(
+                loss.compute(
+                    streams["factual"], streams.get("counterfactual"), state.weight, part["labels"], state.bias,
+                    part["sequence_ids"], num_items, effect_nll=False,
+                )
+            )  # fmt: skip
             if afterwards is not None:
-                afterwards(state)
+                afterwards(streams, state)
             return kept[0].loss
 
-        return self.runner.forward(compute, _model_inputs(branch), call), kept[0]
-
-    def _joint_pass(
-        self, factual: Branch, counterfactual: Branch, num_items: float | Tensor | None, call: nn.Module | None
-    ) -> tuple[Tensor, PreferenceLossOutput]:
-        stacked = stack_branches(factual, counterfactual)
-        rows, both = SupervisedRows.of(factual["labels"]), SupervisedRows.of(stacked["labels"])
-        kept: list[PreferenceLossOutput] = []
-
-        def compute(state: HeadState) -> Tensor:
-            # Row-major selection puts every factual row first, and both halves in the same order of labels.
-            first, second = both.select(state).split(len(rows.labels)) if len(rows.labels) else [both.select(state)] * 2
-            kept.append(_compute(self.loss, first, second, state, rows, num_items))
-            return kept[0].loss
-
-        return self.runner.forward(compute, _model_inputs(stacked), call), kept[0]
+        return self.runner.forward(compute, self._model_inputs(forward), call), kept[0]
 
     def _scoring_loss(self) -> PairLoss:
         if self.loss.reduction != "micro_batch":
@@ -171,6 +219,20 @@ class PairPasses:
         scoring = copy.copy(self.loss)
         scoring.objective = replace(self.loss.objective, reduction="sequence")
         return scoring
+
+
+def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The hidden states [n, D] of the rows that predict labels, by branch."""
+    shape, got = forward["input_ids"].shape, state.hidden_states.shape[:2]
+    if got != shape:
+        raise UnsupportedModelError(
+            f"output embedding: expected hidden states for {list(shape)} positions, got {list(got)}; a model that adds "
+            "or drops positions is not supported"
+        )
+    rows = forward["rows"]
+    selected = state.select(torch.cat(list(rows.values())))
+    sizes = [positions.numel() for positions in rows.values()]
+    return dict(zip(rows, selected.split(sizes), strict=True))
 
 
 def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
@@ -188,23 +250,6 @@ def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
     return fitted
 
 
-def _compute(
-    loss: PairLoss,
-    factual: Tensor,
-    counterfactual: Tensor | None,
-    state: HeadState,
-    rows: SupervisedRows,
-    num_items: float | Tensor | None,
-) -> PreferenceLossOutput:
-    return loss.compute(
-        factual, counterfactual, state.weight, rows.labels, state.bias, rows.sequence_ids, num_items, effect_nll=False
-    )
-
-
 def _as_rows(hidden: Tensor, state: HeadState) -> Tensor:
     """Rows of an earlier pass in the dtype this pass selects its own in."""
     return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(state.weight.dtype)
-
-
-def _model_inputs(branch: Branch) -> dict[str, Tensor]:
-    return {"input_ids": branch["input_ids"], "attention_mask": branch["attention_mask"]}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.data import EncodedExample, PairCollator
+from nextquill.data import EncodedExample
+from nextquill.data.collator import to_device
 from nextquill.errors import ArgumentError
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import SFTLoss
@@ -44,29 +45,38 @@ class ExampleScores:
 
 
 def score_examples(
-    model: Any, examples: Sequence[EncodedExample], pad_token_id: int, batch_size: int = 8
+    model: Any,
+    examples: Sequence[EncodedExample],
+    pad_token_id: int = 0,
+    batch_size: int = 8,
+    *,
+    attention: str = "auto",
+    max_tokens: int | None = None,
 ) -> Iterator[ExampleScores]:
     """Yield the scores of each example, in order.
+
+    Examples of a batch share prefixes, so records that stand user by user are scored faster.
 
     Args:
         model: a causal language model; used in eval mode and left as it was.
         examples: encoded examples; the placebo branch is scored where every example has one.
-        pad_token_id: fills the batches.
+        pad_token_id: fills padded batches.
         batch_size: examples at a time.
+        attention, max_tokens: see `PairPasses`; several forwards are made of a batch that takes more tokens.
     """
     if batch_size < 1:
         raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
-    passes = PairPasses(model, SFTLoss())
     placebo = bool(examples) and all(example.placebo is not None for example in examples)
-    collate = PairCollator(pad_token_id, ("factual", "counterfactual", *(["placebo"] if placebo else [])))
     device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            yield from _score_batch(passes, part, collate(part), device)
-    finally:
-        model.train(training)
+    with PairPasses(model, SFTLoss(), attention) as passes:
+        collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
+        model.eval()
+        try:
+            for start in range(0, len(examples), batch_size):
+                batch = examples[start : start + batch_size]
+                yield from _score_batch(passes, batch, collate(batch)["parts"], device)
+        finally:
+            model.train(training)
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
@@ -108,19 +118,19 @@ def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str)
 
 
 def _score_batch(
-    passes: PairPasses, examples: Sequence[EncodedExample], batch: dict[str, Any], device: torch.device
-) -> Iterator[ExampleScores]:
-    batch = {
-        name: {key: tensor.to(device) for key, tensor in branch.items()}
-        for name, branch in batch.items()
-        if isinstance(branch, dict)
-    }
-    scores = passes.scores(batch)
-    pair = scores.output.pair_nll
-    assert pair.counterfactual is not None
-    sizes = [len(example.factual.response_ids) for example in examples]
-    factual, counterfactual = pair.factual.float().cpu().split(sizes), pair.counterfactual.float().cpu().split(sizes)
-    placebo = None if scores.placebo_nll is None else scores.placebo_nll.float().cpu().split(sizes)
-    for i, example in enumerate(examples):
-        ids = example.factual.response_ids
-        yield ExampleScores(example, ids, factual[i], counterfactual[i], None if placebo is None else placebo[i])
+    passes: PairPasses, examples: Sequence[EncodedExample], parts: Sequence[Any], device: torch.device
+) -> list[ExampleScores]:
+    found: dict[int, ExampleScores] = {}
+    for part in parts:
+        scores = passes.scores(to_device(part, device))
+        pair = scores.output.pair_nll
+        assert pair.counterfactual is not None
+        members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
+        sizes = [len(examples[index].factual.response_ids) for index in members]
+        streams = (pair.factual, pair.counterfactual, scores.placebo_nll)
+        split = [[None] * len(sizes) if s is None else s.float().cpu().split(sizes) for s in streams]
+        for index, factual, counterfactual, placebo in zip(members, *split, strict=True):
+            example = examples[index]
+            ids = example.factual.response_ids
+            found[index] = ExampleScores(example, ids, factual, counterfactual, placebo)
+    return [found[index] for index in range(len(examples))]

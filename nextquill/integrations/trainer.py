@@ -1,15 +1,16 @@
 """`NextQuillTrainer`: transformers' Trainer with a causal loss in place of the model's own.
 
-What is added to the Trainer: both branches of every example are built and run, the loss runs inside the model's head,
-its reduction is exact over gradient accumulation and ranks, evaluation measures effects against a placebo, checkpoints
-are atomic. Everything else (optimisers, schedulers, mixed precision, PEFT, callbacks, logging) is the Trainer's.
+What is added to the Trainer: both branches of every example are built, merged into trees of shared prefixes and run;
+the loss runs inside the model's head; its reduction is exact over gradient accumulation and ranks; evaluation measures
+effects against a placebo; checkpoints are atomic. Everything else (optimisers, schedulers, mixed precision, PEFT,
+callbacks, logging) is the Trainer's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from nextquill.data import EncodedExample, ExampleEncoder, PairCollator, PromptTemplate, load_records
+from nextquill.data import EncodedExample, ExampleEncoder, PromptTemplate, UserGroupSampler, load_records
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import (
     check_arguments,
+    check_batching,
     check_model,
     check_options,
     check_vocabulary,
@@ -67,14 +69,21 @@ class NextQuillTrainer(Trainer):
         template: how a prompt is worded; `PromptTemplate()` by default.
         max_length: budget of prompt and response in tokens; by default 2048 or the model's own limit if that is less.
         max_response_length: budget of the response alone, or None.
+        attention: how rows of trees are attended, or "padded" for a padded row per branch; see
+            `nextquill.integrations.attention`.
+        max_tokens: most tokens of one forward with gradient, after sharing; a device's batch that takes more is run in
+            several, with the same gradient. None runs it in one.
+        examples_per_user: keep so many examples of a user together in a batch, so that they share their history; see
+            `UserGroupSampler`. The batch size stays what it is and must be a multiple of this.
         callbacks: as the Trainer's; a `CounterfactualWatch` among them takes the place of the default one.
         options: everything else the Trainer takes, but for compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init, which this class fills itself.
 
     Logged while training, over the interval since the last log and all ranks: loss_factual, loss_effect,
     loss_counterfactual (terms under the loss's reduction), nll_factual, nll_counterfactual, effect_logprob,
-    effect_prob, share_above_threshold, token_weight (means over tokens), num_tokens, num_sequences; of a loss of one
-    stream only loss_factual, nll_factual and the two numbers. Evaluation returns eval_loss, eval_nll_factual,
+    effect_prob, share_above_threshold, token_weight (means over tokens), num_tokens, num_sequences, tokens_per_second
+    (tokens of the branches on their own, prompts included), sharing_factor (those by the tokens computed) and
+    users_per_step; of a loss of one stream none that needs the other. Evaluation returns eval_loss, eval_nll_factual,
     eval_nll_counterfactual, eval_effect_logprob, eval_effect_prob, eval_share_above_threshold, eval_num_tokens, and,
     where the data has more than one user, eval_nll_placebo and eval_effect_placebo. `predict` takes records too; its
     `predictions` are the per-example table of `metrics.EVAL_COLUMNS`, its `label_ids` the examples' positions.
@@ -97,6 +106,9 @@ class NextQuillTrainer(Trainer):
         template: PromptTemplate | None = None,
         max_length: int | None = None,
         max_response_length: int | None = None,
+        attention: str = "auto",
+        max_tokens: int | None = None,
+        examples_per_user: int = 1,
         callbacks: list[Any] | None = None,
         **options: Any,
     ) -> None:
@@ -109,16 +121,19 @@ class NextQuillTrainer(Trainer):
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
 
-        self.passes = PairPasses(model, loss)
+        self.passes = PairPasses(model, loss, attention)
         self.loss = self.passes.loss
         length = default_max_length(model) if max_length is None else max_length
+        self.passes.check_training(length)
+        check_batching(args, self.loss, max_tokens, examples_per_user)
+        self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
         self.encoder = ExampleEncoder(processing_class, template, length, max_response_length)  # type: ignore[arg-type]
         self.meter, self.watch, callbacks = TrainingMeter(), *_with_watch(self.loss, callbacks)
         self.args = args  # what encoding reads of it; the Trainer sets it again
         super().__init__(
             model,
             args,
-            data_collator=self._collator("factual"),
+            data_collator=self.passes.collator(self._pad_token_id, max_tokens),
             train_dataset=self._encoded(train_dataset, placebo=False),
             eval_dataset=(
                 {name: self._encoded(part, placebo=True) for name, part in eval_dataset.items()}
@@ -139,10 +154,11 @@ class NextQuillTrainer(Trainer):
 
     # ---- data ----------------------------------------------------------------------------------
 
-    def _collator(self, *branches: str) -> PairCollator:
+    @property
+    def _pad_token_id(self) -> int:
         tokenizer = self.encoder.renderer.tokenizer
         known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-        return PairCollator(next((i for i in known if i is not None), 0), branches)
+        return next((i for i in known if i is not None), 0)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if source is None or isinstance(source, EncodedDataset):
@@ -151,22 +167,23 @@ class NextQuillTrainer(Trainer):
         return EncodedDataset(self.encoder.encode_all(load_records(source), placebo, self.args.seed, progress))
 
     @contextmanager
-    def _collating(self, *branches: str) -> Iterator[None]:
-        """Give the data loaders made in this block a collator of these branches."""
-        previous, self.data_collator = self.data_collator, self._collator(*branches)
+    def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
+        """Give the data loaders made in this block a collator of all branches."""
+        placebo = dataset is not None and dataset.has_placebo
+        previous = self.data_collator
+        self.data_collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
         try:
             yield
         finally:
             self.data_collator = previous
 
-    def _collating_for(self, dataset: EncodedDataset | None) -> Any:
-        placebo = ["placebo"] if dataset is not None and dataset.has_placebo else []
-        return self._collating("factual", "counterfactual", *placebo)
-
-    def get_train_dataloader(self) -> Any:
-        """The Trainer's, over the branches that the loss needs."""
-        with self._collating("factual", *(["counterfactual"] if self.loss.needs_counterfactual else [])):
-            return super().get_train_dataloader()
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's, or one that keeps a user's examples together."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.examples_per_user == 1:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return UserGroupSampler([example.user_id for example in dataset.examples], self.examples_per_user, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, over all branches; `eval_dataset` may be records, or a name in the dict given at first."""
@@ -189,19 +206,43 @@ class NextQuillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches, and what the reduction divides by over all of them and all ranks."""
+        """The accumulation window's batches, and what the reduction divides by over all of them and all ranks.
+
+        A batch over the token budget is several parts. Every rank gets as many as the one with most: each of them is a
+        forward and a backward in which sharded and data-parallel engines meet.
+        """
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        own = torch.zeros((), device=device)
-        for batch in batches:
-            own += self._count_items(batch["factual"]["labels"].to(device))
-        self.meter.begin_step()
+        own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
+        users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
+        if self.accelerator.num_processes > 1:
+            counts = torch.tensor([len(batch["parts"]) for batch in batches], device=device)
+            self._fill_up(batches, self.accelerator.reduce(counts, reduction="max").tolist())
+            users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
+        self.meter.begin_step(0 if users is None else users[users >= 0].unique().numel())
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
-    def _count_items(self, labels: Tensor) -> Tensor | int:
-        supervised = labels != -100
-        if self.loss.reduction == "sequence":
-            return supervised.any(-1).sum()
-        return supervised.sum() if self.loss.reduction == "token" else 1
+    def _fill_up(self, batches: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
+        """Add parts without labels until every batch has as many as some rank's."""
+        for batch, count in zip(batches, counts, strict=True):
+            missing = count - len(batch["parts"])
+            batch["parts"] = [*batch["parts"], *(self._empty_part() for _ in range(missing))]
+
+    def _empty_part(self) -> Any:
+        collator: Any = self.data_collator
+        return self._prepare_inputs(collator.empty_part())
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone."""
+        parts = inputs["parts"]
+        if len(parts) == 1 or self.is_deepspeed_enabled:  # whose engine counts backwards to find its steps
+            return super().training_step(model, inputs, num_items_in_batch)
+        losses = []
+        for part in parts:
+            # A sharded engine would hold all gradients whole until it may reduce them.
+            waits = part is not parts[-1] and not self.is_fsdp_enabled
+            with self.accelerator.no_sync(model) if waits else nullcontext():
+                losses.append(super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -210,13 +251,14 @@ class NextQuillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the window's loss; with `return_outputs` also its `PreferenceLossOutput`."""
-        loss, output = self.passes.training_loss(inputs, num_items_in_batch, model)
-        self.meter.add(output)
+        """This micro-batch's share of the window's loss; with `return_outputs` also its parts' outputs."""
+        loss, outputs = self.passes.training_loss(inputs, num_items_in_batch, model)
+        for part, output in zip(inputs["parts"], outputs, strict=True):
+            self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
         if num_items_in_batch is not None:
             # Data-parallel engines average gradients over ranks; the sum over ranks is what was normalised.
             loss = loss * self.accelerator.num_processes
-        return (loss, output) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a log of the training loop, which every rank makes, gets the interval's metrics."""
@@ -225,18 +267,19 @@ class NextQuillTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """6 · parameters · tokens over the branches; a pass without gradient costs a third."""
+        """6 · parameters · tokens over the forwards; one without gradient costs a third."""
         total = 0.0
-        for name, branch in inputs.items():
-            if isinstance(branch, Mapping):
-                constant = name != "factual" and self.loss.detaches_counterfactual
-                total += super().floating_point_ops(dict(branch)) / (3 if constant else 1)
+        for part in inputs["parts"]:
+            *constant, last = ({"input_ids": forward["input_ids"]} for forward in part["forwards"])
+            total += super().floating_point_ops(last)
+            for forward in constant:
+                total += super().floating_point_ops(forward) / 3
         return int(total)
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        for branch in inputs.values():
-            if isinstance(branch, Mapping):
-                super()._track_num_input_tokens(branch)  # type: ignore[no-untyped-call]
+        for part in inputs["parts"]:
+            for forward in part["forwards"]:
+                super()._track_num_input_tokens(forward)  # type: ignore[no-untyped-call]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's.
@@ -255,7 +298,10 @@ class NextQuillTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             self._write_identity(folder)
         self.meter.reset()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        finally:
+            self.passes.close()
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -268,10 +314,30 @@ class NextQuillTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops what ranks saw twice."""
         inputs = self._prepare_inputs(inputs)
+        count = len(inputs["example_index"])
         with self.compute_loss_context_manager():
-            scores = self.passes.scores(inputs, model)
-        table = example_table(scores, inputs["factual"]["labels"].shape[0], self.loss)
-        return None, table, inputs["example_index"]
+            tables = [example_table(self.passes.scores(part, model), count, self.loss) for part in self._met(inputs)]
+        return None, torch.stack(tables).sum(0), inputs["example_index"]
+
+    def _met(self, inputs: dict[str, Any]) -> list[Any]:
+        """A batch's parts, with empty ones where another rank has more."""
+        if self.accelerator.num_processes > 1:
+            count = torch.tensor([len(inputs["parts"])], device=self.args.device)
+            most = int(self.accelerator.reduce(count, reduction="max"))
+            inputs = {**inputs, "parts": [*inputs["parts"]]}
+            placebo = any("placebo" in forward["rows"] for forward in inputs["parts"][0]["forwards"])
+            collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
+            inputs["parts"] += [self._prepare_inputs(collator.empty_part()) for _ in range(most - len(inputs["parts"]))]
+        parts: list[Any] = inputs["parts"]
+        return parts
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the model is left as it was found unless it is training."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self.passes.close()
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))

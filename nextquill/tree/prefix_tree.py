@@ -76,12 +76,20 @@ def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
         ArgumentError: no branches, an empty one, or a token id that is negative or above 2³¹ - 1.
         ArgumentTypeError: a branch is not a sequence of integers.
     """
+    return _layout(*sort_branches(branches))
+
+
+def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
+    """Check branches, sort them by their tokens, and measure what neighbours share.
+
+    Returns:
+        The branches as int64 [length]; their order; and, in that order, the tokens each shares with the one before it.
+    """
     ids = [_token_ids(branch, position) for position, branch in enumerate(branches)]
     if not ids:
         raise ArgumentError("branches: expected at least one, got none")
     order = sorted(range(len(ids)), key=[_sort_key(each) for each in ids].__getitem__)
-    shared = [0, *(_common_prefix(ids[a], ids[b]) for a, b in pairwise(order))]
-    return _layout(ids, order, shared)
+    return ids, order, [0, *(_common_prefix(ids[a], ids[b]) for a, b in pairwise(order))]
 
 
 def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTree:

@@ -10,6 +10,7 @@ per segment, its own triangle and the rectangle of its descendants on it, cover 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,16 @@ class TreeLayout:
             row, parent segment or -1.
         num_rows: T.
         depth: one more than the largest position.
+        plans: what kernels derived from the segments, by kernel and device; filled on use.
     """
 
-    __slots__ = ("depth", "num_rows", "segments")
+    __slots__ = ("depth", "num_rows", "plans", "segments")
 
     def __init__(self, segments: Tensor, num_rows: int, depth: int) -> None:
         self.segments = segments
         self.num_rows = num_rows
         self.depth = depth
+        self.plans: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, position_ids: Tensor, subtree_end: Tensor) -> TreeLayout:

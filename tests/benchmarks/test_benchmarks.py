@@ -1,4 +1,4 @@
-"""The step suite refuses to time what is wrong, the statistics are right, and the README's tables come from files."""
+"""The statistics are right, and the README's tables come from files."""
 
 from __future__ import annotations
 
@@ -9,35 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, run, step, table
-from benchmarks.peers.plain import perce_plain
-from nextquill.integrations.scratch import ScratchSize
-
-SIZE = ScratchSize(vocabulary=64, hidden_size=16, layers=1, heads=2, intermediate_size=32)
-
-
-def test_step_gate_passes_when_ours_and_plain_agree():
-    step.gate(SIZE, step.make_batch(SIZE, 4, 8, 4))
-
-
-def test_step_gate_stops_at_a_wrong_loss(monkeypatch):
-    monkeypatch.setattr(step, "perce_plain", lambda h1, h0, w, labels, ids: 1.001 * perce_plain(h1, h0, w, labels, ids))
-    with pytest.raises(measure.GateError, match="PerCE"):
-        step.gate(SIZE, step.make_batch(SIZE, 4, 8, 4))
-
-
-def test_every_provider_of_a_step_changes_the_parameters():
-    for call in step.steps(SIZE, step.make_batch(SIZE, 4, 8, 4)).values():
-        assert call() is None
-
-
-def test_step_suite_runs_and_saves_after_every_case(monkeypatch):
-    monkeypatch.setattr(step, "SCRATCH_SIZES", {"tiny": SIZE})
-    monkeypatch.setattr(step, "CASES", {"a": (16, 32, 16), "b": (16, 16, 16)})
-    saved = []
-    rows = step.run(measure.Options(rounds=1, quick=True, save=lambda rows: saved.append(len(rows))))
-    assert saved == [16, 32]
-    assert {(row.loss, row.provider) for row in rows} >= {("PerCE", "PerCE (ours)"), ("SFT", "SFT (plain)")}
+from benchmarks import measure, run, table
 
 
 def test_ratios_are_taken_within_a_round():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from integration_helpers import (
     gradients,
     loss_cases,
-    make_batch,
+    run_loss,
     make_records,
     make_trainer,
     random_examples,

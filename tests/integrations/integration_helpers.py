@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from nextquill import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
-from nextquill.data import Branch, EncodedExample, PairCollator, PromptTemplate
+from nextquill.data import Branch, EncodedExample, PromptTemplate
+from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.trainer import NextQuillTrainer
-from nextquill.outputs import PairNLL
+from nextquill.outputs import PairNLL, PreferenceLossOutput
 from nextquill.reference import clip_weights, exp_clip_weights, pair_loss, threshold_weights
 from nextquill.reference.linear import token_nll
 
@@ -71,8 +72,13 @@ def random_examples(count: int = 3, seed: int = 0, vocabulary: int = VOCABULARY)
     return examples
 
 
-def make_batch(examples: Sequence[EncodedExample], *branches: str) -> dict[str, Any]:
-    return PairCollator(0, branches or ("factual", "counterfactual", "placebo"))(examples)
+def run_loss(
+    model: nn.Module, loss: PairLoss, examples: Sequence[EncodedExample], attention: str = "auto"
+) -> tuple[Tensor, PreferenceLossOutput]:
+    """The loss of one batch in one part, ready for its backward, and its diagnostics."""
+    passes = PairPasses(model, loss, attention)
+    value, outputs = passes.training_loss(passes.collator()(examples))
+    return value, outputs[0]
 
 
 def word_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
@@ -138,8 +144,8 @@ def make_trainer(
 
 
 def logs_of(trainer: NextQuillTrainer) -> list[dict[str, float]]:
-    """The log history without what depends on the clock, or on where a run was resumed."""
-    timing = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "preparation_time", "train_loss")
+    """The log history without what depends on the clock, on what shares a forward, or on where a run was resumed."""
+    timing = ("runtime", "_per_second", "total_flos", "preparation_time", "train_loss", "sharing_factor")
     return [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
 
 

@@ -10,7 +10,7 @@ from integration_helpers import (
     assert_same_tensors,
     gradients,
     loss_cases,
-    make_batch,
+    run_loss,
     random_examples,
     reference_loss,
     tiny_model,
@@ -65,7 +65,7 @@ def test_a_head_narrower_than_the_hidden_states_does_not_round_them() -> None:
     case, examples = loss_cases()["official"], random_examples()
     model = tiny_model(tie_word_embeddings=False)
     model.lm_head.to(torch.bfloat16)
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     loss.backward()
     assert model.lm_head.weight.grad.dtype == torch.bfloat16
     model.lm_head.float()

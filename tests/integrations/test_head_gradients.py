@@ -11,7 +11,7 @@ from integration_helpers import (
     branch_rows,
     gradients,
     loss_cases,
-    make_batch,
+    run_loss,
     random_examples,
     reference_loss,
     reference_pair_loss,
@@ -53,7 +53,7 @@ def hidden_states_loss(case: LossCase, model: nn.Module, examples: list[EncodedE
 def test_gradient_of_every_parameter_equals_separate_passes(loss_name: str, model_name: str) -> None:
     kind, dtype, tolerance, options = MODELS[model_name]
     model, case, examples = tiny_model(kind, dtype, **options), loss_cases()[loss_name], random_examples()
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     expected = hidden_states_loss(case, model, examples)
     assert_same_loss(loss, expected, tolerance)
     got = gradients(model, loss)
@@ -69,7 +69,7 @@ def test_gradient_checkpointing_changes_nothing(loss_name: str) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.train()
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     assert_same_tensors(gradients(model, loss), expected, 1e-5, "gradient under gradient checkpointing")
 
 
@@ -77,7 +77,7 @@ def test_gradient_checkpointing_changes_nothing(loss_name: str) -> None:
 @pytest.mark.parametrize("loss_name", ["official", "perce"])
 def test_reductions(loss_name: str, reduction: str) -> None:
     model, case, examples = tiny_model(), loss_cases(reduction=reduction)[loss_name], random_examples(4)
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     expected = reference_loss(case, model, examples, reduction)
     assert_same_tensors(gradients(model, loss), gradients(model, expected), 1e-5, f"gradient of reduction {reduction}")
 

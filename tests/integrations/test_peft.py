@@ -11,7 +11,7 @@ from integration_helpers import (
     assert_same_tensors,
     gradients,
     loss_cases,
-    make_batch,
+    run_loss,
     random_examples,
     reference_loss,
     tiny_model,
@@ -68,7 +68,7 @@ CASES = {
 @pytest.mark.parametrize("adapters", sorted(CASES))
 def test_gradients_equal_the_ordinary_forward(adapters: str, loss_name: str) -> None:
     model, case, examples = CASES[adapters](), loss_cases()[loss_name], random_examples()
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     expected = reference_loss(case, model, examples)
     assert_same_loss(loss, expected)
     got = gradients(model, loss)
@@ -116,7 +116,7 @@ def test_two_active_adapters_add_up() -> None:
     model.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"], task_type=TaskType.CAUSAL_LM))
     nn.init.normal_(model.base_model.model.lm_head.lora_B["other"].weight, std=0.2)
     model.base_model.set_adapter(["default", "other"])
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     assert_same_loss(loss, reference_loss(case, model, examples))
 
 
@@ -126,7 +126,7 @@ def test_float32_lora_over_a_bfloat16_base() -> None:
     model = with_lora(untied(dtype=torch.bfloat16), [*ATTENTION, "lm_head"])
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert dtypes == {torch.float32}, "peft did not keep the adapters in float32"
-    loss, _ = PairPasses(model, case.loss).training_loss(make_batch(examples))
+    loss, _ = run_loss(model, case.loss, examples)
     assert loss.dtype == torch.float32
     got = gradients(model, loss)
     wide = with_lora(untied(), [*ATTENTION, "lm_head"])

@@ -1,0 +1,231 @@
+"""Who takes part in suite `step`: how a step's examples become losses to call backward on.
+
+    official            the published scheme: both passes padded to 4097 tokens, one example at a time, through the
+                        model's own forward; float32 softmaxes over the vocabulary at every position
+    two passes          what one composes today: both passes unpadded, one example at a time, and three calls of a
+                        fused cross-entropy of one stream: nll_f, nll_c (a constant, it only enters the weights), and
+                        the effect's on h1 - h0
+    ours, K=…           K examples of the user a row of trees, through the passes of NextQuillTrainer
+    unpadded            SFT: the factual pass unpadded, one example at a time, and a fused cross-entropy
+
+A step covers the same examples for all, in micro-batches whose gradients add up to the gradient of their mean. The
+official one is timed on one example a step: it is slow, and more would only take AdamW's small share from it. It is
+spared the cross-entropies that the published code computes and throws away, and the graph of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import nextquill as nq
+from benchmarks.peers.plain import nextquill_objective, nextquill_plain, perce_plain, sft_plain
+from benchmarks.step_cases import Case
+from nextquill.data import Branch, EncodedExample
+from nextquill.integrations.passes import PairPasses
+
+#: A micro-batch's share of the step's loss.
+Micro = Callable[[], Tensor]
+Build = Callable[[Any, Case, Sequence[EncodedExample]], list[Micro]]
+
+LOSSES: dict[str, Callable[[], nq.PairLoss]] = {
+    "NextQuill": nq.NextQuillLoss,
+    "NextQuill detached": lambda: nq.NextQuillLoss(detach_counterfactual=True),
+    "PerCE": nq.PerCELoss,
+    "SFT": nq.SFTLoss,
+}
+
+
+@dataclass(frozen=True)
+class StepProvider:
+    """One way to do a step.
+
+    Args:
+        loss: what it minimises, one of `LOSSES`.
+        name: as it stands in the CSV.
+        build: micro-batches of a model's step on some examples.
+        examples: how many of the case's examples a timed step covers; None for all.
+    """
+
+    loss: str
+    name: str
+    build: Build
+    examples: int | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.loss}, {self.name}"
+
+    def examples_of(self, case: Case) -> int:
+        return case.examples if self.examples is None else self.examples
+
+
+def providers(case: Case) -> dict[str, StepProvider]:
+    """By label; the slowest first, so that what does not fit in memory is known early."""
+    entrants = [
+        StepProvider("NextQuill", "official", official, examples=1),
+        StepProvider("NextQuill", "two passes", two_passes),
+        *(StepProvider(loss, f"ours, K={group}", shared(loss, group)) for loss in LOSSES for group in case.groups),
+        StepProvider("SFT", "unpadded", unpadded),
+    ]
+    return {entrant.label: entrant for entrant in entrants}
+
+
+OFFICIAL, SFT = "NextQuill, official", "SFT, unpadded"
+
+
+def step(optimiser: torch.optim.Optimizer, micros: Sequence[Micro]) -> None:
+    """One optimiser step."""
+    optimiser.zero_grad(set_to_none=True)
+    for micro in micros:
+        micro().backward()
+    optimiser.step()
+
+
+# ---- the published scheme ----------------------------------------------------------------------------
+
+
+def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
+    """Padded on the left to a fixed length, as the published collation does, which aligns both responses."""
+
+    def micro(factual: dict[str, Tensor], counterfactual: dict[str, Tensor], labels: Tensor) -> Tensor:
+        z1, z0 = (model(**inputs, use_cache=False).logits[0, :-1].float() for inputs in (factual, counterfactual))
+        is_label = labels != -100
+        with torch.no_grad():
+            picked = labels.clamp(min=0)[:, None]
+            p1, p0 = (z.softmax(-1).gather(-1, picked)[:, 0] for z in (z1, z0))
+            omega = torch.where(p1 - p0 > 0.05, 0.9, 0.1) * is_label
+        nll_f = cross_entropy(z1, labels, reduction="none")
+        loss: Tensor = (omega * nll_f).sum() / omega.sum() + 0.1 * cross_entropy(z1 - z0, labels)
+        return loss / len(examples)
+
+    def padded(branch: Branch) -> dict[str, Tensor]:
+        missing = case.lengths.padded - len(branch.input_ids)
+        mask = [0] * missing + [1] * len(branch.input_ids)
+        ids = torch.tensor([[0] * missing + branch.input_ids, mask], device=model.device)
+        return {"input_ids": ids[:1], "attention_mask": ids[1:]}
+
+    def labels(branch: Branch) -> Tensor:
+        ignored = case.lengths.padded - 1 - len(branch.response_ids)  # the last position predicts nothing
+        return torch.tensor([-100] * ignored + branch.response_ids, device=model.device)
+
+    return [
+        partial(micro, padded(each.factual), padded(each.counterfactual), labels(each.factual)) for each in examples
+    ]
+
+
+# ---- unpadded passes, one example at a time ----------------------------------------------------------
+
+
+def two_passes(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
+    """8 products of the head's size, as from Liger: 1 for nll_c, 4 for nll_f, whose weights are known only after its
+    forward, and 3 for the mean of nll_e, whose gradient its forward finishes.
+    """
+    mean = nq.SFTLoss()
+
+    def micro(h1: Tensor, h0: Tensor, labels: Tensor) -> Tensor:
+        weight = model.lm_head.weight
+        with torch.no_grad():
+            nll_c = nq.linear_token_nll(h0, weight, labels)
+        nll_f = nq.linear_token_nll(h1, weight, labels)
+        return nextquill_objective(nll_f, nll_c, mean(h1 - h0, None, weight, labels), torch.zeros_like(labels))
+
+    return _per_example(model, examples, micro)
+
+
+def unpadded(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
+    """SFT as one writes it."""
+    loss = nq.SFTLoss()
+
+    def micro(h1: Tensor, _: Tensor | None, labels: Tensor) -> Tensor:
+        return loss(h1, None, model.lm_head.weight, labels)
+
+    return _per_example(model, examples, micro, counterfactual=False)
+
+
+def reference(model: Any, loss: str, examples: Sequence[EncodedExample]) -> list[Micro]:
+    """What a loss must equal: separate unpadded passes and plain PyTorch over full logits of the responses."""
+
+    def micro(h1: Tensor, h0: Tensor, labels: Tensor) -> Tensor:
+        weight, ids = model.lm_head.weight, torch.zeros_like(labels)
+        if loss == "SFT":
+            return sft_plain(h1, weight, labels, ids)
+        if loss == "PerCE":
+            return perce_plain(h1, h0, weight, labels, ids)
+        return nextquill_plain(h1, h0, weight, labels, ids, detach=loss == "NextQuill detached")
+
+    return _per_example(model, examples, micro)
+
+
+@torch.no_grad()
+def share_above_threshold(model: Any, examples: Sequence[EncodedExample]) -> float:
+    """The share of tokens to which NextQuill gives its higher weight."""
+    loss = nq.NextQuillLoss()
+
+    def micro(h1: Tensor, h0: Tensor, labels: Tensor) -> Tensor:
+        return loss.compute(h1, h0, model.lm_head.weight, labels).share_above_threshold
+
+    return sum(float(each()) for each in _per_example(model, examples, micro))
+
+
+def _per_example(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    loss: Callable[[Tensor, Any, Tensor], Tensor],
+    counterfactual: bool = True,
+) -> list[Micro]:
+    """Micro-batches of one example: `loss(h1, h0, labels)` on the hidden states that predict the response."""
+
+    def hidden(ids: Tensor, response: int) -> Tensor:
+        states: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[0, -response - 1 : -1]
+
+    def bind(example: EncodedExample) -> Micro:
+        first, second, labels = (
+            torch.tensor(ids, device=model.device)
+            for ids in ([example.factual.input_ids], [example.counterfactual.input_ids], example.factual.response_ids)
+        )
+
+        def micro() -> Tensor:
+            h1 = hidden(first, len(labels))
+            h0 = hidden(second, len(labels)) if counterfactual else None
+            return loss(h1, h0, labels) / len(examples)
+
+        return micro
+
+    return [bind(example) for example in examples]
+
+
+# ---- ours --------------------------------------------------------------------------------------------
+
+
+def shared(loss: str, group: int) -> Build:
+    """`group` examples a row of trees, whose passes share what they begin with; batches are the loader's work."""
+
+    def build(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
+        passes = PairPasses(model, LOSSES[loss]())
+        collate = passes.collator()
+
+        def micro(batch: Any) -> Tensor:
+            with passes:  # left before the backward, which runs no layer again: others use the same model
+                return passes.training_loss(batch, float(len(examples)))[0]
+
+        starts = range(0, len(examples), group)
+        return [partial(micro, _on(collate(examples[start : start + group]), model.device)) for start in starts]
+
+    return build
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, as the Trainer moves them."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _on(each, device) for name, each in value.items()}
+    return [_on(each, device) for each in value] if isinstance(value, list) else value

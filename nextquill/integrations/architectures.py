@@ -1,0 +1,81 @@
+"""Which models can share prefixes exactly: what is refused before anything runs, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nextquill.errors import UnsupportedModelError
+
+#: Layers whose tokens see their own path only.
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+#: Rotary embeddings whose frequencies follow the longest position of a row.
+_ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_architecture(base: Any) -> None:
+    """Raise UnsupportedModelError for layers in which a token depends on more than the tokens on its path."""
+    name, config = type(base).__name__, text_config(base)
+    advice = "use attention='padded', which runs every branch in a row of its own"
+    others = layer_types(base) - _LAYER_TYPES
+    if others:
+        raise UnsupportedModelError(
+            f"{name}: its layers of type {', '.join(sorted(others))} pass what they have seen from row to row, so the "
+            f"branches of a tree would see each other; {advice}"
+        )
+    if getattr(base, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name}: a model with recurrent state cannot share a prefix among branches; {advice}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name}: expected a decoder-only model")
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where training would drop the same units for all branches that share a token."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise UnsupportedModelError(_dropout(f"{name} with p={module.p:g}"))
+        rate = getattr(module, "attention_dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
+            raise UnsupportedModelError(_dropout(f"{name}.attention_dropout={rate:g}"))
+
+
+def rope_limit(base: Any) -> int | None:
+    """The longest branch for which a row of trees has the rotary frequencies each branch has alone; None for any."""
+    config = text_config(base)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    scopes = [scope for scope in parameters.values() if isinstance(scope, dict)] or [parameters]
+    limits = []
+    for scope in scopes:
+        kind = str(scope.get("rope_type", scope.get("type", "default")))
+        if any(known in kind for known in _ROW_DEPENDENT_ROPE):
+            original = scope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limits.append(int(original or config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def base_model(model: Any) -> Any:
+    """The model of transformers inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layer_types(base: Any) -> set[str]:
+    """The types of a model's layers; empty where its config does not name them."""
+    return set(getattr(text_config(base), "layer_types", None) or ())
+
+
+def text_config(base: Any) -> Any:
+    """The config of a model's language part."""
+    config: Any = getattr(base, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _dropout(what: str) -> str:
+    return (
+        f"dropout: {what} would drop the same units in all branches that share a prefix, which training them apart "
+        "does not; set it to 0 (for LoRA: lora_dropout=0) or use attention='padded'"
+    )

@@ -1,0 +1,286 @@
+"""How a model of transformers attends over rows of trees.
+
+    pieces     what is visible only, in dense pieces; PyTorch's fused kernel on a CPU (`nextquill.tree.attention`)
+    varlen     a segment per node with its path's keys; torch's or flash-attn's variable-length kernel on a GPU
+    flex       FlexAttention with a block mask, on a GPU
+    mask       the whole mask, in the model's own sdpa or eager attention: any device, T² scores
+    padded     no trees: a padded row per branch
+
+The first three run inside the model through an attention function of ours, which the model's own gives way to while
+trees are in use and which hands every other call on to it. It has to stay until the backward is through, because
+gradient checkpointing runs layers again there; `close` puts the model's own back.
+
+An architecture is refused, with the reason, where a token's computation depends on more than the tokens on its path:
+recurrent layers, rotary scales that follow the longest position in a row, dropout that siblings would share. What no
+list foresees is found by running a small tree and its branches apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.integrations.architectures import (
+    base_model,
+    check_architecture,
+    check_dropout,
+    layer_types,
+    rope_limit,
+    text_config,
+)
+from nextquill.integrations.probe import returned_logits
+from nextquill.tree import (
+    TREE_KERNELS,
+    TreeLayout,
+    additive_mask,
+    attend,
+    build_prefix_tree,
+    visibility_mask,
+)
+
+ATTENTIONS = ("auto", *TREE_KERNELS, "mask", "padded")
+
+
+class TreeAttention:
+    """Gives a model its inputs for rows of trees, and the attention they need.
+
+    Args:
+        model: an unwrapped causal language model of transformers, or a PEFT model around one.
+        attention: "auto" (a kernel by device and dtype at every call), "pieces", "varlen", "flex" or "mask".
+
+    Attributes:
+        max_depth: longest branch that a row may hold, or None; see `architectures.rope_limit`.
+
+    Raises:
+        ArgumentError: `attention` is not one of them.
+        UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
+    """
+
+    def __init__(self, model: nn.Module, attention: str = "auto") -> None:
+        if attention not in ATTENTIONS or attention == "padded":
+            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        self.attention = attention
+        self._model: Any = model
+        self._base: Any = base_model(model)
+        check_architecture(self._base)
+        self.max_depth = rope_limit(self._base)
+        self._previous: dict[int, tuple[Any, str]] = {}
+        self._masks_by_type = False
+        if attention == "mask":
+            self._choose_masks()
+        elif not _takes_functions(self._base):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention cannot be replaced by a function; use attention='mask' or "
+                "'padded'"
+            )
+        else:
+            self._verify()
+
+    def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the model for one forward of a tree batch.
+
+        Raises:
+            UnsupportedModelError: a branch is longer than `max_depth`, or the model is training with dropout.
+        """
+        self._check_forward(forward)
+        inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
+        if self.attention == "mask":
+            return {**inputs, "attention_mask": self._masks(forward)}
+        self._install()
+        # A mask that has four dimensions is used as it is, so none is made; the attention function ignores it.
+        unused = torch.empty(1, 1, 1, 1, device=forward["input_ids"].device)
+        return {**inputs, "attention_mask": unused, "nextquill_tree": (forward["layout"], self.attention)}
+
+    def close(self) -> None:
+        """Give the model its own attention back; ours is taken again when it is next needed."""
+        for config, name in self._previous.values():
+            config._attn_implementation = name
+        self._previous = {}
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def check_training(self, max_length: int) -> None:
+        """Raise before training what would be raised during it.
+
+        Raises:
+            UnsupportedModelError: branches may be longer than `max_depth`, or the model has dropout.
+        """
+        self._check_depth(max_length)
+        check_dropout(self._model)
+
+    def _check_forward(self, forward: Mapping[str, Any]) -> None:
+        self._check_depth(forward["layout"].depth)
+        if self._base.training:
+            check_dropout(self._model)
+
+    def _check_depth(self, depth: int) -> None:
+        if self.max_depth is not None and depth > self.max_depth:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its rotary embedding changes with a row's longest branch beyond "
+                f"{self.max_depth} tokens, got up to {depth}; set max_length to {self.max_depth}"
+            )
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        """Compare the logits of a small tree with those of its branches apart."""
+        if any(p.is_meta or p.numel() == 0 for p in self._base.parameters()):  # not loaded, or partitioned by ZeRO-3
+            return
+        device = next(self._base.parameters()).device
+        ids = (torch.arange(13) * 7 + 3) % min(64, self._base.get_input_embeddings().weight.shape[0])
+        branches = [[*ids[:5].tolist(), *ids[at : at + length].tolist()] for at, length in ((5, 3), (8, 5))]
+        if branches[0][5] == branches[1][5]:  # a tiny vocabulary: they need not part at once, only somewhere
+            branches[1][5] = (branches[1][5] + 1) % 2
+        tree = build_prefix_tree(branches)
+        forward = {
+            "input_ids": tree.input_ids[None].to(device),
+            "position_ids": tree.position_ids[None].to(device),
+            "subtree_end": tree.subtree_end[None].to(device),
+            "layout": TreeLayout.of_tree(tree),
+        }
+        was_training = {module: module.training for module in self._model.modules()}
+        self._model.eval()
+        try:
+            model: Any = self._model
+            together = returned_logits(model(**self.model_inputs(forward), use_cache=False))[0]
+            self.close()
+            for rows, branch in zip(tree.branch_rows, branches, strict=True):
+                alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)
+                self._compare(together[rows.to(device)], returned_logits(alone)[0])
+        finally:
+            self.close()
+            for module, mode in was_training.items():
+                module.training = mode
+
+    def _compare(self, together: Tensor, alone: Tensor) -> None:
+        together, alone = together.double(), alone.double()
+        spread = (alone - alone.mean(-1, keepdim=True)).norm()
+        error = float((together - alone).norm() / spread.clamp(min=1e-30))
+        # Rounding is a hundredth of this; a token that sees one key too many or too few is off by a multiple of it.
+        limit = 0.1 if next(self._base.parameters()).element_size() < 4 else 1e-3
+        if not error < limit:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: branches that share a prefix do not give the logits they give apart "
+                f"(relative error {error:.1e}); use attention='padded'"
+            )
+
+    # ---- attention inside the model --------------------------------------------------------------
+
+    def _install(self) -> None:
+        if self._previous:
+            return
+        for module in self._base.modules():
+            config = getattr(module, "config", None)
+            name = getattr(config, "_attn_implementation", None)
+            if isinstance(name, str) and name not in _NAMES.values():
+                self._previous[id(config)] = (config, name)
+        for config, name in self._previous.values():
+            config._attn_implementation = _register(name)
+
+    # ---- masks -----------------------------------------------------------------------------------
+
+    def _choose_masks(self) -> None:
+        """One mask for all layers, or a dict by type of layer: whichever the model takes and computes rightly with."""
+        own = self._base.config._attn_implementation
+        if own not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"attention='mask': expected a model with sdpa or eager attention, got {own!r}; load it with "
+                "attn_implementation='sdpa' or use another attention"
+            )
+        types = layer_types(self._base)
+        if types:
+            self._masks_by_type = True
+            try:
+                self._verify()
+            except UnsupportedModelError:
+                raise
+            except (AttributeError, TypeError, KeyError, ValueError, RuntimeError):
+                self._masks_by_type = False
+            else:
+                return
+        if len(types) > 1:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its layers attend differently ({', '.join(sorted(types))}) and take one "
+                "mask; use another attention"
+            )
+        self._verify()
+
+    def _masks(self, forward: Mapping[str, Any]) -> Any:
+        own, text = self._base.config._attn_implementation, text_config(self._base)
+        if own not in ("sdpa", "eager"):
+            raise UnsupportedModelError(f"attention='mask': the model's attention was changed to {own!r}")
+        dtype = next(self._base.parameters()).dtype
+
+        def mask(window: int | None) -> Tensor:
+            visible = visibility_mask(forward["position_ids"][0], forward["subtree_end"][0], window)
+            # eager adds its mask to the scores, where a mask of booleans would be silently wrong
+            return (visible if own == "sdpa" else additive_mask(visible, dtype))[None, None]
+
+        window, types = getattr(text, "sliding_window", None), layer_types(self._base)
+        if self._masks_by_type:
+            return {name: mask(window if name == "sliding_attention" else None) for name in types}
+        return mask(window if not types or "sliding_attention" in types else None)
+
+
+# ---- the attention function ------------------------------------------------------------------------
+
+# Names under which it replaces the model's own, by the own one's. transformers reads meanings into names that contain
+# "flash", "flex_attention" or "sdpa", and looks up how masks are made by them.
+_NAMES: dict[str, str] = {}
+
+
+def _register(own: str) -> str:
+    """The name of a function that attends over trees and otherwise does what `own` does."""
+    if own in _NAMES:
+        return _NAMES[own]
+
+    def attend_or_own(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        tree = options.pop("nextquill_tree", None)
+        if tree is None:
+            result: tuple[Tensor, Any] = _own_function(own, module)(
+                module, query, key, value, attention_mask, **options
+            )
+            return result
+        return _attend(query, key, value, tree, options), None
+
+    name = f"nextquill_{len(_NAMES)}"
+    AttentionInterface.register(name, attend_or_own)
+    if own in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    _NAMES[own] = name
+    return name
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, tree: tuple[TreeLayout, str], options: Mapping[str, Any]
+) -> Tensor:
+    if options.get("dropout", 0.0):
+        raise UnsupportedModelError("attention: dropout inside a shared prefix is not supported; set it to 0")
+    if options.get("s_aux") is not None:
+        raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
+    layout, kernel = tree
+    out = attend(
+        query, key, value, layout, scale=options.get("scaling"), window=options.get("sliding_window"),
+        softcap=options.get("softcap"), kernel=kernel,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _own_function(own: str, module: nn.Module) -> Callable[..., Any]:
+    default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, default)
+    return found
+
+
+def _takes_functions(base: Any) -> bool:
+    can_set = getattr(type(base), "_can_set_attn_implementation", None)
+    return bool(can_set is not None and can_set())

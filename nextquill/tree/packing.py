@@ -1,0 +1,81 @@
+"""Which groups of branches go into one row under a token budget."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nextquill.errors import ArgumentError, BudgetError
+from nextquill.tree.prefix_tree import sort_branches
+
+
+def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens: int | None = None) -> list[list[int]]:
+    """Put groups of branches into as few rows as a greedy pass finds, those that share a prefix side by side.
+
+    Groups are taken in the order of their first branch's tokens, and a row is closed when the next group would not fit.
+    What counts is the row's size after sharing.
+
+    Args:
+        groups: per group its branches, which stay together.
+        max_tokens: most rows of a tree; None puts everything into one.
+
+    Returns:
+        For each row the groups in it, in the order they were taken.
+
+    Raises:
+        ArgumentError: no groups, an empty one, or a budget below 1.
+        BudgetError: a group is larger than the budget on its own.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ArgumentError(f"max_tokens: expected a positive number or None, got {max_tokens}")
+    if not groups or any(not group for group in groups):
+        raise ArgumentError("groups: expected at least one, each with at least one branch")
+    branches = [branch for group in groups for branch in group]
+    owner = [index for index, group in enumerate(groups) for _ in group]
+    ids, order, shared = sort_branches(branches)
+    ranks: list[list[int]] = [[] for _ in groups]
+    for rank, branch in enumerate(order):
+        ranks[owner[branch]].append(rank)
+    first = [0]
+    for group in groups:
+        first.append(first[-1] + len(group))
+    rank_of = {branch: rank for rank, branch in enumerate(order)}
+    taken = sorted(range(len(groups)), key=lambda index: rank_of[first[index]])
+    if max_tokens is None:
+        return [taken]
+
+    lengths = [len(ids[branch]) for branch in order]
+    rows: list[list[int]] = []
+    members, size = list[int](), 0  # ranks in the current row, and its number of tokens
+    for index in taken:
+        extended, larger = _extended(members, size, ranks[index], lengths, shared)
+        if rows and members and larger <= max_tokens:
+            rows[-1].append(index)
+            members, size = extended, larger
+            continue
+        members, size = _extended([], 0, ranks[index], lengths, shared)
+        if size > max_tokens:
+            raise BudgetError(f"groups[{index}]: its branches take {size} tokens together; max_tokens is {max_tokens}")
+        rows.append([index])
+    return rows
+
+
+def _extended(
+    members: list[int], size: int, new: list[int], lengths: list[int], shared: list[int]
+) -> tuple[list[int], int]:
+    """A row's sorted ranks and size with these ranks added: each adds what neither neighbour shares with it."""
+    members = list(members)
+    for rank in new:
+        at = bisect_left(members, rank)
+        before = _shared(members[at - 1], rank, shared) if at else 0
+        after = _shared(rank, members[at], shared) if at < len(members) else 0
+        size += lengths[rank] - max(before, after)
+        insort(members, rank)
+    return members, size
+
+
+def _shared(low: int, high: int, shared: list[int]) -> int:
+    """The common prefix of two branches, given that of each branch with the one before it in sorted order."""
+    return min(shared[low + 1 : high + 1])

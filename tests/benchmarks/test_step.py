@@ -1,0 +1,236 @@
+"""Suite `step` refuses to time what is wrong, counts per example, and measures memory in processes of their own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import measure, step, step_memory, step_peers, table
+from benchmarks.step_cases import LLAMA, QWEN, REVIEWS, SHORT, Case, build_model, cases, make_examples, shrunken
+
+CPU = torch.device("cpu")
+TINY = shrunken(Case(LLAMA, REVIEWS))
+#: With so many tokens no two queries begin alike by chance.
+PLAIN = replace(TINY, model=replace(TINY.model, vocabulary=4096))
+
+
+def only(label, case=TINY):
+    return {label: step_peers.providers(case)[label]}
+
+
+# ---- cases -------------------------------------------------------------------------------------------
+
+
+def test_examples_are_one_users_and_their_counterfactuals_lack_the_history():
+    examples = make_examples(Case(LLAMA, REVIEWS))
+    first, second = (example.factual.prompt_ids for example in examples[:2])
+    assert first[:1800] == second[:1800]
+    assert first[1800:] != second[1800:]
+    assert len(first) == 50 + 1750 + 160
+    for example in examples:
+        assert example.counterfactual.prompt_ids[:50] == first[:50]
+        assert example.counterfactual.prompt_ids[52:] == example.factual.prompt_ids[1800:]
+        assert example.counterfactual.response_ids == example.factual.response_ids
+        assert len(example.factual.response_ids) == 300
+
+
+@pytest.mark.parametrize(("model", "billions"), [(QWEN[0], 0.494), (QWEN[1], 3.086)], ids=["0.5B", "3B"])
+def test_shapes_of_the_gpu_cases_are_those_of_the_published_models(model, billions):
+    parameters = build_model(model, torch.device("meta")).parameters()
+    assert sum(parameter.numel() for parameter in parameters) / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_a_case_travels_to_another_process_as_json():
+    assert all(Case.from_json(case.to_json()) == case for case in cases(torch.device("cuda")))
+
+
+# ---- the gate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN[0]], ids=["llama", "qwen2"])
+def test_gate_passes(model):
+    step.gate(shrunken(Case(model, REVIEWS)), CPU)
+
+
+def test_gate_stops_at_a_wrong_loss(monkeypatch):
+    right = step_peers.nextquill_objective
+    monkeypatch.setattr(step_peers, "nextquill_objective", lambda *arguments: 1.0001 * right(*arguments))
+    with pytest.raises(measure.GateError, match="NextQuill, two passes: loss"):
+        step.gate(TINY, CPU)
+
+
+@pytest.mark.parametrize("label", ["NextQuill, official", "PerCE, ours, K=4", "SFT, unpadded"])
+def test_gate_stops_at_a_wrong_gradient(monkeypatch, label):
+    right = step_peers.providers(TINY)[label]
+
+    def build(model, case, examples):
+        micros = right.build(model, case, examples)
+        return [*micros[:-1], lambda: 0.999 * (last := micros[-1]()) + 0.001 * last.detach()]
+
+    monkeypatch.setattr(step, "providers", lambda case: {label: replace(right, build=build)})
+    with pytest.raises(measure.GateError, match=rf"{label}: gradient of model\.\S+ is off by"):
+        step.gate(TINY, CPU)
+
+
+def test_gate_refuses_examples_whose_tokens_all_weigh_the_same(monkeypatch):
+    monkeypatch.setattr(step, "share_above_threshold", lambda model, examples: 0.0)
+    with pytest.raises(measure.GateError, match=r"0\.0% of the gate's tokens"):
+        step.gate(TINY, CPU)
+
+
+def test_losses_are_checked_at_full_size_too(monkeypatch):
+    entrants = only("NextQuill detached, ours, K=8")
+    right = entrants["NextQuill detached, ours, K=8"]
+    wrong = replace(right, build=lambda *given: [lambda: 1.001 * sum(micro() for micro in right.build(*given))])
+    with pytest.raises(measure.GateError, match="detached, ours, K=8: loss"):
+        step.check_full_size(build_model(TINY.model, CPU), TINY, {"NextQuill detached, ours, K=8": wrong})
+
+
+def test_what_the_official_scheme_pads_with_changes_nothing():
+    model, examples = build_model(TINY.model, CPU), make_examples(TINY)[:1]
+    longer = replace(TINY, lengths=replace(SHORT, padded=SHORT.padded + 40))
+    short, long = (float(step_peers.official(model, case, examples)[0]()) for case in (TINY, longer))
+    assert long == pytest.approx(short, rel=1e-5)
+
+
+# ---- what a step does --------------------------------------------------------------------------------
+
+
+def test_tokens_that_go_through_the_model_are_counted():
+    model, entrants = build_model(PLAIN.model, CPU), step_peers.providers(PLAIN)
+    own = SHORT.query + SHORT.response
+    factual, counterfactual = SHORT.system + SHORT.history + own, SHORT.system + SHORT.none + own
+    computed = step.check_full_size(model, PLAIN, entrants)
+    assert computed["NextQuill, official"] == 2 * SHORT.padded
+    assert computed["NextQuill, two passes"] == factual + counterfactual
+    assert computed["NextQuill, ours, K=1"] == factual + counterfactual - SHORT.system
+    shared = SHORT.system + SHORT.history + SHORT.none
+    assert computed["NextQuill, ours, K=8"] == shared / 8 + 2 * own
+    assert computed["PerCE, ours, K=8"] == (shared + SHORT.system) / 8 + 2 * own
+    assert computed["SFT, ours, K=4"] == (SHORT.system + SHORT.history) / 4 + own
+    assert computed["SFT, unpadded"] == factual == step.tokens_of(PLAIN, "SFT")
+    assert step.tokens_of(PLAIN, "PerCE") == factual + counterfactual
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("label", step_peers.providers(TINY))
+def test_a_step_changes_the_parameters_and_leaves_the_model_to_the_next_provider(label):
+    model = build_model(TINY.model, CPU)
+    before, optimiser = [parameter.detach().clone() for parameter in model.parameters()], torch.optim.AdamW(
+        model.parameters(), lr=1e-3
+    )  # fmt: skip
+    step_peers.step(optimiser, step_memory.bind(model, TINY, step_peers.providers(TINY)[label]))
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_figures_are_per_example():
+    entrants = step_peers.providers(TINY)
+    seconds = {"NextQuill, official": [10.0], "NextQuill, ours, K=8": [16.0], "SFT, unpadded": [8.0]}
+    rows = step._time_rows(TINY, CPU, entrants, seconds, dict.fromkeys(seconds, 7.0))
+    found = {(row.provider, row.metric): row.value for row in rows}
+    assert found["official", "seconds"] == 10
+    assert found["ours, K=8", "seconds"] == 2
+    assert found["ours, K=8", "examples"] == 5
+    assert found["ours, K=8", "time"] == 2
+    assert found["ours, K=8", "rate"] == 0.5
+    assert found["unpadded", "tokens"] == SHORT.system + SHORT.history + SHORT.query + SHORT.response
+    assert found["official", "time"] == 10
+
+
+def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
+    monkeypatch.setattr(
+        step, "cpu_peaks", lambda case, labels: {label: step_memory.Peak(2**30, 2**20) for label in labels}
+    )
+    saved = []
+    rows = step.run(measure.Options(rounds=1, quick=True, device="cpu", save=lambda rows: saved.append(len(rows))))
+    assert saved == [15 * 6, 15 * 8]
+    assert len(rows) == 15 * 8
+    assert [row.provider for row in rows[:16]] == ["official"] * 8 + ["two passes"] * 8
+    assert {row.value for row in rows if row.metric == "step_peak"} == {1.0}
+
+
+# ---- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_of_a_process():
+    """The official scheme holds logits of every position; ours of a few rows, none of the padding's."""
+    case = replace(TINY, model=replace(TINY.model, vocabulary=20000), lengths=replace(SHORT, padded=512), examples=4)
+    peaks = step_memory.cpu_peaks(case, ["NextQuill, official", "NextQuill, ours, K=4", "no such provider"])
+    logits = 512 * 20000 * 4
+    assert set(peaks) == {"NextQuill, official", "NextQuill, ours, K=4"}
+    official, ours = peaks.values()
+    assert 4 * logits < official.of_step < 20 * logits
+    assert ours.of_step < 2 * logits
+    assert 100 * 2**20 < ours.total - ours.of_step < 2**30
+
+
+def test_who_does_not_fit_on_a_gpu_takes_no_part(monkeypatch):
+    held = iter(range(100, 10**6, 100))
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: next(held))
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+
+    def too_large(model, case, examples):
+        if case.lengths == SHORT:
+            return step_peers.official(model, case, examples)
+        raise torch.OutOfMemoryError
+
+    case = replace(TINY, lengths=replace(SHORT, padded=65))
+    entrants = only("SFT, unpadded") | only("NextQuill, ours, K=8")
+    entrants["NextQuill, official"] = replace(only("NextQuill, official")["NextQuill, official"], build=too_large)
+    model, rows = build_model(TINY.model, CPU), []
+    peaks = step._cuda_peaks(model, step_memory.make_optimiser(model), case, entrants, rows)
+    assert peaks == {"SFT, unpadded": (200, 100), "NextQuill, ours, K=8": (400, 100)}
+    assert list(entrants) == list(peaks)
+    assert [(row.provider, row.metric, row.note) for row in rows] == [("official", "status", "out of memory")]
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+
+def rows_of(case, figures, note=""):
+    base = {
+        "suite": "step",
+        "case": case,
+        "rounds": "3",
+        "device": "CPU",
+        "threads": "2",
+        "torch": "2.13",
+        "note": note,
+    }
+    base |= {"dtype": "float32", "triton": "", "time": "2026-01-02T03:04Z"}
+    return [
+        base | {"loss": loss, "provider": provider, "metric": metric, "value": str(value)}
+        for (loss, provider), own in figures.items()
+        for metric, value in own.items()
+    ]
+
+
+def test_table(monkeypatch, tmp_path):
+    names = ("examples", "time", "computed", "peak", "step_peak")
+    figures = {
+        ("NextQuill", "official"): dict(zip(names, (1.0, 50.123, 8194.0, 12000.0, 11000.0), strict=True)),
+        ("PerCE", "ours, K=8"): dict(zip(names, (88.88, 0.5678, 1145.4, 900.0, 400.4), strict=True)),
+    }
+    rows = rows_of("Llama: 4 layers", figures)
+    rows += rows_of("big", {("SFT", "unpadded"): {"status": "nan"}}, "no room")
+    rows += rows_of("big", {("PerCE", "ours, K=8"): {"examples": 2.0, "time": 1.0, "computed": 5.0}})
+    monkeypatch.setattr(table, "read", {"step.csv": rows}.__getitem__)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    small, foot, big, _, unmeasured = table.step_table().split("\n\n")
+    assert small.splitlines() == [
+        "| Llama: 4 layers | examples/s | time per example | tokens computed per example | peak memory | of the step |",
+        "|---|---|---|---|---|---|",
+        "| NextQuill, official | 1× | 50.1× | 8194 | 11.7 GiB | 10.7 GiB |",
+        "| PerCE, ours, K=8 | 88.9× | 0.568× | 1145 | 900 MiB | 400 MiB |",
+    ]
+    assert foot.endswith("Median of 3 rounds in one run; CPU, 2 threads, torch 2.13, float32, 2026-01-02.")
+    assert big.splitlines()[2] == "| SFT, unpadded | no room | – | – | – | – |"
+    assert big.splitlines()[3] == "| PerCE, ours, K=8 | 2× | 1× | 5 | – | – |"
+    assert unmeasured == table.NOT_ON_A_GPU
