@@ -1,6 +1,7 @@
 """Benchmarks: each suite checks its providers' results against each other, then times them as ratios in one run.
 
-python -m benchmarks.run --suite step            a whole training step of the `small` model, per loss
+python -m benchmarks.run --suite step            whole optimiser steps, against the published scheme, against what one
+                                                 composes of fused losses of one stream, and against plain SFT
 python -m benchmarks.run --suite head            the loss alone at real models' head shapes, against plain PyTorch,
                                                  torch's linear_cross_entropy, Liger-Kernel and cut-cross-entropy
 python -m benchmarks.run --suite native          the C++ extension against its plain PyTorch twin, over a grid

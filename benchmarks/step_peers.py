@@ -144,7 +144,8 @@ def unpadded(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
     loss = nq.SFTLoss()
 
     def micro(h1: Tensor, _: Tensor | None, labels: Tensor) -> Tensor:
-        return loss(h1, None, model.lm_head.weight, labels)
+        result: Tensor = loss(h1, None, model.lm_head.weight, labels)
+        return result
 
     return _per_example(model, examples, micro, counterfactual=False)
 

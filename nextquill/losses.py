@@ -6,7 +6,7 @@ rest and has finished every gradient when `forward` returns.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from nextquill.ops.validation import (
     check_head_options,
     check_ignore_index,
     check_sequence_ids,
+    check_token_weights,
 )
 from nextquill.outputs import PairNLL, PreferenceLossOutput
 from nextquill.weighting import (
@@ -139,6 +140,11 @@ class PairLoss(nn.Module):
         """Whether the counterfactual pass needs no gradient, so that it may run under `torch.no_grad`."""
         return self.objective.counterfactual_is_constant
 
+    @property
+    def terms_need_counterfactual(self) -> bool:
+        """Whether the counterfactual stream is needed even where `token_weights` are given."""
+        return self.objective.terms_need_counterfactual
+
     def forward(
         self,
         hidden_factual: Tensor,
@@ -148,13 +154,14 @@ class PairLoss(nn.Module):
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch, a float32 (float64) scalar.
 
         Args:
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and
                 without the user's history, at the predicting positions. `None` for the second where
-                `needs_counterfactual` is False.
+                `needs_counterfactual` is False, or `token_weights` are given and `terms_need_counterfactual` is False.
             lm_head_weight: [V, D].
             labels: [N] or [B, T] integers, not shifted; `ignore_index` rows give 0 and get 0 gradient.
             bias: [V] or None.
@@ -163,16 +170,18 @@ class PairLoss(nn.Module):
             num_items_in_batch: what the reduction divides by when this call is one part of a larger batch: sequences
                 ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch. Default: those of
                 this call.
+            token_weights: labels' shape, floating, finite and at least 0 where labels count: constants in place of
+                what the weighting would make of this call's nll's, for effects that another model has measured. They
+                are normalised as the weighting's are.
 
         A batch without a supervised row gives an exact 0 that is connected to the graph.
 
         Raises:
             ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         """
-        inputs, ids, items = self._check(
-            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch
-        )
-        loss: Tensor = self._run(inputs, ids, items, effect_nll=False)[0]
+        streams = (hidden_factual, hidden_counterfactual)
+        call = self._check(streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights)
+        loss: Tensor = self._run(call, effect_nll=False)[0]
         return loss
 
     def compute(
@@ -184,6 +193,7 @@ class PairLoss(nn.Module):
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
+        token_weights: Tensor | None = None,
         *,
         effect_nll: bool = True,
     ) -> PreferenceLossOutput:
@@ -193,13 +203,13 @@ class PairLoss(nn.Module):
             effect_nll: compute `pair_nll.effect` also where the loss has no effect term; False saves that pass over the
                 logits and leaves it None.
         """
-        inputs, ids, items = self._check(
-            hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch
-        )
-        loss, rows, counts, *_ = self._run(inputs, ids, items, effect_nll)
-        paired = inputs.counterfactual is not None
-        results = RowResults.unpack(rows, paired, paired and (effect_nll or self.objective.needs_effect))
-        return self._output(loss, results, inputs, *counts.tolist())
+        streams = (hidden_factual, hidden_counterfactual)
+        call = self._check(streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights)
+        loss, rows, counts, *_ = self._run(call, effect_nll)
+        paired = call.inputs.counterfactual is not None
+        objective = self.objective if token_weights is None else self.objective.of_given_weights()
+        results = RowResults.unpack(rows, paired, paired and (effect_nll or objective.needs_effect))
+        return self._output(loss, results, call.inputs, *counts.tolist())
 
     def extra_repr(self) -> str:
         objective = self.objective
@@ -211,28 +221,29 @@ class PairLoss(nn.Module):
 
     def _check(
         self,
-        hidden_factual: Tensor,
-        hidden_counterfactual: Tensor | None,
+        streams: tuple[Tensor, Tensor | None],
         lm_head_weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
         sequence_ids: Tensor | None,
         num_items_in_batch: float | Tensor | None,
-    ) -> tuple[HeadInputs, Tensor | None, Tensor | None]:
-        if hidden_counterfactual is None and self.needs_counterfactual:
+        token_weights: Tensor | None,
+    ) -> _Call:
+        needed = self.needs_counterfactual if token_weights is None else self.terms_need_counterfactual
+        if streams[1] is None and needed:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
         # Again what the constructor checked: these are attributes, and someone may have set them.
         check_head_options(self.softcap, self.logit_scale)
         check_ignore_index(self.ignore_index)
         _check_chunk_bytes(self.chunk_bytes)
-        inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+        inputs = check_head_inputs(*streams, lm_head_weight, labels, bias)
         ids = check_sequence_ids(sequence_ids, labels)
         items = _check_items(num_items_in_batch, labels.device)
-        return inputs, None if self.reduction == "micro_batch" else ids, items
+        weights = check_token_weights(token_weights, labels)
+        return _Call(inputs, None if self.reduction == "micro_batch" else ids, items, weights)
 
-    def _run(
-        self, inputs: HeadInputs, ids: Tensor | None, items: Tensor | None, effect_nll: bool
-    ) -> tuple[Tensor, ...]:
+    def _run(self, call: _Call, effect_nll: bool) -> tuple[Tensor, ...]:
+        inputs = call.inputs
         tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()
         needs = [enabled and t is not None and t.requires_grad for t in tensors]
@@ -240,8 +251,9 @@ class PairLoss(nn.Module):
         results: tuple[Tensor, ...] = pair_loss_operator(
             *tensors,
             inputs.labels,
-            ids,
-            items,
+            call.sequence_ids,
+            call.num_items,
+            call.token_weights,
             self._objective_spec,
             effect_nll,
             needs,
@@ -359,6 +371,15 @@ class SFTLoss(PairLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(UniformWeighting(), **options)
+
+
+class _Call(NamedTuple):
+    """The checked arguments of one call."""
+
+    inputs: HeadInputs
+    sequence_ids: Tensor | None
+    num_items: Tensor | None
+    token_weights: Tensor | None
 
 
 def _check_chunk_bytes(chunk_bytes: object) -> None:

@@ -72,6 +72,10 @@ class TrainFiles:
         "Training records, JSONL: user_id, query, history, response and optionally timestamp.", metavar="FILE"
     )
     eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
+    effects_file: str | None = option(
+        "Token weights from the effects in this output of score for the training file, instead of the model's own: a "
+        "frozen estimator, which saves the pass without history where only weights need it.", None, metavar="FILE",
+    )  # fmt: skip
     overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
 
 

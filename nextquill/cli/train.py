@@ -20,7 +20,7 @@ from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_out
 from nextquill.cli.scored import encode_records, read_records
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import EncodingStats, ExampleEncoder, Record
-from nextquill.errors import NextQuillError
+from nextquill.errors import NextQuillError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import default_max_length
 from nextquill.integrations.loading import (
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
     if args.should_save:
-        inputs = (files.train_file, files.eval_file, model_options.model_name_or_path)
+        inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model_name_or_path)
         check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
 
     paths = {"train": files.train_file, "eval": files.eval_file}
@@ -71,12 +71,13 @@ def run(arguments: Sequence[str]) -> int:
         **datasets(tokenizer, settings, records, args),
         processing_class=tokenizer,
         loss=loss,
+        effects_file=files.effects_file,
         template=settings.template,
         max_length=settings.max_length,
         max_response_length=settings.max_response_length,
     )
     if resume is not None:  # before the output folder is touched; the trainer would notice later
-        checkpoints.check_identity(resume, checkpoints.run_identity(trainer.model, trainer.loss))
+        checkpoints.check_identity(resume, trainer.run_identity())
     if args.should_save:
         open_output_dir(folder, resume)
         checkpoints.write_text(folder / PROMPT_FILE, settings.to_json())
@@ -136,6 +137,8 @@ def build_trainer(**options: Any) -> NextQuillTrainer:
     """The trainer; what transformers refuses in its arguments is the user's to mend."""
     try:
         return NextQuillTrainer(**options)
+    except RecordError as error:  # the records are encoded by now, so it is of the effects file, and says so
+        raise RecordError(f"--{error}") from error
     except NextQuillError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -11,6 +11,7 @@ Nothing here imports Hugging Face packages: tokenizers and data sets are used by
 from __future__ import annotations
 
 from nextquill.data.collator import PaddedCollator, TreeCollator
+from nextquill.data.effects import load_effects
 from nextquill.data.encoding import Branch, EncodedExample, EncodingStats, ExampleEncoder
 from nextquill.data.placebo import assign_placebo_histories
 from nextquill.data.records import HistoryItem, Record, load_records, parse_record, read_jsonl
@@ -31,6 +32,7 @@ __all__ = [
     "TreeCollator",
     "UserGroupSampler",
     "assign_placebo_histories",
+    "load_effects",
     "load_records",
     "parse_record",
     "read_jsonl",

@@ -11,10 +11,11 @@ users apart. A part is computed in one go,
     num_sequences   examples in the part
     num_tokens, num_branch_tokens   tokens that are computed, and tokens of the branches on their own
     forwards        the forwards of the model, in order; the last one carries the loss and its gradient
+    effects         float32 [2, n]  the labels' stored nll's, where every example has them
 
-and a forward holds inputs [rows, T] and, under `rows`, for each branch it runs the n positions, counted over
-all rows, whose hidden states predict the labels. Nothing is ever shifted: at the end of a branch the next row of a tree
-is another branch's.
+and a forward holds inputs [rows, T] and, under `rows`, for each branch it runs the n positions, counted over all rows,
+whose hidden states predict the labels; for trees also `layout`, which stays on the host, and `multiplicity`, how many
+branches hold each token. Nothing is ever shifted: at the end of a branch the next row of a tree is another branch's.
 """
 
 from __future__ import annotations
@@ -82,14 +83,18 @@ class TreeCollator:
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, for a rank that has none where others have: one token per forward."""
-        token = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "position_ids": torch.zeros(1, 1, dtype=torch.long)}
-        end = torch.ones(1, 1, dtype=torch.long)
+        zero, one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
         none = torch.empty(0, dtype=torch.long)
+        tree = {"input_ids": zero, "position_ids": zero, "subtree_end": one, "multiplicity": one}
         forwards = [
-            {**token, "subtree_end": end, "layout": TreeLayout.of(token["position_ids"][0], end[0]),
-             "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
+            {
+                **tree,
+                "layout": TreeLayout.of(zero[0], one[0]),
+                "rows": dict.fromkeys(names, none),
+                "num_branch_tokens": 0,
+            }
             for names in self.forwards
-        ]  # fmt: skip
+        ]
         return _assemble(none, none, 0, forwards)
 
 
@@ -161,6 +166,7 @@ def _tree_forward(examples: Sequence[EncodedExample], names: Sequence[str]) -> d
         "input_ids": tree.input_ids[None],
         "position_ids": tree.position_ids[None],
         "subtree_end": tree.subtree_end[None],
+        "multiplicity": torch.bincount(torch.cat(tree.branch_rows), minlength=len(tree))[None],
         "layout": TreeLayout.of_tree(tree),
         "rows": {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)},
         "num_branch_tokens": tree.num_branch_tokens,
@@ -171,7 +177,9 @@ def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: l
     responses = [examples[index].factual.response_ids for index in chosen]
     labels = torch.tensor([token for response in responses for token in response], dtype=torch.long)
     lengths = torch.tensor([len(response) for response in responses])
-    return _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
+    part = _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
+    effects = [stored for index in chosen if (stored := examples[index].effects) is not None]
+    return {**part, "effects": torch.cat(effects, dim=1)} if len(effects) == len(responses) else part
 
 
 def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,8 +14,10 @@ beginning trains something nobody asked for. What cannot fit is a `BudgetError`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from nextquill.data._checks import check_integer
 from nextquill.data.placebo import assign_placebo_histories
@@ -58,6 +60,8 @@ class EncodedExample:
         placebo: the branch with another user's history, or None.
         history_kept: how many of the user's own history items are in the factual branch.
         history_total: how many the record has.
+        effects: float32 [2, n], nll_factual and nll_counterfactual of the response as some model has measured them, in
+            nats, or None; see `load_effects`.
     """
 
     user_id: str
@@ -67,6 +71,7 @@ class EncodedExample:
     placebo: Branch | None
     history_kept: int
     history_total: int
+    effects: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

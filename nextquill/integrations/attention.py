@@ -37,6 +37,7 @@ from nextquill.integrations.architectures import (
     text_config,
 )
 from nextquill.integrations.probe import returned_logits
+from nextquill.integrations.router import WITHOUT_ROUTER_LOSS
 from nextquill.tree import (
     TREE_KERNELS,
     TreeLayout,
@@ -149,7 +150,10 @@ class TreeAttention:
         self._model.eval()
         try:
             model: Any = self._model
-            together = returned_logits(model(**self.model_inputs(forward), use_cache=False))[0]
+            inputs = self.model_inputs(forward)
+            if getattr(text_config(self._base), "output_router_logits", False):
+                inputs |= WITHOUT_ROUTER_LOSS
+            together = returned_logits(model(**inputs, use_cache=False))[0]
             self.close()
             for rows, branch in zip(tree.branch_rows, branches, strict=True):
                 alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)

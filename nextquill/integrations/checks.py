@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, UnsupportedModelError
+from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.integrations.architectures import text_config
 from nextquill.losses import PairLoss
 
 #: Options of transformers' Trainer that `NextQuillTrainer` fills itself.
@@ -21,7 +22,6 @@ FILLED_OPTIONS = (
 # Training arguments that would be ignored or break later, with the values that are accepted and the reason.
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0, 0.0), "the loss runs inside the model's head, where labels are not smoothed"),
-    "torch_compile": ((False,), "the loss is set into the model's head anew in every step, which would recompile it"),
     "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
     "eval_do_concat_batches": ((True,), "metrics are means over all tokens of an evaluation"),
     "include_for_metrics": (([], None), "metrics are made of the loss's own results"),
@@ -82,7 +82,6 @@ def check_model(model: Any, processing_class: Any, loss: Any) -> None:
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer is not the model's.
-        UnsupportedModelError: the model adds a loss of its own, which would be lost.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")
@@ -92,10 +91,6 @@ def check_model(model: Any, processing_class: Any, loss: Any) -> None:
         hint = "; give an instance" if isinstance(loss, type) else ""
         raise ArgumentTypeError(f"loss: expected a nextquill loss, got {type(loss).__name__} {loss!r}{hint}")
     check_vocabulary(model, processing_class)
-    if getattr(_text_config(model), "output_router_logits", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its router loss is not computed here; set config.output_router_logits to False"
-        )
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -113,10 +108,5 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 def default_max_length(model: nn.Module) -> int:
     """2048 tokens, or the model's own limit if that is less."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048
-
-
-def _text_config(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

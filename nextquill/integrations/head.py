@@ -70,6 +70,9 @@ class LossInHead:
         _check_reproduced(self.head)
         self.logit_scale, self.softcap = probe_logits(model, self.head)
         self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
+        self._function: HeadFunction | None = None
+        # One function for good: compiled graphs are guarded by which it is.
+        self._forward_in_head = torch.compiler.disable(self._run_function)
         # What is left after the cap is switched off is a scale, which the returned scalar is divided by.
         with without_softcap(self._capped_configs):
             self._residual_scale, residual_cap = probe_logits(model, self.head)
@@ -87,16 +90,12 @@ class LossInHead:
             inputs: keyword arguments of the model's forward, without labels.
             call: what to call in place of the model: the same model inside a DDP or FSDP wrapper.
         """
-
-        def head_forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            weight, bias = effective_weight(self.head)
-            if not torch.is_autocast_enabled(hidden_states.device.type):
-                weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
-                bias = None if bias is None else bias.to(weight.dtype)
-            return function(HeadState(hidden_states, weight, bias)).div(self._residual_scale).reshape(1, 1, 1)
-
-        with without_softcap(self._capped_configs), replaced_forward(self.head, head_forward):
-            outputs = (self.model if call is None else call)(**inputs, use_cache=False)
+        self._function = function
+        try:
+            with without_softcap(self._capped_configs), replaced_forward(self.head, self._forward_in_head):
+                outputs = (self.model if call is None else call)(**inputs, use_cache=False)
+        finally:
+            self._function = None
         result: Tensor = returned_logits(outputs)
         if result.numel() != 1:
             raise UnsupportedModelError(
@@ -104,6 +103,15 @@ class LossInHead:
                 "switched after the trainer was made?"
             )
         return result.reshape(())
+
+    def _run_function(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What stands in the place of the head's forward."""
+        assert self._function is not None
+        weight, bias = effective_weight(self.head)
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
+            bias = None if bias is None else bias.to(weight.dtype)
+        return self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale).reshape(1, 1, 1)
 
 
 def find_head(model: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, JOINT, For
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
 from nextquill.integrations.attention import ATTENTIONS, TreeAttention
+from nextquill.integrations.effects import check_stored_weighting, stored_weights
 from nextquill.integrations.head import HeadState, LossInHead
+from nextquill.integrations.router import WITHOUT_ROUTER_LOSS, RouterLoss
 from nextquill.losses import PairLoss
 from nextquill.outputs import PreferenceLossOutput
 
@@ -46,17 +49,26 @@ class PairPasses:
         model: the unwrapped model.
         loss: the loss; `self.loss` is a copy with the model's own softcap and logit_scale.
         attention: how rows of trees are attended, or "padded" for a row per branch; see `integrations.attention`.
+        stored_effects: in training, take token weights from the effects that the examples bring (`load_effects`), and
+            run the counterfactual only where a term of the loss reads it.
 
     Raises:
-        ArgumentError: the loss was given a softcap or logit_scale that is not the model's, or `attention` is unknown.
+        ArgumentError: the loss was given a softcap or logit_scale that is not the model's, `attention` is unknown, or
+            `stored_effects` are no use to the loss.
         UnsupportedModelError: the model's head or its attention cannot be handled exactly.
     """
 
-    def __init__(self, model: nn.Module, loss: PairLoss, attention: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, loss: PairLoss, attention: str = "auto", *, stored_effects: bool = False
+    ) -> None:
         if attention not in ATTENTIONS:
             raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if stored_effects:
+            check_stored_weighting(loss)
+        self.stored_effects = stored_effects
         self.runner = LossInHead(model)
         self.loss = fit_to_head(loss, self.runner)
+        self.router = RouterLoss.of(model)
         self.trees = None if attention == "padded" else TreeAttention(model, attention)
 
     def __enter__(self) -> PairPasses:
@@ -88,19 +100,21 @@ class PairPasses:
             pad_token_id: fills padded rows; trees have none.
             max_tokens: see `TreeCollator`.
         """
-        if not self.loss.needs_counterfactual:
+        loss = self.loss
+        if not (loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual):
             return self._collator(FACTUAL, pad_token_id, max_tokens)
-        constant = self.loss.detaches_counterfactual
+        constant = loss.detaches_counterfactual
         return self._collator(CONSTANT_COUNTERFACTUAL if constant else JOINT, pad_token_id, max_tokens)
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
     ) -> TreeCollator | PaddedCollator:
         """What makes batches for `scores`: trees hold all branches in one row; padded ones run one after the other."""
-        names = ("counterfactual", *(["placebo"] if placebo else []), "factual")
+        others = ("counterfactual", *(["placebo"] if placebo else []))
         if self.trees is None:
-            return self._collator(tuple((name,) for name in names), pad_token_id, max_tokens)
-        return self._collator((names,), pad_token_id, max_tokens)
+            return self._collator((*((name,) for name in others), ("factual",)), pad_token_id, max_tokens)
+        # The first branch decides which examples share a row: the one with the user's own history.
+        return self._collator((("factual", *others),), pad_token_id, max_tokens)
 
     def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
         if self.trees is not None:
@@ -140,7 +154,8 @@ class PairPasses:
         with torch.no_grad():
             for forward in part["forwards"][:-1]:
                 hidden |= self._hidden(forward, call)
-        return self._loss(self.loss, part, hidden, num_items, call)
+        weights = self._stored_weights(part) if self.stored_effects else None
+        return self._loss(self.loss, part, hidden, num_items, call, token_weights=weights)
 
     # ---- evaluation --------------------------------------------------------------------------------
 
@@ -173,9 +188,9 @@ class PairPasses:
     def _model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         if ("layout" in forward) is not (self.trees is not None):
             raise ArgumentError("batch: expected one that this object's own collator made")
-        if self.trees is not None:
-            return self.trees.model_inputs(forward)
-        return {"input_ids": forward["input_ids"], "attention_mask": forward["attention_mask"]}
+        names = ("input_ids", "attention_mask")
+        inputs = self.trees.model_inputs(forward) if self.trees is not None else {name: forward[name] for name in names}
+        return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
 
     def _hidden(self, forward: Mapping[str, Any], call: nn.Module | None) -> dict[str, Tensor]:
         """Final hidden states [n, D] of the rows that predict labels, by branch."""
@@ -196,22 +211,40 @@ class PairPasses:
         num_items: float | Tensor | None,
         call: nn.Module | None,
         afterwards: Callable[[Mapping[str, Tensor], HeadState], None] | None = None,
+        token_weights: Tensor | None = None,
     ) -> tuple[Tensor, PreferenceLossOutput]:
         forward, kept = part["forwards"][-1], list[PreferenceLossOutput]()
+        router = self.router if torch.is_grad_enabled() else None
 
         def compute(state: HeadState) -> Tensor:
             streams = {name: _as_rows(rows, state) for name, rows in hidden.items()} | _select(state, forward)
             kept.append(
                 loss.compute(
                     streams["factual"], streams.get("counterfactual"), state.weight, part["labels"], state.bias,
-                    part["sequence_ids"], num_items, effect_nll=False,
+                    part["sequence_ids"], num_items, token_weights, effect_nll=False,
                 )
             )  # fmt: skip
             if afterwards is not None:
                 afterwards(streams, state)
-            return kept[0].loss
+            if router is None:
+                return kept[0].loss
+            return kept[0].loss + router.value(forward) * self._share(part, num_items)
 
-        return self.runner.forward(compute, self._model_inputs(forward), call), kept[0]
+        with nullcontext() if router is None else router.recorded():
+            return self.runner.forward(compute, self._model_inputs(forward), call), kept[0]
+
+    def _share(self, part: Part, num_items: float | Tensor | None) -> float | Tensor:
+        """The part's share of the whole batch, which a loss that is a mean over tokens is weighted with."""
+        own = self.count_items({"parts": [part]})
+        return own / (max(1, own) if num_items is None else num_items)
+
+    def _stored_weights(self, part: Part) -> Tensor:
+        effects = part.get("effects")
+        if effects is None:
+            if part["labels"].numel():
+                raise ArgumentError("batch: expected examples with stored effects, got some without")
+            effects = torch.empty(2, 0, device=part["labels"].device)
+        return stored_weights(self.loss, effects, part["sequence_ids"])
 
     def _scoring_loss(self) -> PairLoss:
         if self.loss.reduction != "micro_batch":

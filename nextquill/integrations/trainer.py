@@ -9,6 +9,7 @@ callbacks, logging) is the Trainer's.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from nextquill.data import EncodedExample, ExampleEncoder, PromptTemplate, UserGroupSampler, load_records
+from nextquill.data import (
+    EncodedExample,
+    ExampleEncoder,
+    PromptTemplate,
+    UserGroupSampler,
+    load_effects,
+    load_records,
+)
+from nextquill.errors import RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import (
     check_arguments,
@@ -30,6 +39,7 @@ from nextquill.integrations.checks import (
     check_vocabulary,
     default_max_length,
 )
+from nextquill.integrations.effects import effects_digest
 from nextquill.integrations.metrics import CounterfactualWatch, TrainingMeter, eval_metrics, example_table
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import NextQuillLoss, PairLoss
@@ -75,6 +85,10 @@ class NextQuillTrainer(Trainer):
             several, with the same gradient. None runs it in one.
         examples_per_user: keep so many examples of a user together in a batch, so that they share their history; see
             `UserGroupSampler`. The batch size stays what it is and must be a multiple of this.
+        effects_file: take token weights from the effects that `nextquill score` has written for the training records,
+            instead of the model's own, which change while it trains. No counterfactual pass is made then, unless a term
+            of the loss reads it: NextQuill with `alpha` above 0 keeps it for its effect term, and any loss with
+            `anchor` for that. Evaluation weighs by the model's own effects.
         callbacks: as the Trainer's; a `CounterfactualWatch` among them takes the place of the default one.
         options: everything else the Trainer takes, but for compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init, which this class fills itself.
@@ -90,7 +104,8 @@ class NextQuillTrainer(Trainer):
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
-        RecordError, BudgetError: a record is malformed or does not fit; found before training starts.
+        RecordError, BudgetError: a record is malformed or does not fit, or the effects file is of other records; found
+            before training starts.
         UnsupportedModelError: the model's head cannot be handled exactly.
     """
 
@@ -109,6 +124,7 @@ class NextQuillTrainer(Trainer):
         attention: str = "auto",
         max_tokens: int | None = None,
         examples_per_user: int = 1,
+        effects_file: str | os.PathLike[str] | None = None,
         callbacks: list[Any] | None = None,
         **options: Any,
     ) -> None:
@@ -121,7 +137,7 @@ class NextQuillTrainer(Trainer):
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
 
-        self.passes = PairPasses(model, loss, attention)
+        self.passes = PairPasses(model, loss, attention, stored_effects=effects_file is not None)
         self.loss = self.passes.loss
         length = default_max_length(model) if max_length is None else max_length
         self.passes.check_training(length)
@@ -134,7 +150,7 @@ class NextQuillTrainer(Trainer):
             model,
             args,
             data_collator=self.passes.collator(self._pad_token_id, max_tokens),
-            train_dataset=self._encoded(train_dataset, placebo=False),
+            train_dataset=_with_effects(self._encoded(train_dataset, placebo=False), effects_file),
             eval_dataset=(
                 {name: self._encoded(part, placebo=True) for name, part in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
@@ -290,7 +306,7 @@ class NextQuillTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if self._identity is None:  # once: the engine may shard the parameters afterwards
-            self._identity = checkpoints.run_identity(self.model, self.loss)
+            self._identity = self.run_identity()
         if checkpoint is not None and self.is_world_process_zero():
             checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
@@ -302,6 +318,12 @@ class NextQuillTrainer(Trainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self.passes.close()
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must agree between this run and a checkpoint it resumes from."""
+        dataset: Any = self.train_dataset
+        effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
+        return {**checkpoints.run_identity(self.model, self.loss), "effects_file": effects}
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -380,6 +402,15 @@ class NextQuillTrainer(Trainer):
 
     def _write_identity(self, folder: Path) -> None:
         checkpoints.write_text(folder / checkpoints.RUN_FILE, json.dumps(self._identity, indent=2) + "\n")
+
+
+def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] | None) -> EncodedDataset | None:
+    if dataset is None or path is None:
+        return dataset
+    try:
+        return EncodedDataset(load_effects(path, dataset.examples))
+    except RecordError as error:
+        raise RecordError(f"effects_file: {error}") from error
 
 
 def _with_watch(loss: PairLoss, callbacks: list[Any] | None) -> tuple[CounterfactualWatch, list[Any]]:

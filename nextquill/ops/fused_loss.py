@@ -56,7 +56,10 @@ class RowResults(NamedTuple):
 
 @dataclass(frozen=True)
 class LossCall:
-    """A head call together with the objective and what is to be computed of it."""
+    """A head call together with the objective and what is to be computed of it.
+
+    `token_weights` [n] of the planned rows take the place of the objective's weighting.
+    """
 
     head_call: HeadCall
     objective: PairObjective
@@ -64,6 +67,7 @@ class LossCall:
     num_items: float | Tensor
     needs: Needs
     effect: bool
+    token_weights: Tensor | None = None
 
 
 class PairLossResult(NamedTuple):
@@ -114,8 +118,9 @@ class _Engine:
             chunk = self._statistics(rows)
         call = self.call
         own = RowResults.unpack(self.rows[:, group.rows], len(self.streams) == 2, call.effect)
+        given = None if call.token_weights is None else call.token_weights[group.rows]
         coefficients = call.objective.coefficients(
-            own.pair, group, self.plan, call.num_items, self.kernels.row_coefficients
+            own.pair, group, self.plan, call.num_items, self.kernels.row_coefficients, given
         )
         for target, values in zip(own.coefficients, coefficients, strict=True):
             target.copy_(values)

@@ -29,6 +29,7 @@ def _pair_loss(
     labels: Tensor,
     sequence_ids: Tensor | None,
     num_items: Tensor | None,
+    token_weights: Tensor | None,
     objective: str,
     effect: bool,
     needs: list[bool],
@@ -38,12 +39,15 @@ def _pair_loss(
     """loss, rows [6, N] (fused_loss.RowResults), (tokens, sequences) on the host, dh1, dh0, dW, db."""
     options = HeadOptions(*rest)
     head_call, found = options.call(factual), decode(objective)
-    plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0])
+    if token_weights is not None:
+        found, token_weights = found.of_given_weights(), token_weights.to(compute_dtype(options.dtype(factual)))
+    plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0], token_weights)
     items = _items(num_items, found.default_items(plan))
     effect = counterfactual is not None and (effect or found.needs_effect)
     with autocast_off(factual.device):
         head = head_call.head(weight, bias, options.dtype(factual))
-        call = LossCall(head_call, found, plan, items, Needs(*needs), effect)
+        given = None if token_weights is None else token_weights[plan.rows]
+        call = LossCall(head_call, found, plan, items, Needs(*needs), effect, given)
         loss, compact, grads = pair_loss(call, head, factual, counterfactual)
     rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
     counts = torch.tensor([plan.num_rows, plan.num_sequences])
@@ -55,7 +59,7 @@ def _pair_loss(
 
 
 def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    factual, counterfactual, weight, bias, labels, _, _, _, _, needs, _, *rest = arguments
+    factual, counterfactual, weight, bias, labels, _, _, _, _, _, needs, _, *rest = arguments
     wide = compute_dtype(HeadOptions(*rest).dtype(factual))
     loss = factual.new_empty((), dtype=wide)
     kept = (
@@ -105,7 +109,7 @@ pair_loss_operator = define(
     "pair_loss",
     _pair_loss,
     "Tensor factual, Tensor? counterfactual, Tensor weight, Tensor? bias, Tensor labels, Tensor? sequence_ids, "
-    "Tensor? num_items, str objective, bool effect, bool[] needs, int ignore_index",
+    "Tensor? num_items, Tensor? token_weights, str objective, bool effect, bool[] needs, int ignore_index",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     product=(0, 1, 2),
 )

@@ -7,7 +7,7 @@ scheme and reduction is an elementwise computation on a few numbers per row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +94,15 @@ class PairObjective:
     def counterfactual_is_constant(self) -> bool:
         return self.detach_counterfactual or (self.alpha == 0 and self.anchor == 0)
 
+    @property
+    def terms_need_counterfactual(self) -> bool:
+        """Whether a term, rather than the weighting, reads the counterfactual."""
+        return self.alpha > 0 or self.anchor > 0
+
+    def of_given_weights(self) -> PairObjective:
+        """This objective for token weights that are given: no weighting reads the nll's."""
+        return replace(self, weighting=UniformWeighting())
+
     def default_items(self, plan: RowPlan) -> int:
         """What the reduction averages over, counted in this call: sequences, tokens, or one micro-batch."""
         if self.reduction == "sequence":
@@ -107,14 +116,17 @@ class PairObjective:
         plan: RowPlan,
         num_items: float | Tensor,
         fused: Callable[..., None] | None = None,
+        given: Tensor | None = None,
     ) -> RowCoefficients:
         """Coefficients of a group's rows, given their nll's; nothing here waits for the device.
 
         Args:
             fused: a kernel that computes the published weightings and their normalisation in one pass over whole
                 sequences; without it the same is done by elementwise operations.
+            given: the rows' weights, in place of the weighting's.
         """
-        if fused is not None and group.sequences is not None and (scheme := _scheme(self.weighting)) is not None:
+        scheme = None if given is not None or group.sequences is None else _scheme(self.weighting)
+        if fused is not None and group.sequences is not None and scheme is not None:
             offsets = plan.offsets[group.sequences.start : group.sequences.stop + 1]
             out = pair.factual.new_empty(3, group.stop - group.start)
             if isinstance(num_items, Tensor) and num_items.device != out.device:
@@ -130,7 +142,7 @@ class PairObjective:
                 out=out,
             )
             return RowCoefficients(*out)
-        weights = self._weights(pair, group, plan)
+        weights = self._weights(pair, group, plan) if given is None else given
         if self.reduction == "token":
             counts = totals = torch.ones_like(weights)
         else:

@@ -73,17 +73,30 @@ class RowGroup:
         return slice(self.start, self.stop)
 
 
-def plan_rows(labels: Tensor, sequence_ids: Tensor | None, ignore_index: int, vocabulary: int) -> RowPlan:
-    """Collect the supervised rows; `sequence_ids` [N] or None for a single sequence.
+def plan_rows(
+    labels: Tensor,
+    sequence_ids: Tensor | None,
+    ignore_index: int,
+    vocabulary: int,
+    token_weights: Tensor | None = None,
+) -> RowPlan:
+    """Collect the supervised rows; `sequence_ids` [N] or None for a single sequence. `token_weights` [N] are checked.
 
     Raises:
-        ArgumentError: a label is outside [0, vocabulary) and not `ignore_index`.
+        ArgumentError: a label is outside [0, vocabulary) and not `ignore_index`, or a supervised row's weight is
+            negative or not finite.
     """
     device = labels.device
+    unusable = None if token_weights is None else ~((token_weights >= 0) & token_weights.isfinite())
     if device.type != "cpu":
-        read = labels[None] if sequence_ids is None else torch.stack([labels, sequence_ids])
-        labels, sequence_ids = (*read.cpu(), None)[:2]
+        given = [tensor for tensor in (labels, sequence_ids, unusable) if tensor is not None]
+        read = iter(torch.stack([tensor.long() for tensor in given]).cpu())
+        labels = next(read)
+        sequence_ids = None if sequence_ids is None else next(read)
+        unusable = None if unusable is None else next(read).bool()
     check_label_range(labels, ignore_index, vocabulary)
+    if token_weights is not None and unusable is not None:
+        _check_weights(token_weights, unusable & (labels != ignore_index))
     rows = (labels != ignore_index).nonzero().squeeze(1)
     if sequence_ids is None:
         lengths = rows.new_tensor([rows.numel()] if rows.numel() else [])
@@ -93,6 +106,15 @@ def plan_rows(labels: Tensor, sequence_ids: Tensor | None, ignore_index: int, vo
         lengths = torch.unique_consecutive(ids, return_counts=True)[1]
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     return RowPlan(_send(rows, device), _send(labels[rows], device), _send(offsets, device), tuple(lengths.tolist()))
+
+
+def _check_weights(token_weights: Tensor, unusable: Tensor) -> None:
+    if unusable.numel() and bool(unusable.any()):
+        position = int(unusable.nonzero()[0])
+        raise ArgumentError(
+            "token_weights: expected finite numbers of at least 0 where labels count, got "
+            f"{float(token_weights[position])} at flat position {position}"
+        )
 
 
 def check_label_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:

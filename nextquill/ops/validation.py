@@ -140,6 +140,20 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
     return sequence_ids.reshape(-1).long()
 
 
+def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Return one weight per flat row. What they hold is checked where labels are read."""
+    if token_weights is None:
+        return None
+    check_floating("token_weights", token_weights)
+    if token_weights.shape != labels.shape:
+        raise ArgumentError(f"token_weights: expected the labels' shape {_shape(labels)}, got {_shape(token_weights)}")
+    if token_weights.device != labels.device:
+        raise ArgumentError(f"token_weights: expected device {labels.device}, got {token_weights.device}")
+    if token_weights.requires_grad:
+        raise ArgumentError("token_weights: expected constants, got a tensor that requires grad; detach it")
+    return token_weights.reshape(-1)
+
+
 def _usable(hidden: Tensor) -> Tensor:
     """`hidden`, copied if it was made in inference mode: such a tensor cannot be kept for a backward."""
     if torch.compiler.is_compiling() or not hidden.is_inference() or torch.is_inference_mode_enabled():

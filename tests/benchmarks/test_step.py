@@ -92,7 +92,7 @@ def test_losses_are_checked_at_full_size_too(monkeypatch):
 def test_what_the_official_scheme_pads_with_changes_nothing():
     model, examples = build_model(TINY.model, CPU), make_examples(TINY)[:1]
     longer = replace(TINY, lengths=replace(SHORT, padded=SHORT.padded + 40))
-    short, long = (float(step_peers.official(model, case, examples)[0]()) for case in (TINY, longer))
+    short, long = (step_peers.official(model, case, examples)[0]().item() for case in (TINY, longer))
     assert long == pytest.approx(short, rel=1e-5)
 
 

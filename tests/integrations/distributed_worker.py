@@ -11,10 +11,10 @@ import torch.distributed as dist
 from integration_helpers import (
     gradients,
     loss_cases,
-    run_loss,
     make_records,
     make_trainer,
     random_examples,
+    run_loss,
     tiny_model,
 )
 from torch.distributed.fsdp import fully_shard
@@ -49,16 +49,16 @@ def trainer_processes() -> int:
 
 def check_fully_sharded(loss_name: str) -> None:
     """The gradient of one batch on both ranks under FSDP2 equals the unsharded model's."""
-    case, batch = loss_cases()[loss_name], make_batch(random_examples())
+    case, examples = loss_cases()[loss_name], random_examples()
     plain = tiny_model()
-    loss, _ = PairPasses(plain, case.loss).training_loss(batch)
+    loss, _ = run_loss(plain, case.loss, examples)
     expected = gradients(plain, loss)
     model = tiny_model()
     passes = PairPasses(model, case.loss)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    sharded, _ = passes.training_loss(batch)
+    sharded, _ = passes.training_loss(passes.collator()(examples))
     sharded.backward()
     for name, parameter in model.named_parameters():
         assert isinstance(parameter.grad, DTensor), f"{name} was not sharded"

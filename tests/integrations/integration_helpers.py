@@ -57,18 +57,41 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, seed: in
 # ---- examples --------------------------------------------------------------------------------------
 
 
-def random_examples(count: int = 3, seed: int = 0, vocabulary: int = VOCABULARY) -> list[EncodedExample]:
-    """Ragged examples of random tokens, with a placebo."""
+def random_examples(
+    count: int = 3, seed: int = 0, vocabulary: int = VOCABULARY, shared: int = 0
+) -> list[EncodedExample]:
+    """Ragged examples of random tokens, with a placebo; factual branches begin with the same `shared` tokens."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(2, vocabulary) for _ in range(rng.randint(low, high))]
 
-    examples = []
+    examples, prefix = [], ids(shared, shared)
     for index in range(count):
         query, response = ids(2, 4), ids(1, 9)
-        factual, placebo = Branch(ids(3, 12) + query, response), Branch(ids(3, 12) + query, response)
+        factual, placebo = Branch(prefix + ids(3, 12) + query, response), Branch(ids(3, 12) + query, response)
         examples.append(EncodedExample(f"user{index}", index, factual, Branch(query, response), placebo, 1, 1))
+    return examples
+
+
+def shared_examples(count: int = 5, seed: int = 0) -> list[EncodedExample]:
+    """Ragged examples of two users under one system prompt, with a history of 7 tokens each and few queries.
+
+    So a tree forks after the system prompt, after each history, and inside responses to one query that begin alike.
+    """
+    rng = random.Random(seed)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(2, VOCABULARY) for _ in range(count)]
+
+    system, histories, queries, first = ids(3), [ids(7), ids(7)], [ids(3), ids(3)], ids(1)
+    examples = []
+    for index in range(count):
+        user, query, response = index % 2, queries[index // 2 % 2], first + ids(rng.randint(0, 5))
+        factual, counterfactual, placebo = (
+            Branch(system + history + query, response) for history in (histories[user], [], histories[1 - user])
+        )
+        examples.append(EncodedExample(f"user{user}", index, factual, counterfactual, placebo, 1, 1))
     return examples
 
 
@@ -131,7 +154,10 @@ def make_trainer(
     folder: Any, loss: PairLoss | None = None, model: nn.Module | None = None, **options: Any
 ) -> NextQuillTrainer:
     """A trainer of a tiny llama on `make_records()`; what is no option of NextQuillTrainer goes to its arguments."""
-    names = ("train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers", "max_length")
+    names = (
+        "train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers", "max_length", "attention",
+        "max_tokens", "examples_per_user",
+    )  # fmt: skip
     given = {name: options.pop(name) for name in names if name in options}
     trainer_options = {"train_dataset": make_records(), "processing_class": word_tokenizer(), **given}
     return NextQuillTrainer(

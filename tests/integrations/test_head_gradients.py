@@ -11,16 +11,15 @@ from integration_helpers import (
     branch_rows,
     gradients,
     loss_cases,
-    run_loss,
     random_examples,
     reference_loss,
     reference_pair_loss,
+    run_loss,
     tiny_model,
 )
 from torch import nn
 
 from nextquill.data import EncodedExample
-from nextquill.integrations.passes import PairPasses
 from nextquill.reference.linear import linear_logits
 
 LOSSES = sorted(loss_cases())
@@ -86,7 +85,7 @@ def test_loss_of_equal_branches_is_exact() -> None:
     """An example whose history was dropped: both branches are the same tokens."""
     model, case = tiny_model(), loss_cases()["official"]
     examples = [EncodedExample("u", 0, example.factual, example.factual, None, 0, 1) for example in random_examples(2)]
-    loss, output = PairPasses(model, case.loss).training_loss(make_batch(examples, "factual", "counterfactual"))
+    loss, output = run_loss(model, case.loss, examples)
     assert torch.allclose(output.pair_nll.factual, output.pair_nll.counterfactual, atol=1e-6)
     expected = gradients(model, reference_loss(case, model, examples))
     assert_same_tensors(gradients(model, loss), expected, 1e-5, "gradient of equal branches")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from integration_helpers import assert_same_loss, branch_nll, loss_cases, make_batch, random_examples, tiny_model
+from integration_helpers import assert_same_loss, branch_nll, loss_cases, random_examples, tiny_model
 
 from nextquill import NextQuillLoss, PerCELoss, SFTLoss, UnsupportedModelError
 from nextquill.integrations.passes import PairPasses

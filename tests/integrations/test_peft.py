@@ -11,9 +11,9 @@ from integration_helpers import (
     assert_same_tensors,
     gradients,
     loss_cases,
-    run_loss,
     random_examples,
     reference_loss,
+    run_loss,
     tiny_model,
 )
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -79,35 +79,35 @@ def test_gradients_equal_the_ordinary_forward(adapters: str, loss_name: str) -> 
 
 @pytest.mark.parametrize(("adapters", "needed"), [("attention", False), ("head", True), ("head saved in full", True)])
 def test_frozen_head_costs_no_weight_gradient(adapters: str, needed: bool, computed_gradients: list[Any]) -> None:
-    PairPasses(CASES[adapters](), loss_cases()["official"].loss).training_loss(make_batch(random_examples()))
+    run_loss(CASES[adapters](), loss_cases()["official"].loss, random_examples())
     assert [needs.weight for needs in computed_gradients] == [needed], "dW computed"
 
 
 def test_lora_on_the_head_equals_the_merged_model() -> None:
-    case, batch = loss_cases()["official"], make_batch(random_examples())
+    case, examples = loss_cases()["official"], random_examples()
     model = CASES["head"]()
-    adapted, _ = PairPasses(model, case.loss).training_loss(batch)
-    merged, _ = PairPasses(model.merge_and_unload(), case.loss).training_loss(batch)
+    adapted, _ = run_loss(model, case.loss, examples)
+    merged, _ = run_loss(model.merge_and_unload(), case.loss, examples)
     assert_same_loss(adapted, merged)
 
 
 def test_lora_merged_in_place_is_not_added_twice() -> None:
-    case, batch = loss_cases()["official"], make_batch(random_examples())
+    case, examples = loss_cases()["official"], random_examples()
     model = CASES["head"]()
     passes = PairPasses(model, case.loss)
-    expected, _ = passes.training_loss(batch)
+    expected, _ = passes.training_loss(passes.collator()(examples))
     model.merge_adapter()
-    got, _ = passes.training_loss(batch)
+    got, _ = passes.training_loss(passes.collator()(examples))
     assert_same_loss(got, expected)
 
 
 def test_disabled_adapters_are_left_out() -> None:
-    case, batch = loss_cases()["official"], make_batch(random_examples())
-    plain, _ = PairPasses(untied(), case.loss).training_loss(batch)
+    case, examples = loss_cases()["official"], random_examples()
+    plain, _ = run_loss(untied(), case.loss, examples)
     model = CASES["head"]()
     passes = PairPasses(model, case.loss)
     with model.disable_adapter():
-        got, _ = passes.training_loss(batch)
+        got, _ = passes.training_loss(passes.collator()(examples))
     assert_same_loss(got, plain)
 
 

@@ -44,7 +44,7 @@ def test_opcheck_of_the_pair_operator(needs):
 @subsets
 def test_opcheck_of_the_loss_operator(needs):
     case, loss = leaves(needs), LOSSES["NextQuill"]
-    tensors = (case.factual, case.counterfactual, case.weight, case.bias, case.labels, None, None)
+    tensors = (case.factual, case.counterfactual, case.weight, case.bias, case.labels, None, None, None)
     torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, True, list(needs), *OPTIONS))
 
 
@@ -55,7 +55,7 @@ def test_opcheck_of_each_loss(name, dtype):
     counterfactual = None if name == "SFT" else case.counterfactual
     needs = [True, counterfactual is not None, True, True]
     ids = torch.arange(12) // 4
-    tensors = (case.factual, counterfactual, case.weight, case.bias, case.labels, ids, torch.tensor(2.0))
+    tensors = (case.factual, counterfactual, case.weight, case.bias, case.labels, ids, torch.tensor(2.0), None)
     # Two half-precision results are compared by torch's own tolerance for the dtype.
     torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, False, needs, *OPTIONS))
 
@@ -288,7 +288,7 @@ def test_opcheck_of_the_backward_operators(layout):
     torch.library.opcheck(
         token_nll_backward, (grads[0], case.factual, weight, case.bias, case.labels, torch.zeros(12), needs[:3], *tail)
     )
-    tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels, None, None)
+    tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels, None, None, None)
     spec = LOSSES["NextQuill"]._objective_spec
     torch.library.opcheck(pair_loss_operator, (*tensors, spec, True, needs, *OPTIONS))
 

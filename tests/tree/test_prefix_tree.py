@@ -108,7 +108,7 @@ def test_many_roots():
 
 def test_a_deep_tree_with_a_fork_at_every_token():
     deep = list(range(300))
-    branches = [deep[:n] + [1000] for n in range(300)] + [deep]
+    branches = [[*deep[:n], 1000] for n in range(300)] + [deep]
     assert_is_the_tree_of(build_prefix_tree(branches), branches)
 
 
@@ -128,8 +128,8 @@ def test_a_deep_tree_with_a_fork_at_every_token():
         lambda ids: torch.tensor([ids, ids]).T[:, 0],
         lambda ids: [torch.tensor(i) for i in ids],
     ],
-    ids=["tuple", "array-i", "array-q", "numpy", "int64", "int32", "int16", "int8", "uint8", "every-other", "column", "0-d"],
-)  # fmt: skip
+    ids="tuple array-i array-q numpy int64 int32 int16 int8 uint8 every-other column scalars".split(),
+)
 def test_whatever_holds_the_ids(container):
     tree = build_prefix_tree([container(branch) for branch in SMALL])
     assert_is_the_tree_of(tree, SMALL)
@@ -170,7 +170,8 @@ def test_counts():
 @pytest.mark.parametrize("shared", [0, 2000, 3000])
 def test_building_costs_little_more_than_reading_the_tokens(shared):
     """64 branches of 3000 tokens take about 20 ms; the yardstick, a tensor of each, as long. Comparing every pair of
-    branches, or walking token by token, takes ten times that."""
+    branches, or walking token by token, takes ten times that.
+    """
     branches = [list(range(shared)) + [10_000 + b] * (3000 - shared) for b in range(64)]
 
     def best(function):

@@ -73,7 +73,7 @@ def test_segments_are_the_longest_runs_without_a_fork(branches):
 
 def test_a_fork_at_every_token_and_a_chain_without_one():
     deep = list(range(100))
-    forks = [deep[:n] + [1000] for n in range(100)] + [deep]
+    forks = [[*deep[:n], 1000] for n in range(100)] + [deep]
     assert TreeLayout.of_tree(build_prefix_tree(forks)).segments.tolist() == segments_naively(forks)
     assert TreeLayout.of_tree(build_prefix_tree([deep])).segments.tolist() == [[0, 100, 100, 0, -1]]
 

@@ -21,9 +21,8 @@ def branch_lists(draw, most=7):
     found = draw(st.lists(st.lists(token, min_size=1, max_size=7), min_size=1, max_size=most))
     repeat = draw(st.integers(1, 3))
     branches = [[t for t in branch for _ in range(repeat)] for branch in found]
-    for branch in draw(st.lists(st.sampled_from(branches), max_size=2)):
-        branches.append(branch[: draw(st.integers(1, len(branch)))])  # ends inside another
-    return branches
+    inside = [b[: draw(st.integers(1, len(b)))] for b in draw(st.lists(st.sampled_from(branches), max_size=2))]
+    return branches + inside
 
 
 def prefixes(branches) -> list[tuple[int, ...]]:

@@ -1,0 +1,98 @@
+"""Effects that a model has measured once, kept beside the examples they belong to.
+
+`nextquill score` writes a line per record. Training with the effects of a frozen model takes its token weights from
+them, so that no counterfactual pass is made for weights alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.data.encoding import EncodedExample
+from nextquill.data.records import _json_lines
+from nextquill.errors import ArgumentError, RecordError
+
+_FIELDS = ("nll_factual", "nll_counterfactual")
+
+
+def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """The examples with the effects that a file of `nextquill score` holds for them.
+
+    Every example needs a line with its index, user and response tokens. Lines may stand in any order, and lines of
+    other indices are skipped. What the prompt said is not compared: another model may have been given more history.
+
+    Args:
+        path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats.
+        examples: encoded examples whose indices differ.
+
+    Returns:
+        Copies of the examples, in their order, whose `effects` are set.
+
+    Raises:
+        RecordError: the file cannot be read, a line is malformed or of another example, or an example has none; the
+            message names file, line and field.
+        ArgumentError: two examples have the same index.
+    """
+    wanted = {example.index: example for example in examples}
+    if len(wanted) < len(examples):
+        raise ArgumentError("examples: expected an index of its own for each, got some twice")
+    found: dict[int, Tensor] = {}
+    for where, raw in _json_lines(Path(path)):
+        if not isinstance(raw, Mapping):
+            raise RecordError(f"{where}: expected an object with named fields, got {type(raw).__name__}")
+        index = _field(raw, "index", where, int)
+        if index in wanted:
+            if index in found:
+                raise RecordError(f"{where}: field 'index': expected each index once, got {index} again")
+            found[index] = _effects(raw, wanted[index], where)
+    missing = next((example for example in examples if example.index not in found), None)
+    if missing is not None:
+        raise RecordError(
+            f"{os.fspath(path)}: expected a line for every example, got none with index {missing.index} "
+            f"(user {missing.user_id!r}); score the training file whole"
+        )
+    return [dataclasses.replace(example, effects=found[example.index]) for example in examples]
+
+
+def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Tensor:
+    user, ids = _field(raw, "user_id", where, str), _field(raw, "token_ids", where, list)
+    if user != example.user_id:
+        raise RecordError(
+            f"{where}: field 'user_id': expected {example.user_id!r}, whose example has index {example.index}, "
+            f"got {user!r}; the file was made of other records"
+        )
+    if ids != example.factual.response_ids:
+        raise RecordError(
+            f"{where}: field 'token_ids': expected the response of example {example.index}, which begins "
+            f"{example.factual.response_ids[:5]} and has {len(example.factual.response_ids)} tokens, got {ids[:5]} and "
+            f"{len(ids)}; the file was made of other records or with another tokenizer"
+        )
+    return torch.stack([_numbers(raw, name, where, len(ids)) for name in _FIELDS])
+
+
+def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tensor:
+    values = _field(raw, name, where, list)
+    if len(values) != count:
+        raise RecordError(f"{where}: field '{name}': expected {count} numbers, one a token, got {len(values)}")
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        raise RecordError(f"{where}: field '{name}': expected numbers only")
+    numbers = torch.tensor(values, dtype=torch.float32)
+    if not bool(numbers.isfinite().all()):
+        raise RecordError(f"{where}: field '{name}': expected finite numbers")
+    return numbers
+
+
+def _field(raw: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
+    if name not in raw:
+        raise RecordError(f"{where}: field '{name}': required, but missing")
+    value = raw[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecordError(f"{where}: field '{name}': expected {kind.__name__}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,288 @@
+"""Attention kernels for sequences of different lengths, causal, the last query on the last key.
+
+`torch` and `flash_attn` run on GPUs in half precision. `emulated` is a loop over segments in plain PyTorch, for any
+device and dtype, and the twin that the others are checked against before their first use in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextquill.errors import ArgumentTypeError, BackendUnavailableError
+from nextquill.tree.kernels import MATH
+from nextquill.tree.pieces import Piece
+from nextquill.tree.prefix_tree import build_prefix_tree
+from nextquill.tree.segments import TreeLayout
+from nextquill.tree.varlen_plan import VarlenPlan, varlen_plan
+
+VARLEN_KERNELS = ("auto", "torch", "flash_attn", "emulated")
+
+
+def why_not(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    head_size: int | None = None,
+    softcap: float | None = None,
+    kernel: str = "auto",
+) -> str | None:
+    """Why a kernel cannot run here, or None where it can; "auto" can where any can."""
+    device = torch.device(device)
+    if kernel == "emulated":
+        return None
+    if kernel == "auto":
+        reasons = {name: why_not(dtype, device, head_size=head_size, softcap=softcap, kernel=name) for name in _FAST}
+        return None if None in reasons.values() else "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device.type}"
+    if dtype not in _HALF:
+        return f"needs float16 or bfloat16, got {dtype}"
+    if kernel == "torch" and softcap is not None:
+        return "has no softcap"
+    if head_size is not None and (head_size % 8 or head_size > 256):
+        return f"needs a head size that is a multiple of 8 and at most 256, got {head_size}"
+    problem = _torch_problem() if kernel == "torch" else _flash_attn_problem()
+    return problem or _device_problem(device, head_size)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_FAST = ("torch", "flash_attn")
+
+
+def _device_problem(device: torch.device, head_size: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, found none"
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
+    # The backward's tile takes more shared memory than these have (99 KiB).
+    if head_size is not None and head_size > 192 and capability != (8, 0) and capability[0] not in (9, 10):
+        return f"needs a head size of at most 192 on compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def _torch_problem() -> str | None:
+    if torch.version.hip is not None:
+        return "is not supported on ROCm, where its logsumexps are laid out otherwise"
+    available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return None if available() else "this PyTorch was built without FlashAttention"
+
+
+@functools.cache
+def _flash_attn_problem() -> str | None:
+    try:
+        version = importlib.metadata.version("flash-attn")
+        if [int(part) for part in re.findall(r"\d+", version)[:2]] < [2, 7]:
+            return f"needs flash-attn 2.7, found {version}"
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except importlib.metadata.PackageNotFoundError:
+        return "flash-attn is not installed"
+    except (ImportError, OSError) as error:
+        return f"flash-attn cannot be imported: {error}"
+    return None
+
+
+# ---- the kernels --------------------------------------------------------------------------------------
+
+
+class VarlenKernel(NamedTuple):
+    """Attention of queries [T, H, D] over gathered keys and values [N, H_kv, D], all segments in one call.
+
+    forward: (query, key, value, plan, scale, window, softcap) -> out [T, H, D], logsumexp [H, T]
+    backward: (grad, query, key, value, out, logsumexp, plan, scale, window, softcap) -> three gradients
+    """
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _torch_forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, _: None
+) -> tuple[Tensor, Tensor]:
+    # What torch.nn.attention.varlen calls. The wrapper is there from 2.10 only, without scale and window until 2.11.
+    out, lse, *_rest = torch.ops.aten._flash_attention_forward(
+        query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0, window is None, False,
+        scale=scale, **_torch_window(window),
+    )  # fmt: skip
+    return out, lse
+
+
+def _torch_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    plan: VarlenPlan,
+    scale: float,
+    window: int | None,
+    _: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.empty(2, dtype=torch.uint64, device=query.device)  # dropout's, which is not read
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, logsumexp, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0,
+        window is None, random, random.new_empty(0), scale=scale, **_torch_window(window),
+    )  # fmt: skip
+    return grads
+
+
+def _torch_window(window: int | None) -> dict[str, int]:
+    # Left of the query itself, hence one less, whatever "sliding window of size W" in varlen_attn's docs suggests.
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def _flash_attn_forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
+        query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
+        **_flash_attn_options(scale, window, softcap), return_softmax=False,
+    )  # fmt: skip
+    return out, lse
+
+
+def _flash_attn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    plan: VarlenPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward(
+        grad, query, key, value, out, logsumexp, *grads,
+        plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
+        **_flash_attn_options(scale, window, softcap), deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return grads
+
+
+def _flash_attn_options(scale: float, window: int | None, softcap: float | None) -> dict[str, Any]:
+    left, right = (-1, -1) if window is None else (window - 1, 0)
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size_left": left,
+        "window_size_right": right,
+        "softcap": softcap or 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _emulated_forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    for q0, q1, k0, k1 in plan.spans:
+        q, k, v = _heads_first(query[q0:q1]), _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
+        parts.append(MATH.forward(q, k, v, _aligned(q1 - q0, k1 - k0, window), scale, softcap))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2)[0].transpose(0, 1).to(query.dtype).contiguous(), torch.cat(lses, 2)[0]
+
+
+def _emulated_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    plan: VarlenPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = []
+    for q0, q1, k0, k1 in plan.spans:
+        g, q, o = (_heads_first(tensor[q0:q1]) for tensor in (grad, query, out))
+        k, v = _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
+        piece = _aligned(q1 - q0, k1 - k0, window)
+        parts.append(MATH.backward(g, q, k, v, o, logsumexp[None, :, q0:q1], piece, scale, softcap))
+    dq, dk, dv = (torch.cat(each, 2)[0].transpose(0, 1) for each in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def _aligned(queries: int, keys: int, window: int | None) -> Piece:
+    """The mask of a segment: causal, the last query on the last key."""
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return Piece(slice(queries), slice(keys), is_own=False, mask=visible)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1)[None]
+
+
+EMULATED = VarlenKernel("emulated", _emulated_forward, _emulated_backward)
+_KERNELS = {
+    "torch": VarlenKernel("torch", _torch_forward, _torch_backward),
+    "flash_attn": VarlenKernel("flash_attn", _flash_attn_forward, _flash_attn_backward),
+}
+
+
+def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKernel:
+    """The kernel of that name, checked on this device.
+
+    Raises:
+        ArgumentTypeError: it does not take the query's dtype.
+        BackendUnavailableError: it cannot run here, or computes something else.
+    """
+    if name == "emulated":
+        return EMULATED
+    if query.dtype not in _HALF:
+        raise ArgumentTypeError(f"query: kernel {name!r} expects float16 or bfloat16, got {query.dtype}")
+    reasons = {}
+    for each in _FAST if name == "auto" else (name,):
+        reasons[each] = why_not(query.dtype, query.device, head_size=query.shape[3], softcap=softcap, kernel=each)
+        if reasons[each] is None:
+            _verify(_KERNELS[each], query.device)
+            return _KERNELS[each]
+    raise BackendUnavailableError("; ".join(f"kernel {each!r} {reason}" for each, reason in reasons.items()))
+
+
+@functools.cache
+def _verify(kernel: VarlenKernel, device: torch.device) -> None:
+    """Compare a kernel with the emulated one, on segments that end inside and beyond a tile of 64 or 128 keys.
+
+    Top-left alignment, or a window that is off by one, errs as much as the numbers are large.
+    """
+    trunk = list(range(1, 151))
+    tree = build_prefix_tree([[*trunk, 200], [*trunk, *range(300, 340)], [*trunk[:70], 400, 401], [500] * 3])
+    layout = TreeLayout.of_tree(tree)
+    rng = torch.Generator().manual_seed(0)  # the process' own generator is left alone
+    for window, softcap in ((None, None), (3, None), *(((None, 2.0),) if kernel.name == "flash_attn" else ())):
+        plan = varlen_plan(layout.segments, window, device)
+        half = [torch.randn(n, h, 64, generator=rng).half().to(device) for n, h in ((len(tree), 4), (len(tree), 2))]
+        query, key = half[0], half[1].index_select(0, plan.rows)
+        value, grad = key.flip(2), query.flip(2)
+        options = (plan, 0.125, window, softcap)
+        out, lse = kernel.forward(query, key, value, *options)
+        actual = (out, lse, *kernel.backward(grad, query, key, value, out, lse, *options))
+        with torch.autocast(device.type, enabled=False):
+            exact = [tensor.float() for tensor in (query, key, value)]
+            out, lse = EMULATED.forward(*exact, *options)
+            expected = (out, lse, *EMULATED.backward(grad.float(), *exact, out, lse, *options))
+        for name, a, e in zip(("output", "logsumexp", "query", "key", "value"), actual, expected, strict=True):
+            if a.shape != e.shape or not (a.float() - e).abs().max() <= 0.02 * e.abs().max():
+                raise BackendUnavailableError(
+                    f"kernel {kernel.name!r} on {device}: its {name} is not that of bottom-right aligned causal "
+                    f"attention with window={window}, softcap={softcap}; PyTorch {torch.__version__}"
+                )

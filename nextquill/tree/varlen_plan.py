@@ -1,0 +1,94 @@
+"""Segments as sequences of different lengths: their paths' key rows gathered, and the copies' gradients summed.
+
+    rows        a b | c d | e            queries      a b     c d       e
+    segments    0     1     2            keys         a b     a b c d   a b e
+
+With a sliding window, by depth, a path is gathered only as far up as the window reaches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from nextquill.tree.segments import DEPTH, START, STOP, TreeLayout
+
+
+def num_gathered_rows(layout: TreeLayout, window: int | None = None) -> int:
+    """Key rows that one call gathers; over T, it says by how much memory and traffic of keys and values grow."""
+    lengths = layout.segments[:, STOP] - layout.segments[:, START]
+    above = layout.segments[:, DEPTH]
+    return int((lengths + (above if window is None else above.clamp_max(window - 1))).sum())
+
+
+class VarlenPlan(NamedTuple):
+    """Segments as sequences, and how their copies of key rows are summed.
+
+    Attributes:
+        rows: int64 [N] on the device, the key rows to gather.
+        cu_queries, cu_keys: int32 [S + 1] on the device, where each segment's queries and keys begin.
+        max_queries, max_keys: the longest.
+        spans: per segment its queries' and its keys' bounds, on the host.
+        copies: int64 [N] on the device, the places in `rows` of row 0, then of row 1, and so on, each in order.
+        first_copy: int64 [T] on the device, where each row's places begin.
+    """
+
+    rows: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+    spans: tuple[tuple[int, int, int, int], ...]
+    copies: Tensor
+    first_copy: Tensor
+
+
+def varlen_plan(segments: Tensor, window: int | None, device: torch.device) -> VarlenPlan:
+    """The plan of `TreeLayout.segments`, made once for all layers.
+
+    It is looked up by their content, some kilobytes: a tensor's identity does not survive a compiled backward.
+    """
+    segments = segments.contiguous()
+    return _plan_of(ctypes.string_at(segments.data_ptr(), segments.nbytes), window, device)
+
+
+@functools.lru_cache(maxsize=16)  # rows in flight, times the model's windows
+def _plan_of(segments: bytes, window: int | None, device: torch.device) -> VarlenPlan:
+    paths, keys = list[Tensor](), list[Tensor]()
+    table = torch.frombuffer(bytearray(segments), dtype=torch.long).view(-1, 5).tolist()
+    for start, stop, _, depth, parent in table:
+        own = torch.arange(start, stop)
+        paths.append(own if parent < 0 else torch.cat([paths[parent], own]))
+        keys.append(paths[-1] if window is None else paths[-1][max(0, depth - window + 1) :])
+    rows = torch.cat(keys)
+    query_ends = [0, *(segment[STOP] for segment in table)]
+    key_ends = [0, *accumulate(map(len, keys))]
+    counts = rows.bincount(minlength=query_ends[-1])
+    return VarlenPlan(
+        rows.to(device),
+        torch.tensor(query_ends, dtype=torch.int32).to(device),
+        torch.tensor(key_ends, dtype=torch.int32).to(device),
+        # Of 1, kernels go another way, for decoding, with other logsumexps. It is an upper bound and may be larger.
+        max(2, max(segment[STOP] - segment[START] for segment in table)),
+        max(map(len, keys)),
+        tuple(zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False)),
+        rows.argsort(stable=True).to(device),
+        (counts.cumsum(0) - counts).to(device),
+    )
+
+
+def gather(tensor: Tensor, plan: VarlenPlan) -> Tensor:
+    """Rows of [1, H_kv, T, D] as [N, H_kv, D]."""
+    return tensor[0].transpose(0, 1).index_select(0, plan.rows)
+
+
+def sum_copies(grads: Tensor, plan: VarlenPlan) -> Tensor:
+    """[N, H_kv, D] summed to [T, H_kv, D]: a launch, no atomics, in float32 for half precision on GPUs too."""
+    total: Tensor = F.embedding_bag(plan.copies, grads.flatten(1), plan.first_copy, mode="sum")
+    return total.view(-1, *grads.shape[1:])

@@ -1,0 +1,236 @@
+"""Block masks against the dense mask they stand for, and attention under them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention.flex_attention import create_block_mask
+
+from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.tree import TreeLayout, build_prefix_tree, flex, tree_attention, visibility_mask
+from nextquill.tree.flex import flex_tree_attention, tree_block_mask
+from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close, relative_error
+from tests.tree.trees import SMALL, branch_lists, dense_attention, grown_tree
+
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+TREE = build_prefix_tree(SMALL)
+GROWN = grown_tree(150)
+OPTIONS = [{}, {"window": 3}, {"window": 20}, {"softcap": 1.5}, {"window": 3, "softcap": 2.0}]
+options = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
+)
+# Without torch.compile, flex_attention writes the scores out, which is what tests on a CPU want, and says so.
+uncompiled_warns = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def inputs(rows, heads=4, kv_heads=2, size=16, dtype=torch.float32):
+    return [torch.randn(1, h, rows, size, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def tile_kinds(mask):
+    """Per tile 0 skipped, 1 partial or 2 whole, and every tile in at most one list."""
+    count = mask.kv_indices.shape[-1]
+    kinds = torch.zeros(mask.kv_indices.shape[-2], count, dtype=torch.long)
+    lists = ((mask.kv_num_blocks, mask.kv_indices, 1), (mask.full_kv_num_blocks, mask.full_kv_indices, 2))
+    for numbers, indices, kind in lists:
+        for row, number in enumerate(numbers[0, 0].tolist()):
+            for tile in indices[0, 0, row, :number].tolist():
+                assert kinds[row, tile] == 0
+                kinds[row, tile] = kind
+    return kinds
+
+
+def expanded(mask, rows):
+    """What attention under the mask computes: whole tiles unasked, partial ones entry by entry, skipped ones not."""
+    block, kinds = mask.BLOCK_SIZE[0], tile_kinds(mask)
+    q, k = torch.arange(rows)[:, None], torch.arange(rows)[None]
+    entries = mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k)
+    kind = kinds[q // block, k // block]
+    return (kind == 2) | ((kind == 1) & entries)
+
+
+@few
+@given(
+    branches=branch_lists(),
+    window=st.none() | st.integers(1, 12),
+    block=st.integers(1, 9),
+    padding=st.integers(0, 5),
+)
+def test_any_tree_in_tiles_of_any_size(branches, window, block, padding):
+    tree = build_prefix_tree(branches)
+    rows = len(tree)
+    depth = torch.cat([tree.position_ids, torch.zeros(padding, dtype=torch.long)])
+    end = torch.cat([tree.subtree_end, torch.arange(rows, rows + padding)])
+    mask = tree_block_mask(depth, end, "cpu", window=window, block_size=block)
+    assert torch.equal(expanded(mask, rows + padding), visibility_mask(depth, end, window))
+
+
+@pytest.mark.parametrize("block", [1, 5, 16, 64])
+def test_tiles_are_as_few_and_as_whole_as_they_can_be(block):
+    """Without a window the rule is exact, but that tiles on the diagonal are partial."""
+    mask = tree_block_mask(GROWN.position_ids, GROWN.subtree_end, "cpu", block_size=block)
+    rows = len(GROWN)
+    exact = create_block_mask(mask.mask_mod, None, None, rows, rows, "cpu", BLOCK_SIZE=block)
+    expected = tile_kinds(exact)
+    expected.fill_diagonal_(1)
+    assert torch.equal(tile_kinds(mask), expected)
+    assert rows % block == 0 or block > 1
+
+
+def test_a_window_skips_what_depths_prove_unseen_and_keeps_whole_tiles():
+    tree = build_prefix_tree([list(range(320))])
+    mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=64, block_size=32)
+    kinds = tile_kinds(mask)
+    # Queries [m, m + 32) see 64 keys back: the tile before is whole, the one before that and the own are partial.
+    distance = torch.arange(10)[:, None] - torch.arange(10)
+    expected = torch.where(distance == 1, 2, torch.where((distance == 0) | (distance == 2), 1, 0))
+    assert torch.equal(kinds, expected)
+
+
+def test_queries_and_keys_agree_on_the_tiles():
+    """The backward reads the lists by keys."""
+    mask = tree_block_mask(GROWN.position_ids, GROWN.subtree_end, "cpu", block_size=16)
+    dense = mask.to_dense()[0, 0].bool()
+    by_keys = torch.zeros_like(dense)
+    lists = ((mask.q_num_blocks, mask.q_indices), (mask.full_q_num_blocks, mask.full_q_indices))
+    for numbers, indices in lists:
+        for tile, number in enumerate(numbers[0, 0].tolist()):
+            by_keys[indices[0, 0, tile, :number].long(), tile] = True
+    assert torch.equal(dense, by_keys)
+    assert mask.seq_lengths == (len(GROWN), len(GROWN))
+
+
+@uncompiled_warns
+@options
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=lambda h: f"H{h[0]}-KV{h[1]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tree", [TREE, GROWN], ids=["small", "grown"])
+def test_output(tree, dtype, heads, options, monkeypatch):
+    monkeypatch.setattr(flex, "_compiled", lambda _: flex._flex)
+    tensors = inputs(len(tree), *heads, dtype=dtype)
+    softcap, window = options.get("softcap"), options.get("window")
+    mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=window)
+    out = flex_tree_attention(*tensors, mask, 0.3, softcap)
+    relative = FLOAT64_RELATIVE if dtype == torch.float64 else FLOAT32_RELATIVE
+    assert out.dtype == dtype
+    assert_close(out, tree_attention(*tensors, TreeLayout.of_tree(tree), scale=0.3, **options), relative)
+
+
+@pytest.mark.slow
+def test_compiled_for_a_cpu():
+    """Two lengths, 20 s: the code PyTorch makes of the mask, the cap and lengths that do not fill a tile."""
+    torch._dynamo.reset()
+    for seed, (rows, opts) in enumerate([(150, {}), (300, {"window": 30, "softcap": 3.0})]):
+        tree = grown_tree(rows, seed)
+        tensors = inputs(len(tree), size=64)
+        mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=opts.get("window"))
+        out = flex_tree_attention(*tensors, mask, 0.3, opts.get("softcap"))
+        assert_close(out, tree_attention(*tensors, TreeLayout.of_tree(tree), scale=0.3, **opts))
+
+
+@uncompiled_warns
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_two_graphs_serve_every_length_and_mask(window, softcap, monkeypatch):
+    """As on a GPU. The first is for lists of tiles of the first length."""
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counting, **o))
+    dynamic = flex._compiled.__wrapped__(True)
+    monkeypatch.setattr(flex, "_compiled", lambda _: dynamic)
+    torch._dynamo.reset()
+    for seed, rows in enumerate((140, 260, 333, 512, 700)):
+        tree = grown_tree(rows, seed)
+        mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=window and window + seed)
+        tensors = inputs(len(tree))
+        expected = flex._flex(*tensors, mask, 0.3, softcap)
+        assert_close(flex_tree_attention(*tensors, mask, 0.3, softcap), expected, 1e-6)
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+@uncompiled_warns
+def test_the_recompile_limit_is_an_error(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend="eager", **o))
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+    mask = tree_block_mask(TREE.position_ids, TREE.subtree_end, "cpu")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        flex_tree_attention(*inputs(len(TREE)), mask, 0.3)
+        with pytest.raises(FailOnRecompileLimitHit):
+            flex_tree_attention(*inputs(len(TREE)), mask, 0.3, 2.0)
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_gradients_on_a_cpu_are_refused():
+    mask = tree_block_mask(TREE.position_ids, TREE.subtree_end, "cpu")
+    for which in range(3):
+        tensors = inputs(len(TREE))
+        tensors[which].requires_grad_()
+        with pytest.raises(BackendUnavailableError, match="'flex' has no gradient on a CPU"):
+            flex_tree_attention(*tensors, mask, 0.3)
+
+
+@uncompiled_warns
+def test_without_gradients_leaves_are_taken(monkeypatch):
+    monkeypatch.setattr(flex, "_compiled", lambda _: flex._flex)
+    mask = tree_block_mask(TREE.position_ids, TREE.subtree_end, "cpu")
+    with torch.no_grad():
+        assert not flex_tree_attention(*(t.requires_grad_() for t in inputs(len(TREE))), mask, 0.3).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("depth", "end", "options", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 3), {}, r"expected \[T\], got \[2, 3\]"),
+        (torch.zeros(3), torch.zeros(4), {}, r"got \[3\] and \[4\]"),
+        (torch.zeros(0), torch.zeros(0), {}, r"got \[0\]"),
+        (torch.zeros(3), torch.ones(3), {"window": 0}, "window: expected a positive number, got 0"),
+        (torch.zeros(3), torch.ones(3), {"block_size": 0}, "block_size: expected a positive number, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(depth, end, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        tree_block_mask(depth, end, "cpu", **options)
+
+
+@pytest.mark.gpu
+@options
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_and_gradients_on_a_gpu(dtype, options):
+    """Three lengths, one a multiple of the tile, against float64; at most twice the error of dense attention."""
+    torch._dynamo.reset()
+    softcap, window = options.get("softcap"), options.get("window")
+    for seed, rows in enumerate((150, 700, 1500)):
+        tree = grown_tree(rows, seed)
+        if rows == 700:  # 896 = 7 · 128 rows, by roots of one token
+            tree = build_prefix_tree([*([n] for n in range(2000, 2896 - len(tree))), *map(list, _branches(tree))])
+            assert len(tree) == 896
+        mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cuda", window=window)
+        tensors = [t.cuda() for t in inputs(len(tree), size=64, dtype=dtype)]
+        grad = torch.randn_like(tensors[0])
+        visible = visibility_mask(tree.position_ids, tree.subtree_end, window).cuda()
+
+        def results(function, tensors, grad):
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            out = function(*leaves)
+            return [out, *torch.autograd.grad(out, leaves, grad)]
+
+        actual = results(lambda *qkv: flex_tree_attention(*qkv, mask, 0.125, softcap), tensors, grad)  # noqa: B023
+        dense = lambda *qkv: dense_attention(*qkv, visible, 0.125, softcap)  # noqa: B023, E731
+        truth = results(dense, [t.double() for t in tensors], grad.double())
+        plain = results(dense, tensors, grad)
+        for a, t, p in zip(actual, truth, plain, strict=True):
+            assert relative_error(a, t) <= max(FLOAT32_RELATIVE, 2 * relative_error(p, t))
+
+
+def _branches(tree):
+    return [tree.input_ids[rows].tolist() for rows in tree.branch_rows]
