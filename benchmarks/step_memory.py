@@ -13,10 +13,12 @@ At most two micro-batches are run: the second one, over gradients of the first, 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -76,20 +78,33 @@ def cuda_peak(model: torch.nn.Module, optimiser: torch.optim.Optimizer, case: Ca
 
 
 def cpu_peaks(case: Case, labels: Sequence[str], timeout: float = 600) -> dict[str, Peak]:
-    """Peaks of providers, each in a process of its own; without those of which none was read."""
+    """Peaks of providers, each in a process of its own; without those of which none was read in time."""
     if not sys.platform.startswith("linux"):
         return {}
     order = json.dumps({"case": case.to_json(), "labels": list(labels), "threads": torch.get_num_threads()})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step_memory"],
-            input=order, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout,
-            cwd=Path(__file__).parent.parent, env=os.environ | _MALLOC,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {}
-    answers = (json.loads(line) for line in done.stdout.splitlines())
+    answers = (json.loads(line) for line in _ask(order, timeout).splitlines())
     return {label: Peak(*peak) for label, peak in zip(labels, answers, strict=False) if peak is not None}
+
+
+def _ask(order: str, timeout: float) -> str:
+    """What the measuring process has written when it ends or time is up; nothing of it is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.step_memory"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=Path(__file__).parent.parent, env=os.environ | _MALLOC,
+    )  # fmt: skip
+    try:
+        return process.communicate(order, timeout)[0]
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return process.communicate()[0]
+    finally:
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _serve(order: str) -> None:

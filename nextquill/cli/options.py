@@ -10,6 +10,7 @@ from typing import Any
 
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError, NextQuillError
+from nextquill.integrations.attention import ATTENTIONS
 from nextquill.integrations.loading import PromptSettings, is_adapter
 from nextquill.integrations.scratch import SCRATCH_SIZES
 from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
@@ -225,7 +226,16 @@ class ScoreFiles:
 
     eval_file: str = option("Records to score, JSONL.", metavar="FILE")
     limit: int | None = option("Only the first so many records.", None)
-    batch_size: int = option("Records at a time.", 8)
+    batch_size: int | None = option(
+        "Records at a time (64, of which rows are packed; 8 padded ones, or generations).", None
+    )
+    attention: str = option(
+        "How branches that share a prefix are attended in one row; padded: a row for each.", "auto",
+        choices=list(ATTENTIONS),
+    )  # fmt: skip
+    max_tokens: int | None = option(
+        "Most tokens of a forward, what branches share counted once (16384; 4096 with --attention mask).", None
+    )
     seed: int = option("Decides whose history serves as placebo; train's default gives its evaluation.", 42)
 
 

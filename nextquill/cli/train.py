@@ -56,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model_name_or_path)
         check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
 
+    if files.effects_file is not None and not Path(files.effects_file).is_file():
+        raise RecordError(f"--effects_file: {files.effects_file} is no file")
     paths = {"train": files.train_file, "eval": files.eval_file}
     records = {name: read_records(f"{name}_file", path) for name, path in paths.items() if path is not None}
     quieten(args)

@@ -1,4 +1,8 @@
-"""Scoring a data set without gradient: every supervised token's nll with, without and under another user's history."""
+"""Scoring a data set without gradient: every supervised token's nll with, without and under another user's history.
+
+Records are taken user by user, so that a forward's tree holds a user's history once. What is computed together follows
+from the examples and the options alone: a run that is cut short goes on with the same forwards, and the same figures.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,15 @@ from torch import Tensor
 
 from nextquill.data import EncodedExample
 from nextquill.data.collator import to_device
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import SFTLoss
+from nextquill.tree import build_prefix_tree
 
+#: Tokens of one forward over trees, where nobody says otherwise; under a whole mask, whose cost is their square, fewer.
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_MASK = 16384, 4096
+# Records at a time: those that trees are packed from, and padded ones, of which each is a row.
+_PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
 _REPLACEMENT = "\ufffd"
 
 
@@ -48,33 +57,49 @@ def score_examples(
     model: Any,
     examples: Sequence[EncodedExample],
     pad_token_id: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     *,
     attention: str = "auto",
     max_tokens: int | None = None,
+    skip: int = 0,
 ) -> Iterator[ExampleScores]:
-    """Yield the scores of each example, in order.
-
-    Examples of a batch share prefixes, so records that stand user by user are scored faster.
+    """Yield the scores of each example, as they are computed: user by user, not in the examples' order.
 
     Args:
         model: a causal language model; used in eval mode and left as it was.
         examples: encoded examples; the placebo branch is scored where every example has one.
         pad_token_id: fills padded batches.
-        batch_size: examples at a time.
-        attention, max_tokens: see `PairPasses`; several forwards are made of a batch that takes more tokens.
+        batch_size: examples at a time: 64 of which trees are packed, or 8 padded ones.
+        attention: see `PairPasses`.
+        max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 with attention="mask"),
+            or what the largest example takes.
+        skip: leave out so many of the first scores; the others are those of a call without it, to the last bit.
+
+    Raises:
+        ArgumentError: a number below 1, or `max_tokens` with padded batches.
+        BudgetError: an example alone takes more than `max_tokens`; found before anything is computed.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
     placebo = bool(examples) and all(example.placebo is not None for example in examples)
     device, training = next(model.parameters()).device, model.training
     with PairPasses(model, SFTLoss(), attention) as passes:
+        if passes.trees is not None:
+            max_tokens = _budget(examples, max_tokens, attention, placebo=placebo)
+        size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
+        order = _user_by_user(examples)
         model.eval()
         try:
-            for start in range(0, len(examples), batch_size):
-                batch = examples[start : start + batch_size]
-                yield from _score_batch(passes, batch, collate(batch)["parts"], device)
+            for start in range(0, len(order), size):
+                members, done = order[start : start + size], max(0, skip - start)
+                if done >= len(members):
+                    continue
+                batch = [examples[index] for index in members]
+                for part in collate(batch)["parts"]:
+                    if done < part["num_sequences"]:
+                        yield from _score_part(passes, batch, part, device)[done:]
+                    done = max(0, done - part["num_sequences"])
         finally:
             model.train(training)
 
@@ -117,20 +142,44 @@ def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str)
     return pieces
 
 
-def _score_batch(
-    passes: PairPasses, examples: Sequence[EncodedExample], parts: Sequence[Any], device: torch.device
+def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
+    """Positions of the examples with each user's together, users in the order of their first."""
+    first: dict[str, int] = {}
+    for example in examples:
+        first.setdefault(example.user_id, len(first))
+    return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
+
+
+def _budget(examples: Sequence[EncodedExample], given: int | None, attention: str, *, placebo: bool) -> int:
+    """The tokens of a forward; `given` is checked against the examples that might not fit it."""
+    usual = DEFAULT_MAX_TOKENS_MASK if attention == "mask" else DEFAULT_MAX_TOKENS
+    budget = usual if given is None else given
+    for example in examples:
+        branches = [example.factual, example.counterfactual, *([example.placebo] if placebo else [])]
+        ids = [branch.input_ids for branch in branches if branch is not None]
+        if sum(map(len, ids)) <= budget:
+            continue
+        size = len(build_prefix_tree(ids))
+        if given is None:
+            budget = max(budget, size)
+        elif size > given >= 1:
+            raise BudgetError(
+                f"max_tokens: expected at least the {size} tokens that the branches of example {example.index} (user "
+                f"{example.user_id!r}) take together, got {given}"
+            )
+    return budget
+
+
+def _score_part(
+    passes: PairPasses, examples: Sequence[EncodedExample], part: Any, device: torch.device
 ) -> list[ExampleScores]:
-    found: dict[int, ExampleScores] = {}
-    for part in parts:
-        scores = passes.scores(to_device(part, device))
-        pair = scores.output.pair_nll
-        assert pair.counterfactual is not None
-        members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
-        sizes = [len(examples[index].factual.response_ids) for index in members]
-        streams = (pair.factual, pair.counterfactual, scores.placebo_nll)
-        split = [[None] * len(sizes) if s is None else s.float().cpu().split(sizes) for s in streams]
-        for index, factual, counterfactual, placebo in zip(members, *split, strict=True):
-            example = examples[index]
-            ids = example.factual.response_ids
-            found[index] = ExampleScores(example, ids, factual, counterfactual, placebo)
-    return [found[index] for index in range(len(examples))]
+    members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
+    sizes = [len(examples[index].factual.response_ids) for index in members]
+    scores = passes.scores(to_device(part, device))
+    pair = scores.output.pair_nll
+    streams = (pair.factual, pair.counterfactual, scores.placebo_nll)
+    split = [[None] * len(sizes) if s is None else s.float().cpu().split(sizes) for s in streams]
+    return [
+        ExampleScores(examples[index], examples[index].factual.response_ids, *nlls)
+        for index, *nlls in zip(members, *split, strict=True)
+    ]

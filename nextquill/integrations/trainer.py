@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from nextquill.data import (
-    EncodedExample,
     ExampleEncoder,
     PromptTemplate,
-    UserGroupSampler,
     load_effects,
     load_records,
 )
@@ -33,39 +28,21 @@ from nextquill.errors import RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import (
     check_arguments,
-    check_batching,
     check_model,
     check_options,
     check_vocabulary,
     default_max_length,
 )
 from nextquill.integrations.effects import effects_digest
-from nextquill.integrations.metrics import CounterfactualWatch, TrainingMeter, eval_metrics, example_table
+from nextquill.integrations.metrics import CounterfactualWatch
+from nextquill.integrations.mixin import CausalLossMixin, EncodedDataset
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import NextQuillLoss, PairLoss
 
 __all__ = ["EncodedDataset", "NextQuillTrainer", "check_vocabulary", "default_max_length"]
 
 
-class EncodedDataset(Dataset[EncodedExample]):
-    """Encoded examples as a map-style data set."""
-
-    def __init__(self, examples: Sequence[EncodedExample]) -> None:
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        return self.examples[index]
-
-    @property
-    def has_placebo(self) -> bool:
-        """Whether every example has a placebo branch."""
-        return bool(self.examples) and all(example.placebo is not None for example in self.examples)
-
-
-class NextQuillTrainer(Trainer):
+class NextQuillTrainer(CausalLossMixin, Trainer):
     """Fine-tune a causal language model on users' histories with a causal loss.
 
     Args:
@@ -137,19 +114,18 @@ class NextQuillTrainer(Trainer):
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
 
-        self.passes = PairPasses(model, loss, attention, stored_effects=effects_file is not None)
-        self.loss = self.passes.loss
+        passes = PairPasses(model, loss, attention, stored_effects=effects_file is not None)
+        self._set_loss(passes, args, max_tokens, examples_per_user)
         length = default_max_length(model) if max_length is None else max_length
-        self.passes.check_training(length)
-        check_batching(args, self.loss, max_tokens, examples_per_user)
-        self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
+        passes.check_training(length)
         self.encoder = ExampleEncoder(processing_class, template, length, max_response_length)  # type: ignore[arg-type]
-        self.meter, self.watch, callbacks = TrainingMeter(), *_with_watch(self.loss, callbacks)
-        self.args = args  # what encoding reads of it; the Trainer sets it again
+        self.watch, callbacks = _with_watch(self.loss, callbacks)
+        # What is read of these before the Trainer sets them again.
+        self.args, self.processing_class = args, processing_class
         super().__init__(
             model,
             args,
-            data_collator=self.passes.collator(self._pad_token_id, max_tokens),
+            data_collator=passes.collator(self._pad_token_id, max_tokens),
             train_dataset=_with_effects(self._encoded(train_dataset, placebo=False), effects_file),
             eval_dataset=(
                 {name: self._encoded(part, placebo=True) for name, part in eval_dataset.items()}
@@ -161,45 +137,17 @@ class NextQuillTrainer(Trainer):
             callbacks=callbacks,
             **options,
         )
-        # Both say that `compute_loss` has normalised over the accumulation window: the first to transformers before
-        # 5.20 or so, the second, which it has in place of it, since.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
+        self._set_normalised()
         self._identity: dict[str, Any] | None = None
         self._is_staging = False
 
     # ---- data ----------------------------------------------------------------------------------
-
-    @property
-    def _pad_token_id(self) -> int:
-        tokenizer = self.encoder.renderer.tokenizer
-        known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-        return next((i for i in known if i is not None), 0)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if source is None or isinstance(source, EncodedDataset):
             return source
         progress = None if self.args.disable_tqdm else _progress
         return EncodedDataset(self.encoder.encode_all(load_records(source), placebo, self.args.seed, progress))
-
-    @contextmanager
-    def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
-        """Give the data loaders made in this block a collator of all branches."""
-        placebo = dataset is not None and dataset.has_placebo
-        previous = self.data_collator
-        self.data_collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
-        try:
-            yield
-        finally:
-            self.data_collator = previous
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's, or one that keeps a user's examples together."""
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.examples_per_user == 1:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return UserGroupSampler([example.user_id for example in dataset.examples], self.examples_per_user, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, over all branches; `eval_dataset` may be records, or a name in the dict given at first."""
@@ -218,84 +166,6 @@ class NextQuillTrainer(Trainer):
             return super().get_test_dataloader(encoded)
 
     # ---- training ------------------------------------------------------------------------------
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches, and what the reduction divides by over all of them and all ranks.
-
-        A batch over the token budget is several parts. Every rank gets as many as the one with most: each of them is a
-        forward and a backward in which sharded and data-parallel engines meet.
-        """
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
-        users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
-        if self.accelerator.num_processes > 1:
-            counts = torch.tensor([len(batch["parts"]) for batch in batches], device=device)
-            self._fill_up(batches, self.accelerator.reduce(counts, reduction="max").tolist())
-            users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
-        self.meter.begin_step(0 if users is None else users[users >= 0].unique().numel())
-        return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
-
-    def _fill_up(self, batches: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
-        """Add parts without labels until every batch has as many as some rank's."""
-        for batch, count in zip(batches, counts, strict=True):
-            missing = count - len(batch["parts"])
-            batch["parts"] = [*batch["parts"], *(self._empty_part() for _ in range(missing))]
-
-    def _empty_part(self) -> Any:
-        collator: Any = self.data_collator
-        return self._prepare_inputs(collator.empty_part())
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone."""
-        parts = inputs["parts"]
-        if len(parts) == 1 or self.is_deepspeed_enabled:  # whose engine counts backwards to find its steps
-            return super().training_step(model, inputs, num_items_in_batch)
-        losses = []
-        for part in parts:
-            # A sharded engine would hold all gradients whole until it may reduce them.
-            waits = part is not parts[-1] and not self.is_fsdp_enabled
-            with self.accelerator.no_sync(model) if waits else nullcontext():
-                losses.append(super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch))
-        return torch.stack(losses).sum()
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """This micro-batch's share of the window's loss; with `return_outputs` also its parts' outputs."""
-        loss, outputs = self.passes.training_loss(inputs, num_items_in_batch, model)
-        for part, output in zip(inputs["parts"], outputs, strict=True):
-            self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
-        if num_items_in_batch is not None:
-            # Data-parallel engines average gradients over ranks; the sum over ranks is what was normalised.
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a log of the training loop, which every rank makes, gets the interval's metrics."""
-        if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """6 · parameters · tokens over the forwards; one without gradient costs a third."""
-        total = 0.0
-        for part in inputs["parts"]:
-            *constant, last = ({"input_ids": forward["input_ids"]} for forward in part["forwards"])
-            total += super().floating_point_ops(last)
-            for forward in constant:
-                total += super().floating_point_ops(forward) / 3
-        return int(total)
-
-    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        for part in inputs["parts"]:
-            for forward in part["forwards"]:
-                super()._track_num_input_tokens(forward)  # type: ignore[no-untyped-call]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's.
@@ -324,46 +194,6 @@ class NextQuillTrainer(Trainer):
         dataset: Any = self.train_dataset
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
         return {**checkpoints.run_identity(self.model, self.loss), "effects_file": effects}
-
-    # ---- evaluation ----------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
-        """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops what ranks saw twice."""
-        inputs = self._prepare_inputs(inputs)
-        count = len(inputs["example_index"])
-        with self.compute_loss_context_manager():
-            tables = [example_table(self.passes.scores(part, model), count, self.loss) for part in self._met(inputs)]
-        return None, torch.stack(tables).sum(0), inputs["example_index"]
-
-    def _met(self, inputs: dict[str, Any]) -> list[Any]:
-        """A batch's parts, with empty ones where another rank has more."""
-        if self.accelerator.num_processes > 1:
-            count = torch.tensor([len(inputs["parts"])], device=self.args.device)
-            most = int(self.accelerator.reduce(count, reduction="max"))
-            inputs = {**inputs, "parts": [*inputs["parts"]]}
-            placebo = any("placebo" in forward["rows"] for forward in inputs["parts"][0]["forwards"])
-            collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
-            inputs["parts"] += [self._prepare_inputs(collator.empty_part()) for _ in range(most - len(inputs["parts"]))]
-        parts: list[Any] = inputs["parts"]
-        return parts
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the model is left as it was found unless it is training."""
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            if not self.is_in_train:
-                self.passes.close()
-
-    def _eval_metrics(self, prediction: Any) -> dict[str, float]:
-        table = torch.from_numpy(np.asarray(prediction.predictions))
-        return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

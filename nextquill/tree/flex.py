@@ -69,9 +69,9 @@ def flex_tree_attention(
 
         out_i = Σ_j softmax_j(cap(scale · q_i · k_j)) v_j      over the visible j
 
-    On GPUs two compilations serve all lengths and masks; on a CPU, every length takes one, of about 9 s. Dtypes, scales,
-    soft caps, a window's presence and what needs a gradient each compile anew. When PyTorch's limit of compilations
-    (`torch._dynamo.config.recompile_limit`) is reached it raises rather than write the scores out.
+    On GPUs two compilations serve all lengths and masks; on a CPU, every length takes one, of about 9 s. Dtypes,
+    scales, soft caps, a window's presence and what needs a gradient each compile anew. When PyTorch's limit of
+    compilations (`torch._dynamo.config.recompile_limit`) is reached it raises rather than write the scores out.
 
     Args:
         query: [1, H, T, D].

@@ -169,6 +169,11 @@ def test_peak_memory_of_a_process():
     assert 100 * 2**20 < ours.total - ours.of_step < 2**30
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_measuring_process_that_takes_too_long_leaves_no_figures():
+    assert step_memory.cpu_peaks(TINY, ["SFT, unpadded"], timeout=0.5) == {}
+
+
 def test_who_does_not_fit_on_a_gpu_takes_no_part(monkeypatch):
     held = iter(range(100, 10**6, 100))
     for name in ("memory_allocated", "max_memory_allocated"):

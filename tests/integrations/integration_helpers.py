@@ -74,7 +74,7 @@ def random_examples(
     return examples
 
 
-def shared_examples(count: int = 5, seed: int = 0) -> list[EncodedExample]:
+def shared_examples(count: int = 6, seed: int = 0) -> list[EncodedExample]:
     """Ragged examples of two users under one system prompt, with a history of 7 tokens each and few queries.
 
     So a tree forks after the system prompt, after each history, and inside responses to one query that begin alike.

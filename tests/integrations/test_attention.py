@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", TWO_TYPES),
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral without a window": ("mistral", {"sliding_window": None}),
-    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0}),
+    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.3}),
     "gemma3": (
         "gemma3_text",
         {
@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [1, 0]}),
     "granite": ("granite", {"logits_scaling": 6.0, "attention_multiplier": 0.3}),
-    "cohere2": ("cohere2", {"sliding_window": 5}),
+    "cohere2": ("cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 6}),
     "qwen3_moe": (
         "qwen3_moe",

@@ -23,6 +23,7 @@ OPTIONS = [
     {},
     {"window": 1},
     {"window": 3},
+    {"window": 7},  # the longest branch but one token
     {"scale": 0.7},
     {"softcap": 1.5},
     {"window": 3, "softcap": 2.0, "scale": 1.3},

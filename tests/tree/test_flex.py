@@ -101,11 +101,17 @@ def test_queries_and_keys_agree_on_the_tiles():
     assert mask.seq_lengths == (len(GROWN), len(GROWN))
 
 
+F64, F32 = torch.float64, torch.float32
+CASES = [
+    *((GROWN, F64, (4, 2), options) for options in OPTIONS),
+    (GROWN, F64, (2, 2), {}),
+    (GROWN, F32, (3, 1), OPTIONS[-1]),
+    (TREE, F32, (4, 2), {}),
+]
+
+
 @uncompiled_warns
-@options
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=lambda h: f"H{h[0]}-KV{h[1]}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("tree", [TREE, GROWN], ids=["small", "grown"])
+@pytest.mark.parametrize(("tree", "dtype", "heads", "options"), CASES)
 def test_output(tree, dtype, heads, options, monkeypatch):
     monkeypatch.setattr(flex, "_compiled", lambda _: flex._flex)
     tensors = inputs(len(tree), *heads, dtype=dtype)
@@ -140,9 +146,10 @@ def test_two_graphs_serve_every_length_and_mask(window, softcap, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counting, **o))
-    dynamic = flex._compiled.__wrapped__(True)
+    with monkeypatch.context() as patch:
+        compiled = torch.compile
+        patch.setattr(torch, "compile", lambda function, **o: compiled(function, backend=counting, **o))
+        dynamic = flex._compiled.__wrapped__(True)
     monkeypatch.setattr(flex, "_compiled", lambda _: dynamic)
     torch._dynamo.reset()
     for seed, rows in enumerate((140, 260, 333, 512, 700)):

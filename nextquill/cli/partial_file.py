@@ -1,0 +1,147 @@
+"""A file of JSON lines whose writing may be cut short at any moment and gone on with later.
+
+Lines go into `NAME.partial` as they are made, in any order. Its first line says which run they belong to. When all are
+there they are put in the order of their `index` into `NAME`, which until then does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nextquill.errors import CheckpointError, OutputExistsError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs into one file are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+_HEADER = "nextquill_partial"
+
+
+class PartialFile:
+    """The lines that are there already, and more.
+
+    Args:
+        target: the file's name when it is complete.
+        run: what must agree for a partial file to be gone on with, by name; JSON.
+        overwrite: start anew where it does not agree.
+
+    Raises:
+        CheckpointError: the partial file is of another run, or no partial file.
+        OutputExistsError: another process is writing it.
+    """
+
+    def __init__(self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.target, self.path = target, target.with_name(f"{target.name}.partial")
+        header = _encoded({_HEADER: dict(run)})
+        self._offsets: dict[int, int] = {}
+        self._stream = self.path.open("a+b")
+        try:
+            self._lock()
+            self._stream.seek(0)
+            first = self._stream.readline()
+            if header.startswith(first) and first != header:  # new, or cut short within its first line
+                self._restart(header)
+            elif (reason := self._refusal(first, json.loads(header)[_HEADER])) is None:
+                self._read_back()
+            elif overwrite:
+                self._restart(header)
+            else:
+                raise CheckpointError(f"--output_file: {reason}; delete it, or give --overwrite to start anew")
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stream.close()
+        if not self._offsets:
+            self.path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line, which has an `index`; it is with the operating system when this returns."""
+        self._offsets[line["index"]] = self._stream.seek(0, os.SEEK_END)
+        self._stream.write(_encoded(line))
+        self._stream.flush()
+
+    def finish(self, count: int) -> None:
+        """Put the lines with index 0 to `count - 1` into the target, in that order.
+
+        Raises:
+            CheckpointError: other lines are there.
+        """
+        if sorted(self._offsets) != list(range(count)):
+            raise CheckpointError(f"--output_file: {self.path} does not hold every record once; delete it")
+        temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                for index in range(count):
+                    self._stream.seek(self._offsets[index])
+                    stream.write(self._stream.readline())
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, self.target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._offsets = {}  # leaving removes what holds nothing
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExistsError(f"--output_file: another process is writing {self.path}") from error
+        except OSError:  # a file system without locks
+            return
+
+    def _restart(self, header: bytes) -> None:
+        self._stream.truncate(0)
+        self._stream.write(header)
+        self._stream.flush()
+
+    def _refusal(self, first: bytes, run: Mapping[str, Any]) -> str | None:
+        """Why the file that begins with this line cannot be gone on with."""
+        saved = _decoded(first).get(_HEADER)
+        if not isinstance(saved, dict):
+            return f"{self.path} is in the way, and nothing that nextquill began"
+        name = next((name for name in {**saved, **run} if saved.get(name) != run.get(name)), None)
+        if name is None:
+            return None
+        return f"{self.path} was begun with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
+
+    def _read_back(self) -> None:
+        """Find the lines that are there; what follows a broken one, as a killed process may leave, is cut off."""
+        while True:
+            offset = self._stream.tell()
+            line = self._stream.readline()
+            if not line:
+                return
+            index = _decoded(line).get("index")
+            if not line.endswith(b"\n") or not isinstance(index, int) or index in self._offsets:
+                self._stream.truncate(offset)
+                return
+            self._offsets[index] = offset
+
+
+def _encoded(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    """A line's object; an empty one where it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
