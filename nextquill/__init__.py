@@ -5,7 +5,7 @@
     loss_fn = nq.NextQuillLoss(detach_counterfactual=True)
     loss = loss_fn(hidden_with_history, hidden_without, lm_head.weight, labels)
 
-Importing this package needs torch only. What needs Hugging Face packages (`NextQuillTrainer`, `nextquill.data`) is
+Importing this package needs torch only. What needs Hugging Face packages (`NextQuillTrainer`, `PairPasses`) is
 imported on first use.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nextquill import tree
 from nextquill.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -31,6 +32,7 @@ from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFT
 from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
 
 if TYPE_CHECKING:
+    from nextquill.integrations.passes import PairPasses
     from nextquill.integrations.trainer import NextQuillTrainer
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "OutputExistsError",
     "PairLoss",
     "PairNLL",
+    "PairPasses",
     "PairStats",
     "PerCELoss",
     "PreferenceLossOutput",
@@ -58,9 +61,13 @@ __all__ = [
     "linear_pair_nll",
     "linear_pair_stats",
     "linear_token_nll",
+    "tree",
 ]
 
-_LAZY = {"NextQuillTrainer": "nextquill.integrations.trainer"}
+_LAZY = {
+    "NextQuillTrainer": "nextquill.integrations.trainer",
+    "PairPasses": "nextquill.integrations.passes",
+}
 
 
 def __getattr__(name: str) -> Any:

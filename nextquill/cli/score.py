@@ -86,10 +86,10 @@ def identity(scored: Scored, files: ScoreFiles) -> dict[str, Any]:
         records.update(repr(record).encode())
     return {
         "content of --eval_file": records.hexdigest()[:16],
-        "model": weights.hexdigest()[:16],
-        "tokenizer": _tokenizer_digest(scored.tokenizer),
         "dtype": str(scored.model.dtype),
         "device": next(scored.model.parameters()).device.type,
+        "model": weights.hexdigest()[:16],
+        "tokenizer": _tokenizer_digest(scored.tokenizer),
         **{f"--{name}": getattr(files, name) for name in ("seed", "batch_size", "attention", "max_tokens")},
         **settings,
         **{f"template {name}": value for name, value in template.items()},

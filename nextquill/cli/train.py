@@ -19,7 +19,7 @@ from nextquill.cli.parsing import UsageError, one_line, parse
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.scored import encode_records, read_records
 from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.data import EncodingStats, ExampleEncoder, Record
+from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, Record
 from nextquill.errors import NextQuillError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import default_max_length
@@ -31,7 +31,7 @@ from nextquill.integrations.loading import (
     load_prompt_settings,
 )
 from nextquill.integrations.scratch import SCRATCH_SIZES
-from nextquill.integrations.trainer import EncodedDataset, NextQuillTrainer
+from nextquill.integrations.trainer import NextQuillTrainer
 
 DESCRIPTION = (
     "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of "

@@ -10,7 +10,8 @@ Nothing here imports Hugging Face packages: tokenizers and data sets are used by
 
 from __future__ import annotations
 
-from nextquill.data.collator import PaddedCollator, TreeCollator
+from nextquill.data.collator import PaddedCollator, TreeCollator, to_device
+from nextquill.data.dataset import EncodedDataset
 from nextquill.data.effects import load_effects
 from nextquill.data.encoding import Branch, EncodedExample, EncodingStats, ExampleEncoder
 from nextquill.data.placebo import assign_placebo_histories
@@ -21,6 +22,7 @@ from nextquill.data.templates import PromptTemplate
 
 __all__ = [
     "Branch",
+    "EncodedDataset",
     "EncodedExample",
     "EncodingStats",
     "ExampleEncoder",
@@ -36,4 +38,5 @@ __all__ = [
     "load_records",
     "parse_record",
     "read_jsonl",
+    "to_device",
 ]

@@ -272,6 +272,8 @@ def _attend(
     if options.get("s_aux") is not None:
         raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
     layout, kernel = tree
+    # Under autocast, q and k that were normalised with float32 weights come in float32, as sdpa would not leave them.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     out = attend(
         query, key, value, layout, scale=options.get("scaling"), window=options.get("sliding_window"),
         softcap=options.get("softcap"), kernel=kernel,

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from nextquill.data import EncodedExample, UserGroupSampler
+from nextquill.data import EncodedDataset, UserGroupSampler
 from nextquill.integrations.checks import check_batching
 from nextquill.integrations.metrics import TrainingMeter, eval_metrics, example_table
 from nextquill.integrations.passes import PairPasses
@@ -31,24 +30,6 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
-
-
-class EncodedDataset(Dataset[EncodedExample]):
-    """Encoded examples as a map-style data set."""
-
-    def __init__(self, examples: Sequence[EncodedExample]) -> None:
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        return self.examples[index]
-
-    @property
-    def has_placebo(self) -> bool:
-        """Whether every example has a placebo branch."""
-        return bool(self.examples) and all(example.placebo is not None for example in self.examples)
 
 
 class CausalLossMixin(_Base):

@@ -100,11 +100,10 @@ class PairPasses:
             pad_token_id: fills padded rows; trees have none.
             max_tokens: see `TreeCollator`.
         """
-        loss = self.loss
-        if not (loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual):
-            return self._collator(FACTUAL, pad_token_id, max_tokens)
-        constant = loss.detaches_counterfactual
-        return self._collator(CONSTANT_COUNTERFACTUAL if constant else JOINT, pad_token_id, max_tokens)
+        return collator_of(
+            self.loss, "padded" if self.trees is None else "auto", pad_token_id, max_tokens,
+            stored_effects=self.stored_effects,
+        )  # fmt: skip
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
@@ -112,16 +111,9 @@ class PairPasses:
         """What makes batches for `scores`: trees hold all branches in one row; padded ones run one after the other."""
         others = ("counterfactual", *(["placebo"] if placebo else []))
         if self.trees is None:
-            return self._collator((*((name,) for name in others), ("factual",)), pad_token_id, max_tokens)
+            return _collator((*((name,) for name in others), ("factual",)), "padded", pad_token_id, max_tokens)
         # The first branch decides which examples share a row: the one with the user's own history.
-        return self._collator((("factual", *others),), pad_token_id, max_tokens)
-
-    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
-        if self.trees is not None:
-            return TreeCollator(forwards, max_tokens)
-        if max_tokens is not None:
-            raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
-        return PaddedCollator(pad_token_id, forwards)
+        return _collator((("factual", *others),), "auto", pad_token_id, max_tokens)
 
     # ---- training ----------------------------------------------------------------------------------
 
@@ -145,6 +137,30 @@ class PairPasses:
         items = self.count_items(batch) if num_items is None else num_items
         results = [self.part_loss(part, items, call) for part in batch["parts"]]
         return torch.stack([loss for loss, _ in results]).sum(), [output for _, output in results]
+
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        num_items: float | Tensor | None = None,
+        call: nn.Module | None = None,
+        backward: Callable[[Tensor], object] = Tensor.backward,
+    ) -> Tensor:
+        """Forward and backward of a batch, part by part, so that only one part's activations are held.
+
+        Args:
+            batch, num_items, call: as in `training_loss`.
+            backward: what is called with each part's loss, such as `accelerator.backward`.
+
+        Returns:
+            The loss, without gradient.
+        """
+        items = self.count_items(batch) if num_items is None else num_items
+        losses = []
+        for part in batch["parts"]:
+            loss, _ = self.part_loss(part, items, call)
+            backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def part_loss(
         self, part: Part, num_items: float | Tensor | None = None, call: nn.Module | None = None
@@ -266,6 +282,31 @@ def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
     selected = state.select(torch.cat(list(rows.values())))
     sizes = [positions.numel() for positions in rows.values()]
     return dict(zip(rows, selected.split(sizes), strict=True))
+
+
+def collator_of(
+    loss: PairLoss,
+    attention: str = "auto",
+    pad_token_id: int = 0,
+    max_tokens: int | None = None,
+    *,
+    stored_effects: bool = False,
+) -> TreeCollator | PaddedCollator:
+    """What makes training batches for a loss, before there is a model; see `PairPasses.collator`."""
+    if not (loss.terms_need_counterfactual if stored_effects else loss.needs_counterfactual):
+        return _collator(FACTUAL, attention, pad_token_id, max_tokens)
+    forwards = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
+    return _collator(forwards, attention, pad_token_id, max_tokens)
+
+
+def _collator(
+    forwards: Forwards, attention: str, pad_token_id: int, max_tokens: int | None
+) -> TreeCollator | PaddedCollator:
+    if attention != "padded":
+        return TreeCollator(forwards, max_tokens)
+    if max_tokens is not None:
+        raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+    return PaddedCollator(pad_token_id, forwards)
 
 
 def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:

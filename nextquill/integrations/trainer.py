@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from nextquill.data import (
+    EncodedDataset,
     ExampleEncoder,
     PromptTemplate,
     load_effects,
@@ -35,11 +36,11 @@ from nextquill.integrations.checks import (
 )
 from nextquill.integrations.effects import effects_digest
 from nextquill.integrations.metrics import CounterfactualWatch
-from nextquill.integrations.mixin import CausalLossMixin, EncodedDataset
+from nextquill.integrations.mixin import CausalLossMixin
 from nextquill.integrations.passes import PairPasses
 from nextquill.losses import NextQuillLoss, PairLoss
 
-__all__ = ["EncodedDataset", "NextQuillTrainer", "check_vocabulary", "default_max_length"]
+__all__ = ["NextQuillTrainer", "check_vocabulary", "default_max_length"]
 
 
 class NextQuillTrainer(CausalLossMixin, Trainer):

@@ -52,16 +52,26 @@ def tree_attention(
     Raises:
         ArgumentError, ArgumentTypeError: shapes or dtypes do not fit each other or the layout.
     """
-    if query.dim() != 4 or query.shape[0] != 1 or query.shape[2] != layout.num_rows:
+    if query.dim() != 4 or query.shape[0] != 1 or query.shape[2] != layout.num_rows or not query.shape[3]:
         raise ArgumentError(f"query: expected [1, H, {layout.num_rows}, D], got {list(query.shape)}")
-    expected = [1, key.shape[1], *query.shape[2:]]
-    if list(key.shape) != expected or list(value.shape) != expected or query.shape[1] % key.shape[1]:
+    expected = [1, key.shape[1] if key.dim() == 4 else 0, *query.shape[2:]]
+    if (
+        list(key.shape) != expected
+        or list(value.shape) != expected
+        or not key.shape[1]
+        or query.shape[1] % key.shape[1]
+    ):
         raise ArgumentError(
             f"key, value: expected [1, H_kv, {layout.num_rows}, {query.shape[3]}] with H_kv dividing {query.shape[1]}, "
             f"got {list(key.shape)} and {list(value.shape)}"
         )
     if not query.dtype == key.dtype == value.dtype:
         raise ArgumentTypeError(f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if not query.is_floating_point():
+        raise ArgumentTypeError(f"query, key, value: expected floating point, got {query.dtype}")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not 0 < number < math.inf:
+            raise ArgumentError(f"{name}: expected a positive number or None, got {number}")
     if window is not None and window < 1:
         raise ArgumentError(f"window: expected a positive number or None, got {window}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale

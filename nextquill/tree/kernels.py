@@ -48,9 +48,11 @@ _HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cp
 def _flash_forward(
     query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, _: float | None
 ) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]  # shared heads are repeated: not until after PyTorch 2.8 does it share them
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, piece.is_causal, attn_mask=_bias(piece, query), scale=scale
-    )
+        *map(_dense, (query, _repeated(key, group), _repeated(value, group))), 0.0, piece.is_causal,
+        attn_mask=_bias(piece, query), scale=scale,
+    )  # fmt: skip
     return out, lse
 
 
@@ -67,10 +69,15 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, _repeated(key, group), _repeated(value, group), out, logsumexp, 0.0, piece.is_causal,
-        attn_mask=_bias(piece, query), scale=scale,
+        *map(_dense, (grad, query, _repeated(key, group), _repeated(value, group))), out, logsumexp,
+        0.0, piece.is_causal, attn_mask=_bias(piece, query), scale=scale,
     )  # fmt: skip
     return grads[0], _summed(grads[1], group), _summed(grads[2], group)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The fused kernel takes the last dimension's stride to be 1, whatever it is."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _bias(piece: Piece, query: Tensor) -> Tensor | None:

@@ -30,7 +30,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 _LARGEST_ID = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixTree:
     """Branches merged by common prefix, in depth-first order; any number of roots.
 
@@ -133,6 +133,8 @@ def _token_ids(branch: Any, position: int) -> Tensor:
                 f"branches[{position}]: expected a 1-D integer tensor, got {branch.dtype} of shape {list(branch.shape)}"
             )
         ids = branch.to("cpu", torch.long)
+    elif isinstance(branch, (bytes, bytearray)):  # an array would take them for the memory of its integers
+        raise ArgumentTypeError(f"branches[{position}]: expected a sequence of token ids, got {type(branch).__name__}")
     else:
         try:  # `array` converts Python integers several times faster than a tensor does
             tokens = array("q", branch)
@@ -149,7 +151,7 @@ def _token_ids(branch: Any, position: int) -> Tensor:
 
 def _sort_key(ids: Tensor) -> bytes:
     """Big-endian bytes, which compare as the tokens do."""
-    key = ids.to(torch.int32).view(torch.uint8)
+    key = torch.empty(len(ids), dtype=torch.int32).copy_(ids).view(torch.uint8)  # `ids` may have strides
     if sys.byteorder == "little":
         key = key.view(-1, 4).flip(1)
     key = key.contiguous()

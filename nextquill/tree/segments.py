@@ -53,6 +53,7 @@ class TreeLayout:
             ArgumentError, ArgumentTypeError: they are not those of a tree in depth-first order.
         """
         _check(position_ids, subtree_end)
+        position_ids, subtree_end = position_ids.long(), subtree_end.long()
         goes_on = (position_ids[1:] == position_ids[:-1] + 1) & (subtree_end[1:] == subtree_end[:-1])
         starts = [0, *((~goes_on).nonzero().squeeze(1) + 1).tolist()]
         depths, ends = position_ids[starts].tolist(), subtree_end[starts].tolist()
@@ -61,10 +62,10 @@ class TreeLayout:
             while path and rows[path[-1]][SUBTREE_STOP] <= start:
                 path.pop()
             parent = path[-1] if path else -1
-            above = rows[parent] if path else (0, 0, 0, 0)
-            if depths[index] != above[DEPTH] + above[STOP] - above[START] or not stop <= ends[index] or (
-                path and ends[index] > above[SUBTREE_STOP]
-            ):  # fmt: skip
+            above = rows[parent] if path else (0, 0, len(position_ids), 0)
+            if depths[index] != above[DEPTH] + above[STOP] - above[START] or not (
+                stop <= ends[index] <= above[SUBTREE_STOP]
+            ):
                 raise ArgumentError(
                     f"position_ids, subtree_end: expected trees in depth-first order, not so at row {start}"
                 )
@@ -80,7 +81,12 @@ class TreeLayout:
 
 def _check(position_ids: Tensor, subtree_end: Tensor) -> None:
     for name, tensor in (("position_ids", position_ids), ("subtree_end", subtree_end)):
-        if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.device.type != "cpu":
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.is_floating_point()
+            or tensor.is_complex()
+            or tensor.device.type != "cpu"
+        ):
             raise ArgumentTypeError(f"{name}: expected an integer tensor on the CPU, got {tensor!r:.80}")
         if tensor.dim() != 1 or not tensor.numel():
             raise ArgumentError(f"{name}: expected [T] with at least one row, got shape {list(tensor.shape)}")

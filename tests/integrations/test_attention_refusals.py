@@ -214,18 +214,24 @@ def module_with_dropout() -> nn.Module:
     return model
 
 
+OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.1, "attention_dropout": 0.0}
 DROPOUTS: dict[str, tuple[Any, str]] = {
     "modules": (module_with_dropout, r"model\.layers\.1\.mlp\.1 with p=0\.2"),
     "gpt2": (lambda: tiny_model("gpt2"), r"drop with p=0\.1"),
     "attention": (lambda: tiny_model(attention_dropout=0.2), r"self_attn\.attention_dropout=0\.2"),
     "gpt_neox attention": (lambda: tiny_model("gpt_neox", attention_dropout=0.2), r"attention_dropout=0\.2"),
     "residual": (lambda: tiny_model("phi3", resid_pdrop=0.1), r"resid_attn_dropout with p=0\.1"),
+    "functional": (lambda: tiny_model("opt", **OPT), "dropout"),
     "LoRA": (lambda: with_lora(0.1), r"lora_dropout\.default with p=0\.1"),
 }
 
 
+FUNCTIONAL = pytest.param("functional", marks=pytest.mark.xfail(reason="dropout outside of nn.Dropout is not found"))
+DROPOUT_NAMES = [FUNCTIONAL if name == "functional" else name for name in sorted(DROPOUTS)]
+
+
 @pytest.mark.parametrize("attention", ["auto", "mask"])
-@pytest.mark.parametrize("name", sorted(DROPOUTS))
+@pytest.mark.parametrize("name", DROPOUT_NAMES)
 def test_dropout_in_training(name: str, attention: str) -> None:
     """Refused in training mode and by a trainer; without effect in evaluation."""
     make, message = DROPOUTS[name]
@@ -241,7 +247,7 @@ def test_dropout_in_training(name: str, attention: str) -> None:
         passes.training_loss(batch)
 
 
-@pytest.mark.parametrize("name", sorted(DROPOUTS))
+@pytest.mark.parametrize("name", DROPOUT_NAMES)
 def test_dropout_is_accepted_in_rows_of_their_own(tmp_path: Path, name: str) -> None:
     make, message = DROPOUTS[name]
     for attention in ("auto", "mask"):
@@ -278,13 +284,12 @@ def test_padded_is_no_way_to_attend_over_trees() -> None:
         TreeAttention(tiny_model(), "padded")
 
 
-@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "paged|eager"])
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "some_other"])
 def test_masks_need_sdpa_or_eager(implementation: str) -> None:
     model = tiny_model()
     model.config._attn_implementation = implementation
-    with pytest.raises(UnsupportedModelError, match=rf"attention='mask': expected .* sdpa or eager .*'{implementation}"
-                       if "|" not in implementation else "attention='mask': expected"):  # fmt: skip
-        PairPasses(model, SFTLoss(), "mask")
+    with pytest.raises(UnsupportedModelError, match=f"attention='mask': expected .* sdpa or eager .*'{implementation}'"):
+        TreeAttention(model, "mask")
 
 
 def test_an_implementation_that_is_changed_later_is_noticed() -> None:

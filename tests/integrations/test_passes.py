@@ -4,45 +4,68 @@ from __future__ import annotations
 
 import pytest
 import torch
-from integration_helpers import assert_same_loss, branch_nll, loss_cases, random_examples, tiny_model
+from integration_helpers import (
+    assert_same_loss,
+    assert_same_tensors,
+    branch_nll,
+    gradients,
+    loss_cases,
+    random_examples,
+    reference_loss,
+    shared_examples,
+    tiny_model,
+)
 
 from nextquill import NextQuillLoss, PerCELoss, SFTLoss, UnsupportedModelError
 from nextquill.integrations.passes import PairPasses
+from nextquill.tree import build_prefix_tree
+
+ATTENTIONS = ("auto", "padded")
 
 
-def record_passes(model: torch.nn.Module) -> list[tuple[bool, int]]:
-    """(gradient enabled, rows) of every forward pass of the model from now on."""
-    seen: list[tuple[bool, int]] = []
+def record_passes(model: torch.nn.Module) -> list[tuple[bool, tuple[int, ...]]]:
+    """(gradient enabled, shape of the input) of every forward pass of the model from now on."""
+    seen: list[tuple[bool, tuple[int, ...]]] = []
     model.base_model.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append((torch.is_grad_enabled(), kwargs["input_ids"].shape[0])),
+        lambda module, args, kwargs, output: seen.append((torch.is_grad_enabled(), tuple(kwargs["input_ids"].shape))),
         with_kwargs=True,
     )
     return seen
 
 
+# (gradient enabled, branches) of each forward
+ONE, CONSTANT, BOTH = (
+    [(True, ["factual"])],
+    [(False, ["counterfactual"]), (True, ["factual"])],
+    [(True, ["factual", "counterfactual"])],
+)
 PASSES = {
-    "sft": [(True, 3)],
-    "perce": [(False, 3), (True, 3)],
-    "longce": [(False, 3), (True, 3)],
-    "detached": [(False, 3), (True, 3)],
-    "official": [(True, 6)],
-    "paper": [(True, 6)],
-    "anchored": [(True, 6)],
-}
+    "sft": ONE, "perce": CONSTANT, "longce": CONSTANT, "detached": CONSTANT, "official": BOTH, "paper": BOTH,
+    "anchored": BOTH,
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("loss_name", sorted(PASSES))
-def test_counterfactual_has_gradient_only_where_the_loss_says_so(loss_name: str) -> None:
-    model = tiny_model()
-    passes = PairPasses(model, loss_cases()[loss_name].loss)
+def test_counterfactual_has_gradient_only_where_the_loss_says_so(loss_name: str, attention: str) -> None:
+    model, examples = tiny_model(), shared_examples()
+    passes = PairPasses(model, loss_cases()[loss_name].loss, attention)
     seen = record_passes(model)
-    passes.training_loss(make_batch(random_examples(3)))
-    assert seen == PASSES[loss_name], "(gradient enabled, rows) of the forward passes"
+    passes.training_loss(passes.collator()(examples))
+    expected = []
+    for gradient, names in PASSES[loss_name]:
+        branches = [getattr(example, name).input_ids for name in names for example in examples]
+        padded = (len(branches), max(map(len, branches)))
+        expected.append((gradient, padded if attention == "padded" else (1, len(build_prefix_tree(branches)))))
+    assert seen == expected, "(gradient enabled, shape) of the forward passes"
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("loss_name", ["perce", "official"])
-def test_only_supervised_rows_reach_the_loss(loss_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = PairPasses(tiny_model(), loss_cases()[loss_name].loss)
+def test_only_supervised_rows_reach_the_loss(
+    loss_name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = PairPasses(tiny_model(), loss_cases()[loss_name].loss, attention)
     examples, rows = random_examples(3), []
     original = type(passes.loss).compute
 
@@ -51,63 +74,108 @@ def test_only_supervised_rows_reach_the_loss(loss_name: str, monkeypatch: pytest
         return original(self, factual, counterfactual, *rest, **options)
 
     monkeypatch.setattr(type(passes.loss), "compute", compute)
-    passes.training_loss(make_batch(examples))
+    passes.training_loss(passes.collator()(examples))
     supervised = sum(len(example.factual.response_ids) for example in examples)
     assert rows == [(supervised, supervised)], "rows given to the loss"
 
 
-def test_no_logits_are_returned() -> None:
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_no_logits_are_returned(attention: str) -> None:
     model, shapes = tiny_model(), []
     model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.numel()))
-    passes = PairPasses(model, NextQuillLoss())
+    passes = PairPasses(model, NextQuillLoss(), attention)
     shapes.clear()
-    passes.training_loss(make_batch(random_examples(3)))
+    passes.training_loss(passes.collator()(random_examples(3)))
     assert shapes == [1], "elements in what the model returned as logits"
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("loss", [SFTLoss(), PerCELoss(), NextQuillLoss()], ids=lambda loss: type(loss).__name__)
-def test_batch_without_supervised_rows_gives_zero_loss_and_gradient(loss) -> None:
-    model, batch = tiny_model(), make_batch(random_examples(2))
-    for branch in ("factual", "counterfactual", "placebo"):
-        batch[branch]["labels"].fill_(-100)
-    value, output = PairPasses(model, loss).training_loss(batch)
+def test_a_part_without_labels_gives_zero_loss_and_gradient(loss, attention: str) -> None:
+    """What a rank runs while another has more parts: every parameter is met, and nothing added."""
+    model = tiny_model()
+    passes = PairPasses(model, loss, attention)
+    value, output = passes.part_loss(passes.collator().empty_part(), 7.0)
     value.backward()
     assert float(value.detach()) == 0.0
-    assert output.num_tokens == 0
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters()), "a gradient is not zero"
+    assert (output.num_tokens, output.num_sequences) == (0, 0)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters()), "a gradient is not zero"
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("placebo", [True, False])
+def test_a_part_without_labels_can_be_scored(placebo: bool, attention: str) -> None:
+    passes = PairPasses(tiny_model(), NextQuillLoss(), attention)
+    scores = passes.scores(passes.scoring_collator(placebo=placebo).empty_part())
+    assert scores.sequence_ids.shape == scores.output.pair_nll.factual.shape == (0,)
+    assert (scores.placebo_nll is not None) is placebo
 
 
 def test_padding_content_does_not_matter() -> None:
-    model, batch = tiny_model(), make_batch(random_examples(3))
-    passes = PairPasses(model, NextQuillLoss())
-    expected, _ = passes.training_loss(batch)
-    for branch in ("factual", "counterfactual"):
-        batch[branch]["input_ids"][batch[branch]["attention_mask"] == 0] = 77
-    got, _ = passes.training_loss(batch)
+    passes = PairPasses(tiny_model(), NextQuillLoss(), "padded")
+    examples = random_examples(3)
+    expected, _ = passes.training_loss(passes.collator(0)(examples))
+    got, _ = passes.training_loss(passes.collator(77)(examples))
     assert_same_loss(got, expected, 1e-6)
 
 
-@pytest.mark.parametrize("loss_name", sorted(PASSES))
-def test_scores_equal_separate_passes(loss_name: str) -> None:
-    model, examples = tiny_model(), random_examples(4)
-    scores = PairPasses(model, loss_cases()[loss_name].loss).scores(make_batch(examples))
-    pair = scores.output.pair_nll
-    for name, got in (
-        ("factual", pair.factual),
-        ("counterfactual", pair.counterfactual),
-        ("placebo", scores.placebo_nll),
-    ):
-        expected = torch.cat([branch_nll(model, getattr(example, name)) for example in examples])
-        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5), f"nll of the {name} branch"
-    lengths = torch.tensor([len(example.factual.response_ids) for example in examples])
-    assert torch.equal(scores.sequence_ids, torch.arange(4).repeat_interleave(lengths))
+# ---- parts -----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_inserts_positions_is_refused() -> None:
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+@pytest.mark.parametrize("loss_name", ["official", "detached", "sft"])
+def test_parts_add_up_to_the_batch(loss_name: str, reduction: str) -> None:
+    """The loss and every gradient, when a batch of seven is cut by a token budget into several parts."""
+    case, examples = loss_cases(reduction=reduction)[loss_name], shared_examples(7)
     model = tiny_model()
-    passes = PairPasses(model, SFTLoss())
+    passes = PairPasses(model, case.loss)
+    whole, parts = {}, {}
+    budget = None
+    for results in (whole, parts):
+        batch = passes.collator(0, budget)(examples)
+        loss, outputs = passes.training_loss(batch)
+        results["count"] = len(outputs)
+        results["items"] = passes.count_items(batch)
+        results["loss"], results["gradients"] = loss.detach(), gradients(model, loss)
+        budget = batch["parts"][0]["forwards"][-1]["input_ids"].numel() * 2 // 5
+    assert (whole["count"], parts["count"] > 2) == (1, True)
+    tokens = sum(len(example.factual.response_ids) for example in examples)
+    assert whole["items"] == parts["items"] == (7 if reduction == "sequence" else tokens)
+    assert_same_loss(parts["loss"], whole["loss"])
+    assert_same_tensors(parts["gradients"], whole["gradients"], 1e-5, "gradient of the parts")
+    expected = reference_loss(case, tiny_model(), examples, reduction)
+    assert_same_loss(parts["loss"], expected)
+
+
+# ---- scores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("attention", "budget"), [("auto", None), ("mask", None), ("padded", None), ("auto", 60)])
+@pytest.mark.parametrize("loss_name", sorted(PASSES))
+def test_scores_equal_separate_passes(loss_name: str, attention: str, budget: int | None) -> None:
+    model, examples = tiny_model(), shared_examples()
+    passes = PairPasses(model, loss_cases()[loss_name].loss, attention)
+    parts = passes.scoring_collator(0, budget, placebo=True)(examples)["parts"]
+    assert (len(parts) > 1) is (budget is not None)
+    for part in parts:
+        scores, pair = (found := passes.scores(part)), found.output.pair_nll
+        members = part["sequence_ids"].unique_consecutive().tolist()
+        for name, got in (
+            ("factual", pair.factual),
+            ("counterfactual", pair.counterfactual),
+            ("placebo", scores.placebo_nll),
+        ):
+            expected = torch.cat([branch_nll(model, getattr(examples[index], name)) for index in members])
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5), f"nll of the {name} branch"
+        assert torch.equal(scores.sequence_ids, part["sequence_ids"])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_model_that_inserts_positions_is_refused(attention: str) -> None:
+    model = tiny_model()
+    passes = PairPasses(model, SFTLoss(), attention)
     model.base_model.register_forward_hook(
         lambda module, args, output: setattr(output, "last_hidden_state", output.last_hidden_state[:, 1:])
     )
     with pytest.raises(UnsupportedModelError, match="positions"):
-        passes.training_loss(make_batch(random_examples(2)))
+        passes.training_loss(passes.collator()(random_examples(2)))

@@ -14,6 +14,7 @@ from integration_helpers import (
     random_examples,
     reference_loss,
     run_loss,
+    shared_examples,
     tiny_model,
 )
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -24,6 +25,7 @@ from nextquill import UnsupportedModelError
 from nextquill.integrations.passes import PairPasses
 
 ATTENTION = ["q_proj", "v_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def with_lora(model: nn.Module, targets: list[str], **options: Any) -> PeftModel:
@@ -57,6 +59,11 @@ def computed_gradients(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 CASES = {
     "attention": lambda: with_lora(untied(), ATTENTION),
+    "attention and mlp": lambda: with_lora(untied(), [*ATTENTION, *MLP]),
+    "tied": lambda: with_lora(tiny_model(tie_word_embeddings=True), [*ATTENTION, *MLP]),
+    "two kinds of layers": lambda: with_lora(
+        tiny_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), ATTENTION
+    ),
     "head": lambda: with_lora(untied(), [*ATTENTION, "lm_head"]),
     "head only, rank-stabilised": lambda: with_lora(untied(), ["lm_head"], use_rslora=True),
     "head saved in full": lambda: with_lora(untied(), ATTENTION, modules_to_save=["lm_head"]),
@@ -64,11 +71,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
 @pytest.mark.parametrize("loss_name", ["official", "detached", "sft"])
 @pytest.mark.parametrize("adapters", sorted(CASES))
-def test_gradients_equal_the_ordinary_forward(adapters: str, loss_name: str) -> None:
-    model, case, examples = CASES[adapters](), loss_cases()[loss_name], random_examples()
-    loss, _ = run_loss(model, case.loss, examples)
+def test_gradients_equal_the_ordinary_forward(adapters: str, loss_name: str, attention: str) -> None:
+    model, case, examples = CASES[adapters](), loss_cases()[loss_name], shared_examples()
+    loss, _ = run_loss(model, case.loss, examples, attention)
     expected = reference_loss(case, model, examples)
     assert_same_loss(loss, expected)
     got = gradients(model, loss)
@@ -170,5 +178,7 @@ def test_trainable_tokens_on_a_tied_head_are_refused() -> None:
 
 
 def test_dropout_beside_the_head_is_accepted() -> None:
+    """Under trees in evaluation only; see test_attention_refusals.py."""
     model = with_lora(untied(), ATTENTION, lora_dropout=0.1)
     PairPasses(model, loss_cases()["sft"].loss)
+    run_loss(model.train(), loss_cases()["sft"].loss, random_examples(), "padded")

@@ -9,9 +9,13 @@ import pytest
 import torch
 from integration_helpers import random_examples, tiny_model
 
-from nextquill.errors import ArgumentError
+from nextquill.data import Branch, EncodedExample
+from nextquill.errors import ArgumentError, BudgetError
+from nextquill.integrations import scoring
+from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.scoring import score_examples, token_texts
 from nextquill.integrations.scratch import build_tokenizer
+from nextquill.tree import build_prefix_tree
 
 TEXT = "naïve café 東京 🍜👩‍👩‍👧 \ufffd ok\n  salty \u200d soup"
 
@@ -33,11 +37,23 @@ def nll(model, branch):
     )
 
 
+def score(examples, model=None, **options):
+    return list(score_examples(tiny_model() if model is None else model, examples, 0, **options))
+
+
+def by_index(scores):
+    return sorted(scores, key=lambda one: one.example.index)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_scores_are_the_models_own(kind, batch_size):
-    model, examples = tiny_model(kind), random_examples(3)
-    for scores, example in zip(score_examples(model, examples, 0, batch_size), examples, strict=True):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_size": 1}, {"batch_size": 2}, {"max_tokens": 60}, {"attention": "padded"}, {"attention": "mask"}],
+    ids=str,
+)
+def test_scores_are_the_models_own(kind, options):
+    model, examples = tiny_model(kind), random_examples(5)
+    for scores, example in zip(by_index(score(examples, model, **options)), examples, strict=True):
         assert scores.example is example
         assert scores.token_ids == example.factual.response_ids
         for name in ("factual", "counterfactual", "placebo"):
@@ -50,15 +66,97 @@ def test_scores_are_the_models_own(kind, batch_size):
 def test_one_example_without_a_placebo_leaves_it_out_for_all():
     examples = random_examples(2)
     examples[1] = dataclasses.replace(examples[1], placebo=None)
-    assert [scores.nll_placebo for scores in score_examples(tiny_model(), examples, 0)] == [None, None]
+    assert [scores.nll_placebo for scores in score(examples)] == [None, None]
+
+
+# ---- what is computed together ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """(positions of the examples, tokens) of each forward."""
+    seen, own = [], PairPasses.scores
+
+    def scores(self, part, *rest):
+        seen.append((part["sequence_ids"].unique().tolist(), part["num_tokens"]))
+        return own(self, part, *rest)
+
+    monkeypatch.setattr(PairPasses, "scores", scores)
+    return seen
+
+
+def shared_history(users, each):
+    """Examples of users in turn, whose prompts begin with the user's history."""
+    histories = [[2 + user] * 20 for user in range(users)]
+    examples = []
+    for index in range(users * each):
+        user, query, response = index % users, [30 + index, 31], [50 + index, 1]
+        own, other = (Branch(histories[(user + step) % users] + query, response) for step in (0, 1))
+        examples.append(EncodedExample(f"u{user}", index, own, Branch(query, response), other, 1, 1))
+    return examples
+
+
+def test_a_users_examples_are_computed_together(forwards):
+    examples = shared_history(3, 4)
+    computed = [scores.example for scores in score(examples, batch_size=4)]
+    assert [example.user_id for example in computed] == ["u0"] * 4 + ["u1"] * 4 + ["u2"] * 4
+    alone = sum(len(b.input_ids) for e in examples for b in (e.factual, e.counterfactual, e.placebo))
+    # Each forward holds two histories of 20 tokens, and per branch a query and all of the response but its last token.
+    assert [tokens for _, tokens in forwards] == [2 * 20 + 3 * 4 * 4] * 3
+    assert sum(tokens for _, tokens in forwards) < alone / 2
+
+
+def test_a_budget_keeps_a_users_examples_in_one_forward(forwards):
+    score(shared_history(3, 4), max_tokens=2 * 20 + 3 * 4 * 4 + 5)
+    assert len(forwards) <= 4
+    assert all(tokens <= 93 for _, tokens in forwards)
+
+
+def test_the_usual_budget_grows_to_the_largest_example(monkeypatch, forwards):
+    monkeypatch.setattr(scoring, "DEFAULT_MAX_TOKENS", 30)
+    examples = random_examples(4)
+    assert [s.example.index for s in by_index(score(examples))] == [0, 1, 2, 3]
+    largest = max(
+        len(build_prefix_tree([b.input_ids for b in (e.factual, e.counterfactual, e.placebo)])) for e in examples
+    )
+    assert max(tokens for _, tokens in forwards) <= largest
+
+
+def test_an_example_beyond_the_budget_is_named_before_anything_is_computed(forwards):
+    examples = random_examples(4)
+    with pytest.raises(
+        BudgetError, match=r"max_tokens: expected at least the \d+ tokens .* of example \d \(user 'user"
+    ):
+        score(examples, max_tokens=25)
+    assert forwards == []
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"max_tokens": 80}, {"attention": "padded", "batch_size": 2}])
+@pytest.mark.parametrize("skip", range(8))
+def test_what_follows_a_skip_is_the_same_to_the_last_bit(options, skip):
+    examples, model = random_examples(7), tiny_model()
+    whole, rest = score(examples, model, **options), score(examples, model, skip=skip, **options)
+    assert [s.example.index for s in rest] == [s.example.index for s in whole[skip:]]
+    for one, other in zip(rest, whole[skip:], strict=True):
+        for name in ("nll_factual", "nll_counterfactual", "nll_placebo"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_what_is_skipped_is_not_computed(forwards):
+    score(shared_history(3, 4), batch_size=4, skip=9)
+    assert len(forwards) == 1
+
+
+# ---- arguments -------------------------------------------------------------------------------------
 
 
 def test_the_model_is_left_as_it_was():
     model = tiny_model().train()
-    scores = score_examples(model, random_examples(3), 0, 1)
+    scores = score_examples(model, random_examples(3), 0, 1, attention="pieces")
     next(scores)
     scores.close()
     assert model.training
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_nothing_to_score():

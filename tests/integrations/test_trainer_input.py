@@ -16,7 +16,6 @@ from nextquill import (
     NextQuillTrainer,
     PerCELoss,
     RecordError,
-    UnsupportedModelError,
 )
 from nextquill.integrations.checks import FILLED_OPTIONS, default_max_length
 
@@ -74,7 +73,6 @@ def test_best_model_by_the_greatest_nll(tmp_path: Path) -> None:
         {"batch_eval_metrics": True},
         {"eval_do_concat_batches": False},
         {"include_for_metrics": ["inputs"]},
-        {"torch_compile": True},
         {"use_liger_kernel": True},
         {"train_sampling_strategy": "group_by_length"},
     ],
@@ -86,11 +84,6 @@ def test_training_arguments_that_would_be_ignored(tmp_path: Path, option: dict[s
         setattr(args, name, value)
     with pytest.raises(ArgumentError, match=f"args: {next(iter(option))}"):
         make(tmp_path, args=args)
-
-
-def test_a_router_loss_that_would_be_lost(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="output_router_logits"):
-        make(tmp_path, model=tiny_model("mixtral", num_local_experts=4, output_router_logits=True))
 
 
 def test_training_without_data_is_an_error(tmp_path: Path) -> None:

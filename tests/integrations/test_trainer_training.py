@@ -22,9 +22,10 @@ from integration_helpers import (
 from transformers import Trainer
 
 from nextquill import NextQuillLoss, NextQuillTrainer, SFTLoss
-from nextquill.integrations.trainer import EncodedDataset
+from nextquill.data import EncodedDataset
+from nextquill.tree import build_prefix_tree
 
-UNPAIRED = {"loss_factual", "nll_factual", "num_tokens", "num_sequences"}
+UNPAIRED = {"loss_factual", "nll_factual", "num_tokens", "num_sequences", "users_per_step"}
 PAIRED = UNPAIRED | {
     "loss_effect", "loss_counterfactual", "nll_counterfactual", "effect_logprob", "effect_prob",
     "share_above_threshold", "token_weight",
@@ -96,6 +97,7 @@ def test_logged_metrics_equal_independent_values(tmp_path: Path, loss_name: str)
         "token_weight": case.weights(pair).mean(),
         "num_tokens": 2 * len(nll_f),
         "num_sequences": 2 * 4,
+        "users_per_step": 4,
     }
     for name, value in expected.items():
         assert log[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), f"logged {name}"
@@ -104,10 +106,12 @@ def test_logged_metrics_equal_independent_values(tmp_path: Path, loss_name: str)
     assert parts == pytest.approx(log["loss"], rel=1e-4), "the logged terms do not add up to the loss"
 
 
-def test_sft_runs_and_logs_one_stream(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, SFTLoss(), logging_steps=1)
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_sft_runs_and_logs_one_stream(tmp_path: Path, attention: str) -> None:
+    trainer = make_trainer(tmp_path, SFTLoss(), logging_steps=1, attention=attention)
     trainer.train()
-    assert "counterfactual" not in next(iter(trainer.get_train_dataloader()))
+    (part,) = next(iter(trainer.get_train_dataloader()))["parts"]
+    assert [list(forward["rows"]) for forward in part["forwards"]] == [["factual"]]
     assert logs_of(trainer)[0].keys() == UNPAIRED | OWN
 
 
@@ -128,12 +132,17 @@ def test_a_second_training_starts_a_new_interval(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["num_sequences"] == 8, "sequences of the interval's two steps"
 
 
-def test_bf16_autocast_trains(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, bf16=True, eval_dataset=make_records(4), learning_rate=0.0)
+@pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
+def test_bf16_autocast_trains(tmp_path: Path, kind: str, attention: str) -> None:
+    model = tiny_model(kind)
+    trainer = make_trainer(
+        tmp_path, None, model, bf16=True, eval_dataset=make_records(4), learning_rate=0.0, attention=attention
+    )
     trainer.train()
     metrics = trainer.evaluate()
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    exact = make_trainer(tmp_path, eval_dataset=make_records(4)).evaluate()
+    exact = make_trainer(tmp_path, None, model, eval_dataset=make_records(4)).evaluate()
     for name in ("eval_loss", "eval_nll_factual", "eval_nll_placebo"):
         assert metrics[name] == pytest.approx(exact[name], rel=3e-2), f"{name} under autocast"
         assert metrics[name] != exact[name], "autocast was not on"
@@ -159,13 +168,25 @@ def test_dataloader_workers_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(Trainer, "_track_num_input_tokens"), reason="this transformers counts in its loop")
-def test_counts_of_tokens_and_operations_cover_the_branches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tmp_path, include_num_input_tokens_seen="non_padding", max_steps=3, save_strategy="no")
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_counts_of_tokens_and_operations_cover_the_branches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, attention: str
+) -> None:
+    """Tokens that are computed: those of trees, or of padded rows without their padding."""
+    trainer = make_trainer(
+        tmp_path, include_num_input_tokens_seen="non_padding", max_steps=3, save_strategy="no", attention=attention
+    )
     trainer.train()
     examples = trainer.train_dataset.examples
-    tokens = [len(branch.input_ids) for example in examples for branch in (example.factual, example.counterfactual)]
-    assert trainer.state.num_input_tokens_seen == sum(tokens), "non-padding tokens of both branches"
-    assert trainer.state.total_flos > 6 * trainer.model.num_parameters() * sum(tokens) / 3
+    branches = [branch.input_ids for example in examples for branch in (example.factual, example.counterfactual)]
+    own, seen = sum(map(len, branches)), trainer.state.num_input_tokens_seen
+    if attention == "padded":
+        assert seen == own, "non-padding tokens of both branches"
+    else:
+        # The counterfactual has a forward of its own; batches share less than the whole set does.
+        sets = [[e.factual.input_ids for e in examples], [e.counterfactual.input_ids for e in examples]]
+        assert sum(len(build_prefix_tree(each)) for each in sets) <= seen < own
+    assert trainer.state.total_flos > 6 * trainer.model.num_parameters() * seen / 3
     messages = [record.getMessage() for record in caplog.records]
     assert not [text for text in messages if "number of tokens" in text], "a warning that tokens could not be counted"
 
@@ -175,8 +196,8 @@ def test_compute_loss_outside_of_training(tmp_path: Path) -> None:
     case = loss_cases()["official"]
     trainer = make_trainer(tmp_path, case.loss)
     examples = trainer.train_dataset.examples[:3]
-    batch = trainer._collator("factual", "counterfactual")(examples)
-    loss, output = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    batch = trainer.data_collator(examples)
+    loss, (output,) = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert output.num_sequences == 3
     expected = gradients(trainer.model, reference_loss(case, trainer.model, examples))
     assert_same_tensors(gradients(trainer.model, loss), expected, 1e-5, "gradient of compute_loss")

@@ -19,6 +19,7 @@ few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 NAMES = "query", "key", "value"
 TREE = build_prefix_tree(SMALL)
 GROWN = grown_tree(150)
+COMB = build_prefix_tree([[*range(n), 1000] for n in range(60)])  # a fork at every token: sixty pieces to a query
 OPTIONS = [
     {},
     {"window": 1},
@@ -147,7 +148,7 @@ def test_a_tree_is_its_branches_each_alone():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("tree", [TREE, GROWN], ids=["small", "grown"])
+@pytest.mark.parametrize("tree", [TREE, GROWN, COMB], ids=["small", "grown", "comb"])
 def test_half_precision_errs_at_most_twice_as_much_as_dense_attention(tree, softcap, dtype):
     tensors = inputs(len(tree), size=32, dtype=dtype)
     grad = torch.randn(tensors[0].shape).to(dtype)

@@ -1,0 +1,57 @@
+"""Fine-tune with a causal loss under Accelerate: mixed precision, and one process or several.
+
+accelerate launch --config_file examples/configs/ddp.yaml examples/accelerate_loop.py \\
+    --model Qwen/Qwen2.5-0.5B --train_file train.jsonl --output_dir runs/accelerate
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nextquill as nq
+from nextquill.data import ExampleEncoder, PromptTemplate, UserGroupSampler, load_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    options = parser.parse_args()
+
+    accelerator = Accelerator()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).train()
+    encoder = ExampleEncoder(tokenizer, PromptTemplate(order="history_first"), max_length=2048)
+    examples = encoder.encode_all(load_records(options.train_file))
+    sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)
+
+    # Made of the bare model; the wrapped one is what is called.
+    with nq.PairPasses(model, nq.NextQuillLoss(detach_counterfactual=True)) as passes:
+        collate = passes.collator(tokenizer.pad_token_id)
+        loader = DataLoader(examples, batch_size=8, sampler=sampler, collate_fn=collate)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+        wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for step, batch in enumerate(loader):
+            # The loss is a mean over the examples of all processes, whose gradients are averaged afterwards.
+            own = torch.tensor(float(passes.count_items(batch)), device=accelerator.device)
+            items = accelerator.reduce(own, reduction="sum") / accelerator.num_processes
+            loss = passes.backward(batch, items, wrapped, accelerator.backward)
+            accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            accelerator.print(f"step {step}  loss {accelerator.reduce(loss, reduction='mean'):.4f}")
+    accelerator.wait_for_everyone()
+    state = accelerator.get_state_dict(wrapped)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(wrapped).save_pretrained(options.output_dir, state_dict=state)
+        tokenizer.save_pretrained(options.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
