@@ -132,7 +132,7 @@ def check_full_size(model: Any, case: Case, entrants: dict[str, StepProvider]) -
                 if (entrant.loss, size) not in truths:
                     truths[entrant.loss, size] = _total(reference(model, entrant.loss, examples[:size]))
                 micros = entrant.build(model, case, examples[:size])  # which may try the model on a few tokens
-
+                count[:] = [0]
                 found = _total(micros)
                 _check_loss(label, found, truths[entrant.loss, size], allowed)
                 computed[label] = count[0] / size

@@ -173,6 +173,28 @@ class LossOptions:
 
 
 @dataclass
+class BatchOptions:
+    """How batches are computed: what prompts share runs once, whatever these say; the gradient stays the same."""
+
+    attention: str = option(
+        "How rows of shared prefixes are attended (auto: by device), or padded for a row per prompt.", "auto",
+        choices=list(ATTENTIONS),
+    )  # fmt: skip
+    max_tokens: int | None = option(
+        "Most tokens of a forward with gradient; a device's batch that takes more is run in several.", None
+    )
+    examples_per_user: int = option(
+        "Examples of a user to keep together in a batch; with --prompt_order history_first they share the history.", 1
+    )
+
+    def check(self) -> None:
+        """Raise ArgumentError for values that do not fit."""
+        check_positive(self, ("max_tokens", "examples_per_user"))
+        if self.attention == "padded" and self.max_tokens is not None:
+            raise ArgumentError("--max_tokens: expected none with --attention padded, which has no token budget")
+
+
+@dataclass
 class LoraOptions:
     """Adapters."""
 

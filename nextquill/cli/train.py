@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from nextquill.cli import progress
 from nextquill.cli.main import INTERRUPTED, OK
-from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
+from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
 from nextquill.cli.parsing import UsageError, one_line, parse
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.scored import encode_records, read_records
@@ -44,11 +44,12 @@ SCRATCH_MAX_LENGTH = 1024
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, LoraOptions, TrainingArguments)
+    kinds = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
     parsed = parse("train", DESCRIPTION, kinds, arguments, defaults=DEFAULTS, required=["output_dir"])
-    model_options, files, prompt_options, loss_options, lora, args = parsed
+    model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
     lora.check(model_options.model_name_or_path)
+    batches.check()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
@@ -74,6 +75,9 @@ def run(arguments: Sequence[str]) -> int:
         processing_class=tokenizer,
         loss=loss,
         effects_file=files.effects_file,
+        attention=batches.attention,
+        max_tokens=batches.max_tokens,
+        examples_per_user=batches.examples_per_user,
         template=settings.template,
         max_length=settings.max_length,
         max_response_length=settings.max_response_length,

@@ -58,7 +58,7 @@ def varlen_plan(segments: Tensor, window: int | None, device: torch.device) -> V
     return _plan_of(ctypes.string_at(segments.data_ptr(), segments.nbytes), window, device)
 
 
-@functools.lru_cache(maxsize=0)  # rows in flight, times the model's windows
+@functools.lru_cache(maxsize=16)  # rows in flight, times the model's windows
 def _plan_of(segments: bytes, window: int | None, device: torch.device) -> VarlenPlan:
     paths, keys = list[Tensor](), list[Tensor]()
     table = torch.frombuffer(bytearray(segments), dtype=torch.long).view(-1, 5).tolist()
