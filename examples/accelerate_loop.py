@@ -20,20 +20,21 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--batch_size", type=int, default=8, help="examples per process")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()
 
-    accelerator = Accelerator()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).train()
     encoder = ExampleEncoder(tokenizer, PromptTemplate(order="history_first"), max_length=2048)
     examples = encoder.encode_all(load_records(options.train_file))
     sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)
 
-    # Made of the bare model; the wrapped one is what is called.
+    # Made of the bare model, before Accelerator() may split it; the wrapped one is what is called.
     with nq.PairPasses(model, nq.NextQuillLoss(detach_counterfactual=True)) as passes:
+        accelerator = Accelerator()
         collate = passes.collator(tokenizer.pad_token_id)
-        loader = DataLoader(examples, batch_size=8, sampler=sampler, collate_fn=collate)
+        loader = DataLoader(examples, options.batch_size, sampler=sampler, collate_fn=collate)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         for step, batch in enumerate(loader):

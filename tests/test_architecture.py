@@ -52,6 +52,7 @@ MAY_USE: dict[str, frozenset[str]] = {
     **dict.fromkeys(MAY_IMPORT, _TORCH),
     "nextquill_kernels": _TORCH | {"triton"},
     "ops": _TORCH | {"nextquill_ext"},
+    "tree": _TORCH | {"flash_attn"},
     "errors": frozenset(),
     "data": _TORCH | HUGGING_FACE,
     "report": frozenset({"matplotlib", "rich"}),

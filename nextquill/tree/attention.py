@@ -86,6 +86,13 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """out [1, H, T, D] with heads innermost in memory, and the logsumexps [1, H, T] in float32 (float64)."""
+    with torch.autocast(query.device.type, enabled=False):
+        return _run_forward(query, key, value, segments, scale, window, softcap)
+
+
+def _run_forward(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     kernel = choose_kernel(query, softcap)
     merged = torch.promote_types(query.dtype, torch.float32)
     out = _heads_last(query, merged)
@@ -105,6 +112,22 @@ def _forward(
 
 @torch.library.custom_op("nextquill::tree_attention_backward", mutates_args=())
 def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _run_backward(grad, query, key, value, out, logsumexp, segments, scale, window, softcap)
+
+
+def _run_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,

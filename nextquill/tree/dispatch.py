@@ -1,18 +1,82 @@
-"""Which kernel attends over a row of trees."""
+"""Which kernel attends over a row of trees.
+
+    pieces     anywhere: whole dense pieces of what is visible; what CPUs take
+    varlen     CUDA, half precision: one call for all segments over gathered keys
+    flex       CUDA: FlexAttention with a block mask, in any precision
+
+Nothing of "varlen" and "flex" has run on a GPU yet.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from nextquill.errors import ArgumentError
 from nextquill.tree.attention import tree_attention
-from nextquill.tree.segments import TreeLayout
+from nextquill.tree.segments import TreeLayout, row_depths, row_ends
 
 TREE_KERNELS = ("pieces", "varlen", "flex")
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, kernel: str = "auto", **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
-    return tree_attention(query, key, value, layout, **options)
+    """`tree_attention` by the kernel named, or by the best for the device.
+
+    Args:
+        query, key, value, layout, scale, window, softcap: as in `tree_attention`.
+        kernel: "auto" or one of `TREE_KERNELS`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit.
+        BackendUnavailableError: the kernel named cannot run here.
+    """
+    if kernel == "auto":
+        on_cuda = query.device.type == "cuda"
+        kernel = _on_cuda(query.dtype, query.device, query.shape[3], softcap) if on_cuda else "pieces"
+    if kernel == "pieces":
+        return tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+    if kernel == "varlen":
+        from nextquill.tree.varlen import varlen_tree_attention
+
+        return varlen_tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+    if kernel == "flex":
+        # Its import takes as long as that of everything else here.
+        from nextquill.tree.flex import flex_tree_attention
+
+        scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        mask = _block_mask(layout, window, query.device)
+        return flex_tree_attention(query, key, value, mask, scale=scale, softcap=softcap)
+    raise ArgumentError(f"kernel: expected auto or one of {', '.join(TREE_KERNELS)}, got {kernel!r}")
+
+
+@functools.cache
+def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: float | None) -> str:
+    from nextquill.tree.varlen_kernels import why_not
+
+    return "varlen" if why_not(dtype, device, head_size=head_size, softcap=softcap) is None else "flex"
+
+
+def _block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> Any:
+    """A layout's block mask, made once for all layers."""
+    window = None if window is None or window >= layout.depth else window
+    plan = ("flex", window, device)
+    if plan not in layout.plans:
+        from nextquill.tree.flex import tree_block_mask
+
+        depth, end = row_depths(layout.segments), row_ends(layout.segments)
+        layout.plans[plan] = tree_block_mask(depth, end, device, window=window)
+    return layout.plans[plan]

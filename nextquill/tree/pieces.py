@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextquill.tree.segments import DEPTH, START, STOP, SUBTREE_STOP
+from nextquill.tree.segments import DEPTH, START, STOP, SUBTREE_STOP, row_depths
 
 #: A mask is made for at most so many entries at a time; longer pieces are cut along their queries.
 _MASK_ENTRIES = 2**24
@@ -42,7 +42,7 @@ class Piece:
 def pieces(segments: Tensor, window: int | None = None) -> Iterator[Piece]:
     """The pieces of a layout's segments; `window` is the number of keys a query sees along its path, with itself."""
     rows = segments.tolist()
-    depth = None if window is None else _row_depths(segments)
+    depth = None if window is None else row_depths(segments)
     for row in rows:
         own = slice(row[START], row[STOP])
         if depth is None or window is None or row[STOP] - row[START] <= window:
@@ -67,10 +67,3 @@ def _banded(queries: Tensor, keys: slice, depth: Tensor, window: int, *, is_own:
     for part in queries.split(max(1, _MASK_ENTRIES // (keys.stop - keys.start))):
         distance = depth[part, None] - depth[None, keys]
         yield Piece(part, keys, is_own, (distance >= 0) & (distance < window))
-
-
-def _row_depths(segments: Tensor) -> Tensor:
-    """Depth of every row [T]."""
-    lengths = segments[:, STOP] - segments[:, START]
-    shift = segments[:, DEPTH] - segments[:, START]
-    return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)

@@ -79,6 +79,18 @@ class TreeLayout:
         return cls.of(tree.position_ids, tree.subtree_end)
 
 
+def row_depths(segments: Tensor) -> Tensor:
+    """Depth of every row [T]."""
+    lengths = segments[:, STOP] - segments[:, START]
+    shift = segments[:, DEPTH] - segments[:, START]
+    return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+
+
+def row_ends(segments: Tensor) -> Tensor:
+    """One past the last row of every row's subtree [T]."""
+    return segments[:, SUBTREE_STOP].repeat_interleave(segments[:, STOP] - segments[:, START])
+
+
 def _check(position_ids: Tensor, subtree_end: Tensor) -> None:
     for name, tensor in (("position_ids", position_ids), ("subtree_end", subtree_end)):
         if (

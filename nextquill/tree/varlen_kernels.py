@@ -140,7 +140,7 @@ def _torch_backward(
 
 def _torch_window(window: int | None) -> dict[str, int]:
     # Left of the query itself, hence one less, whatever "sliding window of size W" in varlen_attn's docs suggests.
-    return {} if window is None else {"window_size_left": window, "window_size_right": 0}
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _flash_attn_forward(

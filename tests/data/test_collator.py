@@ -151,9 +151,7 @@ def test_padded_rows_written_out() -> None:
 
 
 @pytest.mark.parametrize("collator", [TreeCollator(JOINT), PaddedCollator(PAD, JOINT)], ids=["trees", "padded"])
-def test_encoded_records_collate_with_their_responses(
-    collator: Any, plain_tokenizer: Any, make_record: Any
-) -> None:
+def test_encoded_records_collate_with_their_responses(collator: Any, plain_tokenizer: Any, make_record: Any) -> None:
     records = [make_record("Thin plot.", user_id="ann"), make_record("Loud.", "Long.", user_id="bob", response="Fine.")]
     examples = ExampleEncoder(plain_tokenizer).encode_all(records)
     (part,) = collator(examples)["parts"]
@@ -267,7 +265,9 @@ def test_a_batch_moves_to_a_device_but_for_what_attention_reads_on_the_host(coll
 @pytest.mark.parametrize("make", [TreeCollator, lambda *rest: PaddedCollator(PAD, *rest)], ids=["trees", "padded"])
 class TestRefusals:
     def test_a_missing_branch_is_named(self, make: Any) -> None:
-        with pytest.raises(ArgumentError, match=r"^examples: expected a placebo branch in each, got none in example 4 "):
+        with pytest.raises(
+            ArgumentError, match=r"^examples: expected a placebo branch in each, got none in example 4 "
+        ):
             make(LAYOUTS["one each"])([_example_with_placebo(), _example([1], [2], index=4)])
 
     @pytest.mark.parametrize(("prompt", "response"), [([], [2]), ([1], [])], ids=["prompt", "response"])

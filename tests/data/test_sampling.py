@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -53,9 +54,9 @@ def test_what_a_user_has_left_over_stays_together(users: list[str], size: int) -
             taken[run[0]] += 1
         else:
             left.append(run)
-    assert all(
-        sum(user in run for run in left) <= 2 for user in set(users)
-    ), f"a user's left-over examples are in more than two runs: {left}"
+    assert all(sum(user in run for run in left) <= 2 for user in set(users)), (
+        f"a user's left-over examples are in more than two runs: {left}"
+    )
 
 
 def test_the_order_follows_from_seed_and_epoch() -> None:
@@ -119,7 +120,7 @@ def test_runs_of_one_are_a_plain_shuffle() -> None:
     """Without grouping, neighbours have the same user about as often as chance has it: 1 in 5."""
     users = [f"u{i % 5}" for i in range(500)]
     order = [users[index] for index in UserGroupSampler(users, 1)]
-    same = sum(a == b for a, b in zip(order, order[1:], strict=False)) / 499
+    same = sum(a == b for a, b in pairwise(order)) / 499
     assert 0.1 < same < 0.3
 
 

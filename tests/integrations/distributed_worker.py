@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,16 @@ from torch.distributed.tensor import DTensor
 
 from nextquill.integrations.passes import PairPasses
 
+#: Loss, reduction and options. Of the last one's two batches the ranks make different numbers of parts.
+RUNS = {
+    "official": ("official", "sequence", {}),
+    "detached": ("detached", "token", {}),
+    "padded": ("official", "token", {"attention": "padded"}),
+    "parts": ("official", "token", {"max_tokens": 52, "examples_per_user": 2}),
+}
 
-def train(folder: Path, loss_name: str, reduction: str) -> None:
+
+def train(folder: Path, loss_name: str, reduction: str, options: dict[str, Any]) -> None:
     """4 per process: two steps of 8 in all."""
     loss = loss_cases(reduction=reduction)[loss_name].loss
     trainer = make_trainer(
@@ -31,8 +40,13 @@ def train(folder: Path, loss_name: str, reduction: str) -> None:
         per_device_train_batch_size=8 // trainer_processes(), per_device_eval_batch_size=2,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         metric_for_best_model="loss", load_best_model_at_end=True, save_total_limit=2,
+        **options,
     )  # fmt: skip
+    counts: list[int] = []
+    fill_up = trainer._fill_up
+    trainer._fill_up = lambda batches, most: (counts.extend(len(b["parts"]) for b in batches), fill_up(batches, most))
     trainer.train()
+    (folder / f"parts_{trainer.args.process_index}.json").write_text(json.dumps(counts))
     best = trainer.state.best_model_checkpoint
     assert best is not None
     assert Path(best).is_dir(), f"rank {trainer.args.process_index} knows the best checkpoint as {best}"
@@ -70,8 +84,8 @@ def check_fully_sharded(loss_name: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    for name, how in (("official", "sequence"), ("detached", "token")):
-        train(root / name, name, how)
+    for name, run in RUNS.items():
+        train(root / name, *run)
     if dist.is_initialized():
         for name in ("official", "detached"):
             check_fully_sharded(name)

@@ -74,8 +74,8 @@ def random_examples(
     return examples
 
 
-def shared_examples(count: int = 6, seed: int = 0) -> list[EncodedExample]:
-    """Ragged examples of two users under one system prompt, with a history of 7 tokens each and few queries.
+def shared_examples(count: int = 6, seed: int = 0, users: int = 2) -> list[EncodedExample]:
+    """Ragged examples of users in turn under one system prompt, with a history of 7 tokens each and two queries.
 
     So a tree forks after the system prompt, after each history, and inside responses to one query that begin alike.
     """
@@ -84,12 +84,12 @@ def shared_examples(count: int = 6, seed: int = 0) -> list[EncodedExample]:
     def ids(count: int) -> list[int]:
         return [rng.randrange(2, VOCABULARY) for _ in range(count)]
 
-    system, histories, queries, first = ids(3), [ids(7), ids(7)], [ids(3), ids(3)], ids(1)
+    system, histories, queries, first = ids(3), [ids(7) for _ in range(users)], [ids(3), ids(3)], ids(1)
     examples = []
     for index in range(count):
-        user, query, response = index % 2, queries[index // 2 % 2], first + ids(rng.randint(0, 5))
+        user, query, response = index % users, queries[index // users % 2], first + ids(rng.randint(0, 5))
         factual, counterfactual, placebo = (
-            Branch(system + history + query, response) for history in (histories[user], [], histories[1 - user])
+            Branch(system + history + query, response) for history in (histories[user], [], histories[user - 1])
         )
         examples.append(EncodedExample(f"user{user}", index, factual, counterfactual, placebo, 1, 1))
     return examples

@@ -27,19 +27,15 @@ from nextquill.integrations.passes import PairPasses
 
 # Windows are shorter than the branches, which have 14 to 19 tokens, and than the path into most segments.
 TWO_TYPES = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", TWO_TYPES),
     "qwen3": ("qwen3", TWO_TYPES),
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral without a window": ("mistral", {"sliding_window": None}),
-    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.3}),
-    "gemma3": (
-        "gemma3_text",
-        {
-            "sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]
-        },
-    ),  # fmt: skip
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.3}),
+    "gemma3": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": ("phi3", {"sliding_window": 6, "resid_pdrop": 0.0}),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "olmo2": ("olmo2", {}),

@@ -74,8 +74,7 @@ def test_ordinary_forwards_are_the_models_own(name: str) -> None:
     def run() -> list[Tensor]:
         with torch.no_grad():
             logits = [model(ids).logits]
-            for mask in (left, right):
-                logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+            logits += [model(ids, attention_mask=mask).logits[mask.bool()] for mask in (left, right)]
             first = model(ids[:, :7], use_cache=True)
             rest = model(ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
         return [*logits, first.logits, rest.logits]

@@ -83,7 +83,7 @@ def test_encoder_decoder_models() -> None:
 def test_attention_sinks_are_left_to_masks() -> None:
     options = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "attn_implementation": "eager"}
     model = tiny_model("gpt_oss", **options)
-    with pytest.raises(UnsupportedModelError, match="attention sinks .* use attention='mask' or 'padded'"):
+    with pytest.raises(UnsupportedModelError, match=r"attention sinks .* use attention='mask' or 'padded'"):
         TreeAttention(model)
     assert model.config._attn_implementation == "eager"
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
@@ -92,7 +92,7 @@ def test_attention_sinks_are_left_to_masks() -> None:
 
 def test_models_that_take_no_attention_function() -> None:
     model = tiny_model("gptj", attn_implementation="eager", rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
-    with pytest.raises(UnsupportedModelError, match="GPTJForCausalLM: its attention cannot be replaced .*'mask'"):
+    with pytest.raises(UnsupportedModelError, match=r"GPTJForCausalLM: its attention cannot be replaced .*'mask'"):
         TreeAttention(model)
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
@@ -288,7 +288,9 @@ def test_padded_is_no_way_to_attend_over_trees() -> None:
 def test_masks_need_sdpa_or_eager(implementation: str) -> None:
     model = tiny_model()
     model.config._attn_implementation = implementation
-    with pytest.raises(UnsupportedModelError, match=f"attention='mask': expected .* sdpa or eager .*'{implementation}'"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"attention='mask': expected .* sdpa or eager .*'{implementation}'"
+    ):
         TreeAttention(model, "mask")
 
 

@@ -62,9 +62,7 @@ def test_counterfactual_has_gradient_only_where_the_loss_says_so(loss_name: str,
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("loss_name", ["perce", "official"])
-def test_only_supervised_rows_reach_the_loss(
-    loss_name: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_supervised_rows_reach_the_loss(loss_name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = PairPasses(tiny_model(), loss_cases()[loss_name].loss, attention)
     examples, rows = random_examples(3), []
     original = type(passes.loss).compute

@@ -135,17 +135,31 @@ def test_a_second_training_starts_a_new_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
 def test_bf16_autocast_trains(tmp_path: Path, kind: str, attention: str) -> None:
-    model = tiny_model(kind)
     trainer = make_trainer(
-        tmp_path, None, model, bf16=True, eval_dataset=make_records(4), learning_rate=0.0, attention=attention
+        tmp_path,
+        None,
+        tiny_model(kind),
+        bf16=True,
+        eval_dataset=make_records(4),
+        learning_rate=0.0,
+        attention=attention,
     )
     trainer.train()
     metrics = trainer.evaluate()
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    exact = make_trainer(tmp_path, None, model, eval_dataset=make_records(4)).evaluate()
+    exact = make_trainer(tmp_path, None, tiny_model(kind), eval_dataset=make_records(4)).evaluate()
     for name in ("eval_loss", "eval_nll_factual", "eval_nll_placebo"):
         assert metrics[name] == pytest.approx(exact[name], rel=3e-2), f"{name} under autocast"
         assert metrics[name] != exact[name], "autocast was not on"
+
+
+@pytest.mark.xfail(
+    reason="accelerate leaves its autocast around the model's forward, which the check takes for an error"
+)
+def test_a_model_trained_under_autocast_can_be_trained_again(tmp_path: Path) -> None:
+    model = tiny_model()
+    for _ in range(2):
+        make_trainer(tmp_path, None, model, bf16=True, max_steps=1).train()
 
 
 @pytest.mark.parametrize("loss_name", ["official", "detached"])

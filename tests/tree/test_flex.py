@@ -66,6 +66,15 @@ def test_any_tree_in_tiles_of_any_size(branches, window, block, padding):
     assert torch.equal(expanded(mask, rows + padding), visibility_mask(depth, end, window))
 
 
+@pytest.mark.parametrize("block", [1, 4, 8, 16])
+@pytest.mark.parametrize("tree", [GROWN, build_prefix_tree([list(range(100))])], ids=["grown", "chain"])
+def test_every_window(tree, block):
+    """Among them those that end on a tile's edge, where whole and partial are one row apart."""
+    for window in range(1, 70):
+        mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=window, block_size=block)
+        assert torch.equal(expanded(mask, len(tree)), visibility_mask(tree.position_ids, tree.subtree_end, window))
+
+
 @pytest.mark.parametrize("block", [1, 5, 16, 64])
 def test_tiles_are_as_few_and_as_whole_as_they_can_be(block):
     """Without a window the rule is exact, but that tiles on the diagonal are partial."""
@@ -124,6 +133,7 @@ def test_output(tree, dtype, heads, options, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
 def test_compiled_for_a_cpu():
     """Two lengths, 20 s: the code PyTorch makes of the mask, the cap and lengths that do not fill a tile."""
     torch._dynamo.reset()

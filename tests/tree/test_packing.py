@@ -22,9 +22,7 @@ def size_of(groups: list[list[list[int]]], chosen: list[int]) -> int:
 
 @settings(deadline=None, max_examples=300)
 @given(groups=GROUPS, budget=st.integers(1, 40))
-def test_rows_fit_and_are_closed_only_when_the_next_group_would_not(
-    groups: list[list[list[int]]], budget: int
-) -> None:
+def test_rows_fit_and_are_closed_only_when_the_next_group_would_not(groups: list[list[list[int]]], budget: int) -> None:
     """What counts is the size of the tree that is built, to the token."""
     largest = max(size_of(groups, [index]) for index in range(len(groups)))
     if largest > budget:

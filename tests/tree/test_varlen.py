@@ -3,6 +3,7 @@
 import re
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -206,6 +207,10 @@ def test_plans(branches, window):
     assert plan.max_queries == max(2, *(q1 - q0 for q0, q1, *_ in plan.spans))
     assert plan.max_keys == max(k1 - k0 for *_, k0, k1 in plan.spans)
     assert num_gathered_rows(layout, window) == len(plan.rows)
+    bounds = [*plan.first_copy.tolist(), len(plan.rows)]
+    for row, (first, last) in enumerate(pairwise(bounds)):
+        places = plan.copies[first:last]
+        assert places.tolist() == (plan.rows == row).nonzero().squeeze(1).tolist()
 
 
 def test_plans_are_made_once_per_layout_window_and_device():
