@@ -1,4 +1,4 @@
-"""Write the README's tables from measured files: `python -m benchmarks.table` (`--check` only compares).
+"""Write the tables of the README and of docs/benchmarks.md: `python -m benchmarks.table` (`--check` only compares).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is typed.
 """
@@ -10,14 +10,15 @@ import csv
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 from benchmarks.measure import RESULTS
 
 BASELINE = "plain"
-README = RESULTS.parent.parent / "README.md"
+PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/benchmarks.md"))
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
 
@@ -25,10 +26,15 @@ NOT_ON_A_GPU = "Not measured on a GPU yet."
 _STEP_COLUMNS = ("examples/s", "time per example", "tokens computed per example", "peak memory", "of the step")
 
 
-def step_table() -> str:
+#: Left out of the README, where K = 1 and 8 tell enough.
+_STEP_DETAILS = ("ours, K=4",)
+
+
+def step_table(left_out: Sequence[str] = _STEP_DETAILS) -> str:
     """Whole optimiser steps: one table for the CPU's model, and one for each model on each GPU that has a file."""
     gpus = sorted(RESULTS.glob("step-*.csv"))
-    parts = [part for name in ("step.csv", *(path.name for path in gpus)) for part in _step_parts(read(name))]
+    files = ["step.csv", *(path.name for path in gpus)]
+    parts = [part for name in files for part in _step_parts([r for r in read(name) if r["provider"] not in left_out])]
     return "\n\n".join(parts if gpus else [*parts, NOT_ON_A_GPU])
 
 
@@ -154,7 +160,17 @@ def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step_table, "head": head_table, "native": native_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step_table,
+    "step_all": partial(step_table, ()),
+    "head": head_table,
+    "native": native_table,
+}
+    "step": step_table,
+    "step_all": partial(step_table, ()),
+    "head": head_table,
+    "native": native_table,
+}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -187,19 +203,21 @@ def _footnote(
 
 
 def main() -> int:
-    """Rewrite README.md, or say whether it is up to date."""
+    """Rewrite the pages, or say whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    filled = fill(text)
-    if check:
-        print("README tables are up to date" if filled == text else "README tables are out of date")
-        return int(filled != text)
-    temporary = README.with_name(".README.md.tmp")
-    temporary.write_text(filled, encoding="utf-8")
-    os.replace(temporary, README)
-    return 0
+    check, stale = parser.parse_args().check, 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if check:
+            print(f"tables of {page.name} are {'up to date' if filled == text else 'out of date'}")
+            stale |= filled != text
+            continue
+        temporary = page.with_name(f".{page.name}.tmp")
+        temporary.write_text(filled, encoding="utf-8")
+        os.replace(temporary, page)
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
+import nextquill.data
 from nextquill import NextQuillLoss, reference
 from nextquill.cli.main import COMMANDS, main
-from tests.integrations.integration_helpers import make_args, make_batch, make_records, random_examples, tiny_model
+from nextquill.data import PaddedCollator
+from tests.integrations.integration_helpers import make_args, make_records, random_examples, tiny_model
 from tests.integrations.integration_helpers import word_tokenizer as make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -27,21 +30,27 @@ def code(position: int) -> tuple[str, str]:
 
 
 def test_the_loop_before_and_after_runs_and_is_the_loss_it_says():
-    model, batch = tiny_model(), make_batch(random_examples(3), "factual", "counterfactual")
-    factual, counterfactual = batch["factual"], batch["counterfactual"]
-    rows, rows_0 = factual["labels"] != -100, counterfactual["labels"] != -100
+    model, examples = tiny_model(), random_examples(3)
+    part = PaddedCollator(0, (("counterfactual",), ("factual",)))(examples)["parts"][0]
+    counterfactual, factual = part["forwards"]
+
+    def rows(forward, name):
+        selected = torch.zeros_like(forward["input_ids"], dtype=torch.bool)
+        selected.view(-1)[forward["rows"][name]] = True
+        return selected
+
     names = {
         "torch": torch,
         "F": functional,
         "model": model,
         "input_ids": factual["input_ids"],
         "mask": factual["attention_mask"],
-        "rows": rows,
+        "rows": rows(factual, "factual"),
         "input_ids_0": counterfactual["input_ids"],
         "mask_0": counterfactual["attention_mask"],
-        "rows_0": rows_0,
-        "labels": factual["labels"][rows],
-        "ids": rows.nonzero()[:, 0],
+        "rows_0": rows(counterfactual, "counterfactual"),
+        "labels": part["labels"],
+        "ids": part["sequence_ids"],
     }
     before, after = code(0)
     exec(before, names)
@@ -67,6 +76,22 @@ def test_the_trainer_runs_as_printed(tmp_path, monkeypatch):
     exec(code(1)[1], names | {"args": make_args(tmp_path / "out", max_steps=1)})
 
 
+def test_the_loop_over_trees_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("\n".join(json.dumps(record) for record in make_records(8)), encoding="utf-8")
+    model = tiny_model(max_position_embeddings=2048)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    names = {
+        "nq": nextquill, "model": model, "tokenizer": make_tokenizer(), "DataLoader": DataLoader,
+        "loss_fn": NextQuillLoss(detach_counterfactual=True), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        **{name: getattr(nextquill.data, name) for name in nextquill.data.__all__},
+    }  # fmt: skip
+    exec(BLOCKS[2], names)
+    assert names["loss"].isfinite()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_defaults_are_the_numbers_in_the_table_of_losses():
     objective = NextQuillLoss().objective
     assert (objective.alpha, objective.weighting.high, objective.weighting.low, objective.weighting.threshold) == (
@@ -83,7 +108,7 @@ def test_commands_targets_and_files_exist():
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).is_file(), link
+        assert (ROOT / link).exists(), link
 
 
 def test_flags_of_the_commands_are_flags(capsys):

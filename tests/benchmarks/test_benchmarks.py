@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import time
 
 import pytest
@@ -98,7 +99,10 @@ def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
     assert run.file_name("head", "cpu") == "head.csv"
 
 
-def test_readme_tables_are_those_of_the_committed_results():
-    text = table.README.read_text(encoding="utf-8")
-    assert "<!-- table: step -->" in text
-    assert table.fill(text) == text
+def test_tables_are_those_of_the_committed_results():
+    found = set()
+    for page in table.PAGES:
+        text = page.read_text(encoding="utf-8")
+        found |= set(re.findall(r"<!-- table: (\w+) -->", text))
+        assert table.fill(text) == text, f"{page.name}: run python -m benchmarks.table"
+    assert found == set(table.TABLES)
