@@ -166,11 +166,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "head": head_table,
     "native": native_table,
 }
-    "step": step_table,
-    "step_all": partial(step_table, ()),
-    "head": head_table,
-    "native": native_table,
-}
 
 
 def read(name: str) -> list[dict[str, str]]:
