@@ -149,6 +149,18 @@ def test_any_split_of_the_batch_gives_the_same_loss(name, reduction):
     assert_same_gradients(split, whole, FLOAT64_RELATIVE)
 
 
+def test_given_weights_need_neither_effects_nor_whole_sequences(monkeypatch):
+    """Of a weighting that reads both."""
+    calls, own = [], loss_operator.pair_loss
+    monkeypatch.setattr(loss_operator, "pair_loss", lambda call, *rest: calls.append(call) or own(call, *rest))
+    loss_fn = nq.PairLoss(lambda p: p.effect / p.effect.max())
+    case, ids, weights = weighted_case()
+    for given in (None, weights):
+        output = loss_fn.compute(*case.pair_args, case.bias, ids, None, given, effect_nll=False)
+        assert (output.pair_nll.effect is None) is (given is not None)
+    assert [(call.effect, call.objective.needs_whole_sequences) for call in calls] == [(True, True), (False, False)]
+
+
 def test_rows_of_two_dimensions():
     case, _, weights = weighted_case(torch.float64)
     flat, square = case.leaves(), case.view(5, 8)

@@ -256,7 +256,7 @@ class ScoreFiles:
         choices=list(ATTENTIONS),
     )  # fmt: skip
     max_tokens: int | None = option(
-        "Most tokens of a forward, what branches share counted once (16384; 4096 with --attention mask).", None
+        "Most tokens of a forward, what branches share counted once (16384; 4096 on a CPU).", None
     )
     seed: int = option("Decides whose history serves as placebo; train's default gives its evaluation.", 42)
 

@@ -20,8 +20,9 @@ from nextquill.integrations.passes import PairPasses
 from nextquill.losses import SFTLoss
 from nextquill.tree import build_prefix_tree
 
-#: Tokens of one forward over trees, where nobody says otherwise; under a whole mask, whose cost is their square, fewer.
-DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_MASK = 16384, 4096
+#: Tokens of one forward over trees, where nobody says otherwise. A CPU is no faster with more than some thousands (a
+#: fifth slower with 16384, at D=256), and a whole mask costs their square.
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
 # Records at a time: those that trees are packed from, and padded ones, of which each is a row.
 _PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
 _REPLACEMENT = "\ufffd"
@@ -71,8 +72,8 @@ def score_examples(
         pad_token_id: fills padded batches.
         batch_size: examples at a time: 64 of which trees are packed, or 8 padded ones.
         attention: see `PairPasses`.
-        max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 with attention="mask"),
-            or what the largest example takes.
+        max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
+            attention="mask"), or what the largest example takes.
         skip: leave out so many of the first scores; the others are those of a call without it, to the last bit.
 
     Raises:
@@ -85,7 +86,9 @@ def score_examples(
     device, training = next(model.parameters()).device, model.training
     with PairPasses(model, SFTLoss(), attention) as passes:
         if passes.trees is not None:
-            max_tokens = _budget(examples, max_tokens, attention, placebo=placebo)
+            small = device.type == "cpu" or attention == "mask"
+            usual = DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
+            max_tokens = _budget(examples, max_tokens, usual, placebo=placebo)
         size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
         order = _user_by_user(examples)
@@ -150,9 +153,8 @@ def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 
-def _budget(examples: Sequence[EncodedExample], given: int | None, attention: str, *, placebo: bool) -> int:
+def _budget(examples: Sequence[EncodedExample], given: int | None, usual: int, *, placebo: bool) -> int:
     """The tokens of a forward; `given` is checked against the examples that might not fit it."""
-    usual = DEFAULT_MAX_TOKENS_MASK if attention == "mask" else DEFAULT_MAX_TOKENS
     budget = usual if given is None else given
     for example in examples:
         branches = [example.factual, example.counterfactual, *([example.placebo] if placebo else [])]

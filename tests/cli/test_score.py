@@ -181,8 +181,11 @@ def test_a_torn_line_is_computed_again(score, cut, whole, tmp_path):
     partial = tmp_path / "s.jsonl.partial"
     cut(tmp_path / "s.jsonl", 4, "--batch_size", 2)
     partial.write_bytes(partial.read_bytes()[:-40])
+    cut(tmp_path / "s.jsonl", 1, "--batch_size", 2)
+    lines = [json.loads(line) for line in partial.read_bytes().splitlines()]
+    assert len({line["index"] for line in lines[1:]}) == 4, "nothing is left of the torn line"
     result = score(tmp_path / "s.jsonl", "--batch_size", 2)
-    assert "3 of 5 records" in result.err
+    assert "4 of 5 records" in result.err
     assert (tmp_path / "s.jsonl").read_bytes() == whole
 
 

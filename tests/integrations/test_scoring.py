@@ -113,7 +113,7 @@ def test_a_budget_keeps_a_users_examples_in_one_forward(forwards):
 
 
 def test_the_usual_budget_grows_to_the_largest_example(monkeypatch, forwards):
-    monkeypatch.setattr(scoring, "DEFAULT_MAX_TOKENS", 30)
+    monkeypatch.setattr(scoring, "DEFAULT_MAX_TOKENS_SMALL", 30)
     examples = random_examples(4)
     assert [s.example.index for s in by_index(score(examples))] == [0, 1, 2, 3]
     largest = max(
