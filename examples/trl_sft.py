@@ -1,6 +1,6 @@
 """Fine-tune LoRA adapters with a causal loss in TRL's SFTTrainer; every field of SFTConfig is a flag.
 
-python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B --train_file train.jsonl --output_dir runs/trl --bf16
+python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B --train_file train.jsonl --output_dir runs/trl --bf16 true
 """
 
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextquill.data.encoding import EncodedExample
-from nextquill.data.records import _json_lines
+from nextquill.data.records import json_lines
 from nextquill.errors import ArgumentError, RecordError
 
 _FIELDS = ("nll_factual", "nll_counterfactual")
@@ -44,7 +44,7 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
     if len(wanted) < len(examples):
         raise ArgumentError("examples: expected an index of its own for each, got some twice")
     found: dict[int, Tensor] = {}
-    for where, raw in _json_lines(Path(path)):
+    for where, raw in json_lines(Path(path)):
         if not isinstance(raw, Mapping):
             raise RecordError(f"{where}: expected an object with named fields, got {type(raw).__name__}")
         index = _field(raw, "index", where, int)

@@ -98,7 +98,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
         RecordError: the file is missing, unreadable or holds no record, or a line is not UTF-8, not JSON or not a valid
             record; the message names the file and the line.
     """
-    records = [parse_record(raw, where) for where, raw in _json_lines(path)]
+    records = [parse_record(raw, where) for where, raw in json_lines(path)]
     if not records:
         raise RecordError(f"{os.fspath(path)}: no records, the file is empty")
     return records
@@ -131,7 +131,12 @@ def load_records(source: object) -> list[Record]:
     return records
 
 
-def _json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, object]]:
+def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, object]]:
+    """Yield where each line of a JSONL file stands, and what it holds; blank lines are passed over.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is not JSON.
+    """
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:

@@ -37,9 +37,9 @@ def check_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise UnsupportedModelError(_dropout(f"{name} with p={module.p:g}"))
-        rate = getattr(module, "attention_dropout", 0.0)
-        if isinstance(rate, float) and rate > 0:
-            raise UnsupportedModelError(_dropout(f"{name}.attention_dropout={rate:g}"))
+        for attribute, rate in vars(module).items():  # what a forward gives to a function
+            if "drop" in attribute and isinstance(rate, float) and rate > 0:
+                raise UnsupportedModelError(_dropout(f"{name}.{attribute}={rate:g}"))
 
 
 def rope_limit(base: Any) -> int | None:
@@ -56,6 +56,16 @@ def rope_limit(base: Any) -> int | None:
             )
             limits.append(int(original or config.max_position_embeddings))
     return min(limits, default=None)
+
+
+def layer_windows(base: Any) -> dict[int, int]:
+    """The sliding window of each layer that has one, by the config."""
+    config = text_config(base)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None:
+        return {}
+    layers = range(config.num_hidden_layers)
+    return {i: window for i in layers if types is None or types[i] == "sliding_attention"}
 
 
 def base_model(model: Any) -> Any:

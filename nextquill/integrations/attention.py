@@ -27,23 +27,21 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.errors import ArgumentError, NextQuillError, UnsupportedModelError
 from nextquill.integrations.architectures import (
     base_model,
     check_architecture,
     check_dropout,
     layer_types,
+    layer_windows,
     rope_limit,
     text_config,
 )
-from nextquill.integrations.probe import returned_logits
-from nextquill.integrations.router import WITHOUT_ROUTER_LOSS
+from nextquill.integrations.self_check import check_against_separate_passes, masks_follow_window
 from nextquill.tree import (
     TREE_KERNELS,
-    TreeLayout,
     additive_mask,
     attend,
-    build_prefix_tree,
     visibility_mask,
 )
 
@@ -75,6 +73,7 @@ class TreeAttention:
         self.max_depth = rope_limit(self._base)
         self._previous: dict[int, tuple[Any, str]] = {}
         self._masks_by_type = False
+        self._windows: list[tuple[int, Any]] | None = None
         if attention == "mask":
             self._choose_masks()
         elif not _takes_functions(self._base):
@@ -83,7 +82,15 @@ class TreeAttention:
                 "'padded'"
             )
         else:
-            self._verify()
+            try:
+                self._verify()
+            except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
+                if isinstance(error, (NextQuillError, torch.OutOfMemoryError)):
+                    raise
+                raise UnsupportedModelError(
+                    f"{type(self._base).__name__}: its attention does not run on a row of branches ({error}); use "
+                    "attention='mask' or 'padded'"
+                ) from error
 
     def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model for one forward of a tree batch.
@@ -97,8 +104,10 @@ class TreeAttention:
             return {**inputs, "attention_mask": self._masks(forward)}
         self._install()
         # A mask that has four dimensions is used as it is, so none is made; the attention function ignores it.
-        unused = torch.empty(1, 1, 1, 1, device=forward["input_ids"].device)
-        return {**inputs, "attention_mask": unused, "nextquill_tree": (forward["layout"], self.attention)}
+        # The model's own could not use it: after `close`, layers that are run again by a backward fail.
+        unused = torch.empty(1, 1, 0, 0, device=forward["input_ids"].device)
+        tree = (forward["layout"], self.attention, *([] if self._windows is None else [self._windows]))
+        return {**inputs, "attention_mask": unused, "nextquill_tree": tree}
 
     def close(self) -> None:
         """Give the model its own attention back; ours is taken again when it is next needed."""
@@ -129,50 +138,22 @@ class TreeAttention:
                 f"{self.max_depth} tokens, got up to {depth}; set max_length to {self.max_depth}"
             )
 
-    @torch.no_grad()
     def _verify(self) -> None:
-        """Compare the logits of a small tree with those of its branches apart."""
-        if any(p.is_meta or p.numel() == 0 for p in self._base.parameters()):  # not loaded, or partitioned by ZeRO-3
-            return
-        device = next(self._base.parameters()).device
-        ids = (torch.arange(13) * 7 + 3) % min(64, self._base.get_input_embeddings().weight.shape[0])
-        branches = [[*ids[:5].tolist(), *ids[at : at + length].tolist()] for at, length in ((5, 3), (8, 5))]
-        if branches[0][5] == branches[1][5]:  # a tiny vocabulary: they need not part at once, only somewhere
-            branches[1][5] = (branches[1][5] + 1) % 2
-        tree = build_prefix_tree(branches)
-        forward = {
-            "input_ids": tree.input_ids[None].to(device),
-            "position_ids": tree.position_ids[None].to(device),
-            "subtree_end": tree.subtree_end[None].to(device),
-            "layout": TreeLayout.of_tree(tree),
-        }
-        was_training = {module: module.training for module in self._model.modules()}
-        self._model.eval()
+        """Compare a small tree with its branches apart, and the windows the layers ask for with the config's."""
+        windows: list[tuple[int, Any]] = []
+        self._windows = windows
         try:
-            model: Any = self._model
-            inputs = self.model_inputs(forward)
-            if getattr(text_config(self._base), "output_router_logits", False):
-                inputs |= WITHOUT_ROUTER_LOSS
-            together = returned_logits(model(**inputs, use_cache=False))[0]
-            self.close()
-            for rows, branch in zip(tree.branch_rows, branches, strict=True):
-                alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)
-                self._compare(together[rows.to(device)], returned_logits(alone)[0])
+            check_against_separate_passes(self._model, self.model_inputs, self.close)
         finally:
+            self._windows = None
             self.close()
-            for module, mode in was_training.items():
-                module.training = mode
-
-    def _compare(self, together: Tensor, alone: Tensor) -> None:
-        together, alone = together.double(), alone.double()
-        spread = (alone - alone.mean(-1, keepdim=True)).norm()
-        error = float((together - alone).norm() / spread.clamp(min=1e-30))
-        # Rounding is a hundredth of this; a token that sees one key too many or too few is off by a multiple of it.
-        limit = 0.1 if next(self._base.parameters()).element_size() < 4 else 1e-3
-        if not error < limit:
+        expected = layer_windows(self._base)
+        wrong = [layer for layer, window in windows if window != expected.get(layer)]
+        # The small tree is shorter than a window, so its logits do not tell.
+        if wrong and (layer_types(self._base) or masks_follow_window(self._model)):
             raise UnsupportedModelError(
-                f"{type(self._base).__name__}: branches that share a prefix do not give the logits they give apart "
-                f"(relative error {error:.1e}); use attention='padded'"
+                f"{type(self._base).__name__}: the sliding window of layer {wrong[0]} is in its mask only, where this "
+                "attention does not look; use attention='mask' or 'padded'"
             )
 
     # ---- attention inside the model --------------------------------------------------------------
@@ -192,7 +173,7 @@ class TreeAttention:
 
     def _choose_masks(self) -> None:
         """One mask for all layers, or a dict by type of layer: whichever the model takes and computes rightly with."""
-        own = self._base.config._attn_implementation
+        own = _own_name(self._base.config)
         if own not in ("sdpa", "eager"):
             raise UnsupportedModelError(
                 f"attention='mask': expected a model with sdpa or eager attention, got {own!r}; load it with "
@@ -217,7 +198,7 @@ class TreeAttention:
         self._verify()
 
     def _masks(self, forward: Mapping[str, Any]) -> Any:
-        own, text = self._base.config._attn_implementation, text_config(self._base)
+        own, text = _own_name(self._base.config), text_config(self._base)
         if own not in ("sdpa", "eager"):
             raise UnsupportedModelError(f"attention='mask': the model's attention was changed to {own!r}")
         dtype = next(self._base.parameters()).dtype
@@ -254,7 +235,7 @@ def _register(own: str) -> str:
                 module, query, key, value, attention_mask, **options
             )
             return result
-        return _attend(query, key, value, tree, options), None
+        return _attend(module, query, key, value, tree, options), None
 
     name = f"nextquill_{len(_NAMES)}"
     AttentionInterface.register(name, attend_or_own)
@@ -265,13 +246,15 @@ def _register(own: str) -> str:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, tree: tuple[TreeLayout, str], options: Mapping[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, tree: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Tensor:
     if options.get("dropout", 0.0):
         raise UnsupportedModelError("attention: dropout inside a shared prefix is not supported; set it to 0")
     if options.get("s_aux") is not None:
         raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
-    layout, kernel = tree
+    layout, kernel, *seen = tree
+    for windows in seen:  # of a check
+        windows.append((getattr(module, "layer_idx", 0), options.get("sliding_window")))
     # Under autocast, q and k that were normalised with float32 weights come in float32, as sdpa would not leave them.
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = attend(
@@ -279,6 +262,12 @@ def _attend(
         softcap=options.get("softcap"), kernel=kernel,
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _own_name(config: Any) -> str:
+    """The model's own attention, also while ours stands in its place."""
+    name = str(config._attn_implementation)
+    return next((own for own, ours in _NAMES.items() if ours == name), name)
 
 
 def _own_function(own: str, module: nn.Module) -> Callable[..., Any]:

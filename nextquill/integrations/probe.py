@@ -31,7 +31,7 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
     device = next(model.parameters()).device
     # In float64 the constants come out as a config holds them, wherever the model does not round.
     points = torch.tensor(_POINTS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    with torch.no_grad(), _in_eval_mode(model), replaced_forward(head, lambda *_, **__: points.view(1, 1, -1)):
+    with torch.no_grad(), in_eval_mode(model), replaced_forward(head, lambda *_, **__: points.view(1, 1, -1)):
         outputs = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     logits = returned_logits(outputs)
     if not isinstance(logits, Tensor) or logits.numel() != points.numel():
@@ -88,7 +88,8 @@ def returned_logits(outputs: Any) -> Any:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model and its modules in eval mode for the length of the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -87,7 +87,9 @@ CASES = {
     "ddp-empty": Case(DistributedDataParallel, split=_EMPTY),
     "ddp-empty-lora": Case(DistributedDataParallel, "official", split=_EMPTY, lora=True),
     "ddp-empty-experts": Case(DistributedDataParallel, model=_ROUTED, split=_EMPTY),
-    "ddp-empty-router-loss": Case(DistributedDataParallel, model={**_ROUTED, "output_router_logits": True}, split=_EMPTY),
+    "ddp-empty-router-loss": Case(
+        DistributedDataParallel, model={**_ROUTED, "output_router_logits": True}, split=_EMPTY
+    ),
     "ddp-all-empty": Case(DistributedDataParallel, split=_NONE),
     "fsdp2-detached-untied": Case(by_layer, model=_UNTIED),
     "fsdp2-detached-tied": Case(by_layer, model=_TIED),

@@ -221,17 +221,13 @@ DROPOUTS: dict[str, tuple[Any, str]] = {
     "attention": (lambda: tiny_model(attention_dropout=0.2), r"self_attn\.attention_dropout=0\.2"),
     "gpt_neox attention": (lambda: tiny_model("gpt_neox", attention_dropout=0.2), r"attention_dropout=0\.2"),
     "residual": (lambda: tiny_model("phi3", resid_pdrop=0.1), r"resid_attn_dropout with p=0\.1"),
-    "functional": (lambda: tiny_model("opt", **OPT), "dropout"),
+    "functional": (lambda: tiny_model("opt", **OPT), r"model\.decoder\.dropout=0\.1"),
     "LoRA": (lambda: with_lora(0.1), r"lora_dropout\.default with p=0\.1"),
 }
 
 
-FUNCTIONAL = pytest.param("functional", marks=pytest.mark.xfail(reason="dropout outside of nn.Dropout is not found"))
-DROPOUT_NAMES = [FUNCTIONAL if name == "functional" else name for name in sorted(DROPOUTS)]
-
-
 @pytest.mark.parametrize("attention", ["auto", "mask"])
-@pytest.mark.parametrize("name", DROPOUT_NAMES)
+@pytest.mark.parametrize("name", sorted(DROPOUTS))
 def test_dropout_in_training(name: str, attention: str) -> None:
     """Refused in training mode and by a trainer; without effect in evaluation."""
     make, message = DROPOUTS[name]
@@ -247,7 +243,7 @@ def test_dropout_in_training(name: str, attention: str) -> None:
         passes.training_loss(batch)
 
 
-@pytest.mark.parametrize("name", DROPOUT_NAMES)
+@pytest.mark.parametrize("name", sorted(DROPOUTS))
 def test_dropout_is_accepted_in_rows_of_their_own(tmp_path: Path, name: str) -> None:
     make, message = DROPOUTS[name]
     for attention in ("auto", "mask"):

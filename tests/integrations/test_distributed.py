@@ -24,7 +24,12 @@ TIMEOUT = 150
 
 def run_workers(kind: str, folder: Path) -> None:
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    told = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true", "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT)}
+    told = {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "WANDB_DISABLED": "true",
+        "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT),
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with subprocess.Popen(
         [*launch, str(HERE / "distributed_worker.py"), kind, str(folder)],

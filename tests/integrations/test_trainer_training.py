@@ -153,9 +153,6 @@ def test_bf16_autocast_trains(tmp_path: Path, kind: str, attention: str) -> None
         assert metrics[name] != exact[name], "autocast was not on"
 
 
-@pytest.mark.xfail(
-    reason="accelerate leaves its autocast around the model's forward, which the check takes for an error"
-)
 def test_a_model_trained_under_autocast_can_be_trained_again(tmp_path: Path) -> None:
     model = tiny_model()
     for _ in range(2):
