@@ -36,7 +36,7 @@ class TrainingMeter:
     _COUNTS = ("num_tokens", "num_sequences")
     _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS)
     _WORK = ("computed", "branches")  # tokens that were computed, and those of the branches on their own
-    _UNPAIRED = ("loss_factual", "nll_factual", *_COUNTS)
+    _UNPAIRED = ("loss_factual", "nll_factual", "token_weight", *_COUNTS)
 
     def __init__(self) -> None:
         self.reset()

@@ -223,7 +223,7 @@ def test_positions_that_count_rows_are_found() -> None:
 
 def test_models_whose_attention_gets_no_tree_are_found() -> None:
     """nemotron passes no keyword arguments on to its attention, which so would see every row before it."""
-    with pytest.raises(UnsupportedModelError, match="branches that share a prefix"):
+    with pytest.raises(UnsupportedModelError, match="its attention does not run on a row of branches"):
         TreeAttention(tiny_model("nemotron"))
     loss, _ = run_loss(tiny_model("nemotron"), loss_cases()["official"].loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], tiny_model("nemotron"), shared_examples()))

@@ -25,7 +25,7 @@ from nextquill import NextQuillLoss, NextQuillTrainer, SFTLoss
 from nextquill.data import EncodedDataset
 from nextquill.tree import build_prefix_tree
 
-UNPAIRED = {"loss_factual", "nll_factual", "num_tokens", "num_sequences", "users_per_step"}
+UNPAIRED = {"loss_factual", "nll_factual", "token_weight", "num_tokens", "num_sequences", "users_per_step"}
 PAIRED = UNPAIRED | {
     "loss_effect", "loss_counterfactual", "nll_counterfactual", "effect_logprob", "effect_prob",
     "share_above_threshold", "token_weight",
