@@ -8,7 +8,7 @@ users apart. A part is computed in one go,
 
     labels          int64 [n]   the supervised tokens of its examples, example by example
     sequence_ids    int64 [n]   each one's example, as a position in the batch
-    num_sequences   examples in the part
+    num_labels, num_sequences       how many, and of how many examples
     num_tokens, num_branch_tokens   tokens that are computed, and tokens of the branches on their own
     forwards        the forwards of the model, in order; the last one carries the loss and its gradient
     effects         float32 [2, n]  the labels' stored nll's, where every example has them
@@ -21,7 +21,7 @@ branches hold each token. Nothing is ever shifted: at the end of a branch the ne
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ from nextquill.data.encoding import Branch, EncodedExample
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.tree import TreeLayout, build_prefix_tree, pack_branches
 
+#: No label of a batch; token ids are not negative.
+IGNORE_INDEX = -100
 BRANCHES = ("factual", "counterfactual", "placebo")
 #: The branches of each forward; a counterfactual that is a constant has its own, which needs no gradient.
 Forwards = tuple[tuple[str, ...], ...]
@@ -185,6 +187,7 @@ def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: l
 def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "labels": labels,
+        "num_labels": labels.numel(),
         "sequence_ids": sequence_ids,
         "num_sequences": count,
         "num_tokens": sum(forward["input_ids"].numel() for forward in forwards),
@@ -210,6 +213,15 @@ def _predicting(branch: Branch) -> Tensor:
     """Positions in the branch whose next token is one of the response."""
     first = len(branch.prompt_ids) - 1
     return torch.arange(first, first + len(branch.response_ids))
+
+
+def empty_like(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part without labels, of the same forwards and on the same device."""
+    forwards: Forwards = tuple(tuple(forward["rows"]) for forward in part["forwards"])
+    in_trees = "layout" in part["forwards"][-1]
+    collator = TreeCollator(forwards) if in_trees else PaddedCollator(0, forwards)
+    empty: dict[str, Any] = to_device(collator.empty_part(), part["labels"].device)
+    return empty
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,13 @@ from nextquill.errors import UnsupportedModelError
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 #: Rotary embeddings whose frequencies follow the longest position of a row.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
+#: Parts of the names under which modules keep rates: dropout, attention_dropout, layerdrop, router_jitter_noise …
+_RANDOM = ("drop", "jitter")
 
 
 def check_architecture(base: Any) -> None:
     """Raise UnsupportedModelError for layers in which a token depends on more than the tokens on its path."""
-    name, config = type(base).__name__, text_config(base)
+    name = type(base).__name__
     advice = "use attention='padded', which runs every branch in a row of its own"
     others = layer_types(base) - _LAYER_TYPES
     if others:
@@ -28,18 +31,40 @@ def check_architecture(base: Any) -> None:
         raise UnsupportedModelError(
             f"{name}: a model with recurrent state cannot share a prefix among branches; {advice}"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name}: expected a decoder-only model")
 
 
-def check_dropout(model: nn.Module) -> None:
-    """Raise UnsupportedModelError where training would drop the same units for all branches that share a token."""
+def random_rates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Where a model keeps the rates of what is random in training: name, module and attribute."""
+    found: list[tuple[str, nn.Module, str]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise UnsupportedModelError(_dropout(f"{name} with p={module.p:g}"))
-        for attribute, rate in vars(module).items():  # what a forward gives to a function
-            if "drop" in attribute and isinstance(rate, float) and rate > 0:
-                raise UnsupportedModelError(_dropout(f"{name}.{attribute}={rate:g}"))
+        if isinstance(module, nn.Dropout):
+            found.append((name, module, "p"))
+        named = (attribute for attribute in vars(module) if any(part in attribute for part in _RANDOM))
+        found += [(name, module, attribute) for attribute in named if _rate(module, attribute) is not None]
+    return found
+
+
+def check_dropout(rates: Sequence[tuple[str, nn.Module, str]], *, in_training_only: bool = False) -> None:
+    """Raise UnsupportedModelError where training would draw once for all branches that share a token.
+
+    Args:
+        rates: of `random_rates`; the values are read now.
+        in_training_only: look at modules in training mode only.
+    """
+    for name, module, attribute in rates:
+        rate = _rate(module, attribute)
+        if rate and (module.training or not in_training_only):
+            raise UnsupportedModelError(
+                f"dropout: {name}.{attribute}={rate:g} would drop the same units in all branches that share a prefix, "
+                "which training them apart does not; set it to 0 (for LoRA: lora_dropout=0) or use attention='padded'"
+            )
+
+
+def _rate(module: nn.Module, attribute: str) -> float | None:
+    """A rate, or the largest of a dict of them, which PEFT keeps by adapter."""
+    value = getattr(module, attribute, None)
+    values = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, float)]
+    return max(values, default=None)
 
 
 def rope_limit(base: Any) -> int | None:
@@ -82,10 +107,3 @@ def text_config(base: Any) -> Any:
     """The config of a model's language part."""
     config: Any = getattr(base, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _dropout(what: str) -> str:
-    return (
-        f"dropout: {what} would drop the same units in all branches that share a prefix, which training them apart "
-        "does not; set it to 0 (for LoRA: lora_dropout=0) or use attention='padded'"
-    )

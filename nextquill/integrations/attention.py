@@ -27,13 +27,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nextquill.errors import ArgumentError, NextQuillError, UnsupportedModelError
+from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.integrations.architectures import (
     base_model,
     check_architecture,
     check_dropout,
     layer_types,
     layer_windows,
+    random_rates,
     rope_limit,
     text_config,
 )
@@ -71,8 +72,11 @@ class TreeAttention:
         self._base: Any = base_model(model)
         check_architecture(self._base)
         self.max_depth = rope_limit(self._base)
-        self._previous: dict[int, tuple[Any, str]] = {}
-        self._masks_by_type = False
+        self._rates = random_rates(model)
+        configs: Any = (getattr(module, "config", None) for module in self._base.modules())
+        self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_attn_implementation")}
+        self._previous: dict[int, str] = {}
+        self._masks_by_type = self._has_window = False
         self._windows: list[tuple[int, Any]] | None = None
         if attention == "mask":
             self._choose_masks()
@@ -85,7 +89,7 @@ class TreeAttention:
             try:
                 self._verify()
             except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
-                if isinstance(error, (NextQuillError, torch.OutOfMemoryError)):
+                if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
                     raise
                 raise UnsupportedModelError(
                     f"{type(self._base).__name__}: its attention does not run on a row of branches ({error}); use "
@@ -111,8 +115,9 @@ class TreeAttention:
 
     def close(self) -> None:
         """Give the model its own attention back; ours is taken again when it is next needed."""
-        for config, name in self._previous.values():
-            config._attn_implementation = name
+        for key, name in self._previous.items():
+            if self._configs[key]._attn_implementation in _NAMES.values():  # else someone has set another since
+                self._configs[key]._attn_implementation_internal = name
         self._previous = {}
 
     # ---- checks --------------------------------------------------------------------------------
@@ -124,12 +129,11 @@ class TreeAttention:
             UnsupportedModelError: branches may be longer than `max_depth`, or the model has dropout.
         """
         self._check_depth(max_length)
-        check_dropout(self._model)
+        check_dropout(self._rates)
 
     def _check_forward(self, forward: Mapping[str, Any]) -> None:
         self._check_depth(forward["layout"].depth)
-        if self._base.training:
-            check_dropout(self._model)
+        check_dropout(self._rates, in_training_only=True)
 
     def _check_depth(self, depth: int) -> None:
         if self.max_depth is not None and depth > self.max_depth:
@@ -148,6 +152,12 @@ class TreeAttention:
             self._windows = None
             self.close()
         expected = layer_windows(self._base)
+        by_mask = _own_name(self._base.config) in ("sdpa", "eager")
+        if by_mask and any(window for _, window in windows) and not masks_follow_window(self._model):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention is told of a sliding window that its masks do not have; "
+                "use attention='padded', or set config.sliding_window to None"
+            )
         wrong = [layer for layer, window in windows if window != expected.get(layer)]
         # The small tree is shorter than a window, so its logits do not tell.
         if wrong and (layer_types(self._base) or masks_follow_window(self._model)):
@@ -159,15 +169,13 @@ class TreeAttention:
     # ---- attention inside the model --------------------------------------------------------------
 
     def _install(self) -> None:
-        if self._previous:
-            return
-        for module in self._base.modules():
-            config = getattr(module, "config", None)
-            name = getattr(config, "_attn_implementation", None)
-            if isinstance(name, str) and name not in _NAMES.values():
-                self._previous[id(config)] = (config, name)
-        for config, name in self._previous.values():
-            config._attn_implementation = _register(name)
+        for key, config in self._configs.items():
+            name = config._attn_implementation
+            if name is None or (key in self._previous and name in _NAMES.values()):
+                continue
+            self._previous[key] = _own_name(config)
+            # The setter would set the configs within, whose own may be others.
+            config._attn_implementation_internal = _register(self._previous[key])
 
     # ---- masks -----------------------------------------------------------------------------------
 
@@ -180,6 +188,9 @@ class TreeAttention:
                 "attn_implementation='sdpa' or use another attention"
             )
         types = layer_types(self._base)
+        # A config may hold one that nothing reads.
+        has = getattr(text_config(self._base), "sliding_window", None) is not None
+        self._has_window = has and (bool(types) or masks_follow_window(self._model))
         if types:
             self._masks_by_type = True
             try:
@@ -208,7 +219,7 @@ class TreeAttention:
             # eager adds its mask to the scores, where a mask of booleans would be silently wrong
             return (visible if own == "sdpa" else additive_mask(visible, dtype))[None, None]
 
-        window, types = getattr(text, "sliding_window", None), layer_types(self._base)
+        window, types = getattr(text, "sliding_window", None) if self._has_window else None, layer_types(self._base)
         if self._masks_by_type:
             return {name: mask(window if name == "sliding_attention" else None) for name in types}
         return mask(window if not types or "sliding_attention" in types else None)

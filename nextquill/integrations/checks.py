@@ -49,6 +49,11 @@ def check_arguments(args: Any) -> None:
             f"args: greater_is_better=True would keep the checkpoint with the worst {metric}; set it to False "
             "(TrainingArguments takes every metric whose name does not end in 'loss' for a score)"
         )
+    if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
+        raise ArgumentError(
+            "args: accelerator_config.dispatch_batches=True is not supported: it cuts tensors along their first axis, "
+            "which is not that of examples in a batch of trees"
+        )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
     parallelism = getattr(args, "parallelism_config", None)
@@ -69,6 +74,11 @@ def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user
     if max_tokens is not None and loss.reduction == "micro_batch":
         raise ArgumentError(
             "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+        )
+    if examples_per_user > 1 and getattr(args, "train_sampling_strategy", "random") == "sequential":
+        raise ArgumentError(
+            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', as more of them stand in an "
+            "order of their own"
         )
     if args.per_device_train_batch_size % examples_per_user:
         raise ArgumentError(

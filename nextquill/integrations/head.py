@@ -63,6 +63,8 @@ class LossInHead:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{type(model).__name__}: expected a decoder-only model")
         _check_positions(model)
         self.model = model
         self.head = find_head(model)
@@ -90,6 +92,7 @@ class LossInHead:
             inputs: keyword arguments of the model's forward, without labels.
             call: what to call in place of the model: the same model inside a DDP or FSDP wrapper.
         """
+        _check_adapters(self.head)  # one may have been added or switched since
         self._function = function
         try:
             with without_softcap(self._capped_configs), replaced_forward(self.head, self._forward_in_head):
@@ -111,7 +114,8 @@ class LossInHead:
         if not torch.is_autocast_enabled(hidden_states.device.type):
             weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
             bias = None if bias is None else bias.to(weight.dtype)
-        return self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale).reshape(1, 1, 1)
+        result = self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale)
+        return result.reshape(1, 1, 1).clone()  # FSDP2 warns of views among what a module returns
 
 
 def find_head(model: Any) -> Any:

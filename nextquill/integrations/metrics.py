@@ -48,10 +48,11 @@ class TrainingMeter:
         self._steps = 0
         self._step_began = False
         self._work = [0, 0]
-        self._users = self._step_users = 0
+        self._users: int | Tensor = 0
+        self._step_users: int | Tensor = 0
         self._since = time.perf_counter()
 
-    def begin_step(self, users: int = 0) -> None:
+    def begin_step(self, users: int | Tensor = 0) -> None:
         """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count.
 
         Args:
@@ -100,7 +101,7 @@ class TrainingMeter:
         work = {
             "tokens_per_second": total["branches"] / max(1e-9, time.perf_counter() - self._since),
             "sharing_factor": total["branches"] / max(1.0, total["computed"]),
-            "users_per_step": self._users / steps,
+            "users_per_step": float(self._users) / steps,
         }
         self.reset()
         metrics = {name: total[name] / steps for name in self._TERMS}

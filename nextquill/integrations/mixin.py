@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, UserGroupSampler
+from nextquill.data.collator import empty_like
+from nextquill.errors import ArgumentError
 from nextquill.integrations.checks import check_batching
 from nextquill.integrations.metrics import TrainingMeter, eval_metrics, example_table
-from nextquill.integrations.passes import PairPasses
+from nextquill.integrations.passes import PairPasses, with_empty_parts
+from nextquill.integrations.scoring import forward_budget
 from nextquill.losses import PairLoss
 
 if TYPE_CHECKING:
@@ -46,6 +49,11 @@ class CausalLossMixin(_Base):
 
     def _set_loss(self, passes: PairPasses, args: Any, max_tokens: int | None, examples_per_user: int) -> None:
         check_batching(args, passes.loss, max_tokens, examples_per_user)
+        if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
+            raise ArgumentError(
+                "args: neftune_noise_alpha is not supported with trees, where a shared token has one noise for all "
+                "branches; leave it out or use attention='padded'"
+            )
         self.passes, self.meter = passes, TrainingMeter()
         self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
 
@@ -70,8 +78,11 @@ class CausalLossMixin(_Base):
     def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
         """Give the data loaders made in this block a collator of all branches."""
         placebo = dataset is not None and dataset.has_placebo
-        previous = self.data_collator
-        self.data_collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
+        previous, budget = self.data_collator, self.max_tokens
+        if budget is not None and dataset is not None:
+            # More branches than in training stand in a row, and without gradient they take a fraction of the memory.
+            budget = forward_budget(dataset.examples, None, budget, placebo=placebo)
+        self.data_collator = self.passes.scoring_collator(self._pad_token_id, budget, placebo=placebo)
         try:
             yield
         finally:
@@ -102,18 +113,21 @@ class CausalLossMixin(_Base):
             counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=device)
             self._fill_up(batches, self.accelerator.gather(counts).amax(0).tolist())
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
-        self.meter.begin_step(0 if users is None else users[users >= 0].unique().numel())
+        self.meter.begin_step(0 if users is None else _count_different(users))
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
     def _fill_up(self, batches: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
         """Add parts without labels until every batch has as many as some rank's."""
         for batch, count in zip(batches, counts, strict=True):
-            missing = count - len(batch["parts"])
-            batch["parts"] = [*batch["parts"], *(self._empty_part() for _ in range(missing))]
+            parts = batch["parts"]
+            batch["parts"] = [*parts, *(empty_like(parts[0]) for _ in range(count - len(parts)))]
 
-    def _empty_part(self) -> Any:
-        collator: Any = self.data_collator
-        return self._prepare_inputs(collator.empty_part())
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the model gets its own attention back in the end."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.passes.close()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone."""
@@ -183,15 +197,7 @@ class CausalLossMixin(_Base):
 
     def _met(self, inputs: dict[str, Any]) -> list[Any]:
         """A batch's parts, with empty ones where another rank has more."""
-        if self.accelerator.num_processes > 1:
-            count = torch.tensor([len(inputs["parts"])], device=self.args.device)
-            most = int(self.accelerator.gather(count).max())
-            inputs = {**inputs, "parts": [*inputs["parts"]]}
-            placebo = any("placebo" in forward["rows"] for forward in inputs["parts"][0]["forwards"])
-            collator = self.passes.scoring_collator(self._pad_token_id, self.max_tokens, placebo=placebo)
-            inputs["parts"] += [self._prepare_inputs(collator.empty_part()) for _ in range(most - len(inputs["parts"]))]
-        parts: list[Any] = inputs["parts"]
-        return parts
+        return with_empty_parts(inputs["parts"]) if self.accelerator.num_processes > 1 else inputs["parts"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; the model is left as it was found unless it is training."""
@@ -204,3 +210,11 @@ class CausalLossMixin(_Base):
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
         return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
+
+
+def _count_different(users: Tensor) -> Tensor:
+    """How many different numbers there are, but for -1; without waiting for the device."""
+    ordered = users.sort().values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return (first & (ordered >= 0)).sum()

@@ -11,7 +11,7 @@ the head function's first line, so the loss never sees a prompt or a padding pos
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import PaddedCollator, TreeCollator
-from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, JOINT, Forwards
+from nextquill.data.collator import (
+    CONSTANT_COUNTERFACTUAL,
+    FACTUAL,
+    IGNORE_INDEX,
+    JOINT,
+    Forwards,
+    empty_like,
+)
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
 from nextquill.integrations.attention import ATTENTIONS, TreeAttention
@@ -122,7 +129,7 @@ class PairPasses:
         parts = batch["parts"]
         if self.loss.reduction == "sequence":
             return sum(part["num_sequences"] for part in parts)
-        return sum(part["labels"].numel() for part in parts) if self.loss.reduction == "token" else len(parts)
+        return sum(part["num_labels"] for part in parts) if self.loss.reduction == "token" else len(parts)
 
     def training_loss(
         self, batch: Mapping[str, Any], num_items: float | Tensor | None = None, call: nn.Module | None = None
@@ -148,7 +155,8 @@ class PairPasses:
         """Forward and backward of a batch, part by part, so that only one part's activations are held.
 
         Args:
-            batch, num_items, call: as in `training_loss`.
+            batch, num_items, call: as in `training_loss`. With `call`, ranks of a process group make as many backwards
+                as the one with most parts, some of them of empty parts, since engines meet in each.
             backward: what is called with each part's loss, such as `accelerator.backward`.
 
         Returns:
@@ -156,7 +164,7 @@ class PairPasses:
         """
         items = self.count_items(batch) if num_items is None else num_items
         losses = []
-        for part in batch["parts"]:
+        for part in batch["parts"] if call is None else with_empty_parts(batch["parts"]):
             loss, _ = self.part_loss(part, items, call)
             backward(loss)
             losses.append(loss.detach())
@@ -165,7 +173,17 @@ class PairPasses:
     def part_loss(
         self, part: Part, num_items: float | Tensor | None = None, call: nn.Module | None = None
     ) -> tuple[Tensor, PreferenceLossOutput]:
-        """The loss of one part with its gradient, and its diagnostics; as `training_loss`."""
+        """The loss of one part with its gradient, and its diagnostics; as `training_loss`.
+
+        Raises:
+            ArgumentError: the part does not fit the loss as it is now, or was cut on its way.
+        """
+        constant = any("counterfactual" in forward["rows"] for forward in part["forwards"][:-1])
+        if constant and self.loss.needs_counterfactual and not self.loss.detaches_counterfactual:
+            raise ArgumentError(
+                "batch: its counterfactual was set apart as a constant, but the loss now has a gradient through it; "
+                "make a new collator after changing the objective, or start with an alpha above 0"
+            )
         hidden: dict[str, Tensor] = {}
         with torch.no_grad():
             for forward in part["forwards"][:-1]:
@@ -229,6 +247,11 @@ class PairPasses:
         afterwards: Callable[[Mapping[str, Tensor], HeadState], None] | None = None,
         token_weights: Tensor | None = None,
     ) -> tuple[Tensor, PreferenceLossOutput]:
+        if part["labels"].numel() != part["num_labels"]:
+            raise ArgumentError(
+                f"batch: expected {part['num_labels']} labels, got {part['labels'].numel()}; it was cut on its way, as "
+                "Accelerate does with dispatch_batches=True"
+            )
         forward, kept = part["forwards"][-1], list[PreferenceLossOutput]()
         router = self.router if torch.is_grad_enabled() else None
 
@@ -270,6 +293,15 @@ class PairPasses:
         return scoring
 
 
+def with_empty_parts(parts: Sequence[Part]) -> list[Part]:
+    """A rank's parts, and as many without labels as the rank with most has more; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(parts)
+    count = torch.tensor(len(parts), device=parts[0]["labels"].device)
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return [*parts, *(empty_like(parts[0]) for _ in range(int(count) - len(parts)))]
+
+
 def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
     """The hidden states [n, D] of the rows that predict labels, by branch."""
     shape, got = forward["input_ids"].shape, state.hidden_states.shape[:2]
@@ -293,6 +325,10 @@ def collator_of(
     stored_effects: bool = False,
 ) -> TreeCollator | PaddedCollator:
     """What makes training batches for a loss, before there is a model; see `PairPasses.collator`."""
+    if max_tokens is not None and loss.reduction == "micro_batch":
+        raise ArgumentError(
+            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+        )
     if not (loss.terms_need_counterfactual if stored_effects else loss.needs_counterfactual):
         return _collator(FACTUAL, attention, pad_token_id, max_tokens)
     forwards = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
@@ -321,6 +357,7 @@ def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
         if given != neutral and given != probed:
             raise ArgumentError(f"loss: its {name} is {given!r}, but the model applies {probed!r}")
         setattr(fitted, name, probed)
+    fitted.ignore_index = IGNORE_INDEX  # every label of a batch counts; the loss's own may be a token of a response
     return fitted
 
 

@@ -7,6 +7,7 @@ transformers has for it.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
     device = next(model.parameters()).device
     # In float64 the constants come out as a config holds them, wherever the model does not round.
     points = torch.tensor(_POINTS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    with torch.no_grad(), in_eval_mode(model), replaced_forward(head, lambda *_, **__: points.view(1, 1, -1)):
+    known = replaced_forward(head, lambda *_, **__: points.view(1, 1, -1))
+    with torch.no_grad(), in_eval_mode(model), whole_parameters(model), known:
         outputs = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     logits = returned_logits(outputs)
     if not isinstance(logits, Tensor) or logits.numel() != points.numel():
@@ -80,6 +82,30 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
         del module.forward
         if previous is not None:  # an instance attribute of someone else's, such as an accelerate hook
             module.forward = previous
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Give each module its parameters whole while it runs, where DeepSpeed's ZeRO-3 has loaded the model in shards."""
+    handles = []
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+        if own:
+            gathered = importlib.import_module("deepspeed").zero.GatheredParameters(own)
+
+            def enter(*_: Any, gathered: Any = gathered) -> None:
+                gathered.__enter__()
+
+            def leave(*_: Any, gathered: Any = gathered) -> None:
+                gathered.__exit__(None, None, None)
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def returned_logits(outputs: Any) -> Any:

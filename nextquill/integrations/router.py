@@ -48,6 +48,7 @@ class RouterLoss:
             raise UnsupportedModelError(
                 f"{type(base).__name__}: its router loss is not known here; set config.output_router_logits to False"
             )
+        self._base = base
         self._logits: list[Tensor] = []
 
     @classmethod
@@ -73,7 +74,7 @@ class RouterLoss:
         Args:
             forward: of a batch; `multiplicity` or `attention_mask` says how many branches hold each token.
         """
-        if torch.is_grad_enabled() and not all(logits.requires_grad for logits in self._logits):
+        if torch.is_grad_enabled() and any(_is_reentrant(module) for module in self._base.modules()):
             raise UnsupportedModelError(
                 "gradient checkpointing: with use_reentrant=True the router loss would have no gradient; set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -87,3 +88,13 @@ class RouterLoss:
 
     def _record(self, _: nn.Module, __: Any, output: Any) -> None:
         self._logits.append(output[self._index] if isinstance(output, tuple) else output)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether a layer is checkpointed in the way that runs its first forward without a graph."""
+    how = getattr(module, "_gradient_checkpointing_func", None)
+    return (
+        module.training
+        and getattr(module, "gradient_checkpointing", False)
+        and bool(getattr(how, "keywords", {}).get("use_reentrant", True))
+    )

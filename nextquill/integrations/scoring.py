@@ -17,6 +17,7 @@ from nextquill.data import EncodedExample
 from nextquill.data.collator import to_device
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.passes import PairPasses
+from nextquill.integrations.probe import in_eval_mode
 from nextquill.losses import SFTLoss
 from nextquill.tree import build_prefix_tree
 
@@ -83,28 +84,24 @@ def score_examples(
     if batch_size is not None and batch_size < 1:
         raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
     placebo = bool(examples) and all(example.placebo is not None for example in examples)
-    device, training = next(model.parameters()).device, model.training
-    with PairPasses(model, SFTLoss(), attention) as passes:
+    device = next(model.parameters()).device
+    with PairPasses(model, SFTLoss(), attention) as passes, in_eval_mode(model):
         if passes.trees is not None:
             small = device.type == "cpu" or attention == "mask"
             usual = DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
-            max_tokens = _budget(examples, max_tokens, usual, placebo=placebo)
+            max_tokens = forward_budget(examples, max_tokens, usual, placebo=placebo)
         size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
         order = _user_by_user(examples)
-        model.eval()
-        try:
-            for start in range(0, len(order), size):
-                members, done = order[start : start + size], max(0, skip - start)
-                if done >= len(members):
-                    continue
-                batch = [examples[index] for index in members]
-                for part in collate(batch)["parts"]:
-                    if done < part["num_sequences"]:
-                        yield from _score_part(passes, batch, part, device)[done:]
-                    done = max(0, done - part["num_sequences"])
-        finally:
-            model.train(training)
+        for start in range(0, len(order), size):
+            members, done = order[start : start + size], max(0, skip - start)
+            if done >= len(members):
+                continue
+            batch = [examples[index] for index in members]
+            for part in collate(batch)["parts"]:
+                if done < part["num_sequences"]:
+                    yield from _score_part(passes, batch, part, device)[done:]
+                done = max(0, done - part["num_sequences"])
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
@@ -153,8 +150,12 @@ def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 
-def _budget(examples: Sequence[EncodedExample], given: int | None, usual: int, *, placebo: bool) -> int:
-    """The tokens of a forward; `given` is checked against the examples that might not fit it."""
+def forward_budget(examples: Sequence[EncodedExample], given: int | None, usual: int, *, placebo: bool) -> int:
+    """The tokens of a scoring forward: `given`, or `usual` and more where an example takes more.
+
+    Raises:
+        BudgetError: an example takes more than is given.
+    """
     budget = usual if given is None else given
     for example in examples:
         branches = [example.factual, example.counterfactual, *([example.placebo] if placebo else [])]

@@ -33,7 +33,7 @@ def check_against_separate_passes(
         UnsupportedModelError: the logits differ by more than rounding.
     """
     base = base_model(model)
-    if any(p.is_meta or p.numel() == 0 for p in base.parameters()):
+    if not _is_loaded(base):
         return
     device = next(base.parameters()).device
     branches, tree = _small_tree(base.get_input_embeddings().weight.shape[0])
@@ -56,6 +56,8 @@ def check_against_separate_passes(
 def masks_follow_window(model: Any) -> bool:
     """Whether the config's sliding window reaches an ordinary forward: a config may hold one that nothing reads."""
     base = base_model(model)
+    if not _is_loaded(base):
+        return True
     config, device = text_config(base), next(base.parameters()).device
     branch = torch.tensor([_small_tree(base.get_input_embeddings().weight.shape[0])[0][0]], device=device)
     window, logits = config.sliding_window, list[Tensor]()
@@ -67,6 +69,10 @@ def masks_follow_window(model: Any) -> bool:
         finally:
             config.sliding_window = window
     return not torch.equal(*logits)
+
+
+def _is_loaded(base: Any) -> bool:
+    return not any(p.is_meta or p.numel() == 0 for p in base.parameters())
 
 
 def _small_tree(vocabulary: int) -> tuple[list[list[int]], PrefixTree]:
@@ -82,7 +88,8 @@ def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     error = float((together - alone).norm() / spread.clamp(min=1e-30))
     # accelerate leaves its autocast around a model's forward, and marks it so
-    half = next(base_model(model).parameters()).element_size() < 4 or hasattr(model, "_original_forward")
+    narrow = next(base_model(model).parameters()).element_size() < 4
+    half = narrow or hasattr(model, "_original_forward") or torch.is_autocast_enabled(alone.device.type)
     if not error < (_HALF_LIMIT if half else _LIMIT):
         raise UnsupportedModelError(
             f"{type(base_model(model)).__name__}: branches that share a prefix do not give the logits they give apart "

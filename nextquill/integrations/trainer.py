@@ -185,16 +185,14 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             self._write_identity(folder)
         self.meter.reset()
-        try:
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        finally:
-            self.passes.close()
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def run_identity(self) -> dict[str, Any]:
         """What must agree between this run and a checkpoint it resumes from."""
         dataset: Any = self.train_dataset
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
-        return {**checkpoints.run_identity(self.model, self.loss), "effects_file": effects}
+        identity = checkpoints.run_identity(self.model, self.loss)
+        return {**identity, "effects_file": effects, "examples_per_user": self.examples_per_user}
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

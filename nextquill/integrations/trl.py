@@ -15,12 +15,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from nextquill.data import EncodedDataset
-from nextquill.errors import ArgumentTypeError
+from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.integrations.checks import check_arguments, check_model, check_options
 from nextquill.integrations.mixin import CausalLossMixin
 from nextquill.integrations.passes import PairPasses, collator_of
 from nextquill.losses import NextQuillLoss, PairLoss
 from trl import SFTConfig, SFTTrainer
+
+# Arguments of TRL's own loss and its preparation of text, with what they are where nothing is asked for.
+_IGNORED = {"loss_type": "nll", "packing": False, "completion_only_loss": None, "assistant_only_loss": False}
 
 
 class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
@@ -60,10 +63,17 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         loss = NextQuillLoss(detach_counterfactual=True) if loss is None else loss
         args = SFTConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)
+        for name, accepted in _IGNORED.items():
+            if getattr(args, name, accepted) != accepted:
+                raise ArgumentError(
+                    f"args: {name}={getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
+                    "trained on"
+                )
         for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for part in given.values() if isinstance(given, dict) else [given]:
                 if part is not None and not isinstance(part, EncodedDataset):
                     raise ArgumentTypeError(f"{name}: expected an EncodedDataset, got {type(part).__name__}")
+        _check_lengths(train_dataset, args.max_length)
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
@@ -80,6 +90,18 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         check_model(trained, processing_class, loss)
         self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
         self._set_normalised()
+
+
+def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
+    """TRL would cut what is longer; here it was encoded to a budget already, so that is a contradiction."""
+    if dataset is None or limit is None:
+        return
+    longest = max((len(e.factual.prompt_ids) + len(e.factual.response_ids) for e in dataset.examples), default=0)
+    if longest > limit:
+        raise ArgumentError(
+            f"args: max_length is {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
+            "encode with a smaller max_length, or set this one larger or to None"
+        )
 
 
 def _stand_in(dataset: EncodedDataset | None) -> Dataset | None:

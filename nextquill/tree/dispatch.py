@@ -2,7 +2,7 @@
 
     pieces     anywhere: whole dense pieces of what is visible; what CPUs take
     varlen     CUDA, half precision: one call for all segments over gathered keys
-    flex       CUDA: FlexAttention with a block mask, in any precision
+    flex       CUDA: heads of 16 and more; FlexAttention with a block mask, in any precision
 
 Nothing of "varlen" and "flex" has run on a GPU yet.
 """
@@ -67,7 +67,9 @@ def attend(
 def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: float | None) -> str:
     from nextquill.tree.varlen_kernels import why_not
 
-    return "varlen" if why_not(dtype, device, head_size=head_size, softcap=softcap) is None else "flex"
+    if why_not(dtype, device, head_size=head_size, softcap=softcap) is None:
+        return "varlen"
+    return "flex" if head_size >= 16 else "pieces"  # the least FlexAttention takes
 
 
 def _block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> Any:

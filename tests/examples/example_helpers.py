@@ -71,7 +71,7 @@ def run(words: list[str], **environment: str) -> str:
 
 def losses(printed: str) -> list[float]:
     """The losses of the steps, which must be finite."""
-    found = [float(value) for value in re.findall(r"\bloss'?:? +'?([-\w.+]+)", printed)]
+    found = [float(value) for value in re.findall(r"\bloss'?:? +'?(-?\d[\d.e+-]*|nan|-?inf)", printed)]
     assert all(map(math.isfinite, found)), f"losses of {found}"
     return found
 

@@ -157,17 +157,21 @@ def check_engines(folder: Path) -> None:
 TRAINED: dict[str, dict[str, Any]] = {
     "official-sequence": {"loss": "official"},
     "detached-token": {"loss": "detached", "reduction": "token"},
+    "accumulated": {"loss": "detached", "reduction": "token", "gradient_accumulation_steps": 2},
     "parts": {"loss": "official", "max_tokens": 56, "examples_per_user": 2},
 }
 
 
 def train(folder: Path, name: str, processes: int) -> None:
-    """Two steps of 8 examples in all, evaluated and saved after each."""
+    """Two steps of 8 examples in all, evaluated and saved after each; one process takes the 8 at once."""
     options = {"reduction": "sequence", **TRAINED[name]}
+    if processes == 1:
+        options.pop("gradient_accumulation_steps", None)
+    size = 8 // processes // options.get("gradient_accumulation_steps", 1)
     loss = loss_cases(reduction=options.pop("reduction"))[options.pop("loss")].loss
     trainer = make_trainer(
         folder, loss, optim="sgd", learning_rate=0.3, train_dataset=make_records(16), eval_dataset=make_records(7),
-        per_device_train_batch_size=8 // processes, per_device_eval_batch_size=2, ddp_timeout=60,
+        per_device_train_batch_size=size, per_device_eval_batch_size=2, ddp_timeout=60,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         metric_for_best_model="loss", load_best_model_at_end=True, save_total_limit=2, **options,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from integration_helpers import (
     shared_examples,
     tiny_model,
 )
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoHaConfig, LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from nextquill import ArgumentError, SFTLoss, UnsupportedModelError
@@ -77,7 +78,7 @@ def test_encoder_decoder_models() -> None:
     model = tiny_model()
     model.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModelError, match="expected a decoder-only model"):
-        TreeAttention(model)
+        PairPasses(model, loss_cases()["sft"].loss)
 
 
 def test_attention_sinks_are_left_to_masks() -> None:
@@ -208,6 +209,11 @@ def with_lora(rate: float) -> nn.Module:
     return get_peft_model(tiny_model(), config)
 
 
+def with_loha() -> nn.Module:
+    config = LoHaConfig(r=2, target_modules=["q_proj"], module_dropout=0.3, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(), config)
+
+
 def module_with_dropout() -> nn.Module:
     model = tiny_model()
     model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, nn.Dropout(0.2))
@@ -216,13 +222,15 @@ def module_with_dropout() -> nn.Module:
 
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.1, "attention_dropout": 0.0}
 DROPOUTS: dict[str, tuple[Any, str]] = {
-    "modules": (module_with_dropout, r"model\.layers\.1\.mlp\.1 with p=0\.2"),
-    "gpt2": (lambda: tiny_model("gpt2"), r"drop with p=0\.1"),
+    "modules": (module_with_dropout, r"model\.layers\.1\.mlp\.1\.p=0\.2"),
+    "gpt2": (lambda: tiny_model("gpt2"), r"drop\.p=0\.1"),
     "attention": (lambda: tiny_model(attention_dropout=0.2), r"self_attn\.attention_dropout=0\.2"),
     "gpt_neox attention": (lambda: tiny_model("gpt_neox", attention_dropout=0.2), r"attention_dropout=0\.2"),
-    "residual": (lambda: tiny_model("phi3", resid_pdrop=0.1), r"resid_attn_dropout with p=0\.1"),
+    "residual": (lambda: tiny_model("phi3", resid_pdrop=0.1), r"resid_attn_dropout\.p=0\.1"),
     "functional": (lambda: tiny_model("opt", **OPT), r"model\.decoder\.dropout=0\.1"),
-    "LoRA": (lambda: with_lora(0.1), r"lora_dropout\.default with p=0\.1"),
+    "router noise": (lambda: tiny_model("mixtral", num_local_experts=4, router_jitter_noise=0.1), "jitter_noise=0.1"),
+    "LoHa": (lambda: with_loha(), r"module_dropout=0\.3"),
+    "LoRA": (lambda: with_lora(0.1), r"lora_dropout\.default\.p=0\.1"),
 }
 
 
@@ -330,3 +338,40 @@ def test_a_trainer_refuses_a_token_budget_without_trees(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
         make_trainer(tmp_path / "run", attention="padded", max_tokens=64, train_dataset=make_records(4))
     assert not (tmp_path / "run").exists()
+
+
+def test_dropout_of_a_part_in_training_mode() -> None:
+    model = module_with_dropout().eval()
+    model.model.layers.train()
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.1\.p=0\.2"):
+        run_loss(model, loss_cases()["sft"].loss, shared_examples())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_a_window_that_nothing_reads_is_no_window(kind: str) -> None:
+    options = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {**OPT, "dropout": 0.0}}
+    model, case, examples = tiny_model(kind, sliding_window=5, **options.get(kind, {})), loss_cases()["official"], []
+    examples = shared_examples()
+    loss, _ = run_loss(model, case.loss, examples, "mask")
+    assert_same_loss(loss, reference_loss(case, model, examples))
+
+
+def test_copies_made_while_trees_are_in_use_are_given_their_own_attention_back() -> None:
+    model, case, examples = tiny_model(), loss_cases()["sft"], shared_examples()
+    with PairPasses(model, case.loss) as passes:
+        passes.training_loss(passes.collator()(examples))
+        copied = copy.deepcopy(model)
+    assert copied.config._attn_implementation != "sdpa"
+    with PairPasses(copied, case.loss) as passes:
+        assert_same_loss(passes.training_loss(passes.collator()(examples))[0], reference_loss(case, model, examples))
+    assert copied.config._attn_implementation == "sdpa"
+
+
+def test_attention_set_by_the_user_stays_set() -> None:
+    model, case, examples = tiny_model(), loss_cases()["sft"], shared_examples()
+    expected = reference_loss(case, model, examples)
+    with PairPasses(model, case.loss) as passes:
+        for _ in range(2):
+            assert_same_loss(passes.training_loss(passes.collator()(examples))[0], expected)
+            model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"

@@ -25,7 +25,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_graphs_stay_and_gradients_are_the_same(name: str, kind: str) -> None:
     model, reference = tiny_model(kind), tiny_model(kind)
@@ -48,6 +48,7 @@ def test_graphs_stay_and_gradients_are_the_same(name: str, kind: str) -> None:
             assert counter.frame_count == GRAPHS[name], f"graphs after batch {seed}"
 
 
+@pytest.mark.slow
 def test_trainer_compiles_its_model(tmp_path) -> None:
     results = []
     for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"})):

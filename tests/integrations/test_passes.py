@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from integration_helpers import (
@@ -16,7 +18,7 @@ from integration_helpers import (
     tiny_model,
 )
 
-from nextquill import NextQuillLoss, PerCELoss, SFTLoss, UnsupportedModelError
+from nextquill import ArgumentError, NextQuillLoss, PerCELoss, SFTLoss, UnsupportedModelError
 from nextquill.integrations.passes import PairPasses
 from nextquill.tree import build_prefix_tree
 
@@ -177,3 +179,47 @@ def test_a_model_that_inserts_positions_is_refused(attention: str) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="positions"):
         passes.training_loss(passes.collator()(random_examples(2)))
+
+
+# ---- batches that do not fit the loss --------------------------------------------------------------
+
+
+def test_a_loss_that_is_changed_to_need_a_gradient_is_no_silent_error() -> None:
+    model, examples = tiny_model(), shared_examples()
+    passes = PairPasses(model, NextQuillLoss(threshold=0.0, alpha=0.0))
+    batch = passes.collator()(examples)
+    passes.training_loss(batch)
+    passes.loss.objective = replace(passes.loss.objective, alpha=0.3)
+    with pytest.raises(ArgumentError, match="make a new collator after changing the objective"):
+        passes.training_loss(batch)
+    case = loss_cases()["official"]
+    passes.loss.objective = replace(passes.loss.objective, alpha=0.3)
+    loss, _ = passes.training_loss(passes.collator()(examples))
+    assert_same_loss(loss, reference_loss(case, model, examples))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_batch_that_was_cut_is_no_silent_error(attention: str) -> None:
+    passes = PairPasses(tiny_model(), SFTLoss(), attention)
+    batch = passes.collator()(shared_examples())
+    part = batch["parts"][0]
+    part |= {"labels": part["labels"][:3], "sequence_ids": part["sequence_ids"][:3]}
+    with pytest.raises(ArgumentError, match=r"expected .* labels, got 3; it was cut on its way"):
+        passes.training_loss(batch)
+
+
+def test_a_micro_batch_is_not_cut_into_parts() -> None:
+    passes = PairPasses(tiny_model(), SFTLoss(reduction="micro_batch"))
+    with pytest.raises(ArgumentError, match="max_tokens: expected None with reduction='micro_batch'"):
+        passes.collator(max_tokens=50)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_a_response_may_hold_the_token_that_the_loss_ignores(reduction: str) -> None:
+    examples, model = shared_examples(), tiny_model()
+    token = examples[0].factual.response_ids[0]
+    results = []
+    for ignored in (-100, token):
+        passes = PairPasses(model, SFTLoss(reduction=reduction, ignore_index=ignored))
+        results.append(passes.training_loss(passes.collator()(examples))[0])
+    assert_same_loss(results[1], results[0])

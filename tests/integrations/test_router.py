@@ -81,3 +81,13 @@ def test_no_hook_stays_behind() -> None:
     before = [len(module._forward_hooks) for module in model.modules()]
     run_loss(model, SFTLoss(), random_examples(2))
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_frozen_routers_are_no_error() -> None:
+    model = moe("mixtral")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    loss, _ = run_loss(model, SFTLoss(), random_examples(2))
+    loss.backward()
+    assert model.lm_head.weight.grad.norm() > 0

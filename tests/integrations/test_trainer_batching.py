@@ -250,3 +250,28 @@ def test_a_token_budget_needs_a_loss_that_is_the_same_in_parts(tmp_path: Path) -
         make_trainer(tmp_path / "run", loss, max_tokens=64)
     assert not (tmp_path / "run").exists()
     make_trainer(tmp_path, loss, max_steps=1).train()
+
+
+def test_an_order_of_ones_own_is_not_shuffled_by_user(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"examples_per_user: expected 1 with .*'sequential'"):
+        make_trainer(tmp_path, examples_per_user=2, train_sampling_strategy="sequential")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported with trees"),
+    ],
+)
+def test_arguments_that_would_change_shared_tokens(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_budget_of_training_is_enough_for_evaluation(tmp_path: Path) -> None:
+    """All three branches stand in a row then."""
+    longest = max(len(e.factual.input_ids) for e in make_trainer(tmp_path).train_dataset.examples)
+    trainer = make_trainer(tmp_path, max_tokens=longest, eval_dataset=make_records(6), max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_num_tokens"] > 0
