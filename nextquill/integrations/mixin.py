@@ -88,6 +88,20 @@ class CausalLossMixin(_Base):
         finally:
             self.data_collator = previous
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's, over all branches."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            named: Any = self.eval_dataset
+            dataset = named[dataset]
+        with self._collating_for(dataset):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The Trainer's, over all branches."""
+        with self._collating_for(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's, or one that keeps a user's examples together."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

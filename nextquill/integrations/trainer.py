@@ -153,18 +153,12 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, over all branches; `eval_dataset` may be records, or a name in the dict given at first."""
         own: Any = self.eval_dataset
-        if isinstance(own, dict) and isinstance(eval_dataset, str) and eval_dataset in own:
-            own = own[eval_dataset]
-        else:
-            eval_dataset = self._encoded(eval_dataset, placebo=True)
-        with self._collating_for(eval_dataset if isinstance(eval_dataset, EncodedDataset) else own):
-            return super().get_eval_dataloader(eval_dataset)
+        is_name = isinstance(own, dict) and isinstance(eval_dataset, str) and eval_dataset in own
+        return super().get_eval_dataloader(eval_dataset if is_name else self._encoded(eval_dataset, placebo=True))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """The Trainer's, over all branches of records."""
-        encoded: Any = self._encoded(test_dataset, placebo=True)
-        with self._collating_for(encoded):
-            return super().get_test_dataloader(encoded)
+        return super().get_test_dataloader(self._encoded(test_dataset, placebo=True))
 
     # ---- training ------------------------------------------------------------------------------
 
