@@ -61,7 +61,7 @@ class PairLoss(nn.Module):
         ignore_index: label of rows that do not count.
         softcap, logit_scale: what the architecture does to its logits; see `linear_pair_nll`.
         impl: "auto", "triton", "native" or "torch".
-        chunk_bytes: bound on the logits held at once, in bytes; by default 256 MiB on a CPU, 768 on an accelerator.
+        chunk_bytes: bound on the logits held at once, in bytes; by default 128 MiB on a CPU, 768 on an accelerator.
 
     Raises:
         ArgumentError, ArgumentTypeError: a hyper-parameter is impossible; the message names it.

@@ -303,7 +303,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_many_chunks_equal_one(monkeypatch):
-    """The operators have no chunk_bytes argument; the budget of 256 MiB is reached only by large vocabularies."""
+    """The operators have no chunk_bytes argument; the budget of 128 MiB is reached only by large vocabularies."""
     case = make_case(41, 8, 11).leaves()
     whole = backward_pair(nq.linear_pair_nll, case, upstream(case))
     monkeypatch.setattr("nextquill.ops.chunks.HeadCall.max_rows", lambda *_: 3)

@@ -13,7 +13,7 @@ from nextquill.ops.dispatch import ChunkKernels
 from nextquill.ops.gradients import HeadGradients
 from nextquill.ops.head import LinearHead
 
-_DEFAULT_BYTES = 2**28
+_DEFAULT_BYTES = 2**27
 # A chunk's products stream all of W (and of dW, in float32) through the chip: on an accelerator they reach their rate
 # with a thousand rows or more, on a CPU with a hundred.
 _DEFAULT_BYTES_ACCELERATOR = 3 * 2**28

@@ -115,15 +115,11 @@ def expected_gradients(case: Case, examples: list[EncodedExample]) -> dict[str, 
 
 
 def gradients_of_all(case: Case, examples: list[EncodedExample]) -> tuple[dict[str, Tensor], int]:
-    """What the engine makes of this process's share and the other's, and the parts it ran."""
+    """What the engine makes of this process's share and the other's, and the parts this process has."""
     model = case.build()
     with PairPasses(model, loss_cases()[case.loss].loss) as passes:
         collate, own = passes.collator(max_tokens=case.max_tokens), examples[case.split[dist.get_rank()]]
-        parts = collate(own)["parts"] if own else []
-        most = torch.tensor(len(parts))
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        missing = max(1, int(most)) - len(parts)
-        batch = {"parts": [*parts, *(collate.empty_part() for _ in range(missing))]}
+        batch = collate(own) if own else {"parts": [collate.empty_part()]}
         items = torch.tensor(float(passes.count_items(batch)))
         dist.all_reduce(items)
         passes.backward(batch, items.clamp(min=1.0) / dist.get_world_size(), case.wrap(model))
