@@ -28,6 +28,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/kernels",
+    "tests/tree/test_on_gpu.py",
     "tests/test_implementations.py",
     *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),
 )

@@ -57,6 +57,8 @@ MAY_USE: dict[str, frozenset[str]] = {
     "data": _TORCH | HUGGING_FACE,
     "report": frozenset({"matplotlib", "rich"}),
     **dict.fromkeys(("integrations", "popi", "demo", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
+    # ZeRO-3 partitions weights, which are gathered to be probed.
+    "integrations": _TORCH | {"numpy", "deepspeed"} | _TOOLS | HUGGING_FACE,
 }
 # These import Hugging Face packages inside functions only.
 HUGGING_FACE_ON_USE = frozenset({"data", "demo"})

@@ -121,7 +121,9 @@ def test_torch_is_the_only_unconditional_dependency(metadata: Message) -> None:
 
 
 def test_extras_contain_one_another(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra", [])) == {"all", "cli", "dev", "flash-attn", "test", "train", "triton"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "all", "cli", "dev", "flash-attn", "test", "train", "triton", "trl",
+    }  # fmt: skip
     train, cli, test, dev = (_extra(metadata, name) for name in ("train", "cli", "test", "dev"))
     assert train < cli < test < dev
     assert "transformers" in train

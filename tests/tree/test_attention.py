@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.tree import TreeLayout, attention, build_prefix_tree, kernels, pieces, tree_attention, visibility_mask
 from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close
-from tests.tree.trees import SMALL, branch_lists, dense_attention, grown_tree
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, dense_attention, grown_tree
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 NAMES = "query", "key", "value"

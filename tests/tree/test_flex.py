@@ -10,8 +10,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.tree import TreeLayout, build_prefix_tree, flex, tree_attention, visibility_mask
 from nextquill.tree.flex import flex_tree_attention, tree_block_mask
-from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close, relative_error
-from tests.tree.trees import SMALL, branch_lists, dense_attention, grown_tree
+from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, grown_tree
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 TREE = build_prefix_tree(SMALL)
@@ -217,37 +218,3 @@ def test_without_gradients_leaves_are_taken(monkeypatch):
 def test_bad_arguments_are_named(depth, end, options, message):
     with pytest.raises(ArgumentError, match=message):
         tree_block_mask(depth, end, "cpu", **options)
-
-
-@pytest.mark.gpu
-@options
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_output_and_gradients_on_a_gpu(dtype, options):
-    """Three lengths, one a multiple of the tile, against float64; at most twice the error of dense attention."""
-    torch._dynamo.reset()
-    softcap, window = options.get("softcap"), options.get("window")
-    for seed, rows in enumerate((150, 700, 1500)):
-        tree = grown_tree(rows, seed)
-        if rows == 700:  # 896 = 7 · 128 rows, by roots of one token
-            tree = build_prefix_tree([*([n] for n in range(2000, 2896 - len(tree))), *map(list, _branches(tree))])
-            assert len(tree) == 896
-        mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cuda", window=window)
-        tensors = [t.cuda() for t in inputs(len(tree), size=64, dtype=dtype)]
-        grad = torch.randn_like(tensors[0])
-        visible = visibility_mask(tree.position_ids, tree.subtree_end, window).cuda()
-
-        def results(function, tensors, grad):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            out = function(*leaves)
-            return [out, *torch.autograd.grad(out, leaves, grad)]
-
-        actual = results(lambda *qkv: flex_tree_attention(*qkv, mask, 0.125, softcap), tensors, grad)  # noqa: B023
-        dense = lambda *qkv: dense_attention(*qkv, visible, 0.125, softcap)  # noqa: B023, E731
-        truth = results(dense, [t.double() for t in tensors], grad.double())
-        plain = results(dense, tensors, grad)
-        for a, t, p in zip(actual, truth, plain, strict=True):
-            assert relative_error(a, t) <= max(FLOAT32_RELATIVE, 2 * relative_error(p, t))
-
-
-def _branches(tree):
-    return [tree.input_ids[rows].tolist() for rows in tree.branch_rows]

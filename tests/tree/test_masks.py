@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextquill.tree import additive_mask, build_prefix_tree, visibility_mask
-from tests.tree.trees import SMALL, branch_lists, prefixes, visible_naively
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, prefixes, visible_naively
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

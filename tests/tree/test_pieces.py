@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from nextquill.tree import TreeLayout, build_prefix_tree, visibility_mask
 from nextquill.tree import pieces as pieces_module
 from nextquill.tree.pieces import pieces
-from tests.tree.trees import SMALL, branch_lists, grown_tree
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, grown_tree
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 windows = st.none() | st.integers(1, 8)
@@ -111,5 +112,5 @@ def test_rows_beyond_the_window_are_left_out():
 
 def test_depths_do_not_need_the_rows():
     tree = build_prefix_tree(SMALL)
-    depths = pieces_module._row_depths(TreeLayout.of_tree(tree).segments)
+    depths = pieces_module.row_depths(TreeLayout.of_tree(tree).segments)
     assert torch.equal(depths, tree.position_ids)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.tree import PrefixTree, build_prefix_tree, visibility_mask
-from tests.tree.trees import SMALL, branch_lists, prefixes, visible_naively
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, prefixes, visible_naively
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

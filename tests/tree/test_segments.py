@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.tree import TreeLayout, build_prefix_tree, visibility_mask
 from nextquill.tree.pieces import pieces
-from tests.tree.trees import SMALL, branch_lists, prefixes
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import SMALL, prefixes
 
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 

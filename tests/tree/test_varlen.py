@@ -15,46 +15,33 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
-from nextquill.tree import TreeLayout, build_prefix_tree, tree_attention, varlen, visibility_mask
+from nextquill.tree import TreeLayout, build_prefix_tree, varlen, visibility_mask
 from nextquill.tree import varlen_kernels as kernels
 from nextquill.tree.varlen import varlen_tree_attention
 from nextquill.tree.varlen_kernels import EMULATED, VarlenKernel, why_not
 from nextquill.tree.varlen_plan import num_gathered_rows, sum_copies, varlen_plan
 from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close, relative_error
-from tests.tree.trees import SMALL, branch_lists, dense_attention, grown_tree
+from tests.tree.strategies import branch_lists
+from tests.tree.trees import (
+    NAMES,
+    OPTIONS,
+    SMALL,
+    dense_attention,
+    dense_results,
+    grown_tree,
+    inputs,
+    run,
+    varlen_results,
+)
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-NAMES = "output", "query", "key", "value"
 CPU = torch.device("cpu")
 TREE = build_prefix_tree(SMALL)
 GROWN = grown_tree(150)
-OPTIONS = [{}, {"window": 1}, {"window": 3}, {"scale": 0.7}, {"softcap": 1.5}, {"window": 5, "softcap": 2.0}]
+
 options = pytest.mark.parametrize(
     "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
 )
-
-
-def inputs(rows, heads=4, kv_heads=2, size=8, dtype=torch.float32):
-    return [torch.randn(1, h, rows, size, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads)]
-
-
-def run(function, tensors, grad, needs=(True, True, True)):
-    """Output, and the gradients of what needs one."""
-    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)]
-
-
-def varlen_results(tree, tensors, grad, needs=(True, True, True), kernel="emulated", **options):
-    layout = TreeLayout.of_tree(tree)
-    return run(lambda *qkv: varlen_tree_attention(*qkv, layout, kernel=kernel, **options), tensors, grad, needs)
-
-
-def dense_results(tree, tensors, grad, *, window=None, **options):
-    """Truth: in float64."""
-    visible = visibility_mask(tree.position_ids, tree.subtree_end, window).to(tensors[0].device)
-    exact = [tensor.double() for tensor in tensors]
-    return run(lambda *qkv: dense_attention(*qkv, visible, **options), exact, grad.double())
 
 
 def assert_all_close(actual, expected, relative=FLOAT32_RELATIVE):
@@ -540,59 +527,3 @@ def test_flash_attn_that_does_not_load(monkeypatch):
     monkeypatch.setattr(kernels.importlib.metadata, "version", lambda _: "2.8.3")
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", None)
     assert "cannot be imported" in kernels._flash_attn_problem.__wrapped__()
-
-
-# ---- on a GPU ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@options
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", ["torch", "flash_attn"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=lambda h: f"H{h[0]}-KV{h[1]}")
-def test_kernels_err_at_most_twice_as_much_as_dense_attention(heads, kernel, dtype, options):
-    if reason := why_not(dtype, "cuda", head_size=64, softcap=options.get("softcap"), kernel=kernel):
-        pytest.skip(reason)
-    trunk = list(range(700))
-    chained = build_prefix_tree([trunk + [1000] * 400, [*trunk, 1001], trunk[:600] + [1002] * 300, [9]])
-    for tree in (TREE, grown_tree(1500), chained, build_prefix_tree([[n] for n in range(9)])):
-        tensors = [tensor.cuda() for tensor in inputs(len(tree), *heads, 64, dtype)]
-        grad = torch.randn_like(tensors[0])
-        window = options.get("window")
-        visible = visibility_mask(tree.position_ids, tree.subtree_end, window).cuda()
-        rest = {name: value for name, value in options.items() if name != "window"}
-        truth = dense_results(tree, tensors, grad, **options)
-        plain = run(lambda *qkv: dense_attention(*qkv, visible, **rest), tensors, grad)  # noqa: B023
-        for name, a, t, p in zip(
-            NAMES, varlen_results(tree, tensors, grad, kernel=kernel, **options), truth, plain, strict=True
-        ):
-            ours, theirs = (float((each.double() - t).norm() / t.norm().clamp_min(1e-3)) for each in (a, p))
-            assert ours <= 2 * theirs + 1e-4, f"{name}: {ours:.2e} where dense attention has {theirs:.2e}"
-
-
-@pytest.mark.gpu
-def test_gpu_results_repeat_bit_for_bit():
-    tree = grown_tree(1500)
-    tensors = [tensor.cuda() for tensor in inputs(len(tree), 8, 2, 64, torch.bfloat16)]
-    grad = torch.randn_like(tensors[0])
-    first, again = (varlen_results(tree, tensors, grad, kernel="torch") for _ in range(2))
-    for which in (0, 2, 3):  # the query's gradient in deterministic mode only
-        assert torch.equal(first[which], again[which])
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, again = (varlen_results(tree, tensors, grad, kernel="torch") for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.gpu
-def test_gpu_agrees_with_pieces_in_a_compiled_model():
-    tree = grown_tree(900)
-    layout = TreeLayout.of_tree(tree)
-    tensors = [tensor.cuda() for tensor in inputs(len(tree), 8, 2, 128, torch.bfloat16)]
-    grad = torch.randn_like(tensors[0])
-    compiled = torch.compile(lambda q, k, v: varlen_tree_attention(q * 2, k, v, layout), fullgraph=True)
-    expected = run(lambda q, k, v: tree_attention(q * 2, k, v, layout), tensors, grad)
-    for a, e in zip(run(compiled, tensors, grad), expected, strict=True):
-        assert_close(a, e, 2e-2)

@@ -5,24 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
-from nextquill.tree import PrefixTree, build_prefix_tree
+from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree, visibility_mask
+from nextquill.tree.varlen import varlen_tree_attention
 
 #: Every shape at once: a chain, forks at several depths, a branch that ends inside another, roots of one token.
 SMALL = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8], [1, 2, 3, 4, 5, 9, 9, 9], [1, 2, 3, 4], [8, 8], [8], [0]]
-
-
-@st.composite
-def branch_lists(draw, most=7):
-    """Branches over few tokens, which fork often, each token repeated so that runs without a fork have any length."""
-    token = st.integers(0, 2)
-    found = draw(st.lists(st.lists(token, min_size=1, max_size=7), min_size=1, max_size=most))
-    repeat = draw(st.integers(1, 3))
-    branches = [[t for t in branch for _ in range(repeat)] for branch in found]
-    inside = [b[: draw(st.integers(1, len(b)))] for b in draw(st.lists(st.sampled_from(branches), max_size=2))]
-    return branches + inside
 
 
 def prefixes(branches) -> list[tuple[int, ...]]:
@@ -65,3 +54,32 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~visible, -math.inf).softmax(-1) @ value
+
+
+# ---- results to compare -------------------------------------------------------------------------------
+
+NAMES = "output", "query", "key", "value"
+OPTIONS = [{}, {"window": 1}, {"window": 3}, {"scale": 0.7}, {"softcap": 1.5}, {"window": 5, "softcap": 2.0}]
+
+
+def inputs(rows, heads=4, kv_heads=2, size=8, dtype=torch.float32):
+    return [torch.randn(1, h, rows, size, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def run(function, tensors, grad, needs=(True, True, True)):
+    """Output, and the gradients of what needs one."""
+    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)]
+
+
+def varlen_results(tree, tensors, grad, needs=(True, True, True), kernel="emulated", **options):
+    layout = TreeLayout.of_tree(tree)
+    return run(lambda *qkv: varlen_tree_attention(*qkv, layout, kernel=kernel, **options), tensors, grad, needs)
+
+
+def dense_results(tree, tensors, grad, *, window=None, **options):
+    """Truth: in float64."""
+    visible = visibility_mask(tree.position_ids, tree.subtree_end, window).to(tensors[0].device)
+    exact = [tensor.double() for tensor in tensors]
+    return run(lambda *qkv: dense_attention(*qkv, visible, **options), exact, grad.double())
