@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, UserGroupSampler
-from nextquill.data.collator import empty_like
+from nextquill.data.collator import BRANCHES, empty_like
 from nextquill.errors import ArgumentError
 from nextquill.integrations.checks import check_batching
 from nextquill.integrations.metrics import TrainingMeter, eval_metrics, example_table
@@ -57,6 +57,12 @@ class CausalLossMixin(_Base):
         self.passes, self.meter = passes, TrainingMeter()
         self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
 
+    def _check_fits(self, dataset: EncodedDataset | None) -> None:
+        """Raise BudgetError before training where an example alone takes more than `max_tokens`."""
+        if dataset is not None and self.max_tokens is not None:
+            collator: Any = self.passes.collator(max_tokens=self.max_tokens)
+            forward_budget(dataset.examples, self.max_tokens, names=collator.forwards[-1])
+
     def _set_normalised(self) -> None:
         """To be called after the Trainer's constructor: say that `compute_loss` has normalised over the window."""
         self.model_accepts_loss_kwargs = True  # to transformers before 5.20 or so
@@ -81,7 +87,7 @@ class CausalLossMixin(_Base):
         previous, budget = self.data_collator, self.max_tokens
         if budget is not None and dataset is not None:
             # More branches than in training stand in a row, and without gradient they take a fraction of the memory.
-            budget = forward_budget(dataset.examples, None, budget, placebo=placebo)
+            budget = forward_budget(dataset.examples, None, budget, BRANCHES if placebo else BRANCHES[:2])
         self.data_collator = self.passes.scoring_collator(self._pad_token_id, budget, placebo=placebo)
         try:
             yield

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextquill.data import EncodedExample
-from nextquill.data.collator import to_device
+from nextquill.data.collator import BRANCHES, to_device
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.probe import in_eval_mode
@@ -89,7 +89,8 @@ def score_examples(
         if passes.trees is not None:
             small = device.type == "cpu" or attention == "mask"
             usual = DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
-            max_tokens = forward_budget(examples, max_tokens, usual, placebo=placebo)
+            names = BRANCHES if placebo else BRANCHES[:2]
+            max_tokens = forward_budget(examples, max_tokens, usual, names)
         size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
         order = _user_by_user(examples)
@@ -150,15 +151,17 @@ def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 
-def forward_budget(examples: Sequence[EncodedExample], given: int | None, usual: int, *, placebo: bool) -> int:
-    """The tokens of a scoring forward: `given`, or `usual` and more where an example takes more.
+def forward_budget(
+    examples: Sequence[EncodedExample], given: int | None, usual: int = 1, names: Sequence[str] = BRANCHES
+) -> int:
+    """The tokens of a forward over the named branches: `given`, or `usual` and more where an example takes more.
 
     Raises:
         BudgetError: an example takes more than is given.
     """
     budget = usual if given is None else given
     for example in examples:
-        branches = [example.factual, example.counterfactual, *([example.placebo] if placebo else [])]
+        branches = (getattr(example, name) for name in names)
         ids = [branch.input_ids for branch in branches if branch is not None]
         if sum(map(len, ids)) <= budget:
             continue

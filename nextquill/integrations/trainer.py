@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nextquill.data import (
     load_effects,
     load_records,
 )
-from nextquill.errors import RecordError
+from nextquill.errors import ArgumentError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import (
     check_arguments,
@@ -38,6 +38,7 @@ from nextquill.integrations.effects import effects_digest
 from nextquill.integrations.metrics import CounterfactualWatch
 from nextquill.integrations.mixin import CausalLossMixin
 from nextquill.integrations.passes import PairPasses
+from nextquill.integrations.scoring import ExampleScores, score_examples
 from nextquill.losses import NextQuillLoss, PairLoss
 
 __all__ = ["NextQuillTrainer", "check_vocabulary", "default_max_length"]
@@ -123,11 +124,13 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         self.watch, callbacks = _with_watch(self.loss, callbacks)
         # What is read of these before the Trainer sets them again.
         self.args, self.processing_class = args, processing_class
+        train_dataset = _with_effects(self._encoded(train_dataset, placebo=False), effects_file)
+        self._check_fits(train_dataset)
         super().__init__(
             model,
             args,
             data_collator=passes.collator(self._pad_token_id, max_tokens),
-            train_dataset=_with_effects(self._encoded(train_dataset, placebo=False), effects_file),
+            train_dataset=train_dataset,
             eval_dataset=(
                 {name: self._encoded(part, placebo=True) for name, part in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
@@ -143,6 +146,22 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         self._is_staging = False
 
     # ---- data ----------------------------------------------------------------------------------
+
+    def score(self, records: Any = None) -> Iterator[ExampleScores]:
+        """Yield the effect of the history on every response token, user by user, without gradient.
+
+        Args:
+            records: as `eval_dataset`, and by default the one given at first.
+
+        Raises:
+            ArgumentError: there are none, or a dict of them.
+        """
+        given: Any = self.eval_dataset if records is None else self._encoded(records, placebo=True)
+        if not isinstance(given, EncodedDataset):
+            raise ArgumentError(f"records: expected records or an eval_dataset, got {type(given).__name__}")
+        attention = "padded" if self.passes.trees is None else self.passes.trees.attention
+        model: Any = self.model
+        return score_examples(model, given.examples, self._pad_token_id, attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if source is None or isinstance(source, EncodedDataset):

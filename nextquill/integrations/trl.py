@@ -89,6 +89,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         trained: Any = self.model
         check_model(trained, processing_class, loss)
         self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
+        self._check_fits(train_dataset)
         self._set_normalised()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from integration_helpers import branch_nll, loss_cases, make_records, make_trainer, reference_loss, tiny_model
 
-from nextquill import NextQuillLoss, NextQuillTrainer
+from nextquill import ArgumentError, NextQuillLoss, NextQuillTrainer
 from nextquill.integrations.metrics import EVAL_COLUMNS
 
 METRICS = {
@@ -148,3 +148,16 @@ def test_evaluation_changes_nothing_of_a_training(tmp_path: Path) -> None:
         trainer.train()
         runs.append([p.detach().clone() for p in trainer.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "evaluating changed the training"
+
+
+def test_the_trainer_scores_tokens(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_dataset=make_records(6))
+    scores = sorted(trainer.score(), key=lambda each: each.example.index)
+    metrics = trainer.evaluate()
+    total = sum(len(each.token_ids) for each in scores)
+    assert total == metrics["eval_num_tokens"]
+    effect = sum(float(each.effect_logprob.sum()) for each in scores) / total
+    assert effect == pytest.approx(metrics["eval_effect_logprob"], rel=1e-4, abs=1e-6)
+    assert len(list(trainer.score(make_records(3)))) == 3
+    with pytest.raises(ArgumentError, match="records: expected records or an eval_dataset, got NoneType"):
+        make_trainer(tmp_path).score()
