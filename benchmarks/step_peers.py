@@ -9,8 +9,8 @@
     unpadded            SFT: the factual pass unpadded, one example at a time, and a fused cross-entropy
 
 A step covers the same examples for all, in micro-batches whose gradients add up to the gradient of their mean. The
-official one is timed on one example a step: it is slow, and more would only take AdamW's small share from it. It is
-spared the cross-entropies that the published code computes and throws away, and the graph of its weights.
+official one is timed on one example a step: it is slow, and more would only take AdamW's small share from it. It does
+what the published code does with its logits, discarded cross-entropies included, but in float32.
 """
 
 from __future__ import annotations
@@ -95,12 +95,17 @@ def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
     """Padded on the left to a fixed length, as the published collation does, which aligns both responses."""
 
     def micro(factual: dict[str, Tensor], counterfactual: dict[str, Tensor], labels: Tensor) -> Tensor:
-        z1, z0 = (model(**inputs, use_cache=False).logits[0, :-1].float() for inputs in (factual, counterfactual))
-        is_label = labels != -100
-        with torch.no_grad():
-            picked = labels.clamp(min=0)[:, None]
-            p1, p0 = (z.softmax(-1).gather(-1, picked)[:, 0] for z in (z1, z0))
-            omega = torch.where(p1 - p0 > 0.05, 0.9, 0.1) * is_label
+        # As published: labels go into both forwards, whose own cross-entropies are computed and thrown away, the first
+        # with its output at the end; softmaxes over the vocabulary are part of the graph.
+        unshifted = torch.nn.functional.pad(labels, (1, 0), value=-100)[None]
+        first = model(**factual, labels=unshifted, use_cache=False)
+        second = model(**counterfactual, labels=unshifted, use_cache=False)
+        z1, z0 = (output.logits[0, :-1].float() for output in (first, second))
+        del second
+        picked = labels.clamp(min=0)[:, None]
+        p1, p0 = z1.softmax(-1), z0.softmax(-1)
+        personal = p1.gather(-1, picked)[:, 0] - p0.gather(-1, picked)[:, 0] > 0.05
+        omega = torch.where(personal, 0.9, 0.1) * (labels != -100)
         nll_f = cross_entropy(z1, labels, reduction="none")
         loss: Tensor = (omega * nll_f).sum() / omega.sum() + 0.1 * cross_entropy(z1 - z0, labels)
         return loss / len(examples)
