@@ -87,27 +87,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out [1, H, T, D] with heads innermost in memory, and the logsumexps [1, H, T] in float32 (float64)."""
     with torch.autocast(query.device.type, enabled=False):
-        return _run_forward(query, key, value, segments, scale, window, softcap)
-
-
-def _run_forward(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    kernel = choose_kernel(query, softcap)
-    merged = torch.promote_types(query.dtype, torch.float32)
-    out = _heads_last(query, merged)
-    logsumexp = query.new_empty(query.shape[:3], dtype=merged)
-    for piece in pieces(segments, window):
-        k, v = key[:, :, piece.keys], value[:, :, piece.keys]
-        part, lse = kernel.forward(query[:, :, piece.queries], k, v, piece, scale, softcap)
-        if not piece.is_own:
-            before = logsumexp[:, :, piece.queries]
-            both = torch.logaddexp(before, lse)
-            theirs, ours = (before - both).exp_()[..., None], (lse - both).exp_()[..., None]
-            part, lse = (out[:, :, piece.queries] * theirs).addcmul_(part, ours), both
-        out[:, :, piece.queries] = part.to(merged)
-        logsumexp[:, :, piece.queries] = lse
-    return _heads_last(query, query.dtype).copy_(out) if merged != query.dtype else out, logsumexp
+        kernel = choose_kernel(query, softcap)
+        merged = torch.promote_types(query.dtype, torch.float32)
+        out = _heads_last(query, merged)
+        logsumexp = query.new_empty(query.shape[:3], dtype=merged)
+        for piece in pieces(segments, window):
+            k, v = key[:, :, piece.keys], value[:, :, piece.keys]
+            part, lse = kernel.forward(query[:, :, piece.queries], k, v, piece, scale, softcap)
+            if not piece.is_own:
+                before = logsumexp[:, :, piece.queries]
+                both = torch.logaddexp(before, lse)
+                theirs, ours = (before - both).exp_()[..., None], (lse - both).exp_()[..., None]
+                part, lse = (out[:, :, piece.queries] * theirs).addcmul_(part, ours), both
+            out[:, :, piece.queries] = part.to(merged)
+            logsumexp[:, :, piece.queries] = lse
+        return _heads_last(query, query.dtype).copy_(out) if merged != query.dtype else out, logsumexp
 
 
 @torch.library.custom_op("nextquill::tree_attention_backward", mutates_args=())
@@ -124,33 +118,20 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return _run_backward(grad, query, key, value, out, logsumexp, segments, scale, window, softcap)
-
-
-def _run_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    segments: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = choose_kernel(query, softcap)
-    summed = torch.promote_types(query.dtype, torch.float32)
-    grads = tuple(_heads_last(tensor, summed).zero_() for tensor in (query, key, value))
-    for piece in pieces(segments, window):
-        q, k = piece.queries, piece.keys
-        parts = kernel.backward(
-            grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], logsumexp[:, :, q],
-            piece, scale, softcap,
-        )  # fmt: skip
-        for total, rows, part in zip(grads, (q, k, k), parts, strict=True):
-            total[:, :, rows] += part.to(summed)
-    return tuple(_heads_last(total, query.dtype).copy_(total) if summed != query.dtype else total for total in grads)  # type: ignore[return-value]
+        kernel = choose_kernel(query, softcap)
+        summed = torch.promote_types(query.dtype, torch.float32)
+        grads = tuple(_heads_last(tensor, summed).zero_() for tensor in (query, key, value))
+        for piece in pieces(segments, window):
+            q, k = piece.queries, piece.keys
+            parts = kernel.backward(
+                grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], logsumexp[:, :, q],
+                piece, scale, softcap,
+            )  # fmt: skip
+            for total, rows, part in zip(grads, (q, k, k), parts, strict=True):
+                total[:, :, rows] += part.to(summed)
+        return tuple(
+            _heads_last(total, query.dtype).copy_(total) if summed != query.dtype else total for total in grads
+        )  # type: ignore[return-value]
 
 
 def _heads_last(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,21 +10,18 @@ from nextquill.tree.varlen_kernels import why_not
 from tests.helpers import FLOAT32_RELATIVE, assert_close, relative_error
 from tests.tree.trees import (
     NAMES,
-    OPTIONS,
     SMALL,
     dense_attention,
     dense_results,
     grown_tree,
     inputs,
+    options,
     run,
     varlen_results,
 )
 
 pytestmark = pytest.mark.gpu
 TREE = build_prefix_tree(SMALL)
-options = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
-)
 
 
 @options

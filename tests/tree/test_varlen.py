@@ -24,12 +24,12 @@ from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close, rela
 from tests.tree.strategies import branch_lists
 from tests.tree.trees import (
     NAMES,
-    OPTIONS,
     SMALL,
     dense_attention,
     dense_results,
     grown_tree,
     inputs,
+    options,
     run,
     varlen_results,
 )
@@ -38,10 +38,6 @@ few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 CPU = torch.device("cpu")
 TREE = build_prefix_tree(SMALL)
 GROWN = grown_tree(150)
-
-options = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
-)
 
 
 def assert_all_close(actual, expected, relative=FLOAT32_RELATIVE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -60,6 +61,9 @@ def dense_attention(
 
 NAMES = "output", "query", "key", "value"
 OPTIONS = [{}, {"window": 1}, {"window": 3}, {"scale": 0.7}, {"softcap": 1.5}, {"window": 5, "softcap": 2.0}]
+options = pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "plain"
+)
 
 
 def inputs(rows, heads=4, kv_heads=2, size=8, dtype=torch.float32):
