@@ -1,4 +1,4 @@
-"""Which groups of branches go into one row under a token budget."""
+"""Which branches stand in a row together: by a token budget, and by what needs a gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nextquill.errors import ArgumentError, BudgetError
-from nextquill.tree.prefix_tree import sort_branches
+from nextquill.tree.prefix_tree import PrefixTree, build_prefix_tree, sort_branches
 
 
 def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens: int | None = None) -> list[list[int]]:
@@ -60,6 +60,34 @@ def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens
             raise BudgetError(f"groups[{index}]: its branches take {size} tokens together; max_tokens is {max_tokens}")
         rows.append([index])
     return rows
+
+
+def split_by_gradient(
+    branches: Sequence[Sequence[int] | Tensor], needs_grad: Sequence[bool]
+) -> tuple[PrefixTree | None, PrefixTree | None]:
+    """Two rows: the branches that need a gradient, and those that do not, which a forward without one computes.
+
+    Args:
+        branches: as in `build_prefix_tree`.
+        needs_grad: one per branch.
+
+    Returns:
+        The tree of the branches with gradient and that of the others, each with its branches in the order given; None
+        where there are none.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: as `build_prefix_tree`, or not one `needs_grad` per branch.
+    """
+    if len(needs_grad) != len(branches) or not branches:
+        raise ArgumentError(
+            f"needs_grad: expected one per branch of at least one, got {len(needs_grad)} for {len(branches)} branches"
+        )
+    groups = (
+        [branch for branch, need in zip(branches, needs_grad, strict=True) if bool(need) is want]
+        for want in (True, False)
+    )
+    trees = [build_prefix_tree(group) if group else None for group in groups]
+    return trees[0], trees[1]
 
 
 def _extended(

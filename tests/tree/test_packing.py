@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
-from nextquill.tree import build_prefix_tree, pack_branches
+from nextquill.tree import build_prefix_tree, pack_branches, split_by_gradient
 
 # Few tokens, so that branches fork often, end inside one another, and stand in several groups.
 BRANCH = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -86,3 +86,21 @@ def test_a_group_that_is_too_large_is_named_with_its_size() -> None:
 def test_what_cannot_be_packed(groups, budget, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         pack_branches(groups, budget)
+
+
+def test_branches_without_gradient_get_a_row_of_their_own() -> None:
+    branches = [[1, 2, 3], [1, 2, 4], [1, 5], [1, 2, 4, 6]]
+    with_grad, without = split_by_gradient(branches, [True, False, True, False])
+    assert with_grad is not None
+    assert without is not None
+    for tree, expected in ((with_grad, branches[::2]), (without, branches[1::2])):
+        assert [tree.input_ids[rows].tolist() for rows in tree.branch_rows] == expected
+    assert (len(with_grad), len(without)) == (4, 4), "tokens are shared within a row only"
+    assert split_by_gradient(branches, [True] * 4)[1] is None
+    assert split_by_gradient(branches, [False] * 4)[0] is None
+
+
+@pytest.mark.parametrize(("branches", "needs_grad"), [([[1], [2]], [True]), ([], [])])
+def test_needs_grad_is_one_per_branch(branches: list[list[int]], needs_grad: list[bool]) -> None:
+    with pytest.raises(ArgumentError, match=rf"needs_grad: expected one per branch .* got {len(needs_grad)} for"):
+        split_by_gradient(branches, needs_grad)
