@@ -51,6 +51,8 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.unwrap_model(wrapped).save_pretrained(options.output_dir, state_dict=state)
         tokenizer.save_pretrained(options.output_dir)
+    del wrapped  # before its process group: DDP's destructor, when the group's last owner, may wait for ever (gloo)
+    accelerator.free_memory()
     accelerator.end_training()
 
 

@@ -34,11 +34,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "tree": frozenset({"errors"}),
     "nextquill": _VALUES | {"functional", "losses", "tree"},
     "data": frozenset({"errors", "tree"}),
-    "report": frozenset({"errors"}),
-    "integrations": _LOSSES | {"data", "tree"},
+    "evaluation": frozenset({"errors"}),
+    "report": frozenset({"errors", "evaluation"}),
+    "integrations": _LOSSES | {"data", "evaluation", "tree"},
     "popi": _LOSSES | {"data", "tree"},
     "demo": _LOSSES | {"data", "tree", "integrations", "report", "nextquill"},
-    "cli": _LOSSES | {"data", "tree", "integrations", "popi", "report", "demo", "nextquill"},
+    "comparison": _LOSSES | {"data", "evaluation", "integrations", "report", "tree"},
+    "cli": _LOSSES
+    | {"comparison", "data", "demo", "evaluation", "integrations", "nextquill", "popi", "report", "tree"},
 }
 # For type checkers only: `nextquill.NextQuillTrainer` is imported on first use.
 MAY_NAME_AS_TYPE = {"nextquill": frozenset({"integrations"})}
@@ -47,18 +50,20 @@ HUGGING_FACE = frozenset(
     "accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers trl".split()
 )
 _TORCH = frozenset({"torch"})
-_TOOLS = frozenset({"matplotlib", "nltk", "rich", "rouge_score", "tqdm", "yaml"})
+_TOOLS = frozenset({"matplotlib", "nltk", "rich", "rouge_score", "sacrebleu", "tqdm", "yaml"})
+_RETRIEVAL = frozenset({"bm25s", "sentence_transformers"})
 MAY_USE: dict[str, frozenset[str]] = {
     **dict.fromkeys(MAY_IMPORT, _TORCH),
     "nextquill_kernels": _TORCH | {"triton"},
     "ops": _TORCH | {"nextquill_ext"},
     "tree": _TORCH | {"flash_attn"},
     "errors": frozenset(),
-    "data": _TORCH | HUGGING_FACE,
+    "data": _TORCH | {"jinja2", "numpy", "pyarrow"} | _RETRIEVAL | HUGGING_FACE,
+    "evaluation": frozenset({"nltk", "numpy", "rouge_score", "sacrebleu"}),
     "report": frozenset({"matplotlib", "rich"}),
-    **dict.fromkeys(("integrations", "popi", "demo", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
+    **dict.fromkeys(("popi", "demo", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
     # ZeRO-3 partitions weights, which are gathered to be probed.
-    "integrations": _TORCH | {"numpy", "deepspeed"} | _TOOLS | HUGGING_FACE,
+    "integrations": _TORCH | {"numpy", "deepspeed", "vllm"} | _TOOLS | HUGGING_FACE,
 }
 # These import Hugging Face packages inside functions only.
 HUGGING_FACE_ON_USE = frozenset({"data", "demo"})
@@ -316,11 +321,13 @@ class Absent:
             raise ModuleNotFoundError("absent here: " + name, name=name)
 
 sys.meta_path.insert(0, Absent())
-import nextquill, nextquill.data, nextquill.demo, nextquill.report.html, nextquill_kernels
+import nextquill, nextquill.data, nextquill.demo, nextquill.evaluation.results, nextquill.report.html, nextquill_kernels
 assert nextquill.PerCELoss and not any(name.split(".")[0] in {absent!r} for name in sys.modules)
 """
 
 
 def test_package_imports_with_torch_alone() -> None:
-    source = _WITHOUT_OPTIONAL_PACKAGES.format(absent=sorted(HUGGING_FACE | _TOOLS | {"triton"}))
+    source = _WITHOUT_OPTIONAL_PACKAGES.format(
+        absent=sorted(HUGGING_FACE | _TOOLS | _RETRIEVAL | {"jinja2", "pyarrow", "triton", "vllm"})
+    )
     subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT, timeout=120)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-import signal
-import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from tests.processes import run_to_end
+
 ROOT = Path(__file__).parents[2]
 ENGINES_ON_CPU = str(Path(__file__).parent / "engines_on_cpu.py")
+WATCHES_DDP = str(Path(__file__).parent / "watches_ddp.py")
 TIMEOUT = 200
 
 
@@ -52,21 +51,9 @@ def save_model_and_records(folder: Path) -> None:
 def run(words: list[str], **environment: str) -> str:
     """What a command printed, run from the repository's root."""
     told = {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true", "HF_HUB_OFFLINE": "1",
-        "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT),
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT),
     }  # fmt: skip
-    with subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, **told, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            printed, _ = process.communicate(timeout=TIMEOUT + 30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            printed, _ = process.communicate()
-            pytest.fail(f"{words} hung:\n{printed[-12000:]}")
-    assert process.returncode == 0, printed[-12000:]
-    return printed
+    return run_to_end(words, timeout=TIMEOUT + 30, cwd=ROOT, **told, **environment)
 
 
 def losses(printed: str) -> list[float]:

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from example_helpers import ENGINES_ON_CPU, ROOT, distance, losses, run
+from example_helpers import ENGINES_ON_CPU, ROOT, WATCHES_DDP, distance, losses, run
 
 CONFIGS = ROOT / "examples" / "configs"
 COMMAND = ["-m", "nextquill.cli.main", "train"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 FLOAT32 = ["--mixed_precision", "no"]
 LAUNCHES: dict[str, list[str]] = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "ddp": [*ACCELERATE, "examples/configs/ddp.yaml", *FLOAT32],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WATCHES_DDP],
+    "ddp": [*ACCELERATE, "examples/configs/ddp.yaml", *FLOAT32, WATCHES_DDP],
     "fsdp2": [*ACCELERATE, "examples/configs/fsdp2.yaml", *FLOAT32, ENGINES_ON_CPU],
     "zero3": [*ACCELERATE, "examples/configs/zero3.yaml", ENGINES_ON_CPU],
 }

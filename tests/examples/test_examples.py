@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from example_helpers import ENGINES_ON_CPU, ROOT, distance, losses, parameters, run
+from example_helpers import ENGINES_ON_CPU, ROOT, WATCHES_DDP, distance, losses, parameters, run
 
 EXAMPLES = ROOT / "examples"
 
@@ -64,14 +64,14 @@ def one_process(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return output, losses(printed)
 
 
-def two_processes(model: Path, output: Path, configuration: str, *, shim: bool, **environment: str) -> list[float]:
+def two_processes(model: Path, output: Path, configuration: str, *, shim: str, **environment: str) -> list[float]:
     """Losses of `accelerate launch` with batches of 4 on each of two processes, in float32."""
     words = command("accelerate_loop.py", model, output)
     words[words.index("--config_file") + 1] = f"examples/configs/{configuration}.yaml"
     script = words.index("examples/accelerate_loop.py")
     # DeepSpeed's precision is in its own file, whose "auto" the launcher's default fills.
     options = ["--num_processes", "2", *([] if configuration == "zero3" else ["--mixed_precision", "no"])]
-    words[script:script] = [*options, *([ENGINES_ON_CPU] if shim else [])]
+    words[script:script] = [*options, shim]
     printed = run([*words, "--learning_rate", "1e-3", "--batch_size", "4"], **environment)
     return losses(printed)
 
@@ -82,13 +82,13 @@ def check_equal(alone: tuple[Path, list[float]], output: Path, seen: list[float]
 
 
 def test_accelerate_under_ddp(model_folder: Path, one_process: tuple[Path, list[float]], tmp_path: Path) -> None:
-    seen = two_processes(model_folder, tmp_path / "out", "ddp", shim=False, ACCELERATE_USE_CPU="true")
+    seen = two_processes(model_folder, tmp_path / "out", "ddp", shim=WATCHES_DDP, ACCELERATE_USE_CPU="true")
     check_equal(one_process, tmp_path / "out", seen)
 
 
 @pytest.mark.slow
 def test_accelerate_under_fsdp2(model_folder: Path, one_process: tuple[Path, list[float]], tmp_path: Path) -> None:
-    seen = two_processes(model_folder, tmp_path / "out", "fsdp2", shim=True)
+    seen = two_processes(model_folder, tmp_path / "out", "fsdp2", shim=ENGINES_ON_CPU)
     check_equal(one_process, tmp_path / "out", seen)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -96,5 +96,5 @@ def test_accelerate_under_fsdp2(model_folder: Path, one_process: tuple[Path, lis
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_accelerate_under_zero3(model_folder: Path, one_process: tuple[Path, list[float]], tmp_path: Path) -> None:
-    seen = two_processes(model_folder, tmp_path / "out", "zero3", shim=True, DS_ACCELERATOR="cpu")
+    seen = two_processes(model_folder, tmp_path / "out", "zero3", shim=ENGINES_ON_CPU, DS_ACCELERATOR="cpu")
     check_equal(one_process, tmp_path / "out", seen)

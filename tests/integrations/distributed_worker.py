@@ -6,6 +6,7 @@ A process that waits for the others in vain prints where it stands and ends.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -201,4 +202,5 @@ if __name__ == "__main__":
     else:
         for name in TRAINED:
             train(root / name, name, processes=int(os.environ["WORLD_SIZE"]))
+        gc.collect()  # DDP must not outlive its process group
         dist.destroy_process_group()

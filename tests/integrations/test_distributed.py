@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import pytest
 import torch
 from distributed_worker import CASES, TRAINED, train
 
+from tests.processes import run_to_end
+
 HERE = Path(__file__).parent
 #: Workers print their stacks and end after this many seconds, and are killed a little later.
 TIMEOUT = 150
@@ -24,24 +24,9 @@ TIMEOUT = 150
 
 def run_workers(kind: str, folder: Path) -> None:
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    told = {
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": "1",
-        "WANDB_DISABLED": "true",
-        "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT),
-    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with subprocess.Popen(
-        [*launch, str(HERE / "distributed_worker.py"), kind, str(folder)],
-        env={**os.environ, **told}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    ) as workers:  # fmt: skip
-        try:
-            said, _ = workers.communicate(timeout=TIMEOUT + 30)
-        except subprocess.TimeoutExpired:
-            os.killpg(workers.pid, signal.SIGKILL)
-            said, _ = workers.communicate()
-            pytest.fail(f"the workers hung:\n{said[-12000:]}")
-    assert workers.returncode == 0, said[-12000:]
+    told = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT)}
+    run_to_end([*launch, str(HERE / "distributed_worker.py"), kind, str(folder)], timeout=TIMEOUT + 30, **told)
 
 
 @pytest.fixture(scope="module")
