@@ -15,9 +15,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, a minute or two).",
+    "convert": "Turn a public data set, a chat log, a table or an event log into training records.",
+    "inspect": "Show an example's prompts as tokens: what is shared, supervised and cut.",
+    "prepare": "Tokenise records once, into a folder that training reads from disk.",
     "train": "Fine-tune a model on users' histories with a causal loss.",
-    "evaluate": "Measure a model: nll with, without and under another user's history, effects, ROUGE-L.",
+    "evaluate": "Measure a model: generated text, nll with, without and under another user's history, effects.",
     "score": "Write every response token's effect, and show some in colour.",
+    "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
+    "compare": "Train several losses from the same start and report what sets them apart.",
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
