@@ -108,7 +108,7 @@ class ItemEffects:
     Args:
         index: the record's position.
         items: the history items of the prompt, oldest first: `title`, `text`, `timestamp`.
-        effects: [items][tokens], nll without the item minus nll with all, in nats.
+        effects: `[items][tokens]`, nll without the item minus nll with all, in nats.
         tokens: the response's tokens as text.
     """
 

@@ -1,0 +1,76 @@
+"""Answers that are right or wrong: accuracy and macro-F1 of labels, and exact match of texts.
+
+Labels are compared as LaMP's evaluation does (github.com/LaMP-Benchmark/LaMP, eval/evaluation.py): without the white
+space around them, and otherwise letter by letter. An answer that is no label of the task is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from nextquill.errors import ArgumentError
+from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts
+
+_SPACES = re.compile(r"\s+")
+
+
+def labels(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """Accuracy and macro-F1, as far as they are asked for.
+
+    Raises:
+        ArgumentError: a reference is not among the task's labels.
+    """
+    if texts.labels is not None:
+        for i, references in enumerate(texts.references):
+            for each in references:
+                if each.strip() not in texts.labels:
+                    raise ArgumentError(f"references[{i}]: expected one of {', '.join(texts.labels)}, got {each!r:.80}")
+    compute = {"accuracy": _accuracy, "f1_macro": _f1_macro}
+    return {name: compute[name](texts) for name in names}
+
+
+def exact_match(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """The share of predictions that equal a reference, up to white space and the Unicode form (NFC) of letters."""
+    pairs = zip(texts.references, texts.predictions, strict=True)
+    hits = [float(_plain(prediction) in map(_plain, references)) for references, prediction in pairs]
+    return {name: MetricScores.mean_of(hits, name) for name in names}
+
+
+def _accuracy(texts: Texts) -> MetricScores:
+    pairs = zip(texts.references, texts.predictions, strict=True)
+    hits = [float(prediction.strip() in [each.strip() for each in references]) for references, prediction in pairs]
+    return MetricScores.mean_of(hits, "accuracy")
+
+
+def _f1_macro(texts: Texts) -> MetricScores:
+    """Mean over the labels of F1 = 2 tp / (predicted + true), 0 for a label that neither has.
+
+    LaMP averages over every label of the task, also over one that does not occur. Without a list of labels it is those
+    of the references; a resample keeps them all.
+    """
+    truth = [each.strip() for each in texts.single_references("f1_macro")]
+    answers = [each.strip() for each in texts.predictions]
+    known = texts.labels if texts.labels is not None else sorted(set(truth))
+    column = {label: k for k, label in enumerate(known)}
+    counts = np.zeros((len(truth), 2, len(column)))  # [examples, (hits, predicted + true), labels]
+    for i, (right, answer) in enumerate(zip(truth, answers, strict=True)):
+        counts[i, 1, column[right]] += 1
+        if answer in column:
+            counts[i, 1, column[answer]] += 1
+            counts[i, 0, column[answer]] += answer == right
+    return MetricScores(counts.reshape(len(truth), -1), _macro_f1_from_sums)
+
+
+def _macro_f1_from_sums(sums: Floats) -> Floats:
+    hits, both = np.split(sums, 2, axis=-1)
+    f1: Floats = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both != 0)
+    mean: Floats = f1.mean(axis=-1)
+    return mean
+
+
+def _plain(text: str) -> str:
+    return _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()

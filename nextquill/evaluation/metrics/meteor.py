@@ -1,0 +1,76 @@
+"""METEOR, by nltk: words matched by form, by stem and, where WordNet is at hand, by synonym.
+
+    score = (1 − γ (chunks / matches)^β) · P R / (α P + (1 − α) R),   α = 0.9, β = 3, γ = 0.5
+
+with P and R the matched shares of the prediction's and of the reference's words, and chunks the runs of adjacent
+matches. Of several references the one that scores highest counts; no match scores 0. A text of n words scores 1 − 0.5 /
+n³ against itself.
+
+`meteor` needs two of nltk's data sets, `wordnet` and `punkt_tab`, and is then what `evaluate.load("meteor")` gives.
+Without them it is another measure and goes by another name, `meteor_exact_stem`: no synonyms, and sentences end at ".",
+"!" or "?" before a space. Figures under one name agree between machines. In both, scripts without spaces between words
+count by the character, which nltk's tokenizer would leave as one word.
+
+Source: A. Lavie and A. Agarwal, Meteor: An Automatic Metric for MT Evaluation, 2007.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from nextquill.evaluation.metrics.rouge import UNSPACED
+from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
+
+FULL, EXACT_STEM = "meteor", "meteor_exact_stem"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_CHARACTER = re.compile(rf"[{UNSPACED}]")
+
+
+class _NoSynonyms:
+    """In WordNet's place: no word has a synonym."""
+
+    def synsets(self, word: str) -> list[object]:
+        return []
+
+
+def has_word_data() -> bool:
+    """Whether nltk finds WordNet and the sentence splitter on this machine; nothing is downloaded."""
+    nltk = required("nltk", "nltk")
+    try:
+        nltk.corpus.wordnet.synsets("word")
+        nltk.tokenize.sent_tokenize("word")
+    except LookupError:
+        return False
+    return True
+
+
+def resolve(name: str) -> str:
+    """The name under which METEOR can be computed here: "meteor" becomes "meteor_exact_stem" without nltk's data."""
+    return EXACT_STEM if name == FULL and not has_word_data() else name
+
+
+def meteor(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """METEOR under each of the names, the mean of the examples' scores."""
+    return {name: MetricScores.mean_of(_scores(name, texts), name) for name in names}
+
+
+def _scores(name: str, texts: Texts) -> list[float]:
+    score = required("nltk.translate.meteor_score", "nltk").meteor_score
+    nltk = required("nltk", "nltk")
+    synonyms = nltk.corpus.wordnet if name == FULL else _NoSynonyms()
+    words: Callable[[str], list[str]] = nltk.tokenize.word_tokenize if name == FULL else _words
+    scores = []
+    for references, prediction in zip(texts.references, texts.predictions, strict=True):
+        tokens = [words(_spaced(reference)) for reference in references]
+        scores.append(float(score(tokens, words(_spaced(prediction)), wordnet=synonyms)))
+    return scores
+
+
+def _spaced(text: str) -> str:
+    return _CHARACTER.sub(r" \g<0> ", text)
+
+
+def _words(text: str) -> list[str]:
+    word_tokenize = required("nltk.tokenize", "nltk").word_tokenize
+    return [word for line in _SENTENCE_END.split(text) for word in word_tokenize(line, preserve_line=True)]

@@ -1,0 +1,61 @@
+"""Ratings from 1 to 5 that were written as text: their mean absolute error, and its quadratic counterpart.
+
+    MAE = mean |ŷ − y|      RMSE = √ mean (ŷ − y)²
+
+A prediction that is no number counts as the rating farthest from the right one, 1 or 5, as in LaMP's evaluation
+(github.com/LaMP-Benchmark/LaMP, eval/evaluation.py); so does "nan" or "inf", which would leave no score there. A number
+beyond the scale is taken as it is, also as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from nextquill.errors import ArgumentError
+from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, ratio
+
+LOWEST, HIGHEST = 1.0, 5.0
+
+
+def ratings(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """MAE and RMSE, as far as they are asked for.
+
+    Raises:
+        ArgumentError: a reference is no number, or an example has several.
+    """
+    errors = np.array(_errors(texts))
+    compute = {
+        "mae": lambda: MetricScores.mean_of(errors, "mae"),
+        "rmse": lambda: MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio),
+    }
+    return {name: compute[name]() for name in names}
+
+
+def read_rating(text: str) -> float | None:
+    """The number that a text is, or None."""
+    try:
+        rating = float(text)
+    except ValueError:
+        return None
+    return rating if math.isfinite(rating) else None
+
+
+def _errors(texts: Texts) -> list[float]:
+    """How far each prediction is from its reference, in rating points."""
+    errors = []
+    references = texts.single_references("a rating's error")
+    for i, (reference, prediction) in enumerate(zip(references, texts.predictions, strict=True)):
+        truth = read_rating(reference)
+        if truth is None:
+            raise ArgumentError(f"references[{i}]: expected a rating such as '4', got {reference!r:.80}")
+        rating = read_rating(prediction)
+        farthest = max(abs(LOWEST - truth), abs(HIGHEST - truth))
+        errors.append(farthest if rating is None else abs(rating - truth))
+    return errors
+
+
+def _root_of_ratio(sums: Floats) -> Floats:
+    return np.sqrt(ratio(sums))

@@ -1,0 +1,63 @@
+"""ROUGE-1, ROUGE-2 and ROUGE-L, by rouge_score, over words of any script.
+
+With P and R the shares of the prediction's and the reference's n-grams (of their words in the longest common
+subsequence, for L) that the other has, the score is F1 = 2PR / (P + R); of several references the one that scores
+highest counts. LaMP, LongLaMP and the review data of DPL and NextQuill are reported in ROUGE without stemming, which is
+the default of `evaluate.load("rouge")`; that is `rouge_1`, `rouge_2` and `rouge_l` here. With Porter's stemmer they are
+`rouge_1_stem` and so on. `evaluate` reports the median of bootstrapped means; here it is the mean itself.
+
+Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
+
+#: Thai and Lao, kana, CJK ideographs: scripts without spaces between words.
+UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+
+_ROUGE_TYPES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+_STEMMED = "_stem"
+
+
+class RougeWords:
+    """Words of any script, for ROUGE: rouge_score's own tokenizer knows ASCII letters only and scores other text 0.
+
+    Scripts that do not put spaces between words count by the character. On ASCII text the words, and so the scores, are
+    rouge_score's.
+
+    Args:
+        stem: reduce ASCII words of more than three letters to their stems, as rouge_score's `use_stemmer` does.
+    """
+
+    _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+
+    def __init__(self, stem: bool = True) -> None:
+        self._stemmer = required("nltk.stem.porter", "nltk").PorterStemmer() if stem else None
+
+    def tokenize(self, text: str) -> list[str]:
+        words = self._WORD.findall(text.lower())
+        if self._stemmer is None:
+            return words
+        return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
+def rouge(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """The ROUGE scores of that name, each the mean of the examples' F1; a text without a word scores 0."""
+    scores: dict[str, MetricScores] = {}
+    for stem in (False, True):
+        asked = [name for name in names if name.endswith(_STEMMED) == stem]
+        if not asked:
+            continue
+        types = {name: _ROUGE_TYPES[name.removesuffix(_STEMMED)] for name in asked}
+        scorer = required("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
+            list(types.values()), tokenizer=RougeWords(stem)
+        )
+        pairs = zip(texts.references, texts.predictions, strict=True)
+        results = [scorer.score_multi(references, prediction) for references, prediction in pairs]
+        for name, kind in types.items():
+            scores[name] = MetricScores.mean_of([float(result[kind].fmeasure) for result in results], name)
+    return scores

@@ -1,0 +1,43 @@
+"""BLEU and chrF of a whole corpus, from 0 to 100, by sacreBLEU, which also signs how it counted.
+
+BLEU = min(1, e^(1 − r/c)) · exp(¼ Σₙ log pₙ), with pₙ the share of the predictions' n-grams that their references have,
+c and r the words of both; sacreBLEU's defaults (13a words, exponential smoothing). It takes a text without spaces for
+one word; chrF, the F2 of n-grams of one to six characters, is the one to read there.
+
+Neither is a mean over examples. An example's statistics are its counts of n-grams, and the measure of any resample
+follows from their sums.
+
+Sources: K. Papineni et al., BLEU, 2002; M. Popović, chrF, 2015; M. Post, A Call for Clarity in Reporting BLEU, 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, required
+
+
+def sacre(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
+    """BLEU and chrF, as far as they are asked for."""
+    module = required("sacrebleu.metrics", "sacrebleu")
+    # `force`: no warning about text that looks tokenized.
+    metrics = {"bleu": lambda: module.BLEU(force=True), "chrf": lambda: module.CHRF()}
+    return {name: _corpus_scores(metrics[name](), texts) for name in names}
+
+
+def _corpus_scores(metric: Any, texts: Texts) -> MetricScores:
+    most = max(map(len, texts.references))
+    # As sacreBLEU has them: the first reference of every example, the second of every example, …; None where there is
+    # none.
+    streams = [[each[k] if k < len(each) else None for each in texts.references] for k in range(most)]
+    # These two methods are what sacreBLEU's own significance tests are built on.
+    statistics = np.asarray(metric._extract_corpus_statistics(list(texts.predictions), streams), dtype=np.float64)
+
+    def from_sums(sums: Floats) -> Floats:
+        rows = sums.reshape(-1, sums.shape[-1]).tolist()
+        return np.array([metric._compute_score_from_stats(row).score for row in rows]).reshape(sums.shape[:-1])
+
+    return MetricScores(statistics, from_sums, signature=str(metric.get_signature()))

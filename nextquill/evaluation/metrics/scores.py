@@ -1,0 +1,179 @@
+"""What a measure is given and what comes out: texts, and the scores of every example as sums that can be resampled.
+
+Every measure here is a function of sums over examples: value = f(Σᵢ sᵢ), with a row of statistics sᵢ for each example.
+A mean has sᵢ = (xᵢ, 1) and f = a / b; BLEU sums its counts of n-grams. So a bootstrap or a permutation adds rows up
+again and never reads a text twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+
+Floats = NDArray[np.float64]
+#: One text, or several that are all right.
+Reference = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class MetricScores:
+    """One measure over some examples.
+
+    Args:
+        statistics: [examples, columns], a row an example.
+        from_sums: [..., columns] -> [...], the measure from rows added up.
+        per_example: [examples], each example's own score where the measure is their mean, else None.
+        signature: how it was computed, where the library that did says so (sacreBLEU).
+    """
+
+    statistics: Floats
+    from_sums: Callable[[Floats], Floats]
+    per_example: Floats | None = None
+    signature: str = ""
+
+    @property
+    def value(self) -> float:
+        """The measure over all examples."""
+        return float(self.from_sums(self.statistics.sum(axis=0)))
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    @classmethod
+    def mean_of(cls, values: Sequence[float] | Floats, name: str = "values") -> MetricScores:
+        """The mean of the examples' scores.
+
+        Args:
+            values: finite numbers, one an example.
+            name: what an error calls them.
+
+        Raises:
+            ArgumentError: there are none, or one is not finite.
+        """
+        scores = finite_numbers(name, values)
+        return cls(np.stack([scores, np.ones_like(scores)], axis=1), ratio, per_example=scores)
+
+    @classmethod
+    def ratio_of(cls, sums: Sequence[float] | Floats, counts: Sequence[float] | Floats) -> MetricScores:
+        """Σ sums / Σ counts, as a mean over tokens is: an example weighs as much as it has tokens.
+
+        Args:
+            sums: each example's sum.
+            counts: what each is a sum of; none negative, and not all 0.
+
+        Raises:
+            ArgumentError: a number is not finite, a count is negative, all are 0, or there are not as many of both.
+        """
+        totals, weights = finite_numbers("sums", sums), finite_numbers("counts", counts)
+        if len(totals) != len(weights):
+            raise ArgumentError(f"counts: expected {len(totals)}, one for each of sums, got {len(weights)}")
+        if (weights < 0).any() or not weights.any():
+            raise ArgumentError("counts: expected none below 0 and one above it")
+        return cls(np.stack([totals, weights], axis=1), ratio)
+
+
+def ratio(sums: Floats) -> Floats:
+    """[..., 2] -> [...], the first column by the second; 0 where both are 0."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] != 0)
+
+
+def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
+    """The values as an array.
+
+    Raises:
+        ArgumentTypeError: they are no numbers.
+        ArgumentError: there are none, or one is not finite.
+    """
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"{name}: expected numbers, got {values!r:.80}") from error
+    if numbers.ndim != 1 or not len(numbers):
+        raise ArgumentError(f"{name}: expected at least one number in a row, got shape {list(numbers.shape)}")
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if len(bad):
+        raise ArgumentError(f"{name}[{bad[0]}]: expected a finite number, got {numbers[bad[0]]}")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Checked input of a measure of texts: `references[i]` are the right answers for `predictions[i]`.
+
+    Args:
+        references: one or more an example.
+        predictions: one an example.
+        labels: every answer there is, where the task has a list of them.
+    """
+
+    references: tuple[tuple[str, ...], ...]
+    predictions: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+    @classmethod
+    def checked(
+        cls, references: Sequence[Reference], predictions: Sequence[str], labels: Sequence[str] | None = None
+    ) -> Texts:
+        """The same, checked.
+
+        Raises:
+            ArgumentTypeError: something is not a string.
+            ArgumentError: there are no examples, not as many of both, or an example without a reference.
+        """
+        for name, values in (("references", references), ("predictions", predictions), ("labels", labels)):
+            if isinstance(values, str):
+                raise ArgumentTypeError(f"{name}: expected a sequence of texts, got a single one")
+        if len(references) != len(predictions):
+            raise ArgumentError(
+                f"predictions: expected {len(references)}, as many as references, got {len(predictions)}"
+            )
+        if not predictions:
+            raise ArgumentError("predictions: expected at least one, got none")
+        several = tuple(
+            (each,) if isinstance(each, str) else _texts(f"references[{i}]", each) for i, each in enumerate(references)
+        )
+        empty = next((i for i, each in enumerate(several) if not each), None)
+        if empty is not None:
+            raise ArgumentError(f"references[{empty}]: expected at least one text, got none")
+        return cls(several, _texts("predictions", predictions), None if labels is None else _texts("labels", labels))
+
+    def single_references(self, metric: str) -> list[str]:
+        """The one reference of each example.
+
+        Raises:
+            ArgumentError: an example has several, and `metric` is not defined for that.
+        """
+        for i, each in enumerate(self.references):
+            if len(each) > 1:
+                raise ArgumentError(f"references[{i}]: {metric} takes one reference an example, got {len(each)}")
+        return [each[0] for each in self.references]
+
+
+def _texts(name: str, values: object) -> tuple[str, ...]:
+    if not isinstance(values, Sequence):
+        raise ArgumentTypeError(f"{name}: expected a text or several, got {type(values).__name__}")
+    for i, each in enumerate(values):
+        if not isinstance(each, str):
+            raise ArgumentTypeError(f"{name}[{i}]: expected a string, got {type(each).__name__}")
+    return tuple(values)
+
+
+def required(module: str, package: str) -> Any:
+    """A module of an optional package.
+
+    Raises:
+        BackendUnavailableError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"metrics: {package} is not installed ({error}); pip install 'nextquill[cli]'"
+        ) from error

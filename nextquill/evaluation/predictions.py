@@ -1,0 +1,154 @@
+"""Prediction files as LaMP's and LongLaMP's own scorers read them, written and scored.
+
+    {"task": "LaMP_4", "golds": [{"id": "310", "output": "a headline"}, …]}
+
+Predictions and right answers have the same form, under the same key (README.md of github.com/LaMP-Benchmark/LaMP and of
+github.com/LongLaMP-benchmark/LongLaMP-Benchmark). A scorer takes two files that name the same task and the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.evaluation.metrics import MetricScores
+from nextquill.evaluation.tasks import Task, task_of_file
+
+#: The scorer compares ids as they are: "310" is not 310.
+Id = str | int
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """What a file of predictions or of right answers holds.
+
+    Args:
+        task: as the file names it.
+        outputs: text by id, in the file's order.
+    """
+
+    task: str
+    outputs: dict[Id, str]
+
+
+def write_predictions(
+    path: Path, task: Task | str, predictions: Iterable[tuple[Id, str]], *, ids: Sequence[Id] | None = None
+) -> None:
+    """Write the file whole, or leave what was there.
+
+    Args:
+        path: of the file; it is replaced.
+        task: a task with such files, or the name to write.
+        predictions: id and text of every example.
+        ids: those of all right answers, where known: each must have its prediction.
+
+    Raises:
+        ArgumentTypeError: an id or a text has the wrong type.
+        ArgumentError: an id comes twice, is missing or is not among `ids`; or the task has no such files.
+    """
+    if isinstance(task, Task) and not task.file_names:
+        raise ArgumentError(f"task: {task.name} has no prediction file of its own")
+    outputs: dict[Id, str] = {}
+    for k, (key, text) in enumerate(predictions):
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise ArgumentTypeError(f"predictions[{k}]: expected a string or an integer as id, got {key!r}")
+        if not isinstance(text, str):
+            raise ArgumentTypeError(f"predictions[{k}]: expected a string as text, got {type(text).__name__}")
+        if key in outputs:
+            raise ArgumentError(f"predictions[{k}]: id {key!r} comes twice")
+        outputs[key] = text
+    if ids is not None:
+        _check_ids("predictions", outputs, "ids", ids)
+    golds = [{"id": key, "output": text} for key, text in outputs.items()]
+    name = task.file_names[0] if isinstance(task, Task) else task
+    _write_whole(path, json.dumps({"task": name, "golds": golds}, indent=1) + "\n")
+
+
+def read_predictions(path: Path) -> PredictionFile:
+    """A file of predictions or of right answers.
+
+    Raises:
+        RecordError: it cannot be read, does not have the form, or has an id twice; the message names file and entry.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("task"), str) or not isinstance(raw.get("golds"), list):
+        raise RecordError(f"{path}: expected an object with a string 'task' and a list 'golds'")
+    outputs: dict[Id, str] = {}
+    for k, entry in enumerate(raw["golds"]):
+        key, text = _entry(entry, f"{path}: golds[{k}]")
+        if key in outputs:
+            raise RecordError(f"{path}: golds[{k}]: id {key!r} comes twice")
+        outputs[key] = text
+    return PredictionFile(raw["task"], outputs)
+
+
+def score_predictions(predictions: Path, golds: Path, task: Task | None = None) -> dict[str, MetricScores]:
+    """The scores of a prediction file, in the measures of its task and in the order of the right answers.
+
+    Args:
+        predictions, golds: the two files.
+        task: what to score it as, where that is not what the files call it.
+
+    Raises:
+        RecordError: a file is damaged, or they are of different tasks or ids.
+        ArgumentError: no task has the files' name, or a right answer is none of the task's.
+    """
+    given, right = read_predictions(predictions), read_predictions(golds)
+    if given.task != right.task:
+        raise RecordError(f"{predictions}: expected predictions of {right.task!r} as in {golds}, got {given.task!r}")
+    try:
+        _check_ids(str(predictions), given.outputs, str(golds), right.outputs)
+    except ArgumentError as error:
+        raise RecordError(str(error)) from error
+    task = task or task_of_file(right.task)
+    references = [task.read_reference(text, f"{golds}: id {key!r}") for key, text in right.outputs.items()]
+    return task.compute(references, [given.outputs[key] for key in right.outputs])
+
+
+def _entry(entry: Any, where: str) -> tuple[Id, str]:
+    if not isinstance(entry, dict):
+        raise RecordError(f"{where}: expected an object, got {type(entry).__name__}")
+    for field in ("id", "output"):
+        if field not in entry:
+            raise RecordError(f"{where}: field {field!r} is missing")
+    key, text = entry["id"], entry["output"]
+    if not isinstance(key, (str, int)) or isinstance(key, bool):
+        raise RecordError(f"{where}: field 'id': expected a string or an integer, got {type(key).__name__}")
+    # A rating may have been written as a number; LaMP's scorer turns it into a string as well.
+    if not isinstance(text, (str, int, float)) or isinstance(text, bool):
+        raise RecordError(f"{where}: field 'output': expected a string, got {type(text).__name__}")
+    return key, str(text)
+
+
+def _check_ids(name: str, given: Iterable[Id], other: str, wanted: Iterable[Id]) -> None:
+    have, want = list(given), list(wanted)
+    for keys, known, what in (
+        (want, set(have), f"no prediction for id {{!r}} of {other}"),
+        (have, set(want), f"id {{!r}} is not in {other}"),
+    ):
+        strange = [key for key in keys if key not in known]
+        if strange:
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            raise ArgumentError(f"{name}: {what.format(strange[0])}{more}")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""Two methods with several seeds each."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from nextquill.errors import ArgumentError
+from nextquill.evaluation.bootstrap import paired_difference, paired_over_seeds
+from nextquill.evaluation.metrics import compute
+
+RNG = np.random.default_rng(0)
+USERS = RNG.normal(size=40)
+
+
+def runs(*shifts):
+    """Runs on 40 users that differ by a shift and little else."""
+    return [USERS + shift + 0.01 * np.random.default_rng(k).normal(size=40) for k, shift in enumerate(shifts)]
+
+
+def test_one_seed_a_side_is_a_paired_difference():
+    a, b = RNG.normal(size=(2, 40))
+    one, plain = paired_over_seeds([a], [b]), paired_difference(a, b)
+    assert (one.difference, one.low, one.high, one.p_value) == pytest.approx(
+        (plain.difference, plain.low, plain.high, plain.p_value)
+    )
+    assert (one.p_seeds, one.seeds, one.num) == (None, (1, 1), 40)
+
+
+def test_difference_is_that_of_the_means_of_runs():
+    result = paired_over_seeds(runs(1, 2, 6), runs(0, 1))
+    assert result.difference == pytest.approx(2.5, abs=0.01)
+    assert result.seeds == (3, 2)
+
+
+def test_seeds_that_disagree_widen_the_interval_and_bound_the_p_value():
+    agreeing = paired_over_seeds(runs(1, 1, 1), runs(0, 0, 0))
+    disagreeing = paired_over_seeds(runs(3, 0, 0), runs(0, 0, 0))
+    assert agreeing.low > 0.9
+    assert disagreeing.low <= 0.01 < 1 < disagreeing.high
+    assert agreeing.p_users == disagreeing.p_users == pytest.approx(1 / 2001)
+    assert agreeing.p_value == agreeing.p_seeds == pytest.approx(2 / math.comb(6, 3))
+    assert disagreeing.p_value > 0.1
+
+
+def test_one_run_a_side_cannot_see_what_its_seed_did():
+    assert paired_over_seeds(runs(3), runs(0)).low > 2.9
+
+
+def test_matched_seeds_are_drawn_and_exchanged_in_pairs():
+    a, b = runs(1, 6, 12), runs(0, 5, 11)
+    apart, matched = paired_over_seeds(a, b), paired_over_seeds(a, b, matched=True)
+    assert apart.low < 0 < apart.high
+    assert apart.p_seeds > 0.5
+    assert (matched.low, matched.high) == pytest.approx((1, 1), abs=0.05)
+    assert matched.p_seeds == 2 / 2**3
+
+
+def test_two_seeds_have_the_spread_of_their_mean():
+    # Drawing one of two runs: the mean is either run's, which has the variance s²/2 that a mean of two has.
+    result = paired_over_seeds(runs(0, 1), [USERS], level=0.4)
+    assert (result.low, result.high) == pytest.approx((0, 1), abs=0.05)
+
+
+def test_measures_of_a_corpus_are_averaged_over_seeds():
+    references = ["the cat sat on the mat", "it slept in the warm sun", "the dog ran by all day"]
+    good = [compute(["bleu"], references, references)["bleu"]] * 2
+    poor = compute(["bleu"], references, [text.replace("the", "a") for text in references])["bleu"]
+    result = paired_over_seeds(good, [poor])
+    assert result.difference == pytest.approx(100 - poor.value)
+    assert result.p_users == 2 / 2**3
+
+
+def test_runs_of_a_side_weigh_as_much_as_those_of_the_other():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.3, 1, size=(3, 10)), rng.normal(size=10)
+    plain = paired_difference(a.mean(axis=0), b)
+    assert paired_over_seeds(list(a), [b]).p_users == plain.p_value
+    assert 0.05 < plain.p_value < 0.9
+
+
+def test_p_value_is_no_smaller_than_the_interval_allows():
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        a, b = rng.normal(0.1, 1, size=(5, 20)), rng.normal(size=(5, 20))
+        result = paired_over_seeds(list(a), list(b), resamples=200, seed=k)
+        assert result.p_value > 0.05 or result.excludes_zero
+        assert result.p_value >= max(result.p_users, result.p_seeds)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "matched", "message"),
+    [
+        ([], [[1.0]], False, "a: expected the scores of at least one run, got none"),
+        ([[1.0]], [[1.0], [1.0, 2.0]], False, r"b\[1\]: expected scores of the same measure and examples as a\[0\]"),
+        ([[1.0]], [[1.0], [math.inf]], False, r"b\[1\]\[0\]: expected a finite number, got inf"),
+        ([[1.0]], [[1.0], [1.0]], True, "b: expected 1 runs, each matched to one of a, got 2"),
+    ],
+)
+def test_unusable_runs_are_named(a, b, matched, message):
+    with pytest.raises(ArgumentError, match=message):
+        paired_over_seeds(a, b, matched=matched)
+
+
+def simulate(num_seeds, comparisons, resamples):
+    """Shares of comparisons of equal methods whose interval holds 0, and whose p-value is at most 0.05."""
+    rng, held, rejected = np.random.default_rng(7), 0, 0
+    for k in range(comparisons):
+        seeds, users = rng.normal(scale=0.3, size=(2, num_seeds, 1)), rng.normal(size=(1, 1, 50))
+        noise = rng.normal(scale=0.5, size=(2, 1, 50)) + rng.normal(scale=0.5, size=(2, num_seeds, 50))
+        a, b = seeds + users + noise
+        result = paired_over_seeds(list(a), list(b), resamples=resamples, seed=k)
+        held += result.low <= 0 <= result.high
+        rejected += result.p_value <= 0.05
+    return held / comparisons, rejected / comparisons
+
+
+def test_methods_that_do_not_differ_are_rarely_told_apart():
+    held, rejected = simulate(5, 150, 200)
+    assert held >= 0.88
+    assert rejected <= 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_seeds", "expected"), [(1, 0.46), (2, 0.86), (3, 0.92), (5, 0.94)])
+def test_coverage_is_as_documented(num_seeds, expected):
+    held, rejected = simulate(num_seeds, 1000, 500)
+    assert held == pytest.approx(expected, abs=0.025)
+    assert num_seeds == 1 or rejected <= 0.07

@@ -1,0 +1,325 @@
+"""The documentation says what is so: its names, links, figures, code and commands are checked against the package."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import yaml
+
+from nextquill.cli import parsing
+from nextquill.cli.main import COMMANDS, main
+from nextquill.comparison.arms import ARMS, BASE
+from nextquill.data import parse_record, read_jsonl
+from nextquill.data.loaders import FORMATS
+from nextquill.evaluation.results import read_evaluation, read_item_effects
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+#: Packages whose names are for use inside the library.
+INTERNAL = {"nextquill.ops", "nextquill.reference", "nextquill.demo"}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    title: str | None
+    text: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.page.relative_to(DOCS).as_posix()}:{self.line}"
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+    return [
+        Block(page, text.count("\n", 0, each.start()) + 1, *each.groups())
+        for each in found
+        if each[1] in languages and "--8<--" not in each[3]
+    ]
+
+
+def all_blocks(*languages: str) -> list:
+    return [pytest.param(block, id=block.id) for page in PAGES for block in blocks(page, *languages)]
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each line of a shell block, a line with a trailing backslash joined to the next."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+# ---- the reference -------------------------------------------------------------------------------------
+
+
+def documented() -> dict[str, set[str]]:
+    """The names that the reference shows, by the module they are defined in."""
+    shown: dict[str, set[str]] = {}
+    for page in (DOCS / "reference").glob("*.md"):
+        for found in re.finditer(
+            r"^::: (\S+)\n((?:    .*\n|\n(?=    ))*)", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            options = (yaml.safe_load(found[2]) or {}).get("options", {})
+            members = options.get("members")
+            names = public_names(found[1], constants=False) if members is None else set(members or ())
+            shown.setdefault(found[1], set()).update(names)
+    return shown
+
+
+def public_names(module: str, *, constants: bool = True) -> set[str]:
+    """What a module defines at its top level, private names left out; constants are shown where they are asked for."""
+    path = ROOT.joinpath(*module.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif constants and isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+PACKAGES = sorted(
+    name
+    for path in (ROOT / "nextquill").rglob("__init__.py")
+    if "__all__" in path.read_text(encoding="utf-8")
+    and (name := ".".join(path.parent.relative_to(ROOT).parts)) not in INTERNAL
+)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_in_the_reference(package):
+    shown = documented()
+    everywhere = set().union(*shown.values())
+    module = importlib.import_module(package)
+
+    def is_shown(name):
+        value = getattr(module, name)
+        home = getattr(value, "__module__", None)
+        if isinstance(value, type(sys)):
+            return value.__name__ in shown
+        return name in (everywhere if home is None or not home.startswith("nextquill") else shown.get(home, ()))
+
+    assert [name for name in module.__all__ if not is_shown(name)] == []
+
+
+def test_the_reference_names_nothing_that_is_not_there():
+    missing = [f"{module}.{name}" for module, names in documented().items() for name in names - public_names(module)]
+    assert missing == []
+
+
+def test_a_name_that_is_left_out_is_noticed(monkeypatch):
+    shown = documented()
+    shown["nextquill.losses"].discard("PerCELoss")
+    monkeypatch.setitem(globals(), "documented", lambda: shown)
+    with pytest.raises(AssertionError, match="PerCELoss"):
+        test_every_public_name_is_in_the_reference("nextquill")
+
+
+# ---- pages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_links_lead_to_files(page):
+    """As they are read on GitHub; the site's build checks them and their anchors once more."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_lines_are_not_long(page):
+    lines = [
+        line
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if not line.startswith(
+            ("|", "{", "Examples/s", "Times", "Speed")
+        )  # tables, data, and the lines below generated tables
+    ]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_figures_of_the_guide_are_the_ones_that_were_measured():
+    """Each number with a decimal point in it is in the README or among the benchmarks' tables."""
+    sources = (ROOT / "README.md").read_text(encoding="utf-8") + (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    measured = {float(number) for number in re.findall(r"\d*\.\d+", sources)}
+    guide = (DOCS / "guides" / "choosing-a-loss.md").read_text(encoding="utf-8")
+    assert [number for number in re.findall(r"\d*\.\d+", guide) if float(number) not in measured] == []
+
+
+@pytest.mark.parametrize("block", [param for param in all_blocks("json") if param.values[0].title is None])
+def test_records_are_records(block):
+    parse_record(json.loads(block.text), block.id)
+
+
+# ---- code ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", all_blocks("python"))
+def test_python_is_valid(block):
+    ast.parse(block.text, filename=block.id)
+
+
+def test_the_worked_example_prints_what_its_comments_say():
+    names, checked = {}, 0
+    for block in blocks(DOCS / "guides" / "reading-effects.md", "python"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(block.text, block.id, "exec"), names)
+        said = re.findall(r"^print\(.*?\)  # ([\d.]+) and ([\d.]+):", block.text, re.MULTILINE)
+        printed = [re.findall(r"-?\d+\.\d+", line) for line in out.getvalue().splitlines()]
+        assert [[f"{float(number):.4f}" for number in pair] for pair in said] == printed
+        checked += len(said)
+    assert checked == 5
+
+
+# ---- commands ------------------------------------------------------------------------------------------
+
+
+class Parsed(BaseException):
+    """The words of a command were taken; it goes no further."""
+
+
+def check_command(words: list[str]) -> None:
+    """Let nextquill parse a command as far as its flags go, and nothing more.
+
+    Raises:
+        AssertionError: it refuses them; the message is its own.
+    """
+    with (
+        mock.patch.object(parsing, "_instantiate", side_effect=Parsed),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        try:
+            code = main(words)
+        except Parsed:
+            return
+    raise AssertionError(f"nextquill {shlex.join(words)}: exit code {code}: {said.getvalue()}")
+
+
+@pytest.mark.parametrize("block", all_blocks("bash"))
+def test_commands_and_flags_exist(block):
+    for words in commands(block):
+        if words[0] == "nextquill":
+            check_command(words[1:])
+        elif "nextquill.cli.main" in words:
+            assert words[words.index("nextquill.cli.main") + 1] in COMMANDS
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trian"],
+        ["train", "--train_file", "a.jsonl", "--model_name_or_path", "tiny"],  # without --output_dir
+        ["train", "--train_file", "a", "--model_name_or_path", "tiny", "--output_dir", "o", "--los", "sft"],
+        ["train", "--train_file", "a", "--model_name_or_path", "tiny", "--output_dir", "o", "--loss", "stf"],
+    ],
+    ids=["command", "missing", "flag", "value"],
+)
+def test_a_wrong_command_is_noticed(words):
+    with pytest.raises(AssertionError, match="exit code 2"):
+        check_command(words)
+
+
+def run(words: list[str]) -> None:
+    """`nextquill` in this process.
+
+    Raises:
+        AssertionError: it fails.
+    """
+    assert words[0] == "nextquill"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(words[1:])
+    assert code == 0, f"{shlex.join(words)}: {said.getvalue()}"
+
+
+def test_every_format_is_shown_and_its_example_is_converted(tmp_path, monkeypatch):
+    page = DOCS / "guides" / "data-formats.md"
+    monkeypatch.chdir(tmp_path)
+    converted = set()
+    for block in blocks(page, "json", "csv", "bash"):
+        if block.title is not None:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language == "bash" and "hf://" not in block.text:
+            for words in commands(block):
+                run(words)
+                assert read_jsonl(words[words.index("--output_file") + 1])
+                converted.add(words[words.index("--format") + 1])
+    assert converted == set(FORMATS)
+    assert re.findall(r"^## (\w+): ", page.read_text(encoding="utf-8"), re.MULTILINE)[: len(FORMATS)] == list(
+        dict.fromkeys(words[words.index("--format") + 1] for block in blocks(page, "bash") for words in commands(block))
+    )
+
+
+def test_every_arm_is_in_the_guide_on_comparing():
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "guides" / "compare.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [BASE, *ARMS]
+
+
+@pytest.mark.slow
+def test_the_way_from_a_log_to_a_report_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(DOCS / "guides" / "from-log-to-report.md", "python", "bash"):
+        if block.language == "python":
+            exec(compile(block.text, block.id, "exec"), {})
+        else:
+            for words in commands(block):
+                run(words)
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "runs/sft" in page or "sft" in page
+    evaluated = read_evaluation(Path("runs/causal/evaluation"))
+    assert evaluated.num_examples == 24
+    assert {"nll_factual", "effect_placebo"} <= set(evaluated.metrics)
+    assert len(read_item_effects(Path("runs/causal/evaluation"))) == 3
+
+
+# ---- the site ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    command_line = (tmp_path / "reference" / "command-line.html").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f'id="nextquill-{name}"' not in command_line] == []
+    inventory = zlib.decompress((tmp_path / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]).decode("utf-8")
+    shown = {line.split(" ", 1)[0] for line in inventory.splitlines()}
+    assert [
+        f"{module}.{name}"
+        for module, names in documented().items()
+        for name in names
+        if f"{module}.{name}" not in shown
+    ] == []
+    for page in tmp_path.rglob("*.html"):
+        elements = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text(encoding="utf-8"))
+        assert [each for each in elements if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", each)] == []
