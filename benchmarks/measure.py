@@ -68,6 +68,7 @@ class Options:
         device: "cpu" or "cuda"; by default a GPU where there is one.
         budget: seconds in which to end; fewer rounds are taken, never below three, and what does not fit is left out.
         save: called with all rows so far whenever there are more.
+        full: the largest size, however long it takes, where a suite has one.
     """
 
     rounds: int = 7
@@ -75,6 +76,7 @@ class Options:
     device: str | None = None
     budget: float | None = None
     save: Callable[[list[Row]], None] = lambda rows: None
+    full: bool = False
 
 
 def time_in_turns(

@@ -12,7 +12,12 @@ from pathlib import Path
 from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, write_csv
 
 #: Modules with a `run(options)`; imported when asked for, because `step` needs transformers and `head` only torch.
-SUITES = {"step": "benchmarks.step", "head": "benchmarks.head", "native": "benchmarks.native"}
+SUITES = {
+    "step": "benchmarks.step",
+    "head": "benchmarks.head",
+    "native": "benchmarks.native",
+    "prepare": "benchmarks.prepare",
+}
 
 
 def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentParser:
@@ -21,6 +26,7 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="which to run; all by default")
     parser.add_argument("--rounds", type=_positive(int), default=7, help="turns that each provider takes at most")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--full", action="store_true", help="the largest size, where a suite has one (prepare)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
     parser.add_argument(
         "--budget", type=_positive(float), default=330.0, help="seconds per suite: fewer rounds where time is short"
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
             saved[:] = rows
             write_csv(rows, path)
 
-        options = Options(chosen.rounds, chosen.quick, chosen.device, chosen.budget, save)
+        options = Options(chosen.rounds, chosen.quick, chosen.device, chosen.budget, save, chosen.full)
         try:
             save(importlib.import_module(SUITES[name]).run(options))
         except GateError as error:

@@ -89,7 +89,12 @@ def test_wheel_holds_every_module(wheel_files: list[str]) -> None:
 
 def test_wheel_holds_its_data_and_nothing_else(wheel_files: list[str]) -> None:
     others = {name for name in wheel_files if ".dist-info/" not in name and not name.endswith(".py")}
-    assert {"nextquill/py.typed", "nextquill_kernels/py.typed", "nextquill/report/page.css", "nextquill/report/page.js"} <= others
+    assert {
+        "nextquill/py.typed",
+        "nextquill_kernels/py.typed",
+        "nextquill/report/page.css",
+        "nextquill/report/page.js",
+    } <= others
     assert {PurePosixPath(name).suffix for name in others} <= {".typed", ".css", ".js", ".yaml", ".json", ".jsonl"}
 
 

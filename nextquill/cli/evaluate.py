@@ -3,110 +3,202 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-
+from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.main import OK
-from nextquill.cli.options import EvaluateOptions, ModelOptions, PromptOptions, ScoreFiles, check_positive
+from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, option
 from nextquill.cli.parsing import parse
 from nextquill.cli.progress import bar
-from nextquill.cli.scored import Scored, claim_output_file
-from nextquill.integrations.generation import greedy_responses, rouge_l
-from nextquill.integrations.scoring import ExampleScores
-from nextquill.losses import DEFAULT_THRESHOLD
-from nextquill.report.files import write_whole
+from nextquill.cli.scored import Loaded, check_files, claim_output_file, eval_records
+from nextquill.data import Record
+from nextquill.data.collator import BRANCHES
+from nextquill.data.skipped import SkippedRecords
+from nextquill.errors import ArgumentError, NextQuillError, RecordError
+from nextquill.evaluation.compare import compare_evaluations
+from nextquill.evaluation.metrics import METRICS
+from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
+from nextquill.evaluation.tasks import TASKS
+from nextquill.files import write_whole
+from nextquill.integrations.evaluating import EvaluationOptions, evaluate_model
+from nextquill.integrations.evaluation_folder import check_folder
+from nextquill.integrations.generation import ENGINES, check_engine
+from nextquill.integrations.identity import records_digest
 
 DESCRIPTION = (
     "Measure a model on records: nll of the responses with the user's history, without it and under another user's "
-    "(placebo), the effects between them, and ROUGE-L of greedy generation with and without history."
+    "(placebo), the effects between them, and generated texts in the measures of the task; of records with chosen and "
+    "rejected, which of both it prefers. Intervals are over users. With --output_dir an evaluation that was stopped "
+    "goes on where it was when the same command is given again."
 )
+# What errors of the library call things, and the flags they were given by.
+_FLAGS = {
+    "folder: ": "--output_dir: ",
+    "record ": "--eval_file: record ",
+    "engine: ": "--engine: ",
+    "branch: ": "--generate_branches: ",
+    "max_tokens: ": "--max_tokens: ",
+    "attention: ": "--attention: ",
+}
 
-_ROWS = (
-    ("nll_factual", "nll with the user's history", "nats per token"),
-    ("nll_counterfactual", "nll without history", "nats per token"),
-    ("nll_placebo", "nll under another user's history", "nats per token"),
-    ("effect_logprob", "effect of the history (without - with)", "nats per token"),
-    ("effect_placebo", "effect against the placebo (another's - own)", "nats per token"),
-    ("effect_prob", "mean probability effect", ""),
-    ("share_above_threshold", f"share of tokens with effect above {DEFAULT_THRESHOLD}", ""),
-    ("rouge_l", "ROUGE-L, generated with history", "F1"),
-    ("rouge_l_without", "ROUGE-L, generated without history", "F1"),
-    ("examples", "examples", ""),
-    ("tokens", "response tokens", ""),
-)
+
+@dataclass
+class EvaluateOptions:
+    """What is measured besides, and where the figures go."""
+
+    output_dir: str | None = option(
+        "Keep everything here: evaluation.json, examples.jsonl, effects.jsonl, what report and compare read.", None
+    )
+    output_file: str | None = option("Also write the metrics here, as JSON.", None, metavar="FILE")
+    overwrite: bool = option("Replace an existing output file, and the evaluation that --output_dir holds.", False)
+    baseline: str | None = option(
+        "Another evaluation's --output_dir, of the same records: show the paired differences to it.", None,
+        metavar="DIR",
+    )  # fmt: skip
+    task: str = option("Which task the records are of: what texts are scored in.", "text", choices=list(TASKS))
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Measures of the generated texts, instead of the task's, of {', '.join(METRICS)}."},
+    )
+    generate: bool = option("Generate responses and score them.", True)
+    generate_branches: list[str] = field(
+        default_factory=lambda: ["factual"],
+        metadata={
+            "help": "The prompts to generate for: with history, without, and under another user's.",
+            "choices": list(BRANCHES),
+        },
+    )
+    max_new_tokens: int = option("Bound on a generated response.", 128)
+    generate_limit: int | None = option("Generate for only the first so many records.", None)
+    temperature: float = option("Of sampling; 0: greedy.", 0.0)
+    top_p: float = option("Sample from the likeliest tokens with this share of the probability.", 1.0)
+    engine: str = option("What generates: transformers, or vLLM.", "hf", choices=list(ENGINES))
+    item_effects: int = option("Measure for so many records what leaving out each history item does to every token.", 0)
+    level: float = option("Confidence level of the intervals.", 0.95)
+    resamples: int = option("Draws of each interval.", 2000)
+    skip_bad: bool = option("Leave out records that cannot be read, and count them.", False)
+
+    def build(self, files: ScoreFiles) -> EvaluationOptions:
+        """What is measured, as these flags say.
+
+        Raises:
+            ArgumentError: a value it refuses.
+        """
+        try:
+            return EvaluationOptions(
+                task=self.task,
+                metrics=None if self.metrics is None else tuple(self.metrics),
+                generate_branches=tuple(self.generate_branches) if self.generate else (),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=files.batch_size,
+                generate_limit=self.generate_limit,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                engine=self.engine,
+                item_effects=self.item_effects,
+                seed=files.seed,
+                resamples=self.resamples,
+                level=self.level,
+                attention=files.attention,
+                max_tokens=files.max_tokens,
+                overwrite=self.overwrite,
+            )
+        except ArgumentError as error:  # its message begins with the argument's name
+            raise ArgumentError(f"--{error}") from error
 
 
 def run(arguments: Sequence[str]) -> int:
     kinds = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
     model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, kinds, arguments)
-    check_positive(options, ("max_new_tokens", "generate_limit"))
+    check_files(files)
+    measured = options.build(files)
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
-    scored = Scored(model_options, prompt_options, files)
-    metrics = summarise(scored.scores())
-    if options.generate:
-        metrics |= rouge(scored, options)
-    _print(metrics)
+    with _flags_in_errors():
+        check_engine(measured.generation())
+        if options.output_dir is not None:
+            check_folder(Path(options.output_dir), overwrite=options.overwrite)
+    skipped = SkippedRecords() if options.skip_bad else None
+    records = eval_records(files, skipped)
+    _report_skipped(skipped)
+    if options.baseline is not None:
+        _check_baseline(Path(options.baseline), records)
+    loaded = Loaded(model_options, prompt_options, files, records)
+    kept = None if options.output_dir is None else Path(options.output_dir)
+    with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
+        evaluation = _evaluate(loaded, measured, Path(folder), model_options.model_name_or_path, kept is not None)
+        print_evaluation(evaluation)
+        if options.baseline is not None:
+            print_differences(
+                compare_evaluations(
+                    Path(folder),
+                    Path(options.baseline),
+                    level=options.level,
+                    resamples=options.resamples,
+                    seed=files.seed,
+                ),
+                evaluation,
+                read_evaluation(Path(options.baseline)),
+                options.baseline,
+            )
+    if kept is not None:
+        print(f"Results: {kept}")
     if target is not None:
+        metrics = {name: metric.value for name, metric in evaluation.metrics.items()}
         write_whole(target, json.dumps(metrics, indent=2) + "\n")
     return OK
 
 
-def summarise(scores: Iterable[ExampleScores]) -> dict[str, float]:
-    """Means over all response tokens; effects as differences of those means."""
-    parts = list(scores)
-    factual, counterfactual, effect = (
-        torch.cat([getattr(part, name) for part in parts]).double()
-        for name in ("nll_factual", "nll_counterfactual", "effect_prob")
-    )
-    metrics = {
-        "nll_factual": float(factual.mean()),
-        "nll_counterfactual": float(counterfactual.mean()),
-        "effect_logprob": float((counterfactual - factual).mean()),
-        "effect_prob": float(effect.mean()),
-        "share_above_threshold": float((effect > DEFAULT_THRESHOLD).double().mean()),
-        "examples": float(len(parts)),
-        "tokens": float(factual.numel()),
-    }
-    placebos = [part.nll_placebo for part in parts if part.nll_placebo is not None]
-    if placebos:
-        metrics["nll_placebo"] = float(torch.cat(placebos).double().mean())
-        metrics["effect_placebo"] = metrics["nll_placebo"] - metrics["nll_factual"]
-    return metrics
+def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
+    try:
+        with _flags_in_errors():
+            return evaluate_model(
+                loaded.model, loaded.tokenizer, loaded.records, loaded.settings, options, folder,
+                model_name=name, progress=bar,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if kept:
+            print(f"nextquill: what is done is in {folder}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
-def rouge(scored: Scored, options: EvaluateOptions) -> dict[str, float]:
-    """ROUGE-L F1 of greedy responses against the records' own."""
-    examples = scored.examples[: options.generate_limit]
-    references = [scored.records[example.index].response for example in examples]
-    metrics = {}
-    for branch, name, what in (("factual", "rouge_l", "with"), ("counterfactual", "rouge_l_without", "without")):
-        texts = greedy_responses(
-            scored.model,
-            scored.tokenizer,
-            examples,
-            branch=branch,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=scored.batch_size,
+def _check_baseline(folder: Path, records: list[Record]) -> None:
+    """Raise RecordError unless the folder holds a whole evaluation of these records."""
+    try:
+        other = read_evaluation(folder)
+        read_examples(folder)
+    except RecordError as error:
+        raise RecordError(f"--baseline: {error}") from error
+    if other.records != records_digest(records):
+        raise RecordError(
+            f"--baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
+            f"({len(records)}), so that nothing can be paired"
         )
-        texts = bar(texts, total=len(examples), desc=f"Generating {what} history")
-        metrics[name] = rouge_l(references, list(texts))
-    return metrics
 
 
-def _print(metrics: dict[str, float]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _report_skipped(skipped: SkippedRecords | None) -> None:
+    if skipped is not None and skipped.total:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.counts.items()))
+        print(f"nextquill: left out {skipped.total} bad records ({kinds}):", file=sys.stderr)
+        for message in skipped.messages:
+            print(f"  {message}", file=sys.stderr)
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("measure")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("unit")
-    for name, label, unit in _ROWS:
-        if name in metrics:
-            value = round(metrics[name], 4) + 0.0  # never -0.0000
-            table.add_row(label, f"{value:.0f}" if name in ("examples", "tokens") else f"{value:.4f}", unit)
-    Console().print(table)
+
+@contextmanager
+def _flags_in_errors() -> Iterator[None]:
+    """Name the flag instead of the argument it became."""
+    try:
+        yield
+    except NextQuillError as error:
+        text = str(error)
+        for argument, flag in _FLAGS.items():
+            if text.startswith(argument):
+                message = f"{flag}{text.removeprefix(argument)}".replace("overwrite=True", "--overwrite")
+                raise type(error)(message) from error
+        raise

@@ -13,16 +13,30 @@ _HEADINGS = {
     "ModelOptions": "model",
     "TrainFiles": "data",
     "ScoreFiles": "data",
+    "ConvertInput": "data",
+    "ConvertFormat": "options of single formats",
+    "ConvertRows": "bad rows",
+    "ConvertOutput": "output",
+    "InspectFiles": "data",
+    "InspectOptions": "output",
+    "ReportOptions": "runs and output",
+    "PrepareOptions": "output",
     "PromptOptions": "prompt",
     "LossOptions": "loss",
     "LoraOptions": "LoRA",
     "EvaluateOptions": "measures and output",
     "ScoreOptions": "output",
+    "CompareFiles": "data",
+    "CompareOptions": "comparison",
+    "CompareEvaluation": "evaluation",
     "DemoOptions": "options",
     "TrainingArguments": "transformers' TrainingArguments",
 }
 #: Flags of TrainingArguments shown, and explained, where a reader looks for them.
-_MOVED = {"TrainFiles": {"output_dir": "Where the run is written; must be empty, or hold the run that is resumed."}}
+_MOVED = {
+    "TrainFiles": {"output_dir": "Where the run is written; must be empty, or hold the run that is resumed."},
+    "CompareFiles": {"output_dir": "Where the comparison is written; new, empty, or its own."},
+}
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 _WIDTH = 110
 #: A longer list of choices goes below its flag instead of beside it.

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nextquill.data import PromptTemplate
@@ -92,8 +93,14 @@ class PromptOptions:
         "Query before history, or history before query.", None, choices=["official", "history_first"]
     )
     counterfactual: str | None = option(
-        "The prompt without history: 'None' under its heading, or the section removed.", None,
-        choices=["none", "removal"],
+        "What stands for no history: 'None' under its heading, the section removed, or another user's history.", None,
+        choices=["none", "removal", "placebo"],
+    )  # fmt: skip
+    newest_first: bool | None = option("List the past texts from the newest to the oldest.", None)
+    show_dates: bool | None = option("Put the day above every past text that has a timestamp.", None)
+    prompt_jinja: str | None = option(
+        "A Jinja template that words the prompt: it gets query, history (items with text, title, timestamp) and "
+        "counterfactual. '' returns to the built-in wording.", None, metavar="FILE",
     )  # fmt: skip
     system_prompt: str | None = option("A system message.", None)
     chat: bool | None = option(
@@ -109,22 +116,47 @@ class PromptOptions:
             context: most positions the model has, or None.
 
         Raises:
-            ArgumentError: a length below 1 or beyond the context.
+            ArgumentError: a length below 1 or beyond the context, a Jinja template that cannot be used, or a flag for
+                the built-in wording beside one.
         """
         check_positive(self, ("max_length", "max_response_length"))
-        template = PromptTemplate() if stored is None else stored.template
-        given: dict[str, Any] = {
-            "order": self.prompt_order,
-            "counterfactual": self.counterfactual,
-            "system": self.system_prompt,
-            "chat": self.chat,
-        }
-        template = dataclasses.replace(template, **{k: v for k, v in given.items() if v is not None})
+        template = self._template(PromptTemplate() if stored is None else stored.template)
         length = self.max_length or (default_length if stored is None else stored.max_length)
         if context is not None and length > context:
             raise ArgumentError(f"--max_length: expected at most the model's context of {context} tokens, got {length}")
         response = self.max_response_length or (None if stored is None else stored.max_response_length)
         return PromptSettings(template, length, response)
+
+    def _template(self, base: PromptTemplate) -> PromptTemplate:
+        given: dict[str, Any] = {
+            "order": self.prompt_order,
+            "counterfactual": self.counterfactual,
+            "system": self.system_prompt,
+            "chat": self.chat,
+            "newest_first": self.newest_first,
+            "show_dates": self.show_dates,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.prompt_jinja is not None:
+            given["prompt_jinja"] = _read_template(self.prompt_jinja) if self.prompt_jinja else None
+        try:
+            template = dataclasses.replace(base, **given)
+        except ArgumentError as error:  # its message begins with the argument's name
+            raise ArgumentError(f"--{error}") from error
+        for flag in ("prompt_order", "show_dates"):
+            if template.prompt_jinja is not None and getattr(self, flag) is not None:
+                whose = "--prompt_jinja" if self.prompt_jinja else "the model's own Jinja template"
+                raise ArgumentError(f"--{flag}: has no effect beside {whose}, which words the whole prompt")
+        return template
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(
+            f"--prompt_jinja: cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+        ) from error
 
 
 @dataclass
@@ -259,17 +291,6 @@ class ScoreFiles:
         "Most tokens of a forward, what branches share counted once (16384; 4096 on a CPU).", None
     )
     seed: int = option("Decides whose history serves as placebo; train's default gives its evaluation.", 42)
-
-
-@dataclass
-class EvaluateOptions:
-    """What is measured besides, and where the figures go."""
-
-    output_file: str | None = option("Also write the metrics here, as JSON.", None, metavar="FILE")
-    overwrite: bool = option("Replace an existing output file.", False)
-    generate: bool = option("Generate responses greedily and report ROUGE-L.", True)
-    max_new_tokens: int = option("Bound on a generated response.", 128)
-    generate_limit: int | None = option("Generate for only the first so many records.", None)
 
 
 @dataclass

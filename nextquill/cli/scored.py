@@ -12,49 +12,68 @@ from transformers.utils import logging as transformers_logging
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, check_positive
 from nextquill.cli.progress import bar
 from nextquill.data import EncodedExample, ExampleEncoder, Record, read_jsonl
+from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import ArgumentError, BudgetError, OutputExistsError, RecordError
 from nextquill.integrations.checks import check_vocabulary, default_max_length
 from nextquill.integrations.loading import context_length, load_model, load_prompt_settings
-from nextquill.integrations.scoring import ExampleScores, score_examples
-
-DEFAULT_BATCH_SIZE = 8
+from nextquill.integrations.scoring import ExampleScores, pad_token, score_examples
 
 
-class Scored:
-    """Records encoded for a model; `scores()` runs it over them. `batch_size` is that of what is not scored."""
+class Loaded:
+    """A model on its device, its tokenizer, the records it is run on, and how its prompts are made."""
 
-    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
-        check_positive(files, ("limit", "batch_size", "max_tokens"))
-        if files.max_tokens is not None and files.attention == "padded":
-            raise ArgumentError("--max_tokens: expected none with --attention padded, which takes --batch_size rows")
-        self.records = read_records("eval_file", files.eval_file)[: files.limit]
+    def __init__(
+        self,
+        model_options: ModelOptions,
+        prompt_options: PromptOptions,
+        files: ScoreFiles,
+        records: list[Record] | None = None,
+    ) -> None:
+        check_files(files)
+        self.records = eval_records(files) if records is None else records
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(_device())
-        self.batch_size, self._files = files.batch_size or DEFAULT_BATCH_SIZE, files
         stored = load_prompt_settings(name)
-        self.settings = settings = prompt_options.settings(
-            stored, default_max_length(self.model), context_length(self.model)
-        )
+        self.settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
+
+
+class Scored(Loaded):
+    """Records encoded for a model; `scores()` runs it over them."""
+
+    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
+        super().__init__(model_options, prompt_options, files)
+        self._files, settings = files, self.settings
         encoder = ExampleEncoder(self.tokenizer, settings.template, settings.max_length, settings.max_response_length)
         self.examples = encode_records("eval_file", encoder, self.records, placebo=True, seed=files.seed)
 
     def scores(self, skip: int = 0) -> Iterator[ExampleScores]:
         """The scores of each record as they are computed, without the first `skip`; see `score_examples`."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        pad = next((id for id in known if id is not None), 0)
+        pad, size = pad_token(self.tokenizer), self._files.batch_size
         options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
-        scored = score_examples(self.model, self.examples, pad, self._files.batch_size, skip=skip, **options)
+        scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
         return iter(bar(scored, total=len(self.examples), initial=skip, desc="Scoring"))
 
 
-def read_records(flag: str, path: str) -> list[Record]:
-    """Read a JSONL file; a mistake in it names the flag it was given by."""
+def check_files(files: ScoreFiles) -> None:
+    """Raise ArgumentError for flags that have no use as they are."""
+    check_positive(files, ("limit", "batch_size", "max_tokens"))
+    if files.max_tokens is not None and files.attention == "padded":
+        raise ArgumentError("--max_tokens: expected none with --attention padded, which takes --batch_size rows")
+
+
+def eval_records(files: ScoreFiles, skipped: SkippedRecords | None = None) -> list[Record]:
+    """The records of --eval_file, as many as --limit says; bad ones are an error, or counted in `skipped`."""
+    return read_records("eval_file", files.eval_file, skipped)[: files.limit]
+
+
+def read_records(flag: str, path: str, skipped: SkippedRecords | None = None) -> list[Record]:
+    """Read a JSONL file; a mistake in it names the flag it was given by, or is counted in `skipped`."""
     try:
-        return read_jsonl(path)
+        return read_jsonl(path, skipped)
     except RecordError as error:
         raise RecordError(f"--{flag}: {error}") from error
 

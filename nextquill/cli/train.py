@@ -19,8 +19,9 @@ from nextquill.cli.parsing import UsageError, one_line, parse
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.scored import encode_records, read_records
 from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, Record
-from nextquill.errors import NextQuillError, RecordError
+from nextquill.data import EncodedDataset, ExampleEncoder, Record
+from nextquill.data.prepared import PreparedDataset, is_prepared
+from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import default_max_length
 from nextquill.integrations.loading import (
@@ -41,6 +42,8 @@ DESCRIPTION = (
 DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
 #: Length of prompt and response for a new model, whose context is larger than a CPU wants to pay for.
 SCRATCH_MAX_LENGTH = 1024
+#: What --train_file and --eval_file can be.
+Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -60,10 +63,10 @@ def run(arguments: Sequence[str]) -> int:
     if files.effects_file is not None and not Path(files.effects_file).is_file():
         raise RecordError(f"--effects_file: {files.effects_file} is no file")
     paths = {"train": files.train_file, "eval": files.eval_file}
-    records = {name: read_records(f"{name}_file", path) for name, path in paths.items() if path is not None}
+    sources = {name: read_source(f"{name}_file", path) for name, path in paths.items() if path is not None}
     quieten(args)
     set_seed(args.seed)
-    model, tokenizer, settings = load(model_options, prompt_options, records["train"], args.seed)
+    model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed)
     model = lora.apply(model)
     check_optimizer(args, model)
     if resume is not None:
@@ -71,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     trainer = build_trainer(
         model=model,
         args=args,
-        **datasets(tokenizer, settings, records, args),
+        **datasets(tokenizer, settings, sources, args),
         processing_class=tokenizer,
         loss=loss,
         effects_file=files.effects_file,
@@ -127,27 +130,57 @@ def quieten(args: TrainingArguments) -> None:
     transformers_logging.disable_progress_bar()
 
 
+def read_source(flag: str, path: str) -> Source:
+    """A file's records, or a folder of prepared examples; a mistake in them names the flag."""
+    if not is_prepared(path):
+        return read_records(flag, path)
+    try:
+        return PreparedDataset(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--{flag}: {error}") from error
+
+
 def load(
-    model_options: TrainModelOptions, prompt_options: PromptOptions, records: list[Record], seed: int
+    model_options: TrainModelOptions, prompt_options: PromptOptions, source: Source, seed: int
 ) -> tuple[Any, Any, PromptSettings]:
-    """The model, its tokenizer and how its prompts are made."""
-    name = model_options.model_name_or_path
-    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
+    """The model, its tokenizer and its prompts: as the flags say, else its folder, else the prepared examples."""
+    name, prepared = model_options.model_name_or_path, isinstance(source, PreparedDataset)
     is_new = name in SCRATCH_SIZES
+    if is_new and prepared:
+        raise ArgumentError(
+            f"--model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
+            "--train_file does not hold; give the records, or the model that they were prepared for"
+        )
+    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: _records(source), seed=seed)
     length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
     stored = None if is_new else load_prompt_settings(name)
+    if stored is None and isinstance(source, PreparedDataset):
+        encoded_with = source.settings
+        stored = PromptSettings(source.template, encoded_with["max_length"], encoded_with["max_response_length"])
     return model, tokenizer, prompt_options.settings(stored, length, context_length(model))
 
 
+def _records(source: Source) -> list[Record]:
+    assert isinstance(source, list)
+    return source
+
+
 def datasets(
-    tokenizer: Any, settings: PromptSettings, records: dict[str, list[Record]], args: TrainingArguments
+    tokenizer: Any, settings: PromptSettings, sources: dict[str, Source], args: TrainingArguments
 ) -> dict[str, EncodedDataset]:
     """The trainer's `train_dataset` and, where there are records for it, `eval_dataset`."""
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-    encoded = {}
-    for name, part in records.items():
+    encoded: dict[str, EncodedDataset] = {}
+    for name, source in sources.items():
+        if isinstance(source, PreparedDataset):
+            try:
+                source.check(encoder)
+            except CheckpointError as error:
+                raise CheckpointError(f"--{name}_file: {error}") from error
+            encoded[f"{name}_dataset"] = source
+            continue
         options: dict[str, Any] = {"placebo": name == "eval", "seed": args.seed, "hidden": bool(args.disable_tqdm)}
-        encoded[f"{name}_dataset"] = EncodedDataset(encode_records(f"{name}_file", encoder, part, **options))
+        encoded[f"{name}_dataset"] = EncodedDataset(encode_records(f"{name}_file", encoder, source, **options))
     return encoded
 
 
@@ -169,7 +202,7 @@ def summary(trainer: NextQuillTrainer, loss: str) -> str:
     """What is about to be trained on, and what the token budget dropped."""
     dataset: Any = trainer.train_dataset
     model: Any = trainer.model
-    stats = EncodingStats.from_examples(dataset.examples)
+    stats = dataset.stats
     trained = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in trained) / 1e6
     lines = [

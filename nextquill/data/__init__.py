@@ -6,6 +6,7 @@
     batch = TreeCollator()(examples[:8])
 
 Nothing here imports Hugging Face packages: tokenizers and data sets are used by their shape alone.
+`nextquill.data.loaders` reads public data sets, logs and tables as records.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from __future__ import annotations
 from nextquill.data.collator import PaddedCollator, TreeCollator, to_device
 from nextquill.data.dataset import EncodedDataset
 from nextquill.data.effects import load_effects
-from nextquill.data.encoding import Branch, EncodedExample, EncodingStats, ExampleEncoder
-from nextquill.data.placebo import assign_placebo_histories
-from nextquill.data.records import HistoryItem, Record, load_records, parse_record, read_jsonl
+from nextquill.data.encoding import ExampleEncoder
+from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.histories import make_selector
+from nextquill.data.leaks import check_no_leaks
+from nextquill.data.placebo import assign_placebo_histories, stream_placebo_histories
+from nextquill.data.prepared import PreparedDataset
+from nextquill.data.preparing import prepare
+from nextquill.data.records import HistoryItem, Record, iter_jsonl, load_records, parse_record, read_jsonl
 from nextquill.data.rendering import PromptRenderer
 from nextquill.data.sampling import UserGroupSampler
+from nextquill.data.skipped import SkippedRecords
+from nextquill.data.splits import Splits, by_time, hold_out_users, leave_last_out
 from nextquill.data.templates import PromptTemplate
 
 __all__ = [
@@ -28,15 +36,26 @@ __all__ = [
     "ExampleEncoder",
     "HistoryItem",
     "PaddedCollator",
+    "PreparedDataset",
     "PromptRenderer",
     "PromptTemplate",
     "Record",
+    "SkippedRecords",
+    "Splits",
     "TreeCollator",
     "UserGroupSampler",
     "assign_placebo_histories",
+    "by_time",
+    "check_no_leaks",
+    "hold_out_users",
+    "iter_jsonl",
+    "leave_last_out",
     "load_effects",
     "load_records",
+    "make_selector",
     "parse_record",
+    "prepare",
     "read_jsonl",
+    "stream_placebo_histories",
     "to_device",
 ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch.utils.data import Dataset
 
-from nextquill.data.encoding import EncodedExample
+from nextquill.data.examples import EncodedExample, EncodingStats
 
 
 class EncodedDataset(Dataset[EncodedExample]):
-    """Encoded examples as a map-style data set."""
+    """Encoded examples as a map-style data set.
 
-    def __init__(self, examples: Sequence[EncodedExample]) -> None:
-        self.examples = list(examples)
+    Args:
+        examples: in the order in which the data set has them.
+    """
+
+    def __init__(self, examples: Iterable[EncodedExample]) -> None:
+        self.examples: Sequence[EncodedExample] = list(examples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -25,3 +29,18 @@ class EncodedDataset(Dataset[EncodedExample]):
     def has_placebo(self) -> bool:
         """Whether every example has a placebo branch."""
         return bool(self.examples) and all(example.placebo is not None for example in self.examples)
+
+    @property
+    def user_ids(self) -> list[str]:
+        """Whose each example is."""
+        return [example.user_id for example in self.examples]
+
+    @property
+    def stats(self) -> EncodingStats:
+        """What encoding kept and dropped."""
+        return EncodingStats.from_examples(self.examples)
+
+    def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
+        """For each example the tokens of its branches of these names, each on its own; a missing branch has none."""
+        branches = ([getattr(example, name) for name in names] for example in self.examples)
+        return [sum(len(b.prompt_ids) + len(b.response_ids) for b in found if b is not None) for found in branches]

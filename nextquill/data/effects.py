@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextquill.data.encoding import EncodedExample
-from nextquill.data.records import json_lines
+from nextquill.data.lines import json_lines
 from nextquill.errors import ArgumentError, RecordError
 
 _FIELDS = ("nll_factual", "nll_counterfactual")

@@ -3,111 +3,57 @@
 Each record becomes two branches, or three, that share the response and differ in the history:
 
     factual          the user's own history
-    counterfactual   none
+    counterfactual   none, or another user's where the template says so
     placebo          another user's history
 
 The budget is `prompt + response <= max_length` for every branch. What does not fit is dropped as whole history items,
 oldest first; the query and the response are never cut, because a response without its end or a query without its
 beginning trains something nobody asked for. What cannot fit is a `BudgetError`.
+
+Encoding a record is a conversation: it asks for the token ids of some texts, sees what fits, and asks for more. Many
+records are led side by side, so that what they ask for is tokenised in one call on all cores, and a second batch is led
+meanwhile. One record alone is the same conversation, with the same outcome.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from torch import Tensor
-
 from nextquill.data._checks import check_integer
-from nextquill.data.placebo import assign_placebo_histories
+from nextquill.data.examples import Branch, EncodedExample
+from nextquill.data.placebo import (
+    COUNTERFACTUAL,
+    EVALUATION,
+    History,
+    assign_placebo_histories,
+    stream_placebo_histories,
+)
 from nextquill.data.records import HistoryItem, Record
 from nextquill.data.rendering import PromptRenderer, Tokenizer
 from nextquill.data.templates import PromptTemplate
-from nextquill.errors import ArgumentError, BudgetError
+from nextquill.data.tokenizing import BatchTokenizer, Ids
+from nextquill.errors import ArgumentError, BudgetError, RecordError
 
 Progress = Callable[..., Iterable[Any]]
+#: A record's place, the record, and the histories of its placebo and its counterfactual branch.
+Job = tuple[int, Record, Sequence[HistoryItem] | None, Sequence[HistoryItem] | None]
+#: Asks for the token ids of texts, is sent them, and returns the example.
+Steps = Generator[list[str], list[Ids], EncodedExample]
 
-_CACHED_ITEMS = 200_000
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One prompt and the response to it, as token ids.
-
-    Args:
-        prompt_ids: everything before the response; never empty, as its last position predicts the first response token.
-        response_ids: the response and what ends it; all supervised.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-    @property
-    def input_ids(self) -> list[int]:
-        """The prompt and the response, in one list."""
-        return self.prompt_ids + self.response_ids
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """One record as token ids.
-
-    Args:
-        user_id: whose record it is.
-        index: the record's position among the records it was encoded with.
-        factual, counterfactual: the branches with and without the user's history; equal if no item was kept.
-        placebo: the branch with another user's history, or None.
-        history_kept: how many of the user's own history items are in the factual branch.
-        history_total: how many the record has.
-        effects: float32 [2, n], nll_factual and nll_counterfactual of the response as some model has measured them, in
-            nats, or None; see `load_effects`.
-    """
-
-    user_id: str
-    index: int
-    factual: Branch
-    counterfactual: Branch
-    placebo: Branch | None
-    history_kept: int
-    history_total: int
-    effects: Tensor | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodingStats:
-    """What encoding kept and dropped.
-
-    Args:
-        examples: number of examples.
-        history_items: history items of all records.
-        history_items_dropped: those that did not fit the budget.
-        examples_truncated: examples that lost at least one item.
-        examples_without_history: examples with no item left, whose factual and counterfactual branches are equal.
-        prompt_tokens: tokens of all factual prompts.
-        response_tokens: supervised tokens of all examples, counted once per example.
-    """
-
-    examples: int
-    history_items: int
-    history_items_dropped: int
-    examples_truncated: int
-    examples_without_history: int
-    prompt_tokens: int
-    response_tokens: int
-
-    @classmethod
-    def from_examples(cls, examples: Sequence[EncodedExample]) -> EncodingStats:
-        """Count over `examples`."""
-        return cls(
-            examples=len(examples),
-            history_items=sum(example.history_total for example in examples),
-            history_items_dropped=sum(example.history_total - example.history_kept for example in examples),
-            examples_truncated=sum(example.history_kept < example.history_total for example in examples),
-            examples_without_history=sum(example.history_kept == 0 for example in examples),
-            prompt_tokens=sum(len(example.factual.prompt_ids) for example in examples),
-            response_tokens=sum(len(example.factual.response_ids) for example in examples),
-        )
+_CACHED_COUNTS = 200_000
+#: Records led side by side; of 2,000 tokens each they keep all cores busy for 100 ms and more.
+_BATCH_SIZE = 128
+# Batches under way: one is tokenised while another is rendered, and one is ready.
+_WORKERS, _AHEAD = 2, 3
+# How far a length estimated from the response's tokens per character is trusted before items are counted.
+_CLEARLY = 1.3
+# Characters of an item besides its title and text.
+_LABELS = 20
 
 
 class ExampleEncoder:
@@ -138,10 +84,15 @@ class ExampleEncoder:
         self.renderer = PromptRenderer(self.template, tokenizer)
         self.max_length = max_length
         self.max_response_length = max_response_length
-        self._item_tokens: dict[HistoryItem, int] = {}
+        self._tokenizer = BatchTokenizer(tokenizer, self.renderer.encode)
+        self._item_tokens: dict[int, int] = {}
 
     def encode(
-        self, record: Record, index: int = 0, placebo_history: Sequence[HistoryItem] | None = None
+        self,
+        record: Record,
+        index: int = 0,
+        placebo_history: Sequence[HistoryItem] | None = None,
+        counterfactual_history: Sequence[HistoryItem] | None = None,
     ) -> EncodedExample:
         """Encode one record.
 
@@ -149,27 +100,18 @@ class ExampleEncoder:
             record: the record.
             index: kept in the example, and named in errors.
             placebo_history: another user's history, oldest first, held to the same budget; None for no placebo branch.
+            counterfactual_history: another user's history for the counterfactual branch, which a template with
+                `counterfactual="placebo"` needs and no other takes.
 
         Raises:
             BudgetError: the response, or the prompt without history together with it, exceeds the budget.
+            RecordError: the template cannot show the record.
+            ArgumentError: `counterfactual_history` does not go with the template.
         """
-        response_ids = self.renderer.response_ids(record.response)
-        bare_prompt = self.renderer.prompt_ids(record.query)
-        self._check_budget(record, index, len(bare_prompt), len(response_ids))
-        room = self.max_length - len(response_ids)
-        prompt, kept = self._fit(record.query, record.history, bare_prompt, room)
-        placebo = None
-        if placebo_history is not None:
-            placebo = Branch(self._fit(record.query, placebo_history, bare_prompt, room)[0], response_ids)
-        return EncodedExample(
-            user_id=record.user_id,
-            index=index,
-            factual=Branch(prompt, response_ids),
-            counterfactual=Branch(bare_prompt, response_ids),
-            placebo=placebo,
-            history_kept=kept,
-            history_total=len(record.history),
-        )
+        (found,) = self._encode_jobs([(index, record, placebo_history, counterfactual_history)])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def encode_all(
         self, records: Iterable[Record], placebo: bool = False, seed: int = 0, progress: Progress | None = None
@@ -181,20 +123,150 @@ class ExampleEncoder:
             placebo: also encode each response under another user's history, drawn by `assign_placebo_histories`; the
                 branch stays None if all records are of one user.
             seed: decides who that other user is.
-            progress: called as `progress(records, total=..., desc=...)` and iterated instead of them; `tqdm` fits.
+            progress: called as `progress(examples, total=..., desc=...)` and iterated instead of them; `tqdm` fits.
 
         Raises:
-            BudgetError: see `encode`.
+            BudgetError, RecordError: see `encode`; the first record at fault.
+            ArgumentError: the template's counterfactual is another user's history, and there is one user.
         """
         records = list(records)
-        histories = assign_placebo_histories(records, seed) if placebo else [None] * len(records)
-        shown: Iterable[Record] = records
+        nobody: list[History | None] = [None] * len(records)
+        placebos = assign_placebo_histories(records, seed) if placebo else nobody
+        others = assign_placebo_histories(records, seed, COUNTERFACTUAL) if self._needs_other else nobody
+        examples: Iterable[EncodedExample] = self._stream(
+            zip(range(len(records)), records, placebos, others, strict=True)
+        )
         if progress is not None:
-            shown = progress(records, total=len(records), desc="Encoding")
-        return [self.encode(record, index, histories[index]) for index, record in enumerate(shown)]
+            examples = progress(examples, total=len(records), desc="Encoding")
+        return list(examples)
 
-    def _check_budget(self, record: Record, index: int, prompt_tokens: int, response_tokens: int) -> None:
+    def encode_iter(
+        self,
+        records: Iterable[Record],
+        placebo: bool = False,
+        seed: int = 0,
+        on_bad: Callable[[int, Record, Exception], None] | None = None,
+        skip: int = 0,
+    ) -> Iterator[EncodedExample]:
+        """Encode records one after another, holding only a few thousand of them.
+
+        Args:
+            records: read once, in order, and numbered so.
+            placebo: also encode each response under another user's history, drawn by `stream_placebo_histories`.
+            seed: decides who that other user is.
+            on_bad: called with the number, the record and the error of a record that cannot be encoded, which is then
+                left out; None raises the error.
+            skip: read so many records first without encoding them; the others' examples are those of a call without it.
+
+        Raises:
+            BudgetError, RecordError: see `encode`, after the examples before it were yielded.
+            RecordError: a history is to be drawn, and the first records are all of one user.
+            ArgumentError: the template's counterfactual is another user's history, and there is one user.
+        """
+        purposes = (EVALUATION,) * placebo + (COUNTERFACTUAL,) * self._needs_other
+        drawn = stream_placebo_histories(records, seed, purposes) if purposes else ((record, ()) for record in records)
+
+        def jobs() -> Iterator[Job]:
+            for index, (record, histories) in enumerate(drawn):
+                if index >= skip:
+                    yield index, record, histories[0] if placebo else None, histories[-1] if self._needs_other else None
+
+        return self._stream(jobs(), on_bad)
+
+    @property
+    def _needs_other(self) -> bool:
+        return self.template.counterfactual == "placebo"
+
+    def _stream(
+        self, jobs: Iterable[Job], on_bad: Callable[[int, Record, Exception], None] | None = None
+    ) -> Iterator[EncodedExample]:
+        """The examples in order. Threads suffice: a fast tokenizer lets the other one run."""
+        jobs, pending = iter(jobs), deque[tuple[list[Job], Future[list[EncodedExample | Exception]]]]()
+        with ThreadPoolExecutor(_WORKERS if self._tokenizer.is_parallel else 1) as pool:
+            try:
+                while True:
+                    while len(pending) < _AHEAD and (batch := list(islice(jobs, _BATCH_SIZE))):
+                        pending.append((batch, pool.submit(self._encode_jobs, batch)))
+                    if not pending:
+                        return
+                    batch, future = pending.popleft()
+                    for (index, record, *_), found in zip(batch, future.result(), strict=True):
+                        if not isinstance(found, Exception):
+                            yield found
+                        elif on_bad is not None:
+                            on_bad(index, record, found)
+                        else:
+                            raise found
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _encode_jobs(self, jobs: Sequence[Job]) -> list[EncodedExample | Exception]:
+        """The example of each job, or what is wrong with its record."""
+        outcomes: dict[int, EncodedExample | Exception] = {}
+        waiting: list[tuple[int, Steps, list[str]]] = []
+
+        def advance(place: int, steps: Steps, ids: list[Ids] | None) -> None:
+            try:
+                waiting.append((place, steps, next(steps) if ids is None else steps.send(ids)))
+            except StopIteration as stop:
+                outcomes[place] = stop.value
+            except (BudgetError, RecordError) as error:
+                outcomes[place] = error
+
+        for place, job in enumerate(jobs):
+            advance(place, self._steps(*job), None)
+        while waiting:
+            asking, waiting = waiting, []
+            answers = iter(self._tokenizer.ids([text for _, _, texts in asking for text in texts]))
+            for place, steps, texts in asking:
+                advance(place, steps, list(islice(answers, len(texts))))
+        return [outcomes[place] for place in range(len(jobs))]
+
+    def _steps(
+        self,
+        index: int,
+        record: Record,
+        placebo_history: Sequence[HistoryItem] | None,
+        counterfactual_history: Sequence[HistoryItem] | None,
+    ) -> Steps:
+        if self._needs_other != (counterfactual_history is not None):
+            raise ArgumentError(
+                "counterfactual_history: expected another user's history for a template with counterfactual='placebo', "
+                f"and for no other, got {'none' if counterfactual_history is None else 'one'} with "
+                f"counterfactual={self.template.counterfactual!r}; records of one user have no other's"
+            )
         where = f"record {index} (user {record.user_id!r})"
+        try:
+            response_text, bare_text = self.renderer.response_text(record.response), self.renderer.prompt(record.query)
+            response, bare = yield [response_text, bare_text]
+            response_ids = response.tolist() + self.renderer.end_ids
+            self._check_budget(where, len(self.renderer.start_ids) + len(bare), len(response_ids))
+            fitting = _Fitting(
+                record.query,
+                bare,
+                room=self.max_length - len(response_ids) - len(self.renderer.start_ids),
+                tokens_per_character=len(response) / len(response_text),
+            )
+            prompt, kept = yield from self._fit(fitting, record.history)
+            other, placebo = bare, None
+            if counterfactual_history is not None:
+                other, _ = yield from self._fit(fitting, counterfactual_history)
+            if placebo_history is not None:
+                found, _ = yield from self._fit(fitting, placebo_history)
+                placebo = Branch(self.renderer.start_ids + found.tolist(), response_ids)
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from error
+        return EncodedExample(
+            user_id=record.user_id,
+            index=index,
+            factual=Branch(self.renderer.start_ids + prompt.tolist(), response_ids),
+            counterfactual=Branch(self.renderer.start_ids + other.tolist(), response_ids),
+            placebo=placebo,
+            history_kept=kept,
+            history_total=len(record.history),
+        )
+
+    def _check_budget(self, where: str, prompt_tokens: int, response_tokens: int) -> None:
         if self.max_response_length is not None and response_tokens > self.max_response_length:
             raise BudgetError(
                 f"{where}: the response takes {response_tokens} tokens, max_response_length is "
@@ -209,40 +281,70 @@ class ExampleEncoder:
             raise ArgumentError(f"{where}: expected a template that yields at least one prompt token, got none")
 
     def _fit(
-        self, query: str, history: Sequence[HistoryItem], bare_prompt: list[int], room: int
-    ) -> tuple[list[int], int]:
-        """Return the prompt with the most of the newest items that takes at most `room` tokens, and their number.
+        self, fitting: _Fitting, history: Sequence[HistoryItem]
+    ) -> Generator[list[str], list[Ids], tuple[Ids, int]]:
+        """Return the prompt with the most of the newest items that fits, and their number.
 
         Token counts of single items do not add up exactly, as tokens may form across a joint, so they only say where to
         look. The answer is found by tokenising whole prompts around that point, in widening steps: two of them as a
         rule. One more item is taken never to shorten a prompt.
         """
-        prompt, fits, too_many = bare_prompt, 0, len(history) + 1
-        probe, step = self._estimate_kept(history, len(bare_prompt), room), 1
+        prompt, fits, too_many = fitting.bare, 0, len(history) + 1
+        if not history:
+            return prompt, 0
+        probe, step = (yield from self._estimate_kept(fitting, history)), 1
         while too_many - fits > 1:
             if not fits < probe < too_many:
                 probe = (fits + too_many) // 2
-            candidate = self.renderer.prompt_ids(query, history[len(history) - probe :])
-            if len(candidate) <= room:
+            (candidate,) = yield [self.renderer.prompt(fitting.query, history[len(history) - probe :])]
+            if len(candidate) <= fitting.room:
                 prompt, fits, probe = candidate, probe, probe + step
             else:
                 too_many, probe = probe, probe - step
             step *= 2
         return prompt, fits
 
-    def _estimate_kept(self, history: Sequence[HistoryItem], bare_tokens: int, room: int) -> int:
-        tokens = bare_tokens
-        for kept, item in enumerate(reversed(history)):
-            tokens += self._count_item(item)
-            if tokens > room:
-                return max(kept, 1)
-        return len(history)
+    def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], int]:
+        """About how many items fit: all, if that is clear from their characters, else as their token counts add up."""
+        density = _CLEARLY * fitting.tokens_per_character
+        lengths = [density * (len(item.text) + len(item.title or "") + _LABELS) for item in reversed(history)]
+        if len(fitting.bare) + sum(lengths) <= fitting.room:
+            return len(history)
+        tokens, kept = len(fitting.bare), 0
+        while kept < len(history):
+            asked, expected = kept, tokens
+            while asked < len(history) and expected <= fitting.room:
+                expected += int(lengths[asked])
+                asked += 1
+            newest = history[len(history) - asked : len(history) - kept]
+            for count in reversed((yield from self._count_items(newest))):
+                tokens += count
+                if tokens > fitting.room:
+                    return max(kept, 1)
+                kept += 1
+        return kept
 
-    def _count_item(self, item: HistoryItem) -> int:
-        count = self._item_tokens.get(item)
-        if count is None:
-            if len(self._item_tokens) >= _CACHED_ITEMS:
+    def _count_items(self, items: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], list[int]]:
+        keys = list(map(hash, items))
+        counts = {key: self._item_tokens.get(key) for key in keys}
+        missing = {key: item for key, item in zip(keys, items, strict=True) if counts[key] is None}
+        if missing:
+            # With the break and a first letter of what follows, as items stand in prompts: so the pieces are the same,
+            # but where the renderer changes a text, which is seldom and costs more than it would save here.
+            found = yield [f"{self.template.render_item(item)}\n\na" for item in missing.values()]
+            fresh = {key: len(ids) - 1 for key, ids in zip(missing, found, strict=True)}
+            if len(self._item_tokens) >= _CACHED_COUNTS:
                 self._item_tokens.clear()
-            count = len(self.renderer.encode(f"{self.template.render_item(item)}\n\n"))
-            self._item_tokens[item] = count
-        return count
+            self._item_tokens.update(fresh)
+            counts |= fresh
+        return [counts[key] or 0 for key in keys]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """What histories are fitted into: a query's prompt without history, and the tokens there are for one with it."""
+
+    query: str
+    bare: Ids
+    room: int
+    tokens_per_character: float

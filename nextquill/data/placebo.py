@@ -10,16 +10,29 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from nextquill.data.records import HistoryItem, Record
+from nextquill.errors import RecordError
+
+History = tuple[HistoryItem, ...]
+#: What histories are drawn for; each has random numbers of its own, so that the two seldom agree on a donor.
+EVALUATION, COUNTERFACTUAL = "evaluation", "counterfactual"
 
 # Rejections of a random donor before all are searched. With two users of equal size one draw in two is rejected, so
 # the search is reached about once in 10^19 records; it is there for data in which one user owns nearly everything.
 _DRAWS = 64
 
 
-def assign_placebo_histories(records: Sequence[Record], seed: int) -> list[tuple[HistoryItem, ...] | None]:
+#: Records that donors of a stream are drawn from, and most that are read ahead.
+POOL_SIZE = 2048
+
+
+def assign_placebo_histories(
+    records: Sequence[Record], seed: int, purpose: str = EVALUATION
+) -> list[tuple[HistoryItem, ...] | None]:
     """Draw for every record the history of a record of another user.
 
     Donors are drawn uniformly and independently. A donor whose newest history item is no later than the record is
@@ -30,16 +43,106 @@ def assign_placebo_histories(records: Sequence[Record], seed: int) -> list[tuple
     Args:
         records: the records, of one or more users.
         seed: same seed, same records: same histories.
+        purpose: what they are drawn for, `EVALUATION` or `COUNTERFACTUAL`; each draws on its own.
 
     Returns:
         One history per record, never of its own user; None for every record if there is only one user.
     """
     if len({record.user_id for record in records}) < 2:
         return [None] * len(records)
-    rng = random.Random(seed)
+    rng = _random(seed, purpose)
     donors = sorted((record for record in records if record.history), key=_newest)
     newest = [_newest(record) for record in donors]
     return [_draw_history(record, donors, newest, rng) for record in records]
+
+
+def stream_placebo_histories(
+    records: Iterable[Record], seed: int, purposes: Sequence[str] = (EVALUATION,), pool_size: int = POOL_SIZE
+) -> Iterator[tuple[Record, tuple[History | None, ...]]]:
+    """Draw as `assign_placebo_histories` does, from a sample of the records, for a source too large to be held.
+
+    Donors are a uniform sample of the records read so far, which run `pool_size` records ahead. They follow from the
+    seed and the records alone; they are not those of `assign_placebo_histories`.
+
+    Args:
+        records: read once, in order.
+        seed: same seed, same records: same histories.
+        purposes: what histories are drawn for, as many as each record gets.
+        pool_size: most donors, and most records read ahead.
+
+    Yields:
+        Every record, with a history for each purpose, never of its own user; None if there is only one user.
+
+    Raises:
+        RecordError: there is no other user among the donors, though not all records were read: the source is sorted by
+            user, and the first has more records than the pool.
+    """
+    source, pool = iter(records), _DonorPool(pool_size, random.Random(f"{seed}/pool"))
+    draws = [_random(seed, purpose) for purpose in purposes]
+    ahead = deque[Record]()
+    while True:
+        for record in islice(source, 1 if ahead else pool_size):
+            pool.add(record)
+            ahead.append(record)
+        if not ahead:
+            return
+        record = ahead.popleft()
+        if not pool.has_several_users:
+            if (later := next(source, None)) is not None:
+                raise RecordError(
+                    f"records: expected a second user among the first {pool_size}, whose history could stand in, got "
+                    f"{record.user_id!r} only and more records (the next is of {later.user_id!r}); shuffle them"
+                )
+            yield record, (None,) * len(draws)
+            continue
+        yield record, tuple(_draw_history(record, pool.donors, pool.newest, rng) for rng in draws)
+
+
+class _DonorPool:
+    """A uniform sample of records with a history (reservoir sampling), in the order of their newest item.
+
+    Two users, once there, stay: the last record of one of the last two is kept, however many the other has.
+    """
+
+    def __init__(self, size: int, rng: random.Random) -> None:
+        self._size, self._rng, self._seen = size, rng, 0
+        self.donors: list[Record] = []
+        self.newest: list[float] = []
+        self._donors_of: dict[str, int] = {}
+        self._first_user: str | None = None
+        self.has_several_users = False
+
+    def add(self, record: Record) -> None:
+        """Take the record into the sample, or leave it out."""
+        self._first_user = self._first_user or record.user_id
+        self.has_several_users |= record.user_id != self._first_user
+        if not record.history:
+            return
+        self._seen += 1
+        if len(self.donors) == self._size:
+            place = self._rng.randrange(self._seen)
+            if place >= self._size or not self._may_replace(self.donors[place].user_id, record.user_id):
+                return
+            self._remove(place)
+        newest = _newest(record)
+        at = bisect_right(self.newest, newest)
+        self.newest.insert(at, newest)
+        self.donors.insert(at, record)
+        self._donors_of[record.user_id] = self._donors_of.get(record.user_id, 0) + 1
+
+    def _may_replace(self, leaving: str, coming: str) -> bool:
+        return self._donors_of[leaving] > 1 or len(self._donors_of) > 2 or coming not in self._donors_of
+
+    def _remove(self, place: int) -> None:
+        del self.newest[place]
+        user = self.donors.pop(place).user_id
+        self._donors_of[user] -= 1
+        if not self._donors_of[user]:
+            del self._donors_of[user]
+
+
+def _random(seed: int, purpose: str) -> random.Random:
+    return random.Random(seed if purpose == EVALUATION else f"{seed}/{purpose}")
 
 
 def _draw_history(

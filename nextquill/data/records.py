@@ -7,11 +7,13 @@ such as `train.jsonl line 7: field 'history[2].text': expected a string, got int
 Two rules protect what is learnt. `history` has to be present, if only as an empty list: a misspelt key would otherwise
 train a personalised model on no history at all. And no item of the history may be later than the record itself, because
 a text from the user's future tells the model what it is asked to predict.
+
+Times are numbers of seconds since the epoch, and nothing else: what a date, a time zone or a millisecond means is known
+where the data come from, so `nextquill.data.loaders` converts them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from nextquill.errors import ArgumentTypeError, RecordError
+from nextquill.data.lines import MAX_LINE_BYTES, json_lines
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 _RECORD_FIELDS = frozenset({"user_id", "query", "response", "history", "timestamp"})
 
@@ -37,6 +41,11 @@ class HistoryItem:
     text: str
     title: str | None = None
     timestamp: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item as `parse_record` reads it; what is None is left out."""
+        fields = {"title": self.title, "text": self.text, "timestamp": self.timestamp}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,25 @@ class Record:
     timestamp: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping that `parse_record` reads back as an equal record, ready for JSON where `extra` is.
+
+        Raises:
+            ArgumentError: `extra` has a key that is a field of the record.
+        """
+        clash = _RECORD_FIELDS & self.extra.keys()
+        if clash:
+            raise ArgumentError(f"extra: expected keys that are no fields of a record, got {min(clash)!r}")
+        fields: dict[str, Any] = {
+            "user_id": self.user_id,
+            "query": self.query,
+            "response": self.response,
+            "history": [item.to_dict() for item in self.history],
+        }
+        if self.timestamp is not None:
+            fields["timestamp"] = self.timestamp
+        return {**fields, **self.extra}
+
 
 def parse_record(raw: object, where: str) -> Record:
     """Check one raw record and return it as a `Record`.
@@ -78,129 +106,144 @@ def parse_record(raw: object, where: str) -> Record:
             record.
     """
     if not isinstance(raw, Mapping):
-        raise RecordError(f"{where}: expected an object with named fields, got {_type_name(raw)}")
+        raise PlacedError(where, f"expected an object with named fields, got {_type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
     history = _history(_required(raw, "history", where), where, timestamp)
     return Record(
-        user_id=_user_id(_required(raw, "user_id", where), where),
-        query=_text(_required(raw, "query", where), where, "query"),
-        response=_response(_required(raw, "response", where), where),
+        user_id=check_user_id(_required(raw, "user_id", where), where),
+        query=check_text(_required(raw, "query", where), where, "query"),
+        response=check_response(_required(raw, "response", where), where),
         history=history,
         timestamp=timestamp,
         extra={str(key): value for key, value in raw.items() if key not in _RECORD_FIELDS},
     )
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a UTF-8 file with one JSON record a line; blank lines are skipped.
+def iter_jsonl(
+    path: str | os.PathLike[str], skipped: SkippedRecords | None = None, *, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Record]:
+    """Read a UTF-8 file with one JSON record a line, plain or gzipped, a record at a time; blank lines are passed over.
+
+    Args:
+        path: the file.
+        skipped: takes note of bad records, which are left out; None makes the first of them an error.
+        max_line_bytes: a longer line is a bad record; no more of it is held.
 
     Raises:
-        RecordError: the file is missing, unreadable or holds no record, or a line is not UTF-8, not JSON or not a valid
-            record; the message names the file and the line.
+        RecordError: the file is missing, unreadable or holds no record; a line is too long, not UTF-8, not JSON or not
+            a valid record, and the message names the file and the line; or, with `skipped`, too many records are bad.
     """
-    records = [parse_record(raw, where) for where, raw in json_lines(path)]
-    if not records:
-        raise RecordError(f"{os.fspath(path)}: no records, the file is empty")
-    return records
+    found = False
+    for where, raw in json_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
+        found = True
+        record = _parsed_or_skipped(raw, where, skipped)
+        if record is not None:
+            yield record
+    name = os.fspath(path)
+    if skipped is not None:
+        skipped.check(name)
+    if not found:
+        raise RecordError(f"{name}: no records, the file is empty")
 
 
-def load_records(source: object) -> list[Record]:
+def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> list[Record]:
+    """Read all records of a file; see `iter_jsonl`.
+
+    Raises:
+        RecordError: as `iter_jsonl`.
+    """
+    return list(iter_jsonl(path, skipped))
+
+
+def load_records(source: object, skipped: SkippedRecords | None = None) -> list[Record]:
     """Read records from wherever they are.
 
     Args:
         source: the path of a JSONL file, a `datasets.Dataset`, or any iterable of mappings or `Record`s. A `Record` is
             taken as it is.
+        skipped: takes note of bad records, which are left out; None makes the first of them an error.
 
     Raises:
-        RecordError: a record is malformed, or there are none.
+        RecordError: a record is malformed, or there are none; with `skipped`, too many are malformed.
         ArgumentTypeError: `source` is none of the above; a mapping, such as a `datasets.DatasetDict`, is refused,
             since iterating it would yield the names of its splits.
     """
     if isinstance(source, (str, os.PathLike)):
-        return read_jsonl(source)
+        return read_jsonl(source, skipped)
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise ArgumentTypeError(
             f"source: expected a path or an iterable of records (of one split), got {_type_name(source)}"
         )
-    records = [
-        raw if isinstance(raw, Record) else parse_record(raw, f"record {position}")
-        for position, raw in enumerate(source)
-    ]
+    parsed = (_parsed_or_skipped(raw, f"record {position}", skipped) for position, raw in enumerate(source))
+    records = [record for record in parsed if record is not None]
+    if skipped is not None:
+        skipped.check("source")
     if not records:
         raise RecordError("source: no records, the iterable is empty")
     return records
 
 
-def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, object]]:
-    """Yield where each line of a JSONL file stands, and what it holds; blank lines are passed over.
-
-    Raises:
-        RecordError: the file cannot be read, or a line is not JSON.
-    """
-    name = os.fspath(path)
+def _parsed_or_skipped(raw: object, where: str, skipped: SkippedRecords | None) -> Record | None:
     try:
-        with open(path, "rb") as file:
-            # Bytes, so that a line that is not UTF-8 can be named by its number.
-            for number, line in enumerate(file, start=1):
-                where = f"{name} line {number}"
-                text = _decode(line, where)
-                if text.strip():
-                    yield where, _parse_json(text, where)
-    except OSError as error:
-        raise RecordError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        # Editors on Windows begin a file with a byte-order mark, which no JSON parser accepts.
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _parse_json(text: str, where: str) -> object:
-    try:
-        parsed: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: not valid JSON: {error}") from error
-    return parsed
+        record = raw if isinstance(raw, Record) else parse_record(raw, where)
+    except RecordError as error:
+        skip_or_raise(error, skipped)
+        return None
+    if skipped is not None:
+        skipped.accept()
+    return record
 
 
 def _required(raw: Mapping[Any, Any], name: str, where: str) -> object:
     value = raw.get(name)
     if value is None:
         state = "null" if name in raw else "missing"
-        raise RecordError(f"{where}: field '{name}': required, but {state}")
+        raise PlacedError(where, f"required, but {state}", name)
     return value
 
 
-def _user_id(value: object, where: str) -> str:
+def check_user_id(value: object, where: str, name: str = "user_id") -> str:
+    """A user's name as a string; `name` is the field it came from.
+
+    Raises:
+        RecordError: it is neither a string nor an integer, or blank.
+    """
     if isinstance(value, Integral) and not isinstance(value, bool):
         return str(int(value))
     if not isinstance(value, str):
-        raise _expected(where, "user_id", "a string or an integer", value)
-    text = _text(value, where, "user_id")
+        raise unexpected(where, name, "a string or an integer", value)
+    text = check_text(value, where, name)
     if not text.strip():
-        raise RecordError(f"{where}: field 'user_id': expected a name, got a blank string")
+        raise PlacedError(where, "expected a name, got a blank string", name)
     return text
 
 
-def _response(value: object, where: str) -> str:
-    text = _text(value, where, "response")
+def check_response(value: object, where: str, name: str = "response") -> str:
+    """A response; `name` is the field it came from.
+
+    Raises:
+        RecordError: it is no string, blank, or not valid Unicode.
+    """
+    text = check_text(value, where, name)
     if not text.strip():
-        raise RecordError(f"{where}: field 'response': expected some text, got a blank string")
+        raise PlacedError(where, "expected some text, got a blank string", name)
     return text
 
 
-def _text(value: object, where: str, name: str) -> str:
+def check_text(value: object, where: str, name: str) -> str:
+    """A text, which may be empty; `name` is the field it came from.
+
+    Raises:
+        RecordError: it is no string, or not valid Unicode.
+    """
     if not isinstance(value, str):
-        raise _expected(where, name, "a string", value)
+        raise unexpected(where, name, "a string", value)
     try:
         # JSON can spell half of a surrogate pair; tokenizers fail on it much later, without naming the record.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RecordError(
-            f"{where}: field '{name}': expected valid Unicode, got a lone surrogate at character {error.start}"
+        raise PlacedError(
+            where, f"expected valid Unicode, got a lone surrogate at character {error.start}", name
         ) from error
     return value
 
@@ -209,25 +252,27 @@ def _timestamp(value: object, where: str, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise _expected(where, name, "a number of seconds", value)
+        raise unexpected(where, name, "a number of seconds", value)
     try:
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
     if not math.isfinite(seconds):
-        raise RecordError(f"{where}: field '{name}': expected a finite number of seconds, got {seconds}")
+        raise PlacedError(where, f"expected a finite number of seconds, got {seconds}", name)
     return seconds
 
 
 def _history(value: object, where: str, record_timestamp: float | None) -> tuple[HistoryItem, ...]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise _expected(where, "history", "a list of strings or of objects with 'text'", value)
+        raise unexpected(where, "history", "a list of strings or of objects with 'text'", value)
     items = [_history_item(raw, where, f"history[{position}]") for position, raw in enumerate(value)]
     for position, item in enumerate(items):
         if item.timestamp is not None and record_timestamp is not None and item.timestamp > record_timestamp:
-            raise RecordError(
-                f"{where}: field 'history[{position}].timestamp': expected no later than the record's own "
-                f"{record_timestamp}, got {item.timestamp}: a text from the future leaks the answer"
+            raise PlacedError(
+                where,
+                f"expected no later than the record's own {record_timestamp}, got {item.timestamp}: a text from the "
+                "future leaks the answer",
+                f"history[{position}].timestamp",
             )
     dated = [(item.timestamp, item) for item in items if item.timestamp is not None]
     if len(dated) == len(items):
@@ -237,21 +282,22 @@ def _history(value: object, where: str, record_timestamp: float | None) -> tuple
 
 def _history_item(raw: object, where: str, name: str) -> HistoryItem:
     if isinstance(raw, str):
-        return HistoryItem(_text(raw, where, name))
+        return HistoryItem(check_text(raw, where, name))
     if not isinstance(raw, Mapping):
-        raise _expected(where, name, "a string or an object with 'text'", raw)
+        raise unexpected(where, name, "a string or an object with 'text'", raw)
     if raw.get("text") is None:
-        raise RecordError(f"{where}: field '{name}.text': required, but {'null' if 'text' in raw else 'missing'}")
+        raise PlacedError(where, f"required, but {'null' if 'text' in raw else 'missing'}", f"{name}.text")
     title = raw.get("title")
     return HistoryItem(
-        text=_text(raw["text"], where, f"{name}.text"),
-        title=None if title is None else _text(title, where, f"{name}.title"),
+        text=check_text(raw["text"], where, f"{name}.text"),
+        title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )
 
 
-def _expected(where: str, name: str, expected: str, value: object) -> RecordError:
-    return RecordError(f"{where}: field '{name}': expected {expected}, got {_type_name(value)}")
+def unexpected(where: str, name: str, expected: str, value: object) -> PlacedError:
+    """The error of a value of the wrong type."""
+    return PlacedError(where, f"expected {expected}, got {_type_name(value)}", name)
 
 
 def _type_name(value: object) -> str:

@@ -32,7 +32,7 @@ from nextquill.demo.training import (
 )
 from nextquill.demo.world import World
 from nextquill.errors import OutputExistsError
-from nextquill.report.files import write_whole
+from nextquill.files import write_whole
 from nextquill.report.html import render_page
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ clustered data, 2007; P. Koehn, Statistical Significance Tests for Machine Trans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.evaluation.clusters import Scores, as_scores, cluster_sums
 from nextquill.evaluation.metrics.scores import Floats, MetricScores
-from nextquill.evaluation.permutation import exchange_p_value, sign_flip_p_value
+from nextquill.evaluation.permutation import sign_flip_p_value
 
 _BLOCK = 1 << 21  # draws at a time: 16 MiB of them
 
@@ -67,15 +67,12 @@ class SeedsResult(PairedResult):
     """The difference of two methods that were each trained with several seeds.
 
     Args:
-        p_value: over users and seeds.
+        p_value: over users and seeds; over users alone where each side has one run.
         p_users: the p-value over users, for these very runs: whether these differ, not whether their methods do.
-        p_seeds: the p-value over seeds, for these very users; None with one seed a side. Few seeds bound it from below:
-            at 0.1 for three against three and 0.03 for four against four, at 0.25 and 0.125 if they are matched.
         seeds: runs on either side.
     """
 
     p_users: float
-    p_seeds: float | None
     seeds: tuple[int, int]
 
 
@@ -100,7 +97,7 @@ def bootstrap_interval(
     if len(users) == 1:
         return Interval(measured.value, -math.inf, math.inf)
     rng = np.random.default_rng([seed, 0])
-    values = [measured.from_sums(counts @ users) for counts in _draws(rng, len(users), len(users), resamples)]
+    values = [measured.from_sums(counts @ users) for counts in _draws(rng, len(users), resamples)]
     return Interval(measured.value, *_percentiles(np.concatenate(values), level))
 
 
@@ -134,7 +131,7 @@ def paired_difference(
     low, high = -math.inf, math.inf
     if len(users_a) > 1:
         rng = np.random.default_rng([seed, 0])
-        blocks = _draws(rng, len(users_a), len(users_a), resamples)
+        blocks = _draws(rng, len(users_a), resamples)
         drawn = [first.from_sums(counts @ users_a) - first.from_sums(counts @ users_b) for counts in blocks]
         low, high = _percentiles(np.concatenate(drawn), level)
     p_value = sign_flip_p_value(first.from_sums, users_a, users_b, resamples, np.random.default_rng([seed, 1]))
@@ -153,32 +150,35 @@ def paired_over_seeds(
 ) -> SeedsResult:
     """The mean measure of the runs in `a` minus that of the runs in `b`: other users, and other seeds.
 
-    The interval is hierarchical: it draws users, the same for every run, and on each side n − 1 of the n runs, with
-    replacement, as drawing n would make their spread too small by (n − 1) / n. A side with one run adds no spread of
-    its own, so what its seed did stays unknown. With few seeds it is too narrow. Of 1,000 simulated comparisons, with
-    50 users, and seeds that shift a run by a standard deviation of 0.3 and a user's difference by 0.7, the interval of
-    95% held the true difference in 86% with two seeds a side, in 92% with three and in 94% with five; with one, which
-    is what a comparison of two single runs has, in 46%.
+    The interval is that of draws
 
-    `p_value` is, with several runs, the largest of three: one exchanges the methods within users, with the runs of a
-    side added up; one exchanges runs between the methods; and one is 1 − the level of the widest interval that leaves
-    out 0. So it is small only if the difference would show with other users and with other seeds. In the same
-    simulation, where the methods do not differ, it was at most 0.05 in no comparison with three seeds a side, in 3%
-    with four, 6% with five and 4% with ten; the p-value over users alone was in 40%, 37%, 32% and 22%.
+        mean difference over the runs, on drawn users  +  t_a s_a / √n_a  −  t_b s_b / √n_b
+
+    with t_a a draw of Student's t with n_a − 1 degrees of freedom and s_a the standard deviation of the n_a runs'
+    values; with `matched` runs, of one such term for their differences. So few seeds make it as wide as little as they
+    tell of seeds: to draw runs from two or three, as one draws users, would not. A side with one run adds no spread of
+    its own, as what its seed did is unknown: two single runs are compared as they are, not the methods they stand for.
+
+    `p_value` is, with several runs, the larger of two: one exchanges the methods within users, with the runs of a side
+    added up; and one is 1 − the level of the widest interval that leaves out 0. So it is small only if the difference
+    would show with other users and with other seeds. Of 1,000 simulated comparisons of methods that do not differ, with
+    50 users, and seeds that shift a run by a standard deviation of 0.3 and a user's difference by 0.7, it was at most
+    0.05 in 0.2% with two seeds a side, in 2% with three and with five, and in 3% with two, three and five matched ones;
+    the p-value over users alone in 48%, 40% and 32%, and in 53% with one seed, where there is no other.
 
     Args:
         a, b: for each run of a method, its scores of the same examples in the same order. Not as many runs need be on
             both sides.
         groups: each example's user, who is drawn and exchanged as a whole.
-        matched: run k began alike on both sides, from the same seed and with the same batches: the runs are drawn in
-            pairs, and exchanged within pairs.
+        matched: run k began alike on both sides, from the same seed and with the same batches: what it did to
+            both sides is then in neither interval nor test.
         level, resamples, seed: as in `paired_difference`.
 
     Raises:
         ArgumentError: a side has no run, the runs are not of as many examples, or an argument is unusable.
         ArgumentTypeError: a number or group has the wrong type.
 
-    Source: J. Rao and C. Wu, Resampling inference with complex survey data, 1988, for the draws of n − 1.
+    Source: S. Weerahandi, Generalized confidence intervals, 1993, for the draws of t.
     """
     _check(level, resamples, seed)
     runs_a, runs_b = _runs("a", a), _runs("b", b)
@@ -193,67 +193,46 @@ def paired_over_seeds(
     low, high, p_interval = -math.inf, math.inf, 1.0
     if users_a.shape[1] > 1:
         rng = np.random.default_rng([seed, 0])
-        drawn = _hierarchical_draws(from_sums, users_a, users_b, matched, resamples, rng)
+        drawn = np.concatenate(
+            [
+                sum(from_sums(counts @ run) for run in users_a) / len(a)
+                - sum(from_sums(counts @ run) for run in users_b) / len(b)
+                for counts in _draws(rng, users_a.shape[1], resamples)
+            ]
+        )
+        rng = np.random.default_rng([seed, 2])
+        for values in [values_a - values_b] if matched else [values_a, values_b]:
+            drawn = drawn + _seed_noise(values, resamples, rng)
         low, high = _percentiles(drawn, level)
         p_interval = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + resamples))
     # Each side weighs as much as the other, and counts stay whole numbers.
     total_a, total_b = users_a.sum(axis=0) * len(b), users_b.sum(axis=0) * len(a)
     p_users = sign_flip_p_value(from_sums, total_a, total_b, resamples, np.random.default_rng([seed, 1]))
-    p_seeds, rng = None, np.random.default_rng([seed, 2])
-    if matched and len(a) > 1:
-        p_seeds = sign_flip_p_value(_mean_of_rows, values_a[:, None], values_b[:, None], resamples, rng)
-    elif len(a) > 1 or len(b) > 1:
-        p_seeds = exchange_p_value(values_a, values_b, resamples, rng)
     return SeedsResult(
         difference=float(values_a.mean() - values_b.mean()),
         low=low,
         high=high,
-        p_value=p_users if p_seeds is None else float(max(p_users, p_seeds, p_interval)),
+        p_value=float(max(p_users, p_interval)) if len(a) > 1 or len(b) > 1 else p_users,
         num=len(runs_a[0]),
         p_users=p_users,
-        p_seeds=p_seeds,
         seeds=(len(a), len(b)),
     )
 
 
-def _hierarchical_draws(
-    from_sums: Callable[[Floats], Floats],
-    a: Floats,
-    b: Floats,
-    matched: bool,
-    resamples: int,
-    rng: np.random.Generator,
-) -> Floats:
-    """[resamples], the difference of the sides' mean measures over drawn runs, on drawn users, the same for all."""
-    differences = []
-    for counts in _draws(rng, a.shape[1], a.shape[1], resamples):
-        shares_a = _drawn_runs(rng, len(a), len(counts))
-        shares_b = shares_a if matched else _drawn_runs(rng, len(b), len(counts))
-        mean_a, mean_b = (
-            sum(share * from_sums(counts @ run) for share, run in zip(shares.T, runs, strict=True))
-            for shares, runs in ((shares_a, a), (shares_b, b))
-        )
-        differences.append(np.asarray(mean_a - mean_b))
-    return np.concatenate(differences)
+def _seed_noise(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """[resamples]: how far the mean of these runs might lie from that of all seeds; 0 for one run."""
+    if len(values) == 1:
+        return np.zeros(resamples)
+    draws: Floats = rng.standard_t(len(values) - 1, resamples)
+    return draws * (float(values.std(ddof=1)) / math.sqrt(len(values)))
 
 
-def _drawn_runs(rng: np.random.Generator, num: int, resamples: int) -> Floats:
-    """[resamples, num]: the share that each of `num` runs has in a draw of all but one of them."""
-    size = max(1, num - 1)
-    return np.concatenate(list(_draws(rng, num, size, resamples))) / size
-
-
-def _mean_of_rows(sums: Floats) -> Floats:
-    """The one column; as a measure of sums it orders exchanges as their mean does."""
-    return sums[..., 0]
-
-
-def _draws(rng: np.random.Generator, num: int, size: int, resamples: int) -> Iterator[Floats]:
-    """[at most some resamples, num]: how often each of `num` things came up in `size` draws with replacement."""
-    block = max(1, _BLOCK // max(num, size))
+def _draws(rng: np.random.Generator, num: int, resamples: int) -> Iterator[Floats]:
+    """[at most some resamples, num]: how often each of `num` users came up in as many draws with replacement."""
+    block = max(1, _BLOCK // num)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        drawn = rng.integers(num, size=(rows, size)) + num * np.arange(rows)[:, None]
+        drawn = rng.integers(num, size=(rows, num)) + num * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
 
 

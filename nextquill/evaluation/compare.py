@@ -53,7 +53,9 @@ def compare_evaluations(
         )
     examples = [{example.index: example for example in read_examples(folder)} for folder in (a, b)]
     results: dict[str, PairedResult] = {}
-    for name in names if names is not None else [name for name in first.metrics if name in second.metrics]:
+    # The number of tokens is that of the same records.
+    shared = [name for name in first.metrics if name in second.metrics and name != TOKENS]
+    for name in shared if names is None else names:
         for folder, evaluation in ((a, first), (b, second)):
             if name not in evaluation.metrics:
                 raise ArgumentError(f"metrics: {folder} has no {name!r}; it has {', '.join(evaluation.metrics)}")

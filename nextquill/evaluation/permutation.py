@@ -13,8 +13,6 @@ procedure, 1979.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +20,7 @@ import numpy as np
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.metrics.scores import Floats, finite_numbers
 
-#: Up to this many exchanges are all gone through: those of 12 users, or of 7 seeds against 7.
+#: Up to this many exchanges are all gone through: those of 12 users.
 EXACT = 4096
 _BLOCK = 1 << 21
 
@@ -52,25 +50,6 @@ def sign_flip_p_value(
         differences.append(from_sums(sum_a + moved) - from_sums(sum_b - moved))
     values = from_sums(np.stack([sum_a, sum_b]))
     return _p_value(float(values[0] - values[1]), np.concatenate(differences), float(np.abs(values).max()), exact)
-
-
-def exchange_p_value(a: Floats, b: Floats, resamples: int, rng: np.random.Generator) -> float:
-    """The p-value of mean(a) − mean(b), exchanging whole runs between the two sides.
-
-    Args:
-        a, b: one value a run.
-        resamples: exchanges drawn where there are more than `EXACT`.
-        rng: draws them.
-    """
-    pooled, first = np.concatenate([a, b]), len(a)
-    exact = math.comb(len(pooled), first) <= EXACT
-    if exact:
-        chosen = np.array(list(itertools.combinations(range(len(pooled)), first)))
-    else:
-        chosen = rng.permuted(np.tile(np.arange(len(pooled)), (resamples, 1)), axis=1)[:, :first]
-    sums = pooled[chosen].sum(axis=1)
-    differences = sums / first - (pooled.sum() - sums) / (len(pooled) - first)
-    return _p_value(float(a.mean() - b.mean()), differences, float(np.abs(pooled).max()), exact)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,7 +9,6 @@ github.com/LongLaMP-benchmark/LongLaMP-Benchmark). A scorer takes two files that
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
+from nextquill.files import write_whole
 
 #: The scorer compares ids as they are: "310" is not 310.
 Id = str | int
@@ -66,7 +66,7 @@ def write_predictions(
         _check_ids("predictions", outputs, "ids", ids)
     golds = [{"id": key, "output": text} for key, text in outputs.items()]
     name = task.file_names[0] if isinstance(task, Task) else task
-    _write_whole(path, json.dumps({"task": name, "golds": golds}, indent=1) + "\n")
+    write_whole(path, json.dumps({"task": name, "golds": golds}, indent=1) + "\n")
 
 
 def read_predictions(path: Path) -> PredictionFile:
@@ -140,15 +140,3 @@ def _check_ids(name: str, given: Iterable[Id], other: str, wanted: Iterable[Id])
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             raise ArgumentError(f"{name}: {what.format(strange[0])}{more}")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

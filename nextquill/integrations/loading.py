@@ -165,6 +165,21 @@ def load_tokenizer(place: str, cached_only: bool = False) -> Any:
         ) from error
 
 
+def find_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer that `load_model` would give, without the weights; a folder with a tokenizer alone will do.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    folder = Path(name_or_path).expanduser()
+    if (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(folder))
+    place, cached_only = _locate(name_or_path)
+    if (Path(place) / _ADAPTER_FILE).is_file():
+        return find_tokenizer(_base_name(place))
+    return load_tokenizer(place, cached_only)
+
+
 def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -180,11 +195,9 @@ def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
 
 def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
     """The base model with the adapter of a folder; not by PEFT's auto class, which resizes the base's embeddings."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base_name = PeftConfig.from_pretrained(place).base_model_name_or_path
-    if not base_name:
-        raise UnsupportedModelError(f"model_name_or_path: the adapter in {place} does not name its base model")
+    base_name = _base_name(place)
     try:
         base, tokenizer = load_model(base_name, dtype=dtype)
     except UnsupportedModelError as error:
@@ -194,6 +207,16 @@ def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
     if (Path(place) / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(place)
     return PeftModel.from_pretrained(base, place, is_trainable=True), tokenizer
+
+
+def _base_name(place: str) -> str:
+    """The base model that an adapter names."""
+    from peft import PeftConfig
+
+    name = PeftConfig.from_pretrained(place).base_model_name_or_path
+    if not name:
+        raise UnsupportedModelError(f"model_name_or_path: the adapter in {place} does not name its base model")
+    return str(name)
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -126,6 +126,8 @@ class CausalLossMixin(_Base):
         A batch over the token budget is several parts. Every rank gets as many as the one with most: each of them is a
         forward and a backward in which sharded and data-parallel engines meet.
         """
+        if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
+            return [], None
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
         users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None

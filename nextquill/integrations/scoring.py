@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextquill.data import EncodedExample
+from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import BRANCHES, to_device
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.passes import PairPasses
@@ -87,10 +88,8 @@ def score_examples(
     device = next(model.parameters()).device
     with PairPasses(model, SFTLoss(), attention) as passes, in_eval_mode(model):
         if passes.trees is not None:
-            small = device.type == "cpu" or attention == "mask"
-            usual = DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
             names = BRANCHES if placebo else BRANCHES[:2]
-            max_tokens = forward_budget(examples, max_tokens, usual, names)
+            max_tokens = forward_budget(examples, max_tokens, usual_max_tokens(model, attention), names)
         size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
         order = _user_by_user(examples)
@@ -103,6 +102,108 @@ def score_examples(
                 if done < part["num_sequences"]:
                     yield from _score_part(passes, batch, part, device)[done:]
                 done = max(0, done - part["num_sequences"])
+
+
+class BranchScorer:
+    """Scores any branches of one model without gradient, those that begin alike in one forward.
+
+        nll[t] = -log p(response[t] | prompt, response[:t])
+
+    A context manager: leaving it gives the model back as it was.
+
+    Args:
+        model: a causal language model; used in eval mode.
+        pad_token_id: fills padded batches.
+        attention: see `PairPasses`.
+        max_tokens: most tokens of one forward, what branches share counted once; by default as for `score_examples`.
+
+    Raises:
+        ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
+        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+    """
+
+    def __init__(
+        self, model: Any, pad_token_id: int = 0, *, attention: str = "auto", max_tokens: int | None = None
+    ) -> None:
+        self._model, self._pad, self._given = model, pad_token_id, max_tokens
+        self._passes = PairPasses(model, SFTLoss(), attention)
+        self._usual = usual_max_tokens(model, attention)
+        self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
+
+    def __enter__(self) -> BranchScorer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._passes.close()
+
+    def __call__(self, branches: Sequence[Branch]) -> list[Tensor]:
+        """The nll of each branch's response.
+
+        Args:
+            branches: at least one; prompts and responses may differ between them.
+
+        Returns:
+            For each branch, in the order given, [tokens] on the CPU in nats; float32, or the model's own float64.
+
+        Raises:
+            BudgetError: a branch alone takes more than `max_tokens`.
+        """
+        # Each is the one branch of an example of its own, and its nll the loss of plain fine-tuning.
+        examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(branches)]
+        budget, size = self._given, _PADDED_TOGETHER
+        if self._passes.trees is not None:
+            budget, size = forward_budget(examples, self._given, self._usual, ("factual",)), len(examples)
+        collate, found = self._passes.collator(self._pad, budget), dict[int, Tensor]()
+        device = next(self._model.parameters()).device
+        with in_eval_mode(self._model):
+            for start in range(0, len(examples), size):
+                for part in collate(examples[start : start + size])["parts"]:
+                    members = [start + index for index in part["sequence_ids"].unique_consecutive().tolist()]
+                    lengths = [len(branches[index].response_ids) for index in members]
+                    nll = self._passes.scores(to_device(part, device)).output.pair_nll.factual
+                    found.update(zip(members, nll.cpu().split(lengths), strict=True))
+        return [found[index] for index in range(len(branches))]
+
+
+def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
+    """The nll of each branch's response; `BranchScorer` for one call. `options` are its `attention`, `max_tokens`."""
+    with BranchScorer(model, pad_token_id, **options) as scorer:
+        return scorer(branches)
+
+
+def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
+    """One record's scores as JSON: tokens, nll's (nats) and effects, rounded to six decimals."""
+    result = {
+        "index": scores.example.index,
+        "user_id": scores.example.user_id,
+        "history_kept": scores.example.history_kept,
+        "tokens": token_texts(tokenizer, scores.token_ids),
+        "token_ids": scores.token_ids,
+        "nll_factual": rounded(scores.nll_factual),
+        "nll_counterfactual": rounded(scores.nll_counterfactual),
+        "effect_logprob": rounded(scores.effect_logprob),
+        "effect_prob": rounded(scores.effect_prob),
+    }
+    if scores.nll_placebo is not None:
+        result["nll_placebo"] = rounded(scores.nll_placebo)
+    return result
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Values as numbers of six decimals."""
+    return [round(value, 6) for value in values.tolist()]
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills padded batches: never attended, so any token does."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((id for id in known if id is not None), 0)
+
+
+def usual_max_tokens(model: Any, attention: str) -> int:
+    """Tokens of one forward over trees, where nobody says otherwise."""
+    small = next(model.parameters()).device.type == "cpu" or attention == "mask"
+    return DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

@@ -25,6 +25,7 @@ from nextquill.data import (
     load_effects,
     load_records,
 )
+from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import (
@@ -51,7 +52,8 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         model: a causal language model of transformers, or a PEFT model around one.
         args: TrainingArguments; `remove_unused_columns` is turned off, since records are not model inputs.
         train_dataset, eval_dataset: records (`nextquill.data.load_records`: a JSONL path, a `datasets.Dataset`, any
-            iterable of mappings), or an `EncodedDataset`. `eval_dataset` may be a dict of them.
+            iterable of mappings), an `EncodedDataset`, or a folder of `nextquill prepare`, whose tokenizer, template
+            and budget have to be those given here. `eval_dataset` may be a dict of them.
         processing_class: the tokenizer.
         loss: any `PairLoss`; by default `NextQuillLoss(detach_counterfactual=True)`. Its softcap and logit_scale are
             taken from the model.
@@ -85,6 +87,7 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         RecordError, BudgetError: a record is malformed or does not fit, or the effects file is of other records; found
             before training starts.
+        CheckpointError: a prepared folder is damaged, or its examples were made in another way.
         UnsupportedModelError: the model's head cannot be handled exactly.
     """
 
@@ -164,6 +167,10 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         return score_examples(model, given.examples, self._pad_token_id, attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
+        if isinstance(source, (str, os.PathLike)) and is_prepared(source):
+            source = PreparedDataset(source)
+        if isinstance(source, PreparedDataset):
+            source.check(self.encoder)
         if source is None or isinstance(source, EncodedDataset):
             return source
         progress = None if self.args.disable_tqdm else _progress

@@ -26,20 +26,48 @@ class TokenEffect:
 
 
 @dataclass(frozen=True)
+class HistoryItem:
+    """An item of the history, and what leaving it out does to each token of a response.
+
+    `effects` are in nats, one for each token: nll without the item minus nll with all items.
+    """
+
+    title: str
+    text: str
+    effects: Sequence[float]
+
+
+@dataclass(frozen=True)
 class ResponseVariant:
-    """One response as one model sees it."""
+    """One response as one model sees it.
+
+    `separator` stands between tokens that do not carry their own spaces. `items`, if they were measured, are the
+    history that the model read, oldest first.
+    """
 
     label: str
     tokens: Sequence[TokenEffect]
+    separator: str = " "
+    items: Sequence[HistoryItem] = ()
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A text beside others: whose it is, the text, and its scores in a few words."""
+
+    label: str
+    text: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class ResponseView:
-    """One response, what it was written after (`context`: name and text), and its variants."""
+    """One response, what it was written after (`context`: name and text), its variants, and texts side by side."""
 
     title: str
     context: Sequence[tuple[str, str]]
     variants: Sequence[ResponseVariant]
+    texts: Sequence[GeneratedText] = ()
 
 
 @dataclass(frozen=True)
@@ -57,10 +85,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure and, smaller, its range."""
+    """A figure and, smaller, its range. A `marked` one stands out."""
 
     text: str
     detail: str = ""
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,24 +112,11 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Page:
-    """A report from top to bottom. `findings` are (heading, text)."""
-
-    title: str
-    lead: str
-    findings: Sequence[tuple[str, str]] = ()
-    picture: Picture | None = None
-    tables: Sequence[Table] = ()
-    table_notes: Sequence[str] = ()
-    responses: Sequence[ResponseView] = ()
-    responses_lead: str = ""
-    footer: str = ""
-    language: str = "en"
-
-
-@dataclass(frozen=True)
 class Series:
-    """A curve, and the band between `low` and `high` around it if they are given."""
+    """A curve, and the band between `low` and `high` around it if they are given.
+
+    `colour` is its place in the palette where that is not its place in the panel; `dots` marks its points.
+    """
 
     label: str
     x: Sequence[float]
@@ -108,11 +124,16 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     dashed: bool = False
+    colour: int | None = None
+    dots: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot. `hint` says in a few words which way is good; `x_ticks` default to what fits."""
+    """One small plot. `hint` says in a few words which way is good; `x_ticks` default to what fits.
+
+    `with_zero` has the axis reach 0, where a distance from 0 is what one reads.
+    """
 
     title: str
     hint: str
@@ -120,3 +141,33 @@ class Panel:
     log_scale: bool = False
     y_limits: tuple[float, float] | None = None
     x_ticks: Sequence[float] | None = None
+    with_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Panels side by side over one quantity, under one legend of (label, place in the palette)."""
+
+    panels: Sequence[Panel]
+    x_label: str
+    legend: Sequence[tuple[str, int]]
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report from top to bottom. `findings` and `reading`, how to read it, are (heading, text)."""
+
+    title: str
+    lead: str
+    findings: Sequence[tuple[str, str]] = ()
+    notices: Sequence[str] = ()
+    picture: Picture | None = None
+    charts: Charts | None = None
+    tables: Sequence[Table] = ()
+    table_notes: Sequence[str] = ()
+    responses: Sequence[ResponseView] = ()
+    responses_lead: str = ""
+    reading: Sequence[tuple[str, str]] = ()
+    footer: str = ""
+    language: str = "en"

@@ -1,89 +1,109 @@
-"""One self-contained HTML page: findings, a picture, tables, and responses whose tokens are coloured by effect.
+"""One self-contained HTML page: findings, a picture or curves, tables, and responses with tokens coloured by effect.
 
-No network, no script that the page needs, light and dark by the reader's preference, printable. A token shows its
-probabilities on hover, on focus (each can be reached by keyboard or a tap) and to screen readers. Without script every
-token is a tab stop; the few lines of script make each response one stop, with the arrow keys moving inside.
-
-Everything that is passed in is text and is escaped.
+No network, no script that the page needs, light and dark by the reader's preference, printable. The page forbids itself
+all loading and every style and script but its own, which it names by their digests: what gets past the escaping of
+texts still cannot run.
 """
 
 from __future__ import annotations
 
 import base64
-import math
+import hashlib
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib import resources
 from itertools import groupby
 
-from nextquill.report.data import Cell, Column, Page, Picture, ResponseVariant, ResponseView, Table, TokenEffect
-
-# Effects smaller than this are left without colour: one can neither see them nor rely on them.
-_SMALLEST_SHOWN = 0.005
-
-_SCRIPT = """
-for (const line of document.querySelectorAll('.tokens')) {
-  const tokens = [...line.querySelectorAll('.tok')];
-  tokens.forEach((token, index) => { token.tabIndex = index ? -1 : 0; });
-  line.addEventListener('keydown', event => {
-    const moves = { ArrowRight: 1, ArrowLeft: -1, Home: -tokens.length, End: tokens.length };
-    const here = tokens.indexOf(document.activeElement);
-    if (here < 0 || !(event.key in moves)) return;
-    event.preventDefault();
-    tokens[Math.min(tokens.length - 1, Math.max(0, here + moves[event.key]))].focus();
-  });
-  line.addEventListener('focusin', event => {
-    for (const token of tokens) token.tabIndex = token === event.target ? 0 : -1;
-  });
-}
-"""
+from nextquill.report.data import Cell, Charts, Column, Page, Picture, Table
+from nextquill.report.svg import charts_html
+from nextquill.report.text import html
+from nextquill.report.tokens import responses_html
 
 
 def render_page(page: Page) -> str:
     """The whole page as one string."""
-    style = resources.files("nextquill.report").joinpath("page.css").read_text(encoding="utf-8")
+    style, script = (_own_file(name) for name in ("page.css", "page.js"))
+    is_scripted = bool(page.responses or page.charts)
     return "\n".join(
         [
             "<!doctype html>",
-            f'<html lang="{escape(page.language)}">',
-            '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<html lang="{html(page.language)}">',
+            '<head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # An empty icon, or a browser asks the server for one.
-            f'<link rel="icon" href="data:,"><title>{escape(page.title)}</title>',
-            f"<style>\n{style}</style></head>",
+            f'<link rel="icon" href="data:,"><title>{html(page.title)}</title>',
+            f"<style>{style}</style></head>",
             "<body><main>",
-            f"<header><h1>{escape(page.title)}</h1>{_paragraph(page.lead, 'lead')}</header>",
+            f"<header><h1>{html(page.title)}</h1>{_paragraph(page.lead, 'lead')}{_contents(page)}</header>",
             _findings(page.findings),
+            "".join(_paragraph(notice, "notice") for notice in page.notices),
             _picture(page.picture) if page.picture else "",
+            _charts(page.charts) if page.charts else "",
             _tables(page.tables, page.table_notes),
-            _responses(page.responses, page.responses_lead),
+            responses_html(page.responses, page.responses_lead),
+            _reading(page.reading),
             f"<footer>{_paragraph(page.footer)}</footer>" if page.footer else "",
             "</main>",
-            f"<script>{_SCRIPT}</script>" if page.responses else "",
+            f"<script>{script}</script>" if is_scripted else "",
             "</body></html>",
             "",
         ]
     )
 
 
+def _own_file(name: str) -> str:
+    return "\n" + resources.files("nextquill.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may do: show its pictures, and use this style and this script."""
+    style_digest, script_digest = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
+    )
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_digest}'; script-src 'sha256-{script_digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
 def _paragraph(text: str, css_class: str = "") -> str:
     if not text:
         return ""
-    return f'<p class="{css_class}">{escape(text)}</p>' if css_class else f"<p>{escape(text)}</p>"
+    return f'<p class="{css_class}">{html(text)}</p>' if css_class else f"<p>{html(text)}</p>"
+
+
+def _contents(page: Page) -> str:
+    """Links to the sections, where there are enough of them."""
+    sections = [
+        ("curves", "Curves", page.charts),
+        ("measures", "Results", page.tables),
+        ("examples", "Tokens by effect", page.responses),
+        ("reading", "How to read this", page.reading),
+    ]
+    links = [f'<a href="#{anchor}">{label}</a>' for anchor, label, content in sections if content]
+    return f'<nav aria-label="Sections">{"".join(links)}</nav>' if page.reading else ""
 
 
 def _findings(findings: Sequence[tuple[str, str]]) -> str:
     if not findings:
         return ""
-    items = "".join(f"<li><h3>{escape(heading)}</h3><p>{escape(text)}</p></li>" for heading, text in findings)
+    items = "".join(f"<li><h3>{html(heading)}</h3><p>{html(text)}</p></li>" for heading, text in findings)
     return f'<ul class="findings">{items}</ul>'
+
+
+def _reading(parts: Sequence[tuple[str, str]]) -> str:
+    if not parts:
+        return ""
+    items = "".join(f"<dt>{html(heading)}</dt><dd>{html(text)}</dd>" for heading, text in parts)
+    return f'<section id="reading"><h2>How to read this</h2><dl class="reading">{items}</dl></section>'
 
 
 def _picture(picture: Picture) -> str:
     light, dark = _data_uri(picture.png), picture.dark_png
     # Printing prefers light whatever the screen does.
     source = f'<source srcset="{_data_uri(dark)}" media="screen and (prefers-color-scheme: dark)">' if dark else ""
-    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
-    image = f'<picture>{source}<img src="{light}" alt="{escape(picture.alt)}"></picture>'
+    caption = f"<figcaption>{html(picture.caption)}</figcaption>" if picture.caption else ""
+    image = f'<picture>{source}<img src="{light}" alt="{html(picture.alt)}"></picture>'
     return (
         f'<figure><div class="scroll" role="region" tabindex="0" aria-label="Picture">{image}</div>{caption}</figure>'
     )
@@ -93,19 +113,24 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
+def _charts(charts: Charts) -> str:
+    return f'<section id="curves"><h2>Curves</h2>{_paragraph(charts.lead)}{charts_html(charts)}</section>'
+
+
 def _tables(tables: Sequence[Table], notes: Sequence[str]) -> str:
     if not tables:
         return ""
     body = "".join(_table(table) for table in tables)
-    return f"<section><h2>Results</h2>{body}{''.join(_paragraph(note, 'note') for note in notes)}</section>"
+    said = "".join(_paragraph(note, "note") for note in notes)
+    return f'<section id="measures"><h2>Results</h2>{body}{said}</section>'
 
 
 def _table(table: Table) -> str:
     head = _table_head(table.columns)
     rows = "".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
-    caption = f"<caption>{escape(table.title)}</caption>"
+    caption = f"<caption><span>{html(table.title)}</span></caption>"
     # A scrolling box has to be reachable by keyboard, and then needs a name.
-    label = escape(table.title)
+    label = html(table.title)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">'
         f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table></div>"
@@ -117,75 +142,20 @@ def _table_head(columns: Sequence[Column]) -> str:
     for group, members in groupby(columns, key=lambda column: column.group):
         span = len(list(members))
         groups += (
-            f'<th scope="colgroup" colspan="{span}">{escape(group)}</th>' if group else f'<td colspan="{span}"></td>'
+            f'<th scope="colgroup" colspan="{span}">{html(group)}</th>' if group else f'<td colspan="{span}"></td>'
         )
     names = "".join(_column_heading(column, first=index == 0) for index, column in enumerate(columns))
     return (f"<tr>{groups}</tr>" if any(column.group for column in columns) else "") + f"<tr>{names}</tr>"
 
 
 def _column_heading(column: Column, *, first: bool) -> str:
-    title = f' title="{escape(column.explanation)}"' if column.explanation else ""
+    title = f' title="{html(column.explanation)}"' if column.explanation else ""
     css_class = ' class="name"' if first else ""
-    return f'<th scope="col"{css_class}{title}>{escape(column.heading)}</th>'
+    return f'<th scope="col"{css_class}{title}>{html(column.heading)}</th>'
 
 
 def _cells(row: Sequence[Cell]) -> Iterable[str]:
     for index, cell in enumerate(row):
-        detail = f"<small>{escape(cell.detail)}</small>" if cell.detail else ""
-        content = escape(cell.text) + detail
+        detail = f"<small>{html(cell.detail)}</small>" if cell.detail else ""
+        content = (f"<strong>{html(cell.text)}</strong>" if cell.marked else html(cell.text)) + detail
         yield f'<th scope="row">{content}</th>' if index == 0 else f"<td>{content}</td>"
-
-
-def _responses(responses: Sequence[ResponseView], lead: str) -> str:
-    if not responses:
-        return ""
-    tokens = [token for view in responses for variant in view.variants for token in variant.tokens]
-    truth = '<span><span class="personal">underlined</span> truly personal</span>'
-    legend = (
-        '<p class="legend"><span class="scale">history lowered p(token) by 1 <i></i> raised it by 1</span>'
-        f"{truth if any(token.personal is not None for token in tokens) else ''}</p>"
-    )
-    cards = "".join(_response(view) for view in responses)
-    return f"<section><h2>Tokens by effect</h2>{_paragraph(lead)}{legend}{cards}</section>"
-
-
-def _response(view: ResponseView) -> str:
-    context = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in view.context)
-    variants = "".join(_variant(variant) for variant in view.variants)
-    return f'<article class="card"><h3>{escape(view.title)}</h3><dl>{context}</dl>{variants}</article>'
-
-
-def _variant(variant: ResponseVariant) -> str:
-    # Adjacent words keep a real space between their spans, so that copied text reads as written.
-    tokens = " ".join(_token(token) for token in variant.tokens)
-    label = escape(variant.label)
-    return f'<div class="variant"><b>{label}</b><p class="tokens" role="group" aria-label="{label}">{tokens}</p></div>'
-
-
-def _token(token: TokenEffect) -> str:
-    effect = token.effect_prob
-    classes = ["tok"]
-    style = ""
-    if math.isfinite(effect) and abs(effect) >= _SMALLEST_SHOWN:
-        classes.append("helps" if effect > 0 else "hurts")
-        style = f' style="--e:{min(1.0, abs(effect)):.2f}"'
-    if token.personal:
-        classes.append("personal")
-    tip = escape(_describe(token))
-    return (
-        f'<span class="{" ".join(classes)}"{style} tabindex="0" role="img" title="{tip}" aria-label="{tip}" '
-        f'data-tip="{tip}">{escape(token.text)}</span>'
-    )
-
-
-def _describe(token: TokenEffect) -> str:
-    parts = [f"p with history {_percent(token.p_with)}", f"without {_percent(token.p_without)}"]
-    if token.p_placebo is not None:
-        parts.append(f"with another user's {_percent(token.p_placebo)}")
-    return f"“{token.text}”: {', '.join(parts)}"
-
-
-def _percent(probability: float) -> str:
-    if not math.isfinite(probability):
-        return "not measured"
-    return "< 0.1%" if 0 < probability < 0.001 else f"{100 * probability:.1f}%"

@@ -1,12 +1,15 @@
 """`nextquill evaluate`: the figures, where they come from, and where they go."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 
 import pytest
-import torch
 
-from nextquill.cli.evaluate import summarise
-from nextquill.integrations.scoring import ExampleScores
+from nextquill.evaluation.results import read_evaluation, read_item_effects
 
 
 def evaluate(nextquill, model, data, *words):
@@ -46,12 +49,169 @@ def test_a_checkpoint_is_prompted_as_its_run_was(nextquill, train, data, tmp_pat
     assert outputs[0] != outputs[2]
 
 
-def test_the_table_and_rouge(nextquill, trained, data):
-    result = evaluate(nextquill, trained, data, "--max_new_tokens", 4, "--generate_limit", 2, "--limit", 3)
+def test_the_tables(nextquill, trained, data):
+    words = (
+        "--max_new_tokens",
+        4,
+        "--generate_limit",
+        2,
+        "--limit",
+        3,
+        "--generate_branches",
+        "factual",
+        "counterfactual",
+    )
+    result = evaluate(nextquill, trained, data, *words)
     assert result.code == 0, result.err
-    for label in ("nll with the user's history", "under another user's history", "ROUGE-L, generated without history"):
-        assert label in result.out
+    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU"):
+        assert f"\n  {label}  " in result.out, label
+    assert "with history                 without" in result.out
+    assert "3 examples of 3 users" in result.out
+    assert "95% intervals over users" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
     assert result.err == ""
+
+
+def test_flat_metrics_are_those_of_the_folder(nextquill, trained, data, tmp_path):
+    folder, file = tmp_path / "out", tmp_path / "m.json"
+    words = ("--max_new_tokens", 4, "--output_dir", folder, "--output_file", file, "--item_effects", 1)
+    result = evaluate(nextquill, trained, data, *words)
+    assert result.code == 0, result.err
+    assert f"Results: {folder}\n" in result.out
+    evaluation = read_evaluation(folder)
+    assert json.loads(file.read_text()) == {name: metric.value for name, metric in evaluation.metrics.items()}
+    assert evaluation.model == str(trained)
+    assert [each.index for each in read_item_effects(folder)] == [0]
+    assert (folder / "effects.jsonl").read_bytes() == scored(nextquill, trained, data, tmp_path)
+
+
+def scored(nextquill, model, data, tmp_path):
+    """What `score` writes."""
+    file = tmp_path / "effects.jsonl"
+    words = ("--eval_file", data / "eval.jsonl", "--output_file", file, "--show", 0)
+    assert nextquill("score", "--model_name_or_path", model, *words).code == 0
+    return file.read_bytes()
+
+
+def test_nothing_is_left_where_nothing_is_kept(nextquill, trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = evaluate(nextquill, trained, data, "--generate", "false")
+    assert result.code == 0, result.err
+    assert "generated texts" not in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- another evaluation ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(nextquill, trained, data, tmp_path_factory):
+    """An evaluation's folder; tests read it only."""
+    folder = tmp_path_factory.mktemp("evaluation") / "out"
+    result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", folder)
+    assert result.code == 0, result.err
+    return folder
+
+
+SMALL = ("--max_new_tokens", 3, "--resamples", 50, "--batch_size", 2)
+
+
+def test_differences_to_a_baseline(nextquill, trained, data, finished):
+    words = ("--resamples", 50, "--baseline", finished)
+    same = evaluate(nextquill, trained, data, *words, "--generate", "false")
+    assert same.code == 0, same.err
+    table = same.out[same.out.index("this - ") :]
+    assert "+0.0000 [0.000, 0.000]   1.000" in table
+    assert "ROUGE" not in table, "one side has no texts"
+    other = evaluate(nextquill, trained, data, *words, "--prompt_order", "history_first", "--max_new_tokens", 3)
+    row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)
+    assert "+0.0000" not in row
+    assert "ROUGE-L, generated with history" in other.out
+    unlike = " ".join(other.out[other.out.index("not measured alike") :].split())
+    assert "template order 'history_first', there 'official'" in unlike
+    again = evaluate(nextquill, trained, data, *SMALL, "--baseline", finished, "--resamples", 60)
+    assert "not measured alike" not in again.out
+
+
+def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loaded(nextquill, data, finished, tmp_path):
+    words = ("--baseline", finished, "--limit", 3)
+    result = evaluate(nextquill, "./nowhere", data, *words)
+    assert result.code == 1
+    assert f"--baseline: {finished} is an evaluation of other records (5) than --eval_file (3)" in result.err
+    (tmp_path / "half").mkdir()
+    shutil.copy(finished / "evaluation.json", tmp_path / "half")
+    result = evaluate(nextquill, "./nowhere", data, "--baseline", tmp_path / "half")
+    assert f"--baseline: {tmp_path / 'half' / 'examples.jsonl'}: cannot be read: No such file" in result.err
+    result = evaluate(nextquill, "./nowhere", data, "--baseline", tmp_path)
+    assert f"--baseline: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
+
+
+# ---- runs that are cut short, and second ones ----------------------------------------------------
+
+
+@pytest.mark.slow  # `test_evaluation_resume` stops it at every stage, within one process
+@pytest.mark.parametrize("name", ["effect_line", "decoded"])
+def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
+    """SIGKILL, which nothing in the process can answer: while scoring, and while generating."""
+    folder, place = tmp_path / "out", "evaluating" if name == "effect_line" else "generation.transformers_engine"
+    code = (
+        "import os, signal; from nextquill.cli import main\n"
+        f"from nextquill.integrations import evaluating; from nextquill.integrations.{place} import {name} as own\n"
+        f"import nextquill.integrations.{place} as module\n"
+        "calls = []\n"
+        "def killing(*a):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return own(*a)\n"
+        f"module.{name} = killing\n"
+        f"main.main(['evaluate', '--model_name_or_path', {str(trained)!r}, '--eval_file', {str(data / 'eval.jsonl')!r},"
+        f" '--output_dir', {str(folder)!r}, *{[str(word) for word in SMALL]!r}])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    cut = folder / ("effects.jsonl.partial" if name == "effect_line" else "generated.jsonl.partial")
+    assert cut.read_bytes().count(b"\n") == 4, "a first line and three"
+    assert not (folder / "evaluation.json").exists()
+    result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", folder)
+    assert result.code == 0, result.err
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in finished.iterdir())
+    for each in names:
+        assert (folder / each).read_bytes() == (finished / each).read_bytes(), each
+
+
+def test_ctrl_c_says_how_to_go_on(nextquill, trained, data, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nextquill.integrations.generation.transformers_engine.decoded", interrupt)
+    result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
+    assert result.code == 130
+    assert f"what is done is in {tmp_path}; the same command goes on from there" in result.err
+
+
+def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, finished):
+    result = evaluate(nextquill, "./nowhere", data, "--output_dir", finished)
+    assert result.code == 1
+    assert result.err == (
+        f"nextquill: --output_dir: {finished} holds a finished evaluation; give another, or --overwrite\n"
+    )
+
+
+def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("nextquill.integrations.generation.transformers_engine.decoded", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
+    result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)
+    assert result.code == 1
+    assert (
+        f"--output_dir: {tmp_path / 'evaluation.json.partial'} was begun with another seed: there 42, here 1"
+        in result.err
+    )
+    assert "give --overwrite to start anew" in result.err
+    words = (*SMALL, "--output_dir", tmp_path, "--seed", 1, "--overwrite", "--generate", "false")
+    assert evaluate(nextquill, trained, data, *words).code == 0
 
 
 def test_an_existing_output_file_is_not_replaced_unasked(nextquill, trained, data, tmp_path):
@@ -74,6 +234,17 @@ def test_an_existing_output_file_is_not_replaced_unasked(nextquill, trained, dat
         (["--batch_size", -1], 2, "--batch_size: expected a positive number, got -1"),
         (["--generate_limit", 0], 2, "--generate_limit: expected a positive number"),
         (["--max_new_tokens", 0], 2, "--max_new_tokens: expected a positive number"),
+        (["--task", "lamp_33"], 2, "argument --task: invalid choice: 'lamp_33'"),
+        (["--metrics", "rogue_l"], 2, "--metrics: expected one of rouge_1"),
+        (["--generate_branches", "own"], 2, "argument --generate_branches: invalid choice: 'own'"),
+        (["--metrics", "bleu", "--generate", "false"], 2, "--metrics: bleu is of generated texts"),
+        (["--temperature", -1], 2, "--temperature: expected 0 (greedy) or more, got -1.0"),
+        (["--top_p", 0.5], 2, "--top_p: expected a temperature above 0 with it"),
+        (["--item_effects", -1], 2, "--item_effects: expected at least 0, got -1"),
+        (["--level", 95], 2, "--level: expected a share between 0 and 1, got 95.0"),
+        (["--engine", "tgi"], 2, "argument --engine: invalid choice: 'tgi'"),
+        (["--task", "lamp_3"], 1, "--eval_file: record 0: field 'response': lamp_3 expects a rating"),
+        (["--task", "preferences"], 1, "--eval_file: record 0: field 'chosen': preferences needs it"),
         (["--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
         (["--max_length", 20], 1, "--eval_file: record 0 (user 'u0'): the prompt without any history takes"),
         (["--max_length", 5000], 2, "--max_length: expected at most the model's context of 4096 tokens"),
@@ -91,6 +262,45 @@ def test_mistakes_are_named(nextquill, trained, data, words, code, message):
     assert result.out == ""
 
 
+@pytest.mark.parametrize("words", [("--task", "lamp_33"), ("--level", 2), ("--output_dir", __file__)], ids=str)
+def test_wrong_flags_fail_before_the_model_is_loaded(nextquill, trained, data, words, monkeypatch):
+    monkeypatch.setattr("nextquill.cli.evaluate.Loaded", lambda *_: pytest.fail("loaded"))
+    assert evaluate(nextquill, trained, data, *words).code in (1, 2)
+
+
+def test_without_vllm_its_engine_is_refused_at_once(nextquill, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = evaluate(nextquill, "./nowhere", data, "--engine", "vllm")
+    assert result.code == 1
+    assert "--engine: 'vllm' needs vLLM, which is not installed; pip install vllm" in result.err
+
+
+def test_bad_records_are_left_out_and_counted(nextquill, trained, make_records, tmp_path):
+    file = make_records(tmp_path / "r.jsonl", 12)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write('{"user_id": "u", "query": "q", "history": []}\n')
+    words = ("--model_name_or_path", trained, "--eval_file", file, "--generate", "false")
+    refused = nextquill("evaluate", *words)
+    assert refused.code == 1
+    assert f"--eval_file: {file} line 13: field 'response': required" in refused.err
+    result = nextquill("evaluate", *words, "--skip_bad")
+    assert result.code == 0, result.err
+    assert "12 examples" in result.out
+    assert "left out 1 bad records" in result.err
+    assert f"{file} line 13: field 'response'" in result.err
+
+
+def test_pairs_are_compared(nextquill, trained, make_records, tmp_path):
+    file = make_records(tmp_path / "r.jsonl", 4, chosen="warm soup", rejected="the quick ramen was salty")
+    words = ("--task", "preferences", "--output_dir", tmp_path / "out", "--eval_file", file)
+    result = nextquill("evaluate", "--model_name_or_path", trained, *words)
+    assert result.code == 0, result.err
+    assert "prefers/token" in result.out
+    assert "margin/token" in result.out
+    metrics = read_evaluation(tmp_path / "out").metrics
+    assert metrics["preference_margin"].value > 0, "the shorter of two under a model that has learnt nothing"
+
+
 def test_a_run_that_has_not_finished_names_its_checkpoint(nextquill, data, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     result = evaluate(nextquill, tmp_path, data)
@@ -103,16 +313,4 @@ def test_records_of_one_user_have_no_placebo(nextquill, trained, make_records, t
     result = nextquill("evaluate", "--model_name_or_path", trained, "--eval_file", file, "--generate", "false")
     assert result.code == 0, result.err
     assert "another" not in result.out
-
-
-def test_summary_by_hand():
-    def scores(factual, counterfactual, placebo):
-        return ExampleScores(None, [], *(torch.tensor(x) for x in (factual, counterfactual, placebo)))
-
-    metrics = summarise([scores([1.0, 2.0], [2.0, 2.0], [3.0, 2.0]), scores([3.0], [5.0], [4.0])])
-    assert metrics["nll_factual"] == 2.0
-    assert metrics["nll_counterfactual"] == 3.0
-    assert metrics["effect_logprob"] == 1.0
-    assert metrics["effect_placebo"] == 1.0
-    assert metrics["share_above_threshold"] == pytest.approx(1 / 3)
-    assert (metrics["examples"], metrics["tokens"]) == (2.0, 3.0)
+    assert "placebo" not in result.out

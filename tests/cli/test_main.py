@@ -50,7 +50,7 @@ def test_version(nextquill):
 
 def test_unknown_command_is_told_with_a_suggestion(nextquill):
     assert nextquill("trian") == (2, "", "nextquill: unknown command 'trian'; did you mean train?\n")
-    assert "expected one of demo, train, evaluate, score" in nextquill("xyzzy").err
+    assert "expected one of demo, convert, inspect, prepare, train, evaluate, score" in nextquill("xyzzy").err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

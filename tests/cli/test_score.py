@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nextquill.cli import score as command
-from nextquill.cli.partial_file import PartialFile
 from nextquill.data import ExampleEncoder, read_jsonl
 from nextquill.errors import CheckpointError
 from nextquill.integrations.loading import load_prompt_settings
+from nextquill.integrations.partial_file import PartialFile
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def cut(score, monkeypatch):
     """Score until so many lines are written."""
 
     def call(output_file, lines, *words, error=Killed):
-        calls, own = [], command.line
+        calls, own = [], command.effect_line
 
         def failing(scores, tokenizer):
             calls.append(scores)
@@ -127,7 +127,7 @@ def cut(score, monkeypatch):
             return own(scores, tokenizer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(command, "line", failing)
+            patch.setattr(command, "effect_line", failing)
             if error is KeyboardInterrupt:
                 return score(output_file, *words)
             with pytest.raises(error):
@@ -209,17 +209,18 @@ def test_a_run_that_wrote_nothing_leaves_nothing(cut, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # `test_evaluation_resume` stops one within this process
 def test_a_process_that_is_killed_leaves_what_it_wrote(trained, data, whole, score, tmp_path):
     """SIGKILL, which nothing in the process can answer."""
     file, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
     code = (
         "import os, signal; from nextquill.cli import score as c, main\n"
-        "own, calls = c.line, []\n"
+        "own, calls = c.effect_line, []\n"
         "def line(*a):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return own(*a)\n"
-        "c.line = line\n"
+        "c.effect_line = line\n"
         f"main.main(['score', '--model_name_or_path', {str(trained)!r}, '--eval_file', {str(data / 'eval.jsonl')!r},"
         f" '--output_file', {str(file)!r}, '--batch_size', '2'])"
     )
@@ -287,14 +288,14 @@ def test_a_file_that_misses_a_record_is_not_finished(tmp_path):
     with PartialFile(tmp_path / "s.jsonl", {}) as partial:
         partial.write({"index": 1})
         with pytest.raises(CheckpointError, match="does not hold every record once"):
-            partial.finish(2)
+            partial.finish(range(2))
     assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_lines_stand_in_the_records_order(score, make_records, tmp_path, monkeypatch):
     """They are computed user by user."""
-    computed, own = [], command.line
-    monkeypatch.setattr(command, "line", lambda s, t: computed.append(s.example.index) or own(s, t))
+    computed, own = [], command.effect_line
+    monkeypatch.setattr(command, "effect_line", lambda s, t: computed.append(s.example.index) or own(s, t))
     file = make_records(tmp_path / "r.jsonl", 7)  # four users in turn
     assert score(tmp_path / "s.jsonl", "--eval_file", file, "--show", 0, "--batch_size", 2).code == 0
     written = [json.loads(line)["index"] for line in (tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()]

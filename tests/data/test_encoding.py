@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import itertools
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextquill.data import EncodedExample, EncodingStats, ExampleEncoder, HistoryItem, PromptTemplate, Record
-from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
+from nextquill.data import (
+    EncodedExample,
+    EncodingStats,
+    ExampleEncoder,
+    HistoryItem,
+    PromptTemplate,
+    Record,
+    encoding,
+    stream_placebo_histories,
+)
+from nextquill.data.placebo import COUNTERFACTUAL, EVALUATION
+from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, RecordError
 
 TOKENIZERS = ["plain_tokenizer", "bos_tokenizer", "crossing_tokenizer", "chatml_tokenizer", "gemma_tokenizer"]
 
@@ -139,13 +150,13 @@ def test_a_long_history_takes_few_tokenisations_of_whole_prompts(
     encoder = ExampleEncoder(plain_tokenizer, max_length=600)
     record = make_record(*[f"Text number {number} was thin." for number in range(400)])
     calls: list[int] = []
-    whole = encoder.renderer.prompt_ids
+    whole = encoder.renderer.prompt
 
-    def counting(query: str, history: Any = ()) -> list[int]:
+    def counting(query: str, history: Any = ()) -> str:
         calls.append(len(history))
         return whole(query, history)
 
-    monkeypatch.setattr(encoder.renderer, "prompt_ids", counting)
+    monkeypatch.setattr(encoder.renderer, "prompt", counting)
     kept = encoder.encode(record).history_kept
     assert 10 < kept < 100
     assert len(calls) <= 4
@@ -224,3 +235,114 @@ def test_stats_count_what_was_kept_and_dropped(plain_tokenizer: Any, make_record
 def test_an_example_can_be_pickled(plain_tokenizer: Any, make_record: Any) -> None:
     example: EncodedExample = ExampleEncoder(plain_tokenizer).encode(make_record("Thin plot."))
     assert pickle.loads(pickle.dumps(example)) == example
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(TOKENIZERS),
+    template=st.builds(
+        PromptTemplate,
+        order=st.sampled_from(["official", "history_first"]),
+        counterfactual=st.sampled_from(["none", "removal", "placebo"]),
+        newest_first=st.booleans(),
+    ),
+    histories=st.lists(st.lists(ITEMS, max_size=6).map(tuple), min_size=2, max_size=9),
+    room=st.integers(90, 260),
+    batch_size=st.integers(1, 4),
+    placebo=st.booleans(),
+)
+def test_records_together_give_what_each_gives_alone(
+    tokenizers: dict[str, Any],
+    name: str,
+    template: PromptTemplate,
+    histories: list[tuple[HistoryItem, ...]],
+    room: int,
+    batch_size: int,
+    placebo: bool,
+) -> None:
+    """Batches, threads, caches and estimates of other records leave no trace."""
+    records = [Record(f"user {i % 3}", f"tale {i}", "Good, and slow.", each) for i, each in enumerate(histories)]
+    purposes = (EVALUATION,) * placebo + (COUNTERFACTUAL,) * (template.counterfactual == "placebo")
+    expected: list[Any] = []
+    for index, (record, drawn) in enumerate(stream_placebo_histories(records, 5, purposes)):
+        named = dict(zip(purposes, drawn, strict=True))
+        alone = ExampleEncoder(tokenizers[name], template, room)
+        try:
+            expected.append(alone.encode(record, index, named.get(EVALUATION), named.get(COUNTERFACTUAL)))
+        except BudgetError as error:
+            expected.append(str(error))
+    encoder, bad = ExampleEncoder(tokenizers[name], template, room), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_BATCH_SIZE", batch_size)
+        patch.setattr(encoding, "_CACHED_COUNTS", 3)
+        found = list(encoder.encode_iter(iter(records), placebo, 5, lambda i, r, error: bad.append(str(error))))
+        tail = list(encoder.encode_iter(iter(records), placebo, 5, lambda *_: None, skip=2))
+    assert found == [each for each in expected if not isinstance(each, str)]
+    assert bad == [each for each in expected if isinstance(each, str)]
+    assert tail == [example for example in found if example.index >= 2]
+
+
+def test_encode_iter_yields_what_stands_before_a_bad_record(plain_tokenizer: Any, make_record: Any) -> None:
+    records = [make_record(), make_record(), make_record(user_id="bob", response="word " * 100), make_record()]
+    found: list[int] = []
+    with pytest.raises(BudgetError, match=r"^record 2 \(user 'bob'\): "):
+        found.extend(example.index for example in ExampleEncoder(plain_tokenizer, max_length=80).encode_iter(records))
+    assert found == [0, 1]
+
+
+def test_encode_iter_reads_no_further_than_it_must(plain_tokenizer: Any, make_record: Any) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[Record]:
+        for number in itertools.count():
+            read.append(number)
+            yield make_record("Thin plot.")
+
+    examples = ExampleEncoder(plain_tokenizer).encode_iter(endless())
+    assert [next(examples).index for _ in range(300)] == list(range(300))
+    assert max(read) < 300 + 4 * encoding._BATCH_SIZE
+    examples.close()
+
+
+def test_what_a_template_cannot_show_names_the_record(plain_tokenizer: Any) -> None:
+    record = Record("ann", "a tale", "Good.", (HistoryItem("Thin.", timestamp=1e15),))
+    with pytest.raises(RecordError, match=r"^record 4 \(user 'ann'\): timestamp: "):
+        ExampleEncoder(plain_tokenizer, PromptTemplate(show_dates=True)).encode(record, 4)
+
+
+def test_another_users_history_can_stand_for_none(plain_tokenizer: Any, make_record: Any) -> None:
+    template = PromptTemplate(counterfactual="placebo")
+    records = [make_record(f"Text of {user}.", user_id=user) for user in "abcdefghijklmnopqrst"]
+    examples = ExampleEncoder(plain_tokenizer, template).encode_all(records, placebo=True)
+    shown = [plain_tokenizer.decode(each.counterfactual.prompt_ids) for each in examples]
+    assert all(
+        "Text of " in text and f"Text of {r.user_id}." not in text for r, text in zip(records, shown, strict=True)
+    )
+    same = sum(each.placebo is not None and each.counterfactual == each.placebo for each in examples)
+    assert same < 8, "the evaluation's placebo is drawn apart from what is trained on"
+    assert all(each.history_kept == 1 for each in examples)
+
+
+def test_another_users_history_needs_another_user(plain_tokenizer: Any, make_record: Any) -> None:
+    other = PromptTemplate(counterfactual="placebo")
+    for call in (lambda e: e.encode_all([make_record()]), lambda e: list(e.encode_iter([make_record()]))):
+        with pytest.raises(ArgumentError, match="records of one user have no other's"):
+            call(ExampleEncoder(plain_tokenizer, other))
+    with pytest.raises(ArgumentError, match=r"^counterfactual_history: expected another user's history .*, got none"):
+        ExampleEncoder(plain_tokenizer, other).encode(make_record())
+    with pytest.raises(ArgumentError, match="got one with counterfactual='none'"):
+        ExampleEncoder(plain_tokenizer).encode(make_record(), counterfactual_history=[HistoryItem("Loud.")])
+
+
+def test_a_slow_tokenizer_works(make_record: Any) -> None:
+    class Slow:
+        eos_token_id = 0
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return list(text.encode())
+
+    records = [make_record("Thin plot.", "Long waves.", query=f"tale {i}") for i in range(5)]
+    encoder = ExampleEncoder(Slow(), max_length=100)
+    examples = encoder.encode_all(records)
+    assert examples == [ExampleEncoder(Slow(), max_length=100).encode(record, i) for i, record in enumerate(records)]
+    assert bytes(examples[0].factual.prompt_ids).decode() == encoder.renderer.prompt("tale 0", records[0].history[1:])

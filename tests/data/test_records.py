@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextquill.data import HistoryItem, Record, load_records, parse_record, read_jsonl
-from nextquill.errors import ArgumentTypeError, RecordError
+from nextquill.data import HistoryItem, Record, SkippedRecords, iter_jsonl, load_records, parse_record, read_jsonl
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 GOOD: dict[str, Any] = {"user_id": "ann", "query": "a tale", "response": "Good.", "history": ["Fine."]}
 
@@ -223,6 +223,70 @@ def test_records_survive_a_round_trip_through_a_file(
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
     assert read_jsonl(path) == records
+
+
+@settings(deadline=None)
+@given(record=RECORDS)
+def test_a_record_survives_a_round_trip_through_its_mapping(record: Record) -> None:
+    assert parse_record(record.to_dict(), "here") == record
+    assert parse_record(json.loads(json.dumps(record.to_dict(), allow_nan=False)), "here") == record
+
+
+@given(
+    raw=st.fixed_dictionaries(
+        {"user_id": TEXT | st.integers(), "query": TEXT, "response": TEXT},
+        optional={
+            "history": st.lists(
+                TEXT | st.fixed_dictionaries({"text": TEXT}, optional={"timestamp": TIMES}), max_size=3
+            ),
+            "timestamp": TIMES,
+            "more": st.none() | TEXT,
+        },
+    )
+)
+def test_what_parse_record_makes_is_kept_by_a_round_trip(raw: dict[str, Any]) -> None:
+    try:
+        record = parse_record(raw, "here")
+    except RecordError:
+        return
+    assert parse_record(record.to_dict(), "here") == record
+
+
+def test_a_mapping_has_no_room_for_an_extra_field_of_the_same_name() -> None:
+    with pytest.raises(ArgumentError, match=r"^extra: expected keys that are no fields of a record, got 'timestamp'$"):
+        Record("u", "q", "r", extra={"timestamp": 3}).to_dict()
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = [json.dumps({**GOOD, "query": str(i)}) for i in range(9)]
+    path = _write(tmp_path, *good[:4], "{", *good[4:])
+    with pytest.raises(RecordError, match=r"line 5: not valid JSON"):
+        read_jsonl(path)
+    skipped = SkippedRecords()
+    assert [record.query for record in read_jsonl(path, skipped)] == [str(i) for i in range(9)]
+    assert (skipped.accepted, skipped.counts) == (9, {"json": 1})
+    path = _write(tmp_path, *good[:4], "{", json.dumps({**GOOD, "query": 3}))
+    with pytest.raises(
+        RecordError, match=r"2 of 6 records were skipped, 33.3%; expected at most 10.0%; the first: .*line 5"
+    ):
+        load_records(path, SkippedRecords())
+    with pytest.raises(
+        RecordError, match=r"^source: all 2 records were skipped; the first: record 0: expected an object"
+    ):
+        load_records([1, 2], SkippedRecords(max_share=1.0))
+
+
+def test_load_records_counts_what_it_leaves_out() -> None:
+    skipped = SkippedRecords(max_share=0.5)
+    assert load_records([GOOD, {**GOOD, "query": 1}], skipped) == [parse_record(GOOD, "here")]
+    assert skipped.messages == ["record 1: field 'query': expected a string, got int"]
+
+
+def test_iter_jsonl_reads_no_further_than_it_is_asked(tmp_path: Path) -> None:
+    records = iter_jsonl(_write(tmp_path, json.dumps(GOOD), "{"))
+    assert next(records).query == "a tale"
+    with pytest.raises(RecordError, match=r"line 2: not valid JSON"):
+        next(records)
 
 
 def test_importing_the_data_package_imports_nothing_of_hugging_face() -> None:

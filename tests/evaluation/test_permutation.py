@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nextquill.errors import ArgumentError
 from nextquill.evaluation import permutation
 from nextquill.evaluation.bootstrap import paired_difference
-from nextquill.evaluation.permutation import exchange_p_value, holm
+from nextquill.evaluation.permutation import holm
 
 WHOLE = st.integers(-3, 3)
 
@@ -65,27 +65,6 @@ def test_p_values_are_uniform_where_nothing_differs(num):
     for level in (0.05, 0.1, 0.25, 0.5, 0.75):
         share = statistics.mean(p <= level for p in p_values)
         assert share == pytest.approx(level, abs=3.5 * (level * (1 - level) / 400) ** 0.5 + 1 / 128)
-
-
-@settings(max_examples=60)
-@given(st.lists(WHOLE, min_size=1, max_size=4), st.lists(WHOLE, min_size=1, max_size=4))
-def test_runs_are_exchanged_in_every_way(a, b):
-    pooled = [*a, *b]
-
-    def distance(first):  # times len(a) len(b), in whole numbers
-        own = sum(pooled[i] for i in first)
-        return abs(own * len(b) - (sum(pooled) - own) * len(a))
-
-    reached = [distance(each) >= distance(range(len(a))) for each in itertools.combinations(range(len(pooled)), len(a))]
-    found = exchange_p_value(np.array(a, float), np.array(b, float), 1, np.random.default_rng(0))
-    assert found == sum(reached) / len(reached)
-
-
-def test_many_runs_are_exchanged_at_random():
-    rng = np.random.default_rng(0)
-    apart = exchange_p_value(rng.normal(2, 1, size=12), rng.normal(size=12), 500, rng)
-    alike = exchange_p_value(np.arange(12.0), np.arange(12.0), 500, rng)
-    assert (apart < 0.01, alike) == (True, 1.0)
 
 
 # ---- Holm --------------------------------------------------------------------------------------

@@ -60,6 +60,17 @@ def state_of(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
     return state
 
 
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    """6 steps end within the second epoch of 5; transformers alone would make a seventh of a resumed run."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6, "save_steps": 6}
+    first = trainer_in(tmp_path, **options)
+    first.train()
+    again = trainer_in(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert all(torch.equal(state_of(first)[name], value) for name, value in state_of(again).items())
+
+
 def assert_bitwise_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(got[name], expected[name])]

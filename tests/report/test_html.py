@@ -1,7 +1,9 @@
-"""The page is self-contained, escapes everything, and says in words what it says in colours."""
+"""The page is self-contained, forbids itself the network, escapes everything, and holds in figures what it colours."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from html.parser import HTMLParser
@@ -10,15 +12,21 @@ import pytest
 
 from nextquill.report.data import (
     Cell,
+    Charts,
     Column,
+    GeneratedText,
+    HistoryItem,
     Page,
+    Panel,
     Picture,
     ResponseVariant,
     ResponseView,
+    Series,
     Table,
     TokenEffect,
 )
 from nextquill.report.html import render_page
+from nextquill.report.tokens import effect_class
 
 EVIL = "<script>alert('x')</script>\"&"
 VOID = {"meta", "link", "img", "source", "br"}
@@ -38,6 +46,9 @@ class _Reader(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
@@ -55,16 +66,25 @@ def read(page: Page) -> _Reader:
 
 def full_page(word: str) -> Page:
     tokens = [TokenEffect(word, 0.9, 0.1, 0.2, True), TokenEffect("b", 0.2, 0.6), TokenEffect("c", 0.5, 0.5)]
+    items = [HistoryItem(word, word, [1.0, -0.5, 0.0]), HistoryItem("", word, [0.25, 0.0, 0.0])]
     return Page(
         title=word,
         lead=word,
         findings=[(word, word)],
+        notices=[word],
         picture=Picture(png=b"light", alt=word, dark_png=b"dark", caption=word),
+        charts=Charts([Panel(word, word, [Series(word, [0, 1], [2.0, 1.0])])], word, [(word, 0)], word),
         tables=[Table(word, [Column(word, explanation=word), Column(word, word)], [[Cell(word), Cell(word, word)]])],
         table_notes=[word],
-        responses=[ResponseView(word, [(word, word)], [ResponseVariant(word, tokens)])],
+        responses=[
+            ResponseView(
+                word, [(word, word)], [ResponseVariant(word, tokens, items=items)], [GeneratedText(word, word, word)]
+            )
+        ],
         responses_lead=word,
+        reading=[(word, word)],
         footer=word,
+        language=word,
     )
 
 
@@ -81,32 +101,96 @@ def test_nothing_is_fetched_from_a_network() -> None:
     html = render_page(full_page("word"))
     assert "http:" not in html
     assert "https:" not in html
-    assert "//" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
+    addresses = [
+        value or "" for _, attributes in read(full_page("word")).tags for name, value in attributes.items()
+        if name in ("src", "srcset", "href", "action", "data")
+    ]  # fmt: skip
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
     assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_the_page_allows_its_own_style_and_script_only() -> None:
+    html = render_page(full_page("word"))
+    policy = next(a["content"] or "" for tag, a in read(full_page("word")).tags if "http-equiv" in a)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    for name in ("style", "script"):
+        (text,) = re.findall(rf"<{name}>(.*?)</{name}>", html, flags=re.S)
+        assert rules[f"{name}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    # The policy rules these out, so none may be needed.
+    assert not any(name == "style" or name.startswith("on") for _, a in read(full_page("word")).tags for name in a)
 
 
 def test_tokens_carry_effect_probabilities_and_truth() -> None:
     reader = read(full_page("word"))
-    tokens = [attributes for tag, attributes in reader.tags if "tok" in (attributes.get("class") or "").split()]
-    assert [token["class"] for token in tokens] == ["tok helps personal", "tok hurts", "tok"]
-    assert [token.get("style") for token in tokens] == ["--e:0.80", "--e:0.40", None]
-    described = "“word”: p with history 90.0%, without 10.0%, with another user's 20.0%"
-    assert tokens[0]["title"] == tokens[0]["aria-label"] == tokens[0]["data-tip"] == described
-    assert all(token["tabindex"] == "0" for token in tokens)
+    tokens = [attributes for _, attributes in reader.tags if "data-p" in attributes]
+    assert [token.get("class") for token in tokens] == ["p8 personal", "n4", None]
+    assert [token["data-p"] for token in tokens] == ["90 10 20", "20 60", "50 50"]
+    assert [token.get("tabindex") for token in tokens] == ["0", None, None], "one tab stop for each response"
+
+
+def test_items_carry_their_effects_and_totals() -> None:
+    reader = read(full_page("word"))
+    rows = [attributes["data-e"] for tag, attributes in reader.tags if tag == "li" and "data-e" in attributes]
+    assert rows == ["1.000 -0.500 0.000", "0.250 0.000 0.000"]
+    assert [word for word in reader.text if re.fullmatch(r"[+-]\d\.\d\d", word)][:2] == ["+0.50", "+0.25"]
+    assert {"Item 2"} <= set(reader.text), "an item without a title has its number"
+    cells = [attributes["class"] for tag, attributes in reader.tags if tag == "td" and "class" in attributes]
+    assert cells == ["p10", "n5", "", "p3", "", ""]
+
+
+def test_small_effects_of_items_look_small() -> None:
+    items = [HistoryItem("a", "b", [0.06, -0.001]), HistoryItem("c", "d", [0.0, 0.0])]
+    tokens = [TokenEffect("x", 0.5, 0.5)] * 2
+    reader = read(Page("t", "l", responses=[ResponseView("r", [], [ResponseVariant("v", tokens, items=items)])]))
+    assert [a["class"] for tag, a in reader.tags if tag == "td" and "class" in a] == ["p1", "", "", ""]
+    bars = [a for tag, a in reader.tags if tag == "rect" and a["height"] == "10"]
+    assert [float(a["width"] or 0) for a in bars] == pytest.approx([50 * 0.059, 0], abs=0.06)
+    assert "-0.00" not in reader.text
+
+
+def test_spaces_of_tokens_are_kept_outside_their_colour() -> None:
+    tokens = [TokenEffect(text, 0.9, 0.1) for text in ("a", " b", "c", "  ", "\n", "")]
+    html = render_page(Page("t", "l", responses=[ResponseView("r", [], [ResponseVariant("v", tokens, separator="")])]))
+    shown = html.split('aria-label="v">')[1].split("</p>")[0]
+    assert re.sub("<[^>]*>", "", shown) == "".join(token.text for token in tokens)
+    assert "> b<" not in shown
+    assert shown.count("<span") == len(tokens)
 
 
 @pytest.mark.parametrize(
-    ("p_with", "said"), [(math.nan, "not measured"), (0.0, "0.0%"), (0.0004, "< 0.1%"), (1.0, "100.0%")]
+    ("effect", "name"),
+    [(0.049, ""), (0.05, "p1"), (-0.05, "n1"), (0.149, "p1"), (1.0, "p10"), (-3.0, "n10"), (math.nan, ""), (0.0, "")],
 )
-def test_probabilities_in_words(p_with: float, said: str) -> None:
+def test_class_of_an_effect(effect: float, name: str) -> None:
+    assert effect_class(effect) == name
+
+
+def test_class_of_an_effect_on_another_scale() -> None:
+    assert [effect_class(effect, 2.0) for effect in (2.0, 1.0, -0.2)] == ["p10", "p5", "n1"]
+    assert effect_class(1.0, 0.0) == ""
+
+
+def test_marked_cells_stand_out_and_others_do_not() -> None:
+    reader = read(
+        Page("t", "l", tables=[Table("t", [Column("a"), Column("b")], [[Cell("x"), Cell("1", marked=True)]])])
+    )
+    assert [tag for tag, _ in reader.tags].count("strong") == 1
+
+
+@pytest.mark.parametrize("p_with", [math.nan, math.inf])
+def test_what_was_not_measured_is_a_dash(p_with: float) -> None:
     page = Page("t", "l", responses=[ResponseView("r", [], [ResponseVariant("v", [TokenEffect("a", p_with, 0.0)])])])
-    tip = next(attributes["title"] for _, attributes in read(page).tags if "data-tip" in attributes)
-    assert tip == f"“a”: p with history {said}, without 0.0%"
+    (token,) = [attributes for _, attributes in read(page).tags if "data-p" in attributes]
+    assert token["data-p"] == "– 0"
+    assert "class" not in token
 
 
 def test_a_page_of_text_alone_has_no_empty_sections() -> None:
     reader = read(Page("title", "lead"))
-    assert not {"script", "table", "figure", "section", "footer"} & {tag for tag, _ in reader.tags}
+    assert not {"script", "table", "figure", "section", "footer", "nav"} & {tag for tag, _ in reader.tags}
 
 
 def test_dark_picture_is_offered_to_dark_screens_only() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nextquill.report.files import write_whole
+from nextquill.files import write_whole
 
 
 def test_content_replaces_what_was_there(tmp_path: Path) -> None:

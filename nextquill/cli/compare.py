@@ -1,0 +1,269 @@
+"""`nextquill compare`: several losses from the same start on the same data, and what sets them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from nextquill.cli import progress
+from nextquill.cli.compare_options import EVALUATION_SEED, CompareEvaluation, CompareFiles, CompareOptions
+from nextquill.cli.main import INTERRUPTED, OK
+from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
+from nextquill.cli.parsing import UsageError, one_line, parse
+from nextquill.cli.scored import encode_records, read_records
+from nextquill.cli.train import DEFAULTS, load, quieten
+from nextquill.cli.training_checks import check_arguments, check_optimizer
+from nextquill.comparison import reporting
+from nextquill.comparison.arms import choose_arms
+from nextquill.comparison.folder import RunRecord, check_settings, opened
+from nextquill.comparison.running import Setup, Task, check_trainable, finished, perform, remaining_seconds, tasks
+from nextquill.data import EncodedDataset, ExampleEncoder, Record
+from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
+from nextquill.integrations.evaluating import EvaluationOptions, evaluate_model
+from nextquill.integrations.evaluation_tasks import TaskTexts
+from nextquill.integrations.identity import model_digest, records_digest
+from nextquill.integrations.loading import PromptSettings
+from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.report.terminal import results_table
+
+DESCRIPTION = (
+    "Train several losses from the same start on the same records in the same order, evaluate each, and report paired "
+    "differences: with SFT at twice the learning rate and SFT for as long as a causal loss took beside plain SFT, as a "
+    "loss may win by larger steps or more time alone. Besides these flags, every field of transformers' "
+    "TrainingArguments is one. A comparison that was stopped goes on with the same command; arms and "
+    "seeds may be added."
+)
+# What a comparison decides itself: the flag's value where it was not given, and what to do instead.
+_NOT_FOR_COMPARISONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "seed": ((None,), "every run has a seed of --seeds"),
+    "data_seed": ((None,), "the order follows from each run's seed"),
+    "run_name": ((None,), "runs are named by arm and seed"),
+    "resume_from_checkpoint": ((None,), "the same command goes on by itself"),
+    "load_best_model_at_end": ((False,), "it would choose each model on the records it is compared on"),
+    "push_to_hub": ((False,), "the runs would overwrite each other"),
+}
+# Fields of TrainingArguments that change nothing in what is learnt, or differ between runs.
+_NO_SETTINGS = (
+    "output_dir", "run_name", "seed", "data_seed", "disable_tqdm", "report_to", "debug", "project", "trackio",
+    "log", "save", "hub", "push", "dataloader",
+)  # fmt: skip
+
+
+def run(arguments: Sequence[str]) -> int:
+    own = (CompareFiles, CompareOptions, CompareEvaluation)
+    kinds = (TrainModelOptions, *own, PromptOptions, BatchOptions, LoraOptions, TrainingArguments)
+    defaults = {**DEFAULTS, "seed": None}
+    parsed = parse("compare", DESCRIPTION, kinds, arguments, defaults=defaults, required=["output_dir"])
+    model_options, files, options, evaluation, prompts, batches, lora, args = parsed
+    arms = choose_arms(options.arms, options.baseline, options.time_reference)
+    check_seeds(options.seeds)
+    loss_options = options.loss_options()
+    lora.check(model_options.model_name_or_path)
+    batches.check()
+    check_training(args)
+    measured = evaluation.options(batches, args.per_device_eval_batch_size)
+    records = {"train": read_records("train_file", files.train_file)}
+    records["eval"] = read_records("eval_file", files.eval_file)[: evaluation.eval_limit]
+    check_task(records["eval"], measured)
+    quieten(args)
+
+    def loaded(seed: int) -> tuple[Any, Any, PromptSettings]:
+        set_seed(seed)  # new adapters are drawn from it
+        return load(model_options, prompts, records["train"], seed)
+
+    def start(seed: int) -> tuple[Any, Any]:
+        model, tokenizer, _ = loaded(seed)
+        return lora.apply(model), tokenizer
+
+    model, tokenizer, settings = loaded(options.seeds[0])
+    is_new = model_options.model_name_or_path in SCRATCH_SIZES
+    weights = None if is_new else model_digest(model)
+    model = lora.apply(model)
+    check_optimizer(args, model)
+    folder = Path(args.output_dir)
+    shared = {
+        "model_name_or_path": model_options.model_name_or_path,
+        "model": weights,
+        "dtype": model_options.dtype,
+        "train_file": records_digest(records["train"]),
+        "eval_file": records_digest(records["eval"]),
+        "time_reference": options.time_reference,
+        "save_models": options.save_models,
+        "prompt": dataclasses.asdict(settings),
+        "loss": loss_options,
+        "batches": dataclasses.asdict(batches),
+        "lora": dataclasses.asdict(lora),
+        "evaluation": {k: v for k, v in measured.identity().items() if k not in ("level", "resamples")},
+        **{k: v for k, v in args.to_dict().items() if not k.startswith(_NO_SETTINGS)},
+    }
+    check_settings(folder, shared, overwrite=files.overwrite_output_dir)
+    inputs = (files.train_file, files.eval_file, model_options.model_name_or_path)
+    check_inputs(folder, inputs, overwrite=files.overwrite_output_dir)
+    setup = Setup(
+        folder=folder,
+        arms=arms,
+        seeds=options.seeds,
+        start=start,
+        shares_start=not is_new,
+        args=args,
+        settings=settings,
+        evaluate=lambda model, tokenizer, settings, folder, name: evaluate_model(
+            model, tokenizer, records["eval"], settings, measured, folder, model_name=name, progress=shown
+        ),
+        attend=progress.shown,
+        loss_options=loss_options,
+        trainer_options=dataclasses.asdict(batches),
+        time_reference=options.time_reference,
+        save_models=options.save_models,
+        **encoded(tokenizer, settings, records, args),
+    )
+    check_trainers(setup, model, tokenizer)
+    del model
+    with opened(folder, shared, overwrite=files.overwrite_output_dir):
+        if not run_all(setup):
+            return INTERRUPTED
+        comparison = reporting.report(
+            setup,
+            model=model_options.model_name_or_path,
+            baseline=options.baseline,
+            level=evaluation.level,
+            resamples=evaluation.resamples,
+            examples=evaluation.report_examples,
+        )
+    show(comparison, folder)
+    return OK
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ArgumentError for seeds that no comparison can be made from."""
+    if not seeds:
+        raise ArgumentError("--seeds: expected at least one")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ArgumentError(f"--seeds: expected whole numbers from 0 to 4294967295, got {seed}")
+        if list(seeds).count(seed) > 1:
+            raise ArgumentError(f"--seeds: {seed} is given twice")
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Raise UsageError or ArgumentError for training flags that do not fit, or that a comparison sets itself."""
+    for name, (unset, reason) in _NOT_FOR_COMPARISONS.items():
+        if getattr(args, name) not in unset:
+            raise UsageError(f"--{name}: not for comparisons: {reason}")
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        raise UsageError(
+            "--save_strategy best: not for comparisons: it would choose on the records that are compared on"
+        )
+    if args.world_size > 1:
+        raise UsageError(f"compare: expected one process, got {args.world_size}; train and evaluate arms one by one")
+    check_arguments(args, has_eval_file=True)
+
+
+def check_task(records: Sequence[Record], options: EvaluationOptions) -> None:
+    """Raise RecordError where a record lacks what the task scores."""
+    try:
+        TaskTexts.of(records, options)
+    except RecordError as error:
+        raise RecordError(f"--eval_file: {error}") from error
+
+
+def check_trainers(setup: Setup, model: Any, tokenizer: Any) -> None:
+    """Find what a trainer or transformers refuses before the first run."""
+    try:
+        check_trainable(setup, model, tokenizer)
+    except NextQuillError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UsageError(one_line(error)) from error
+
+
+def check_inputs(folder: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Raise OutputExistsError where overwriting would delete what is read."""
+    for path in map(Path, inputs if overwrite else ()):
+        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputExistsError(f"--overwrite_output_dir: {path}, which the runs read, lies in {folder}")
+
+
+def encoded(
+    tokenizer: Any, settings: PromptSettings, records: dict[str, list[Record]], args: TrainingArguments
+) -> dict[str, Any]:
+    """Both files encoded, so that what does not fit is found before any training; the second is kept if needed."""
+    encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+    hidden = bool(args.disable_tqdm)
+    train = encode_records("train_file", encoder, records["train"], placebo=False, seed=EVALUATION_SEED, hidden=hidden)
+    test = encode_records("eval_file", encoder, records["eval"], placebo=True, seed=EVALUATION_SEED, hidden=hidden)
+    while_training = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or args.eval_on_start
+    return {
+        "train_dataset": EncodedDataset(train),
+        "eval_dataset": EncodedDataset(test) if while_training else None,
+    }
+
+
+def run_all(setup: Setup) -> bool:
+    """Make every run that is not finished; False where one was stopped."""
+    planned = tasks(setup)
+    records = [finished(setup, task) for task in planned]
+    done = [record for record in records if record is not None]
+    if done:
+        say(f"{len(done)} of {len(planned)} runs are finished in {setup.folder}")
+    left = [task for task, record in zip(planned, records, strict=True) if record is None]
+    for number, task in enumerate(left):
+        place = len(planned) - len(left) + number + 1
+        say(heading(task, place, len(planned), remaining_seconds(done, left[number:])))
+        record = perform(setup, task)
+        if record is None:
+            say("stopped; the same command goes on from here")
+            return False
+        say(outcome(record))
+        done.append(record)
+    return True
+
+
+def heading(task: Task, number: int, count: int, seconds: float | None) -> str:
+    """Which run of how many begins, and about how long all that are left take."""
+    what = "the model before training" if task.arm is None else task.arm.label
+    rest = "" if seconds is None else f" (about {duration(seconds)} left)"
+    return f"run {number} of {count}: {what}, seed {task.seed}{rest}"
+
+
+def outcome(record: RunRecord) -> str:
+    """What a run took."""
+    steps = "" if record.order is None and not record.steps else f"{record.steps} steps in {duration(record.seconds)}, "
+    return f"  {steps}{duration(record.wall_seconds)} in all"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours in a few characters."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def shown(things: Any, **options: Any) -> Any:
+    """A progress bar that leaves no line."""
+    return progress.bar(things, leave=False, **options)
+
+
+def say(text: str) -> None:
+    print(f"nextquill: {text}", file=sys.stderr)
+
+
+def show(comparison: Any, folder: Path) -> None:
+    """The tables, what was found, and where the rest is."""
+    from rich.console import Console
+
+    console = Console()
+    for table in reporting.tables(comparison):
+        console.print(results_table(table))
+        console.print()
+    for finding in reporting.find(comparison):
+        console.print(f"- {finding.heading}", markup=False, highlight=False)
+    names = (reporting.RESULT_FILE, reporting.MARKDOWN_FILE, reporting.PAGE_FILE)
+    say(f"wrote {', '.join(str(folder / name) for name in names)}")

@@ -1,0 +1,371 @@
+"""`nextquill convert`: public data sets, chat logs, tables and event logs as training records."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from nextquill.cli.main import OK
+from nextquill.cli.options import check_positive, option
+from nextquill.cli.parsing import parse
+from nextquill.cli.progress import bar
+from nextquill.data import Record, SkippedRecords
+from nextquill.data.lines import MAX_LINE_BYTES
+from nextquill.data.loaders import FORMATS, load
+from nextquill.data.loaders.times import TIME_UNITS
+from nextquill.data.skipped import PlacedError
+from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError, RecordError
+
+DESCRIPTION = (
+    "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
+    "and score read. Formats: "
+    + "; ".join(f"{name}, {form.summary}" for name, form in FORMATS.items())
+    + ". Rows are read one at a time, a bad one is named by file, line and field, and OUTPUT appears when it is whole."
+)
+_SHOWN = 10  # messages of skipped records on the screen; --skipped_file has them all
+
+
+@dataclass
+class ConvertInput:
+    """What goes in."""
+
+    input: list[str] = field(
+        metadata={
+            "help": "Files (.jsonl, .json, .csv, .tsv, .parquet; all but the last may be gzipped), or "
+            "hf://OWNER/NAME[/CONFIG].",
+            "metavar": "PATH",
+        }
+    )
+    format: str = option("What the rows are.", choices=list(FORMATS))
+    split: str | None = option("The split on the hub (train).", None)
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Fields by the columns that hold them, such as user_id=author response=body.",
+            "metavar": "FIELD=COLUMN",
+        },
+    )
+    timezone: str | None = option("What times without a zone mean, such as Europe/Berlin; else they are errors.", None)
+    time_unit: str | None = option("What times count that are numbers (amazon: ms; else: s).", None, choices=TIME_UNITS)
+    limit: int | None = option("Only the first so many records.", None)
+
+
+@dataclass
+class ConvertFormat:
+    """What single formats ask for."""
+
+    outputs: str | None = option("lamp: the file of the outputs.", None, metavar="FILE")
+    task: str | None = option("lamp: what the task is called in the records.", None)
+    metadata: str | None = option("amazon: the items, a file or hf://OWNER/NAME/CONFIG.", None, metavar="PATH")
+    metadata_split: str | None = option("amazon: their split on the hub (full).", None)
+    max_pairs: int | None = option("preferences: most earlier pairs that become the history (8).", None)
+    respond_as: str | None = option(
+        "chat: whose last turn is the response (assistant).", None, choices=["assistant", "user"]
+    )
+    query: str | None = option("events: what is asked, such as 'Write the next post titled {title}'.", None)
+    min_history: int | None = option("events: earlier texts that a record needs (0).", None)
+    max_history: int | None = option("events, chat: most earlier texts, the latest (all).", None)
+
+
+@dataclass
+class ConvertRows:
+    """What becomes of bad rows."""
+
+    skip_bad: bool = option("Leave bad records out, count them, and name the first.", False)
+    max_skipped: float = option("With --skip_bad: the largest share of bad records that is no error.", 0.1)
+    skipped_file: str | None = option("With --skip_bad: what was left out and why, JSONL.", None, metavar="FILE")
+    require_history: bool = option("A record without history is a bad one.", False)
+    keep_duplicates: bool = option("Keep records whose user, query, response and time are another's.", False)
+    max_line_bytes: int = option("Longest line, CSV record, or item of a JSON list.", MAX_LINE_BYTES)
+
+
+@dataclass
+class ConvertOutput:
+    """What comes out."""
+
+    output_file: str = option("The records, JSONL.", metavar="OUTPUT")
+    overwrite: bool = option("Replace existing output files.", False)
+    select: str = option(
+        "Which of the history stays: all of it, the newest, what shares words with the query (bm25), what means "
+        "something alike (dense), or the same for all records of a user (fixed).", "all",
+        choices=["all", "recency", "bm25", "dense", "fixed"],
+    )  # fmt: skip
+    num_items: int | None = option("With --select: how many history items stay.", None)
+    split_by: str | None = option(
+        "Also split: each user's last record to --test_file and the one before to --eval_file (last), or a share of "
+        "the users to each (users). The records are held in memory.", None, choices=["last", "users"],
+    )  # fmt: skip
+    eval_file: str | None = option("With --split_by: the records for evaluation while training.", None, metavar="FILE")
+    test_file: str | None = option("With --split_by: the records for the test.", None, metavar="FILE")
+    share: float = option("With --split_by users: the share of users in each of the two.", 0.1)
+    seed: int = option("With --split_by users: decides which.", 0)
+
+
+def run(arguments: Sequence[str]) -> int:
+    kinds = (ConvertInput, ConvertFormat, ConvertRows, ConvertOutput)
+    source, form, rows, output = parse("convert", DESCRIPTION, kinds, arguments)
+    check_positive(source, ("limit",))
+    check_positive(rows, ("max_line_bytes",))
+    _check_together(rows, output)
+    targets, notes = _claimed(source, form, rows, output)
+    skipped = _skipped(rows)
+    records = _records(source, form, rows, skipped)
+    selector = _selector(output, lambda: _records(source, form, rows, _skipped(rows)))
+    failure = None
+    with _whole(notes) as streams:
+        if skipped is not None and streams:
+            skipped.on_skip = _Notes(streams["skipped_file"])
+        try:
+            shown = bar(records, total=source.limit, desc="Converting", unit=" records")
+            summaries = _convert(shown, selector, output, targets)
+            if skipped is not None:
+                skipped.check("--input")
+        except RecordError as error:
+            failure = error  # what was left out is written all the same: it says why
+    if skipped is not None:
+        _print_skipped(skipped)
+    if failure is not None:
+        raise failure
+    for name, path in targets.items():
+        print(f"nextquill: {path}: {summaries[name]}", file=sys.stderr)
+    return OK
+
+
+def _convert(
+    records: Iterable[Record], selector: Any, output: ConvertOutput, targets: Mapping[str, Path]
+) -> dict[str, _Summary]:
+    """Write the records where they belong."""
+    summaries = {name: _Summary() for name in targets}
+    with _whole(targets) as streams:
+        for name, record in _parted(records, output):
+            chosen = record if selector is None else selector.select(record)
+            streams[name].write(_line(chosen))
+            summaries[name].add(chosen)
+    return summaries
+
+
+def _records(
+    source: ConvertInput, form: ConvertFormat, rows: ConvertRows, skipped: SkippedRecords | None
+) -> Iterator[Record]:
+    """The records of the input; arguments are checked at once."""
+    given = {each.name: getattr(form, each.name) for each in fields(form)}
+    with _naming_flags(source="input"):
+        found = load(
+            source.format,
+            source.input,
+            split=source.split,
+            columns=_columns(source.columns or []),
+            timezone=source.timezone,
+            time_unit=source.time_unit,
+            max_line_bytes=rows.max_line_bytes,
+            skipped=skipped,
+            require_history=rows.require_history,
+            keep_duplicates=rows.keep_duplicates,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    return islice(found, source.limit)
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    for word in given:
+        name, equals, column = word.partition("=")
+        if not equals or not name or not column:
+            raise ArgumentError(f"columns: expected FIELD=COLUMN, got {word!r}")
+        if name in columns:
+            raise ArgumentError(f"columns: expected every field once, got {name} twice")
+        columns[name] = column
+    return columns
+
+
+def _selector(output: ConvertOutput, records: Callable[[], Iterable[Record]]) -> Any:
+    """What chooses the history, or None where all of it stays; "fixed" reads the records once beforehand."""
+    if output.select == "all" and output.num_items is None:
+        return None
+    from nextquill.data.histories import FixedSelector, make_selector
+
+    with _naming_flags(name="select"):
+        selector = make_selector(output.select, num_items=output.num_items)
+    if isinstance(selector, FixedSelector):
+        selector.fit(bar(records(), desc="Reading", unit=" records"))
+        if selector.users_without_history:
+            print(
+                f"nextquill: --select fixed: {selector.records_without_history:,} records of "
+                f"{len(selector.users_without_history):,} users get no history, as no text precedes all of a user's "
+                "records; with events, --min_history leaves the first ones out",
+                file=sys.stderr,
+            )
+    return selector
+
+
+def _parted(records: Iterable[Record], output: ConvertOutput) -> Iterator[tuple[str, Record]]:
+    """Each record with the flag of the file it goes to."""
+    if output.split_by is None:
+        yield from (("output_file", record) for record in records)
+        return
+    from nextquill.data.splits import hold_out_users, leave_last_out
+
+    with _naming_flags():
+        if output.split_by == "last":
+            splits = leave_last_out(list(records))
+            if splits.order == "file order":
+                print("nextquill: no record has a time: a user's last record is the last of the input", file=sys.stderr)
+        else:
+            splits = hold_out_users(list(records), output.share, output.seed, validation_share=output.share)
+    parts = {"output_file": splits.train, "eval_file": splits.validation, "test_file": splits.test}
+    for name, part in parts.items():
+        yield from ((name, record) for record in part)
+
+
+def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
+    if not rows.skip_bad and rows.skipped_file is not None:
+        raise ArgumentError("--skipped_file: expected --skip_bad with it; without, the first bad record is an error")
+    if not rows.skip_bad and rows.max_skipped != ConvertRows.max_skipped:
+        raise ArgumentError("--max_skipped: expected --skip_bad with it; without, the first bad record is an error")
+    if not 0 < output.share < 0.5:
+        raise ArgumentError(f"--share: expected a share above 0 and below 0.5, as two are taken, got {output.share}")
+    for name in ("share", "seed"):
+        if output.split_by != "users" and getattr(output, name) != getattr(ConvertOutput, name):
+            raise ArgumentError(f"--{name}: expected together with --split_by users")
+    files = {"eval_file": output.eval_file, "test_file": output.test_file}
+    for name, file in files.items():
+        if (file is None) != (output.split_by is None):
+            raise ArgumentError(f"--{name}: expected together with --split_by, which fills it")
+
+
+def _claimed(
+    source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of records and of what is skipped, by flag, which can be written and are no input."""
+    given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
+    paths: dict[str, Path] = {}
+    taken_by = {Path(path).resolve(): "--input" for path in source.input}
+    taken_by |= {Path(path).resolve(): f"--{name}" for name in ("outputs", "metadata") if (path := getattr(form, name))}
+    for name, word in (given | {"skipped_file": rows.skipped_file}).items():
+        if word is None:
+            continue
+        path = Path(word)
+        if path.exists() and not (path.is_file() and output.overwrite):
+            # A device such as /dev/null is not to be replaced by a file of that name.
+            other = "is a folder" if path.is_dir() else "is no file that can be replaced"
+            problem = "exists; give another name or --overwrite" if path.is_file() else other
+            raise OutputExistsError(f"--{name}: {path} {problem}")
+        taken = taken_by.setdefault(path.resolve(), f"--{name}")
+        if taken != f"--{name}":
+            raise ArgumentError(f"--{name}: expected a file of its own, got {path}, which is that of {taken}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OutputExistsError(f"--{name}: {path.parent} is a file") from error
+        paths[name] = path
+    notes = {name: paths.pop(name) for name in ("skipped_file",) if name in paths}
+    return paths, notes
+
+
+@contextmanager
+def _whole(paths: Mapping[str, Path]) -> Iterator[Mapping[str, TextIO]]:
+    """Files to write that take their names when all is written, and are gone when anything goes wrong."""
+    temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in paths.items()}
+    try:
+        with ExitStack() as files:
+            streams = {
+                name: files.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+                for name, path in temporary.items()
+            }
+            yield streams
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+        for name, path in temporary.items():
+            os.replace(path, paths[name])
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming_flags(**others: str) -> Iterator[None]:
+    """Errors of arguments begin with the flag; `others` are the flags of arguments with another name."""
+    try:
+        yield
+    except (ArgumentError, ArgumentTypeError) as error:
+        name, colon, problem = str(error).partition(":")
+        raise type(error)(f"--{others.get(name, name)}{colon}{problem}") from error
+
+
+def _skipped(rows: ConvertRows) -> SkippedRecords | None:
+    if not rows.skip_bad:
+        return None
+    with _naming_flags(max_share="max_skipped"):
+        return SkippedRecords(_SHOWN, rows.max_skipped)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class _Notes:
+    """Writes each skipped record's error as a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, error: RecordError) -> None:
+        placed = error if isinstance(error, PlacedError) else None
+        note = {name: getattr(placed, name, None) for name in ("where", "field", "kind")}
+        self._stream.write(json.dumps(note | {"message": str(error)}) + "\n")
+
+
+def _print_skipped(skipped: SkippedRecords) -> None:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.counts.most_common())
+    print(f"nextquill: skipped {skipped.total:,} bad records{f' ({kinds})' if kinds else ''}", file=sys.stderr)
+    for message in skipped.messages:
+        print(f"  {message}", file=sys.stderr)
+    if skipped.total > len(skipped.messages):
+        print(f"  and {skipped.total - len(skipped.messages):,} more; --skipped_file lists all", file=sys.stderr)
+
+
+class _Summary:
+    """What a file of records holds, in a line."""
+
+    def __init__(self) -> None:
+        self._records = self._items = self._without = 0
+        self._users: set[str] = set()
+        self._first, self._last = math.inf, -math.inf
+
+    def add(self, record: Record) -> None:
+        self._records += 1
+        self._users.add(record.user_id)
+        self._items += len(record.history)
+        self._without += not record.history
+        if record.timestamp is not None:
+            self._first, self._last = min(self._first, record.timestamp), max(self._last, record.timestamp)
+
+    def __str__(self) -> str:
+        mean = self._items / self._records if self._records else 0.0
+        parts = [
+            f"{self._records:,} records",
+            f"{len(self._users):,} users",
+            f"{self._items:,} history items ({mean:.1f} a record)",
+        ]
+        if self._without:
+            parts.append(f"{self._without:,} records without history")
+        if self._first <= self._last:
+            parts.append(f"{_day(self._first)} to {_day(self._last)}")
+        return ", ".join(parts)
+
+
+def _day(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).date().isoformat()
+    except (ValueError, OverflowError, OSError):  # a year that calendars do not have
+        return f"{seconds:.0f} s"

@@ -1,0 +1,100 @@
+"""An evaluation, and its differences to another, as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nextquill.evaluation.bootstrap import PairedResult
+from nextquill.evaluation.results import Evaluation, MetricValue, finite
+from nextquill.integrations.measures import place_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
+# Columns beyond which an interval goes below its value, to fit 80 characters.
+_MOST_BESIDE = 2
+# Settings that change no score, or only which there are.
+_NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Every measure with its interval: of the records' responses, of pairs, of generated texts."""
+    tables: dict[str, dict[str, dict[str, MetricValue]]] = {}
+    for name, metric in evaluation.metrics.items():
+        place = place_of(name)
+        if place is not None:
+            tables.setdefault(place.table, {}).setdefault(place.row, {})[place.column] = metric
+    for kind, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        table = _table(_HEADINGS[kind], *columns)
+        between = " " if len(columns) <= _MOST_BESIDE else "\n"
+        for label, row in rows.items():
+            table.add_row(label, *(_measured(row.get(column), between) for column in columns))
+        _print(table)
+    counts = {name: f"{evaluation.metrics[name].value:.0f}" for name in ("examples", "users", "tokens")}
+    _print(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
+    _print(f"[low, high]: {evaluation.level:.0%} intervals over users. Nll and effects are in nats per token.")
+    _print("Effect of the history: nll without it minus nll with it.")
+    if (evaluation.settings.get("template") or {}).get("counterfactual") == "placebo":
+        _print("Without history: under another user's history, which these prompts put in its place.")
+    if "effect_placebo" in evaluation.metrics:
+        _print("Effect against the placebo: nll with another user's history minus nll with the user's own.")
+
+
+def print_differences(
+    differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
+) -> None:
+    """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
+    table = _table(f"this - {folder}", "difference", "p")
+    for name, found in differences.items():
+        if place_of(name) is not None:
+            label = evaluation.metrics[name].label
+            table.add_row(label, _bounded(found.difference, found.low, found.high, sign="+"), f"{found.p_value:.3f}")
+    _print(table)
+    _print("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
+    own, theirs = _comparable(evaluation), _comparable(baseline)
+    unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+    if unlike:
+        named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
+        _print(f"They were not measured alike, and that is in the differences too: {named}.")
+
+
+def _comparable(evaluation: Evaluation) -> dict[str, Any]:
+    """The settings that decide what the examples' scores are."""
+    settings = {name: value for name, value in evaluation.settings.items() if name not in _NO_MATTER}
+    template = settings.pop("template", None) or {}
+    return {**settings, **{f"template {name}": value for name, value in template.items()}}
+
+
+def _measured(metric: MetricValue | None, between: str) -> str:
+    return "" if metric is None else _bounded(metric.value, metric.low, metric.high, between)
+
+
+def _bounded(value: float, low: float | None, high: float | None, between: str = " ", sign: str = "") -> str:
+    number = f"{_rounded(value):{sign}.4f}"
+    known = [_rounded(bound) for bound in (finite(low), finite(high)) if bound is not None]
+    return f"{number}{between}[{known[0]:.3f}, {known[1]:.3f}]" if len(known) == 2 else number
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4) + 0.0  # never -0.0000
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(Text(first))
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _print(what: Table | str) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(what)

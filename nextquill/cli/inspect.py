@@ -1,0 +1,318 @@
+"""`nextquill inspect`: what training would see of a record, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextquill.cli.main import OK
+from nextquill.cli.options import PromptOptions, check_positive, option
+from nextquill.cli.parsing import parse
+from nextquill.cli.scored import read_records
+from nextquill.data import EncodedExample, ExampleEncoder, Record, assign_placebo_histories
+from nextquill.data.placebo import COUNTERFACTUAL
+from nextquill.errors import ArgumentError
+from nextquill.integrations.loading import PromptSettings, context_length, find_tokenizer, load_prompt_settings
+from nextquill.integrations.scoring import token_texts
+from nextquill.integrations.scratch import SCRATCH_SIZES, build_tokenizer, training_texts
+from nextquill.tree import PrefixTree, build_prefix_tree
+
+DESCRIPTION = (
+    "Show records as training sees them: which tokens the prompts with and without history share, in which they "
+    "differ, what is supervised, which history items the token budget drops, and what sharing prefixes saves. Needs "
+    "a tokenizer only, no weights."
+)
+DEFAULT_LENGTH = 2048
+_DROPPED_SHOWN = 5
+# Of each kind of section: the mark of its lines, its colour on a terminal, and what it is.
+_SECTIONS = {
+    "shared": ("=", "dim", "shared by both prompts"),
+    "factual": ("+", "green", "with history only"),
+    "counterfactual": ("-", "yellow", "without history only"),
+    "response": (">", "bold", "response, supervised in both"),
+}
+
+
+@dataclass
+class InspectFiles:
+    """What is shown."""
+
+    train_file: str = option("Records, as for train.", metavar="FILE")
+    model_name_or_path: str = option(
+        "Whose tokenizer and prompt settings: a model folder, a folder with a tokenizer alone, a name on the Hugging "
+        "Face hub, or 'tiny' / 'small' for the tokenizer that train would build from the records.",
+        metavar="MODEL",
+    )
+    index: list[int] | None = dataclasses.field(
+        default=None, metadata={"help": "Which records, counted from 0 (the first one)."}
+    )
+    user_id: str | None = option("The records of this user instead, the first --limit of them.", None)
+    limit: int = option("Most records of --user_id.", 4)
+
+
+@dataclass
+class InspectOptions:
+    """How it is shown."""
+
+    format: str = option("For people or for programs.", "text", choices=["text", "json"])
+    max_shown: int = option("Most tokens shown of a section, of which the middle is left out; 0 shows all.", 160)
+    seed: int = option("Decides whose history --counterfactual placebo draws; train's own default is 42.", 42)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A run of tokens that belongs to one kind of `_SECTIONS`."""
+
+    name: str
+    token_ids: list[int]
+    tokens: list[str]
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One record: its sections, and the history items that did not fit, oldest first, with their sizes in tokens."""
+
+    example: EncodedExample
+    sections: list[Section]
+    dropped: list[tuple[str, int]]
+
+
+def run(arguments: Sequence[str]) -> int:
+    kinds = (InspectFiles, PromptOptions, InspectOptions)
+    files, prompt_options, options = parse("inspect", DESCRIPTION, kinds, arguments)
+    check_positive(files, ("limit",))
+    if options.max_shown < 0:
+        raise ArgumentError(f"--max_shown: expected 0 or more, got {options.max_shown}")
+    records = read_records("train_file", files.train_file)
+    chosen = choose(records, files)
+    tokenizer, settings = prepare(files.model_name_or_path, prompt_options, records)
+    encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+    others: Sequence[Any] = [None] * len(records)
+    if settings.template.counterfactual == "placebo":
+        others = assign_placebo_histories(records, options.seed, COUNTERFACTUAL)
+    found = [inspect(encoder, records[index], index, others[index]) for index in chosen]
+    tree = build_prefix_tree([ids for each in found for ids in _branches(each.example)])
+    if options.format == "json":
+        print(json.dumps(as_json(found, tree, encoder, settings), ensure_ascii=False, indent=2))
+    else:
+        show(found, tree, encoder, options.max_shown)
+    return OK
+
+
+def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
+    """The positions of the records that were asked for.
+
+    Raises:
+        ArgumentError: there is none such, or both a position and a user were given.
+    """
+    if files.index is not None and files.user_id is not None:
+        raise ArgumentError("--user_id: expected none beside --index")
+    if files.user_id is not None:
+        found = [position for position, record in enumerate(records) if record.user_id == files.user_id]
+        if not found:
+            raise ArgumentError(f"--user_id: expected a user of {files.train_file}, got {files.user_id!r}")
+        return found[: files.limit]
+    chosen = [0] if files.index is None else files.index
+    for index in chosen:
+        if not 0 <= index < len(records):
+            raise ArgumentError(f"--index: expected 0 to {len(records) - 1}, got {index}")
+    return chosen
+
+
+def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record]) -> tuple[Any, PromptSettings]:
+    """The tokenizer, and how train would make the prompts."""
+    if name in SCRATCH_SIZES:
+        from nextquill.cli.train import SCRATCH_MAX_LENGTH
+
+        tokenizer = build_tokenizer(training_texts(records), SCRATCH_SIZES[name].vocabulary)
+        return tokenizer, prompt_options.settings(None, SCRATCH_MAX_LENGTH, SCRATCH_SIZES[name].positions)
+    tokenizer, context = find_tokenizer(name), _context(name)
+    length = DEFAULT_LENGTH if context is None else min(DEFAULT_LENGTH, context)
+    return tokenizer, prompt_options.settings(load_prompt_settings(name), length, context)
+
+
+def _context(name: str) -> int | None:
+    """The most positions the model has, if its config is there."""
+    from transformers import AutoConfig
+
+    @dataclass
+    class Configured:
+        config: Any
+
+    try:
+        return context_length(Configured(AutoConfig.from_pretrained(name, local_files_only=True)))
+    # A folder with a tokenizer alone has no config, and one of an unknown architecture has one that says nothing here.
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> Inspected:
+    """Encode a record and say what its tokens are.
+
+    Args:
+        encoder: as train has it.
+        record, index: the record and its position.
+        other: the other user's history that stands for none, where the template asks for one.
+    """
+    example = encoder.encode(record, index, counterfactual_history=other)
+    factual, counterfactual = example.factual.prompt_ids, example.counterfactual.prompt_ids
+    rows, others = build_prefix_tree([factual, counterfactual]).branch_rows
+    both = min(len(rows), len(others))
+    shared = int((rows[:both] == others[:both]).long().cumprod(0).sum())
+    parts = (
+        ("shared", factual, 0, shared),
+        ("factual", factual, shared, len(factual)),
+        ("counterfactual", counterfactual, shared, len(counterfactual)),
+        ("response", example.factual.response_ids, 0, len(example.factual.response_ids)),
+    )
+    tokenizer: Any = encoder.renderer.tokenizer
+    # Pieces of the whole, cut afterwards: a character may lie across the joint.
+    sections = [
+        Section(name, ids[start:stop], token_texts(tokenizer, ids)[start:stop]) for name, ids, start, stop in parts
+    ]
+    dropped = record.history[: example.history_total - example.history_kept]
+    sizes = [len(encoder.renderer.encode(encoder.template.render_item(item))) for item in dropped]
+    return Inspected(
+        example, sections, [(item.title or item.text, size) for item, size in zip(dropped, sizes, strict=True)]
+    )
+
+
+def _branches(example: EncodedExample) -> tuple[list[int], list[int]]:
+    return example.factual.input_ids, example.counterfactual.input_ids
+
+
+# ---- for programs ----------------------------------------------------------------------------------
+
+
+def as_json(
+    found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, settings: PromptSettings
+) -> dict[str, Any]:
+    """Everything that is shown, in full."""
+    return {
+        "settings": dataclasses.asdict(settings),
+        "examples": [
+            {
+                "index": each.example.index,
+                "user_id": each.example.user_id,
+                "history_kept": each.example.history_kept,
+                "history_total": each.example.history_total,
+                "dropped": [{"begins": _excerpt(text, 60), "tokens": size} for text, size in each.dropped],
+                "sections": {s.name: {"token_ids": s.token_ids, "tokens": s.tokens} for s in each.sections},
+            }
+            for each in found
+        ],
+        "branches": len(tree.branch_rows),
+        "branch_tokens": tree.num_branch_tokens,
+        "row_tokens": len(tree),
+        "sharing_factor": round(tree.sharing_factor, 3),
+        "texts_changed": encoder.renderer.user_text.changed,
+    }
+
+
+# ---- for people ------------------------------------------------------------------------------------
+
+
+def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, max_shown: int) -> None:
+    """Print the sections: marked by the first character of their lines, on a terminal by colour too."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(text, style))
+
+    for each in found:
+        placebo = encoder.template.counterfactual == "placebo"
+        for text in _heading(each, "under another user's" if placebo else "without"):
+            line(text, "bold" if text.startswith("record") else "")
+        for section in each.sections:
+            mark, style, meaning = _SECTIONS[section.name]
+            if placebo and section.name == "counterfactual":
+                meaning = "under another user's history only"
+            if section.tokens:
+                line("")
+                line(f"{mark} {meaning}: {_count(len(section.tokens), 'token')}", "bold")
+            for text in _lines(section.tokens, max_shown, max(20, console.width) - 2):
+                line(f"{mark} {text}", style)
+        line("")
+    for text in _summary(found, tree, encoder):
+        line(text)
+
+
+def _heading(each: Inspected, otherwise: str) -> Iterator[str]:
+    example = each.example
+    yield f"record {example.index}, user {example.user_id}"
+    yield (
+        f"  prompt with history {len(example.factual.prompt_ids)} tokens, {otherwise} "
+        f"{len(example.counterfactual.prompt_ids)}, response {len(example.factual.response_ids)}"
+    )
+    yield f"  {example.history_kept} of {_count(example.history_total, 'history item')} in the prompt"
+    for text, size in each.dropped[:_DROPPED_SHOWN]:
+        yield f"    dropped {size:6d} tokens: {_excerpt(text, 50)}"
+    if len(each.dropped) > _DROPPED_SHOWN:
+        rest = each.dropped[_DROPPED_SHOWN:]
+        yield f"    dropped {sum(size for _, size in rest):6d} tokens: {_count(len(rest), 'more item')}"
+
+
+def _summary(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder) -> Iterator[str]:
+    yield (
+        f"{_count(len(found), 'record')}, {_count(len(tree.branch_rows), 'branch', 'branches')}: "
+        f"{tree.num_branch_tokens} tokens apart, {len(tree)} in one row, sharing factor {tree.sharing_factor:.2f}"
+    )
+    changed = encoder.renderer.user_text.changed
+    if changed:
+        yield (
+            f"{_count(changed, 'text')} held a control token's literal or a line like the prompt's own, "
+            "now broken or quoted"
+        )
+
+
+def _lines(tokens: Sequence[str], most: int, width: int) -> Iterator[str]:
+    """The lines of a section, without the middle of a long one."""
+    if most == 0 or len(tokens) <= most:
+        yield from _wrapped(tokens, width)
+        return
+    half = max(1, most // 2)
+    yield from _wrapped(tokens[:half], width)
+    yield f"... {len(tokens) - 2 * half:,} tokens more ..."
+    yield from _wrapped(tokens[len(tokens) - half :], width)
+
+
+def _wrapped(tokens: Sequence[str], width: int) -> Iterator[str]:
+    """Lines of tokens with spaces between them; a token that ends a line of the prompt ends one here."""
+    from rich.cells import cell_len, chop_cells
+
+    line = ""
+    for token in tokens:
+        piece = _visible(token)
+        if line and cell_len(line) + 1 + cell_len(piece) > width:
+            yield line
+            line = ""
+        *full, piece = chop_cells(piece, width) or [""]
+        yield from full
+        line = f"{line} {piece}" if line else piece
+        if token.endswith("\n"):
+            yield line
+            line = ""
+    if line:
+        yield line
+
+
+def _visible(token: str) -> str:
+    """A token in one word: its spaces as dots; an empty one, which is a part of a character, as a small square."""
+    marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+    shown = (marks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in token)
+    return "".join(shown) or "▫"
+
+
+def _excerpt(text: str, length: int) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= length else f"{words[: length - 3]}..."
+
+
+def _count(number: int, one: str, more: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"

@@ -1,0 +1,133 @@
+"""`nextquill prepare`: records in, a folder of token ids out that training reads from disk."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from nextquill.cli.inspect import prepare as load_prompts
+from nextquill.cli.main import OK
+from nextquill.cli.options import PromptOptions, option
+from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.progress import bar
+from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset, iter_jsonl, prepare
+from nextquill.errors import BudgetError, CheckpointError, OutputExistsError, RecordError
+from nextquill.integrations.scratch import SCRATCH_SIZES
+
+DESCRIPTION = (
+    "Tokenise records once, into a folder that train takes as --train_file or --eval_file and reads from disk as it "
+    "needs it. Records are read one after another, so that the file may be larger than memory. Finished parts are "
+    "collected in DIR.partial, and DIR appears when all are there. A run that was stopped goes on where it was when "
+    "the same command is given again."
+)
+_SHOWN = 10
+
+
+@dataclass
+class PrepareOptions:
+    """What goes in and comes out; no weights are loaded."""
+
+    train_file: str = option("Records, JSONL, plain or gzipped.", metavar="FILE")
+    model_name_or_path: str = option(
+        "Whose tokenizer and prompt settings: a model folder, a folder with a tokenizer alone, or a name on the "
+        "Hugging Face hub.",
+        metavar="MODEL",
+    )
+    output_dir: str = option("The folder to make.", metavar="DIR")
+    placebo: bool = option(
+        "Also the prompt with another user's history, which --eval_file needs for effect_placebo.", False
+    )
+    seed: int = option("Decides who that other user is.", 42)
+    skip_bad: bool = option(
+        "Leave out records that do not fit the budget, and list them, instead of stopping there.", False
+    )
+    overwrite: bool = option("Replace an earlier folder, or what a run with other flags has left.", False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    options, prompt_options = parse("prepare", DESCRIPTION, (PrepareOptions, PromptOptions), arguments)
+    name = options.model_name_or_path
+    if name in SCRATCH_SIZES:
+        raise UsageError(
+            f"--model_name_or_path: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
+            "model that has one"
+        )
+    if not Path(options.train_file).is_file():
+        raise RecordError(f"--train_file: {options.train_file} is no file")
+    transformers_logging.set_verbosity_error()
+    tokenizer, settings = load_prompts(name, prompt_options, ())
+    encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+    prepared = _prepare(options, encoder)
+    print(summary(prepared), file=sys.stderr)
+    return OK
+
+
+def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDataset:
+    """Encode with a bar; a mistake names the flag it came with."""
+    gc.freeze()  # what is imported by now stays: collecting over it took a tenth of the time
+    with bar(total=_lines(options.train_file), desc="Preparing", unit=" records") as shown:
+        try:
+            return prepare(
+                iter_jsonl(options.train_file),
+                encoder,
+                options.output_dir,
+                placebo=options.placebo,
+                seed=options.seed,
+                skip_bad=options.skip_bad,
+                overwrite=options.overwrite,
+                progress=shown.update,
+            )
+        except BudgetError as error:
+            raise BudgetError(
+                f"--train_file: {error}; --skip_bad leaves such records out{_what_is_there(options)}"
+            ) from error
+        except RecordError as error:
+            raise RecordError(f"--train_file: {error}{_what_is_there(options)}") from error
+        except (CheckpointError, OutputExistsError) as error:
+            raise type(error)(f"--output_dir: {error} (--overwrite)") from error
+        except KeyboardInterrupt:
+            if there := _what_is_there(options):
+                print(f"nextquill: stopped{there}", file=sys.stderr)
+            raise
+        finally:
+            gc.unfreeze()
+
+
+def _what_is_there(options: PrepareOptions) -> str:
+    partial = Path(f"{options.output_dir}.partial")
+    return f"; what is done is in {partial}, and the same command goes on from there" if partial.is_dir() else ""
+
+
+def _lines(path: str) -> int | None:
+    """How many lines a file has, for the bar; None where nobody sees one, or the file is compressed."""
+    if not sys.stderr.isatty() or path.endswith(".gz"):
+        return None
+    with Path(path).open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def summary(prepared: PreparedDataset) -> str:
+    """What is in the folder, what the budget dropped, and what was left out."""
+    stats: EncodingStats = prepared.stats
+    settings: dict[str, Any] = prepared.settings
+    tokens = f"{stats.prompt_tokens} prompt tokens, {stats.response_tokens} supervised tokens"
+    lines = [f"Wrote {stats.examples} examples to {prepared.folder}: {tokens}"]
+    if stats.history_items_dropped:
+        lines.append(
+            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit "
+            f"{settings['max_length']} tokens, in {stats.examples_truncated} examples"
+        )
+    if stats.examples_without_history:
+        lines.append(f"{stats.examples_without_history} examples have no history: both of their branches are equal")
+    if prepared.skipped:
+        lines.append(f"{len(prepared.skipped)} records left out, listed in {prepared.folder / 'header.json'}:")
+        lines += [f"  {skipped['error']}" for skipped in prepared.skipped[:_SHOWN]]
+        if len(prepared.skipped) > _SHOWN:
+            lines.append(f"  and {len(prepared.skipped) - _SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What a comparison reports, as values: means over seeds, paired differences, and what each arm cost.
+
+A difference is paired: the same records under two arms, and with several seeds the same seeds. Its interval and its
+test are over users, and over seeds where there are several; with one seed they are of these trained models, and say
+nothing of the methods. p-values are Holm's over the arms that are compared with one
+reference in one measure. A measure that is no mean over examples, such as BLEU, has its values by seed and no test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_OWN_HISTORY = ", generated with history"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a figure is of; see `MetricValue`."""
+
+    name: str
+    label: str
+    unit: str = ""
+    higher_is_better: bool | None = None
+
+    @property
+    def short_label(self) -> str:
+        """The label without what the labels of all measures of generated texts end in."""
+        return self.label.removesuffix(_OWN_HISTORY)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, its interval over users and seeds if there is one, and the value of each seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+    by_seed: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's mean minus a reference's on the same examples.
+
+    Args:
+        value: the difference.
+        low, high: its interval, for this difference alone.
+        p_value: of no difference: over users and seeds, or with one seed over users.
+        p_adjusted: Holm's, over the arms compared with this reference in this measure.
+        p_runs: Holm's too, over users alone: of no difference between these very runs, whatever other seeds would give.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    p_adjusted: float
+    p_runs: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm's training took, a mean over seeds but for the peak, which is their greatest.
+
+    Args:
+        learning_rate: its highest.
+        steps, seconds: optimiser steps, and seconds of training.
+        seconds_per_step, examples_per_second: of them.
+        peak_memory: bytes.
+        reference_seconds: what the arm whose time is matched took, where one is.
+    """
+
+    learning_rate: float
+    steps: float
+    seconds: float
+    seconds_per_step: float
+    examples_per_second: float
+    peak_memory: int | None = None
+    reference_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """One row: an arm's figures, and its differences by reference and measure."""
+
+    name: str
+    label: str
+    is_sft: bool
+    estimates: Mapping[str, Estimate]
+    against: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is reported.
+
+    Args:
+        model: what was trained.
+        baseline: the arm that the tables compare with.
+        seeds: of the runs.
+        arms: the base first, then the arms in the order asked for.
+        measures: by name, in the order shown.
+        records: digest of the evaluated records.
+        num_examples, num_users: evaluated.
+        num_train_examples: trained on.
+        level: confidence level of the intervals.
+        machines: what the runs were made on; times compare within one.
+        resumed: runs that were interrupted, whose times are sums of parts.
+        starts: digest of the weights by seed.
+        counterfactual: what stands for no history in the prompts; see `PromptTemplate`.
+    """
+
+    model: str
+    baseline: str
+    seeds: Sequence[int]
+    arms: Sequence[ArmFigures]
+    measures: Mapping[str, Measure]
+    records: str
+    num_examples: int
+    num_users: int
+    num_train_examples: int
+    level: float = 0.95
+    machines: Sequence[Mapping[str, Any]] = ()
+    resumed: Sequence[str] = ()
+    starts: Mapping[str, str] = field(default_factory=dict)
+    counterfactual: str = "none"
+
+    def arm(self, name: str) -> ArmFigures:
+        """The figures of an arm."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def to_json(self) -> str:
+        return json.dumps(_without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

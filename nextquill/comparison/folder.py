@@ -1,0 +1,173 @@
+"""What a comparison's folder holds, and which of its runs are finished.
+
+nextquill_comparison.json    what every run shares; other settings may not go on in the folder
+<arm>/seed-<k>/              a run's folder: checkpoints while it trains, then metrics.json, and the model if asked for
+<arm>/seed-<k>/evaluation/   its evaluation
+<arm>/seed-<k>/run.json      a `RunRecord`, written last: the run is finished
+comparison.json, comparison.md, report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextquill.errors import CheckpointError, OutputExistsError
+from nextquill.evaluation.results import EVALUATION_FILE
+from nextquill.integrations.checkpoints import write_text
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two comparisons in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS_FILE = "nextquill_comparison.json"
+RECORD_FILE = "run.json"
+EVALUATION_FOLDER = "evaluation"
+_LOCK_FILE = ".nextquill_comparison.lock"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run was, and what it cost.
+
+    Args:
+        arm, seed: which.
+        start: digest of the weights it began from.
+        order: digest of the examples of its steps, in their order; None where nothing was trained. Of an arm that
+            matches another's time it covers as many steps as the arm of its own pace has.
+        loss: the loss with its arguments.
+        learning_rate: its highest.
+        steps, examples: optimiser steps, and examples in them.
+        seconds: of training, without evaluations and checkpoints on the way; see `RunMeter`.
+        wall_seconds: of training and evaluation in this process, to tell how long the others take.
+        peak_memory: bytes, or None where the system does not say.
+        sessions: processes it took; 1 unless it was interrupted.
+        machine: what the times depend on.
+        matched: for an arm that matches another's time: `reference`, its `seconds`, and the `ratio` of steps.
+    """
+
+    arm: str
+    seed: int
+    start: str
+    order: str | None = None
+    loss: str | None = None
+    learning_rate: float | None = None
+    steps: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_memory: int | None = None
+    sessions: int = 1
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    matched: Mapping[str, Any] | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return self.seconds / self.steps if self.steps else None
+
+    @property
+    def examples_per_second(self) -> float | None:
+        return self.examples / self.seconds if self.seconds else None
+
+
+def run_folder(folder: Path, arm: str, seed: int) -> Path:
+    """Where a run of the comparison in `folder` lies."""
+    return folder / arm / f"seed-{seed}"
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """What a run's folder says about it; None where it is not finished.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file() or not (folder / EVALUATION_FOLDER / EVALUATION_FILE).is_file():
+        return None
+    try:
+        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a run's record: {error}; delete the folder to repeat the run") from error
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Say that a run is finished."""
+    write_text(folder / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make sure that a comparison may use `folder`; nothing is changed yet.
+
+    Args:
+        folder: new, empty, or of a comparison with the same settings.
+        settings: what every run shares, by flag; JSON.
+        overwrite: an earlier comparison there is to be replaced.
+
+    Raises:
+        OutputExistsError: it holds something else, or a comparison with other settings, which is named.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"--output_dir: {folder} is a file")
+    if not folder.is_dir() or all(path.name == _LOCK_FILE for path in folder.iterdir()):
+        return
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a comparison; choose another")
+    if overwrite:
+        return
+    try:
+        saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputExistsError(f"--output_dir: {path} is damaged: {error}; choose another folder") from error
+    given = json.loads(json.dumps(dict(settings)))
+    for name in {**saved, **given}:
+        if saved.get(name) != given.get(name):
+            raise OutputExistsError(
+                f"--output_dir: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
+                f"{given.get(name)!r}; choose another folder, or replace it by --overwrite_output_dir"
+            )
+
+
+@contextmanager
+def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Make `folder` this comparison's, and keep other processes out of it while the block runs.
+
+    Raises:
+        OutputExistsError: another process compares in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
+        _take(lock, folder)
+        if overwrite:
+            empty(folder, keep=_LOCK_FILE)
+        write_text(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
+        yield
+
+
+def empty(folder: Path, keep: str | None = None) -> None:
+    """Delete what a folder holds; it may be a mount or a link, so it stays."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _take(lock: Any, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputExistsError(f"--output_dir: another process is comparing in {folder}") from error
+    except OSError:  # a file system without locks
+        return

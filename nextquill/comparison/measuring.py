@@ -1,0 +1,157 @@
+"""What a run costs, and the evidence that it began and went on as the others did."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from nextquill.integrations.trainer import NextQuillTrainer
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_DIGITS = 16
+
+
+class RunMeter(TrainerCallback, ExportableState):
+    """Time, examples, memory and order of a run, kept in its checkpoints.
+
+    The time is that of the training steps with the making of their batches; evaluations, logs and checkpoints on the
+    way are left out. The first step of a process counts as much as the mean of the others: kernels are compiled and
+    memory is taken in it, which the runs that come later in the process are spared. Work that was lost with a killed
+    process is not counted twice.
+
+    Args:
+        order_after: the order is that of the first so many optimiser steps; None for all.
+    """
+
+    def __init__(self, order_after: int | None = None) -> None:
+        self.order_after = order_after
+        self.first_seconds = 0.0  # of the first step of each session
+        self.later_seconds, self.later_steps = 0.0, 0
+        self.examples = 0
+        self.steps = 0
+        self.peak_memory: int | None = None
+        self.order = ""
+        self.sessions = 0
+        self._since = 0.0
+        self._is_first = True
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, at the pace of those that were not the first of their process, where there are any."""
+        return self.later_seconds / self.later_steps * self.steps if self.later_steps else self.first_seconds
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        self.peak_memory = _larger(self.peak_memory, peak_memory())
+        times = ("first_seconds", "later_seconds", "later_steps")
+        names = (*times, "examples", "steps", "peak_memory", "order", "sessions")
+        return {"args": {"order_after": self.order_after}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def see(self, batches: list[Any]) -> None:
+        """Take note of the examples of the step that begins."""
+        indices = [index for batch in batches for index in batch["example_index"].tolist()]
+        self.examples += len(indices)
+        self.steps += 1
+        if self.order_after is None or self.steps <= self.order_after:
+            self.order = hashlib.sha256(f"{self.order} {indices}".encode()).hexdigest()[:_DIGITS]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from where a checkpoint left off."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        if saved and state.global_step > 0:
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+        self.sessions += 1
+        self._is_first = True
+        reset_peak_memory()
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step."""
+        turns = (control.should_save, control.should_evaluate, control.should_log, control.should_training_stop)
+        if self._is_first or any(turns):
+            _wait_for_device()  # what is queued there is this step's, and must not count as the evaluation's
+        now = time.perf_counter()
+        if self._is_first:
+            self.first_seconds += now - self._since
+        else:
+            self.later_seconds += now - self._since
+            self.later_steps += 1
+        self._since, self._is_first = now, False
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out what lay between the step and this."""
+        self._since = time.perf_counter()
+
+    on_evaluate = on_save = on_log
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the most memory there was."""
+        self.peak_memory = _larger(self.peak_memory, peak_memory())
+
+
+class ComparedTrainer(NextQuillTrainer):
+    """A `NextQuillTrainer` whose `RunMeter` sees every step's examples."""
+
+    @property
+    def run_meter(self) -> RunMeter:
+        """The callback, which restoring a checkpoint may have replaced."""
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, RunMeter))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.run_meter.see(batches)
+        return batches, items
+
+
+def reset_peak_memory() -> None:
+    """Begin a new peak."""
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+    elif _CLEAR_REFS.exists():
+        try:
+            _CLEAR_REFS.write_text("5", encoding="ascii")
+        except OSError:  # a sandbox may forbid it; the peak is then the process's
+            return
+
+
+def peak_memory() -> int | None:
+    """Bytes allocated at most since `reset_peak_memory`: on an accelerator there, else of the whole process.
+
+    None where the system does not say.
+    """
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    try:
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def machine() -> Mapping[str, Any]:
+    """What times depend on."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type == "cuda":
+        return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    device = "cpu" if accelerator is None else accelerator.type
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((value for value in (one, other) if value is not None), default=None)

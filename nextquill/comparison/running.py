@@ -1,0 +1,318 @@
+"""One arm from one seed: train, evaluate, keep; and where it stands when it was stopped on the way.
+
+A run that is finished says so in its folder and is left alone. One that was stopped goes on from its last checkpoint, a
+trained one that was not yet evaluated from its final checkpoint; one without a checkpoint begins again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from nextquill.comparison.arms import BASE, Arm, in_running_order, own_pace
+from nextquill.comparison.folder import (
+    EVALUATION_FOLDER,
+    RunRecord,
+    empty,
+    read_record,
+    run_folder,
+    write_record,
+)
+from nextquill.comparison.measuring import ComparedTrainer, RunMeter, machine
+from nextquill.data import EncodedDataset
+from nextquill.errors import CheckpointError
+from nextquill.evaluation.results import EVALUATION_FILE, Evaluation
+from nextquill.integrations import checkpoints
+from nextquill.integrations.identity import model_digest
+from nextquill.integrations.loading import PROMPT_FILE, PromptSettings
+
+METRICS_FILE = "metrics.json"
+
+
+class Evaluate(Protocol):
+    """Evaluates a model into a folder, and goes on with what is there; `evaluate_model` with its options given."""
+
+    def __call__(self, model: Any, tokenizer: Any, settings: PromptSettings, folder: Path, name: str) -> Evaluation: ...
+
+
+class Attend(Protocol):
+    """Watches over a trainer; what it yields says whether the training was asked to stop."""
+
+    def __call__(self, trainer: ComparedTrainer) -> AbstractContextManager[Any]: ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a comparison share.
+
+    Args:
+        folder: the comparison's.
+        arms, seeds: what is run.
+        start: seed → the model and its tokenizer; the same weights for the same seed.
+        shares_start: whether all seeds begin from one model, but for new adapters, so that one base stands for all.
+        args: TrainingArguments; output folder, seed, learning rate and, to match times, steps are set for each run.
+        train_dataset, eval_dataset: encoded; the second for evaluations while training, or None.
+        settings: how prompts are made.
+        evaluate: what measures a model.
+        attend: what watches over a training.
+        loss_options: of every loss, such as `reduction`.
+        trainer_options: of `NextQuillTrainer`, such as `max_tokens`.
+        time_reference: the arm whose time an arm with `matches_time` gets.
+        save_models: keep the trained models.
+    """
+
+    folder: Path
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    start: Callable[[int], tuple[Any, Any]]
+    shares_start: bool
+    args: TrainingArguments
+    train_dataset: EncodedDataset
+    settings: PromptSettings
+    evaluate: Evaluate
+    attend: Attend
+    eval_dataset: EncodedDataset | None = None
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    time_reference: str = ""
+    save_models: bool = False
+
+    def base_seed(self, seed: int) -> int:
+        """The seed whose base stands for this one's."""
+        return self.seeds[0] if self.shares_start else seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that is to be: `arm` is None for the base."""
+
+    arm: Arm | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return BASE if self.arm is None else self.arm.name
+
+
+def tasks(setup: Setup) -> list[Task]:
+    """All runs in the order they are made: seed by seed, so that a comparison that is stopped has whole seeds."""
+    found = []
+    for seed in setup.seeds:
+        if setup.base_seed(seed) == seed:
+            found.append(Task(None, seed))
+        found += [Task(arm, seed) for arm in in_running_order(setup.arms)]
+    return found
+
+
+def finished(setup: Setup, task: Task) -> RunRecord | None:
+    """The record of a run that need not be made again; None of one that is not finished.
+
+    Raises:
+        CheckpointError: the folder's run is another one, or damaged.
+    """
+    folder = run_folder(setup.folder, task.name, task.seed)
+    record = read_record(folder)
+    if record is None:
+        return None
+    expected: dict[str, Any] = {"arm": task.name, "seed": task.seed}
+    if task.arm is not None:
+        expected |= {
+            "loss": repr(task.arm.loss(**setup.loss_options)),
+            "learning_rate": setup.args.learning_rate * task.arm.learning_rate_factor,
+        }
+    for name, value in expected.items():
+        if getattr(record, name) != value:
+            raise CheckpointError(
+                f"--output_dir: the run in {folder} has another {name.replace('_', ' ')}: there "
+                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it by "
+                "--overwrite_output_dir"
+            )
+    return record
+
+
+def remaining_seconds(done: Sequence[RunRecord], left: Sequence[Task]) -> float | None:
+    """About how long the runs that are left take, from those of the same arm or else all; None before the first."""
+    known: dict[str, list[float]] = {}
+    for record in done:
+        known.setdefault(record.arm, []).append(record.wall_seconds)
+    trained = [seconds for name, each in known.items() if name != BASE for seconds in each]
+    if not trained:
+        return None
+    return sum(statistics.mean(known.get(task.name, trained)) for task in left)
+
+
+def perform(setup: Setup, task: Task) -> RunRecord | None:
+    """Make a run, or go on with it; None where it was asked to stop, and has saved what it has.
+
+    Raises:
+        CheckpointError: the run began from other weights, or saw other examples, than the runs of its seed before it.
+    """
+    began = time.perf_counter()
+    _release_memory()  # of the run before
+    folder = run_folder(setup.folder, task.name, task.seed)
+    model, tokenizer = setup.start(task.seed)
+    record = RunRecord(task.name, task.seed, model_digest(model), machine=machine())
+    _check_alike(setup, record, "start", "began from other weights")
+    if task.arm is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.to(setup.args.device)
+    else:
+        trained = _train(setup, task.arm, task.seed, folder, model, tokenizer, record)
+        if trained is None:
+            return None
+        record = trained
+        _check_alike(setup, record, "order", "saw other examples, or in another order,")
+    _release_memory()  # of the optimiser
+    place = folder / EVALUATION_FOLDER
+    if not (place / EVALUATION_FILE).is_file():  # else it was stopped between its last two files
+        setup.evaluate(model, tokenizer, setup.settings, place, f"{task.name}/seed-{task.seed}")
+    record = dataclasses.replace(record, wall_seconds=time.perf_counter() - began)
+    write_record(folder, record)
+    for path in folder.glob("checkpoint-*"):  # the record says that nothing will go on from them
+        shutil.rmtree(path)
+    return record
+
+
+def run_arguments(setup: Setup, arm: Arm, seed: int, folder: Path, matched: Mapping[str, Any] | None) -> Any:
+    """The TrainingArguments of a run: those of the comparison, with what is this run's own."""
+    args = copy.deepcopy(setup.args)
+    args.output_dir = str(folder)
+    args.run_name = f"{arm.name}-seed-{seed}"
+    args.seed = seed
+    args.learning_rate = setup.args.learning_rate * arm.learning_rate_factor
+    if matched is not None:
+        args.max_steps = matched["steps"]
+        if args.warmup_steps >= 1:  # below, it is a share of the steps
+            args.warmup_steps = math.ceil(args.warmup_steps * matched["ratio"])
+    return args
+
+
+def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
+    """The steps that take an arm as long as the reference took: ratio = its seconds / seconds at the arm's own pace.
+
+    Returns:
+        `reference`, its `seconds`, the `ratio`, `steps` = ceil(ratio · steps), over which the schedule is stretched,
+        and `order_after`, the steps at the arm's own pace.
+
+    Raises:
+        CheckpointError: a run it follows from is not finished.
+    """
+    records = [read_record(run_folder(setup.folder, name, seed)) for name in (setup.time_reference, own_pace(arm).name)]
+    reference, pace = records
+    if reference is None or pace is None:
+        raise CheckpointError(
+            f"{arm.name}: expected the runs of {setup.time_reference} and {own_pace(arm).name} with seed {seed}"
+        )
+    ratio = reference.seconds / pace.seconds
+    return {
+        "reference": reference.arm,
+        "seconds": reference.seconds,
+        "ratio": ratio,
+        "steps": max(1, math.ceil(ratio * pace.steps)),
+        "order_after": pace.steps,
+    }
+
+
+def check_trainable(setup: Setup, model: Any, tokenizer: Any) -> None:
+    """Make the trainer of every arm once, so that what one refuses is known before the first run.
+
+    Raises:
+        NextQuillError, ValueError, TypeError, ImportError, RuntimeError: as `NextQuillTrainer` and transformers do.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
+        for arm in setup.arms:
+            _trainer(setup, arm, setup.seeds[0], Path(folder), model, tokenizer, None)
+
+
+def _trainer(
+    setup: Setup, arm: Arm, seed: int, folder: Path, model: Any, tokenizer: Any, matched: Mapping[str, Any] | None
+) -> ComparedTrainer:
+    return ComparedTrainer(
+        model,
+        run_arguments(setup, arm, seed, folder, matched),
+        train_dataset=setup.train_dataset,
+        eval_dataset=setup.eval_dataset,
+        processing_class=tokenizer,
+        loss=arm.loss(**setup.loss_options),
+        template=setup.settings.template,
+        max_length=setup.settings.max_length,
+        max_response_length=setup.settings.max_response_length,
+        callbacks=[RunMeter(None if matched is None else matched["order_after"])],
+        **setup.trainer_options,
+    )
+
+
+def _train(
+    setup: Setup, arm: Arm, seed: int, folder: Path, model: Any, tokenizer: Any, record: RunRecord
+) -> RunRecord | None:
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    matched = match_time(setup, arm, seed) if arm.matches_time else None
+    trainer = _trainer(setup, arm, seed, folder, model, tokenizer, matched)
+    checkpoints.write_text(folder / PROMPT_FILE, setup.settings.to_json())
+    with setup.attend(trainer) as attention:
+        trainer.train(resume_from_checkpoint=last)
+        if attention.requested:
+            return None
+    _keep(trainer, folder, save_model=setup.save_models)
+    meter, steps = trainer.run_meter, trainer.state.global_step
+    return dataclasses.replace(
+        record,
+        order=meter.order if matched is None or steps >= matched["order_after"] else None,
+        loss=repr(arm.loss(**setup.loss_options)),
+        learning_rate=trainer.args.learning_rate,
+        steps=steps,
+        examples=meter.examples,
+        seconds=meter.seconds,
+        peak_memory=meter.peak_memory,
+        sessions=meter.sessions,
+        matched=matched,
+    )
+
+
+def _keep(trainer: ComparedTrainer, folder: Path, *, save_model: bool) -> None:
+    """Write what a run's folder holds, each file complete or absent."""
+    last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    evaluated = {name: value for name, value in last.items() if name.startswith("eval_")}
+    log = {"log_history": trainer.state.log_history, "eval": evaluated}
+    with checkpoints.staged_files(folder) as staging:
+        if save_model:
+            trainer.save_model(str(staging))
+        (staging / METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
+    """Compare with the runs of the same seed that are finished."""
+    value = getattr(record, name)
+    for task in tasks(setup):
+        other = read_record(run_folder(setup.folder, task.name, task.seed)) if task.seed == record.seed else None
+        theirs = None if other is None else getattr(other, name)
+        if value is not None and theirs is not None and theirs != value:
+            raise CheckpointError(
+                f"--output_dir: {record.arm} with seed {record.seed} {what} than {task.name} with seed {task.seed}, "
+                f"which is finished in {setup.folder}; compare in another folder"
+            )
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

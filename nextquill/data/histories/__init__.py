@@ -1,0 +1,78 @@
+"""Which of a user's past texts a prompt shows.
+
+    selector = make_selector("bm25", num_items=8)
+    records = [selector.select(record) for record in records]
+
+    all        every item
+    recency    the newest
+    bm25       those that share words with the query
+    dense      those that mean something alike
+    fixed      the same for all records of a user, so that all of them share one prefix (`order="history_first"`)
+    random     any: what the others have to be better than
+
+A selected history is in time order and holds nothing dated after its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nextquill.data._checks import check_integer, check_one_of
+from nextquill.data.histories.base import Selector, TokenBudget
+from nextquill.data.histories.bm25 import BM25Selector
+from nextquill.data.histories.dense import DenseSelector, TextEncoder
+from nextquill.data.histories.fixed import FixedSelector
+from nextquill.data.histories.simple import RandomSelector, RecencySelector
+from nextquill.errors import ArgumentError
+
+SELECTORS = ("all", "recency", "bm25", "dense", "fixed", "random")
+
+__all__ = ["SELECTORS", "FixedSelector", "Selector", "make_selector"]
+
+
+def make_selector(
+    name: str,
+    *,
+    num_items: int | None,
+    max_tokens: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    seed: int = 0,
+    encoder: TextEncoder | str | None = None,
+) -> Selector:
+    """Return a selector by its name.
+
+    Args:
+        name: "all", "recency", "bm25", "dense", "fixed" or "random".
+        num_items: most items of a selected history; None with "all", and where `max_tokens` is the only limit.
+        max_tokens: most tokens of a selected history, items counted one by one and dropped whole. "all", "recency" and
+            "fixed" keep the newest run of items that fits, the others go on to worse-ranked ones that still fit.
+        count_tokens: the tokens of a text; needed with `max_tokens`.
+        seed: of "random"; the same record gets the same items wherever it stands.
+        encoder: of "dense": a sentence-transformers model by its name or folder, or a function of a list of n texts
+            that returns an array [n, size]. None takes all-MiniLM-L6-v2.
+
+    Raises:
+        ArgumentError: an unknown name, or arguments that do not fit it or each other.
+        ArgumentTypeError: a number that is no integer.
+        BackendUnavailableError: "bm25" without bm25s, or "dense" without sentence-transformers.
+    """
+    check_one_of("name", name, SELECTORS)
+    for argument, value in (("num_items", num_items), ("max_tokens", max_tokens)):
+        if value is not None:
+            check_integer(argument, value, least=1)
+    if max_tokens is not None and count_tokens is None:
+        raise ArgumentError("count_tokens: expected a function that counts a text's tokens with max_tokens, got None")
+    if name == "all" and num_items is not None:
+        raise ArgumentError(f"num_items: expected None with 'all', got {num_items}; 'recency' takes the newest")
+    if name != "all" and num_items is None and max_tokens is None:
+        raise ArgumentError(f"num_items: expected a number of items with {name!r}, or max_tokens, got neither")
+    if name != "dense" and encoder is not None:
+        raise ArgumentError(f"encoder: expected none with {name!r}, only 'dense' has one")
+    budget = None if max_tokens is None or count_tokens is None else TokenBudget(max_tokens, count_tokens)
+    if name == "dense":
+        return DenseSelector(num_items, budget, encoder)
+    if name == "random":
+        return RandomSelector(num_items, budget, seed)
+    if name == "bm25":
+        return BM25Selector(num_items, budget)
+    return (FixedSelector if name == "fixed" else RecencySelector)(num_items, budget)

@@ -1,0 +1,131 @@
+"""What every selector does: checks times, asks for a ranking, keeps what fits, and puts it back in time order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from nextquill.data.records import HistoryItem, Record
+from nextquill.errors import RecordError
+
+History = Sequence[HistoryItem]
+
+_CACHED_COUNTS = 200_000
+
+
+def item_text(item: HistoryItem) -> str:
+    """What is searched, embedded and counted of an item: its title, if it has one, and its text."""
+    return item.text if item.title is None else f"{item.title}\n{item.text}"
+
+
+@dataclass
+class TokenBudget:
+    """Counts whole items against a number of tokens; counts are kept, as histories of a user repeat."""
+
+    max_tokens: int
+    count_tokens: Callable[[str], int]
+    _counts: dict[HistoryItem, int] = field(default_factory=dict, repr=False)
+
+    def count(self, item: HistoryItem) -> int:
+        """The tokens of one item."""
+        count = self._counts.get(item)
+        if count is None:
+            if len(self._counts) >= _CACHED_COUNTS:
+                self._counts.clear()
+            count = self._counts[item] = self.count_tokens(item_text(item))
+        return count
+
+
+class Selector(ABC):
+    """Chooses items of a record's history; made by `make_selector`.
+
+    Args:
+        num_items: most items kept; None for no limit.
+        budget: most tokens kept; None for no limit.
+    """
+
+    #: Whether the first item that does not fit ends the history, instead of being passed over.
+    contiguous = False
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
+        self.num_items = num_items
+        self.budget = budget
+
+    def fit(self, records: Iterable[Record]) -> None:  # noqa: B027 - most selectors need to see nothing beforehand
+        """See all records before any is selected from; only "fixed" needs it, and "dense" is faster for it.
+
+        Raises:
+            RecordError: a record has a history item dated after it.
+        """
+
+    def select(self, record: Record) -> Record:
+        """Return the record with the chosen part of its history, oldest first.
+
+        Raises:
+            RecordError: a history item is dated after the record; or "fixed" was not fitted on the user.
+        """
+        check_times(record)
+        return replace(record, history=self._chosen(record))
+
+    @abstractmethod
+    def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
+        """The items that the record keeps, oldest first."""
+
+    def _within_limits(self, history: History, ranked: Iterable[int]) -> tuple[HistoryItem, ...]:
+        kept: list[int] = []
+        room = 0 if self.budget is None else self.budget.max_tokens
+        for position in ranked:
+            if len(kept) == self.num_items:
+                break
+            if self.budget is not None:
+                tokens = self.budget.count(history[position])
+                if tokens > room:
+                    if self.contiguous:
+                        break
+                    continue
+                room -= tokens
+            kept.append(position)
+        return tuple(history[position] for position in sorted(kept))
+
+
+class RankedSelector(Selector):
+    """A selector that ranks the items of each record's own history."""
+
+    def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
+        history = in_time_order(record.history)
+        return self._within_limits(history, self._ranked(record, history)) if history else ()
+
+    @abstractmethod
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        """Positions in `history`, which is not empty and runs from the oldest on; the best first."""
+
+
+def in_time_order(history: History) -> History:
+    """The items by their timestamps if all have one, else as they are, which is taken to be oldest first."""
+    if any(item.timestamp is None for item in history):
+        return history
+    return sorted(history, key=lambda item: item.timestamp or 0.0)
+
+
+def check_times(record: Record) -> None:
+    """Raise RecordError where a history item is dated after its record."""
+    if record.timestamp is None:
+        return
+    for position, item in enumerate(record.history):
+        if item.timestamp is not None and item.timestamp > record.timestamp:
+            raise RecordError(
+                f"{describe(record)}: history[{position}]: expected a text dated no later than the record's own "
+                f"{record.timestamp}, got {item.timestamp}: a text from the future leaks the answer"
+            )
+
+
+def describe(record: Record) -> str:
+    """Whose record it is, and the beginning of its query."""
+    query = record.query if len(record.query) <= 40 else f"{record.query[:40]}..."
+    return f"record of user {record.user_id!r} with query {query!r}"
+
+
+def best_first(scores: Sequence[float]) -> list[int]:
+    """Positions by score, the best first, and of equal scores the more recent first."""
+    return sorted(range(len(scores)), key=lambda position: (-scores[position], -position))

@@ -1,0 +1,85 @@
+"""The past texts that share the query's words, weighted by how rare those are in the user's own history.
+
+    score(d) = Σ over words w of the query   idf(w) · tf(w, d) / (tf(w, d) + k1 · (1 − b + b · |d| / mean |d|))
+    idf(w)   = ln(1 + (n − df(w) + 0.5) / (df(w) + 0.5))
+
+with tf the count of w in d, df the items that hold it, n the items and |d| words, k1 = 1.5 and b = 0.75: Lucene's form,
+whose idf stays positive in histories of a few items (Kamphuis et al. 2020, "Which BM25 do you mean?"). Rarity and
+lengths are those of the record's own history and of nothing later, so no statistic of a user's future takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, item_text
+from nextquill.data.records import HistoryItem, Record
+from nextquill.errors import BackendUnavailableError
+
+K1, B = 1.5, 0.75
+
+# Thai and Lao, kana, CJK ideographs: scripts without spaces between words, which count by the character.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+# Indexes kept, one a user; the records of a user often share a history and mostly stand together.
+_USERS = 64
+
+
+@functools.lru_cache(maxsize=16_384)
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text, in lower case."""
+    return tuple(_WORD.findall(text.lower()))
+
+
+class BM25Selector(RankedSelector):
+    """The items with the highest BM25 score for the query; of equal ones the more recent first.
+
+    Raises:
+        BackendUnavailableError: bm25s is not installed.
+    """
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
+        super().__init__(num_items, budget)
+        _import_bm25s()
+        self._indexes: dict[str, tuple[tuple[HistoryItem, ...], Any]] = {}
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        return best_first(self.scores(record, history))
+
+    def scores(self, record: Record, history: History) -> list[float]:
+        """The score of every item of `history`, in its order."""
+        query = list(words(record.query))
+        index = self._index(record.user_id, tuple(history)) if query else None
+        return [0.0] * len(history) if index is None else index.get_scores(query).tolist()
+
+    def _index(self, user_id: str, history: tuple[HistoryItem, ...]) -> Any:
+        """An index of these items, the user's last one if they are the same; None if they hold no word."""
+        known = self._indexes.pop(user_id, None)
+        if known is None or known[0] != history:
+            known = (history, _build_index([list(words(item_text(item))) for item in history]))
+        self._indexes[user_id] = known  # as the one used last
+        if len(self._indexes) > _USERS:
+            del self._indexes[next(iter(self._indexes))]
+        return known[1]
+
+
+def _build_index(documents: list[list[str]]) -> Any:
+    if not any(documents):
+        return None
+    # In single precision two equal texts would still tie, but texts of nearly equal score could change places.
+    index = _import_bm25s().BM25(method="lucene", k1=K1, b=B, dtype="float64")
+    index.index(documents, show_progress=False)
+    return index
+
+
+def _import_bm25s() -> Any:
+    try:
+        import bm25s
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"name: 'bm25' needs bm25s, which is not installed ({error}); pip install 'nextquill[cli]'"
+        ) from error
+    return bm25s

@@ -1,0 +1,83 @@
+"""The past texts nearest in meaning: cosine similarity of embeddings of the query and of each item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, check_times, item_text
+from nextquill.data.records import Record
+from nextquill.errors import ArgumentError, BackendUnavailableError
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+#: A function of n texts that returns an array of numbers [n, size].
+TextEncoder = Callable[[list[str]], Any]
+
+
+class DenseSelector(RankedSelector):
+    """The items whose embedding is nearest to the query's; of equally near ones the more recent first.
+
+    Every text is embedded once and kept: size · 4 bytes each (1.5 KB with the default model).
+
+    Args:
+        num_items, budget: see `Selector`.
+        encoder: a function of a list of texts, the name or folder of a sentence-transformers model, or None.
+
+    Raises:
+        BackendUnavailableError: sentence-transformers is not installed, and `encoder` is no function.
+    """
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None, encoder: TextEncoder | str | None) -> None:
+        super().__init__(num_items, budget)
+        self._encoder = encoder if callable(encoder) else _load(encoder or DEFAULT_ENCODER)
+        self._embeddings: dict[str, Tensor] = {}
+
+    def fit(self, records: Iterable[Record]) -> None:
+        """Embed the texts of all records at once, in the encoder's own batches."""
+        texts: dict[str, None] = {}
+        for record in records:
+            check_times(record)
+            if record.history:
+                texts.update(dict.fromkeys([record.query, *map(item_text, record.history)]))
+        self._embed(texts)
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        texts = [record.query, *map(item_text, history)]
+        self._embed(dict.fromkeys(texts))
+        query, *items = (self._embeddings[text] for text in texts)
+        # Rounded, as the order in which a product is summed may set equal texts apart in the last digit.
+        return best_first([round(score, 6) for score in (torch.stack(items) @ query).tolist()])
+
+    def _embed(self, texts: Iterable[str]) -> None:
+        """Embed what is not known yet, to length 1; an embedding of 0 stays 0, and is near to nothing."""
+        new = [text for text in texts if text not in self._embeddings]
+        if not new:
+            return
+        found = torch.as_tensor(self._encoder(new), dtype=torch.float32, device="cpu").detach()
+        if found.dim() != 2 or len(found) != len(new):
+            raise ArgumentError(
+                f"encoder: expected an array [{len(new)}, size] for {len(new)} texts, got shape {list(found.shape)}"
+            )
+        if not found.isfinite().all():
+            raise ArgumentError("encoder: expected finite numbers, got NaN or infinity in an embedding")
+        self._embeddings.update(zip(new, torch.nn.functional.normalize(found), strict=True))
+
+
+def _load(name: str) -> TextEncoder:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"name: 'dense' needs sentence-transformers, which is not installed ({error}); "
+            "pip install 'nextquill[dense]'"
+        ) from error
+    model = SentenceTransformer(name)
+
+    def encode(texts: list[str]) -> Any:
+        return model.encode(texts, show_progress_bar=False)
+
+    return encode

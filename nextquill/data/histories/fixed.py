@@ -1,0 +1,97 @@
+"""One set of past texts for all records of a user.
+
+With `order="history_first"` every prompt of the user then begins alike, and a batch computes that beginning once. A set
+for all records may hold only what precedes all of them, or a text would stand in the prompt of a response written
+before it. An item precedes a record that has it in its history, and one that is dated after it; so the candidates are
+
+    items in the history of every record of the user, and
+    items of any of these histories dated before the user's earliest record, where all of this is dated
+
+and the newest `num_items` of them are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nextquill.data.histories.base import History, Selector, TokenBudget, check_times, describe, in_time_order
+from nextquill.data.records import HistoryItem, Record
+from nextquill.errors import RecordError
+
+
+class FixedSelector(Selector):
+    """The same items for every record of a user; `fit` has to see all records first, of all splits.
+
+    Attributes:
+        users_without_history: users for whom no item precedes all records, so that none of them has a history.
+        records_without_history: how many records these users have.
+    """
+
+    contiguous = True
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
+        super().__init__(num_items, budget)
+        self.users_without_history: tuple[str, ...] = ()
+        self.records_without_history = 0
+        self._items: dict[str, tuple[HistoryItem, ...]] = {}
+
+    def fit(self, records: Iterable[Record]) -> None:
+        """Choose every user's items. A second call forgets the first.
+
+        Raises:
+            RecordError: a record has a history item dated after it.
+        """
+        users: dict[str, _User] = {}
+        for record in records:
+            check_times(record)
+            users.setdefault(record.user_id, _User()).add(record)
+        self._items = {name: self._newest(user.candidates()) for name, user in users.items()}
+        without = [name for name, items in self._items.items() if not items]
+        self.users_without_history = tuple(without)
+        self.records_without_history = sum(users[name].records for name in without)
+
+    def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
+        items = self._items.get(record.user_id)
+        if items is None:
+            raise RecordError(f"{describe(record)}: expected a user of the records that `fit` was given, got a new one")
+        for item in items:
+            if item not in record.history and not _is_before(item, record):
+                raise RecordError(
+                    f"{describe(record)}: expected a record that `fit` was given, got one that the user's fixed "
+                    "history does not precede"
+                )
+        return items
+
+    def _newest(self, candidates: History) -> tuple[HistoryItem, ...]:
+        return self._within_limits(candidates, range(len(candidates) - 1, -1, -1))
+
+
+class _User:
+    """What has been seen of one user."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._common: dict[HistoryItem, None] = {}
+        self._all: dict[HistoryItem, None] = {}
+        self._earliest: Record | None = None
+        self._dated = True
+
+    def add(self, record: Record) -> None:
+        own = dict.fromkeys(in_time_order(record.history))
+        self._common = {item: None for item in self._common if item in own} if self.records else own
+        self._all |= own
+        self._dated = self._dated and record.timestamp is not None
+        if self._earliest is None or (record.timestamp or 0.0) < (self._earliest.timestamp or 0.0):
+            self._earliest = record
+        self.records += 1
+
+    def candidates(self) -> History:
+        """What precedes every record, oldest first."""
+        common, earliest = self._common, self._earliest
+        if earliest is None or not self._dated or any(item.timestamp is None for item in common):
+            return list(common)
+        return in_time_order(list(common | {item: None for item in self._all if _is_before(item, earliest)}))
+
+
+def _is_before(item: HistoryItem, record: Record) -> bool:
+    return item.timestamp is not None and record.timestamp is not None and item.timestamp < record.timestamp

@@ -1,0 +1,136 @@
+"""Prompts worded by a Jinja template of the user's own.
+
+The template gets
+
+    query            what is asked
+    history          the past texts, each with `text`, `title` (None where it has none) and `timestamp` (its day as
+                     2024-03-31, or None)
+    counterfactual   true where there is no history to show
+
+and yields the prompt without system message and chat markers. Labels belong outside of `{{ }}`: whatever an expression
+or a macro makes is taken for a user's text whole, so a line in it that begins like one of the template's is quoted, and
+a control token broken (see `user_text`); and labels made there are not known as the template's own.
+
+It runs in Jinja's sandbox, since it travels with a model's folder: it sees nothing but these values, and changes none
+of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from nextquill.data.records import HistoryItem
+from nextquill.errors import ArgumentError, BackendUnavailableError, RecordError
+
+# Lower-case letters, which most filters leave alone.
+_PROBES = _QUERY, _TITLE, _TEXT, _OTHER_TEXT = "nqprobequery", "nqprobetitle", "nqprobetext", "nqprobeother"
+_PROBE_HISTORY = (HistoryItem(_TEXT, title=_TITLE, timestamp=0.0), HistoryItem(_OTHER_TEXT))
+_FILE_NAME = "<template>"  # what Jinja calls a template made from a string, in tracebacks too
+
+
+class _Item:
+    """A past text as the template sees it; its day is worked out where the template asks for it."""
+
+    def __init__(self, item: HistoryItem, day: Callable[[float], str]) -> None:
+        self.text, self.title = item.text, item.title
+        self._seconds, self._day = item.timestamp, day
+
+    @property
+    def timestamp(self) -> str | None:
+        return None if self._seconds is None else self._day(self._seconds)
+
+
+def render_jinja(
+    source: str,
+    query: str,
+    history: Sequence[HistoryItem],
+    day: Callable[[float], str],
+    clean: Callable[[str], str],
+) -> str:
+    """Render a template.
+
+    Args:
+        source: the template.
+        query, history: as `PromptTemplate.render` takes them.
+        day: a timestamp as the template shows it.
+        clean: applied to all that the template inserts, after its own filters.
+
+    Raises:
+        ArgumentError: the template is wrong, or fails on these values; the message names the line.
+        RecordError: it shows a timestamp that `day` refuses.
+    """
+    items = tuple(_Item(item, day) for item in history)
+    template = _compiled(source)
+    try:
+        return str(template.render(query=query, history=items, counterfactual=not items, _clean=clean))
+    except RecordError:  # of a timestamp that is no day
+        raise
+    # A template is a program of its author's, and fails as it likes.
+    except Exception as error:
+        message = f"{_line(error.__traceback__)}{' '.join(str(error).split()) or type(error).__name__}"
+        raise ArgumentError(f"prompt_jinja: {message}") from error
+
+
+def check_jinja(source: str, day: Callable[[float], str]) -> None:
+    """Render a template with probes, and refuse one that leaves out what a prompt has to hold.
+
+    Raises:
+        ArgumentError: it is wrong or fails, does not show the query, does not change with the history, or puts two
+            texts side by side with nothing between them.
+    """
+    bare, one, two = (
+        render_jinja(source, _QUERY, items, day, str) for items in ((), _PROBE_HISTORY[:1], _PROBE_HISTORY)
+    )
+    for name, rendered in (("with a history", two), ("without history", bare)):
+        if _QUERY not in rendered:
+            raise ArgumentError(f"prompt_jinja: expected a template that shows the query, got none {name}")
+    if len({bare, one, two}) < 3:
+        raise ArgumentError("prompt_jinja: expected a template that shows the history, got one prompt for all")
+    for first in _PROBES:
+        for second in _PROBES:
+            if first + second in two + "\0" + one:
+                # Two users' texts could make a control token between them that neither of them holds.
+                raise ArgumentError(
+                    "prompt_jinja: expected a space, a line break or words between the texts, got "
+                    f"{_SPOKEN[first]} followed by {_SPOKEN[second]} at once"
+                )
+
+
+_SPOKEN = {_QUERY: "the query", _TITLE: "a title", _TEXT: "a text", _OTHER_TEXT: "a text"}
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    try:
+        from jinja2 import StrictUndefined, TemplateSyntaxError, pass_context
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"prompt_jinja: needs jinja2, which is not installed ({error}); pip install 'nextquill[cli]'"
+        ) from error
+
+    @pass_context
+    def cleaned(context: Any, value: object) -> str:
+        return str(context["_clean"](str(value)))
+
+    # White space as in the chat templates of tokenizers: a line that holds a tag only leaves nothing behind.
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=cleaned
+    )
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ArgumentError(f"prompt_jinja: line {error.lineno}: {error.message}") from error
+
+
+def _line(traceback: TracebackType | None) -> str:
+    """The innermost line of the template in a traceback."""
+    line = 0
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == _FILE_NAME:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f"line {line}: " if line else ""

@@ -1,0 +1,187 @@
+"""Does a test record's answer stand where training can read it?
+
+    answers     a test response is a training response, or stands in a training history, of whatever user: word for
+                word, or but for case and white space
+    itself      a record has its own response in its own history
+    users       a user is on both sides, where users were to be held out
+    time        a test record is earlier than a training record of its user, where the division is by time
+
+A response of nine words or more is found inside a longer text too, as past texts often carry a title or a rating around
+what the user wrote; a shorter one, or one in a script without spaces, has to be the whole text.
+
+Only the test records are held; the training records pass by once, and every different text of theirs is looked up in a
+table. 100,000 records with 20 past texts each take seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from nextquill.data._checks import check_integer, check_one_of
+from nextquill.data.records import Record
+from nextquill.errors import RecordError
+
+_KINDS = ("users", "time")
+_SHOWN = 5
+#: A response that is searched inside texts is looked up by its inner words, as its first may have a quotation mark
+#: before it there, and its last one after it; and first by so many of them.
+_KEY_WORDS = 7
+_LEAST_WORDS = _KEY_WORDS + 2
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One way from the test into the training.
+
+    Args:
+        kind: "answer", "itself", "user" or "time".
+        message: which records, and what they share.
+    """
+
+    kind: str
+    message: str
+
+
+def check_no_leaks(
+    train: Iterable[Record], test: Sequence[Record], *, split: str | None = None, least_characters: int = 1
+) -> None:
+    """Raise where a test record is given away by the training records.
+
+    Args:
+        train: the training records; an iterator is used up.
+        test: the records that are measured on; validation is checked by a second call.
+        split: what the division promises beyond that: "users" that no user is on both sides, "time" that each user's
+            test records are no earlier than the training records, None neither.
+        least_characters: shorter responses are not looked up; a data set of one-word answers repeats them rightly.
+
+    Raises:
+        RecordError: something leaks; the message names the first records and says how many leaks there are.
+        ArgumentError: an unknown `split`.
+    """
+    leaks = find_leaks(train, test, split=split, least_characters=least_characters)
+    if leaks:
+        shown = "; ".join(leak.message for leak in leaks[:_SHOWN])
+        more = f"; and {len(leaks) - _SHOWN} more" if len(leaks) > _SHOWN else ""
+        raise RecordError(f"{len(leaks)} leak{'s' if len(leaks) > 1 else ''} from test to train: {shown}{more}")
+
+
+def find_leaks(
+    train: Iterable[Record], test: Sequence[Record], *, split: str | None = None, least_characters: int = 1
+) -> list[Leak]:
+    """All leaks, in the order in which the training records are found to hold them; see `check_no_leaks`.
+
+    Each test response is reported once, with the first place where it stands.
+
+    Raises:
+        RecordError: `split` is "time" and a record has no timestamp.
+        ArgumentError: an unknown `split`.
+    """
+    if split is not None:
+        check_one_of("split", split, _KINDS)
+    check_integer("least_characters", least_characters, least=1)
+    search = _Search(test, split, least_characters)
+    for position, record in enumerate(train):
+        search.add(record, f"train record {position} (user {record.user_id!r})")
+    return search.leaks
+
+
+class _Search:
+    def __init__(self, test: Sequence[Record], split: str | None, least_characters: int) -> None:
+        self.leaks: list[Leak] = []
+        self._split, self._least = split, least_characters
+        self._answers: dict[str, list[tuple[str, str]]] = {}  # normalised response: where it stands, and as what
+        # Normalised responses by their first inner words, by how many these are, and by all of them: many responses
+        # begin alike, and comparing a text with each of those would take the square of their number.
+        self._keys: dict[tuple[str, ...], dict[int, dict[str, list[str]]]] = {}
+        self._users: dict[str, str] = {}  # where the first record of each test user stands
+        self._earliest: dict[str, tuple[float, str]] = {}
+        self._seen: set[str] = set()
+        for position, record in enumerate(test):
+            self._add_test(record, f"test record {position} (user {record.user_id!r})")
+
+    def _add_test(self, record: Record, where: str) -> None:
+        self._check_itself(record, where)
+        if len(record.response.strip()) >= self._least:
+            answer = normalised(record.response)
+            self._answers.setdefault(answer, []).append((where, record.response))
+            if _is_long(answer):
+                inner = answer.split(" ")[1:-1]
+                known = self._keys.setdefault(tuple(inner[:_KEY_WORDS]), {}).setdefault(len(inner), {})
+                known.setdefault(" ".join(inner), []).append(answer)
+        self._users.setdefault(record.user_id, where)
+        if self._split == "time":
+            time = _timestamp(record, where)
+            if time < self._earliest.get(record.user_id, (float("inf"), ""))[0]:
+                self._earliest[record.user_id] = (time, where)
+
+    def add(self, record: Record, where: str) -> None:
+        """Compare a training record with all test records."""
+        self._check_itself(record, where)
+        self._look_up(record.response, f"the response of {where}")
+        for position, item in enumerate(record.history):
+            self._look_up(item.text, f"history[{position}] of {where}")
+        if self._split == "users" and record.user_id in self._users:
+            tested = self._users.pop(record.user_id)
+            self._report("user", f"{tested}: expected a user who is not trained on, got that of {where}")
+        if self._split == "time":
+            time = _timestamp(record, where)
+            earliest, tested = self._earliest.get(record.user_id, (float("inf"), ""))
+            if earliest < time:
+                self._report("time", f"{tested}, at {earliest}, is earlier than {where}, at {time}")
+                del self._earliest[record.user_id]
+
+    def _look_up(self, text: str, place: str) -> None:
+        # Histories repeat: the same text stands in most later records of its user.
+        if text in self._seen:
+            return
+        self._seen.add(text)
+        whole = normalised(text)
+        for where, response in self._answers.pop(whole, ()):
+            same = "word for word" if text == response else "but for case and space"
+            self._report("answer", f"{where}: its response is {place}, {same}")
+        for answer in self._inside(whole):
+            for where, _ in self._answers.pop(answer, ()):
+                self._report("answer", f"{where}: its response stands in {place}")
+
+    def _inside(self, text: str) -> Iterator[str]:
+        """The long test responses that are a part of a text."""
+        words = text.split(" ") if self._keys else []
+        for start in range(len(words) - _KEY_WORDS + 1):
+            for size, known in self._keys.get(tuple(words[start : start + _KEY_WORDS]), {}).items():
+                for answer in known.get(" ".join(words[start : start + size]), ()):
+                    if answer in text:
+                        yield answer
+
+    def _check_itself(self, record: Record, where: str) -> None:
+        if len(record.response.strip()) < self._least:
+            return
+        wanted = normalised(record.response)
+        for position, item in enumerate(record.history):
+            text = normalised(item.text)
+            if text == wanted or (_is_long(wanted) and wanted in text):
+                verb = "is" if text == wanted else "stands in"
+                self._report("itself", f"{where}: its own response {verb} its history[{position}]")
+                return
+
+    def _report(self, kind: str, message: str) -> None:
+        self.leaks.append(Leak(kind, message))
+
+
+@functools.lru_cache(maxsize=16_384)  # the same texts stand in most records of a user
+def normalised(text: str) -> str:
+    """The text without differences of case, of white space and of how its characters are composed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _is_long(answer: str) -> bool:
+    """Whether a normalised response has words enough to be searched inside texts."""
+    return answer.count(" ") + 1 >= _LEAST_WORDS
+
+
+def _timestamp(record: Record, where: str) -> float:
+    if record.timestamp is None:
+        raise RecordError(f"{where}: expected a timestamp to check the order by, got none")
+    return record.timestamp

@@ -1,0 +1,121 @@
+"""The lines of a file, however long: plain or gzipped, and as JSON.
+
+A reader never holds more than `max_line_bytes` of a line. The rest of a longer one is read past, so that one broken
+line, or a file that is no text at all, costs an error message and no memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, cast
+
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.errors import RecordError
+
+#: Longest line read. The longest histories of the public data sets stay below a tenth of it.
+MAX_LINE_BYTES = 32 * 2**20
+_GZIP = b"\x1f\x8b"
+_CHUNK = 2**20
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for its bytes; one that begins as gzip does is decompressed, whatever its name.
+
+    Raises:
+        RecordError: the file cannot be opened or, while it is open, read.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            if file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
+                yield cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=file)))
+            else:
+                yield file
+    except OSError as error:
+        raise RecordError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error) as error:
+        raise RecordError(f"{name}: cannot be read: broken gzip: {error}") from error
+
+
+def numbered_lines(
+    path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Yield each line's number, from 1, and its bytes with the line break.
+
+    Args:
+        path: a file, plain or gzipped.
+        max_line_bytes: a longer line is an error.
+        skipped: takes note of lines that are too long instead.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is too long.
+    """
+    with opened(path) as file:
+        number = 0
+        while line := file.readline(max_line_bytes + 1):
+            number += 1
+            if len(line) <= max_line_bytes or line.endswith(b"\n"):
+                yield number, line
+                continue
+            length = len(line)
+            del line
+            while rest := file.readline(_CHUNK):
+                length += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            problem = f"expected a line of at most {max_line_bytes} bytes, got {length}"
+            skip_or_raise(PlacedError(f"{os.fspath(path)} line {number}", problem, kind="length"), skipped)
+
+
+def json_lines(
+    path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
+) -> Iterator[tuple[str, object]]:
+    """Yield where each line of a JSONL file stands, and what it holds; blank lines are passed over.
+
+    Args:
+        path: a file, plain or gzipped.
+        max_line_bytes: a longer line is an error.
+        skipped: takes note of lines that are too long, not UTF-8 or not JSON instead.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is too long, not UTF-8 or not JSON.
+    """
+    for number, line in numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
+        where = f"{os.fspath(path)} line {number}"
+        try:
+            text = decoded(line, where)
+            if not text.strip():
+                continue
+            value = _parsed(text, where)
+        except RecordError as error:
+            skip_or_raise(error, skipped)
+            continue
+        yield where, value
+
+
+def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
+    """A line as text, without the byte-order mark it may begin with.
+
+    Raises:
+        RecordError: it is not UTF-8.
+    """
+    try:
+        # Editors on Windows begin a file with a byte-order mark, which no JSON parser accepts.
+        return line.decode("utf-8-sig" if byte_order_mark else "utf-8")
+    except UnicodeDecodeError as error:
+        raise PlacedError(where, f"not UTF-8: {error.reason} at byte {error.start}", kind="utf-8") from error
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlacedError(where, f"not valid JSON: {error}", kind="json") from error
+    return value

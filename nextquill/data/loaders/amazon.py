@@ -1,0 +1,100 @@
+"""Amazon reviews as NextQuill and DPL use them: `hf://SnowCharmQ/DPL-main/CATEGORY` with `hf://SnowCharmQ/DPL-meta/CATEGORY`.
+
+A row has `user_id`, `profile`, a list of the user's earlier reviews, and `data`, the review to write; a review has
+`asin`, `rating`, `title`, `text` and `timestamp`. What an item is called and described as stands in the metadata, by
+its `asin`. The wording is that of NextQuill's published code: the query names the item, the rating and the review's
+title, and a past review all of those and its text.
+
+Times are milliseconds in this release, which is this format's default `time_unit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.source import Place, Source
+from nextquill.data.records import Record, check_text, parse_record, unexpected
+from nextquill.errors import ArgumentError
+
+
+class _Item(NamedTuple):
+    title: str
+    description: str
+
+
+def load_amazon(
+    source: Source, *, metadata: Place | None = None, metadata_split: str = "full"
+) -> Iterator[tuple[str, Record]]:
+    """Yield the reviews as records.
+
+    Args:
+        source: the rows.
+        metadata: rows {asin, title, description}; all of them are held.
+        metadata_split: the metadata's split, where they are on the hub.
+
+    Raises:
+        ArgumentError: `metadata` is missing.
+        RecordError: the metadata are malformed, or a row is and nothing is skipped.
+    """
+    if metadata is None:
+        raise ArgumentError("metadata: required by format 'amazon', the items' titles and descriptions")
+    items = _items(source.other("metadata", metadata, metadata_split))
+
+    def convert(row: Row) -> Record:
+        return _record(row, items)
+
+    return source.each(convert)
+
+
+def _items(metadata: Source) -> dict[str, _Item]:
+    def convert(row: Row) -> tuple[str, _Item]:
+        return row.user_id("asin", "parent_asin"), _Item(row.optional_text("title") or "", _description(row))
+
+    return {asin: item for _, (asin, item) in metadata.each(convert)}
+
+
+def _description(row: Row) -> str:
+    """Amazon's own files have a list of paragraphs, the release one string."""
+    value = row.values.get("description")
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return " ".join(check_text(part, row.where, "description") for part in value)
+    if value is not None and not isinstance(value, str):
+        raise unexpected(row.where, "description", "a string or a list of strings", value)
+    return row.optional_text("description") or ""
+
+
+def _record(row: Row, items: Mapping[str, _Item]) -> Record:
+    review = row.row("data")
+    item = _item_of(review, items)
+    query = (
+        f"[Item Title]: {item.title}\n[Item Description]: {item.description}\n"
+        f"[Output Review Rating]: {review.label('rating')}\n[Output Review Title]: {review.text('title')}"
+    )
+    raw = {
+        "user_id": row.user_id("user_id"),
+        "query": query,
+        "response": review.response("text"),
+        "history": [_past(past, items) for past in row.rows("profile")],
+        "timestamp": review.seconds("timestamp"),
+        "asin": review.user_id("asin"),
+    }
+    return parse_record(raw, row.where)
+
+
+def _past(review: Row, items: Mapping[str, _Item]) -> dict[str, object]:
+    item = _item_of(review, items)
+    text = (
+        f"- [Item Title]: {item.title}\n- [Item Description]: {item.description}\n"
+        f"- [Review Rating]: {review.label('rating')}\n- [Review Title]: {review.text('title')}\n"
+        f"- [Review Text]: {review.text('text')}"
+    )
+    return {"text": text, "timestamp": review.seconds("timestamp")}
+
+
+def _item_of(review: Row, items: Mapping[str, _Item]) -> _Item:
+    asin = review.user_id("asin")
+    if asin not in items:
+        raise review.error("asin", f"expected an item that the metadata have, got {asin!r}", kind="metadata")
+    return items[asin]

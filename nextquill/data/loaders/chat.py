@@ -1,0 +1,109 @@
+"""Chat logs: rows {user_id, messages: [{role, content}], timestamp}, one conversation each.
+
+What is personal in a chat is either what the assistant should answer this user or what the user would write, and the
+two make different records:
+
+    respond_as="assistant"   response: the assistant's last turn     past texts: the user's earlier conversations
+    respond_as="user"        response: the user's last turn          past texts: the user's own turns in those
+
+The query is the conversation up to the response. A single turn of the other side stands as it is; of several, each is
+preceded by who speaks. What follows the response is left out. Conversations are earlier by `timestamp`, those of the
+same moment not being each other's past; where a log has no times, by their order in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from nextquill.data._checks import check_integer, check_one_of
+from nextquill.data.loaders.by_user import Entry, by_user
+from nextquill.data.loaders.past import records_of
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.source import Source
+from nextquill.data.records import Record, check_text, unexpected
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+_SPEAKS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+class _Turn(NamedTuple):
+    role: str
+    text: str
+
+
+def load_chat(
+    source: Source, *, respond_as: str = "assistant", max_history: int | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yield conversations as records.
+
+    Args:
+        source: the conversations, in any order.
+        respond_as: "assistant" or "user": whose last turn is the response.
+        max_history: most earlier conversations, the latest; None takes all.
+
+    Raises:
+        ArgumentError: `respond_as` is neither, or `max_history` is negative.
+        RecordError: a row is malformed and nothing is skipped.
+    """
+    check_one_of("respond_as", respond_as, ("assistant", "user"))
+    if max_history is not None:
+        check_integer("max_history", max_history, 0)
+
+    def convert(row: Row) -> Entry:
+        return _entry(row, respond_as)
+
+    entries = (entry for _, entry in source.each(convert))
+    return records_of(by_user(entries), source.skipped, max_history=max_history)
+
+
+def _entry(row: Row, respond_as: str) -> Entry:
+    name = next(filter(row.has, ("messages", "conversation", "conversations")), "messages")
+    turns = [_turn(message) for message in row.rows(name)]
+    last = max((position for position, turn in enumerate(turns) if turn.role == respond_as), default=None)
+    if last is None:
+        raise row.error(name, f"expected a turn of role {respond_as!r}, got {[turn.role for turn in turns]}")
+    response = turns[last].text
+    if not response.strip():
+        raise row.error(f"{name}[{last}].content", "expected some text, got a blank string")
+    own = "\n\n".join(turn.text for turn in turns if turn.role == "user")
+    content: dict[str, Any] = {
+        "query": _shown(turns[:last]),
+        "response": response,
+        "text": _shown(turns) if respond_as == "assistant" else own,
+        "extra": {"id": row.user_id("id")} if row.has("id") else {},
+    }
+    return Entry(row.user_id("user_id", "user"), row.seconds("timestamp", "created_at"), row.where, content)
+
+
+def _turn(message: Row) -> _Turn:
+    role = message.text("role", "from")
+    if role not in _ROLES:
+        raise message.error("role", f"expected one of {', '.join(_ROLES)}, got {role!r}")
+    name = next(filter(message.has, ("content", "value")), "content")
+    content = message.values.get(name)
+    if content is None:  # a turn that only calls tools
+        return _Turn(_ROLES[role], "")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        parts = [part for part in message.rows(name) if part.values.get("type", "text") == "text"]
+        return _Turn(_ROLES[role], "\n".join(part.text("text") for part in parts))
+    if not isinstance(content, str):
+        raise unexpected(message.where, f"{message.path}{name}", "a string or a list of parts", content)
+    return _Turn(_ROLES[role], check_text(content, message.where, f"{message.path}{name}"))
+
+
+def _shown(turns: Sequence[_Turn]) -> str:
+    """Turns as one text; a single one without its speaker's name."""
+    turns = [turn for turn in turns if turn.text.strip()]
+    if len(turns) == 1 and turns[0].role != "system":
+        return turns[0].text
+    return "\n\n".join(f"{_SPEAKS[turn.role]}: {turn.text}" for turn in turns)

@@ -1,0 +1,111 @@
+"""Preference pairs: FSPO's ELIX, Review and Roleplay sets, AlignX, and any file of prompt, chosen and rejected.
+
+The response is the chosen one; `extra` keeps `chosen` and `rejected` for losses that compare the two. Spellings read:
+
+| set | fields |
+|---|---|
+| ELIX, Review (arXiv 2502.19312) | prompt, response_x, response_y, label (0 for x, 1 for y), user: scorer_level |
+| Roleplay | x, yw, yl, user: level |
+| AlignX (arXiv 2503.15463) | prompt, chosen, rejected, "User-Generated Content", "Pair-wise Comparative Feedback" |
+| others | prompt, chosen, rejected, user_id |
+
+What is known of a user is either in the row, as AlignX has it: comments, and pairs, which are rendered as text. Its
+rows name no user, so each is one. Or it is the user's other rows: the `max_pairs` before it. Of either, what has the
+record's own prompt, or its response among the texts, is left out, as it would give the answer away.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+from nextquill.data._checks import check_integer
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.source import Source
+from nextquill.data.records import Record, parse_record
+
+_CONTENT, _FEEDBACK, _PERSON = (
+    "User-Generated Content",
+    "Pair-wise Comparative Feedback",
+    "Demographic Information",
+)
+
+
+class _Pair(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+
+    def item(self) -> dict[str, str]:
+        return {"title": self.prompt, "text": f"Preferred: {self.chosen}\nNot preferred: {self.rejected}"}
+
+    def gives_away(self, answer: _Pair) -> bool:
+        return self.prompt == answer.prompt or answer.chosen in (self.chosen, self.rejected)
+
+
+def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[str, Record]]:
+    """Yield preference pairs as records.
+
+    Args:
+        source: the rows.
+        max_pairs: most earlier pairs of a user that become the history, where the rows have none of their own.
+
+    Raises:
+        ArgumentError: `max_pairs` is negative.
+        RecordError: a row is malformed and nothing is skipped.
+    """
+    check_integer("max_pairs", max_pairs, 0)
+    positions = count()
+    # Twice as many, for those that would give the answer away.
+    earlier: defaultdict[str, deque[_Pair]] = defaultdict(lambda: deque(maxlen=2 * max_pairs))
+
+    def convert(row: Row) -> Record:
+        pair = _pair(row)
+        if row.has(_CONTENT) or row.has(_FEEDBACK):
+            position = next(positions)
+            user = row.user_id("user_id") if row.has("user_id") else f"row-{position}"
+            extra = {_PERSON: row.text(_PERSON)} if row.has(_PERSON) else {}
+            return _record(row, user, pair, _own(row, pair), extra)
+        user = row.user_id("user_id", "scorer_level", "level")
+        others = [other for other in earlier[user] if not other.gives_away(pair)]
+        record = _record(row, user, pair, [other.item() for other in others[max(0, len(others) - max_pairs) :]], {})
+        earlier[user].append(pair)
+        return record
+
+    return source.each(convert)
+
+
+def _record(row: Row, user: str, pair: _Pair, history: list[dict[str, str]], extra: dict[str, str]) -> Record:
+    raw = {
+        "user_id": user,
+        "query": pair.prompt,
+        "response": pair.chosen,
+        "history": history,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        **extra,
+    }
+    return parse_record(raw, row.where)
+
+
+def _pair(row: Row) -> _Pair:
+    if row.has("response_x") or row.has("response_y"):
+        x, y = row.response("response_x"), row.response("response_y")
+        label = row.label("label")
+        if label not in ("0", "1", "0.0", "1.0"):
+            raise row.error("label", f"expected 0, which prefers response_x, or 1, got {label!r}")
+        chosen, rejected = (x, y) if label.startswith("0") else (y, x)
+        return _Pair(row.text("prompt"), chosen, rejected)
+    return _Pair(row.text("prompt", "x"), row.response("chosen", "yw"), row.text("rejected", "yl"))
+
+
+def _own(row: Row, answer: _Pair) -> list[dict[str, str]]:
+    """The history that the row itself has: comments first, then pairs."""
+    comments = row.rows(_CONTENT) if row.has(_CONTENT) else []
+    pairs = [_pair(pair) for pair in row.rows(_FEEDBACK)] if row.has(_FEEDBACK) else []
+    items = [{"title": comment.text("prompt"), "text": comment.text("comment")} for comment in comments]
+    return [item for item in items if item["title"] != answer.prompt and item["text"] != answer.chosen] + [
+        pair.item() for pair in pairs if not pair.gives_away(answer)
+    ]

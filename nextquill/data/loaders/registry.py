@@ -1,0 +1,179 @@
+"""The formats by name, and `load`, which reads any of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nextquill.data._checks import check_integer, check_one_of
+from nextquill.data.lines import MAX_LINE_BYTES
+from nextquill.data.loaders.amazon import load_amazon
+from nextquill.data.loaders.chat import load_chat
+from nextquill.data.loaders.events import load_events
+from nextquill.data.loaders.lamp import load_lamp
+from nextquill.data.loaders.longlamp import load_longlamp
+from nextquill.data.loaders.preferences import load_preferences
+from nextquill.data.loaders.source import Rows, Source
+from nextquill.data.loaders.tables import load_table
+from nextquill.data.loaders.times import Clock
+from nextquill.data.records import Record
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.errors import ArgumentError, RecordError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A family of data sets.
+
+    Args:
+        summary: what it is, in a line.
+        load: from a source and the options to records with their places.
+        options: what the options mean, by name.
+        time_unit: what numbers count that are times.
+    """
+
+    summary: str
+    load: Callable[..., Iterator[tuple[str, Record]]]
+    options: Mapping[str, str] = field(default_factory=dict)
+    time_unit: str = "s"
+
+
+_MAX_HISTORY = "most earlier texts, the latest; all by default"
+FORMATS: Mapping[str, Format] = {
+    "lamp": Format(
+        "LaMP 1 to 7: a file of questions, and one of outputs",
+        load_lamp,
+        {"outputs": "the file of the outputs", "task": "what the task is called in the records; as in the outputs"},
+    ),
+    "longlamp": Format("LongLaMP: abstracts, product reviews and topics", load_longlamp),
+    "amazon": Format(
+        "Amazon reviews as NextQuill uses them (DPL-main with DPL-meta)",
+        load_amazon,
+        {"metadata": "the items' titles and descriptions", "metadata_split": "their split on the hub; 'full'"},
+        time_unit="ms",
+    ),
+    "preferences": Format(
+        "pairs of a preferred and another response: FSPO, AlignX and the like",
+        load_preferences,
+        {"max_pairs": "most earlier pairs of a user that become the history; 8"},
+    ),
+    "chat": Format(
+        "conversations {user_id, messages, timestamp}",
+        load_chat,
+        {"respond_as": "whose last turn is the response, 'assistant' or 'user'", "max_history": _MAX_HISTORY},
+    ),
+    "table": Format("records in JSONL, JSON, CSV or Parquet whose columns may have other names", load_table),
+    "events": Format(
+        "a log of texts {user_id, timestamp, text, title}, whose histories are made from it",
+        load_events,
+        {
+            "query": "what is asked, such as 'Write the next post titled {title}'; the column 'query' by default",
+            "min_history": "earlier texts that a record needs; 0",
+            "max_history": _MAX_HISTORY,
+        },
+    ),
+}
+
+
+def load(
+    format: str,
+    source: Rows,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    timezone: str | None = None,
+    time_unit: str | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    skipped: SkippedRecords | None = None,
+    require_history: bool = False,
+    keep_duplicates: bool = False,
+    **options: Any,
+) -> Iterator[Record]:
+    """Read a data set as records, one at a time.
+
+        load("lamp", "train_questions.json", outputs="train_outputs.json")
+        load("longlamp", "hf://LongLaMP/LongLaMP/topic_writing_user", split="train")
+        load("events", "posts.csv", columns={"user_id": "author", "text": "body"}, query="Write a post")
+
+    Arguments are checked at once, rows as they are read. Beside the formats' own needs, some 200 bytes are held for
+    each record, to know duplicates by.
+
+    Args:
+        format: one of `FORMATS`.
+        source: a file, `hf://owner/name[/config]`, several of either, or rows such as a `datasets.IterableDataset`.
+        split: the split on the hub; "train" by default.
+        columns: fields by the columns that hold them, such as {"user_id": "author"}.
+        timezone: what clock times without a zone mean, such as "Europe/Berlin"; without it they are errors.
+        time_unit: what numbers count that are times, "s" or "ms"; the format's own by default.
+        max_line_bytes: longest line, CSV record, or item of a JSON list.
+        skipped: takes note of bad records, which are left out; None makes the first of them an error.
+        require_history: whether a record without history is a bad one.
+        keep_duplicates: whether records with the same user, query, response, rejected response, if any, and time stay;
+            otherwise all but the first are bad.
+        options: those of the format.
+
+    Raises:
+        ArgumentError: an unknown format or option, or an unusable value.
+        RecordError: a record is bad, or there are none; with `skipped`, too many are bad. The message names file, line
+            and field.
+    """
+    check_one_of("format", format, tuple(FORMATS))
+    check_integer("max_line_bytes", max_line_bytes, 1)
+    chosen = FORMATS[format]
+    unknown = next((name for name in options if name not in chosen.options), None)
+    if unknown is not None:
+        known = f"one of {', '.join(chosen.options)}" if chosen.options else "none"
+        raise ArgumentError(f"{unknown}: format {format!r} has no such option; expected {known}")
+    clock = Clock(timezone, time_unit or chosen.time_unit)
+    rows = Source(source, split, dict(columns or {}), clock, max_line_bytes, skipped)
+    rows.check()
+    found = chosen.load(rows, **options)
+    return _checked(found, rows.name, skipped, None if keep_duplicates else _Seen(), require_history)
+
+
+def _checked(
+    found: Iterator[tuple[str, Record]],
+    name: str,
+    skipped: SkippedRecords | None,
+    seen: _Seen | None,
+    require_history: bool,
+) -> Iterator[Record]:
+    count = 0
+    for where, record in found:
+        try:
+            if require_history and not record.history:
+                raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
+            if seen is not None:
+                seen.check(record, where)
+        except RecordError as error:
+            skip_or_raise(error, skipped)
+            continue
+        if skipped is not None:
+            skipped.accept()
+        count += 1
+        yield record
+    if skipped is not None:
+        skipped.check(name)
+    if not count:
+        raise RecordError(f"{name}: no records")
+
+
+class _Seen:
+    """The records that have been, by digest; places share the text before their number."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, tuple[str, str]] = {}
+        self._shared: dict[str, str] = {}
+
+    def check(self, record: Record, where: str) -> None:
+        # One preferred response may stand in pairs with several others.
+        key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
+        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        start, _, number = where.rpartition(" ")
+        place = (self._shared.setdefault(start, start), number)
+        first = self._first.setdefault(digest, place)
+        if first is not place:
+            earlier = " ".join(first)
+            raise PlacedError(where, f"the same user, query, response and time as {earlier}", kind="duplicate")

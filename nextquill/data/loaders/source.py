@@ -1,0 +1,202 @@
+"""Where rows come from: files of several kinds, the Hugging Face hub, or anything that yields mappings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from nextquill.data.lines import MAX_LINE_BYTES, json_lines, opened
+from nextquill.data.loaders.csv_rows import csv_rows
+from nextquill.data.loaders.json_list import json_list
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.times import Clock
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+
+Place = str | os.PathLike[str]
+#: One place, several that are read one after the other, or rows.
+Rows = Place | Sequence[Place] | Iterable[Mapping[str, Any]]
+HUB = "hf://"
+_CSV = {".csv": ",", ".tsv": "\t"}
+_SUFFIXES = (".jsonl", ".ndjson", ".json", *_CSV, ".parquet")
+_PARQUET_BATCH = 64  # rows held at a time; with histories they may be megabytes each
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows, and how they are read.
+
+    Args:
+        rows_from: a path, `hf://owner/name[/config]`, several of either, or an iterable of mappings. A file's kind
+            follows from its suffix, before which `.gz` may be left off: .jsonl, .ndjson, .json (one list, or a record a
+            line), .csv, .tsv and .parquet.
+        split: the split on the hub; "train" where None.
+        columns: names that fields are to have, by the columns that hold them there: {"response": "body"}.
+        clock: reads the times.
+        max_line_bytes: longest line, CSV record or item of a JSON list.
+        skipped: takes note of bad rows; None makes the first an error.
+        argument: what errors call the argument that `rows_from` is.
+    """
+
+    rows_from: Rows
+    split: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    max_line_bytes: int = MAX_LINE_BYTES
+    skipped: SkippedRecords | None = None
+    argument: str = "source"
+
+    @property
+    def name(self) -> str:
+        """What the source is called in errors."""
+        places = self._places()
+        return "source" if places is None else ", ".join(places)
+
+    def check(self) -> None:
+        """Refuse what cannot be read, before anything is.
+
+        Raises:
+            ArgumentTypeError: `rows_from` is no place and yields no rows.
+            ArgumentError: a name on the hub is malformed, a suffix unknown, or a split given for local files.
+        """
+        places = self._places()
+        if places is None:
+            if isinstance(self.rows_from, (Mapping, bytes)) or not isinstance(self.rows_from, Iterable):
+                kind = type(self.rows_from).__name__
+                raise ArgumentTypeError(
+                    f"{self.argument}: expected a path, hf://owner/name or rows of one split, got {kind}"
+                )
+            return
+        if not places:
+            raise ArgumentError(f"{self.argument}: expected at least one path, got none")
+        for place in places:
+            if place.startswith(HUB):
+                _hub_name(place, self.argument)
+            elif _suffix(place) not in _SUFFIXES:
+                raise ArgumentError(f"{self.argument}: expected a file ending in {', '.join(_SUFFIXES)}, got {place}")
+        if self.split is not None and not any(place.startswith(HUB) for place in places):
+            raise ArgumentError(f"split: expected none for local files, got {self.split!r}; name the split's file")
+
+    def each(self, convert: Callable[[Row], _T]) -> Iterator[tuple[str, _T]]:
+        """Yield where each good row stands and what `convert` makes of it; a `RecordError` it raises skips the row."""
+        for row in self.rows():
+            try:
+                converted = convert(row)
+            except RecordError as error:
+                skip_or_raise(error, self.skipped)
+                continue
+            yield row.where, converted
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, their columns renamed."""
+        for where, values in self._raw():
+            try:
+                row = Row(self._renamed(values, where), where, self.clock)
+            except RecordError as error:
+                skip_or_raise(error, self.skipped)
+                continue
+            yield row
+
+    def other(self, argument: str, place: Place, split: str) -> Source:
+        """A second file, or configuration on the hub, that goes with this one; nothing in it may be skipped."""
+        hub = os.fspath(place).startswith(HUB)
+        other = replace(
+            self, rows_from=place, split=split if hub else None, columns={}, skipped=None, argument=argument
+        )
+        other.check()
+        return other
+
+    def _places(self) -> list[str] | None:
+        """The places, or None where the source is rows."""
+        given = [self.rows_from] if isinstance(self.rows_from, (str, os.PathLike)) else self.rows_from
+        if not isinstance(given, (list, tuple)):
+            return None
+        places = [os.fspath(place) for place in given if isinstance(place, (str, os.PathLike))]
+        return places if len(places) == len(given) else None
+
+    def _raw(self) -> Iterator[tuple[str, object]]:
+        places = self._places()
+        if places is None:
+            for position, values in enumerate(cast(Iterable[object], self.rows_from)):
+                yield f"record {position}", values
+            return
+        for place in places:
+            if place.startswith(HUB):
+                yield from _hub_rows(place, self.split or "train", self.argument)
+            else:
+                yield from self._file(place)
+
+    def _file(self, path: str) -> Iterator[tuple[str, object]]:
+        suffix = _suffix(path)
+        if suffix == ".parquet":
+            return _parquet_rows(path)
+        if suffix in _CSV:
+            return csv_rows(path, delimiter=_CSV[suffix], max_line_bytes=self.max_line_bytes, skipped=self.skipped)
+        if suffix == ".json" and _is_list(path):
+            return json_list(path, max_item_bytes=self.max_line_bytes)
+        return json_lines(path, max_line_bytes=self.max_line_bytes, skipped=self.skipped)
+
+    def _renamed(self, values: object, where: str) -> Mapping[str, object]:
+        if not isinstance(values, Mapping):
+            raise PlacedError(where, f"expected an object with named fields, got {type(values).__name__}")
+        if not self.columns:
+            return values
+        absent = next((column for column in self.columns.values() if column not in values), None)
+        if absent is not None:
+            there = ", ".join(sorted(map(str, values)))
+            raise PlacedError(where, f"named in columns, but missing; there are {there}", absent)
+        taken = set(self.columns.values())
+        kept = {name: value for name, value in values.items() if name not in taken}
+        return kept | {name: values[column] for name, column in self.columns.items()}
+
+
+def _suffix(path: str) -> str:
+    name = Path(path)
+    return (name.with_suffix("") if name.suffix == ".gz" else name).suffix.lower()
+
+
+def _is_list(path: str) -> bool:
+    with opened(path) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"pyarrow reads {path}: {error}; pip install 'nextquill[cli]'") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for values in batch.to_pylist():
+                    yield f"{path} row {number}", values
+                    number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RecordError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _hub_name(place: str, argument: str) -> tuple[str, str | None]:
+    parts = place.removeprefix(HUB).split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ArgumentError(f"{argument}: expected {HUB}owner/name or {HUB}owner/name/config, got {place}")
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+
+
+def _hub_rows(place: str, split: str, argument: str) -> Iterator[tuple[str, object]]:
+    name, config = _hub_name(place, argument)
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"datasets reads {place}: {error}; pip install 'nextquill[cli]'") from error
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except (ValueError, FileNotFoundError) as error:
+        raise ArgumentError(f"{argument}: {place}, split {split!r}: {' '.join(str(error).split())}") from error
+    for position, values in enumerate(rows):
+        yield f"{place} {split} row {position}", values

@@ -1,0 +1,58 @@
+"""Rows that are records already, but for the names of their columns: JSONL, JSON lists, CSV, Parquet, the hub.
+
+A row has `user_id`, `query`, `response` and `history`, optionally `timestamp`, and anything else, which becomes
+`extra`; `columns` says what they are called. `history` is a list of strings or of {text, title, timestamp}; in a CSV
+cell it is written as JSON. A table without histories is a log: format "events" makes the histories.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from nextquill.data.loaders.row import Row, json_ready
+from nextquill.data.loaders.source import Source
+from nextquill.data.records import Record, parse_record
+
+_FIELDS = ("user_id", "query", "response", "history", "timestamp")
+
+
+def load_table(source: Source) -> Iterator[tuple[str, Record]]:
+    """Yield the rows as records.
+
+    Raises:
+        RecordError: a row is malformed and nothing is skipped.
+    """
+    return source.each(_record)
+
+
+def _record(row: Row) -> Record:
+    extra = {
+        str(name): json_ready(value, row.where, str(name)) for name, value in row.values.items() if name not in _FIELDS
+    }
+    raw = {
+        **extra,
+        "user_id": row.values.get("user_id"),
+        "query": row.values.get("query"),
+        "response": row.values.get("response"),
+        "history": _history(row),
+        "timestamp": row.seconds("timestamp"),
+    }
+    return parse_record(raw, row.where)
+
+
+def _history(row: Row) -> object:
+    if not row.has("history"):
+        raise row.error("history", f"required, but missing; format 'events' makes histories; there are {row.keys()}")
+    value = row.values["history"]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise row.error("history", f"not valid JSON: {error}") from error
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return value  # `parse_record` says what is wrong with it
+    if all(isinstance(item, str) for item in value):
+        return value
+    items = Row({"history": value}, row.where, row.clock).rows("history")
+    return [dict(item.values) | {"timestamp": item.seconds("timestamp")} for item in items]

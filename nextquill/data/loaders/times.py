@@ -1,0 +1,154 @@
+"""From the times that data sets carry to seconds since the epoch.
+
+    1589000000, "1589000000.5"      seconds, or milliseconds where the source is said to count in them
+    "2020-05-09T06:53:20+02:00"     ISO 8601 with a zone
+    "2020-05-09 06:53:20"           without one: refused, unless a time zone is given
+    "2020-05-09", "2020-05"         a date alone: its first moment, in the time zone given, else UTC
+    2020, "2020"                    a year, but only in a field that a format says holds dates; else a number
+
+Nothing is guessed. A number that would be a year beyond 5000, or in milliseconds one before 1974, is taken for a
+mistake of the unit and refused. A source whose clock times have a zone in one row and none in the next is refused,
+since no reading of it is right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime, timedelta, timezone
+from numbers import Real
+from zoneinfo import ZoneInfo
+
+from nextquill.data.records import unexpected
+from nextquill.data.skipped import PlacedError
+from nextquill.errors import ArgumentError, RecordError
+
+TIME_UNITS = ("s", "ms")
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
+_DATE = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?")
+_CLOCK = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?\s?(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?"
+)
+#: 1e11 seconds are the year 5138; 1e11 milliseconds are March 1973.
+_UNIT_BORDER = 1e11
+
+
+class Clock:
+    """Reads the times of one source.
+
+    Args:
+        time_zone: an IANA name such as "Europe/Berlin", for clock times without a zone; None refuses those. A time that
+            a change of the clocks makes ambiguous is read as the earlier.
+        unit: what numbers count: "s" or "ms".
+
+    Raises:
+        ArgumentError: an unknown time zone or unit.
+    """
+
+    def __init__(self, time_zone: str | None = None, unit: str = "s") -> None:
+        if unit not in TIME_UNITS:
+            raise ArgumentError(f"time_unit: expected one of {', '.join(map(repr, TIME_UNITS))}, got {unit!r}")
+        try:
+            self._zone = None if time_zone is None else ZoneInfo(time_zone)
+        except (ValueError, OSError, KeyError) as error:  # ZoneInfoNotFoundError is a KeyError
+            raise ArgumentError(f"timezone: expected a name such as 'Europe/Berlin', got {time_zone!r}") from error
+        self._unit = unit
+        self._zoned_at: str | None = None  # the first clock time with a zone
+
+    def seconds(self, value: object, where: str, name: str) -> float | None:
+        """The seconds since the epoch of a time, or None for None and for a blank string.
+
+        Args:
+            value: a number, a string as above, or a `datetime`.
+            where, name: the row and the field, for errors.
+
+        Raises:
+            RecordError: it is no time, out of range, in the wrong unit, or without the zone it needs.
+        """
+        if isinstance(value, str):
+            text = value.strip()
+            if not text:
+                return None
+            if _NUMBER.fullmatch(text):
+                return self._number(float(text), where, name)
+            return self._written(text, where, name)
+        if value is None:
+            return None
+        if isinstance(value, datetime):
+            return self._moment(value, where, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise unexpected(where, name, "a number or an ISO 8601 time", value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        return self._number(number, where, name)
+
+    def date(self, value: object, where: str, name: str) -> float | None:
+        """As `seconds`, for a field of dates, where a number or a string of four digits is a year."""
+        # A whole float is a year too: a column of integers becomes one of floats where a row has none.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= 9999 and value % 1 == 0:
+            value = f"{int(value):04d}"
+        if isinstance(value, str) and (parts := _DATE.fullmatch(value.strip())):
+            return self._day(parts.groups(), where, name)
+        return self.seconds(value, where, name)
+
+    def _number(self, value: float, where: str, name: str) -> float:
+        if not math.isfinite(value):
+            raise PlacedError(where, f"expected a finite number, got {value}", name)
+        if self._unit == "s" and abs(value) > _UNIT_BORDER:
+            raise PlacedError(where, f"expected seconds, got {value:.0f}, which looks like ms; see time_unit", name)
+        if self._unit == "ms" and 0 < abs(value) < _UNIT_BORDER:
+            raise PlacedError(where, f"expected milliseconds, got {value:.0f}, which looks like s; see time_unit", name)
+        if self._unit == "ms" and abs(value) > 1000 * _UNIT_BORDER:
+            raise PlacedError(where, f"expected milliseconds, got {value:.0f}, which looks like a smaller unit", name)
+        return value if self._unit == "s" else value / 1000
+
+    def _written(self, text: str, where: str, name: str) -> float:
+        if parts := _DATE.fullmatch(text):
+            return self._day(parts.groups(), where, name)
+        parts = _CLOCK.fullmatch(text)
+        if parts is None:
+            raise PlacedError(where, f"expected a number or an ISO 8601 time, got {text[:40]!r}", name)
+        *numbers, fraction, zone = parts.groups()
+        try:
+            moment = datetime(*(int(number or 0) for number in numbers), tzinfo=_zone(zone))  # type: ignore[misc,arg-type]
+        except ValueError as error:
+            raise PlacedError(where, f"expected an ISO 8601 time, got {text[:40]!r}: {error}", name) from error
+        return self._moment(moment, where, name) + (int(fraction) / 10 ** len(fraction) if fraction else 0.0)
+
+    def _day(self, parts: tuple[str | None, ...], where: str, name: str) -> float:
+        try:
+            day = datetime(*(int(part or 1) for part in parts), tzinfo=self._zone or timezone.utc)  # type: ignore[misc,arg-type]
+        except ValueError as error:
+            raise PlacedError(
+                where, f"expected a date, got {'-'.join(filter(None, parts))!r}: {error}", name
+            ) from error
+        return (day - _EPOCH).total_seconds()
+
+    def _moment(self, moment: datetime, where: str, name: str) -> float:
+        if moment.tzinfo is not None:
+            self._zoned_at = self._zoned_at or f"{where} (field {name!r})"
+        elif self._zone is not None:
+            moment = moment.replace(tzinfo=self._zone)
+        else:
+            raise self._no_zone(where, name)
+        return (moment - _EPOCH).total_seconds()
+
+    def _no_zone(self, where: str, name: str) -> RecordError:
+        problem = "expected a time with a zone, got one without; timezone says which is meant"
+        if self._zoned_at is not None:
+            problem = f"got a time without a zone, but {self._zoned_at} has one; timezone says which is meant"
+        return PlacedError(where, problem, name, kind="time zone")
+
+
+def _zone(text: str | None) -> timezone | None:
+    """The zone of "Z", "UTC", "+02", "+0200" or "+02:00"."""
+    if text is None:
+        return None
+    if text[0] not in "+-":
+        return timezone.utc
+    hours, minutes = int(text[1:3]), int(text[3:].strip(":") or 0)
+    offset = timedelta(hours=hours, minutes=minutes)
+    return timezone(-offset if text[0] == "-" else offset)

@@ -1,0 +1,284 @@
+"""Examples that were encoded once and are read from disk, a page at a time: see `prepare`.
+
+A prepared folder holds
+
+    header.json               settings, and for each shard its counts and its files' check sums
+    shard-00000.tokens        int32, every example's factual, counterfactual and placebo prompt and its response
+    shard-00000.index         int64 [examples, 8], where an example's tokens begin, and the rest of `_COLUMNS`
+    shard-00000.users         JSON, whose each example is
+
+The first two of each shard are mapped into memory, so that a data set larger than it can be read in any order, and
+workers of a data loader share what one of them has read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from nextquill.data.dataset import EncodedDataset
+from nextquill.data.encoding import ExampleEncoder
+from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.templates import PromptTemplate
+from nextquill.data.tokenizing import reset_backend
+from nextquill.errors import CheckpointError
+
+HEADER = "header.json"
+FORMAT = 1
+PARTS = ("tokens", "index", "users")
+_BYTES = {"tokens": 4, "index": 8}
+_COLUMNS = ("start", "factual", "counterfactual", "placebo", "response", "index", "history_kept", "history_total")
+_START, _FACTUAL, _COUNTERFACTUAL, _PLACEBO, _RESPONSE, _INDEX, _KEPT, _TOTAL = range(len(_COLUMNS))
+#: In the place of a placebo prompt's length, where there is none.
+_NONE = -1
+
+
+class PreparedDataset(EncodedDataset):
+    """The examples of a prepared folder; what is read of them is what is looked at.
+
+    It can be given wherever an `EncodedDataset` can, and be sent to other processes, which map the files themselves.
+
+    Args:
+        folder: what `prepare` or `nextquill prepare` has written.
+        verify: read all files once and compare their check sums. Sizes are compared in any case.
+
+    Raises:
+        CheckpointError: the folder is no prepared one, not finished, or damaged; the message names the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.header = read_header(self.folder)
+        for shard in self.header["shards"]:
+            check_shard(self.folder, shard, verify=verify)
+        self.examples = self._stored = _StoredExamples(self.folder, self.header["shards"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the examples were encoded with, by name."""
+        return dict(self.header["settings"])
+
+    @property
+    def template(self) -> PromptTemplate:
+        """How the prompts are worded."""
+        return PromptTemplate(**self.settings["template"])
+
+    @property
+    def has_placebo(self) -> bool:
+        """Whether every example has a placebo branch."""
+        return all(bool((index[:, _PLACEBO] != _NONE).all()) for index in self._stored.indices())
+
+    @property
+    def user_ids(self) -> list[str]:
+        """Whose each example is."""
+        return [user for shard in range(len(self.header["shards"])) for user in self._stored.users(shard)]
+
+    @property
+    def stats(self) -> EncodingStats:
+        """What encoding kept and dropped."""
+        sums = torch.zeros(len(_COLUMNS), dtype=torch.long)
+        truncated = without = 0
+        for index in self._stored.indices():
+            sums += index.sum(0)
+            truncated += int((index[:, _KEPT] < index[:, _TOTAL]).sum())
+            without += int((index[:, _KEPT] == 0).sum())
+        return EncodingStats(
+            examples=len(self),
+            history_items=int(sums[_TOTAL]),
+            history_items_dropped=int(sums[_TOTAL] - sums[_KEPT]),
+            examples_truncated=truncated,
+            examples_without_history=without,
+            prompt_tokens=int(sums[_FACTUAL]),
+            response_tokens=int(sums[_RESPONSE]),
+        )
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The records that were left out: `index`, `user_id` and `error` of each."""
+        return [dict(skipped) for shard in self.header["shards"] for skipped in shard["skipped"]]
+
+    def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
+        """For each example the tokens of its branches of these names, each on its own; a missing branch has none."""
+        found = list[int]()
+        for index in self._stored.indices():
+            prompts = index[:, [_COLUMNS.index(name) for name in names]]
+            found += (prompts.clamp(min=0) + (prompts >= 0) * index[:, _RESPONSE, None]).sum(1).tolist()
+        return found
+
+    def check(self, encoder: ExampleEncoder) -> None:
+        """Make sure that these examples are what an encoder would make.
+
+        Raises:
+            CheckpointError: they were encoded with another tokenizer, template or budget; the message says which.
+        """
+        here = encoder_settings(encoder)
+        if encoder.max_response_length is None:  # a bound that nothing here is held to
+            here["max_response_length"] = self.settings["max_response_length"]
+        if (difference := first_difference(self.settings, here)) is not None:
+            raise CheckpointError(f"{self.folder} was prepared with another {difference}; prepare the records anew")
+
+
+class _StoredExamples(Sequence[EncodedExample]):
+    """The examples of all shards, mapped into memory when first looked at."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
+        self._folder, self._shards = folder, shards
+        self._ends: list[int] = list(accumulate(shard["examples"] for shard in shards))
+        self._mapped: dict[tuple[int, str], Tensor] = {}
+        self._users: dict[int, list[str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}, "_users": {}}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[EncodedExample]: ...
+
+    def __getitem__(self, place: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        position = place + len(self) if place < 0 else place
+        if not 0 <= position < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {place}")
+        shard = bisect_right(self._ends, position)
+        return self._example(shard, position - self._ends[shard] + self._shards[shard]["examples"])
+
+    def indices(self) -> list[Tensor]:
+        """Each shard's index, int64 [examples, 8]."""
+        return [self._map(shard, "index").view(-1, len(_COLUMNS)) for shard in range(len(self._shards))]
+
+    def users(self, shard: int) -> list[str]:
+        """Whose each example of a shard is."""
+        if shard not in self._users:
+            self._users[shard] = json.loads((self._folder / f"{self._shards[shard]['name']}.users").read_bytes())
+        return self._users[shard]
+
+    def _example(self, shard: int, row: int) -> EncodedExample:
+        index = self._map(shard, "index")[row * len(_COLUMNS) : (row + 1) * len(_COLUMNS)].tolist()
+        lengths = [index[_FACTUAL], index[_COUNTERFACTUAL], max(index[_PLACEBO], 0), index[_RESPONSE]]
+        ids = self._map(shard, "tokens")[index[_START] : index[_START] + sum(lengths)].tolist()
+        ends = list(accumulate(lengths))
+        factual, counterfactual, placebo, response = (ids[e - n : e] for e, n in zip(ends, lengths, strict=True))
+        return EncodedExample(
+            user_id=self.users(shard)[row],
+            index=index[_INDEX],
+            factual=Branch(factual, response),
+            counterfactual=Branch(counterfactual, response),
+            placebo=None if index[_PLACEBO] == _NONE else Branch(placebo, response),
+            history_kept=index[_KEPT],
+            history_total=index[_TOTAL],
+        )
+
+    def _map(self, shard: int, part: str) -> Tensor:
+        found = self._mapped.get((shard, part))
+        if found is None:
+            path = self._folder / f"{self._shards[shard]['name']}.{part}"
+            dtype = torch.int32 if part == "tokens" else torch.int64
+            size = self._shards[shard]["files"][part]["bytes"] // _BYTES[part]
+            found = self._mapped[shard, part] = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+        return found
+
+
+def is_prepared(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a prepared folder."""
+    return (Path(path) / HEADER).is_file()
+
+
+def encoder_settings(encoder: ExampleEncoder) -> dict[str, Any]:
+    """What an encoder's examples depend on, by name; JSON."""
+    return {
+        "tokenizer": tokenizer_digest(encoder.renderer.tokenizer),
+        "template": dataclasses.asdict(encoder.template),
+        "max_length": encoder.max_length,
+        "max_response_length": encoder.max_response_length,
+    }
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 digits that tell a tokenizer's pieces, rules and chat template from another's."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        text = reset_backend(tokenizer).to_str()
+    else:
+        text = json.dumps(sorted(tokenizer.get_vocab().items())) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
+    return hashlib.sha256(f"{text} {getattr(tokenizer, 'chat_template', None)}".encode()).hexdigest()[:16]
+
+
+def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first of these settings that differs and its values, in words; None if all of `here` agrees."""
+    for name, value in here.items():
+        if isinstance(value, dict):
+            inner = first_difference(there.get(name) or {}, value)
+            if inner is not None:
+                return f"{name} {inner}"
+        elif there.get(name) != value:
+            return f"{name}: there {there.get(name)!r}, here {value!r}"
+    return None
+
+
+def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
+    """The header of a prepared folder.
+
+    Raises:
+        CheckpointError: there is none, or it is of another format or machine.
+    """
+    path = folder / name
+    try:
+        header: dict[str, Any] = json.loads(path.read_bytes())
+        found, order = header["nextquill_prepared"], header["byteorder"]
+        complete = {"settings", "shards", "complete"} <= header.keys()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: expected a prepared folder, with a {name} that can be read") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged, or not the header of a prepared folder") from error
+    if found != FORMAT or order != sys.byteorder or not complete:
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT} in {sys.byteorder}-endian order, got {found} in {order}-endian order; "
+            "prepare the records anew"
+        )
+    return header
+
+
+def check_shard(folder: Path, shard: dict[str, Any], *, verify: bool) -> None:
+    """Compare a shard's files with what the header says of them.
+
+    Raises:
+        CheckpointError: a file is missing, has another size or, if `verify`, another check sum.
+    """
+    for part in PARTS:
+        path, expected = folder / f"{shard['name']}.{part}", shard["files"][part]
+        try:
+            size = path.stat().st_size
+            found = check_sum(path) if verify and size == expected["bytes"] else expected["crc32"]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; prepare the records anew") from error
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path}: damaged, expected {expected['bytes']} bytes, got {size}; prepare the records anew"
+            )
+        if found != expected["crc32"]:
+            raise CheckpointError(f"{path}: damaged, its check sum is another; prepare the records anew")
+
+
+def check_sum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found

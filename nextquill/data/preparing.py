@@ -1,0 +1,310 @@
+"""Encoding records into a folder that training reads from disk; see `nextquill.data.prepared` for what is in it.
+
+Examples are written shard by shard into `FOLDER.partial`, which becomes `FOLDER` when all are there. A run that was
+stopped, however it was, goes on behind its last complete shard: it reads the records before that again, to see that
+they are the same ones, but does not encode them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nextquill.data._checks import check_integer
+from nextquill.data.encoding import ExampleEncoder
+from nextquill.data.examples import EncodedExample
+from nextquill.data.prepared import (
+    FORMAT,
+    HEADER,
+    PARTS,
+    PreparedDataset,
+    check_shard,
+    check_sum,
+    encoder_settings,
+    first_difference,
+    is_prepared,
+    read_header,
+)
+from nextquill.data.records import Record
+from nextquill.errors import CheckpointError, OutputExistsError, RecordError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs into one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+_PROGRESS = "progress.json"
+_LOCK = "lock"
+#: 4096 examples of 2,000 tokens are 34 MB, and some five seconds' work to lose.
+SHARD_EXAMPLES = 4096
+
+
+def prepare(
+    records: Iterable[Record],
+    encoder: ExampleEncoder,
+    folder: str | os.PathLike[str],
+    *,
+    placebo: bool = False,
+    seed: int = 0,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    shard_examples: int = SHARD_EXAMPLES,
+    progress: Callable[[int], None] | None = None,
+) -> PreparedDataset:
+    """Encode records, in bounded memory, into a folder for `PreparedDataset`.
+
+    Args:
+        records: read once, in order; the same ones again when a stopped run is gone on with.
+        encoder: tokenizer, template and budget.
+        folder: appears when all examples are there; until then they are in `FOLDER.partial`.
+        placebo: also encode each response under another user's history, as evaluation needs it; see
+            `ExampleEncoder.encode_iter`.
+        seed: decides who that other user is.
+        skip_bad: leave out records that do not fit the budget, and list them in the header; else the first is an error.
+        overwrite: replace a prepared folder, and what a run with other settings or records has left.
+        shard_examples: examples in a shard.
+        progress: called with the number of records read since the last call.
+
+    Raises:
+        OutputExistsError: the folder is there, or another process is writing it.
+        CheckpointError: a stopped run's shards are damaged, or of other settings or records; the message says which.
+        BudgetError, RecordError: a record that cannot be encoded, or no record that can. What was written before it
+            stays, and is gone on with.
+    """
+    check_integer("shard_examples", shard_examples, least=1)
+    target = Path(folder)
+    _check_target(target, overwrite)
+    settings = {**encoder_settings(encoder), "placebo": placebo, "seed": seed, "skip_bad": skip_bad}
+    report = progress or (lambda count: None)
+    with _Shards(target, settings, overwrite) as shards:
+        source = _Followed(records, shards.done)
+        report(shards.records)
+        examples = encoder.encode_iter(source, placebo, seed, shards.skip if skip_bad else None, skip=shards.records)
+        for example in examples:
+            report(shards.add(example))
+            if len(shards) == shard_examples:
+                shards.write(*source.until(example.index))
+        report(shards.write(*source.until(None)))
+        shards.finish()
+    return PreparedDataset(target, verify=False)
+
+
+class _Followed:
+    """Records, with a digest of all up to each: of the same records, or the ones that `done` was made of.
+
+    The encoder reads ahead, so the digests of what is read stand in a queue until what it makes of it is written.
+    """
+
+    def __init__(self, records: Iterable[Record], done: list[dict[str, Any]]) -> None:
+        self._records, self._digest, self._count = records, hashlib.sha256(), 0
+        self._known = {shard["records"]: shard for shard in done}
+        self._digests = deque[tuple[int, str]]()
+
+    def __iter__(self) -> Iterator[Record]:
+        last = max(self._known, default=0)
+        for record in self._records:
+            parts = (record.user_id, record.query, record.response, record.history, record.timestamp)
+            self._digest.update(repr(parts).encode())
+            self._count += 1
+            if (shard := self._known.get(self._count)) is not None:
+                self._compare(shard)
+            if self._count >= last:
+                self._digests.append((self._count, self._digest.hexdigest()[:16]))
+            yield record
+        if self._count < last:
+            raise CheckpointError(f"records: the stopped run has read {last} of them, now there are {self._count}")
+
+    def until(self, index: int | None) -> tuple[int, str]:
+        """How many records there are up to one, or all that were read, and their digest."""
+        while len(self._digests) > 1 and (index is None or self._digests[0][0] <= index):
+            self._digests.popleft()
+        return self._digests[0] if self._digests else (0, "")
+
+    def _compare(self, shard: dict[str, Any]) -> None:
+        if shard["digest"] != self._digest.hexdigest()[:16]:
+            raise CheckpointError(
+                f"records: one of the first {self._count} is another than the stopped run has read ({shard['name']}); "
+                "give the same records, or overwrite"
+            )
+
+
+class _Shards:
+    """The shards of a partial folder, the last of which is being filled."""
+
+    def __init__(self, target: Path, settings: dict[str, Any], overwrite: bool) -> None:
+        self._target, self._folder = target, target.with_name(f"{target.name}.partial")
+        self._settings = settings
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self._folder / _LOCK)
+        self.done: list[dict[str, Any]] = []
+        try:
+            self.done = self._read_back(overwrite)
+        except BaseException:
+            self._lock.close()
+            raise
+        self.skipped: list[dict[str, Any]] = []
+        self._read = 0
+        self._clear()
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.close()
+        if self._folder.exists() and not self.done:
+            shutil.rmtree(self._folder)
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    @property
+    def records(self) -> int:
+        """How many records the complete shards were made of."""
+        return int(self.done[-1]["records"]) if self.done else 0
+
+    def add(self, example: EncodedExample) -> int:
+        """Put an example into the current shard; how many records there are since the one before."""
+        branches = (example.factual, example.counterfactual, example.placebo)
+        prompts = [[] if branch is None else branch.prompt_ids for branch in branches]
+        lengths = [-1 if branch is None else len(branch.prompt_ids) for branch in branches]
+        response = example.factual.response_ids
+        counts = (len(response), example.index, example.history_kept, example.history_total)
+        self._index.extend((len(self._tokens), *lengths, *counts))
+        for ids in (*prompts, response):
+            self._tokens.extend(ids)
+        self._users.append(example.user_id)
+        newly = example.index + 1 - self._read
+        self._read += newly
+        return newly
+
+    def skip(self, index: int, record: Record, error: Exception) -> None:
+        """Note a record that is left out."""
+        self.skipped.append({"index": index, "user_id": record.user_id, "error": str(error)})
+
+    def write(self, records: int, digest: str) -> int:
+        """Complete the current shard, made of the records up to this many; how many more that is than `add` knew of."""
+        behind = records - self._read
+        if not self._users and not self.skipped:
+            return behind
+        if self._users or not self.done:
+            self.done.append(self._written(f"shard-{len(self.done):05d}"))
+        last = self.done[-1]
+        ready = [skipped for skipped in self.skipped if skipped["index"] < records]
+        last |= {"records": records, "digest": digest, "skipped": last["skipped"] + ready}
+        self.skipped = self.skipped[len(ready) :]
+        _write_whole(self._folder / _PROGRESS, self._header(complete=False))
+        self._clear()
+        return behind
+
+    def finish(self) -> None:
+        """Give the folder its name.
+
+        Raises:
+            RecordError: no record could be encoded.
+        """
+        if not any(shard["examples"] for shard in self.done):
+            first = next((skipped["error"] for shard in self.done for skipped in shard["skipped"]), None)
+            self.done = []
+            raise RecordError(f"records: {'there are none' if first is None else f'none can be encoded: {first}'}")
+        _write_whole(self._folder / HEADER, self._header(complete=True))
+        (self._folder / _PROGRESS).unlink()
+        (self._folder / _LOCK).unlink()
+        replaced = self._target.with_name(f".{self._target.name}.{os.getpid()}.replaced")
+        if self._target.exists():
+            os.replace(self._target, replaced)
+        os.replace(self._folder, self._target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _clear(self) -> None:
+        self._tokens, self._index, self._users = array("i"), array("q"), list[str]()
+        self._read = self.records
+
+    def _written(self, name: str) -> dict[str, Any]:
+        contents = (self._tokens.tobytes(), self._index.tobytes(), json.dumps(self._users).encode())
+        files = {}
+        for part, content in zip(PARTS, contents, strict=True):
+            path = self._folder / f"{name}.{part}"
+            _write_whole(path, content)
+            files[part] = {"bytes": len(content), "crc32": check_sum(path)}
+        return {"name": name, "examples": len(self._users), "files": files, "skipped": []}
+
+    def _header(self, *, complete: bool) -> bytes:
+        header = {
+            "nextquill_prepared": FORMAT,
+            "byteorder": sys.byteorder,
+            "complete": complete,
+            "settings": self._settings,
+            "shards": self.done,
+        }
+        return (json.dumps(header, indent=1) + "\n").encode()
+
+    def _read_back(self, overwrite: bool) -> list[dict[str, Any]]:
+        """The shards that a stopped run has completed; none if it may be overwritten and is of another run."""
+        path = self._folder / _PROGRESS
+        if not path.is_file():
+            if unknown := [each.name for each in self._folder.iterdir() if not _is_ours(each.name)]:
+                raise OutputExistsError(f"{self._folder}: is in the way, and holds {unknown[0]}, which is no shard")
+            return []
+        try:
+            header = read_header(self._folder, _PROGRESS)
+            if (difference := first_difference(header["settings"], self._settings)) is not None:
+                raise CheckpointError(
+                    f"{self._folder} was begun with another {difference}; delete it, or overwrite to begin anew"
+                )
+            for shard in header["shards"]:
+                check_shard(self._folder, shard, verify=True)
+        except CheckpointError:
+            if not overwrite:
+                raise
+            for each in self._folder.iterdir():
+                if each.name != _LOCK:
+                    each.unlink()
+            return []
+        shards: list[dict[str, Any]] = header["shards"]
+        return shards
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputExistsError(f"{target}: is a file")
+    if any(target.iterdir()) and not (overwrite and is_prepared(target)):
+        what = "overwrite it, or choose another name" if is_prepared(target) else "it is no prepared folder"
+        raise OutputExistsError(f"{target}: exists and is not empty; {what}")
+
+
+def _is_ours(name: str) -> bool:
+    return name == _LOCK or name.startswith((".", "shard-"))
+
+
+def _locked(path: Path) -> Any:
+    """An open file that only one process can have."""
+    file = path.open("wb")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise OutputExistsError(f"{path.parent}: another process is writing it") from error
+        except OSError:  # a file system without locks
+            pass
+    return file
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

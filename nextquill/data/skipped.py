@@ -1,0 +1,100 @@
+"""What is wrong with a record and where, and what a reader that goes on past bad records has left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from nextquill.errors import ArgumentError, RecordError
+
+
+class PlacedError(RecordError):
+    """A `RecordError` that also holds the parts of its message.
+
+    Args:
+        where: the source and the line or row, such as "train.jsonl line 7".
+        problem: what was expected, and what came.
+        field: the field at fault, or None where it is the whole record.
+        kind: one word for counting: "json", "utf-8", "length", "field", "history", "time zone", "duplicate", …
+    """
+
+    def __init__(self, where: str, problem: str, field: str | None = None, kind: str = "field") -> None:
+        super().__init__(where, problem, field, kind)  # as `args`, so that a copy can be sent between processes
+        self.where, self.problem, self.field, self.kind = where, problem, field, kind
+
+    def __str__(self) -> str:
+        return f"{self.where}: {'' if self.field is None else f'field {self.field!r}: '}{self.problem}"
+
+
+class SkippedRecords:
+    """Counts the records that were left out, and keeps the first few messages.
+
+    Give one to a reader and it goes on past bad records. Give each source its own: shares are of one source.
+
+    Args:
+        max_kept: most messages kept in `messages`; `counts` always counts all.
+        max_share: largest share of bad records that `check` puts up with, from 0 to 1.
+        on_skip: called with each error, to write it somewhere.
+
+    Attributes:
+        counts: how many were skipped, by the error's kind.
+        messages: the first `max_kept` errors' messages.
+        accepted: how many records were good.
+
+    Raises:
+        ArgumentError: `max_kept` is negative or `max_share` is outside [0, 1].
+    """
+
+    def __init__(
+        self, max_kept: int = 100, max_share: float = 0.1, on_skip: Callable[[RecordError], None] | None = None
+    ) -> None:
+        if max_kept < 0:
+            raise ArgumentError(f"max_kept: expected at least 0, got {max_kept}")
+        if not 0 <= max_share <= 1:
+            raise ArgumentError(f"max_share: expected a share from 0 to 1, got {max_share}")
+        self.max_kept, self.max_share, self.on_skip = max_kept, max_share, on_skip
+        self.counts: Counter[str] = Counter()
+        self.messages: list[str] = []
+        self.accepted = 0
+
+    @property
+    def total(self) -> int:
+        """How many were skipped."""
+        return self.counts.total()
+
+    def skip(self, error: RecordError) -> None:
+        """Count a record as left out."""
+        self.counts[error.kind if isinstance(error, PlacedError) else "field"] += 1
+        if len(self.messages) < self.max_kept:
+            self.messages.append(str(error))
+        if self.on_skip is not None:
+            self.on_skip(error)
+
+    def accept(self) -> None:
+        """Count a record as good."""
+        self.accepted += 1
+
+    def check(self, source: str) -> None:
+        """Refuse a source that is bad as a whole.
+
+        Raises:
+            RecordError: every record was skipped, or a larger share of them than `max_share`.
+        """
+        if not self.total:
+            return
+        first = f"; the first: {self.messages[0]}" if self.messages else ""
+        if not self.accepted:
+            raise RecordError(f"{source}: all {self.total} records were skipped{first}")
+        share = self.total / (self.total + self.accepted)
+        if share > self.max_share:
+            raise RecordError(
+                f"{source}: {self.total} of {self.total + self.accepted} records were skipped, {share:.1%}; "
+                f"expected at most {self.max_share:.1%}{first}"
+            )
+
+
+def skip_or_raise(error: RecordError, skipped: SkippedRecords | None) -> None:
+    """Count the error, or raise it where nothing may be skipped."""
+    if skipped is None:
+        raise error
+    skipped.skip(error)

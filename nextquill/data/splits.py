@@ -1,0 +1,168 @@
+"""Records for training, validation and test, divided by time or by user.
+
+    leave_last_out     every user's last record is for testing, the one before for validation: known users, later texts
+    by_time            everything from a moment on is for testing: what a model in use would meet
+    hold_out_users     whole users are for testing: users no training has seen
+
+`nextquill.data.leaks` checks a division, whoever made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nextquill.data._checks import check_integer
+from nextquill.data.records import Record
+from nextquill.errors import ArgumentError, RecordError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A division of records; each part keeps their order.
+
+    Args:
+        train, validation, test: the parts.
+        order: what decided which of a user's records is the later: "timestamp", or "file order" where none has one;
+            None where time took no part.
+    """
+
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    order: Literal["timestamp", "file order"] | None = None
+
+
+def leave_last_out(records: Sequence[Record], *, least_records: int = 3) -> Splits:
+    """Each user's last record is for testing, the one before for validation, the others are for training.
+
+    Args:
+        records: the records, with timestamps, or all without and then each user's from the earliest to the latest. Of
+            equal timestamps the later record in `records` counts as the later.
+        least_records: users with fewer records are used for training only; at least 3, so that every user who is
+            tested is trained on.
+
+    Raises:
+        RecordError: some records have a timestamp and others have none, or no user has `least_records`.
+        ArgumentError: `least_records` is below 3.
+    """
+    check_integer("least_records", least_records, least=3)
+    dated = _all_dated(records)
+    users: dict[str, list[int]] = {}
+    for position, record in enumerate(records):
+        users.setdefault(record.user_id, []).append(position)
+    validation, test = set(), set()
+    for positions in users.values():
+        if len(positions) >= least_records:
+            *_, before, last = sorted(positions, key=lambda p: (records[p].timestamp or 0.0, p))
+            validation.add(before)
+            test.add(last)
+    if not test:
+        raise RecordError(f"records: expected a user with at least {least_records} records, got none")
+    return Splits(
+        train=[record for p, record in enumerate(records) if p not in validation and p not in test],
+        validation=[records[p] for p in sorted(validation)],
+        test=[records[p] for p in sorted(test)],
+        order="timestamp" if dated else "file order",
+    )
+
+
+def by_time(records: Iterable[Record], cutoff: float, *, validation_from: float | None = None) -> Splits:
+    """Records from `cutoff` on are for testing.
+
+    Args:
+        records: the records, all with timestamps.
+        cutoff: seconds since the epoch; the first moment of the test.
+        validation_from: the first moment of the validation, before `cutoff`; None for no validation.
+
+    Raises:
+        RecordError: a record has no timestamp, or a part would be empty.
+        ArgumentError: `validation_from` is not before `cutoff`.
+    """
+    start = cutoff if validation_from is None else validation_from
+    if start > cutoff or (validation_from is not None and start == cutoff):
+        raise ArgumentError(f"validation_from: expected a time before the cutoff {cutoff}, got {validation_from}")
+    train, validation, test = list[Record](), list[Record](), list[Record]()
+    for position, record in enumerate(records):
+        if record.timestamp is None:
+            raise RecordError(f"record {position} (user {record.user_id!r}): expected a timestamp, got none")
+        part = train if record.timestamp < start else validation if record.timestamp < cutoff else test
+        part.append(record)
+    parts = {"train": train, "test": test} | ({} if validation_from is None else {"validation": validation})
+    for name, part in parts.items():
+        if not part:
+            raise RecordError(f"cutoff: expected records on both sides of every boundary, got none for {name}")
+    return Splits(train, validation, test, "timestamp")
+
+
+def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, validation_share: float = 0.0) -> Splits:
+    """All records of some users are for testing.
+
+    Who that is depends on the user's name and the seed, and hardly on who else is there: as users are added, few of
+    the others change sides.
+
+    Args:
+        records: the records.
+        share: of the users, for testing; at least one user.
+        seed: decides which users.
+        validation_share: of the users, for validation.
+
+    Raises:
+        ArgumentError: the shares are not in [0, 1), `share` is 0, or nobody would be left for training.
+    """
+    for name, value in (("share", share), ("validation_share", validation_share)):
+        if not 0 <= value < 1:
+            raise ArgumentError(f"{name}: expected a share in [0, 1), got {value}")
+    if share == 0:
+        raise ArgumentError("share: expected a share above 0, got 0")
+    users = sorted({record.user_id for record in records}, key=lambda user: (_lot(user, seed), user))
+    tested = max(1, round(share * len(users)))
+    validated = max(1, round(validation_share * len(users))) if validation_share else 0
+    if tested + validated >= len(users):
+        raise ArgumentError(
+            f"share: expected users left for training, got {tested} for testing and {validated} for validation of "
+            f"{len(users)}"
+        )
+    test_users, validation_users = set(users[:tested]), set(users[tested : tested + validated])
+    splits = Splits([], [], [])
+    for record in records:
+        held_out = splits.validation if record.user_id in validation_users else splits.train
+        (splits.test if record.user_id in test_users else held_out).append(record)
+    return splits
+
+
+def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> Iterator[tuple[bool, Record]]:
+    """Yield each record with whether its user is held out, without holding any record or knowing any other.
+
+    The share holds on average: of 1,000 users, 100 ± 9 for 0.1.
+
+    Args:
+        records: the records.
+        share: probability that a user is held out, in (0, 1).
+        seed: decides which users.
+
+    Raises:
+        ArgumentError: `share` is not in (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ArgumentError(f"share: expected a share in (0, 1), got {share}")
+    return ((_lot(record.user_id, seed) < share, record) for record in records)
+
+
+def _lot(user_id: str, seed: int) -> float:
+    """A number in [0, 1) that a user draws, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {user_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _all_dated(records: Sequence[Record]) -> bool:
+    """Whether all records have a timestamp, rather than none."""
+    undated = [position for position, record in enumerate(records) if record.timestamp is None]
+    if not undated or len(undated) == len(records):
+        return not undated
+    first = undated[0]
+    raise RecordError(
+        f"record {first} (user {records[first].user_id!r}): expected a timestamp, as other records have one, got none"
+    )

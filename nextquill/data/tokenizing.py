@@ -1,0 +1,265 @@
+"""Token ids of many texts at once: on all cores, and each piece of text once.
+
+A fast tokenizer encodes a list of texts on all cores and lets Python run meanwhile. What it is given is cut into pieces
+first, and pieces that were seen before are not given to it again: the history of a user stands in many prompts, and the
+search for what fits a budget looks at several prompts that differ in one item.
+
+Tokens may form across a joint, so a text is cut only where this tokenizer provably forms none: behind a line break and
+before a visible ASCII character, `ids(left + right) == ids(left + GUARD)[:-1] + ids(right)`. The proof goes through the
+tokenizer's own parts and holds for byte-level BPE with the published splitting patterns (GPT-2, Llama 3, Qwen, o200k,
+DeepSeek) and for BPE without any, as Gemma's, if no token of the vocabulary spans such a joint. Texts of every other
+tokenizer are encoded whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+#: Token ids; four bytes each, where a list takes forty.
+Ids: TypeAlias = "array[int]"
+
+#: Stands behind a piece for what follows it in the text: some patterns split white space by whether something does.
+_GUARD = "a"
+# Digits are left out, as some tokenizers split before them, and "/", which o200k's pattern takes with line breaks.
+_CUT_BEFORE = "!-.:-~"
+_PROBE = "[Text]: a tale\n\n[Text]: slow, \n \n- and good.\n"
+#: Tokens in each of a cache's two halves: some 50 MB with the texts.
+_CACHED_TOKENS = 2_000_000
+
+_CASED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_CASED_TAIL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# The alternatives of published splitting patterns. None matches a line break and then a visible character (but for
+# o200k's "/"), none looks behind, and only `(?!\S)` looks ahead: so a match ends at every cut, whether the guard
+# follows or the text.
+_KNOWN_ALTERNATIVES = frozenset(
+    {
+        *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _SUFFIX, r"'(?i:[sdmt]|ll|ve|re)"),
+        *(r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\p{N}", r"\p{N}{1,3}"),
+        *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"),
+        *(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]++[\r\n]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),
+        *(r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+"),
+        *(f"{_CASED_WORD}*{_CASED_TAIL}+", f"{_CASED_WORD}+{_CASED_TAIL}*"),
+        *(f"{_CASED_WORD}*{_CASED_TAIL}+{_SUFFIX}?", f"{_CASED_WORD}+{_CASED_TAIL}*{_SUFFIX}?"),
+        *(r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*", "[一-龥぀-ゟ゠-ヿ]+"),  # noqa: RUF001
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    }
+)
+_ANY_SPACE = r"\s+"
+
+
+class BatchTokenizer:
+    """Encodes lists of texts with what `encode` would give for each.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer or its like; a fast one is used on all cores.
+        encode: the ids of one text, with no token added.
+        cached_tokens: how many tokens of pieces are kept, twice; 0 to keep none and cut nothing.
+    """
+
+    def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]], cached_tokens: int = _CACHED_TOKENS) -> None:
+        self._encode_one = encode
+        self._tokenizer = tokenizer if self._agrees(tokenizer) else None
+        self._cut = None
+        self._cache = _PieceCache(cached_tokens)
+        if self._tokenizer is not None and cached_tokens:
+            self._cut = cut_pattern(self._tokenizer.backend_tokenizer)
+            if self._cut is not None and self.ids([_PROBE]) != [array("i", encode(_PROBE))]:
+                self._cut = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether texts are cut into pieces that are encoded once."""
+        return self._cut is not None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a list of texts takes less time than its texts one by one."""
+        return self._tokenizer is not None
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The token ids of each text; those of equal texts may be one object, so they are not to be changed."""
+        if self._cut is None:
+            distinct = list(dict.fromkeys(texts))
+            known = dict(zip(distinct, self._encode(distinct), strict=True))
+            return [known[text] for text in texts]
+        cut = [self._pieces(text) for text in texts]
+        missing = list(dict.fromkeys(piece for pieces in cut for piece in pieces if piece not in self._cache))
+        fresh = dict(zip(missing, self._encode(missing), strict=True))
+        self._cache.update(fresh)
+        return [self._joined(pieces, fresh) for pieces in cut]
+
+    def _pieces(self, text: str) -> list[str]:
+        """What is encoded: each piece with its line break and the guard, and the last one as it is."""
+        assert self._cut is not None
+        *lines, last = self._cut.split(text)
+        return [*(f"{line}\n{_GUARD}" for line in lines), last]
+
+    def _joined(self, pieces: list[str], fresh: dict[str, Ids]) -> Ids:
+        ids: Ids = array("i")
+        for position, piece in enumerate(pieces, start=1 - len(pieces)):
+            found = fresh.get(piece)
+            if found is None:
+                found = self._cache.get(piece)
+            if found is None:  # dropped since
+                (found,) = self._encode([piece])
+            ids += found
+            if position:  # of all but the last piece the guard goes
+                ids.pop()
+        return ids
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        if self._tokenizer is None:
+            return [array("i", self._encode_one(text)) for text in texts]
+        backend = reset_backend(self._tokenizer)
+        return [array("i", found.ids) for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _agrees(self, tokenizer: Any) -> bool:
+        """Whether a fast tokenizer is there, and the wrapper around it adds nothing to what it does."""
+        if not hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast"):
+            return False
+        (found,) = reset_backend(tokenizer).encode_batch_fast([_PROBE], add_special_tokens=False)
+        return list(found.ids) == list(self._encode_one(_PROBE))
+
+
+def reset_backend(tokenizer: Any) -> Any:
+    """The fast tokenizer in the state in which `tokenizer.encode` uses it, whatever other calls have left."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    if backend.encode_special_tokens != split:
+        backend.encode_special_tokens = split
+    return backend
+
+
+class _PieceCache:
+    """Token ids by text. When the newer half is full the older one is forgotten; what is used moves to the newer."""
+
+    def __init__(self, tokens: int) -> None:
+        self._limit, self._size = tokens, 0
+        self._new: dict[str, Ids] = {}
+        self._old: dict[str, Ids] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._new or text in self._old
+
+    def get(self, text: str) -> Ids | None:
+        found = self._new.get(text)
+        if found is None and (found := self._old.get(text)) is not None:
+            self.update({text: found})
+        return found
+
+    def update(self, found: dict[str, Ids]) -> None:
+        with self._lock:
+            self._new.update(found)
+            self._size += sum(map(len, found.values()))
+            if self._size > self._limit:
+                self._old, self._new, self._size = self._new, {}, 0
+
+
+def cut_pattern(backend: Any) -> re.Pattern[str] | None:
+    """A pattern of the line breaks behind which a text may be cut, or None where no cut is known to be safe.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+    """
+    model, added = backend.model, [token.content for token in backend.get_added_tokens_decoder().values()]
+    is_bpe = type(model).__name__ == "BPE" and not model.dropout
+    if not is_bpe or not (_splits_safely(backend) or _never_spans(backend)):
+        return None
+    # A special token ends the text before it, for which a guard cannot stand; and it may take white space with it.
+    special = {re.escape(content[:3]) for content in added}
+    before = f"(?!{'|'.join(sorted(special))})" if special else ""
+    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
+    if any(spanning.search(content) or content.startswith(_GUARD) for content in added):
+        return None
+    if len(backend.encode(_GUARD, add_special_tokens=False).ids) != 1:
+        return None
+    return re.compile(rf"\n(?=[{_CUT_BEFORE}]){before}")
+
+
+def _splits_safely(backend: Any) -> bool:
+    """Whether the text is split into words by known patterns, at every cut among other places."""
+    stages = _stages(_state(backend.pre_tokenizer))
+    if _state(backend.normalizer).get("type") not in (
+        None,
+        "NFC",
+    ):  # which never joins an ASCII letter to what precedes
+        return False
+    kinds = [_split_kind(stage) for stage in stages]
+    return None not in kinds and "spaces" in kinds
+
+
+def _split_kind(stage: dict[str, Any]) -> str | None:
+    """Of one stage: "spaces" if it splits at every cut, "other" if it does not matter there, None if it is unknown."""
+    kind = stage.get("type")
+    if kind == "ByteLevel" and not stage.get("add_prefix_space", True):
+        return "spaces" if stage.get("use_regex", True) else "other"
+    if kind == "Digits":
+        return "other"
+    pattern = stage.get("pattern", {}).get("Regex") if kind == "Split" else None
+    how = (stage.get("behavior"), stage.get("invert"))
+    if pattern is None or how not in (("Isolated", False), ("Removed", True)):
+        return None
+    alternatives = _alternatives(pattern)
+    if not _KNOWN_ALTERNATIVES.issuperset(alternatives):
+        return None
+    return "spaces" if _ANY_SPACE in alternatives else "other" if how[0] == "Isolated" else None
+
+
+def _never_spans(backend: Any) -> bool:
+    """Whether the text is not split, so that merges alone decide, and no merge reaches over a cut."""
+    model, normalizer = backend.model, _state(backend.normalizer)
+    stages = _stages(_state(backend.pre_tokenizer))
+    splits_at_spaces = [
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    ]
+    if stages and stages != splits_at_spaces:
+        return False
+    if normalizer and (normalizer.get("type") != "Replace" or normalizer.get("pattern") != {"String": " "}):
+        return False
+    if model.fuse_unk or model.ignore_merges or model.end_of_word_suffix or model.continuing_subword_prefix:
+        return False
+    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
+    return not any(spanning.search(token) for token in backend.get_vocab())
+
+
+def _stages(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if state.get("type") == "Sequence":
+        return [inner for stage in state["pretokenizers"] for inner in _stages(stage)]
+    return [state] if state else []
+
+
+def _state(part: Any) -> dict[str, Any]:
+    """A tokenizer's part as its file describes it; empty for none."""
+    found: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return found
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """A regular expression's alternatives on its top level."""
+    found, depth, in_class, start, position = list[str](), 0, False, 0, 0
+    while position < len(pattern):
+        letter = pattern[position]
+        if letter == "\\":
+            position += 1
+        elif in_class:
+            in_class = letter != "]"
+        elif letter == "[":
+            in_class = True
+        elif letter in "()":
+            depth += 1 if letter == "(" else -1
+        elif letter == "|" and not depth:
+            found.append(pattern[start:position])
+            start = position + 1
+        position += 1
+    return [*found, pattern[start:]]

@@ -1,0 +1,100 @@
+"""Keeping what users wrote from being read as what the template wrote.
+
+A prompt joins two hands: the template's, which opens and closes turns and sections, and those of users, who can write
+anything. Two things in a user's text would change hands:
+
+    a control token's literal, such as `<|im_end|>`   the tokenizer makes it the token itself, which ends the turn
+    a line that begins like the template's own        `[Response]:` inside a past text ends the history early
+
+Both are broken by as little as possible, and text that holds neither stays as it is, to the token:
+
+    <|im_end|>       ->  < |im_end|>        a space after the first character, wherever the literal stands
+    [Response]: ...  ->  > [Response]: ...  quoted as e-mail quotes it, at the beginning of a line only
+
+A space, because every tokenizer knows it: zero-width characters become bytes, unknown tokens or, under some
+normalisers, nothing. After this, a line of a prompt that begins like one of the template's is one of the template's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# What begins a new line for a reader, and so for a model, if not for `re`.
+_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+
+
+class UserText:
+    """Breaks literals and quotes markers in texts, and counts the texts in which it had to.
+
+    Args:
+        literals: strings that must not occur in a text.
+        markers: strings that no line of a text may begin with, be there white space before them or not.
+    """
+
+    def __init__(self, literals: Iterable[str] = (), markers: Iterable[str] = ()) -> None:
+        self._literals = _literal_pattern(set(literals) - {""})
+        self._markers = _marker_pattern(set(markers) - {""})
+        self._changed: set[int] = set()
+
+    @property
+    def changed(self) -> int:
+        """How many different texts were changed so far, in this process."""
+        return len(self._changed)
+
+    def plain(self, text: str) -> str:
+        """Return `text` with its literals broken."""
+        result = text if self._literals is None else self._literals.sub(_with_space, text)
+        return self._counted(text, result)
+
+    def quoted(self, text: str) -> str:
+        """Return `text` with its literals broken and its markers quoted."""
+        result = self.plain(text)
+        if self._markers is not None:
+            result = self._markers.sub(r"\g<0>> ", f"\n{result}")[1:]
+        return self._counted(text, result)
+
+    def _counted(self, text: str, result: str) -> str:
+        if result != text:
+            self._changed.add(hash(text))
+        return result
+
+
+def _with_space(found: re.Match[str]) -> str:
+    """The first character of a literal and a space; of a literal of one character the space alone."""
+    return " " if found.lastindex else f"{found[0]} "
+
+
+def _literal_pattern(literals: set[str]) -> re.Pattern[str] | None:
+    """Matches the first character of every literal, overlapping ones too: what follows is only looked at.
+
+    Alternatives begin with plain characters, so that a text without any of them is passed over at the speed of a
+    search for characters; and literals share what they begin with, as one public tokenizer has 6,000 of them.
+    """
+    if not literals:
+        return None
+    single = {literal for literal in literals if len(literal) == 1}
+    branches = [f"({re.escape(literal)})" for literal in sorted(single)]
+    for head in sorted({literal[0] for literal in literals} - single):
+        rest = _any_of({literal[1:] for literal in literals if literal[0] == head})
+        branches.append(f"{re.escape(head)}(?={rest})")
+    return re.compile("|".join(branches))
+
+
+def _any_of(words: set[str]) -> str:
+    """A pattern for the shortest of `words` that a text goes on with."""
+    if "" in words:
+        return ""
+    branches = [
+        re.escape(head) + _any_of({word[1:] for word in words if word[0] == head})
+        for head in sorted({word[0] for word in words})
+    ]
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
+def _marker_pattern(markers: set[str]) -> re.Pattern[str] | None:
+    """Matches a line break and the white space after it, where a marker follows."""
+    if not markers:
+        return None
+    whole = (re.escape(marker) + (r"(?!\w)" if marker[-1].isalnum() else "") for marker in sorted(markers))
+    return re.compile(rf"[{_BREAKS}][^\S{_BREAKS}]*(?={'|'.join(whole)})")

@@ -1,0 +1,121 @@
+"""What is generated and where it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextquill.data import Branch, EncodedExample
+from nextquill.data.collator import BRANCHES
+from nextquill.errors import ArgumentError
+
+ENGINES = ("hf", "vllm")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a response is generated for.
+
+    Args:
+        index: names it; the engine hands it back with the text.
+        ids: the prompt's tokens.
+        seed: of its own samples.
+    """
+
+    index: int
+    ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How responses are chosen.
+
+    What the model's own generation config says of sampling and penalties is left out: a response is the most likely
+    token at each step, or, with a temperature above 0, a sample of softmax(logits / temperature) within the smallest
+    set of tokens whose probabilities add up to `top_p`.
+
+    Args:
+        max_new_tokens: bound on a response's length.
+        batch_size: prompts at a time; vLLM takes as many as fit.
+        temperature: 0 for greedy responses.
+        top_p: in (0, 1].
+        seed: same seed, same example: same sample, on a device of the same kind.
+        engine: "hf" or "vllm".
+
+    Raises:
+        ArgumentError: a value that is none of these.
+    """
+
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    engine: str = "hf"
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ArgumentError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ArgumentError(f"top_p: expected a share in (0, 1], got {self.top_p}")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ArgumentError(f"top_p: expected a temperature above 0 with it, got top_p={self.top_p} alone")
+        if self.engine not in ENGINES:
+            raise ArgumentError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+
+
+def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], seed: int) -> list[Prompt]:
+    """The prompts of some branches, branch by branch, numbered from 0.
+
+    A prompt's seed follows from `seed`, the example's index and the branch alone.
+
+    Raises:
+        ArgumentError: no branch of that name, or an example does not have it.
+    """
+    found = [_prompt_ids(example, branch) for branch in branches for example in examples]
+    keys = [f"{seed} {example.index} {branch}" for branch in branches for example in examples]
+    return [Prompt(index, ids, _seed(key)) for index, (ids, key) in enumerate(zip(found, keys, strict=True))]
+
+
+def stop_tokens(model: Any, tokenizer: Any, examples: Sequence[EncodedExample]) -> set[int]:
+    """The ids a response ends at; a chat model's end of turn is often not its tokenizer's end token."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stops |= {example.factual.response_ids[-1] for example in examples[:1]} & special
+    return stops - {None}
+
+
+def token_limit(prompt: Prompt, options: GenerationOptions, context: int | None) -> int:
+    """Most tokens of a prompt's response: `max_new_tokens`, or what the model's context leaves."""
+    return options.max_new_tokens if context is None else max(0, min(options.max_new_tokens, context - len(prompt.ids)))
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], stops: set[int]) -> str:
+    """The text of a response up to its end, without special tokens."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+
+
+def _prompt_ids(example: EncodedExample, name: str) -> list[int]:
+    if name not in BRANCHES:
+        raise ArgumentError(f"branch: expected one of {', '.join(map(repr, BRANCHES))}, got {name!r}")
+    branch: Branch | None = getattr(example, name)
+    if branch is None:
+        raise ArgumentError(
+            f"branch: expected examples with a {name} branch, got none in example {example.index} (user "
+            f"{example.user_id!r}); a placebo needs records of at least two users"
+        )
+    return branch.prompt_ids
+
+
+def _seed(key: str) -> int:
+    """63 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,151 @@
+"""The page of some runs, side by side: curves, measures with paired differences, and chosen examples.
+
+runs = [read_run(folder) for folder in folders]
+write_whole(Path("report.html"), render_page(runs_page(runs)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nextquill.errors import ArgumentError
+from nextquill.report.choosing import MIX
+from nextquill.report.curves import training_charts
+from nextquill.report.data import Page, ResponseView, Table
+from nextquill.report.examples import example_views
+from nextquill.report.measures import evaluated, measures_tables, same_records
+from nextquill.report.runs import Run
+
+DEFAULT_EXAMPLES = 20
+
+_READING = {
+    "An effect is the model's own": (
+        "A token's effect is the difference of two probabilities of one model: with the user's history in the prompt "
+        "and without it. It says what the model makes of the history, not what made the user write the token, and it "
+        "is only as good as the model."
+    ),
+    "The placebo stands beside it": (
+        "Any history changes a prompt. The same response under another user's history shows how much of an effect any "
+        "history would have had; what is left over that is this user's. A model whose nll without history rises in "
+        "training shows large effects that are no gain: then only the effect against the placebo can be trusted."
+    ),
+    "An interval is about users": (
+        "Users are drawn again and again, with replacement, and the measure is computed anew; the interval holds that "
+        "share of the results. It says what other users like these might have given. It does not cover another "
+        "training seed, and with few users it is too narrow. n is the number of examples that a figure is of."
+    ),
+    "A dot before a figure": (
+        "Among the measures, the best run is marked only where its paired difference to each other run is clear: its "
+        "interval excludes 0 and its p-value, from exchanging the two runs within users, says the same. Among the "
+        "differences, the clear ones are marked. Many are compared and none is corrected for that: at 95%, up to one "
+        "in twenty would be marked by chance."
+    ),
+    "An item's effect": (
+        "It is what leaving out one item of the history does while all others stay. Two items that say the same each "
+        "seem to matter little, and the items' effects do not add up to the effect of the history."
+    ),
+}
+
+
+def runs_page(
+    runs: Sequence[Run],
+    *,
+    title: str | None = None,
+    lead: str | None = None,
+    baseline: Run | None = None,
+    examples: int = DEFAULT_EXAMPLES,
+    indices: Sequence[int] | None = None,
+    findings: Sequence[tuple[str, str]] = (),
+    tables: Sequence[Table] = (),
+) -> Page:
+    """What some runs came to, on one page.
+
+    Args:
+        runs: at least one, with labels of their own.
+        title: of the page; the runs' labels by default.
+        lead: a sentence or two below it.
+        baseline: the one of the runs that the others are compared with; the first evaluated one by default.
+        examples: how many examples to show of each set of records.
+        indices: these examples instead.
+        findings, tables: shown before all else, for who has more to say of the runs.
+
+    Raises:
+        ArgumentError: no runs, a baseline that is none of them, fewer than 0 examples, or an index that no run has.
+        RecordError: a file of an evaluation is damaged.
+    """
+    if not runs:
+        raise ArgumentError("runs: expected at least one, got none")
+    if baseline is not None and baseline not in runs:
+        raise ArgumentError(f"baseline: expected one of {', '.join(run.label for run in runs)}, got {baseline.label}")
+    if examples < 0:
+        raise ArgumentError(f"examples: expected 0 or more, got {examples}")
+    measured = evaluated(runs)
+    baseline = baseline or (measured[0] if len(measured) > 1 else None)
+    names = ", ".join(run.label for run in runs)
+    views = example_views(runs, examples, indices)
+    return Page(
+        title=title or f"nextquill: {names}",
+        lead=lead or _lead(runs),
+        findings=findings,
+        notices=[
+            *_mixed_records(measured, baseline),
+            *(f"{run.label}: {text}." for run in runs for text in run.missing),
+        ],
+        charts=training_charts(runs),
+        tables=[*tables, *measures_tables(runs, baseline)],
+        table_notes=_table_notes(measured),
+        responses=views,
+        responses_lead=_examples_lead(views, measured, indices) if views else "",
+        reading=tuple(_READING.items()),
+        footer="; ".join(_source(run) for run in runs),
+    )
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    trained = sum(run.training is not None for run in runs)
+    measured = len(evaluated(runs))
+    what = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return f"{what}, {trained} with a training log, {measured} evaluated."
+
+
+def _table_notes(measured: Sequence[Run]) -> list[str]:
+    alone = [run.label for run in measured if len({example.user_id for example in run.examples}) == 1]
+    if not alone:
+        return []
+    return [f"{', '.join(alone)}: no intervals, as all records are of one user, who says nothing about others."]
+
+
+def _mixed_records(measured: Sequence[Run], baseline: Run | None) -> list[str]:
+    if baseline is None:
+        return []
+    if not any(same_records(baseline, run) for run in measured):
+        return [f"{baseline.label} has no evaluation, so nothing is compared with it."]
+    others = [run.label for run in measured if not same_records(run, baseline)]
+    if not others:
+        return []
+    text = "evaluated on other records than {}; figures stand side by side, but no difference can be tested."
+    return [f"{', '.join(others)}: {text.format(baseline.label)}"]
+
+
+def _examples_lead(views: Sequence[ResponseView], measured: Sequence[Run], indices: Sequence[int] | None) -> str:
+    how = "as asked for" if indices is not None else f"chosen by their mean effect in the first run: {MIX}"
+    return (
+        f"{len(views)} examples, {how}. A blue token was more likely with the user's history than without, an orange, "
+        "dotted one less. Hover, tap or use Tab and the arrow keys for the probabilities."
+        f"{_generation_note(views, measured)}"
+    )
+
+
+def _generation_note(views: Sequence[ResponseView], measured: Sequence[Run]) -> str:
+    """How long generated texts could get, as one that was cut off does not show it."""
+    bounds = {run.evaluation.settings.get("max_new_tokens") for run in measured if run.evaluation is not None}
+    known = sorted(bound for bound in bounds if isinstance(bound, int))
+    if not known or all(len(view.texts) < 2 for view in views):
+        return ""
+    return f" Generated texts end at {' or '.join(map(str, known))} tokens, finished or not."
+
+
+def _source(run: Run) -> str:
+    if run.evaluation is None:
+        return f"{run.label}: {run.folder}"
+    return f"{run.label}: {run.folder}, model {run.evaluation.model}, records {run.evaluation.records}"

@@ -1,0 +1,181 @@
+"""Curves as inline SVG: crisp at any size, light and dark by the page's own colours, and small.
+
+Colours are classes of the page's style. Points carry what they stand for (`data-x`, `data-y`), so that the page's
+script can read the values out; without script, the title of each curve says where it begins and ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nextquill.report.data import Charts, Panel, Series
+from nextquill.report.text import html
+
+COLOURS = 8
+#: Points of a curve; a longer one is thinned to the least and the greatest of each stretch, so that no peak is lost.
+MOST_POINTS = 400
+
+_WIDTH, _HEIGHT = 400, 216
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 392, 8, 180
+
+
+def charts_html(charts: Charts) -> str:
+    """The legend and the panels, over one range of x; panels without a finite value are left out."""
+    legend = "".join(
+        f'<li><svg class="key" viewBox="0 0 34 10" aria-hidden="true"><path class="curve c{colour % COLOURS}" '
+        f'd="M1 5H33"/></svg>{html(label)}</li>'
+        for label, colour in charts.legend
+    )
+    shown = [panel for panel in charts.panels if _has_values(panel)]
+    xs = [x for panel in shown for series in panel.series for x in _finite(series).x]
+    panels = "".join(panel_html(panel, charts.x_label, (min(xs), max(xs))) for panel in shown)
+    return f'<ul class="legend">{legend}</ul><div class="charts">{panels}</div>'
+
+
+def panel_html(panel: Panel, x_label: str, x_range: tuple[float, float] | None = None) -> str:
+    """One plot with its heading; `x_range` is that of its own curves by default."""
+    drawn = [(index, _finite(series)) for index, series in enumerate(panel.series)]
+    drawn = [(index, series) for index, series in drawn if series.y]
+    first, last = x_range or (min(x for _, s in drawn for x in s.x), max(x for _, s in drawn for x in s.x))
+    ys = [y for _, s in drawn for values in (s.y, s.low or (), s.high or ()) for y in values]
+    low, high = panel.y_limits or (min(ys), max(ys))
+    if panel.with_zero and panel.y_limits is None:
+        low, high = min(low, 0.0), max(high, 0.0) or float(low == 0)
+    is_log = panel.log_scale and low > 0
+    if panel.y_limits is None and not is_log:  # a little room, but not below 0 for what is never negative
+        room = (high - low) / 20
+        low, high = (0.0 if 0 <= low < 2 * room else low - room), (0.0 if high == 0 else high + room)
+    x_axis, y_axis = _Axis.over(first, last, _LEFT, _RIGHT), _Axis.over(low, high, _BOTTOM, _TOP, is_log=is_log)
+    curves = "".join(
+        _curve(s, index if s.colour is None else s.colour, x_axis, y_axis, panel.title) for index, s in drawn
+    )
+    lost = sum(not math.isfinite(y) for series in panel.series for y in series.y)
+    hint = panel.hint + (f" ({lost} values that are not finite are left out)" if lost else "")
+    said = "; ".join(f"{s.label}: {_number(s.y[0])} to {_number(s.y[-1])}" for _, s in drawn)
+    return (
+        f'<figure class="chart"><figcaption><b>{html(panel.title)}</b> <span>{html(hint)}</span></figcaption>'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" tabindex="0" data-x-label="{html(x_label)}" '
+        f'aria-label="{html(f"{panel.title}, {hint}, over {x_label}. {said}")}">'
+        f"{_grid(x_axis, y_axis, panel.x_ticks)}"
+        f'<text class="axis" x="{_RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{html(x_label)}</text>'
+        f'<path class="guide" d=""/>{curves}</svg></figure>'
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Places of values between `low` and `high` on a line from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    @classmethod
+    def over(cls, low: float, high: float, start: float, end: float, *, is_log: bool = False) -> _Axis:
+        if low == high:  # a flat curve runs through the middle
+            room = abs(low) / 2 or 0.5
+            low, high = low - room, high + room
+        return cls(low, high, start, end, is_log)
+
+    def __call__(self, value: float) -> float:
+        scale: Callable[[float], float] = math.log if self.is_log else float
+        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return self.start + min(1.05, max(-0.05, share)) * (self.end - self.start)
+
+    def ticks(self, most: int) -> list[float]:
+        """Round numbers inside the axis."""
+        if self.is_log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+            inside = [tick for tick in ticks if self.low <= tick <= self.high]
+            return inside[:: -(-len(inside) // most)] if inside else [self.low]
+        raw = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(first, last + 1)]
+
+
+def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
+    """At most `most` of the points: the ends, and the least and greatest of each of equally long stretches.
+
+    Args:
+        x, y: the points, in order, of equal number.
+        most: 4 or more.
+
+    Returns:
+        Some of the points, unchanged and in order.
+    """
+    count = len(x)
+    if count <= most:
+        return list(x), list(y)
+    stretches = (most - 2) // 2
+    kept = {0, count - 1}
+    for index in range(stretches):
+        stretch = range(index * count // stretches, (index + 1) * count // stretches)
+        kept |= {min(stretch, key=y.__getitem__), max(stretch, key=y.__getitem__)}
+    order = sorted(kept)
+    return [x[index] for index in order], [y[index] for index in order]
+
+
+def _finite(series: Series) -> Series:
+    """The points of a series that can be drawn, thinned where there is no band."""
+    bands = [] if series.low is None or series.high is None else [series.low, series.high]
+    points = [row for row in zip(series.x, series.y, *bands, strict=True) if all(map(math.isfinite, row))]
+    x, y, *edges = ([list(column) for column in zip(*points, strict=True)]) if points else ([], [])
+    low, high = edges or (None, None)
+    if low is None:
+        x, y = thin(x, y)
+    return Series(series.label, x, y, low, high, series.dashed, series.colour, series.dots)
+
+
+def _has_values(panel: Panel) -> bool:
+    return any(math.isfinite(y) for series in panel.series for y in series.y)
+
+
+def _curve(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, title: str) -> str:
+    points = [(x_axis(x), y_axis(y)) for x, y in zip(series.x, series.y, strict=True)]
+    name = f"c{colour % COLOURS}"
+    band = ""
+    if series.low is not None and series.high is not None:
+        edge = [*zip(series.x, series.high, strict=True), *reversed([*zip(series.x, series.low, strict=True)])]
+        corners = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in edge)
+        band = f'<polygon class="band {name}" points="{corners}"/>'
+    # A line of no length with round ends is a dot, and all dots are one path.
+    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points) if series.dots or len(points) == 1 else ""
+    values = " ".join(map(_number, series.y))
+    said = f"{title}, {series.label}: from {_number(series.y[0])} to {_number(series.y[-1])}"
+    return (
+        f'{band}<g><title>{html(said)}</title><polyline class="curve {name}{" dashed" if series.dashed else ""}" '
+        f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" data-label="{html(series.label)}" '
+        f'data-x="{" ".join(f"{x:g}" if x != int(x) else str(int(x)) for x in series.x)}" data-y="{values}"/>'
+        + (f'<path class="dots {name}" d="{dots}"/>' if dots else "")
+        + "</g>"
+    )
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis, x_ticks: Sequence[float] | None) -> str:
+    rows = "".join(
+        f'<path class="grid" d="M{_LEFT} {y_axis(tick):.1f}H{_RIGHT}"/>'
+        f'<text class="axis" x="{_LEFT - 6}" y="{y_axis(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
+        for tick in y_axis.ticks(5)
+    )
+    columns = "".join(
+        f'<text class="axis" x="{x_axis(tick):.1f}" y="{_BOTTOM + 17}" text-anchor="middle">{_number(tick)}</text>'
+        for tick in (x_axis.ticks(5) if x_ticks is None else x_ticks)
+    )
+    return f'{rows}<path class="base" d="M{_LEFT} {_BOTTOM}H{_RIGHT}"/>{columns}'
+
+
+def _number(value: float) -> str:
+    """Four digits, and thousands as k; small ones as 1.5e-4, for which there is room beside an axis."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.4g}k"
+    if 0 < abs(value) < 0.001:
+        digits, power = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value + 0.0:.4g}"
