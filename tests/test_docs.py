@@ -182,6 +182,12 @@ def test_python_is_valid(block):
     ast.parse(block.text, filename=block.id)
 
 
+def test_every_example_program_is_shown():
+    """In a form that ruff's formatter leaves alone: it took the one on a single line for Python, and spaced it."""
+    shown = re.findall(r"^--8<--\nexamples/(\w+\.py)\n--8<--$", (DOCS / "examples.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
 def test_the_worked_example_prints_what_its_comments_say():
     names, checked = {}, 0
     for block in blocks(DOCS / "guides" / "reading-effects.md", "python"):
@@ -312,6 +318,9 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     command_line = (tmp_path / "reference" / "command-line.html").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f'id="nextquill-{name}"' not in command_line] == []
+    examples = re.sub("<[^>]*>", "", (tmp_path / "examples.html").read_text(encoding="utf-8"))
+    assert "import torch" in examples
+    assert "8 &lt;" not in examples
     inventory = zlib.decompress((tmp_path / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]).decode("utf-8")
     shown = {line.split(" ", 1)[0] for line in inventory.splitlines()}
     assert [

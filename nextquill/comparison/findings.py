@@ -85,8 +85,8 @@ def _one_seed(comparison: Comparison) -> list[Finding]:
         Finding(
             "One seed: these trained models are compared, not the methods",
             f"Intervals and tests are over users alone and take the runs of seed {comparison.seeds[0]} as they are. "
-            "Two runs of one and the same method, from different seeds, may differ as clearly. What the methods do takes "
-            "several --seeds.",
+            "Two runs of one and the same method, from different seeds, may differ as clearly. Several --seeds tell "
+            "what the methods do.",
             is_warning=True,
         )
     ]

@@ -126,13 +126,22 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
         saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputExistsError(f"--output_dir: {path} is damaged: {error}; choose another folder") from error
-    given = json.loads(json.dumps(dict(settings)))
+    saved, given = _flat(saved), _flat(json.loads(json.dumps(dict(settings))))
     for name in {**saved, **given}:
         if saved.get(name) != given.get(name):
             raise OutputExistsError(
                 f"--output_dir: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
                 f"{given.get(name)!r}; choose another folder, or replace it by --overwrite_output_dir"
             )
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings within settings by one name, such as "prompt template order"."""
+    found = dict[str, Any]()
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and bool(value)
+        found |= _flat(value, f"{before}{name} ") if nested else {f"{before}{name}": value}
+    return found
 
 
 @contextmanager

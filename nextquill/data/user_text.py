@@ -20,6 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+#: Characters of the texts whose result is remembered: a user's texts stand in many prompts, and twice in each record.
+_KEPT_CHARACTERS = 16_000_000
+
 # What begins a new line for a reader, and so for a model, if not for `re`.
 _BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 
@@ -36,6 +39,8 @@ class UserText:
         self._literals = _literal_pattern(set(literals) - {""})
         self._markers = _marker_pattern(set(markers) - {""})
         self._changed: set[int] = set()
+        self._kept: dict[str, str] = {}
+        self._kept_characters = 0
 
     @property
     def changed(self) -> int:
@@ -49,10 +54,20 @@ class UserText:
 
     def quoted(self, text: str) -> str:
         """Return `text` with its literals broken and its markers quoted."""
+        known = self._kept.get(text)
+        if known is not None:
+            return known
         result = self.plain(text)
         if self._markers is not None:
             result = self._markers.sub(r"\g<0>> ", f"\n{result}")[1:]
+        self._keep(text, result)
         return self._counted(text, result)
+
+    def _keep(self, text: str, result: str) -> None:
+        if self._kept_characters > _KEPT_CHARACTERS:
+            self._kept, self._kept_characters = {}, 0
+        self._kept[text] = text if result == text else result
+        self._kept_characters += len(text)
 
     def _counted(self, text: str, result: str) -> str:
         if result != text:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextquill.data import EncodedDataset, UserGroupSampler
+from nextquill.data import EncodedDataset, EncodedExample, UserGroupSampler
 from nextquill.data.collator import BRANCHES, empty_like
 from nextquill.errors import ArgumentError
 from nextquill.integrations.checks import check_batching
@@ -61,7 +61,8 @@ class CausalLossMixin(_Base):
         """Raise BudgetError before training where an example alone takes more than `max_tokens`."""
         if dataset is not None and self.max_tokens is not None:
             collator: Any = self.passes.collator(max_tokens=self.max_tokens)
-            forward_budget(dataset.examples, self.max_tokens, names=collator.forwards[-1])
+            names = collator.forwards[-1]
+            forward_budget(_longer(dataset, self.max_tokens, names), self.max_tokens, names=names)
 
     def _set_normalised(self) -> None:
         """To be called after the Trainer's constructor: say that `compute_loss` has normalised over the window."""
@@ -87,7 +88,8 @@ class CausalLossMixin(_Base):
         previous, budget = self.data_collator, self.max_tokens
         if budget is not None and dataset is not None:
             # More branches than in training stand in a row, and without gradient they take a fraction of the memory.
-            budget = forward_budget(dataset.examples, None, budget, BRANCHES if placebo else BRANCHES[:2])
+            names = BRANCHES if placebo else BRANCHES[:2]
+            budget = forward_budget(_longer(dataset, budget, names), None, budget, names)
         self.data_collator = self.passes.scoring_collator(self._pad_token_id, budget, placebo=placebo)
         try:
             yield
@@ -114,7 +116,7 @@ class CausalLossMixin(_Base):
         if self.examples_per_user == 1:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return UserGroupSampler([example.user_id for example in dataset.examples], self.examples_per_user, seed)
+        return UserGroupSampler(dataset.user_ids, self.examples_per_user, seed)
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -232,6 +234,12 @@ class CausalLossMixin(_Base):
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
         return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
+
+
+def _longer(dataset: EncodedDataset, budget: int, names: Sequence[str]) -> list[EncodedExample]:
+    """The examples whose branches together, what they share counted twice, are over the budget."""
+    sizes = dataset.num_branch_tokens(names)
+    return [dataset.examples[index] for index, size in enumerate(sizes) if size > budget]
 
 
 def _count_different(users: Tensor) -> Tensor:

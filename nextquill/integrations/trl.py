@@ -97,7 +97,7 @@ def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
     """TRL would cut what is longer; here it was encoded to a budget already, so that is a contradiction."""
     if dataset is None or limit is None:
         return
-    longest = max((len(e.factual.prompt_ids) + len(e.factual.response_ids) for e in dataset.examples), default=0)
+    longest = max(dataset.num_branch_tokens(["factual"]), default=0)
     if longest > limit:
         raise ArgumentError(
             f"args: max_length is {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "

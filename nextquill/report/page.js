@@ -145,8 +145,9 @@ function press(button, isPressed) {
     token.plain ??= token.className;
     token.className = isPressed ? colour(effects[index], full) : token.plain;
   });
+  const number = [...items.querySelectorAll('button')].indexOf(button) + 1;  // titles may be the same
   items.querySelector('.coloured').textContent = isPressed
-    ? `The tokens above are coloured by what they lose without “${button.textContent}”, fully at ${full} nats.` : '';
+    ? `The tokens above are coloured by what they lose without item ${number}, “${button.textContent}”, fully at ${full} nats.` : '';
 }
 
 document.addEventListener('click', event => {

@@ -122,11 +122,11 @@ def test_settings_that_differ_are_named(compared, nextquill, data):
     folder, _, generating = compared
     for more, name in (
         (("--learning_rate", 0.1), "learning_rate: there 0.001, here 0.1"),
-        (("--max_length", 500), "prompt: there"),
-        (("--generate_limit", 1), "evaluation: there"),
-        (("--lora_dropout", 0.5), "lora: there"),
+        (("--max_length", 500), "prompt max_length: there 1024, here 500"),
+        (("--generate_limit", 1), "evaluation generate_limit: there"),
+        (("--lora_dropout", 0.5), "lora lora_dropout: there"),
         (("--train_file", data / "eval.jsonl"), "train_file: there"),
-        (("--reduction", "token"), "loss: there {}, here {'reduction': 'token'}"),
+        (("--reduction", "token"), "loss"),
     ):
         result = nextquill(*words(data, folder, *generating, *more))
         assert result.code == 1, result.err

@@ -34,7 +34,7 @@ def test_the_same_settings_go_on_in_the_folder(tmp_path):
     ("settings", "named"),
     [
         ({**SETTINGS, "learning_rate": 0.01}, "another learning_rate: there 0.001, here 0.01"),
-        ({**SETTINGS, "prompt": {"order": "x"}}, "another prompt: there {'order': 'official'}, here {'order': 'x'}"),
+        ({**SETTINGS, "prompt": {"order": "x"}}, "another prompt order: there 'official', here 'x'"),
         ({**SETTINGS, "added": 1}, "another added: there None, here 1"),
         ({"prompt": SETTINGS["prompt"], "metrics": ["a"]}, "another learning_rate: there 0.001, here None"),
     ],
@@ -107,3 +107,13 @@ def test_a_damaged_record_says_what_to_do(tmp_path, text):
     (tmp_path / RECORD_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"not a run's record.*delete the folder to repeat the run"):
         read_record(tmp_path)
+
+
+def test_a_setting_within_another_is_named_alone(tmp_path):
+    settings = {"prompt": {"template": {"order": "official", "system": None}, "max_length": 512}, "loss": {}}
+    with opened(tmp_path / "out", settings, overwrite=False):
+        pass
+    check_settings(tmp_path / "out", settings, overwrite=False)
+    other = {**settings, "prompt": {**settings["prompt"], "max_length": 1024}}
+    with pytest.raises(OutputExistsError, match="with another prompt max_length: there 512, here 1024; choose"):
+        check_settings(tmp_path / "out", other, overwrite=False)

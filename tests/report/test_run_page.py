@@ -48,6 +48,19 @@ def test_two_runs_stand_side_by_side(runs: list[Run]) -> None:
     assert page.notices == []
 
 
+def test_a_page_says_how_large_the_effects_are_and_where_texts_end(runs: list[Run]) -> None:
+    """Tokens without colour are then no riddle, and a text that stops short is none either."""
+    evaluation = runs[0].evaluation
+    assert evaluation is not None
+    bounded = dataclasses.replace(evaluation, settings={"max_new_tokens": 40})
+    page = runs_page([dataclasses.replace(runs[0], evaluation=bounded), runs[1]], examples=1)
+    (view,) = page.responses
+    effect = runs[0].examples[int(view.title.split()[-1])].scores["effect_logprob"]
+    assert f"(whole history {effect:+.4f} nats per token in a)" in dict(view.context)["Shown for"]
+    assert page.responses_lead.endswith("Generated texts end at 40 tokens, finished or not.")
+    assert "Generated texts" not in runs_page(runs, examples=1).responses_lead
+
+
 def test_the_same_runs_give_the_same_page(runs: list[Run]) -> None:
     assert render_page(runs_page(runs)) == render_page(runs_page([read_run(run.folder) for run in runs]))
 
