@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -156,6 +157,20 @@ def _whole_losses(rows: list[dict[str, str]]) -> str:
     )
 
 
+def prepare_table() -> str:
+    """Records prepared, and packed into batches, against the tokenizer alone; and the memory of a stream of them."""
+    rows = read("prepare.csv")
+    rates = [row for row in rows if row["unit"] == "x"]
+    cells = {(row["case"], row["provider"], row["metric"]): _ratio(row) for row in rates}
+    lines = ["| records | prepared | per CPU second | prepared and packed | per CPU second |", "|---|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in rates):
+        found = (cells[(case, *key)] for key in product(("prepare", "packed"), ("throughput", "per_cpu_second")))
+        lines.append(f"| {case} | {' | '.join(found)} |")
+    peaks = [row for row in rows if row["metric"] == "peak" and row["provider"] == "prepare"]
+    peak = ", ".join(f"{float(row['value']):.0f} MiB with {row['case']}" for row in peaks)
+    return "\n".join([*lines, "", f"Peak memory of the process: {peak}. {_footnote(rates)}"])
+
+
 def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
@@ -165,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_all": partial(step_table, ()),
     "head": head_table,
     "native": native_table,
+    "prepare": prepare_table,
 }
 
 

@@ -41,4 +41,4 @@ def _end(pid: int) -> None:
                 member.send_signal(number)
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(family, timeout=5)
+            psutil.wait_procs([member], timeout=1)  # one at a time, or their stacks are printed into one another

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextquill.cli.options import BatchOptions, check_positive, option
+from nextquill.cli.flags import check_positive, option
+from nextquill.cli.options import BatchOptions
 from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE
 from nextquill.errors import ArgumentError, NextQuillError
 from nextquill.integrations.evaluating import EvaluationOptions

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import check_positive, option
 from nextquill.cli.parsing import parse
 from nextquill.cli.progress import bar
 from nextquill.data import Record, SkippedRecords
@@ -23,7 +23,7 @@ from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load
 from nextquill.data.loaders.times import TIME_UNITS
 from nextquill.data.skipped import PlacedError
-from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 DESCRIPTION = (
     "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
@@ -253,19 +253,10 @@ def _claimed(
     for name, word in (given | {"skipped_file": rows.skipped_file}).items():
         if word is None:
             continue
-        path = Path(word)
-        if path.exists() and not (path.is_file() and output.overwrite):
-            # A device such as /dev/null is not to be replaced by a file of that name.
-            other = "is a folder" if path.is_dir() else "is no file that can be replaced"
-            problem = "exists; give another name or --overwrite" if path.is_file() else other
-            raise OutputExistsError(f"--{name}: {path} {problem}")
+        path = claim_output_file(word, overwrite=output.overwrite, flag=name)
         taken = taken_by.setdefault(path.resolve(), f"--{name}")
         if taken != f"--{name}":
             raise ArgumentError(f"--{name}: expected a file of its own, got {path}, which is that of {taken}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise OutputExistsError(f"--{name}: {path.parent} is a file") from error
         paths[name] = path
     notes = {name: paths.pop(name) for name in ("skipped_file",) if name in paths}
     return paths, notes

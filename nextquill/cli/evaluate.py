@@ -11,11 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nextquill.cli.evaluation_tables import print_differences, print_evaluation
+from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, option
+from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
 from nextquill.cli.progress import bar
-from nextquill.cli.scored import Loaded, check_files, claim_output_file, eval_records
+from nextquill.cli.scored import Loaded, check_files, eval_records
 from nextquill.data import Record
 from nextquill.data.collator import BRANCHES
 from nextquill.data.skipped import SkippedRecords

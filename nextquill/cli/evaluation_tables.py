@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
 # Columns beyond which an interval goes below its value, to fit 80 characters.
-_MOST_BESIDE = 2
+_MOST_BESIDE = 1
 # Settings that change no score, or only which there are.
 _NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
@@ -51,7 +51,11 @@ def print_differences(
     for name, found in differences.items():
         if place_of(name) is not None:
             label = evaluation.metrics[name].label
-            table.add_row(label, _bounded(found.difference, found.low, found.high, sign="+"), f"{found.p_value:.3f}")
+            table.add_row(
+                label,
+                _bounded(found.difference, found.low, found.high, sign="+"),
+                "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
+            )
     _print(table)
     _print("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
     own, theirs = _comparable(evaluation), _comparable(baseline)
@@ -75,7 +79,7 @@ def _measured(metric: MetricValue | None, between: str) -> str:
 def _bounded(value: float, low: float | None, high: float | None, between: str = " ", sign: str = "") -> str:
     number = f"{_rounded(value):{sign}.4f}"
     known = [_rounded(bound) for bound in (finite(low), finite(high)) if bound is not None]
-    return f"{number}{between}[{known[0]:.3f}, {known[1]:.3f}]" if len(known) == 2 else number
+    return f"{number}{between}[{known[0]:.4f}, {known[1]:.4f}]" if len(known) == 2 else number
 
 
 def _rounded(value: float) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nextquill.cli.flags import check_positive, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import PromptOptions, check_positive, option
+from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.cli.scored import read_records
 from nextquill.data import EncodedExample, ExampleEncoder, Record, assign_placebo_histories

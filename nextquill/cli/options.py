@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nextquill.cli.flags import check_positive, option
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError, NextQuillError
 from nextquill.integrations.attention import ATTENTIONS
@@ -22,19 +22,6 @@ LOSSES: dict[str, type[PairLoss]] = {
     "longce": LongCELoss,
     "sft": SFTLoss,
 }
-
-
-def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are what argparse's `add_argument` takes."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def check_positive(options: Any, names: Sequence[str]) -> None:
-    """Raise ArgumentError where one of these fields is set and below 1."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name}: expected a positive number, got {value}")
 
 
 @dataclass

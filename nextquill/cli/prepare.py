@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from nextquill.cli.flags import option
 from nextquill.cli.inspect import prepare as load_prompts
 from nextquill.cli.main import OK
-from nextquill.cli.options import PromptOptions, option
+from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.cli.progress import bar
 from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset, iter_jsonl, prepare

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
+from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import option
 from nextquill.cli.parsing import UsageError, parse
-from nextquill.cli.scored import claim_output_file
 from nextquill.errors import ArgumentError
 from nextquill.files import write_whole
 from nextquill.report.html import render_page

@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nextquill.cli.flags import claim_output_file
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, ScoreOptions
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import Scored, claim_output_file
+from nextquill.cli.scored import Scored
 from nextquill.integrations.identity import model_identity, records_digest
 from nextquill.integrations.partial_file import PartialFile
 from nextquill.integrations.scoring import effect_line

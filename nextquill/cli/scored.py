@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, check_positive
+from nextquill.cli.flags import check_positive
+from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.progress import bar
 from nextquill.data import EncodedExample, ExampleEncoder, Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
-from nextquill.errors import ArgumentError, BudgetError, OutputExistsError, RecordError
+from nextquill.errors import ArgumentError, BudgetError, RecordError
 from nextquill.integrations.checks import check_vocabulary, default_max_length
 from nextquill.integrations.loading import context_length, load_model, load_prompt_settings
 from nextquill.integrations.scoring import ExampleScores, pad_token, score_examples
@@ -90,24 +90,6 @@ def encode_records(
         return encoder.encode_all(records, placebo, seed, shown)
     except BudgetError as error:
         raise BudgetError(f"--{flag}: {error}") from error
-
-
-def claim_output_file(path: str, *, overwrite: bool) -> Path:
-    """Make sure, before any work, that a file can be written, and make its folder.
-
-    Raises:
-        OutputExistsError: something is there, or the folder is no folder.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise OutputExistsError(f"--output_file: {target} is a folder")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"--output_file: {target} exists; give another name or --overwrite")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise OutputExistsError(f"--output_file: {target.parent} is a file") from error
-    return target
 
 
 def _device() -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from nextquill.cli.options import check_positive
+from nextquill.cli.flags import check_positive
 from nextquill.cli.parsing import UsageError, one_line
 from nextquill.integrations.metrics import EVAL_COLUMNS
 

@@ -133,8 +133,12 @@ class _Table:
         scores = self._scores(arm, measure)
         if scores is None:
             return Estimate(statistics.mean(values), None, None, values)
-        found = self._from_zero(scores)
-        return Estimate(statistics.mean(values), found.low, found.high, values)
+        found, kind = self._from_zero(scores), self.measures[measure]
+        low, high = found.low, found.high
+        if not kind.unit and kind.higher_is_better is not None:  # a share or an error, which cannot be below 0
+            low = max(low, 0.0)
+            high = min(high, 1.0) if kind.higher_is_better else high
+        return Estimate(statistics.mean(values), low, high, values)
 
     def differences(self, arms: Sequence[str], reference: str) -> dict[str, dict[str, Difference]]:
         """Of each arm to the reference, by measure, with Holm's p-values over the arms."""

@@ -17,6 +17,8 @@ FACTUAL, COUNTERFACTUAL = "nll_factual", "nll_counterfactual"
 EFFECT, EFFECT_PLACEBO = "effect_logprob", "effect_placebo"
 #: Where the times that were to be equal differ by more than this share, it is said.
 TIME_TOLERANCE = 0.1
+#: Nats per token by which an effect has to be larger to be worth a warning.
+LEAST_EFFECT = 0.01
 _IN_WORDS = {"better": "lower than", "worse": "higher than", "unclear": "not clearly different from"}
 
 
@@ -199,7 +201,7 @@ def _unsupported_effects(comparison: Comparison) -> list[Finding]:
         effect, placebo = against.get(EFFECT), against.get(EFFECT_PLACEBO)
         if effect is None or placebo is None:
             continue
-        if _has_risen(comparison, effect) and not _has_risen(comparison, placebo):
+        if effect.value >= LEAST_EFFECT and _has_risen(comparison, effect) and not _has_risen(comparison, placebo):
             named.append(
                 f"{arm.label}: {_of_these(effect)} against no history, {_of_these(placebo)} against another user's"
             )

@@ -139,8 +139,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Settings within settings by one name, such as "prompt template order"."""
     found = dict[str, Any]()
     for name, value in settings.items():
-        nested = isinstance(value, dict) and bool(value)
-        found |= _flat(value, f"{before}{name} ") if nested else {f"{before}{name}": value}
+        found |= _flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
     return found
 
 

@@ -126,7 +126,7 @@ def test_settings_that_differ_are_named(compared, nextquill, data):
         (("--generate_limit", 1), "evaluation generate_limit: there"),
         (("--lora_dropout", 0.5), "lora lora_dropout: there"),
         (("--train_file", data / "eval.jsonl"), "train_file: there"),
-        (("--reduction", "token"), "loss"),
+        (("--reduction", "token"), "loss reduction: there None, here 'token'"),
     ):
         result = nextquill(*words(data, folder, *generating, *more))
         assert result.code == 1, result.err

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions, check_positive
+from nextquill.cli.flags import check_positive
+from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
 from nextquill.integrations.loading import PromptSettings

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nextquill.cli.options import option
+from nextquill.cli.flags import option
 from nextquill.cli.parsing import UsageError, parse
 
 

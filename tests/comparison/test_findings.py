@@ -3,7 +3,7 @@
 import pytest
 
 from nextquill.comparison.collecting import collect
-from nextquill.comparison.findings import find, number, signed
+from nextquill.comparison.findings import LEAST_EFFECT, find, number, signed
 
 
 @pytest.fixture
@@ -69,6 +69,12 @@ def test_a_ruined_pass_without_history_is_warned_of(found):
     assert "NextQuill (official) 3.49 → 5.49" in findings[COLLAPSE].text
     assert "PerCE" not in findings[COLLAPSE].text
     assert "NextQuill (official)" in findings[UNSUPPORTED].text
+
+
+@pytest.mark.parametrize("size", [0.005, 0.02])
+def test_an_effect_of_no_size_is_not(found, size):
+    findings = found({"perce": {"nll_counterfactual": size, "effect_logprob": size}})
+    assert (UNSUPPORTED in findings) is (size > LEAST_EFFECT)
 
 
 def test_an_effect_that_the_placebo_supports_is_not(found):
