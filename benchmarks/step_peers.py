@@ -117,7 +117,7 @@ def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
         return {"input_ids": ids[:1], "attention_mask": ids[1:]}
 
     def labels(branch: Branch) -> Tensor:
-        ignored = case.lengths.padded - 1 - len(branch.response_ids)  # the last position predicts nothing
+        ignored = case.lengths.padded - 1 - branch.response_length  # the last position predicts nothing
         return torch.tensor([-100] * ignored + branch.response_ids, device=model.device)
 
     return [

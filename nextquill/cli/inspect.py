@@ -167,7 +167,7 @@ def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> 
         ("shared", factual, 0, shared),
         ("factual", factual, shared, len(factual)),
         ("counterfactual", counterfactual, shared, len(counterfactual)),
-        ("response", example.factual.response_ids, 0, len(example.factual.response_ids)),
+        ("response", example.factual.response_ids, 0, example.factual.response_length),
     )
     tokenizer: Any = encoder.renderer.tokenizer
     # Pieces of the whole, cut afterwards: a character may lie across the joint.
@@ -248,8 +248,8 @@ def _heading(each: Inspected, otherwise: str) -> Iterator[str]:
     example = each.example
     yield f"record {example.index}, user {example.user_id}"
     yield (
-        f"  prompt with history {len(example.factual.prompt_ids)} tokens, {otherwise} "
-        f"{len(example.counterfactual.prompt_ids)}, response {len(example.factual.response_ids)}"
+        f"  prompt with history {example.factual.prompt_length} tokens, {otherwise} "
+        f"{example.counterfactual.prompt_length}, response {example.factual.response_length}"
     )
     yield f"  {example.history_kept} of {_count(example.history_total, 'history item')} in the prompt"
     for text, size in each.dropped[:_DROPPED_SHOWN]:

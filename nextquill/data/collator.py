@@ -21,7 +21,6 @@ branches hold each token. Nothing is ever shifted: at the end of a branch the ne
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,9 @@ from torch import Tensor
 from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
 from nextquill.errors import ArgumentError, BudgetError
-from nextquill.tree import TreeLayout, build_prefix_tree, pack_branches
+from nextquill.tree import PrefixTree, TreeLayout
+from nextquill.tree.packing import pack_sorted
+from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
 #: No label of a batch; token ids are not negative.
 IGNORE_INDEX = -100
@@ -73,23 +74,26 @@ class TreeCollator:
             BudgetError: an example alone takes more than `max_tokens`.
         """
         _check_examples(examples, self.forwards)
-        # As tensors at once: Python's integers take most of the time that packing and merging take without them.
-        ids = {
-            name: [_token_ids(branch_of(each, name)) for each in examples] for names in self.forwards for name in names
-        }
-        groups = [list(group) for group in zip(*(ids[name] for name in self.forwards[-1]), strict=True)]
+        count = len(examples)
+        ordered = [
+            sort_branches([branch_of(each, name).input_tensor() for name in names for each in examples])
+            for names in self.forwards
+        ]
+        groups = [_indices([index], count, self.forwards[-1]) for index in range(count)]
         try:
-            packed = pack_branches(groups, self.max_tokens)
+            packed = pack_sorted(ordered[-1], groups, self.max_tokens)
         except BudgetError as error:
             raise BudgetError(f"examples: {error} (groups are the batch's examples)") from error
-        return _batch(examples, [self._part(examples, ids, chosen) for chosen in packed])
+        return _batch(examples, [self._part(examples, ordered, chosen) for chosen in packed])
 
     def _part(
-        self, examples: Sequence[EncodedExample], ids: Mapping[str, Sequence[Tensor]], chosen: Sequence[int]
+        self, examples: Sequence[EncodedExample], ordered: Sequence[SortedBranches], chosen: Sequence[int]
     ) -> dict[str, Any]:
-        own = [examples[index] for index in chosen]
-        own_ids = {name: [each[index] for index in chosen] for name, each in ids.items()}
-        return _part(examples, chosen, [_tree_forward(own, own_ids, names) for names in self.forwards])
+        own, count = [examples[index] for index in chosen], len(examples)
+        forwards = []
+        for names, branches in zip(self.forwards, ordered, strict=True):
+            forwards.append(_tree_forward(own, branches.select(_indices(chosen, count, names)).tree(), names))
+        return _part(examples, chosen, forwards)
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, for a rank that has none where others have: one token per forward."""
@@ -154,12 +158,12 @@ class PaddedCollator:
 
     def _forward(self, examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
         branches = [branch_of(example, name) for name in names for example in examples]
-        lengths = [len(branch.prompt_ids) + len(branch.response_ids) for branch in branches]
+        lengths = [branch.prompt_length + branch.response_length for branch in branches]
         multiple = self.pad_to_multiple_of or 1
         longest = -(-max(lengths) // multiple) * multiple
         input_ids = torch.full((len(branches), longest), self.pad_token_id, dtype=torch.long)
         for row, branch in enumerate(branches):
-            input_ids[row, : lengths[row]] = torch.tensor(branch.input_ids, dtype=torch.long)
+            input_ids[row, : lengths[row]] = branch.input_tensor()
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         predicting = [row * longest + _predicting(branch) for row, branch in enumerate(branches)]
         count = len(examples)
@@ -167,11 +171,13 @@ class PaddedCollator:
         return {"input_ids": input_ids, "attention_mask": mask, "rows": rows, "num_branch_tokens": sum(lengths)}
 
 
-def _tree_forward(
-    examples: Sequence[EncodedExample], ids: Mapping[str, Sequence[Tensor]], names: Sequence[str]
-) -> dict[str, Any]:
+def _indices(chosen: Sequence[int], count: int, names: Sequence[str]) -> list[int]:
+    """Where examples' branches stand in a forward's list of branches, which has all of one name together."""
+    return [position * count + index for position in range(len(names)) for index in chosen]
+
+
+def _tree_forward(examples: Sequence[EncodedExample], tree: PrefixTree, names: Sequence[str]) -> dict[str, Any]:
     branches = [branch_of(example, name) for name in names for example in examples]
-    tree = build_prefix_tree([each for name in names for each in ids[name]])
     predicting = [rows[_predicting(branch)] for rows, branch in zip(tree.branch_rows, branches, strict=True)]
     count = len(examples)
     return {
@@ -186,9 +192,9 @@ def _tree_forward(
 
 
 def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: list[dict[str, Any]]) -> dict[str, Any]:
-    responses = [examples[index].factual.response_ids for index in chosen]
-    labels = _tensor(*responses)
-    lengths = torch.tensor([len(response) for response in responses])
+    responses = [examples[index].factual for index in chosen]
+    labels = torch.cat([response.response_tensor() for response in responses])
+    lengths = torch.tensor([response.response_length for response in responses])
     part = _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
     effects = [stored for index in chosen if (stored := examples[index].effects) is not None]
     return {**part, "effects": torch.cat(effects, dim=1)} if len(effects) == len(responses) else part
@@ -219,23 +225,10 @@ def _user_number(user_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _token_ids(branch: Branch) -> Tensor:
-    """A branch as int64 [length]."""
-    return _tensor(branch.prompt_ids, branch.response_ids)
-
-
-def _tensor(first: Sequence[int], *others: Sequence[int]) -> Tensor:
-    """Token ids one after another as int64 [n]; `array` takes Python's integers several times faster than torch."""
-    ids = array("q", first)
-    for each in others:
-        ids.extend(each)
-    return torch.frombuffer(ids, dtype=torch.long)
-
-
 def _predicting(branch: Branch) -> Tensor:
     """Positions in the branch whose next token is one of the response."""
-    first = len(branch.prompt_ids) - 1
-    return torch.arange(first, first + len(branch.response_ids))
+    first = branch.prompt_length - 1
+    return torch.arange(first, first + branch.response_length)
 
 
 def empty_like(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +280,7 @@ def _check_examples(examples: Sequence[EncodedExample], forwards: Forwards) -> N
                     f"examples: expected a {name} branch in each, got none in example {example.index} "
                     f"(user {example.user_id!r}); encode with placebo=True, on records of at least two users"
                 )
-            if not branch.prompt_ids or not branch.response_ids:
+            if not branch.prompt_length or not branch.response_length:
                 raise ArgumentError(
                     f"examples: expected a prompt and a response in each branch, got an empty one in the {name} branch "
                     f"of example {example.index}"

@@ -43,4 +43,4 @@ class EncodedDataset(Dataset[EncodedExample]):
     def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
         """For each example the tokens of its branches of these names, each on its own; a missing branch has none."""
         branches = ([getattr(example, name) for name in names] for example in self.examples)
-        return [sum(len(b.prompt_ids) + len(b.response_ids) for b in found if b is not None) for found in branches]
+        return [sum(b.prompt_length + b.response_length for b in found if b is not None) for found in branches]

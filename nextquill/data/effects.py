@@ -71,7 +71,7 @@ def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Ten
     if ids != example.factual.response_ids:
         raise RecordError(
             f"{where}: field 'token_ids': expected the response of example {example.index}, which begins "
-            f"{example.factual.response_ids[:5]} and has {len(example.factual.response_ids)} tokens, got {ids[:5]} and "
+            f"{example.factual.response_ids[:5]} and has {example.factual.response_length} tokens, got {ids[:5]} and "
             f"{len(ids)}; the file was made of other records or with another tokenizer"
         )
     return torch.stack([_numbers(raw, name, where, len(ids)) for name in _FIELDS])

@@ -17,6 +17,7 @@ meanwhile. One record alone is the same conversation, with the same outcome.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,8 +51,8 @@ Steps = Generator[list[str], list[Ids], EncodedExample]
 _CACHED_COUNTS = 200_000
 #: Records led side by side; of 2,000 tokens each they keep all cores busy for 100 ms and more.
 _BATCH_SIZE = 128
-# Batches under way: one is tokenised while another is rendered, and one is ready.
-_WORKERS, _AHEAD = 2, 3
+# Batches under way: one or two are tokenised while another is rendered, and one is ready.
+_WORKERS, _AHEAD = 3, 4
 # How far a length estimated from the response's tokens per character is trusted before items are counted.
 _CLEARLY = 1.3
 # Characters of an item besides its title and text.
@@ -238,15 +239,16 @@ class ExampleEncoder:
                 f"counterfactual={self.template.counterfactual!r}; records of one user have no other's"
             )
         where = f"record {index} (user {record.user_id!r})"
+        start = array("i", self.renderer.start_ids)
         try:
             response_text, bare_text = self.renderer.response_text(record.response), self.renderer.prompt(record.query)
             response, bare = yield [response_text, bare_text]
-            response_ids = response.tolist() + self.renderer.end_ids
-            self._check_budget(where, len(self.renderer.start_ids) + len(bare), len(response_ids))
+            response_ids = response + array("i", self.renderer.end_ids)
+            self._check_budget(where, len(start) + len(bare), len(response_ids))
             fitting = _Fitting(
                 record.query,
                 bare,
-                room=self.max_length - len(response_ids) - len(self.renderer.start_ids),
+                room=self.max_length - len(response_ids) - len(start),
                 tokens_per_character=len(response) / len(response_text),
             )
             prompt, kept = yield from self._fit(fitting, record.history)
@@ -255,14 +257,14 @@ class ExampleEncoder:
                 other, _ = yield from self._fit(fitting, counterfactual_history)
             if placebo_history is not None:
                 found, _ = yield from self._fit(fitting, placebo_history)
-                placebo = Branch(self.renderer.start_ids + found.tolist(), response_ids)
+                placebo = Branch(start + found, response_ids)
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from error
         return EncodedExample(
             user_id=record.user_id,
             index=index,
-            factual=Branch(self.renderer.start_ids + prompt.tolist(), response_ids),
-            counterfactual=Branch(self.renderer.start_ids + other.tolist(), response_ids),
+            factual=Branch(start + prompt, response_ids),
+            counterfactual=Branch(start + other, response_ids),
             placebo=placebo,
             history_kept=kept,
             history_total=len(record.history),

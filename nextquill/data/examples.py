@@ -2,28 +2,93 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from nextquill.data.tokenizing import Ids
 
-@dataclass(frozen=True, slots=True)
+
 class Branch:
     """One prompt and the response to it, as token ids.
 
+    They are kept in four bytes each, where a list takes forty; `prompt_ids` and `response_ids` make lists of them.
+
     Args:
         prompt_ids: everything before the response; never empty, as its last position predicts the first response token.
-        response_ids: the response and what ends it; all supervised.
+        response_ids: the response and what ends it; all supervised. Both are lists, arrays of type "i", or int32
+            tensors [n], of which the last two are kept as they are.
     """
 
-    prompt_ids: list[int]
-    response_ids: list[int]
+    __slots__ = ("_prompt", "_response")
+
+    def __init__(self, prompt_ids: Ids | Tensor | Sequence[int], response_ids: Ids | Tensor | Sequence[int]) -> None:
+        self._prompt, self._response = _compact(prompt_ids), _compact(response_ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt."""
+        return self._prompt.tolist()
+
+    @property
+    def response_ids(self) -> list[int]:
+        """The response and what ends it."""
+        return self._response.tolist()
 
     @property
     def input_ids(self) -> list[int]:
         """The prompt and the response, in one list."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt)
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of the response."""
+        return len(self._response)
+
+    def input_tensor(self) -> Tensor:
+        """The prompt and the response, int64 [prompt_length + response_length]."""
+        return torch.cat((_tensor(self._prompt), _tensor(self._response))).long()
+
+    def response_tensor(self) -> Tensor:
+        """The response, int64 [response_length]."""
+        return _tensor(self._response).long()
+
+    def to_arrays(self) -> tuple[Ids, Ids]:
+        """Prompt and response, four bytes a token."""
+        return _array(self._prompt), _array(self._response)
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_arrays() == other.to_arrays() if isinstance(other, Branch) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Branch(prompt_ids={self.prompt_ids}, response_ids={self.response_ids})"
+
+    def __reduce__(self) -> tuple[type[Branch], tuple[Ids, Ids]]:
+        return Branch, self.to_arrays()  # a tensor would take the whole file that it is mapped from along
+
+
+def _compact(ids: Ids | Tensor | Sequence[int]) -> Ids | Tensor:
+    return ids if isinstance(ids, (array, Tensor)) else array("i", ids)
+
+
+def _tensor(ids: Ids | Tensor) -> Tensor:
+    if isinstance(ids, Tensor):
+        return ids
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+
+
+def _array(ids: Ids | Tensor) -> Ids:
+    return ids if isinstance(ids, array) else array("i", ids.tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +147,6 @@ class EncodingStats:
             history_items_dropped=sum(example.history_total - example.history_kept for example in examples),
             examples_truncated=sum(example.history_kept < example.history_total for example in examples),
             examples_without_history=sum(example.history_kept == 0 for example in examples),
-            prompt_tokens=sum(len(example.factual.prompt_ids) for example in examples),
-            response_tokens=sum(len(example.factual.response_ids) for example in examples),
+            prompt_tokens=sum(example.factual.prompt_length for example in examples),
+            response_tokens=sum(example.factual.response_length for example in examples),
         )

@@ -172,9 +172,8 @@ class _StoredExamples(Sequence[EncodedExample]):
     def _example(self, shard: int, row: int) -> EncodedExample:
         index = self._map(shard, "index")[row * len(_COLUMNS) : (row + 1) * len(_COLUMNS)].tolist()
         lengths = [index[_FACTUAL], index[_COUNTERFACTUAL], max(index[_PLACEBO], 0), index[_RESPONSE]]
-        ids = self._map(shard, "tokens")[index[_START] : index[_START] + sum(lengths)].tolist()
-        ends = list(accumulate(lengths))
-        factual, counterfactual, placebo, response = (ids[e - n : e] for e, n in zip(ends, lengths, strict=True))
+        ids = self._map(shard, "tokens")[index[_START] : index[_START] + sum(lengths)]
+        factual, counterfactual, placebo, response = ids.split(lengths)
         return EncodedExample(
             user_id=self.users(shard)[row],
             index=index[_INDEX],

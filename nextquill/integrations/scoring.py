@@ -159,7 +159,7 @@ class BranchScorer:
             for start in range(0, len(examples), size):
                 for part in collate(examples[start : start + size])["parts"]:
                     members = [start + index for index in part["sequence_ids"].unique_consecutive().tolist()]
-                    lengths = [len(branches[index].response_ids) for index in members]
+                    lengths = [branches[index].response_length for index in members]
                     nll = self._passes.scores(to_device(part, device)).output.pair_nll.factual
                     found.update(zip(members, nll.cpu().split(lengths), strict=True))
         return [found[index] for index in range(len(branches))]
@@ -281,7 +281,7 @@ def _score_part(
     passes: PairPasses, examples: Sequence[EncodedExample], part: Any, device: torch.device
 ) -> list[ExampleScores]:
     members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
-    sizes = [len(examples[index].factual.response_ids) for index in members]
+    sizes = [examples[index].factual.response_length for index in members]
     scores = passes.scores(to_device(part, device))
     pair = scores.output.pair_nll
     streams = (pair.factual, pair.counterfactual, scores.placebo_nll)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor
 
 from nextquill.errors import ArgumentError, BudgetError
-from nextquill.tree.prefix_tree import PrefixTree, build_prefix_tree, sort_branches
+from nextquill.tree.prefix_tree import PrefixTree, SortedBranches, build_prefix_tree, sort_branches
 
 
 def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens: int | None = None) -> list[list[int]]:
@@ -28,34 +29,40 @@ def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens
         ArgumentError: no groups, an empty one, or a budget below 1.
         BudgetError: a group is larger than the budget on its own.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ArgumentError(f"max_tokens: expected a positive number or None, got {max_tokens}")
     if not groups or any(not group for group in groups):
         raise ArgumentError("groups: expected at least one, each with at least one branch")
-    branches = [branch for group in groups for branch in group]
-    owner = [index for index, group in enumerate(groups) for _ in group]
-    ids, order, shared = sort_branches(branches)
-    ranks: list[list[int]] = [[] for _ in groups]
-    for rank, branch in enumerate(order):
-        ranks[owner[branch]].append(rank)
-    first = [0]
-    for group in groups:
-        first.append(first[-1] + len(group))
-    rank_of = {branch: rank for rank, branch in enumerate(order)}
-    taken = sorted(range(len(groups)), key=lambda index: rank_of[first[index]])
+    ends = list(accumulate(map(len, groups)))
+    indices = [range(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
+    return pack_sorted(sort_branches([branch for group in groups for branch in group]), indices, max_tokens)
+
+
+def pack_sorted(
+    branches: SortedBranches, groups: Sequence[Sequence[int]], max_tokens: int | None = None
+) -> list[list[int]]:
+    """`pack_branches` of branches that are sorted already; a group is the indices of its branches.
+
+    Raises:
+        ArgumentError: a budget below 1.
+        BudgetError: a group is larger than the budget on its own.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ArgumentError(f"max_tokens: expected a positive number or None, got {max_tokens}")
+    rank_of = {branch: rank for rank, branch in enumerate(branches.order)}
+    taken = sorted(range(len(groups)), key=lambda index: rank_of[groups[index][0]])
     if max_tokens is None:
         return [taken]
 
-    lengths = [len(ids[branch]) for branch in order]
+    lengths, shared = [len(branches.ids[branch]) for branch in branches.order], branches.shared
     rows: list[list[int]] = []
     members, size = list[int](), 0  # ranks in the current row, and its number of tokens
     for index in taken:
-        extended, larger = _extended(members, size, ranks[index], lengths, shared)
+        ranks = sorted(rank_of[branch] for branch in groups[index])
+        extended, larger = _extended(members, size, ranks, lengths, shared)
         if rows and members and larger <= max_tokens:
             rows[-1].append(index)
             members, size = extended, larger
             continue
-        members, size = _extended([], 0, ranks[index], lengths, shared)
+        members, size = _extended([], 0, ranks, lengths, shared)
         if size > max_tokens:
             raise BudgetError(f"groups[{index}]: its branches take {size} tokens together; max_tokens is {max_tokens}")
         rows.append([index])

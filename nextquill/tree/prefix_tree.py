@@ -28,6 +28,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 
 #: Largest token id: ids are sorted as four bytes.
 _LARGEST_ID = 2**31 - 1
+_KEY_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +77,53 @@ def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
         ArgumentError: no branches, an empty one, or a token id that is negative or above 2³¹ - 1.
         ArgumentTypeError: a branch is not a sequence of integers.
     """
-    return _layout(*sort_branches(branches))
+    return sort_branches(branches).tree()
 
 
-def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
+@dataclass(frozen=True, eq=False)
+class SortedBranches:
+    """Branches in the order of their tokens, and what neighbours share; some of them need no new sort.
+
+    Attributes:
+        ids: the branches as given, int64 [length] each.
+        order: their indices, sorted.
+        shared: in that order, the tokens that each shares with the one before it.
+    """
+
+    ids: list[Tensor]
+    order: list[int]
+    shared: list[int]
+
+    def select(self, chosen: Sequence[int]) -> SortedBranches:
+        """Some of the branches, each once, numbered in the order of `chosen`."""
+        number = {branch: index for index, branch in enumerate(chosen)}
+        order, shared = list[int](), list[int]()
+        least = _LARGEST_ID  # of what neighbours share since the last branch that was chosen
+        for branch, common in zip(self.order, self.shared, strict=True):
+            least = min(least, common)
+            if branch in number:
+                order.append(number[branch])
+                shared.append(least)
+                least = _LARGEST_ID
+        return SortedBranches([self.ids[branch] for branch in chosen], order, shared)
+
+    def tree(self) -> PrefixTree:
+        """The branches merged by common prefix."""
+        return _layout(self.ids, self.order, self.shared)
+
+
+def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
     """Check branches, sort them by their tokens, and measure what neighbours share.
 
-    Returns:
-        The branches as int64 [length]; their order; and, in that order, the tokens each shares with the one before it.
+    Raises:
+        ArgumentError, ArgumentTypeError: as `build_prefix_tree`.
     """
     ids = [_token_ids(branch, position) for position, branch in enumerate(branches)]
     if not ids:
         raise ArgumentError("branches: expected at least one, got none")
-    order = sorted(range(len(ids)), key=[_sort_key(each) for each in ids].__getitem__)
-    return ids, order, [0, *(_common_prefix(ids[a], ids[b]) for a, b in pairwise(order))]
+    keys = _sort_keys(ids)
+    order = sorted(range(len(ids)), key=keys.__getitem__)
+    return SortedBranches(ids, order, [0, *(_common_prefix(keys[a], keys[b]) for a, b in pairwise(order))])
 
 
 def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTree:
@@ -118,11 +152,16 @@ def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTre
     return PrefixTree(input_ids, position_ids, subtree_end, tuple(branch_rows))
 
 
-def _common_prefix(a: Tensor, b: Tensor) -> int:
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
-    first = int(differs.to(torch.uint8).argmax()) if length else 0
-    return first if length and differs[first] else length
+def _common_prefix(a: bytes, b: bytes) -> int:
+    """How many leading tokens two sort keys share: by comparing stretches that double, then halve."""
+    same, step, most = 0, _KEY_BYTES * 16, min(len(a), len(b))
+    while same < most and a[same : same + step] == b[same : same + step]:
+        same, step = min(same + step, most), step * 2
+    while step > _KEY_BYTES:  # the first difference, if there is one, lies within a step
+        step //= 2
+        if same < most and a[same : same + step] == b[same : same + step]:
+            same = min(same + step, most)
+    return same // _KEY_BYTES
 
 
 def _token_ids(branch: Any, position: int) -> Tensor:
@@ -143,16 +182,24 @@ def _token_ids(branch: Any, position: int) -> Tensor:
         ids = torch.frombuffer(tokens, dtype=torch.long) if tokens else torch.empty(0, dtype=torch.long)
     if not len(ids):
         raise ArgumentError(f"branches[{position}]: expected at least one token, got none")
-    least, largest = (int(bound) for bound in ids.aminmax())
-    if least < 0 or largest > _LARGEST_ID:
-        raise ArgumentError(f"branches[{position}]: expected token ids in [0, {_LARGEST_ID}], got {least} to {largest}")
     return ids
 
 
-def _sort_key(ids: Tensor) -> bytes:
-    """Big-endian bytes, which compare as the tokens do."""
-    key = torch.empty(len(ids), dtype=torch.int32).copy_(ids).view(torch.uint8)  # `ids` may have strides
+def _sort_keys(branches: list[Tensor]) -> list[bytes]:
+    """For each branch its tokens as big-endian bytes, which compare as the tokens do."""
+    ids = torch.cat(branches)
+    least, largest = (int(bound) for bound in ids.aminmax())
+    if least < 0 or largest > _LARGEST_ID:
+        position = next(at for at, each in enumerate(branches) if int(each.min()) < 0 or int(each.max()) > _LARGEST_ID)
+        bad = branches[position]
+        raise ArgumentError(
+            f"branches[{position}]: expected token ids in [0, {_LARGEST_ID}], got {int(bad.min())} to {int(bad.max())}"
+        )
+    key = ids.to(torch.int32).view(torch.uint8)
     if sys.byteorder == "little":
-        key = key.view(-1, 4).flip(1)
-    key = key.contiguous()
-    return ctypes.string_at(key.data_ptr(), key.numel())
+        key = key.view(-1, _KEY_BYTES).flip(1).contiguous()
+    keys, start = list[bytes](), key.data_ptr()
+    for each in branches:
+        keys.append(ctypes.string_at(start, len(each) * _KEY_BYTES))
+        start += len(each) * _KEY_BYTES
+    return keys

@@ -61,7 +61,7 @@ def generation_engine(
         from nextquill.integrations.generation.vllm_engine import vllm_engine
 
         branches = [branch for each in examples for branch in (each.factual, each.counterfactual, each.placebo)]
-        longest = max((len(branch.prompt_ids) for branch in branches if branch is not None), default=1)
+        longest = max((branch.prompt_length for branch in branches if branch is not None), default=1)
         with vllm_engine(model, tokenizer, stops, options, model_name, longest) as engine:
             yield engine
     else:
