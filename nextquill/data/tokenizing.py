@@ -102,7 +102,8 @@ class BatchTokenizer:
 
     def _pieces(self, text: str) -> list[str]:
         """What is encoded: each piece with its line break and the guard, and the last one as it is."""
-        assert self._cut is not None and self._cut_items is not None
+        assert self._cut is not None
+        assert self._cut_items is not None
         pieces = list[str]()
         for paragraph in self._cut_items.split(text):
             pieces += [paragraph] if len(paragraph) <= _LONG_PARAGRAPH else self._cut.split(paragraph)

@@ -59,6 +59,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextquill.data.encoding._BATCH_SIZE", 2)
+    monkeypatch.setattr("nextquill.data.encoding._AHEAD", 3)
 
 
 @pytest.mark.parametrize("placebo", [False, True])
