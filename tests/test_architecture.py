@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"errors", "files"}),
     "report": frozenset({"errors", "evaluation", "files"}),
     "integrations": _LOSSES | {"data", "evaluation", "files", "tree"},
-    "popi": _LOSSES | {"data", "files", "tree"},
+    "popi": _LOSSES | {"data", "evaluation", "files", "integrations", "report", "tree"},
     "demo": _LOSSES | {"data", "files", "tree", "integrations", "report", "nextquill"},
     "comparison": _LOSSES | {"data", "evaluation", "files", "integrations", "report", "tree"},
     "cli": _LOSSES

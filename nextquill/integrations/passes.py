@@ -191,6 +191,26 @@ class PairPasses:
         weights = self._stored_weights(part) if self.stored_effects else None
         return self._loss(self.loss, part, hidden, num_items, call, token_weights=weights)
 
+    def weighted_nll(self, part: Part, token_weights: Tensor, call: nn.Module | None = None) -> Tensor:
+        """Σ w · nll over a part's labels, with its gradient: what any loss of log-probabilities comes to, once its
+        derivatives by them are known.
+
+        Args:
+            part: with one forward, of a collator with `FACTUAL`.
+            token_weights: float [n], one a label, of either sign; constants.
+            call: the model in its DDP or FSDP wrapper.
+        """
+        (forward,) = part["forwards"]
+
+        def compute(state: HeadState) -> Tensor:
+            nll = linear_token_nll(
+                _select(state, forward)["factual"], state.weight, part["labels"],
+                bias=state.bias, softcap=self.loss.softcap, logit_scale=self.loss.logit_scale, impl=self.loss.impl,
+            )  # fmt: skip
+            return (nll * token_weights.to(nll)).sum()
+
+        return self.runner.forward(compute, self._model_inputs(forward), call)
+
     # ---- evaluation --------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -116,6 +116,7 @@ class BranchScorer:
         pad_token_id: fills padded batches.
         attention: see `PairPasses`.
         max_tokens: most tokens of one forward, what branches share counted once; by default as for `score_examples`.
+        passes: of the model, where they are there already; `attention` is then theirs.
 
     Raises:
         ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
@@ -123,10 +124,16 @@ class BranchScorer:
     """
 
     def __init__(
-        self, model: Any, pad_token_id: int = 0, *, attention: str = "auto", max_tokens: int | None = None
+        self,
+        model: Any,
+        pad_token_id: int = 0,
+        *,
+        attention: str = "auto",
+        max_tokens: int | None = None,
+        passes: PairPasses | None = None,
     ) -> None:
         self._model, self._pad, self._given = model, pad_token_id, max_tokens
-        self._passes = PairPasses(model, SFTLoss(), attention)
+        self._passes = PairPasses(model, SFTLoss(), attention) if passes is None else passes
         self._usual = usual_max_tokens(model, attention)
         self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
 

@@ -8,10 +8,8 @@ callbacks, logging) is the Trainer's.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,12 +38,13 @@ from nextquill.integrations.metrics import CounterfactualWatch
 from nextquill.integrations.mixin import CausalLossMixin
 from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.scoring import ExampleScores, score_examples
+from nextquill.integrations.staged import StagedCheckpoints
 from nextquill.losses import NextQuillLoss, PairLoss
 
 __all__ = ["NextQuillTrainer", "check_vocabulary", "default_max_length"]
 
 
-class NextQuillTrainer(CausalLossMixin, Trainer):
+class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
     """Fine-tune a causal language model on users' histories with a causal loss.
 
     Args:
@@ -145,8 +144,6 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
             **options,
         )
         self._set_normalised()
-        self._identity: dict[str, Any] | None = None
-        self._is_staging = False
 
     # ---- data ----------------------------------------------------------------------------------
 
@@ -194,18 +191,8 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, or of another model or loss.
         """
-        folder = Path(str(self.args.output_dir))
-        checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
-        if self._identity is None:  # once: the engine may shard the parameters afterwards
-            self._identity = self.run_identity()
-        if checkpoint is not None and self.is_world_process_zero():
-            checkpoints.check_identity(checkpoint, self._identity)
-        if self.args.should_save:
-            checkpoints.remove_staging(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_identity(folder)
         self.meter.reset()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def run_identity(self) -> dict[str, Any]:
         """What must agree between this run and a checkpoint it resumes from."""
@@ -213,44 +200,6 @@ class NextQuillTrainer(CausalLossMixin, Trainer):
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
         identity = checkpoints.run_identity(self.model, self.loss)
         return {**identity, "effects_file": effects, "examples_per_user": self.examples_per_user}
-
-    # ---- checkpoints ---------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(Path(folder) / checkpoints.STAGING) if self._is_staging else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when every rank's part is in it."""
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        staged = folder / checkpoints.STAGING / name
-        self._is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-            best = f"checkpoint-{self.state.best_global_step}"
-            if best == name or (folder / best).is_dir():
-                self.state.best_model_checkpoint = str(folder / best)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-                self._write_identity(staged)
-                checkpoints.move_into_place(staged, folder / name)
-        finally:
-            self._is_staging = False
-            if self.args.should_save:
-                checkpoints.remove_staging(folder)
-        if self.args.should_save:
-            checkpoints.rotate(folder, self.args.save_total_limit, name, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_staging:  # the upload goes on in the background and needs a folder that stays
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _write_identity(self, folder: Path) -> None:
-        checkpoints.write_text(folder / checkpoints.RUN_FILE, json.dumps(self._identity, indent=2) + "\n")
 
 
 def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] | None) -> EncodedDataset | None:

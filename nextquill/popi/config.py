@@ -1,0 +1,101 @@
+"""How POPI is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.popi.estimators import ESTIMATORS
+from nextquill.popi.objective import KINDS, PreferenceLoss
+
+UPDATES = ("joint", "alternate")
+WARM_STARTS = ("given", "self")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class POPIConfig:
+    """Settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
+
+    Every field says what it is in its metadata, which is also the command line's help.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a setting has an unusable value; the message names it.
+    """
+
+    objective: str = _setting("dpo", "Preference loss of the generator: dpo or ipo.")
+    beta: float = _setting(0.1, "β of DPO, τ of IPO.")
+    reference_sees_summary: bool = _setting(
+        False, "Give the reference the summary too; without, a log-ratio holds the summary's causal effect."
+    )
+    estimator: str = _setting("rloo", "Advantages within a group of summaries: rloo, grpo, or reinforce without any.")
+    group_size: int = _setting(4, "Summaries sampled for a user in a step.")
+    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over, none of them a signal.")
+    signals_per_user: int = _setting(8, "Most signals of a user that the inference model is shown.")
+    kl_coef: float = _setting(0.01, "Reward taken off for each nat of log φ(s) - log φ_initial(s).")
+    length_penalty: float = _setting(0.0, "Reward taken off for each token of a summary.")
+    unfinished_penalty: float = _setting(0.5, "Reward taken off where a summary did not end within its budget.")
+    max_summary_tokens: int = _setting(64, "Longest summary that is sampled.")
+    max_signal_tokens: int = _setting(2048, "Longest prompt of the inference model; the oldest signals are left out.")
+    max_length: int = _setting(2048, "Longest prompt and response of the generator.")
+    temperature: float = _setting(1.0, "Of sampling summaries; the gradient is that of the tempered distribution.")
+    update: str = _setting("joint", "joint: both models in every step; alternate: one after the other.")
+    alternate_every: int = _setting(1, "Steps of one model before those of the other, the generator first.")
+    freeze_inference: bool = _setting(False, "Train the generator alone.")
+    freeze_generator: bool = _setting(False, "Train the inference model alone, for a generator as it is.")
+    warm_start_steps: int = _setting(0, "First steps in which the inference model is trained on summaries.")
+    warm_start: str = _setting("self", "given: on the users' own field `summary`; self: on each group's best.")
+    rollout_batch_size: int = _setting(32, "Summaries that are sampled side by side.")
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ArgumentError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+            if value < least:
+                raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+        for name in ("kl_coef", "length_penalty", "unfinished_penalty"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ArgumentError(f"{name}: expected a number of at least 0, got {value!r}")
+        if not (
+            isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature) and self.temperature > 0
+        ):
+            raise ArgumentError(f"temperature: expected a number above 0, got {self.temperature!r}")
+        PreferenceLoss(self.objective, self.beta)
+        if self.estimator != "reinforce" and self.group_size < 2 and not self.freeze_inference:
+            raise ArgumentError(f"group_size: expected at least 2 with estimator={self.estimator!r}, got 1")
+        if self.freeze_inference and self.freeze_generator:
+            raise ArgumentError("freeze_inference: expected False with freeze_generator=True, or nothing is trained")
+
+    @property
+    def loss(self) -> PreferenceLoss:
+        """The generator's loss."""
+        return PreferenceLoss(self.objective, self.beta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+_CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": UPDATES, "warm_start": WARM_STARTS}
+_INTEGERS = {
+    "group_size": 1,
+    "pairs_per_user": 1,
+    "signals_per_user": 1,
+    "max_summary_tokens": 1,
+    "max_signal_tokens": 1,
+    "max_length": 2,
+    "alternate_every": 1,
+    "warm_start_steps": 0,
+    "rollout_batch_size": 1,
+}

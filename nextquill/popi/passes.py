@@ -1,0 +1,119 @@
+"""Log-probabilities of responses under prompts that share what they begin with, and weighted sums of them.
+
+Both gradients of POPI are weighted sums of log-probabilities: the weights of a pair's responses are the derivatives of
+its loss, those of a group's summaries their advantages. They are measured first, without gradient, on everything a step
+needs, and are constants in the forward with gradient. So that forward can be cut anywhere, into trees under a token
+budget, micro-batches and ranks, and the gradient stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.data import Branch, EncodedExample
+from nextquill.data.collator import to_device
+from nextquill.integrations.passes import PairPasses
+from nextquill.integrations.scoring import BranchScorer, forward_budget, usual_max_tokens
+from nextquill.losses import SFTLoss
+
+# Padded branches of a forward with gradient: each is a row.
+_PADDED_TOGETHER = 8
+
+
+class BranchPasses:
+    """Runs branches of one model. Usable as a context manager, which calls `close` in the end.
+
+    Args:
+        model: a causal language model, also a PEFT model, whose adapter is chosen by whoever calls.
+        pad_token_id: fills padded rows.
+        attention: see `PairPasses`.
+        max_tokens: most tokens of a forward over trees; by default 16384 (4096 on a CPU), or what the largest branch
+            takes.
+
+    Attributes:
+        temperature: log-probabilities are those of softmax(logits / temperature); 1 at first.
+
+    Raises:
+        ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
+        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pad_token_id: int = 0,
+        *,
+        attention: str = "auto",
+        max_tokens: int | None = None,
+    ) -> None:
+        self.model, self._pad, self._given = model, pad_token_id, max_tokens
+        self._passes = PairPasses(model, SFTLoss(), attention)
+        self._own = (self._passes.loss.logit_scale, self._passes.loss.softcap)
+        self._temperature = 1.0
+        self._usual = usual_max_tokens(model, attention)
+        self._scorer = BranchScorer(
+            model, pad_token_id, attention=attention, max_tokens=max_tokens, passes=self._passes
+        )
+
+    def __enter__(self) -> BranchPasses:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature, (scale, cap) = value, self._own
+        # cap(x) / T = c/T · tanh((x/T) / (c/T))
+        self._passes.loss.logit_scale = scale / value
+        self._passes.loss.softcap = None if cap is None else cap / value
+
+    def close(self) -> None:
+        """Leave the model as it was found; a later call takes hold of it again."""
+        self._passes.close()
+
+    def log_probs(self, branches: Sequence[Branch]) -> Tensor:
+        """log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats."""
+        if not branches:
+            return torch.zeros(0, dtype=torch.float64)
+        return -torch.stack([nll.double().sum() for nll in self._scorer(branches)])
+
+    def parts(self, branches: Sequence[Branch], weights: Sequence[float] | Tensor) -> list[dict[str, Any]]:
+        """What `loss` takes one after the other: the branches with a weight other than 0, merged by common prefix.
+
+        Args:
+            branches: any number.
+            weights: one per branch; what each -log p(response | prompt) is multiplied with.
+        """
+        values = torch.as_tensor(weights, dtype=torch.float64)
+        kept = values.nonzero().squeeze(1)
+        if not len(kept):
+            return []
+        chosen, values = [branches[index] for index in kept.tolist()], values[kept]
+        examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(chosen)]
+        budget, size = None, _PADDED_TOGETHER
+        if self._passes.trees is not None:
+            budget, size = forward_budget(examples, self._given, self._usual, ("factual",)), len(examples)
+        collate, parts = self._passes.collator(self._pad, budget), list[dict[str, Any]]()
+        for start in range(0, len(examples), size):
+            for part in collate(examples[start : start + size])["parts"]:
+                parts.append({**part, "token_weights": values[start + part["sequence_ids"]]})
+        return parts
+
+    def loss(self, part: dict[str, Any]) -> Tensor:
+        """Σ weight · -log p(response | prompt) over a part's branches, with its gradient."""
+        part = to_device(part, next(self.model.parameters()).device)
+        return self._passes.weighted_nll(part, part["token_weights"])
+
+    def check_training(self, max_length: int) -> None:
+        """Raise before training what would be raised during it."""
+        self._passes.check_training(max_length)

@@ -1,0 +1,401 @@
+"""One step of POPI before its gradient: summaries are sampled, pairs are scored under them, everything gets a weight.
+
+    1. of every user some pairs are drawn, and signals that do not give them away
+    2. the inference model samples a group of summaries from the signals
+    3. the generator, and the reference, score the pairs under each summary           losses, and rewards = -mean loss
+    4. the inference model, and what it was, score the summaries                      KL, advantages
+    5. losses' derivatives and advantages are the weights of log-probabilities
+
+All of it without gradient, in one go for all users of an optimiser step. What follows is `BranchPasses.loss` of the
+weighted branches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextquill.data import Branch
+from nextquill.errors import ArgumentError
+from nextquill.integrations.generation.options import Prompt
+from nextquill.popi.config import POPIConfig
+from nextquill.popi.estimators import advantages
+from nextquill.popi.objective import PairLosses, generator_error, informativeness
+from nextquill.popi.passes import BranchPasses
+from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
+from nextquill.popi.roles import GENERATOR, INFERENCE, Role, Roles
+from nextquill.popi.rollouts import Rollouts, Sample
+from nextquill.popi.users import Draw, User, check_draw, draw
+
+
+class Phase(NamedTuple):
+    """Which models a step trains, and whether the inference model learns from texts instead of rewards."""
+
+    inference: bool
+    generator: bool
+    warm: bool
+
+
+@dataclass
+class UserWork:
+    """What one user adds to a step's gradient.
+
+    Attributes:
+        user_id: whose it is.
+        branches: by role, the branches whose log-probabilities are weighted.
+        weights: by role, float64 [branches], what each -log p is multiplied with in the user's share of the loss.
+        loss: the user's mean preference loss, nats.
+        lines: the sampled summaries with what was found of them, for the log of summaries.
+    """
+
+    user_id: str
+    branches: dict[str, list[Branch]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+    lines: list[dict[str, object]] = field(default_factory=list)
+
+
+class Step(NamedTuple):
+    """The work of a step's users, in their order, and sums over them by name: (sum, count)."""
+
+    work: list[UserWork]
+    sums: dict[str, tuple[float, float]]
+
+
+class StepMaker:
+    """Makes steps. The same users, step number and weights give the same step, whatever else is computed beside it.
+
+    Args:
+        roles: both models.
+        config: the settings.
+        inference_prompts, generator_prompts: how signals and requests are worded.
+        rollouts: what samples summaries with the inference model.
+        passes: of each role's model, and of what each role was at the start.
+        seed: of draws and samples.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: POPIConfig,
+        inference_prompts: InferencePrompts,
+        generator_prompts: GeneratorPrompts,
+        rollouts: Rollouts,
+        passes: RolePasses,
+        seed: int,
+    ) -> None:
+        self.roles, self.config, self.rollouts, self.passes, self.seed = roles, config, rollouts, passes, seed
+        self._infer, self._generate = inference_prompts, generator_prompts
+
+    def phase(self, step: int) -> Phase:
+        """What a step trains."""
+        config = self.config
+        inference, generator = not config.freeze_inference, not config.freeze_generator
+        if config.update == "alternate" and inference and generator:
+            generator = step // config.alternate_every % 2 == 0
+            inference = not generator
+        return Phase(inference, generator, inference and step < config.warm_start_steps)
+
+    def make(self, users: Sequence[User], step: int) -> Step:
+        """Everything of a step but its gradient.
+
+        Args:
+            users: of this rank; none is a step without work.
+            step: the optimiser step's number from 0, which decides draws, samples and phase.
+        """
+        if not users:
+            return Step([], {})
+        config, phase = self.config, self.phase(step)
+        draws = [self._draw(user, step) for user in users]
+        groups = self._sample(users, draws, step, phase)
+        scored = self._score(draws, groups)
+        rewards = self._rewards(draws, groups, scored)
+        kl = self._kl(draws, groups) if phase.inference and config.kl_coef > 0 else None
+        lengths = torch.tensor([[len(s.ids) for s in group] for group in groups], dtype=torch.float64)
+        unfinished = torch.tensor([[not s.ended for s in group] for group in groups], dtype=torch.float64)
+        shaped = rewards - config.length_penalty * lengths - config.unfinished_penalty * unfinished
+        shaped = shaped if kl is None else shaped - config.kl_coef * kl
+        found = advantages(shaped, config.estimator if lengths.shape[1] > 1 else "reinforce")
+        work = [UserWork(user.user_id) for user in users]
+        if phase.generator:
+            self._weigh_pairs(work, draws, groups, scored)
+        if phase.inference:
+            targets = self._warm_targets(shaped) if phase.warm else None
+            self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
+        for index, each in enumerate(work):
+            each.loss = _mean_of_finite(scored.losses[index].loss)
+            each.lines = self._lines(step, draws[index], groups[index], rewards[index], found.values[index])
+        return Step(work, self._sums(draws, groups, scored, rewards, kl, found.equal, phase))
+
+    # ---- what is sampled ---------------------------------------------------------------------------
+
+    def _draw(self, user: User, step: int) -> Draw:
+        config = self.config
+        found = draw(
+            user,
+            num_pairs=config.pairs_per_user,
+            num_signals=config.signals_per_user,
+            seed=seed_of(self.seed, "draw", step, user.user_id),
+        )
+        check_draw(found)
+        return found
+
+    def _sample(self, users: Sequence[User], draws: Sequence[Draw], step: int, phase: Phase) -> list[list[Sample]]:
+        """A group of summaries for each user; of those that are given, one."""
+        if phase.warm and self.config.warm_start == "given":
+            return [[self._given(user)] for user in users]
+        size, prompts = self.config.group_size, list[Prompt]()
+        for each in draws:
+            ids, _ = self._infer.ids(each.signals)
+            for place in range(size):
+                seed = seed_of(self.seed, "summary", step, each.user_id, place)
+                prompts.append(Prompt(len(prompts), ids, seed))
+        self.passes.close()
+        with self.roles.inference.active(), torch.no_grad():
+            samples = self.rollouts.sample(prompts)
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    def _given(self, user: User) -> Sample:
+        if user.summary is None:
+            raise ArgumentError(f"warm_start: expected a given summary of every user, got none of {user.user_id!r}")
+        return Sample(self._infer.summary_ids(user.summary), user.summary, ended=True)
+
+    # ---- what is measured --------------------------------------------------------------------------
+
+    def _score(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> _Scored:
+        """Losses of every pair under every summary of its user's group, and under one of another user's."""
+        others = _other_users(draws)
+        branches, reference, lengths = list[Branch](), list[Branch](), list[int]()
+        for index, (each, group) in enumerate(zip(draws, groups, strict=True)):
+            donor = others[index]
+            texts = [sample.text for sample in group] + ([] if donor is None else [groups[donor][0].text])
+            plain = [self._generate.branches(pair) for pair in each.pairs]
+            for text in texts:
+                for position, pair in enumerate(each.pairs):
+                    both = self._generate.branches(pair, summary=tidy_summary(text) or None)
+                    branches += both
+                    reference += both if self.config.reference_sees_summary else plain[position]
+                    lengths += [branch.response_length for branch in both]
+        with self.roles.generator.active() as model:
+            policy = self.passes.of(self.roles.generator, model).log_probs(branches).view(-1, 2)
+        with self.roles.generator.initial() as model:
+            distinct, places = _distinct(reference)
+            initial = self.passes.of(self.roles.generator, model).log_probs(distinct)[places].view(-1, 2)
+        losses = self.config.loss(policy, initial, torch.tensor(lengths).view(-1, 2))
+        return _split(losses, draws, groups, others)
+
+    def _rewards(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], scored: _Scored) -> Tensor:
+        """-mean loss over a user's pairs, float64 [users, K]."""
+        return torch.stack(
+            [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
+        )
+
+    def _summary_branches(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> list[Branch]:
+        found = list[Branch]()
+        for each, group in zip(draws, groups, strict=True):
+            ids, _ = self._infer.ids(each.signals)
+            found += [Branch(ids, sample.ids) for sample in group]
+        return found
+
+    def _kl(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> Tensor:
+        """log φ(s) - log φ_initial(s) of each summary, whose mean over samples is the KL; float64 [users, K]."""
+        branches, role = self._summary_branches(draws, groups), self.roles.inference
+        with role.active() as model:
+            now = self.passes.of(role, model).log_probs(branches)
+        with role.initial() as model:
+            initial = self.passes.of(role, model).log_probs(branches)
+        return (now - initial).view(len(draws), -1)
+
+    # ---- what is weighted --------------------------------------------------------------------------
+
+    def _weigh_pairs(
+        self, work: Sequence[UserWork], draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], scored: _Scored
+    ) -> None:
+        """∂(mean loss)/∂log p of every response, under every summary of the group."""
+        for own, each, group, losses in zip(work, draws, groups, scored.losses, strict=True):
+            branches = [
+                branch
+                for sample in group
+                for pair in each.pairs
+                for branch in self._generate.branches(pair, summary=tidy_summary(sample.text) or None)
+            ]
+            slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)
+            slopes = torch.where(losses.loss.isfinite()[:, None], slopes, 0.0) / len(losses.loss)
+            own.branches[GENERATOR], own.weights[GENERATOR] = branches, -slopes.reshape(-1)
+
+    def _weigh_summaries(
+        self,
+        work: Sequence[UserWork],
+        draws: Sequence[Draw],
+        groups: Sequence[Sequence[Sample]],
+        values: Tensor,
+        *,
+        warm: bool,
+    ) -> None:
+        """Advantages over the group's size; when warming up, of the text that is learnt the mean over its tokens."""
+        branches = iter(self._summary_branches(draws, groups))
+        for own, group, weights in zip(work, groups, values, strict=True):
+            scale = [1 / len(sample.ids) if warm else 1 / len(group) for sample in group]
+            own.branches[INFERENCE] = [next(branches) for _ in group]
+            own.weights[INFERENCE] = weights * torch.tensor(scale, dtype=torch.float64)
+
+    def _warm_targets(self, rewards: Tensor) -> Tensor:
+        """1 for the best of each group that ended, or the one that was given, 0 for the others."""
+        best = torch.where(rewards.isfinite(), rewards, -torch.inf).argmax(1, keepdim=True)
+        return torch.zeros_like(rewards).scatter_(1, best, 1.0)
+
+    # ---- what is logged ----------------------------------------------------------------------------
+
+    def _lines(
+        self, step: int, each: Draw, group: Sequence[Sample], rewards: Tensor, weights: Tensor
+    ) -> list[dict[str, object]]:
+        return [
+            {
+                "step": step,
+                "user_id": each.user_id,
+                "summary": sample.text,
+                "tokens": len(sample.ids),
+                "ended": sample.ended,
+                "reward": _number(reward),
+                "advantage": _number(weight),
+                "pairs": len(each.pairs),
+                "signals": len(each.signals),
+            }
+            for sample, reward, weight in zip(group, rewards, weights, strict=True)
+        ]
+
+    def _sums(
+        self,
+        draws: Sequence[Draw],
+        groups: Sequence[Sequence[Sample]],
+        scored: _Scored,
+        rewards: Tensor,
+        kl: Tensor | None,
+        equal: int,
+        phase: Phase,
+    ) -> dict[str, tuple[float, float]]:
+        loss = self.config.loss
+        margins = torch.cat([losses.margin for losses in scored.losses])
+        values = torch.cat([losses.loss for losses in scored.losses])
+        samples = [sample for group in groups for sample in group]
+        finite = rewards.isfinite()
+        sums = {
+            "preference_loss": _sum(values),
+            "preference_margin": _sum(margins),
+            "preference_accuracy": _sum((margins > 0).double() + 0.5 * (margins == 0)),
+            "generator_error": _sum(torch.stack([generator_error(loss.log_choice(m)) for m in margins.split(1)])),
+            "reward": _sum(rewards),
+            "reward_nan": (float((~finite).sum()), 1.0),
+            "summary_tokens": (float(sum(len(sample.ids) for sample in samples)), len(samples)),
+            "summaries_empty": (float(sum(not tidy_summary(sample.text) for sample in samples)), len(samples)),
+            "summaries_unfinished": (float(sum(not sample.ended for sample in samples)), len(samples)),
+        }
+        if rewards.shape[1] > 1:
+            sums["reward_std"] = _sum(rewards.std(1))
+            sums["groups_equal"] = (float(equal), len(groups))
+        if kl is not None:
+            sums["kl"] = _sum(kl)
+        for each, losses, swapped in zip(draws, scored.losses, scored.swapped, strict=True):
+            if swapped is not None:  # each summary of the group against the one of another user
+                own = loss.log_choice(losses.margin).view(-1, len(each.pairs))
+                other = loss.log_choice(swapped.margin)[None].expand_as(own)
+                total, count = sums.get("informativeness", (0.0, 0.0))
+                estimate = float(informativeness(own.flatten(), other.flatten()[:, None]))
+                if estimate == estimate:
+                    sums["informativeness"] = (total + estimate, count + 1)
+        if phase.warm:
+            sums["warm_start"] = (1.0, 1.0)
+        return sums
+
+
+class RolePasses:
+    """`BranchPasses` of every model of the roles, each made once; those of the inference model have its temperature."""
+
+    def __init__(self, *, attention: str, max_tokens: int | None, temperature: float) -> None:
+        self._options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
+        self._temperature = temperature
+        self._known: dict[int, BranchPasses] = {}
+
+    def of(self, role: Role, model: Any) -> BranchPasses:
+        """Those of a role's model, as it is or was."""
+        if id(model) not in self._known:
+            pad = next((i for i in (role.tokenizer.pad_token_id, role.tokenizer.eos_token_id) if i is not None), 0)
+            self._known[id(model)] = BranchPasses(model, pad, **self._options)
+        passes = self._known[id(model)]
+        passes.temperature = self._temperature if role.name == INFERENCE else 1.0
+        return passes
+
+    def close(self) -> None:
+        """Leave all models as they were found."""
+        for passes in self._known.values():
+            passes.close()
+
+
+class _Scored(NamedTuple):
+    """Per user the losses of its pairs, summary by summary, and those under another user's summary or None."""
+
+    losses: list[PairLosses]
+    swapped: list[PairLosses | None]
+
+
+def seed_of(*parts: object) -> int:
+    """63 bits that follow from these parts alone, the same in every process."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def _other_users(draws: Sequence[Draw]) -> list[int | None]:
+    """For each user the next one that is another."""
+    count = len(draws)
+    found = list[int | None]()
+    for index, each in enumerate(draws):
+        following = ((index + step) % count for step in range(1, count))
+        found.append(next((other for other in following if draws[other].user_id != each.user_id), None))
+    return found
+
+
+def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
+    """The different objects among these branches, and where each stands."""
+    first: dict[int, int] = {}
+    distinct = list[Branch]()
+    for branch in branches:
+        if first.setdefault(id(branch), len(distinct)) == len(distinct):
+            distinct.append(branch)
+    return distinct, torch.tensor([first[id(branch)] for branch in branches])
+
+
+def _split(
+    losses: PairLosses, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], others: Sequence[int | None]
+) -> _Scored:
+    own, swapped, start = list[PairLosses](), list[PairLosses | None](), 0
+    for each, group, other in zip(draws, groups, others, strict=True):
+        stop = start + len(group) * len(each.pairs)
+        own.append(PairLosses(*(values[start:stop] for values in losses)))
+        start = stop
+        if other is None:
+            swapped.append(None)
+            continue
+        stop = start + len(each.pairs)
+        swapped.append(PairLosses(*(values[start:stop] for values in losses)))
+        start = stop
+    return _Scored(own, swapped)
+
+
+def _sum(values: Tensor) -> tuple[float, float]:
+    """The sum of the finite values, and how many they are."""
+    finite = values[values.isfinite()]
+    return float(finite.sum()), float(finite.numel())
+
+
+def _mean_of_finite(values: Tensor) -> float:
+    total, count = _sum(values)
+    return total / max(1.0, count)
+
+
+def _number(value: Tensor) -> float | None:
+    return round(float(value), 6) if bool(value.isfinite()) else None

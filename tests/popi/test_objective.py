@@ -1,0 +1,150 @@
+"""Losses of pairs against TRL's own code, their slopes, and the two parts of their value."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nextquill.errors import ArgumentError
+from nextquill.popi.objective import PreferenceLoss, generator_error, informativeness
+
+
+def log_probs(pairs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    policy, reference = (-40 * torch.rand(pairs, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    return policy, reference, torch.randint(1, 30, (pairs, 2), generator=generator)
+
+
+def trl_loss(kind: str, beta: float, policy: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL's DPO trainer run on a batch whose log-probabilities are these: loss and its gradient."""
+    trl = pytest.importorskip("trl")
+    longest = int(lengths.max()) + 1
+    mask = torch.zeros(2 * len(lengths), longest, dtype=torch.long)
+    own = policy.clone().requires_grad_()
+    for row, size in enumerate(lengths.T.flatten().tolist()):
+        mask[row, 1 : 1 + size] = 1
+    # Every token of a response carries the same share of its log-probability.
+    each = own.T.flatten()[:, None] * mask[:, 1:] / mask.sum(1, keepdim=True)
+    none = torch.zeros_like(each)
+    outputs = SimpleNamespace(log_probs=each, entropy=none, mean_logits=none, is_top1=none.bool())
+    cpu = torch.device("cpu")
+    accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, device=cpu)
+    trainer: Any = SimpleNamespace(
+        loss_types=[{"dpo": "sigmoid"}.get(kind, kind)], loss_weights=[1.0], beta=beta, label_smoothing=0.0,
+        f_divergence_type="reverse_kl", use_weighting=False, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, accelerator=accelerator, model=SimpleNamespace(training=True),
+        _metrics={"train": _Lists(), "eval": _Lists()}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
+        "ref_chosen_logps": reference[:, 0], "ref_rejected_logps": reference[:, 1],
+    }  # fmt: skip
+    loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    loss.backward()
+    assert own.grad is not None
+    return loss.detach(), own.grad
+
+
+class _Lists(dict[str, Any]):
+    def __missing__(self, key: str) -> list[float]:
+        return []
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
+def test_losses_and_slopes_are_trls(kind: str, beta: float) -> None:
+    policy, reference, lengths = log_probs(7, seed=1)
+    found = PreferenceLoss(kind, beta)(policy, reference, lengths)
+    loss, gradient = trl_loss(kind, beta, policy, reference, lengths)
+    torch.testing.assert_close(found.loss.mean(), loss, rtol=1e-9, atol=1e-12)
+    slopes = torch.stack((found.chosen_slope, found.rejected_slope), 1) / len(policy)
+    torch.testing.assert_close(slopes, gradient, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+@pytest.mark.parametrize("average", [None, False, True])
+def test_losses_are_their_formulas(kind: str, average: bool | None) -> None:
+    policy, reference, lengths = log_probs(5, seed=2)
+    loss = PreferenceLoss(kind, 0.3, average)
+    found = loss(policy, reference, lengths)
+    for row in range(5):
+        (yes, no), (ref_yes, ref_no), (long, short) = (x[row].tolist() for x in (policy, reference, lengths))
+        long, short = (long, short) if loss.averages else (1, 1)
+        margin = (yes - ref_yes) / long - (no - ref_no) / short
+        expected = math.log1p(math.exp(-0.3 * margin)) if kind == "dpo" else (margin - 1 / 0.6) ** 2
+        assert found.margin[row].item() == pytest.approx(margin, rel=1e-12)
+        assert found.loss[row].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_pair_that_is_no_number_spoils_no_other() -> None:
+    policy, reference, lengths = log_probs(3, seed=3)
+    policy[1, 0] = math.nan
+    found = PreferenceLoss()(policy, reference, lengths)
+    assert found.loss.isfinite().tolist() == [True, False, True]
+    assert found.chosen_slope.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"kind": "kto"}, {"beta": 0.0}, {"beta": math.nan}, {"beta": -1.0}, {"beta": math.inf}]
+)
+def test_unusable_settings_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(arguments))):
+        PreferenceLoss(**arguments)
+
+
+def test_the_loss_is_entropy_less_information_plus_error() -> None:
+    """On a world small enough to be summed: a hidden taste, a summary that often names it, a choice by taste."""
+    taste_says = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)  # p(s | taste)
+    chooses = torch.tensor([0.85, 0.1], dtype=torch.float64)  # p(first response | taste)
+    joint_s = 0.5 * taste_says  # p(taste, s)
+    p_s = joint_s.sum(0)
+    truth = (joint_s * chooses[:, None]).sum(0) / p_s  # p(first | s)
+    marginal = (p_s * truth).sum()
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.log() + (1 - p) * (1 - p).log())
+
+    information = entropy(marginal) - (p_s * entropy(truth)).sum()
+    for q in (truth, torch.tensor([0.6, 0.55], dtype=torch.float64)):
+        expected_loss = -(p_s * (truth * q.log() + (1 - truth) * (1 - q).log())).sum()
+        divergence = (p_s * (truth * (truth / q).log() + (1 - truth) * ((1 - truth) / (1 - q)).log())).sum()
+        torch.testing.assert_close(expected_loss, entropy(marginal) - information + divergence)
+    # The estimates, weighted as the world draws, are the two parts where the generator is calibrated.
+    own, other = truth.log(), truth.flip(0).log()
+    against, against_other = (1 - truth).log(), (1 - truth).flip(0).log()
+    estimate = sum(
+        float(p_s[s] * weight * p_s[t]) * float(informativeness(mine[s : s + 1], theirs[s : s + 1, None]))
+        for s in range(2)
+        for t, mine_other in ((s, None), (1 - s, 0))
+        for weight, mine, theirs in (
+            (truth[s], own, own if mine_other is None else other),
+            (1 - truth[s], against, against if mine_other is None else against_other),
+        )
+    )
+    assert 0 < estimate < float(information) + 1e-12  # two summaries are a small sample of all
+    choices = torch.cat((truth.log(), (1 - truth).log()))
+    weights = torch.cat((p_s * truth, p_s * (1 - truth)))
+    errors = torch.stack([generator_error(each[None]) for each in choices])
+    assert float((weights * errors).sum()) == pytest.approx(0, abs=1e-12)
+
+
+@given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.floats(-30, 0))
+def test_informativeness_is_bounded_and_nothing_where_summaries_agree(own: list[float], same: float) -> None:
+    mine = torch.tensor(own, dtype=torch.float64)
+    others = torch.full((len(own), 3), same, dtype=torch.float64)
+    assert float(informativeness(mine, others)) <= math.log(4) + 1e-9
+    assert float(informativeness(others[:, 0], others)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-300, -1e-12, -800.0, -math.inf])
+def test_the_error_of_a_certain_generator_is_a_number_or_infinite(value: float) -> None:
+    found = float(generator_error(torch.tensor([value], dtype=torch.float64)))
+    assert not math.isnan(found)
+    assert found >= -1e-9
