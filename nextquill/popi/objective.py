@@ -142,5 +142,5 @@ def generator_error(log_choice: Tensor) -> Tensor:
     """
     log_q = log_choice.double().clamp(max=0)
     q = log_q.exp()
-    entropy = torch.special.entr(q) + torch.special.entr(1 - q)  # 0 log 0 is 0
+    entropy: Tensor = torch.special.entr(q) + torch.special.entr(1 - q)  # 0 log 0 is 0
     return (-log_q - entropy).mean()

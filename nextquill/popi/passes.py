@@ -18,8 +18,9 @@ from torch import Tensor
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
 from nextquill.integrations.passes import PairPasses
-from nextquill.integrations.scoring import BranchScorer, forward_budget, usual_max_tokens
+from nextquill.integrations.scoring import BranchScorer, forward_budget, pad_token, usual_max_tokens
 from nextquill.losses import SFTLoss
+from nextquill.popi.roles import INFERENCE, Role
 
 # Padded branches of a forward with gradient: each is a row.
 _PADDED_TOGETHER = 8
@@ -117,3 +118,25 @@ class BranchPasses:
     def check_training(self, max_length: int) -> None:
         """Raise before training what would be raised during it."""
         self._passes.check_training(max_length)
+
+
+class RolePasses:
+    """`BranchPasses` of every model of the roles, each made once; those of the inference model have its temperature."""
+
+    def __init__(self, *, attention: str, max_tokens: int | None, temperature: float) -> None:
+        self._options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
+        self._temperature = temperature
+        self._known: dict[int, BranchPasses] = {}
+
+    def of(self, role: Role, model: Any) -> BranchPasses:
+        """Those of a role's model, as it is or was."""
+        if id(model) not in self._known:
+            self._known[id(model)] = BranchPasses(model, pad_token(role.tokenizer), **self._options)
+        passes = self._known[id(model)]
+        passes.temperature = self._temperature if role.name == INFERENCE else 1.0
+        return passes
+
+    def close(self) -> None:
+        """Leave all models as they were found."""
+        for passes in self._known.values():
+            passes.close()

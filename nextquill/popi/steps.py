@@ -15,22 +15,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nextquill.data import Branch
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.generation.options import Prompt
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.estimators import advantages
 from nextquill.popi.objective import PairLosses, generator_error, informativeness
-from nextquill.popi.passes import BranchPasses
+from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
-from nextquill.popi.roles import GENERATOR, INFERENCE, Role, Roles
+from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
 from nextquill.popi.rollouts import Rollouts, Sample
-from nextquill.popi.users import Draw, User, check_draw, draw
+from nextquill.popi.users import Draw, Pair, User, check_draw, draw
 
 
 class Phase(NamedTuple):
@@ -91,6 +91,7 @@ class StepMaker:
     ) -> None:
         self.roles, self.config, self.rollouts, self.passes, self.seed = roles, config, rollouts, passes, seed
         self._infer, self._generate = inference_prompts, generator_prompts
+        self._too_long = self._without_signals = 0  # of the step that is made
 
     def phase(self, step: int) -> Phase:
         """What a step trains."""
@@ -111,10 +112,12 @@ class StepMaker:
         if not users:
             return Step([], {})
         config, phase = self.config, self.phase(step)
+        self._too_long = self._without_signals = 0
         draws = [self._draw(user, step) for user in users]
         groups = self._sample(users, draws, step, phase)
-        scored = self._score(draws, groups)
-        rewards = self._rewards(draws, groups, scored)
+        texts = [[self._read(s, each.pairs) for s in group] for each, group in zip(draws, groups, strict=True)]
+        scored = self._score(draws, texts)
+        rewards = self._rewards(draws, scored)
         kl = self._kl(draws, groups) if phase.inference and config.kl_coef > 0 else None
         lengths = torch.tensor([[len(s.ids) for s in group] for group in groups], dtype=torch.float64)
         unfinished = torch.tensor([[not s.ended for s in group] for group in groups], dtype=torch.float64)
@@ -123,7 +126,7 @@ class StepMaker:
         found = advantages(shaped, config.estimator if lengths.shape[1] > 1 else "reinforce")
         work = [UserWork(user.user_id) for user in users]
         if phase.generator:
-            self._weigh_pairs(work, draws, groups, scored)
+            self._weigh_pairs(work, draws, texts, scored)
         if phase.inference:
             targets = self._warm_targets(shaped) if phase.warm else None
             self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
@@ -151,7 +154,8 @@ class StepMaker:
             return [[self._given(user)] for user in users]
         size, prompts = self.config.group_size, list[Prompt]()
         for each in draws:
-            ids, _ = self._infer.ids(each.signals)
+            ids, kept = self._infer.ids(each.signals)
+            self._without_signals += not kept
             for place in range(size):
                 seed = seed_of(self.seed, "summary", step, each.user_id, place)
                 prompts.append(Prompt(len(prompts), ids, seed))
@@ -160,6 +164,27 @@ class StepMaker:
             samples = self.rollouts.sample(prompts)
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
+    def _read(self, sample: Sample, pairs: Sequence[Pair]) -> str | None:
+        """A summary as the generator is given it: None where there is nothing in it, or no room for it.
+
+        Text that is tokenised again may take more tokens than were sampled.
+        """
+        text = tidy_summary(sample.text)
+        if not text:
+            return None
+        if not self._fits(text, pairs):
+            self._too_long += 1
+            return None
+        return text
+
+    def _fits(self, summary: str, pairs: Sequence[Pair]) -> bool:
+        try:
+            for pair in pairs:
+                self._generate.branches(pair, summary=summary)
+        except BudgetError:
+            return False
+        return True
+
     def _given(self, user: User) -> Sample:
         if user.summary is None:
             raise ArgumentError(f"warm_start: expected a given summary of every user, got none of {user.user_id!r}")
@@ -167,17 +192,15 @@ class StepMaker:
 
     # ---- what is measured --------------------------------------------------------------------------
 
-    def _score(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> _Scored:
+    def _score(self, draws: Sequence[Draw], texts: Sequence[Sequence[str | None]]) -> _Scored:
         """Losses of every pair under every summary of its user's group, and under one of another user's."""
         others = _other_users(draws)
         branches, reference, lengths = list[Branch](), list[Branch](), list[int]()
-        for index, (each, group) in enumerate(zip(draws, groups, strict=True)):
-            donor = others[index]
-            texts = [sample.text for sample in group] + ([] if donor is None else [groups[donor][0].text])
+        for index, each in enumerate(draws):
             plain = [self._generate.branches(pair) for pair in each.pairs]
-            for text in texts:
+            for text in [*texts[index], *self._borrowed(each, others[index], texts)]:
                 for position, pair in enumerate(each.pairs):
-                    both = self._generate.branches(pair, summary=tidy_summary(text) or None)
+                    both = self._generate.branches(pair, summary=text)
                     branches += both
                     reference += both if self.config.reference_sees_summary else plain[position]
                     lengths += [branch.response_length for branch in both]
@@ -187,9 +210,16 @@ class StepMaker:
             distinct, places = _distinct(reference)
             initial = self.passes.of(self.roles.generator, model).log_probs(distinct)[places].view(-1, 2)
         losses = self.config.loss(policy, initial, torch.tensor(lengths).view(-1, 2))
-        return _split(losses, draws, groups, others)
+        return _split(losses, draws, texts, others)
 
-    def _rewards(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], scored: _Scored) -> Tensor:
+    def _borrowed(self, each: Draw, donor: int | None, texts: Sequence[Sequence[str | None]]) -> list[str | None]:
+        """Another user's summary, or nothing where there is no other."""
+        if donor is None:
+            return []
+        text = texts[donor][0]
+        return [text if text is None or self._fits(text, each.pairs) else None]
+
+    def _rewards(self, draws: Sequence[Draw], scored: _Scored) -> Tensor:
         """-mean loss over a user's pairs, float64 [users, K]."""
         return torch.stack(
             [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
@@ -214,15 +244,15 @@ class StepMaker:
     # ---- what is weighted --------------------------------------------------------------------------
 
     def _weigh_pairs(
-        self, work: Sequence[UserWork], draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], scored: _Scored
+        self, work: Sequence[UserWork], draws: Sequence[Draw], texts: Sequence[Sequence[str | None]], scored: _Scored
     ) -> None:
         """∂(mean loss)/∂log p of every response, under every summary of the group."""
-        for own, each, group, losses in zip(work, draws, groups, scored.losses, strict=True):
+        for own, each, summaries, losses in zip(work, draws, texts, scored.losses, strict=True):
             branches = [
                 branch
-                for sample in group
+                for summary in summaries
                 for pair in each.pairs
-                for branch in self._generate.branches(pair, summary=tidy_summary(sample.text) or None)
+                for branch in self._generate.branches(pair, summary=summary)
             ]
             slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)
             slopes = torch.where(losses.loss.isfinite()[:, None], slopes, 0.0) / len(losses.loss)
@@ -294,6 +324,8 @@ class StepMaker:
             "summary_tokens": (float(sum(len(sample.ids) for sample in samples)), len(samples)),
             "summaries_empty": (float(sum(not tidy_summary(sample.text) for sample in samples)), len(samples)),
             "summaries_unfinished": (float(sum(not sample.ended for sample in samples)), len(samples)),
+            "summaries_too_long": (float(self._too_long), len(samples)),
+            "prompts_without_signals": (float(self._without_signals), len(draws)),
         }
         if rewards.shape[1] > 1:
             sums["reward_std"] = _sum(rewards.std(1))
@@ -311,29 +343,6 @@ class StepMaker:
         if phase.warm:
             sums["warm_start"] = (1.0, 1.0)
         return sums
-
-
-class RolePasses:
-    """`BranchPasses` of every model of the roles, each made once; those of the inference model have its temperature."""
-
-    def __init__(self, *, attention: str, max_tokens: int | None, temperature: float) -> None:
-        self._options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
-        self._temperature = temperature
-        self._known: dict[int, BranchPasses] = {}
-
-    def of(self, role: Role, model: Any) -> BranchPasses:
-        """Those of a role's model, as it is or was."""
-        if id(model) not in self._known:
-            pad = next((i for i in (role.tokenizer.pad_token_id, role.tokenizer.eos_token_id) if i is not None), 0)
-            self._known[id(model)] = BranchPasses(model, pad, **self._options)
-        passes = self._known[id(model)]
-        passes.temperature = self._temperature if role.name == INFERENCE else 1.0
-        return passes
-
-    def close(self) -> None:
-        """Leave all models as they were found."""
-        for passes in self._known.values():
-            passes.close()
 
 
 class _Scored(NamedTuple):
@@ -370,7 +379,7 @@ def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
 
 
 def _split(
-    losses: PairLosses, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]], others: Sequence[int | None]
+    losses: PairLosses, draws: Sequence[Draw], groups: Sequence[Sequence[object]], others: Sequence[int | None]
 ) -> _Scored:
     own, swapped, start = list[PairLosses](), list[PairLosses | None](), 0
     for each, group, other in zip(draws, groups, others, strict=True):

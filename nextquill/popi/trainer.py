@@ -12,6 +12,7 @@ uninterrupted one would have sampled, and no split of a step into micro-batches 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -29,18 +30,18 @@ from nextquill.data import load_records
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.checks import check_arguments, check_vocabulary
-from nextquill.integrations.generation.options import Prompt
+from nextquill.integrations.loading import context_length
 from nextquill.integrations.staged import StagedCheckpoints
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.evaluation import score_pairs
+from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.rollouts import ModelRollouts, Rollouts
-from nextquill.popi.steps import RolePasses, StepMaker, UserWork, seed_of
+from nextquill.popi.sample_log import SampleLog
+from nextquill.popi.steps import StepMaker, UserWork
+from nextquill.popi.summarizing import summarize
 from nextquill.popi.users import User, UserCounts, check_users, held_out, users_from_records
-
-#: Where the sampled summaries are written, a line each.
-SUMMARIES_FILE = "sampled_summaries.jsonl"
 
 
 class POPITrainer(StagedCheckpoints, Trainer):
@@ -67,7 +68,8 @@ class POPITrainer(StagedCheckpoints, Trainer):
     Logged while training, over the interval since the last log and all ranks, means per pair or per summary:
     preference_loss, preference_margin (nats), preference_accuracy, informativeness and generator_error (the two parts
     of the loss, nats per pair, see `objective`), reward, reward_std (within groups), kl (nats), summary_tokens; and
-    summaries_empty, summaries_unfinished, groups_equal (shares), reward_nan (a number a step). Every sampled summary is
+    summaries_empty, summaries_unfinished, summaries_too_long (to be read again; the generator is then given none),
+    prompts_without_signals, groups_equal (shares), reward_nan (a number a step). Every sampled summary is
     appended to `sampled_summaries.jsonl` in the run's folder. Evaluation summarises every user greedily and returns
     accuracy, margin and loss of pairs that are no signals, with the summary, with none and with another user's.
 
@@ -98,14 +100,16 @@ class POPITrainer(StagedCheckpoints, Trainer):
         **options: Any,
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
-        self.config = POPIConfig() if config is None else config
+        config = POPIConfig() if config is None else config
         _check_options(options)
         _check_args(args)
         if processing_class is None:
             raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
+        self.config = config
         roles = self._make_roles(
             model, inference_model, generator_model, processing_class, generator_tokenizer, peft_config
         )
+        self.config = _within_context(config, roles)
         self.templates = PopiTemplates() if templates is None else templates
         self.inference_prompts = InferencePrompts(
             roles.inference.tokenizer, self.templates, max_prompt_tokens=self.config.max_signal_tokens
@@ -137,10 +141,11 @@ class POPITrainer(StagedCheckpoints, Trainer):
         )
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.rollouts = self._make_rollouts(self.config.temperature, args.seed) if rollouts is None else rollouts
+        self.rollouts = self._make_rollouts() if rollouts is None else rollouts
         self.steps = StepMaker(
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
+        self._log = SampleLog(Path(str(args.output_dir)), args.process_index)
         self._sums: dict[str, list[float]] = {}
         self._tokens = [0.0, 0.0]
 
@@ -173,14 +178,14 @@ class POPITrainer(StagedCheckpoints, Trainer):
         check_vocabulary(generator_model, tokenizer if other is None else other)
         return Roles.separate(inference_model, generator_model, tokenizer, other, **frozen)
 
-    def _make_rollouts(self, temperature: float, seed: int) -> Rollouts:
+    def _make_rollouts(self) -> Rollouts:
         role, config = self.roles.inference, self.config
         return ModelRollouts(
             role.model,
             role.tokenizer,
-            summary_stops(role, self.inference_prompts),
+            self.inference_prompts.stop_ids,
             max_new_tokens=config.max_summary_tokens,
-            temperature=temperature,
+            temperature=config.temperature,
             batch_size=config.rollout_batch_size,
         )
 
@@ -223,12 +228,18 @@ class POPITrainer(StagedCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         self._sums, self._tokens = {}, [0.0, 0.0]
-        self._truncate_log(resume_from_checkpoint)
+        self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.passes.close()
             self.rollouts.close()
+
+    def _steps_done(self, resume: str | bool | None) -> int:
+        checkpoint = checkpoints.find_checkpoint(resume, Path(str(self.args.output_dir)))
+        if checkpoint is None:
+            return 0
+        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
         """What must agree between this run and a checkpoint it resumes from."""
@@ -257,7 +268,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
             known = self._sums.setdefault(name, [0.0, 0.0])
             known[0] += total
             known[1] += count
-        self._write_summaries(step.work)
+        self._log.append(line for each in step.work for line in each.lines)
         own = torch.tensor(float(len(users)), device=device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
@@ -326,52 +337,28 @@ class POPITrainer(StagedCheckpoints, Trainer):
         computed, own = packed[-1].tolist()
         return {**found, "num_tokens": computed, "sharing_factor": own / max(1.0, computed)}
 
-    # ---- the log of summaries ------------------------------------------------------------------------
-
-    def _summaries_path(self) -> Path:
-        rank = self.args.process_index
-        name = SUMMARIES_FILE if rank == 0 else f"{SUMMARIES_FILE.removesuffix('.jsonl')}.rank{rank}.jsonl"
-        return Path(str(self.args.output_dir)) / name
-
-    def _write_summaries(self, work: Sequence[UserWork]) -> None:
-        path = self._summaries_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for each in work:
-                for line in each.lines:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def _truncate_log(self, resume: str | bool | None) -> None:
-        """Leave the lines of the steps that a resumed run does not make again."""
-        path, steps = self._summaries_path(), 0
-        checkpoint = checkpoints.find_checkpoint(resume, Path(str(self.args.output_dir)))
-        if checkpoint is not None:
-            steps = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-        if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < steps]
-            checkpoints.write_text(path, "".join(f"{line}\n" for line in lines))
-
     # ---- evaluation ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def summarize(self, users: Sequence[User], *, temperature: float = 0.0) -> list[str]:
         """One summary for each user, of the signals that `held_out` leaves; greedy by default.
 
         Args:
-            users: any.
+            users: any, each once.
             temperature: 0 for the most likely tokens.
         """
-        draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
-        prompts = [
-            Prompt(
-                index, self.inference_prompts.ids(each.signals)[0], seed_of(self.args.seed, "evaluate", each.user_id)
-            )
-            for index, each in enumerate(draws)
-        ]
         self.passes.close()
-        rollouts = self._make_rollouts(temperature, self.args.seed)
-        with self.roles.inference.active():
-            return [sample.text for sample in rollouts.sample(prompts)]
+        signals = {user.user_id: held_out(user, num_signals=self.config.signals_per_user).signals for user in users}
+        found = summarize(
+            self.roles.inference,
+            self.inference_prompts,
+            signals,
+            max_new_tokens=self.config.max_summary_tokens,
+            temperature=temperature,
+            seed=self.args.seed,
+            batch_size=self.config.rollout_batch_size,
+        )
+        texts = {each.user_id: each.text for each in found}
+        return [texts[user.user_id] for user in users]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -447,7 +434,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
 METRICS = (
     "preference_loss", "preference_margin", "preference_accuracy", "informativeness", "generator_error", "reward",
     "reward_std", "reward_nan", "kl", "summary_tokens", "summaries_empty", "summaries_unfinished", "groups_equal",
-    "warm_start",
+    "summaries_too_long", "prompts_without_signals", "warm_start",
 )  # fmt: skip
 
 
@@ -468,17 +455,28 @@ def _collate(indices: Sequence[int]) -> dict[str, Any]:
     return {"users": torch.tensor(indices, dtype=torch.long)}
 
 
-def summary_stops(role: Role, prompts: InferencePrompts) -> set[int]:
-    """The tokens that end a summary: what ends a given one first, and the tokenizer's end of text."""
-    return {prompts.end_ids[0], role.tokenizer.eos_token_id} - {None}
+def _within_context(config: POPIConfig, roles: Roles) -> POPIConfig:
+    """The settings with budgets that the models' contexts have room for.
+
+    Raises:
+        ArgumentError: a summary alone takes all of the inference model's context.
+    """
+    inference, generator = (_context(role) for role in roles)
+    if inference <= config.max_summary_tokens:
+        raise ArgumentError(
+            f"max_summary_tokens: expected less than the inference model's context of {inference} tokens, got "
+            f"{config.max_summary_tokens}"
+        )
+    return dataclasses.replace(
+        config,
+        max_signal_tokens=min(config.max_signal_tokens, inference - config.max_summary_tokens),
+        max_length=min(config.max_length, generator),
+    )
 
 
-def _step_of(line: str) -> int:
-    """The step of a line of the log; a line that was cut short belongs to the last."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62
+def _context(role: Role) -> int:
+    base = role.model.get_base_model() if hasattr(role.model, "get_base_model") else role.model
+    return context_length(base) or 2**31
 
 
 _FILLED = ("compute_loss_func", "compute_metrics", "data_collator", "preprocess_logits_for_metrics", "model_init")

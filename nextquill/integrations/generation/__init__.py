@@ -4,7 +4,7 @@
     transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
     vllm_engine.py           vLLM, which batches by itself
 
-An engine takes prompts as token ids and yields `(index, text)`, in any order.
+An engine takes prompts as token ids and yields `(index, text)`, or `(index, sampled ids)`, in any order.
 """
 
 from __future__ import annotations

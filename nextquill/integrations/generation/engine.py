@@ -21,6 +21,9 @@ class Engine(Protocol):
             done: indices that are not needed; what an engine computes with others' it may compute again.
         """
 
+    def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """As `generate`, with the tokens themselves; the last is a stop token where the response came to one."""
+
 
 def check_engine(options: GenerationOptions, model: Any = None, model_name: str | None = None) -> None:
     """Raise before any work what `generation_engine` would raise; without a model, as far as that can be told."""

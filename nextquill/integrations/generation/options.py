@@ -98,6 +98,12 @@ def token_limit(prompt: Prompt, options: GenerationOptions, context: int | None)
     return options.max_new_tokens if context is None else max(0, min(options.max_new_tokens, context - len(prompt.ids)))
 
 
+def up_to_stop(ids: Sequence[int], stops: set[int]) -> list[int]:
+    """The tokens up to the first stop, and with it: what comes behind is padding."""
+    end = next((position for position, token in enumerate(ids, 1) if token in stops), len(ids))
+    return list(ids[:end])
+
+
 def decoded(tokenizer: Any, ids: Sequence[int], stops: set[int]) -> str:
     """The text of a response up to its end, without special tokens."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))

@@ -3,7 +3,9 @@
 A sample is drawn as argmax(log p + g) with g Gumbel noise, which has the distribution p (E. J. Gumbel, Statistical
 Theory of Extreme Values, 1954). The noise of each prompt comes from a generator of its own, so that what is sampled for
 it does not depend on the prompts beside it, as it does with one generator for a batch. Padding changes the logits by
-rounding alone; only where two candidates come closer than that can another batch size give another token.
+rounding alone; only where two candidates come closer than that can another batch size give another token. The noise is
+drawn in double precision: on a GPU, float32 exponential variates begin at 6e-8, and the many tokens of a large
+vocabulary whose probabilities are below that would hardly ever be drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nextquill.integrations.generation.options import GenerationOptions, Prompt, decoded, token_limit
+from nextquill.integrations.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
 from nextquill.integrations.loading import context_length
 
 
@@ -31,18 +33,22 @@ from nextquill.integrations.loading import context_length
 def transformers_engine(
     model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions
 ) -> Iterator[TransformersEngine]:
-    """An engine around a model in eval mode, whose generation config says nothing but where to stop."""
-    own, training = model.generation_config, model.training
+    """An engine around a model in eval mode, whose generation config says nothing but where to stop.
+
+    The config of a model that is trained with gradient checkpointing has no cache; generation has one all the same.
+    """
+    own, modes = model.generation_config, [(module, module.training) for module in model.modules()]
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(stops) or None
+        do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
     )
     model.eval()
     try:
         yield TransformersEngine(model, tokenizer, stops, options)
     finally:
         model.generation_config = own
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 class TransformersEngine:
@@ -53,13 +59,18 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
         """Yield index and text of each prompt, those of the longest prompts first."""
+        for index, ids in self.generate_ids(prompts, done):
+            yield index, decoded(self._tokenizer, ids, self._stops)
+
+    def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield index and tokens of each prompt, those of the longest prompts first."""
         for batch, limit in self._batches(prompts):
             wanted = [prompt.index not in done for prompt in batch]
             if not any(wanted):
                 continue
             for prompt, ids, want in zip(batch, self._respond(batch, limit), wanted, strict=True):
                 if want:
-                    yield prompt.index, decoded(self._tokenizer, ids, self._stops)
+                    yield prompt.index, up_to_stop(ids, self._stops)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
         """Prompts to run together, longest first, and how many tokens each may get.
@@ -114,7 +125,8 @@ class _GumbelNoise(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = torch.empty_like(scores, dtype=torch.float32)
+        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+        noise = torch.empty_like(scores, dtype=exact)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
         return scores - noise.log()

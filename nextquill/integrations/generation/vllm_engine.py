@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.integrations.generation.options import GenerationOptions, Prompt, decoded, token_limit
+from nextquill.integrations.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
 from nextquill.integrations.loading import context_length, is_adapter
 
 # Prompts handed over at once: enough to fill its batches, few enough that a run that is cut short loses little.
@@ -31,17 +31,12 @@ _NOT_RUN = (
 _UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 
 
-class _Adapter(NamedTuple):
+class Adapter(NamedTuple):
     """A LoRA adapter, as vLLM runs it."""
 
     base: str
     folder: str
     rank: int
-
-    def request(self) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest("evaluated", 1, self.folder)
 
 
 @contextmanager
@@ -56,29 +51,55 @@ def vllm_engine(
         BackendUnavailableError, ArgumentError: see `check_vllm`.
     """
     adapter = check_vllm(model, model_name)
-    import vllm
-
-    lora = {} if adapter is None else {"enable_lora": True, "max_lora_rank": adapter.rank}
     context, needed = context_length(model), longest + options.max_new_tokens
     device, engine = next(model.parameters()).device, VLLMEngine(tokenizer, stops, options, context)
     model.to("cpu")
-    _release()
+    release()
     try:
-        engine.llm = vllm.LLM(
-            model=str(model_name) if adapter is None else adapter.base,
-            dtype=str(model.dtype).removeprefix("torch."),
+        engine.llm = load_llm(
+            str(model_name) if adapter is None else adapter.base,
+            dtype=model.dtype,
             max_model_len=needed if context is None else min(context, needed),
-            generation_config="vllm",  # nothing of the model's own but what is asked for
-            skip_tokenizer_init=True,  # token ids in, token ids out
-            enable_prefix_caching=True,
-            **lora,
+            max_lora_rank=None if adapter is None else adapter.rank,
         )
-        engine.lora = None if adapter is None else adapter.request()
+        engine.lora = None if adapter is None else lora_request("evaluated", 1, adapter.folder)
         yield engine
     finally:
         engine.llm = None  # it frees the accelerator when nothing refers to it
-        _release()
+        release()
         model.to(device)
+
+
+def load_llm(
+    name: str, *, dtype: torch.dtype, max_model_len: int, max_lora_rank: int | None = None, **options: Any
+) -> Any:
+    """vLLM's `LLM`, with token ids in and out and nothing of the model's own generation config.
+
+    Args:
+        name: folder or hub name of the weights.
+        dtype: that of the weights.
+        max_model_len: most tokens of a prompt and its response.
+        max_lora_rank: of the adapters it is to run, if any.
+        options: any others of `LLM`.
+    """
+    import vllm
+
+    lora = {} if max_lora_rank is None else {"enable_lora": True, "max_lora_rank": max_lora_rank}
+    return vllm.LLM(
+        model=name,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        generation_config="vllm",  # nothing of the model's own but what is asked for
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        **{"enable_prefix_caching": True, **lora, **options},
+    )
+
+
+def lora_request(name: str, number: int, folder: str) -> Any:
+    """vLLM's name for the adapter in a folder; it reads the folder once for each `number`, which is from 1 on."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, folder)
 
 
 def check_installed() -> None:
@@ -89,7 +110,7 @@ def check_installed() -> None:
         )
 
 
-def check_vllm(model: Any, model_name: str | None) -> _Adapter | None:
+def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
     """The model's adapter, if it has one, where vLLM can run the model.
 
     Raises:
@@ -99,7 +120,7 @@ def check_vllm(model: Any, model_name: str | None) -> _Adapter | None:
     check_installed()
     if model_name is None:
         raise ArgumentError("engine: 'vllm' loads the model by its name, and there is none; take 'hf'")
-    return _adapter(model, model_name) if is_adapter(model) else None
+    return plain_lora(model, model_name) if is_adapter(model) else None
 
 
 class VLLMEngine:
@@ -112,6 +133,11 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
         """Yield index and text of each prompt, in their order."""
+        for index, ids in self.generate_ids(prompts, done):
+            yield index, decoded(self._tokenizer, ids, self._stops)
+
+    def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield index and tokens of each prompt, in their order."""
         wanted = [prompt for prompt in prompts if prompt.index not in done]
         for start in range(0, len(wanted), _AT_ONCE):
             batch = wanted[start : start + _AT_ONCE]
@@ -124,7 +150,7 @@ class VLLMEngine:
             )
             made = {prompt.index: out.outputs[0].token_ids for prompt, out in zip(fitting, outputs, strict=True)}
             for prompt in batch:
-                yield prompt.index, decoded(self._tokenizer, made.get(prompt.index, ()), self._stops)
+                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self._stops)
 
     def _limit(self, prompt: Prompt) -> int:
         return token_limit(prompt, self._options, self._context)
@@ -142,27 +168,35 @@ class VLLMEngine:
         )
 
 
-def _adapter(model: Any, folder: str) -> _Adapter:
+def plain_lora(model: Any, folder: str, name: str | None = None, base: str | None = None) -> Adapter:
     """What vLLM needs to run a PEFT model's adapter over its base.
+
+    Args:
+        model: the PEFT model.
+        folder: where the adapter is saved.
+        name: the adapter's; by default the active one.
+        base: folder or hub name of the base model; by default what the adapter's config says.
 
     Raises:
         ArgumentError: the adapter is no plain LoRA, or does not name its base model.
     """
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config[model.active_adapter if name is None else name]
     kind = getattr(config.peft_type, "value", config.peft_type)
     extras = [name for name in _NOT_RUN if getattr(config, name, None) not in _UNSET]
     if kind != "LORA" or extras:
         what = f"with {extras[0]}" if extras else f"of type {kind}"
         raise ArgumentError(f"engine: 'vllm' runs plain LoRA adapters, not one {what}; merge it, or take 'hf'")
-    if not config.base_model_name_or_path:
+    base = base or config.base_model_name_or_path
+    if not base:
         raise ArgumentError(
             "engine: 'vllm' needs the name of the adapter's base model, and the adapter has none; take 'hf'"
         )
     rank = next((rank for rank in _LORA_RANKS if rank >= config.r), config.r)
-    return _Adapter(str(config.base_model_name_or_path), folder, rank)
+    return Adapter(str(base), folder, rank)
 
 
-def _release() -> None:
+def release() -> None:
+    """Give back the accelerator memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

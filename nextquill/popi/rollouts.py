@@ -1,0 +1,247 @@
+"""Summaries sampled from the inference model, as token ids: what policy gradients are taken of.
+
+    ModelRollouts        transformers' own `generate`, in process, with the weights as they are
+    VLLMRollouts         vLLM beside the model in training (rollouts_vllm.py)
+    RecordingRollouts    writes down what another one samples
+    RecordedRollouts     gives that again, with no model at all
+
+A policy gradient is unbiased for samples of the very distribution that is trained. So a token is drawn from
+softmax(logits / temperature) over the whole vocabulary, without top-p, top-k or penalties, and the ids are handed on:
+text that is tokenized again may come out as other tokens. Each prompt has a generator of its own, seeded by
+`Prompt.seed`, so what is sampled for it does not depend on the prompts beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
+from nextquill.integrations.generation import GenerationOptions, Prompt
+from nextquill.integrations.generation.options import decoded
+from nextquill.integrations.generation.transformers_engine import transformers_engine
+from nextquill.integrations.loading import context_length
+
+_HEADER = {"format": "nextquill rollouts", "version": 1}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled summary.
+
+    Args:
+        ids: the sampled tokens, with the stop token where one was sampled.
+        text: them decoded up to the stop, without special tokens.
+        ended: whether a stop token was sampled; False for a summary that ran into `max_new_tokens`.
+    """
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+class Rollouts(Protocol):
+    """What samples summaries."""
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """A sample for each prompt, in their order."""
+
+    def sync(self) -> None:
+        """Take note that the inference model's weights have changed."""
+
+    def close(self) -> None:
+        """Release what is held; nothing is sampled any more."""
+
+
+class ModelRollouts:
+    """Samples of a model in memory, by its own `generate`.
+
+    The model is as it was afterwards, however it ends: its modules' training modes, generation config, gradient flags
+    and adapters. Its logits are those of its dtype, without autocast.
+
+    Args:
+        model: a causal language model; of a PEFT model, the adapter is used that is active when `sample` is called.
+        tokenizer: decodes the samples.
+        stops: ids that end a sample.
+        max_new_tokens: bound on a sample's length.
+        temperature: of the softmax that is sampled from; 0 for the most likely tokens, which no policy gradient can
+            be taken of.
+        batch_size: prompts at a time. Logits of all of them are held, in double precision too.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stops: set[int],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        batch_size: int = 16,
+    ) -> None:
+        self._options = GenerationOptions(max_new_tokens, batch_size, temperature)
+        self._model, self._tokenizer, self._stops = model, tokenizer, set(stops)
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """See `Rollouts`.
+
+        Raises:
+            ArgumentError: a prompt without tokens.
+            BudgetError: a prompt that leaves less than `max_new_tokens` of the model's context.
+        """
+        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        check_prompts(prompts, self._options.max_new_tokens, context_length(base))
+        with transformers_engine(base, self._tokenizer, self._stops, self._options) as engine:
+            return in_order(engine, prompts, self._tokenizer, self._stops)
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are the model's own."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class RecordingRollouts:
+    """Hands on another's samples and appends them to a file as they come, one JSON line each.
+
+    Args:
+        inner: what samples; closed with this.
+        path: the new file; its folder is made.
+
+    Raises:
+        OutputExistsError: the file is there already.
+    """
+
+    def __init__(self, inner: Rollouts, path: str | Path) -> None:
+        self._inner, self._path = inner, Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.open("x").close()
+        except FileExistsError as error:
+            raise OutputExistsError(f"path: {path} exists; a recording is of one run, in a file of its own") from error
+        self._append([_HEADER])
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """See `Rollouts`."""
+        samples = self._inner.sample(prompts)
+        pairs = zip(prompts, samples, strict=True)
+        self._append([{"key": _key(p), "seed": p.seed, "ids": s.ids, "ended": s.ended} for p, s in pairs])
+        return samples
+
+    def sync(self) -> None:
+        """See `Rollouts`."""
+        self._inner.sync()
+
+    def close(self) -> None:
+        """Close what samples."""
+        self._inner.close()
+
+    def _append(self, lines: Sequence[dict[str, Any]]) -> None:
+        with self._path.open("ab") as stream:
+            stream.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+class RecordedRollouts:
+    """The samples of a recording, for a prompt's ids and seed; for the same ones again, the next that was recorded.
+
+    Args:
+        path: what `RecordingRollouts` wrote.
+        tokenizer: that of the recorded run.
+
+    Raises:
+        CheckpointError: the file is missing, or one of its lines is damaged.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Any) -> None:
+        self._path, self._recorded = Path(path), defaultdict[str, deque[Sample]](deque)
+        for key, ids, ended in _recording(self._path):
+            text = decoded(tokenizer, ids, set(ids[-1:]) if ended else set())
+            self._recorded[key].append(Sample(ids, text, ended))
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """See `Rollouts`.
+
+        Raises:
+            CheckpointError: the recording has no sample, or no further one, for a prompt; then none is used up.
+        """
+        keys, asked = [_key(prompt) for prompt in prompts], defaultdict[str, int](int)
+        for prompt, key in zip(prompts, keys, strict=True):
+            asked[key] += 1
+            if asked[key] > len(self._recorded.get(key, ())):
+                what = "no further sample" if key in self._recorded else "no sample"
+                raise CheckpointError(
+                    f"{self._path}: {what} was recorded for prompt {prompt.index} ({len(prompt.ids)} tokens, "
+                    f"seed {prompt.seed}); it is the recording of another run"
+                )
+        return [self._recorded[key].popleft() for key in keys]
+
+    def sync(self) -> None:
+        """Nothing to do: there is no model."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
+    """Samples of an engine of `integrations.generation`, in the order of the prompts, whatever their own indices."""
+    numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
+    found: dict[int, list[int]] = dict(engine.generate_ids(numbered))
+    responses = [found[index] for index in range(len(numbered))]
+    return [Sample(ids, decoded(tokenizer, ids, stops), bool(ids) and ids[-1] in stops) for ids in responses]
+
+
+def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | None) -> None:
+    """Raise ArgumentError for a prompt without tokens, BudgetError for one that leaves no room for its sample."""
+    for prompt in prompts:
+        if not prompt.ids:
+            raise ArgumentError(f"prompts: expected tokens, prompt {prompt.index} has none")
+        if len(prompt.ids) + max_new_tokens > (math.inf if room is None else room):
+            raise BudgetError(
+                f"prompts: prompt {prompt.index} has {len(prompt.ids)} tokens, which with max_new_tokens="
+                f"{max_new_tokens} are more than the {room} there is room for"
+            )
+
+
+def _key(prompt: Prompt) -> str:
+    return hashlib.blake2b(json.dumps([prompt.ids, prompt.seed]).encode(), digest_size=16).hexdigest()
+
+
+def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
+    """Key, ids and whether it ended, of each recorded sample."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"path: cannot read the recording {path}: {error.strerror}") from error
+    if _parsed(lines[0]) != _HEADER:
+        raise CheckpointError(f"{path}, line 1: expected {json.dumps(_HEADER)}, got {_shown(lines[0])}")
+    # The last line ends the file; a line that was cut off has no end.
+    for number, line in enumerate(lines[1:-1] if lines[-1] == b"" else lines[1:], 2):
+        entry = _parsed(line)
+        fields = entry if isinstance(entry, dict) else {}
+        key, ids, ended = fields.get("key"), fields.get("ids"), fields.get("ended")
+        whole = isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+        if not (isinstance(key, str) and whole and isinstance(ended, bool) and (ids or not ended)):
+            raise CheckpointError(
+                f"{path}, line {number}: expected a sample with key, ids and ended, got {_shown(line)}"
+            )
+        yield key, ids or [], ended
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))

@@ -1,0 +1,44 @@
+"""Every summary that training samples, a line each: what the model says of people, to be read while it learns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nextquill.files import write_whole
+
+SAMPLES_FILE = "sampled_summaries.jsonl"
+
+
+class SampleLog:
+    """`sampled_summaries.jsonl` of a run; each further process of a run has a file of its own beside it.
+
+    Args:
+        folder: the run's.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        name = Path(SAMPLES_FILE)
+        self.path = folder / (SAMPLES_FILE if rank == 0 else f"{name.stem}.rank{rank}{name.suffix}")
+
+    def append(self, lines: Iterable[Mapping[str, object]]) -> None:
+        """Add lines, each with its `step`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def restart(self, step: int) -> None:
+        """Leave the lines of the steps before this one: a resumed run makes the others again."""
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that was cut short is of the last."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
