@@ -17,6 +17,7 @@ from unittest import mock
 from mkdocs.exceptions import PluginError
 
 from nextquill.cli.main import COMMANDS, main
+from nextquill.cli.popi import SUBCOMMANDS
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
 
@@ -33,7 +34,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
     markdown = _EXAMPLE_LINK.sub(lambda found: f"]({up}examples.md#{found[1]}py)", markdown)
     if _COMMANDS_MARK in markdown:
-        markdown = markdown.replace(_COMMANDS_MARK, "\n\n".join("\n".join(_command(name)) for name in COMMANDS))
+        markdown = markdown.replace(_COMMANDS_MARK, "\n\n".join("\n".join(_command(name)) for name in commands()))
     return markdown.replace(_TASKS_MARK, "\n".join(_tasks()))
 
 
@@ -44,6 +45,14 @@ def _tasks() -> Iterator[str]:
         yield f"| `{task.name}` | {task.label} | {', '.join(METRICS[name].label for name in task.metrics)} |"
 
 
+def commands() -> dict[str, str]:
+    """What each command does; one that chooses among others stands for those."""
+    found = dict[str, str]()
+    for name, text in COMMANDS.items():
+        found |= {f"{name} {each}": does for each, does in SUBCOMMANDS.items()} if name == "popi" else {name: text}
+    return found
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser that `nextquill COMMAND --help` prints.
 
@@ -51,7 +60,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         PluginError: the command does not get as far as printing it.
     """
     with mock.patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help:
-        code = main([command, "--help"])
+        code = main([*command.split(), "--help"])
     if not print_help.called:
         raise PluginError(f"nextquill {command} --help: no help was printed, and the exit code was {code}")
     parser: argparse.ArgumentParser = print_help.call_args.args[0]
@@ -61,8 +70,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 def _command(name: str) -> Iterator[str]:
     """The lines of a command's section."""
     parser = parser_of(name)
-    yield from (f"## nextquill {name}", "", COMMANDS[name], "")
-    if parser.description and parser.description != COMMANDS[name]:
+    about = commands()[name]
+    yield from (f"## nextquill {name}", "", about, "")
+    if parser.description and parser.description != about:
         yield from (_text(parser.description), "")
     required = getattr(parser, "required", ())
     actions = {action.dest: action for action in reversed(parser._actions)}  # a flag before its `--no_` twin

@@ -22,6 +22,7 @@ import yaml
 
 from nextquill.cli import parsing
 from nextquill.cli.main import COMMANDS, main
+from nextquill.cli.popi import SUBCOMMANDS
 from nextquill.comparison.arms import ARMS, BASE
 from nextquill.data import parse_record, read_jsonl
 from nextquill.data.loaders import FORMATS
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 #: Packages whose names are for use inside the library.
-INTERNAL = {"nextquill.ops", "nextquill.reference", "nextquill.demo"}
+INTERNAL = {"nextquill.ops", "nextquill.reference", "nextquill.demo", "nextquill.popi.demo"}
 
 
 class Block(NamedTuple):
@@ -317,7 +318,8 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     command_line = (tmp_path / "reference" / "command-line.html").read_text(encoding="utf-8")
-    assert [name for name in COMMANDS if f'id="nextquill-{name}"' not in command_line] == []
+    names = [*(name for name in COMMANDS if name != "popi"), *(f"popi-{name}" for name in SUBCOMMANDS)]
+    assert [name for name in names if f'id="nextquill-{name}"' not in command_line] == []
     examples = re.sub("<[^>]*>", "", (tmp_path / "examples.html").read_text(encoding="utf-8"))
     assert "import torch" in examples
     assert "8 &lt;" not in examples

@@ -28,41 +28,41 @@ def print_evaluation(evaluation: Evaluation) -> None:
             tables.setdefault(place.table, {}).setdefault(place.row, {})[place.column] = metric
     for kind, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = _table(_HEADINGS[kind], *columns)
+        table = new_table(_HEADINGS[kind], *columns)
         between = " " if len(columns) <= _MOST_BESIDE else "\n"
         for label, row in rows.items():
             table.add_row(label, *(_measured(row.get(column), between) for column in columns))
-        _print(table)
+        show(table)
     counts = {name: f"{evaluation.metrics[name].value:.0f}" for name in ("examples", "users", "tokens")}
-    _print(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
-    _print(f"[low, high]: {evaluation.level:.0%} intervals over users. Nll and effects are in nats per token.")
-    _print("Effect of the history: nll without it minus nll with it.")
+    show(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
+    show(f"[low, high]: {evaluation.level:.0%} intervals over users. Nll and effects are in nats per token.")
+    show("Effect of the history: nll without it minus nll with it.")
     if (evaluation.settings.get("template") or {}).get("counterfactual") == "placebo":
-        _print("Without history: under another user's history, which these prompts put in its place.")
+        show("Without history: under another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
-        _print("Effect against the placebo: nll with another user's history minus nll with the user's own.")
+        show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
 
 
 def print_differences(
     differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
 ) -> None:
     """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
-    table = _table(f"this - {folder}", "difference", "p")
+    table = new_table(f"this - {folder}", "difference", "p")
     for name, found in differences.items():
         if place_of(name) is not None:
             label = evaluation.metrics[name].label
             table.add_row(
                 label,
-                _bounded(found.difference, found.low, found.high, sign="+"),
+                bounded(found.difference, found.low, found.high, sign="+"),
                 "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
             )
-    _print(table)
-    _print("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
+    show(table)
+    show("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
     own, theirs = _comparable(evaluation), _comparable(baseline)
     unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
     if unlike:
         named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
-        _print(f"They were not measured alike, and that is in the differences too: {named}.")
+        show(f"They were not measured alike, and that is in the differences too: {named}.")
 
 
 def _comparable(evaluation: Evaluation) -> dict[str, Any]:
@@ -73,20 +73,24 @@ def _comparable(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _measured(metric: MetricValue | None, between: str) -> str:
-    return "" if metric is None else _bounded(metric.value, metric.low, metric.high, between)
+    return "" if metric is None else bounded(metric.value, metric.low, metric.high, between)
 
 
-def _bounded(value: float, low: float | None, high: float | None, between: str = " ", sign: str = "") -> str:
-    number = f"{_rounded(value):{sign}.4f}"
-    known = [_rounded(bound) for bound in (finite(low), finite(high)) if bound is not None]
-    return f"{number}{between}[{known[0]:.4f}, {known[1]:.4f}]" if len(known) == 2 else number
+def bounded(
+    value: float, low: float | None, high: float | None, between: str = " ", sign: str = "", digits: int = 4
+) -> str:
+    """A number with its interval, where that is known."""
+    number = f"{_rounded(value, digits):{sign}.{digits}f}"
+    known = [f"{_rounded(bound, digits):.{digits}f}" for bound in (finite(low), finite(high)) if bound is not None]
+    return f"{number}{between}[{known[0]}, {known[1]}]" if len(known) == 2 else number
 
 
-def _rounded(value: float) -> float:
-    return round(value, 4) + 0.0  # never -0.0000
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # never -0.0000
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
+    """An empty table: a column of labels, and columns of figures."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +102,8 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _print(what: Table | str) -> None:
+def show(what: Table | str) -> None:
+    """Print to stdout; nothing in a text is markup."""
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(what)

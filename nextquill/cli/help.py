@@ -30,11 +30,27 @@ _HEADINGS = {
     "CompareOptions": "comparison",
     "CompareEvaluation": "evaluation",
     "DemoOptions": "options",
+    "PopiModelOptions": "models",
+    "PopiRunOptions": "models",
+    "PopiFiles": "data",
+    "PopiFormat": "rows",
+    "POPIConfig": "POPI",
+    "PopiPromptOptions": "prompts",
+    "PopiLoraOptions": "LoRA",
+    "PopiSignalFiles": "data",
+    "PopiSignals": "signals",
+    "PopiSummarizeOptions": "summaries",
+    "PopiSummariesOptions": "options",
+    "PopiPairs": "data",
+    "PopiEvaluateOptions": "measures and output",
+    "PopiExportOptions": "options",
+    "PopiDemoOptions": "options",
     "TrainingArguments": "transformers' TrainingArguments",
 }
 #: Flags of TrainingArguments shown, and explained, where a reader looks for them.
 _MOVED = {
     "TrainFiles": {"output_dir": "Where the run is written; must be empty, or hold the run that is resumed."},
+    "PopiFiles": {"output_dir": "Where the run is written; must be empty, or hold the run that is resumed."},
     "CompareFiles": {"output_dir": "Where the comparison is written; new, empty, or its own."},
 }
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}

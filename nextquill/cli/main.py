@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Fine-tune a model on users' histories with a causal loss.",
     "evaluate": "Measure a model: generated text, nll with, without and under another user's history, effects.",
     "score": "Write every response token's effect, and show some in colour.",
+    "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
     "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
     "compare": "Train several losses from the same start and report what sets them apart.",
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",

@@ -21,11 +21,17 @@ _SHOWN = (
     ("nll_factual", "nll {:.3f}"),
     ("nll_counterfactual", "without history {:.3f}"),
     ("share_above_threshold", "personal {:.1%}"),
+    ("preference_accuracy", "pairs {:.1%}"),
+    ("reward", "reward {:.4f}"),
+    ("summary_tokens", "summary {:.0f} tokens"),
     ("learning_rate", "lr {:.1e}"),
     ("eval_loss", "evaluation: loss {:.4f}"),
     ("eval_nll_factual", "nll {:.3f}"),
     ("eval_nll_counterfactual", "without history {:.3f}"),
     ("eval_nll_placebo", "another user's {:.3f}"),
+    ("eval_accuracy", "pairs {:.1%}"),
+    ("eval_accuracy_none", "without summary {:.1%}"),
+    ("eval_accuracy_placebo", "another user's {:.1%}"),
 )
 
 

@@ -36,7 +36,7 @@ class Loaded:
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
-        self.model.to(_device())
+        self.model.to(device())
         stored = load_prompt_settings(name)
         self.settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
 
@@ -92,6 +92,7 @@ def encode_records(
         raise BudgetError(f"--{flag}: {error}") from error
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where models run: the accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None else accelerator

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from nextquill.cli import progress
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def end(trainer: NextQuillTrainer) -> None:
+def end(trainer: Trainer) -> None:
     """Let the ranks leave their process group together.
 
     DDP goes first. As the last owner of a gloo group its destructor holds Python's lock while it waits for a thread
@@ -108,7 +108,7 @@ def end(trainer: NextQuillTrainer) -> None:
     trainer.accelerator.end_training()
 
 
-def train(trainer: NextQuillTrainer, folder: Path, resume: Path | None) -> int:
+def train(trainer: Trainer, folder: Path, resume: Path | None) -> int:
     """Train, measure and save; the exit code."""
     with progress.shown(trainer) as interrupt:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -225,7 +225,7 @@ def summary(trainer: NextQuillTrainer, loss: str) -> str:
     return "\n".join(lines)
 
 
-def final_metrics(trainer: NextQuillTrainer) -> dict[str, float]:
+def final_metrics(trainer: Trainer) -> dict[str, float]:
     """The evaluation of the model that is saved; what the last step has measured already is not measured again."""
     last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
@@ -234,13 +234,13 @@ def final_metrics(trainer: NextQuillTrainer) -> dict[str, float]:
     return metrics
 
 
-def say(trainer: NextQuillTrainer, text: str) -> None:
+def say(trainer: Trainer, text: str) -> None:
     """Print to stderr, once among all ranks."""
     if trainer.is_world_process_zero():
         print(text, file=sys.stderr)
 
 
-def save(trainer: NextQuillTrainer, folder: Path, metrics: dict[str, float]) -> None:
+def save(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> None:
     """Write the final model and its metrics into the output folder, each file complete or absent.
 
     Every rank takes part in gathering a sharded model; one writes, and renames when all are through.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradien
 METRICS = (*EVAL_COLUMNS, "effect_logprob", "effect_placebo")
 
 
-def check_arguments(args: TrainingArguments, *, has_eval_file: bool) -> None:
+def check_arguments(args: TrainingArguments, *, has_eval_file: bool, metrics: Sequence[str] = METRICS) -> None:
     """Raise UsageError or ArgumentError for values that do not fit each other or the run."""
     check_positive(args, _COUNTS)
     if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
@@ -32,7 +33,7 @@ def check_arguments(args: TrainingArguments, *, has_eval_file: bool) -> None:
     for name, asked in needs_evaluation.items():
         if asked and not has_eval_file:
             raise UsageError(f"--{name}: expected --eval_file with it")
-    _check_metric(args)
+    _check_metric(args, metrics)
     _check_schedule(args)
 
 
@@ -41,12 +42,12 @@ def check_optimizer(args: TrainingArguments, model: Any) -> None:
     _named("optim_args" if args.optim_args else "optim", Trainer.get_optimizer_cls_and_kwargs, args, model)
 
 
-def _check_metric(args: TrainingArguments) -> None:
+def _check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
     if args.metric_for_best_model is None:
         return
     name = args.metric_for_best_model.removeprefix("eval_")
-    if name not in METRICS:
-        raise UsageError(f"--metric_for_best_model: expected one of {', '.join(METRICS)}, got {name!r}")
+    if name not in metrics:
+        raise UsageError(f"--metric_for_best_model: expected one of {', '.join(metrics)}, got {name!r}")
     if name.startswith("nll_"):
         args.greater_is_better = False  # transformers takes every name that does not end in "loss" for a score
 

@@ -13,6 +13,7 @@ from nextquill.popi.objective import KINDS, PreferenceLoss
 
 UPDATES = ("joint", "alternate")
 WARM_STARTS = ("given", "self")
+ROLLOUTS = ("hf", "vllm")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -51,6 +52,7 @@ class POPIConfig:
     freeze_generator: bool = _setting(False, "Train the inference model alone, for a generator as it is.")
     warm_start_steps: int = _setting(0, "First steps in which the inference model is trained on summaries.")
     warm_start: str = _setting("self", "given: on the users' own field `summary`; self: on each group's best.")
+    rollouts: str = _setting("hf", "What samples summaries: hf, the model's own generate, or vllm beside it.")
     rollout_batch_size: int = _setting(32, "Summaries that are sampled side by side.")
 
     def __post_init__(self) -> None:
@@ -87,7 +89,8 @@ class POPIConfig:
         return dataclasses.asdict(self)
 
 
-_CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": UPDATES, "warm_start": WARM_STARTS}
+_CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": UPDATES, "warm_start": WARM_STARTS,
+            "rollouts": ROLLOUTS}  # fmt: skip
 _INTEGERS = {
     "group_size": 1,
     "pairs_per_user": 1,

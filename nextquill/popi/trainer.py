@@ -59,7 +59,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         generator_tokenizer: the generator's, where it is another one.
         peft_config: LoRA of the adapters, without dropout; see `Roles.shared`.
         templates: how signals, summaries and requests are worded.
-        rollouts: what samples the summaries; by default the inference model's own `generate`.
+        rollouts: what samples the summaries, such as `RecordedRollouts`; by default what `config.rollouts` names.
         attention: how rows of trees are attended; see `PairPasses`.
         max_tokens: most tokens of a forward, after sharing; by default 16384 (4096 on a CPU), or what the largest
             branch takes. It changes no gradient.
@@ -180,14 +180,14 @@ class POPITrainer(StagedCheckpoints, Trainer):
 
     def _make_rollouts(self) -> Rollouts:
         role, config = self.roles.inference, self.config
-        return ModelRollouts(
-            role.model,
-            role.tokenizer,
-            self.inference_prompts.stop_ids,
-            max_new_tokens=config.max_summary_tokens,
-            temperature=config.temperature,
-            batch_size=config.rollout_batch_size,
-        )
+        common = (role.model, role.tokenizer, self.inference_prompts.stop_ids)
+        sampling: dict[str, Any] = {"max_new_tokens": config.max_summary_tokens, "temperature": config.temperature}
+        if config.rollouts == "vllm":
+            from nextquill.popi.rollouts_vllm import VLLMRollouts
+
+            longest = config.max_signal_tokens
+            return VLLMRollouts(*common, **sampling, max_prompt_tokens=longest, adapter=role.adapter)
+        return ModelRollouts(*common, **sampling, batch_size=config.rollout_batch_size)
 
     def _users(self, name: str, given: Any) -> UserCounts | None:
         """Those that can be drawn from, whose pairs and signals fit."""

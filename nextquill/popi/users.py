@@ -129,7 +129,9 @@ class _Gathered:
     summary: str | None = None
 
 
-def users_from_records(records: Iterable[Record], skipped: SkippedRecords | None = None) -> list[User]:
+def users_from_records(
+    records: Iterable[Record], skipped: SkippedRecords | None = None, *, need_pairs: bool = True
+) -> list[User]:
     """Gather the records of each user.
 
     A record with `chosen` and `rejected` in its `extra` is a pair; the response of one without is an item. The items of
@@ -140,13 +142,14 @@ def users_from_records(records: Iterable[Record], skipped: SkippedRecords | None
     Args:
         records: as `load_records` returns them.
         skipped: takes note of bad records, which are left out; None makes the first of them an error.
+        need_pairs: whether there has to be a pair; to be summarised, a user needs none.
 
     Returns:
         The users, in the order in which their first records stand; some may be without pairs.
 
     Raises:
         RecordError: a record has half a pair, two equal texts for one, a pair or summary that is no text, or a summary
-            other than the user's before; or there is no pair at all.
+            other than the user's before; or there is no pair at all, where one is needed, or no record.
     """
     gathered: dict[str, _Gathered] = {}
     for position, record in enumerate(records):
@@ -172,7 +175,7 @@ def users_from_records(records: Iterable[Record], skipped: SkippedRecords | None
             own.items.setdefault((item.title or None, item.text), item)
     if skipped is not None:
         skipped.check("records")
-    if not any(own.pairs for own in gathered.values()):
+    if not gathered or (need_pairs and not any(own.pairs for own in gathered.values())):
         raise RecordError(
             f"records: expected some with 'chosen' and 'rejected', got {len(gathered)} users without any pair"
         )

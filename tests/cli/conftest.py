@@ -80,3 +80,79 @@ def trained(train, data, tmp_path_factory):
     result = train(folder, "--eval_file", data / "eval.jsonl")
     assert result.code == 0, result.err
     return folder
+
+
+# ---- popi ------------------------------------------------------------------------------------------
+
+NOUNS = "hat house boat lamp cup door shirt bike".split()
+COLOURS = "red green blue".split()
+
+
+def write_preference_pairs(path, users=3, pairs=6, first=0, **fixed):
+    """Users of whom each likes a colour."""
+    with path.open("w", encoding="utf-8") as stream:
+        for user in range(first, first + users):
+            for k in range(pairs):
+                chosen, rejected = (
+                    f"A {colour} {NOUNS[k]}, number {user}{k}." for colour in (COLOURS[user % 3], "grey")
+                )
+                record = {
+                    "user_id": f"u{user}",
+                    "query": f"Which {NOUNS[k]} for number {user}{k}?",
+                    "response": chosen,
+                    "history": [],
+                    "chosen": chosen,
+                    "rejected": rejected,
+                }
+                stream.write(json.dumps(record | fixed) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_pairs():
+    return write_preference_pairs
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_preference_pairs(folder / "train.jsonl")
+    write_preference_pairs(folder / "test.jsonl", first=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def popi(nextquill):
+    def call(*words):
+        return nextquill("popi", *words)
+
+    return call
+
+
+SIZES = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--group_size", 2, "--pairs_per_user", 2)
+LENGTHS = ("--max_summary_tokens", 6, "--max_signal_tokens", 512, "--max_length", 512, "--signals_per_user", 3)
+
+
+@pytest.fixture(scope="session")
+def popi_train(popi, pairs):
+    def call(folder, *words):
+        flags = ("--train_file", pairs / "train.jsonl", "--output_dir", folder, "--learning_rate", 1e-2)
+        name = () if "--inference_model" in words else ("--model_name_or_path", "tiny")
+        return popi("train", *flags, *name, *SIZES, *LENGTHS, *words)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def popi_trained(popi_train, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = folder.parent / "popi.yaml"
+    settings.write_text("lora_r: 4\nobjective: ipo\nbeta: 0.5\ninstruction: What does this person like?\n")
+    result = popi_train(folder, "--eval_file", pairs / "test.jsonl", "--config", settings)
+    assert result.code == 0, result.err
+    return folder, result
+
+
+@pytest.fixture(scope="session")
+def popi_model(popi_trained):
+    return popi_trained[0]

@@ -395,7 +395,7 @@ def test_bad_arguments_are_named_before_any_work(
         ("objective", "kto"), ("estimator", "ppo"), ("update", "both"), ("warm_start", "x"), ("group_size", 1),
         ("group_size", 0), ("pairs_per_user", True), ("temperature", 0), ("temperature", math.nan), ("kl_coef", -1),
         ("length_penalty", math.inf), ("beta", 0), ("max_summary_tokens", 0), ("alternate_every", 0),
-        ("warm_start_steps", -1), ("unfinished_penalty", "1"), ("rollout_batch_size", 1.5),
+        ("warm_start_steps", -1), ("rollouts", "sglang"), ("unfinished_penalty", "1"), ("rollout_batch_size", 1.5),
     ],
 )  # fmt: skip
 def test_unusable_settings_are_named(setting: str, value: Any) -> None:

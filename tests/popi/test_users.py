@@ -319,3 +319,14 @@ def test_bad_numbers_and_users_are_refused(ann: User) -> None:
         check_users([ann, ann], num_pairs=1, num_signals=1)
     with pytest.raises(RecordError, match=r"^user 'ann': expected at least one pair, got none"):
         draw(replace(ann, pairs=()), num_pairs=1, num_signals=1, seed=0)
+
+
+def test_users_without_pairs_are_users_where_none_is_needed() -> None:
+    records = [Record("ann", "q", "r", (HistoryItem("a text"),))]
+    (user,) = users_from_records(records, need_pairs=False)
+    assert user.pairs == ()
+    assert {item.text for item in user.items} == {"a text", "r"}
+    with pytest.raises(RecordError, match="without any pair"):
+        users_from_records(records)
+    with pytest.raises(RecordError, match="got 0 users"):
+        users_from_records([], need_pairs=False)

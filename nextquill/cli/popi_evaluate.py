@@ -1,0 +1,257 @@
+"""`nextquill popi evaluate`: is the generator on its user's side, and is it the summary that makes it so?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextquill.cli.evaluation_tables import bounded, new_table, show
+from nextquill.cli.flags import check_positive, claim_output_file, option
+from nextquill.cli.main import OK
+from nextquill.cli.parsing import parse
+from nextquill.cli.popi_options import (
+    PopiFormat,
+    PopiRunOptions,
+    PopiSignals,
+    loaded_run,
+    naming,
+    read_settings,
+)
+from nextquill.cli.progress import bar
+from nextquill.cli.scored import device
+from nextquill.errors import ArgumentError, RecordError
+from nextquill.files import write_whole
+from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations.loading import load_model
+from nextquill.popi.evaluation import FrozenGenerator, Generator, LoadedGenerator, score_pairs
+from nextquill.popi.measures import Evaluation, Measured, measure
+from nextquill.popi.prompts import GeneratorPrompts
+from nextquill.popi.saved import SavedRun
+from nextquill.popi.summaries import SummaryFile, signals_hash
+from nextquill.popi.summarizing import summarize
+from nextquill.popi.users import Draw
+
+DESCRIPTION = (
+    "Measure on held-out pairs whether the generator prefers what its user chose: without context, with the user's raw "
+    "signals, with the user's summary and, as placebo, with another user's. The first of a user's pairs are the "
+    "signals, the others are judged. Intervals draw users."
+)
+#: Measures that are shown with their intervals, which go below the values to fit 80 characters.
+_HEADINGS = {"accuracy": "accuracy", "logprob_accuracy": "of log p", "margin": "margin r"}
+
+
+@dataclass
+class PopiPairs:
+    """What is measured on."""
+
+    test_file: list[str] = field(
+        metadata={"help": "Pairs of users, none of whom should be in training.", "metavar": "PATH"}
+    )
+    summaries: str | None = option(
+        "Summaries by summarize --held_out, perhaps edited (by default, the model writes them now).", None,
+        metavar="FILE",
+    )  # fmt: skip
+
+
+@dataclass
+class PopiEvaluateOptions:
+    """What is measured besides, and where it goes."""
+
+    transfer_model: list[str] | None = field(
+        default=None,
+        metadata={"help": "Other generators, untrained, that are given the same contexts.", "metavar": "MODEL"},
+    )
+    reference_model: str | None = option(
+        "The generator before training, where it was a model of its own (adapters: their base).", None, metavar="MODEL"
+    )
+    output_file: str | None = option("Also write everything here, as JSON.", None, metavar="FILE")
+    overwrite: bool = option("Replace an existing output file.", False)
+    batch_size: int = option("Summaries that are written side by side.", 16)
+    attention: str = option("How branches that share a prefix are attended.", "auto", choices=list(ATTENTIONS))
+    max_tokens: int | None = option("Most tokens of a forward, what branches share counted once.", None)
+    seed: int = option("Decides whose summary serves as placebo, and the draws of the intervals.", 0)
+    level: float = option("Confidence level of the intervals.", 0.95)
+    resamples: int = option("Draws of each interval.", 2000)
+
+    def check(self) -> None:
+        """Raise ArgumentError for values that cannot be."""
+        check_positive(self, ("batch_size", "max_tokens", "resamples"))
+        if not 0 < self.level < 1:
+            raise ArgumentError(f"--level: expected a share between 0 and 1, got {self.level}")
+        if self.seed < 0:
+            raise ArgumentError(f"--seed: expected at least 0, got {self.seed}")
+        if self.max_tokens is not None and self.attention == "padded":
+            raise ArgumentError("--max_tokens: expected none with --attention padded, which has no token budget")
+
+
+def run(arguments: Sequence[str]) -> int:
+    kinds = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
+    models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, kinds, arguments)
+    options.check()
+    shown.check()
+    target = None
+    if options.output_file is not None:
+        target = claim_output_file(options.output_file, overwrite=options.overwrite)
+    config = read_settings(models).config
+    held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
+    summaries = None if files.summaries is None else _read(files.summaries, held.draws)
+    saved = loaded_run(models)
+    if summaries is None:
+        summaries = _written(saved, held.draws, options.batch_size)
+    generator = LoadedGenerator(saved.roles.generator, _reference(options, models))
+    if generator.is_its_own_reference and not config.freeze_generator:
+        print(
+            "nextquill: the generator before training is not in the folder: the trained one without context stands in "
+            "for it; --reference_model names it",
+            file=sys.stderr,
+        )
+    sees = config.reference_sees_summary
+    found = _measured(saved, generator, saved.generator_prompts, held.draws, summaries, options, sees=sees)
+    evaluation = Evaluation(
+        model=models.model,
+        generator=found,
+        transfer={name: _transferred(name, saved, held.draws, summaries, options, models) for name in _others(options)},
+        empty_summaries=sum(not text.strip() for text in summaries.values()),
+        left_out=held.left_out,
+        settings={
+            "signals_per_user": shown.signals_per_user or config.signals_per_user,
+            "max_pairs": shown.max_pairs,
+            "summaries": files.summaries,
+            "objective": config.objective,
+            "beta": config.beta,
+            "reference_sees_summary": sees,
+            "reference_model": options.reference_model,
+            "seed": options.seed,
+            "level": options.level,
+            "resamples": options.resamples,
+        },
+    )
+    _print(evaluation, options.level)
+    if target is not None:
+        write_whole(target, evaluation.to_json())
+    return OK
+
+
+def _others(options: PopiEvaluateOptions) -> list[str]:
+    return list(dict.fromkeys(options.transfer_model or ()))
+
+
+def _read(path: str, draws: Sequence[Draw]) -> dict[str, str]:
+    """Summaries of these very signals: one of more signals may have seen a pair that is judged."""
+    if not Path(path).is_file():
+        raise RecordError(f"--summaries: there is no file {path}")
+    with naming("summaries"):
+        known = SummaryFile(path).read()
+    other = [
+        d.user_id for d in draws if d.user_id not in known or known[d.user_id].signals_hash != signals_hash(d.signals)
+    ]
+    if other:
+        raise RecordError(
+            f"--summaries: {len(other)} of {len(draws)} users have no summary of just the signals that are held out, "
+            f"such as {other[0]!r}; write them by summarize --held_out, with the same --signals_per_user, --max_pairs"
+        )
+    return {draw.user_id: known[draw.user_id].summary for draw in draws}
+
+
+def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[str, str]:
+    written = summarize(
+        saved.roles.inference,
+        saved.inference_prompts,
+        {draw.user_id: draw.signals for draw in draws},
+        max_new_tokens=saved.config.max_summary_tokens,
+        batch_size=batch_size,
+    )
+    return {each.user_id: each.text for each in bar(written, total=len(draws), desc="Summarizing", unit=" users")}
+
+
+def _reference(options: PopiEvaluateOptions, models: PopiRunOptions) -> Any:
+    if options.reference_model is None:
+        return None
+    return _loaded("reference_model", options.reference_model, models.dtype)[0]
+
+
+def _loaded(flag: str, name: str, dtype: str) -> tuple[Any, Any]:
+    with naming(flag):
+        model, tokenizer = load_model(name, dtype=dtype)
+    return model.to(device()), tokenizer
+
+
+def _transferred(
+    name: str,
+    saved: SavedRun,
+    draws: Sequence[Draw],
+    summaries: Mapping[str, str],
+    options: PopiEvaluateOptions,
+    models: PopiRunOptions,
+) -> Measured:
+    """The same on a model that was not trained, and is its own reference."""
+    model, tokenizer = _loaded("transfer_model", name, models.dtype)
+    prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
+    return _measured(saved, FrozenGenerator(model, tokenizer), prompts, draws, summaries, options, sees=False)
+
+
+def _measured(
+    saved: SavedRun,
+    generator: Generator,
+    prompts: GeneratorPrompts,
+    draws: Sequence[Draw],
+    summaries: Mapping[str, str],
+    options: PopiEvaluateOptions,
+    *,
+    sees: bool,
+) -> Measured:
+    scores = score_pairs(
+        generator,
+        prompts,
+        draws,
+        summaries,
+        loss=saved.config.loss,
+        reference_sees_context=sees,
+        seed=options.seed,
+        attention=options.attention,
+        max_tokens=options.max_tokens,
+        progress=bar,
+    )
+    return measure(scores, level=options.level, resamples=options.resamples, seed=options.seed)
+
+
+# ---- what is shown ---------------------------------------------------------------------------------
+
+
+def _print(evaluation: Evaluation, level: float) -> None:
+    found = evaluation.generator
+    _print_contexts(evaluation.model, found)
+    for name, each in evaluation.transfer.items():
+        _print_contexts(f"transfer: {name}", each)
+    show(f"{found.pairs} pairs of {found.users} users. [low, high]: {level:.0%} intervals over users.")
+    show("Accuracy: margin r above 0 (nats, against the reference); of log p: without the reference.")
+    if evaluation.transfer:
+        show("A transfer model is its own reference: its r is what the context changed, and 0 without one.")
+    if found.token_ratio is not None:
+        show(f"Signals take {found.token_ratio:.1f} times the tokens of summaries.")
+    if "placebo" not in found.contexts:
+        show("No placebo: it takes two users with a summary.")
+    if evaluation.empty_summaries:
+        print(f"nextquill: empty summaries, which are no context: {evaluation.empty_summaries}", file=sys.stderr)
+
+
+def _print_contexts(title: str, found: Measured) -> None:
+    table = new_table("context", *_HEADINGS.values(), "loss", "tokens")
+    for name, each in found.contexts.items():
+        cells = [bounded(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
+        table.add_row(name, *cells, f"{each.measures['loss'].value:.4f}", f"{each.context_tokens:.1f}")
+    show(title)
+    show(table)
+    if not found.differences:
+        return
+    table = new_table("difference", "accuracy", "p", "margin r", "p")
+    for name, differences in found.differences.items():
+        cells = []
+        for result in (differences["accuracy"], differences["margin"]):
+            cells.append(bounded(result.difference, result.low, result.high, "\n", "+", digits=3))
+            cells.append("< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}")
+        table.add_row(f"summary - {name}", *cells)
+    show(table)

@@ -1,0 +1,143 @@
+"""`nextquill popi summarize`: one summary for every user, kept in a file that people can read and edit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nextquill.cli.flags import check_positive, claim_output_file, option
+from nextquill.cli.main import OK
+from nextquill.cli.parsing import parse
+from nextquill.cli.popi_options import (
+    PopiFormat,
+    PopiRunOptions,
+    PopiSignals,
+    loaded_run,
+    naming,
+    read_settings,
+)
+from nextquill.cli.progress import bar
+from nextquill.data import HistoryItem
+from nextquill.errors import ArgumentError, RecordError
+from nextquill.popi.saved import SavedRun
+from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
+from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals, summarize
+from nextquill.popi.users import User
+
+DESCRIPTION = (
+    "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals or the "
+    "model have changed since; what a person has edited stays. Summaries are added as they are written, and the same "
+    "command goes on where it was stopped."
+)
+# Summaries that are written to the file at a time: the whole file is replaced.
+_KEPT_TOGETHER = 64
+Signals = Mapping[str, tuple[HistoryItem, ...]]
+
+
+@dataclass
+class PopiSummarizeOptions:
+    """Which summaries are written, and where."""
+
+    output_file: str = option("Where the summaries are kept, JSONL; may exist.", metavar="FILE")
+    held_out: bool = option(
+        "Take as signals the users' first pairs only, as evaluate does, which judges the summaries by the others.",
+        False,
+    )
+    again: bool = option("Write also those that are up to date.", False)
+    force: bool = option("Write also those that a person has edited.", False)
+    max_new_tokens: int | None = option("Longest summary (as in training).", None)
+    temperature: float = option("Of sampling; 0: the likeliest text.", 0.0)
+    seed: int = option("Of samples.", 0)
+    batch_size: int = option("Summaries that are written side by side.", 16)
+
+    def check(self) -> None:
+        """Raise ArgumentError for values that cannot be."""
+        check_positive(self, ("max_new_tokens", "batch_size"))
+        if not 0 <= self.temperature < float("inf"):
+            raise ArgumentError(f"--temperature: expected 0 (greedy) or more, got {self.temperature}")
+
+
+@dataclass
+class PopiSignalFiles:
+    """What is known of the users."""
+
+    signals_file: list[str] = field(metadata={"help": "Users' records: pairs and past texts.", "metavar": "PATH"})
+
+
+def run(arguments: Sequence[str]) -> int:
+    kinds = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummarizeOptions)
+    models, files, form, shown, options = parse("popi summarize", DESCRIPTION, kinds, arguments)
+    options.check()
+    shown.check()
+    if shown.max_pairs is not None and not options.held_out:
+        raise ArgumentError("--max_pairs: expected --held_out with it")
+    file = SummaryFile(claim_output_file(options.output_file, overwrite=True))
+    with naming("output_file"):
+        file.read()
+    config = read_settings(models).config
+    users = form.users("signals_file", files.signals_file, need_pairs=False)
+    if options.held_out:
+        draws = shown.hold_out("signals_file", users, config).draws
+        signals: Signals = {draw.user_id: draw.signals for draw in draws}
+    else:
+        signals = _signals(users, shown.signals_per_user or config.signals_per_user)
+    saved = loaded_run(models)
+    hashes = {user: signals_hash(own) for user, own in signals.items()}
+    edited = [user for user, summary in file.read().items() if summary.edited and user in hashes]
+    wanted = set(hashes if options.again or options.force else file.missing(hashes, saved.name))
+    todo = [user for user in hashes if user in wanted and (options.force or user not in edited)]
+    _write(saved, file, {user: signals[user] for user in todo}, options)
+    _report(file, hashes, len(todo), [] if options.force else edited)
+    return OK
+
+
+def _signals(users: Sequence[User], most: int) -> Signals:
+    """The signals of those who have enough; the others are counted on stderr."""
+    found = {user.user_id: all_signals(user, num_signals=most) for user in users}
+    least = min(LEAST_SIGNALS, most)
+    few = [user for user, own in found.items() if len(own) < least]
+    if len(few) == len(found):
+        raise RecordError(f"--signals_file: expected users with at least {least} signals, got none of {len(found)}")
+    if few:
+        print(f"nextquill: users left out with too few signals: {len(few)}, such as {few[0]!r}", file=sys.stderr)
+    return {user: own for user, own in found.items() if user not in set(few)}
+
+
+def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSummarizeOptions) -> None:
+    """Write the summaries of these users; those that are written when it is stopped are kept."""
+    written = summarize(
+        saved.roles.inference,
+        saved.inference_prompts,
+        signals,
+        max_new_tokens=options.max_new_tokens or saved.config.max_summary_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    kept: list[Summary] = []
+    try:
+        for each in bar(written, total=len(signals), desc="Summarizing", unit=" users"):
+            own = signals[each.user_id]
+            kept.append(Summary.made_now(each.user_id, own, model=saved.name, summary=each.text, tokens=each.tokens))
+            if len(kept) >= _KEPT_TOGETHER:
+                file.put(*kept, force=options.force)
+                kept = []
+    finally:
+        file.put(*kept, force=options.force)
+
+
+def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: Sequence[str]) -> None:
+    known = file.read()
+    empty = [user for user in hashes if user in known and not known[user].summary.strip()]
+    outdated = file.outdated_edits(hashes)
+    kept = f"{len(hashes) - written} kept" + (f" ({len(edited)} edited by a person)" if edited else "")
+    print(f"nextquill: {file.path}: {written} written, {kept}", file=sys.stderr)
+    if empty:
+        print(f"nextquill: empty summaries: {len(empty)}, such as that of {empty[0]!r}", file=sys.stderr)
+    if outdated:
+        print(
+            f"nextquill: edited summaries of other signals than now: {len(outdated)}, such as that of {outdated[0]!r}; "
+            "--force writes them anew",
+            file=sys.stderr,
+        )

@@ -1,0 +1,252 @@
+"""`nextquill popi train`: preference pairs in, a model that writes summaries and one that reads them out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from nextquill.cli.flags import check_positive, option
+from nextquill.cli.parsing import UsageError, one_line, parse
+from nextquill.cli.popi_options import PopiFormat, naming
+from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
+from nextquill.cli.train import DEFAULTS, end, quieten, say, train
+from nextquill.cli.training_checks import check_arguments, check_optimizer
+from nextquill.data import HistoryItem, Record
+from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
+from nextquill.integrations import checkpoints
+from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations.loading import is_adapter, load_model
+from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.popi.config import POPIConfig
+from nextquill.popi.prompts import PopiTemplates
+from nextquill.popi.roles import INFERENCE, check_roles
+from nextquill.popi.trainer import POPITrainer
+from nextquill.popi.users import User
+
+DESCRIPTION = (
+    "Train POPI: an inference model that summarises a user's signals, and a generator that conditions on the summary, "
+    "under one preference loss. By default both are LoRA adapters of one model. Besides these flags every field of "
+    "transformers' TrainingArguments is one; a batch's size is in users. The output folder holds popi.json, both "
+    "adapters, the sampled summaries, the metrics and the checkpoints."
+)
+#: What --metric_for_best_model may name.
+METRICS = ("accuracy", "margin", "loss")
+
+
+@dataclass
+class PopiModelOptions:
+    """Which models are trained: one for both roles, or one for each."""
+
+    model_name_or_path: str | None = option(
+        "One model for both roles: a folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build one, and its "
+        "tokenizer, from the training text.", None, metavar="MODEL",
+    )  # fmt: skip
+    inference_model: str | None = option("Instead: the model that writes summaries …", None, metavar="MODEL")
+    generator_model: str | None = option("… and the one that reads them.", None, metavar="MODEL")
+    dtype: str = option(
+        "Precision of the weights: 'auto' as stored.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The given models, by the argument of POPITrainer they are for."""
+        given = {
+            "model": self.model_name_or_path,
+            "inference_model": self.inference_model,
+            "generator_model": self.generator_model,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def check(self) -> None:
+        """Raise UsageError unless there is one model, or one for each role."""
+        if set(self.names) not in ({"model"}, {"inference_model", "generator_model"}):
+            raise UsageError("expected --model_name_or_path, or --inference_model and --generator_model together")
+
+
+@dataclass
+class PopiFiles:
+    """What goes in; --output_dir is TrainingArguments' own."""
+
+    train_file: list[str] = field(
+        metadata={"help": "Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", "metavar": "PATH"}
+    )
+    eval_file: list[str] | None = field(
+        default=None, metadata={"help": "Pairs of other users, for evaluation while training.", "metavar": "PATH"}
+    )
+    overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
+
+
+@dataclass
+class PopiPromptOptions:
+    """How prompts are worded, and computed."""
+
+    instruction: str | None = option("What the inference model is asked for, instead of the library's wording.", None)
+    attention: str = option(
+        "How rows of shared prefixes are attended (auto: by device), or padded for a row per prompt.", "auto",
+        choices=list(ATTENTIONS),
+    )  # fmt: skip
+    max_tokens: int | None = option("Most tokens of a forward, what prompts share counted once.", None)
+
+    def build(self) -> dict[str, Any]:
+        """The arguments of POPITrainer that they stand for.
+
+        Raises:
+            ArgumentError: a value that cannot be.
+        """
+        check_positive(self, ("max_tokens",))
+        if self.attention == "padded" and self.max_tokens is not None:
+            raise ArgumentError("--max_tokens: expected none with --attention padded, which has no token budget")
+        try:
+            templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
+        except ArgumentError as error:  # its message begins with the argument's name
+            raise ArgumentError(f"--{error}") from error
+        return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
+
+
+@dataclass
+class PopiLoraOptions:
+    """Adapters."""
+
+    lora_r: int = option("Rank of the adapters; 0, with a model for each role, trains whole models.", 16)
+    lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers but the head)."}
+    )
+
+    def check(self, models: Mapping[str, str]) -> None:
+        """Raise ArgumentError for flags that do not go together, or not with these models."""
+        shared = "model" in models
+        if self.lora_r < 0 or (shared and self.lora_r == 0):
+            least = "1, as both roles are adapters of --model_name_or_path" if shared else "0"
+            raise ArgumentError(f"--lora_r: expected at least {least}, got {self.lora_r}")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ArgumentError(f"--lora_alpha: expected a positive number, got {self.lora_alpha}")
+        if not shared and self.lora_r and (new := [name for name in models.values() if name in SCRATCH_SIZES]):
+            raise ArgumentError(f"--lora_r: expected 0 with a new {new[0]!r} model for a role, got {self.lora_r}")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if self.lora_r == 0 and getattr(self, name) is not None:
+                raise ArgumentError(f"--{name}: expected --lora_r above 0 with it")
+
+    def config(self) -> Any:
+        """PEFT's config of the adapters."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha or 2 * self.lora_r,
+            target_modules=self.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+
+
+def run(arguments: Sequence[str]) -> int:
+    kinds = (PopiModelOptions, PopiFiles, PopiFormat, POPIConfig, PopiPromptOptions, PopiLoraOptions, TrainingArguments)
+    models, files, form, config, prompts, lora, args = _parse(kinds, arguments)
+    models.check()
+    lora.check(models.names)
+    prompting = prompts.build()
+    check_arguments(args, has_eval_file=files.eval_file is not None, metrics=METRICS)
+    folder = Path(args.output_dir)
+    resume = resume_point(folder, args.resume_from_checkpoint)
+    if args.should_save:
+        inputs = (*files.train_file, *(files.eval_file or ()), *models.names.values())
+        check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
+    users = form.users("train_file", files.train_file)
+    eval_users = None if files.eval_file is None else form.users("eval_file", files.eval_file)
+    quieten(args)
+    set_seed(args.seed)
+    loaded = _load(models, lora, users, args.seed)
+    if resume is not None:
+        check_roles(resume)
+        check_tokenizer(resume / INFERENCE, loaded["processing_class"])
+    data = {"train_dataset": users, "eval_dataset": eval_users}
+    trainer = _trainer(**loaded, **data, **prompting, args=args, config=config)
+    check_optimizer(args, trainer.model)
+    if resume is not None:  # before the output folder is touched
+        checkpoints.check_identity(resume, trainer.run_identity())
+    if args.should_save:
+        open_output_dir(folder, resume)
+    say(trainer, _summary(trainer, config))
+    code = train(trainer, folder, resume)
+    end(trainer)
+    return code
+
+
+def _parse(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+    try:
+        return parse("popi train", DESCRIPTION, kinds, arguments, defaults=DEFAULTS, required=["output_dir"])
+    except UsageError as error:
+        if isinstance(error.__cause__, (ArgumentError, ArgumentTypeError)):  # of POPIConfig, which names its field
+            raise UsageError(f"--{error}") from error
+        raise
+
+
+def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], seed: int) -> dict[str, Any]:
+    """The models and tokenizers as POPITrainer takes them."""
+    result, tokenizers = dict[str, Any](), list[Any]()
+    for name, given in options.names.items():
+        with naming("model_name_or_path" if name == "model" else name):
+            model, tokenizer = load_model(given, dtype=options.dtype, records=lambda: _as_records(users), seed=seed)
+        if name != "model" and lora.lora_r and not is_adapter(model):
+            model = _adapted(model, lora)
+        result[name] = model
+        tokenizers.append(tokenizer)
+    result["processing_class"] = tokenizers[0]
+    if "model" not in result:
+        result["generator_tokenizer"] = tokenizers[1]
+    elif not is_adapter(result["model"]):
+        result["peft_config"] = lora.config()
+    return result
+
+
+def _adapted(model: Any, lora: PopiLoraOptions) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, lora.config())
+    except ValueError as error:
+        raise ArgumentError(f"--lora_target_modules: {error}") from error
+
+
+def _as_records(users: Sequence[User]) -> list[Record]:
+    """All texts of the users, for a new tokenizer."""
+    return [
+        Record(user.user_id, pair.query, pair.chosen, (HistoryItem(pair.rejected), *user.items))
+        for user in users
+        for pair in user.pairs
+    ]
+
+
+def _trainer(**options: Any) -> POPITrainer:
+    """The trainer; what is refused in its arguments is the user's to mend."""
+    try:
+        return POPITrainer(**options)
+    except NextQuillError as error:
+        argument, _, rest = str(error).partition(": ")
+        flag = {"train_dataset": "train_file", "eval_dataset": "eval_file"}.get(argument, argument)
+        known = flag != argument or argument in {each.name for each in dataclasses.fields(POPIConfig)}
+        raise type(error)(f"--{flag}: {rest}") if known else error from error
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UsageError(one_line(error)) from error
+
+
+def _summary(trainer: POPITrainer, config: POPIConfig) -> str:
+    """What is about to be trained on, and who is left out."""
+    assert trainer.train_users is not None
+    pairs = sum(len(user.pairs) for user in trainer.train_users.users)
+    size = sum(p.numel() for role in trainer.roles for p in role.parameters()) / 1e6
+    each = f"{config.group_size} summaries a user, {config.pairs_per_user} pairs, {config.signals_per_user} signals"
+    lines = [
+        f"{trainer.train_users}; {pairs} pairs",
+        f"{size:.1f}M trainable parameters, {config.objective} with {config.estimator}: at most {each}",
+    ]
+    if trainer.eval_users is not None:
+        lines.append(f"evaluation: {trainer.eval_users}")
+    return "\n".join(lines)
