@@ -55,7 +55,10 @@ class Scored(Loaded):
         pad, size = pad_token(self.tokenizer), self._files.batch_size
         options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
         scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
-        return iter(bar(scored, total=len(self.examples), initial=skip, desc="Scoring"))
+        try:
+            yield from bar(scored, total=len(self.examples), initial=skip, desc="Scoring")
+        except BudgetError as error:  # the library's argument is the flag of that name
+            raise BudgetError(f"--{error}") from error
 
 
 def check_files(files: ScoreFiles) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from nextquill.data import Record
+from nextquill.data.prepared import tokenizer_digest
 from nextquill.integrations.loading import PromptSettings
 
 # Values of each weight that tell models apart: of a trained one nearly all differ from what they were.
@@ -32,13 +32,6 @@ def model_digest(model: Any) -> str:
         sample = values[:: max(1, values.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
         digest.update(f"{name} {list(tensor.shape)} {sample.cpu().double().tolist()}".encode())
     return digest.hexdigest()[:_DIGITS]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of a tokenizer's pieces, rules and chat template."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    text = json.dumps(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str()
-    return hashlib.sha256(f"{text} {getattr(tokenizer, 'chat_template', None)}".encode()).hexdigest()[:_DIGITS]
 
 
 def model_identity(model: Any, tokenizer: Any, settings: PromptSettings) -> dict[str, Any]:

@@ -46,8 +46,12 @@ def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return PromptSettings(PromptTemplate(**raw["template"]), raw["max_length"], raw["max_response_length"])
-    except (ValueError, KeyError, TypeError) as error:
+        lengths = (raw["max_length"], raw.get("max_response_length"))
+        for name, length in zip(("max_length", "max_response_length"), lengths, strict=True):
+            if type(length) is not int and not (length is None and name == "max_response_length"):
+                raise TypeError(f"{name}: expected an integer, got {length!r}")
+        return PromptSettings(PromptTemplate(**raw["template"]), *lengths)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the prompt settings of a nextquill model: {error}") from error
 
 

@@ -315,7 +315,7 @@ def test_every_attention_and_budget_gives_the_same_figures(score, scored, tmp_pa
 def test_a_budget_that_a_record_exceeds_is_refused(score, tmp_path):
     result = score(tmp_path / "s.jsonl", "--max_tokens", 20)
     assert result.code == 1
-    assert "max_tokens: expected at least the" in result.err
+    assert "nextquill: --max_tokens: expected at least the" in result.err
     assert list(tmp_path.iterdir()) == []
 
 

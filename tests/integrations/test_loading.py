@@ -203,6 +203,20 @@ def test_unreadable_prompt_settings(tmp_path, text):
         load_prompt_settings(tmp_path)
 
 
+@pytest.mark.parametrize("lengths", [{}, {"max_length": "10"}, {"max_length": 10, "max_response_length": 2.5}])
+def test_lengths_that_are_no_integers_are_named(tmp_path, lengths):
+    (tmp_path / PROMPT_FILE).write_text(json.dumps({"template": {}, **lengths}))
+    with pytest.raises(CheckpointError, match=r"max_(response_)?length"):
+        load_prompt_settings(tmp_path)
+
+
+def test_a_response_budget_may_be_left_out(tmp_path):
+    (tmp_path / PROMPT_FILE).write_text(json.dumps({"template": {}, "max_length": 10}))
+    settings = load_prompt_settings(tmp_path)
+    assert settings is not None
+    assert (settings.max_length, settings.max_response_length) == (10, None)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(64, 64), (None, None), (0, None)])
 def test_context_length(limit, expected):
     assert context_length(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=limit))) == expected
