@@ -69,14 +69,16 @@ def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Reco
         "user_id": row.user_id("user_id", "id"),
         "query": query,
         "response": response,
-        "history": [_item(item) for item in row.rows("profile")],
+        "history": [_item(item, task) for item in row.rows("profile")],
         "timestamp": row.date("date", "timestamp"),
         "id": identity,
     }
     return parse_record(raw if task is None else raw | {"task": task}, row.where)
 
 
-def _item(item: Row) -> dict[str, object]:
+def _item(item: Row, task: str | None) -> dict[str, object]:
+    if task is not None and task.endswith("3") and not item.has("score"):
+        raise item.error("score", f"expected the review's score, which {task} is about, got none")
     if item.has("tag", "description"):
         text = f'the tag for the movie: "{item.text("description")}" is "{item.label("tag")}"'
     elif item.has("category", "text"):

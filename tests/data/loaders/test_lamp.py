@@ -104,6 +104,14 @@ def test_the_public_files_of_task_6_hold_no_texts(write: Any) -> None:
         list(load("lamp", [{"id": "1", "input": "031-000017-EM", "profile": []}], outputs=outputs))
 
 
+def test_a_review_without_its_score_is_named_where_the_task_is_about_it() -> None:
+    question = {**QUESTION, "profile": [{"text": "A fine broom."}]}
+    with pytest.raises(RecordError, match=r"field 'profile\[0\]\.score': expected the review's score"):
+        list(load("lamp", [question], task="LaMP_3"))
+    (record,) = load("lamp", [question], task="LaMP_5")
+    assert record.history[0].text == "A fine broom."
+
+
 BAD_OUTPUTS = {
     "not-json": (b"{", "not valid JSON: "),
     "list": (b"[]", "expected an object with a list 'golds'"),
