@@ -17,6 +17,7 @@ SUITES = {
     "head": "benchmarks.head",
     "native": "benchmarks.native",
     "prepare": "benchmarks.prepare",
+    "popi": "benchmarks.popi",
 }
 
 

@@ -171,6 +171,19 @@ def prepare_table() -> str:
     return "\n".join([*lines, "", f"Peak memory of the process: {peak}. {_footnote(rates)}"])
 
 
+def popi_table() -> str:
+    """A step of POPI with shared prefixes against a row per prompt."""
+    rows = read("popi.csv")
+    cells = {(row["case"], row["provider"], row["metric"]): row for row in rows}
+    lines = ["| group | tokens with gradient, a row per prompt | with shared prefixes | time |", "|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        apart, shared = (
+            f"{float(cells[case, name, 'tokens']['value']):.0f}" for name in ("a row per prompt", "shared prefixes")
+        )
+        lines.append(f"| {case} | {apart} | {shared} | {_ratio(cells[case, 'shared prefixes', 'time'])} |")
+    return "\n".join([*lines, "", _footnote([row for row in rows if row["unit"] == "x"])])
+
+
 def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
@@ -181,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "head": head_table,
     "native": native_table,
     "prepare": prepare_table,
+    "popi": popi_table,
 }
 
 

@@ -16,6 +16,7 @@ from nextquill.cli.popi_options import (
     PopiFormat,
     PopiRunOptions,
     PopiSignals,
+    check_not_read,
     loaded_run,
     naming,
     read_settings,
@@ -25,12 +26,12 @@ from nextquill.cli.scored import device
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.files import write_whole
 from nextquill.integrations.attention import ATTENTIONS
-from nextquill.integrations.loading import load_model
+from nextquill.integrations.loading import find_tokenizer, load_model
 from nextquill.popi.evaluation import FrozenGenerator, Generator, LoadedGenerator, score_pairs
 from nextquill.popi.measures import Evaluation, Measured, measure
 from nextquill.popi.prompts import GeneratorPrompts
-from nextquill.popi.saved import SavedRun
-from nextquill.popi.summaries import SummaryFile, signals_hash
+from nextquill.popi.saved import SavedRun, trained_users
+from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.summarizing import summarize
 from nextquill.popi.users import Draw
 
@@ -95,11 +96,17 @@ def run(arguments: Sequence[str]) -> int:
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
+        check_not_read(target, [*files.test_file, *([] if files.summaries is None else [files.summaries])])
     config = read_settings(models).config
     held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
-    summaries = None if files.summaries is None else _read(files.summaries, held.draws)
+    _warn_of_trained(models.model, held.draws)
+    known = None if files.summaries is None else _read(files.summaries, held.draws)
     saved = loaded_run(models)
-    if summaries is None:
+    _check_prompts(saved, held.draws, options, 0 if known else config.max_summary_tokens)
+    if known is not None:
+        _warn_of_other_writers(known, saved)
+        summaries = {user: summary.summary for user, summary in known.items()}
+    else:
         summaries = _written(saved, held.draws, options.batch_size)
     generator = LoadedGenerator(saved.roles.generator, _reference(options, models))
     if generator.is_its_own_reference and not config.freeze_generator:
@@ -139,7 +146,7 @@ def _others(options: PopiEvaluateOptions) -> list[str]:
     return list(dict.fromkeys(options.transfer_model or ()))
 
 
-def _read(path: str, draws: Sequence[Draw]) -> dict[str, str]:
+def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
     """Summaries of these very signals: one of more signals may have seen a pair that is judged."""
     if not Path(path).is_file():
         raise RecordError(f"--summaries: there is no file {path}")
@@ -153,7 +160,44 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, str]:
             f"--summaries: {len(other)} of {len(draws)} users have no summary of just the signals that are held out, "
             f"such as {other[0]!r}; write them by summarize --held_out, with the same --signals_per_user, --max_pairs"
         )
-    return {draw.user_id: known[draw.user_id].summary for draw in draws}
+    return {draw.user_id: known[draw.user_id] for draw in draws}
+
+
+def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
+    trained = trained_users(folder)
+    both = [draw.user_id for draw in draws if draw.user_id in trained]
+    if both:
+        print(
+            f"nextquill: {len(both)} of {len(draws)} users were trained on, if the same go by the same ids, such as "
+            f"{both[0]!r}: their pairs are not held out",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> None:
+    """Say so where summaries are judged as this model's that another one wrote; those of people are meant."""
+    other = [user for user, summary in known.items() if not summary.edited and not summary.is_by(saved.writer())]
+    if other:
+        print(
+            f"nextquill: summaries by another model than {saved.writer()}, or written otherwise: {len(other)}, such as "
+            f"that of {other[0]!r}, by {known[other[0]].model}",
+            file=sys.stderr,
+        )
+
+
+def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluateOptions, summary_tokens: int) -> None:
+    """Find a model that is not there, and a pair that does not fit, before anything is written or scored."""
+    prompts = {"test_file": saved.generator_prompts}
+    for name in _others(options):
+        with naming("transfer_model"):
+            prompts[f"transfer_model {name}"] = GeneratorPrompts(
+                find_tokenizer(name), saved.templates, max_length=saved.config.max_length
+            )
+    for flag, each in prompts.items():
+        with naming(flag):
+            for draw in draws:
+                for pair in draw.pairs:
+                    each.check(pair, summary_tokens, f"user {draw.user_id!r}")
 
 
 def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[str, str]:
@@ -240,6 +284,8 @@ def _print(evaluation: Evaluation, level: float) -> None:
 
 def _print_contexts(title: str, found: Measured) -> None:
     table = new_table("context", *_HEADINGS.values(), "loss", "tokens")
+    table.columns[0].no_wrap = True
+    table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before
     for name, each in found.contexts.items():
         cells = [bounded(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
         table.add_row(name, *cells, f"{each.measures['loss'].value:.4f}", f"{each.context_tokens:.1f}")

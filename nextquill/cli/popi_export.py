@@ -10,10 +10,10 @@ from pathlib import Path
 from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.popi_options import naming
+from nextquill.cli.popi_options import check_not_read, naming
 from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text, check_user_id
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import RecordError
 from nextquill.popi.export import FORMATS, Query, write_export
 from nextquill.popi.saved import saved_settings
 from nextquill.popi.summaries import Summary, SummaryFile
@@ -43,9 +43,7 @@ class PopiExportOptions:
 def run(arguments: Sequence[str]) -> int:
     (options,) = parse("popi export", DESCRIPTION, (PopiExportOptions,), arguments)
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
-    inputs = [options.summaries, *options.queries_file]
-    if target.resolve() in {Path(path).resolve() for path in inputs}:
-        raise ArgumentError(f"--output_file: expected a file of its own, got {target}, which is read")
+    check_not_read(target, [options.summaries, *options.queries_file])
     if not Path(options.summaries).is_file():
         raise RecordError(f"--summaries: there is no file {options.summaries}")
     with naming("summaries"):

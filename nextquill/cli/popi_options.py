@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
@@ -13,7 +14,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.scored import device
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
-from nextquill.errors import NextQuillError, RecordError
+from nextquill.errors import ArgumentError, NextQuillError, RecordError
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.saved import SavedRun, SavedSettings, saved_settings
 from nextquill.popi.summarizing import HeldOut, hold_out
@@ -69,6 +70,12 @@ def naming(flag: str) -> Iterator[None]:
     except NextQuillError as error:
         kind = RecordError if isinstance(error, RecordError) else type(error)  # some of those take more arguments
         raise kind(f"--{flag}: {str(error).removeprefix('model_name_or_path: ')}") from error
+
+
+def check_not_read(target: Path, inputs: Sequence[str]) -> None:
+    """Raise ArgumentError where the output file would take the place of a file that is read."""
+    if target.resolve() in {Path(path).resolve() for path in inputs}:
+        raise ArgumentError(f"--output_file: expected a file of its own, got {target}, which is read")
 
 
 @dataclass

@@ -47,9 +47,10 @@ def run(arguments: Sequence[str]) -> int:
     file = SummaryFile(options.summaries)
     with naming("summaries"):
         known = file.read()
-    named = options.show or options.delete or (options.edit or [None])[0]
-    if named is not None and named not in known:
-        raise ArgumentError(f"--{asked[0]}: expected one of the {len(known)} users in {file.path}, got {named!r}")
+    named = {"show": options.show, "delete": options.delete, "edit": (options.edit or [None])[0]}
+    for flag in asked:
+        if named[flag] not in known:
+            raise ArgumentError(f"--{flag}: expected one of the {len(known)} users in {file.path}, got {named[flag]!r}")
     if options.edit is not None:
         _print(file.edit(*options.edit))
     elif options.delete is not None:
@@ -64,5 +65,11 @@ def run(arguments: Sequence[str]) -> int:
 def _print(summary: Summary) -> None:
     made = "edited by a person" if summary.edited else f"by {summary.model}"
     size = "" if summary.tokens is None else f", {summary.tokens} tokens"
-    print(f"{summary.user_id}  ({made}, {summary.created}{size})")
-    print(f"  {summary.summary or '(empty)'}")
+    print(_shown(f"{summary.user_id}  ({made}, {summary.created}{size})"))
+    for line in (summary.summary or "(empty)").splitlines():
+        print(f"  {_shown(line)}")
+
+
+def _shown(text: str) -> str:
+    """A line with what a terminal would obey, or not show, as its escape: summaries are models' texts of users'."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

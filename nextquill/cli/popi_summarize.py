@@ -26,9 +26,9 @@ from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals, summarize
 from nextquill.popi.users import User
 
 DESCRIPTION = (
-    "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals or the "
-    "model have changed since; what a person has edited stays. Summaries are added as they are written, and the same "
-    "command goes on where it was stopped."
+    "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals, the "
+    "model or how it writes have changed since; what a person has edited stays. Summaries are added as they are "
+    "written, and the same command goes on where it was stopped."
 )
 # Summaries that are written to the file at a time: the whole file is replaced.
 _KEPT_TOGETHER = 64
@@ -50,6 +50,10 @@ class PopiSummarizeOptions:
     temperature: float = option("Of sampling; 0: the likeliest text.", 0.0)
     seed: int = option("Of samples.", 0)
     batch_size: int = option("Summaries that are written side by side.", 16)
+
+    def writer(self, saved: SavedRun) -> str:
+        """What summaries that are written like this call what wrote them."""
+        return saved.writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
 
     def check(self) -> None:
         """Raise ArgumentError for values that cannot be."""
@@ -85,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     saved = loaded_run(models)
     hashes = {user: signals_hash(own) for user, own in signals.items()}
     edited = [user for user, summary in file.read().items() if summary.edited and user in hashes]
-    wanted = set(hashes if options.again or options.force else file.missing(hashes, saved.name))
+    wanted = set(hashes if options.again or options.force else file.missing(hashes, options.writer(saved)))
     todo = [user for user in hashes if user in wanted and (options.force or user not in edited)]
     _write(saved, file, {user: signals[user] for user in todo}, options)
     _report(file, hashes, len(todo), [] if options.force else edited)
@@ -115,11 +119,11 @@ def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSu
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    kept: list[Summary] = []
+    kept, writer = list[Summary](), options.writer(saved)
     try:
         for each in bar(written, total=len(signals), desc="Summarizing", unit=" users"):
             own = signals[each.user_id]
-            kept.append(Summary.made_now(each.user_id, own, model=saved.name, summary=each.text, tokens=each.tokens))
+            kept.append(Summary.made_now(each.user_id, own, model=writer, summary=each.text, tokens=each.tokens))
             if len(kept) >= _KEPT_TOGETHER:
                 file.put(*kept, force=options.force)
                 kept = []

@@ -196,7 +196,8 @@ def score_pairs(
         By context, in the order of `CONTEXTS`, the scores of all pairs, in the draws' order.
 
     Raises:
-        RecordError: there is no pair, a user comes twice or lacks a summary, or a signal gives a pair away.
+        RecordError: there is no pair, a user comes twice or lacks a summary, a signal gives a pair away, or a
+            log-probability is no finite number.
         BudgetError: a pair does not fit into a prompt.
     """
     contexts = _contexts(draws, summaries, seed)
@@ -219,6 +220,8 @@ def score_pairs(
         found = scored(generator.active(), policy)
         reference = scored(generator.initial(), seen)
     places = [(draw.user_id, index) for draw in draws for index in range(len(draw.pairs))]
+    for name, values in (*found.items(), *reference.items()):
+        _check_finite(values, name, places)
     bare = _prompt_lengths(policy["none"])
     lengths = torch.tensor([branch.response_length for part in policy["none"] for branch in part]).view(-1, 2)
     result: dict[str, list[PairScore]] = {}
@@ -287,6 +290,17 @@ def _branches(prompts: GeneratorPrompts, block: Sequence[Draw], context: _Contex
 def _log_probs(scorer: BranchScorer, branches: Sequence[Branch]) -> Tensor:
     """float64 [pairs, 2], log p of chosen and rejected, of branches that stand in pairs."""
     return torch.stack([-nll.double().sum() for nll in scorer(branches)]).view(-1, 2)
+
+
+def _check_finite(log_probs: Tensor, context: str, places: Sequence[tuple[str, int]]) -> None:
+    """Refuse what would count as a wrong answer: precision that overflowed, or damaged weights."""
+    broken = (~log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        user, index = places[broken[0]]
+        raise RecordError(
+            f"user {user!r}: expected finite log-probabilities of pairs[{index}] under {context!r}, got "
+            f"{log_probs[broken[0]].tolist()}; so it is with {len(broken)} of {len(places)} pairs"
+        )
 
 
 def _prompt_lengths(parts: Sequence[Sequence[Branch]]) -> list[int]:

@@ -4,10 +4,7 @@
     separate    two models, each whole, or with an adapter of its own
 
 Each role also has what it was at the start, which the preference loss and the KL term refer to: for a fresh adapter the
-model without it, for a frozen role itself, else a frozen copy.
-
-Switching PEFT's adapters changes which parameters want a gradient, and which of them that is belongs to the optimizer
-here. So every switch puts those flags back.
+model without it, for a frozen role itself, else a frozen copy, of the adapter where that is all that is trained.
 """
 
 from __future__ import annotations
@@ -20,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.files import write_whole
-from nextquill.integrations.loading import is_adapter, load_model, load_tokenizer
+from nextquill.integrations.loading import is_adapter, load_model
+from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
+from nextquill.popi.role_files import base_digest, check_base, load_role, place_of, save_separate, tokenizer_of
 
 INFERENCE, GENERATOR = "inference", "generator"
 ROLES = (INFERENCE, GENERATOR)
 ROLES_FILE, BASE = "popi.json", "base"
 _FORMAT = 1
-#: Adapters of these names are frozen copies of what the others were at the start.
-_INITIAL = "_initial"
 
 
 class Role:
@@ -43,7 +40,7 @@ class Role:
         tokenizer: its tokenizer.
         adapter: the adapter that makes the model this role; None where there is none to switch.
         initial: what it was: a model, the name of an adapter, or None for the model without adapters.
-        frozen: it is not trained, and is what it was.
+        frozen: it is not trained.
     """
 
     def __init__(
@@ -63,20 +60,18 @@ class Role:
     @contextmanager
     def active(self) -> Iterator[Any]:
         """The model as this role, for the length of the block."""
-        with nullcontext() if self.adapter is None else _switched(self.model, self.adapter):
+        with nullcontext() if self.adapter is None else switched(self.model, self.adapter):
             yield self.model
 
     @contextmanager
     def initial(self) -> Iterator[Any]:
         """The model as this role was at the start; without gradient."""
         with torch.no_grad():
-            if self.frozen:
-                with self.active() as model:
-                    yield model
-            elif isinstance(self._initial, nn.Module):
-                yield self._initial
+            if isinstance(self._initial, nn.Module):
+                # A Trainer moves the model, and knows nothing of what it was.
+                yield self._initial.to(next(self.model.parameters()).device)
             else:
-                with _switched(self.model, self._initial):
+                with switched(self.model, self._initial):
                     yield self.model
 
     def parameters(self) -> list[nn.Parameter]:
@@ -141,23 +136,28 @@ class Roles(nn.Module):
             freeze_inference, freeze_generator: leave a role as it is.
 
         Raises:
-            ArgumentError: the model has other adapters, or the config has dropout.
+            ArgumentError: the model has other adapters or a config as well, or the config has dropout, is not of LoRA,
+                or would train or change more than an adapter.
         """
         frozen = {INFERENCE: freeze_inference, GENERATOR: freeze_generator}
-        initial: dict[str, str | None] = dict.fromkeys(ROLES)
+        initial: dict[str, str | None] = {name: name if frozen[name] else None for name in ROLES}
         if is_adapter(model):
+            if peft_config is not None:
+                raise ArgumentError("peft_config: expected None with a model that has its adapters already")
             if missing := [name for name in ROLES if name not in model.peft_config]:
                 raise ArgumentError(
                     f"model: expected a model without adapters, or one with the adapters {INFERENCE} and {GENERATOR}, "
                     f"got {sorted(model.peft_config)} without {missing[0]}; merge_and_unload() makes an adapter a part "
-                    "of its model"
+                    "of its model, which is to be saved and loaded from there"
                 )
             for name in ROLES:
-                _check_lora(model.peft_config[name])
+                check_trainable(model.peft_config[name])
+                if not is_lora(model.peft_config[name]):
+                    raise ArgumentError(f"model: expected LoRA adapters, got {model.peft_config[name].peft_type}")
                 if not frozen[name]:
-                    initial[name] = _copied_adapter(model, name)
+                    initial[name] = initial_adapter(model, name)
         else:
-            model = _with_adapters(model, peft_config)
+            model = with_adapters(model, peft_config, ROLES, [name for name in ROLES if frozen[name]])
         for name, parameter in model.named_parameters():
             owner = next((role for role in ROLES if f".{role}." in name), None)
             parameter.requires_grad_(owner is not None and "lora_" in name and not frozen[owner])
@@ -192,15 +192,22 @@ class Roles(nn.Module):
         for name, model, tokenizer, frozen in zip(
             ROLES, (inference_model, generator_model), tokenizers, (freeze_inference, freeze_generator), strict=True
         ):
-            configs = list(getattr(model, "peft_config", {}).values())
+            configs = getattr(model, "peft_config", {})
             if len(configs) > 1:
-                raise ArgumentError(f"{name}_model: expected at most one adapter, got {sorted(model.peft_config)}")
-            for config in configs:
-                _check_lora(config)
+                raise ArgumentError(f"{name}_model: expected at most one adapter, got {sorted(configs)}")
+            for config in configs.values():
+                check_trainable(config)
             if frozen:
                 model.requires_grad_(False)
-            initial = None if frozen else copy.deepcopy(model).requires_grad_(False).eval()
-            roles.append(Role(name, model, tokenizer, None, initial, frozen=frozen))
+            adapter = next((each for each, config in configs.items() if is_lora(config)), None)
+            initial: Any
+            if frozen:
+                initial = model if adapter is None else adapter
+            elif adapter is not None and _trains_alone(model, adapter):
+                initial = initial_adapter(model, adapter)
+            else:
+                initial = copy.deepcopy(model).requires_grad_(False).eval()
+            roles.append(Role(name, model, tokenizer, adapter, initial, frozen=frozen))
         return cls(*roles)
 
     # ---- files -------------------------------------------------------------------------------------
@@ -214,13 +221,20 @@ class Roles(nn.Module):
         """
         folder.mkdir(parents=True, exist_ok=True)
         for role in self:
-            if role.adapter is None:
-                role.model.save_pretrained(folder / role.name)
+            if not self.is_shared:
+                save_separate(role, folder / role.name)
             else:  # PEFT puts an adapter into a folder of its name
                 role.model.save_pretrained(folder, selected_adapters=[role.name], save_embedding_layers=False)
             role.tokenizer.save_pretrained(folder / role.name)
-        base = self._save_base(folder) if self.is_shared else None
-        header = {"nextquill_popi": _FORMAT, "shared": self.is_shared, "base_model": base, "settings": settings}
+        header: dict[str, Any] = {
+            "nextquill_popi": _FORMAT,
+            "shared": self.is_shared,
+            "base_model": None,
+            "settings": settings,
+        }
+        if self.is_shared:
+            header["base_model"] = self._save_base(folder)
+            header["base_digest"] = base_digest(self.inference.model.get_base_model())
         write_whole(folder / ROLES_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
 
     def _save_base(self, folder: Path) -> str:
@@ -228,7 +242,7 @@ class Roles(nn.Module):
         base = self.inference.model.get_base_model()
         name = str(getattr(base, "name_or_path", "") or "")
         if name:
-            return name
+            return place_of(name)
         whole = {
             key.replace(".base_layer", ""): value for key, value in base.state_dict().items() if "lora_" not in key
         }
@@ -245,11 +259,11 @@ class Roles(nn.Module):
         check_roles(folder)
         for role in self:
             if not role.frozen:
-                _load_role(role, folder / role.name)
+                load_role(role, folder / role.name)
 
     @classmethod
     def load(cls, folder: str | Path, *, base_model: Any = None, dtype: str = "auto") -> Roles:
-        """The roles that a run has saved, frozen.
+        """The roles that a run has saved, frozen. What they were is the model without their adapters, if they have any.
 
         Args:
             folder: of `save`.
@@ -257,7 +271,8 @@ class Roles(nn.Module):
             dtype: as `load_model`'s.
 
         Raises:
-            CheckpointError: it is no folder of POPI, or an adapter is missing.
+            CheckpointError: it is no folder of POPI, an adapter is missing, or the base model is not the one they were
+                trained on.
             UnsupportedModelError: the base model cannot be loaded.
         """
         from peft import PeftModel
@@ -266,15 +281,23 @@ class Roles(nn.Module):
         header = check_roles(folder)
         if not header["shared"]:
             (inference, first), (generator, second) = (load_model(str(folder / name), dtype=dtype) for name in ROLES)
-            return cls.separate(inference, generator, first, second, freeze_inference=True, freeze_generator=True)
+            roles = cls.separate(inference, generator, first, second, freeze_inference=True, freeze_generator=True)
+            return roles._begun_without_adapters()
         tokenizer = None
         if base_model is None:
             name = header["base_model"]
             base_model, tokenizer = load_model(str(folder / BASE) if name == BASE else name, dtype=dtype)
-        tokenizer = _tokenizer_of(folder / INFERENCE) or tokenizer
+        check_base(folder, header, base_model)
+        tokenizer = tokenizer_of(folder / INFERENCE) or tokenizer
         model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
         model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
-        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)
+        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._begun_without_adapters()
+
+    def _begun_without_adapters(self) -> Roles:
+        for role in self:
+            if role.adapter is not None:
+                role._initial = None
+        return self
 
 
 def check_roles(folder: Path) -> dict[str, Any]:
@@ -301,81 +324,6 @@ def check_roles(folder: Path) -> dict[str, Any]:
     return header
 
 
-# ---- adapters --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _switched(model: Any, adapter: str | None) -> Iterator[None]:
-    """A PEFT model with this adapter on, or none, for the length of the block; what is trained stays what it is."""
-    previous = model.active_adapter
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-
-    def restore() -> None:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-
-    try:
-        if adapter is None:
-            with model.disable_adapter():
-                restore()
-                yield
-        else:
-            model.set_adapter(adapter)
-            restore()
-            yield
-    finally:
-        model.set_adapter(previous)
-        restore()
-
-
-def _with_adapters(model: Any, peft_config: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if peft_config is None:
-        peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    _check_lora(peft_config)
-    adapted: Any = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=INFERENCE)
-    adapted.add_adapter(GENERATOR, copy.deepcopy(peft_config))
-    return adapted
-
-
-def _check_lora(config: Any) -> None:
-    if getattr(config, "lora_dropout", 0.0):
-        raise ArgumentError(
-            f"peft_config: expected lora_dropout=0, got {config.lora_dropout}: losses and rewards are measured without "
-            "dropout, and the gradient has to be theirs"
-        )
-    if getattr(config, "modules_to_save", None):
-        raise ArgumentError("peft_config: expected no modules_to_save; both roles share everything but their adapters")
-
-
-def _copied_adapter(model: Any, name: str) -> str:
-    """A frozen copy of an adapter, under another name."""
-    copied = name + _INITIAL
-    model.add_adapter(copied, copy.deepcopy(model.peft_config[name]))
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for own, parameter in weights.items():
-            if f".{copied}." in own:
-                parameter.copy_(weights[own.replace(f".{copied}.", f".{name}.")])
-    return copied
-
-
-def _load_role(role: Role, folder: Path) -> None:
-    found: dict[str, Tensor]
-    try:
-        if role.adapter is not None or is_adapter(role.model):
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            adapter = role.adapter or role.model.active_adapter
-            found = load_peft_weights(str(folder), device="cpu")
-            set_peft_model_state_dict(role.model, found, adapter_name=adapter)
-        else:
-            saved: Any = type(role.model).from_pretrained(folder, dtype=role.model.dtype)
-            role.model.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded into the {role.name} model: {error}") from error
-
-
-def _tokenizer_of(folder: Path) -> Any:
-    return load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+def _trains_alone(model: Any, adapter: str) -> bool:
+    """Whether a model's adapter is all that is trained of it."""
+    return all(f".{adapter}." in name and "lora_" in name for name, p in model.named_parameters() if p.requires_grad)

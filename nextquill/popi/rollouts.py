@@ -63,7 +63,7 @@ class ModelRollouts:
     """Samples of a model in memory, by its own `generate`.
 
     The model is as it was afterwards, however it ends: its modules' training modes, generation config, gradient flags
-    and adapters. Its logits are those of its dtype, without autocast.
+    and adapters. Its logits are those of its dtype, or of the autocast that it is called in.
 
     Args:
         model: a causal language model; of a PEFT model, the adapter is used that is active when `sample` is called.

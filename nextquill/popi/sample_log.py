@@ -17,11 +17,12 @@ class SampleLog:
     Args:
         folder: the run's.
         rank: of this process.
+        processes: how many there are.
     """
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        name = Path(SAMPLES_FILE)
-        self.path = folder / (SAMPLES_FILE if rank == 0 else f"{name.stem}.rank{rank}{name.suffix}")
+    def __init__(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
+        self._folder, self._rank, self._processes = folder, rank, processes
+        self.path = folder / _name(rank)
 
     def append(self, lines: Iterable[Mapping[str, object]]) -> None:
         """Add lines, each with its `step`."""
@@ -31,9 +32,19 @@ class SampleLog:
 
     def restart(self, step: int) -> None:
         """Leave the lines of the steps before this one: a resumed run makes the others again."""
-        if self.path.is_file():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
-            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+        paths = [self.path]
+        if self._rank == 0:  # also of processes that there are no more
+            known = {_name(rank) for rank in range(self._processes)}
+            paths += [path for path in self._folder.glob(_name("*")) if path.name not in known]
+        for path in paths:
+            if path.is_file():
+                lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+                write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def _name(rank: int | str) -> str:
+    stem, suffix = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
+    return SAMPLES_FILE if rank == 0 else f"{stem}.rank{rank}{suffix}"
 
 
 def _step_of(line: str) -> float:

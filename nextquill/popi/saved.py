@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from nextquill.integrations.identity import model_digest
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
+from nextquill.popi.sample_log import SAMPLES_FILE
+
+_LOGS = Path(SAMPLES_FILE).stem
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,26 @@ class SavedRun:
         """The prompts that pairs are scored under."""
         return GeneratorPrompts(self.roles.generator.tokenizer, self.templates, max_length=self.config.max_length)
 
+    def writer(self, *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
+        """What summaries call what wrote them: the folder's name, and a digest of all that decides their text.
+
+        That is the weights, the prompt, the longest summary and, of samples, the temperature and the seed; arguments
+        as `summarize` takes them, the longest summary being that of training where none is given.
+        """
+        settings = {
+            "weights": self._weights,
+            "instruction": self.templates.instruction,
+            "template": asdict(self.templates.inference),
+            "max_prompt_tokens": self.config.max_signal_tokens,
+            "max_new_tokens": max_new_tokens or self.config.max_summary_tokens,
+            "sampling": [temperature, seed] if temperature else None,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{self.folder.resolve().name}@{digest[:16]}"
+
     @cached_property
-    def name(self) -> str:
-        """What summaries call the model that wrote them: the folder's name, and a digest of the weights."""
-        return f"{self.folder.resolve().name}@{model_digest(self.roles.inference.model)}"
+    def _weights(self) -> str:
+        return model_digest(self.roles.inference.model)
 
 
 def saved_settings(folder: str | Path) -> SavedSettings:
@@ -72,3 +93,27 @@ def saved_settings(folder: str | Path) -> SavedSettings:
         return SavedSettings(POPIConfig(**settings["config"]), PopiTemplates.from_dict(settings["templates"]))
     except (KeyError, TypeError, ArgumentError, ArgumentTypeError) as error:
         raise CheckpointError(f"{Path(folder) / ROLES_FILE}: not the settings of POPI: {error}") from error
+
+
+def trained_users(folder: str | Path) -> set[str]:
+    """The ids of the users that a run has sampled summaries of, as far as its log is there.
+
+    Args:
+        folder: the run's, or of a checkpoint in it.
+    """
+    run = Path(folder).resolve()
+    places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
+    logs = [log for place in places for log in place.glob(f"{_LOGS}*.jsonl")]
+    found: set[str] = set()
+    for log in logs:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            found.update(user for line in lines if (user := _user_of(line)) is not None)
+    return found
+
+
+def _user_of(line: str) -> str | None:
+    """None for a line that was cut short."""
+    try:
+        return str(json.loads(line)["user_id"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -23,13 +23,14 @@ from torch import Tensor
 from nextquill.data import Branch
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.generation.options import Prompt
+from nextquill.popi.checks import check_samples
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.estimators import advantages
-from nextquill.popi.objective import PairLosses, generator_error, informativeness
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
 from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
 from nextquill.popi.rollouts import Rollouts, Sample
+from nextquill.popi.step_log import Scored, mean_of_finite, split_by_user, sums_of
 from nextquill.popi.users import Draw, Pair, User, check_draw, draw
 
 
@@ -131,9 +132,13 @@ class StepMaker:
             targets = self._warm_targets(shaped) if phase.warm else None
             self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
         for index, each in enumerate(work):
-            each.loss = _mean_of_finite(scored.losses[index].loss)
+            each.loss = mean_of_finite(scored.losses[index].loss)
             each.lines = self._lines(step, draws[index], groups[index], rewards[index], found.values[index])
-        return Step(work, self._sums(draws, groups, scored, rewards, kl, found.equal, phase))
+        sums = sums_of(
+            config.loss, draws, groups, scored, rewards, kl, found.equal,
+            too_long=self._too_long, without_signals=self._without_signals, warm=phase.warm,
+        )  # fmt: skip
+        return Step(work, sums)
 
     # ---- what is sampled ---------------------------------------------------------------------------
 
@@ -162,6 +167,7 @@ class StepMaker:
         self.passes.close()
         with self.roles.inference.active(), torch.no_grad():
             samples = self.rollouts.sample(prompts)
+        check_samples(samples, len(prompts))
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _read(self, sample: Sample, pairs: Sequence[Pair]) -> str | None:
@@ -192,7 +198,7 @@ class StepMaker:
 
     # ---- what is measured --------------------------------------------------------------------------
 
-    def _score(self, draws: Sequence[Draw], texts: Sequence[Sequence[str | None]]) -> _Scored:
+    def _score(self, draws: Sequence[Draw], texts: Sequence[Sequence[str | None]]) -> Scored:
         """Losses of every pair under every summary of its user's group, and under one of another user's."""
         others = _other_users(draws)
         branches, reference, lengths = list[Branch](), list[Branch](), list[int]()
@@ -210,7 +216,7 @@ class StepMaker:
             distinct, places = _distinct(reference)
             initial = self.passes.of(self.roles.generator, model).log_probs(distinct)[places].view(-1, 2)
         losses = self.config.loss(policy, initial, torch.tensor(lengths).view(-1, 2))
-        return _split(losses, draws, texts, others)
+        return split_by_user(losses, draws, texts, others)
 
     def _borrowed(self, each: Draw, donor: int | None, texts: Sequence[Sequence[str | None]]) -> list[str | None]:
         """Another user's summary, or nothing where there is no other."""
@@ -219,7 +225,7 @@ class StepMaker:
         text = texts[donor][0]
         return [text if text is None or self._fits(text, each.pairs) else None]
 
-    def _rewards(self, draws: Sequence[Draw], scored: _Scored) -> Tensor:
+    def _rewards(self, draws: Sequence[Draw], scored: Scored) -> Tensor:
         """-mean loss over a user's pairs, float64 [users, K]."""
         return torch.stack(
             [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
@@ -244,7 +250,7 @@ class StepMaker:
     # ---- what is weighted --------------------------------------------------------------------------
 
     def _weigh_pairs(
-        self, work: Sequence[UserWork], draws: Sequence[Draw], texts: Sequence[Sequence[str | None]], scored: _Scored
+        self, work: Sequence[UserWork], draws: Sequence[Draw], texts: Sequence[Sequence[str | None]], scored: Scored
     ) -> None:
         """∂(mean loss)/∂log p of every response, under every summary of the group."""
         for own, each, summaries, losses in zip(work, draws, texts, scored.losses, strict=True):
@@ -275,7 +281,7 @@ class StepMaker:
             own.weights[INFERENCE] = weights * torch.tensor(scale, dtype=torch.float64)
 
     def _warm_targets(self, rewards: Tensor) -> Tensor:
-        """1 for the best of each group that ended, or the one that was given, 0 for the others."""
+        """1 for the best of each group, penalties counted, or the one that was given, 0 for the others."""
         best = torch.where(rewards.isfinite(), rewards, -torch.inf).argmax(1, keepdim=True)
         return torch.zeros_like(rewards).scatter_(1, best, 1.0)
 
@@ -298,58 +304,6 @@ class StepMaker:
             }
             for sample, reward, weight in zip(group, rewards, weights, strict=True)
         ]
-
-    def _sums(
-        self,
-        draws: Sequence[Draw],
-        groups: Sequence[Sequence[Sample]],
-        scored: _Scored,
-        rewards: Tensor,
-        kl: Tensor | None,
-        equal: int,
-        phase: Phase,
-    ) -> dict[str, tuple[float, float]]:
-        loss = self.config.loss
-        margins = torch.cat([losses.margin for losses in scored.losses])
-        values = torch.cat([losses.loss for losses in scored.losses])
-        samples = [sample for group in groups for sample in group]
-        finite = rewards.isfinite()
-        sums = {
-            "preference_loss": _sum(values),
-            "preference_margin": _sum(margins),
-            "preference_accuracy": _sum((margins > 0).double() + 0.5 * (margins == 0)),
-            "generator_error": _sum(torch.stack([generator_error(loss.log_choice(m)) for m in margins.split(1)])),
-            "reward": _sum(rewards),
-            "reward_nan": (float((~finite).sum()), 1.0),
-            "summary_tokens": (float(sum(len(sample.ids) for sample in samples)), len(samples)),
-            "summaries_empty": (float(sum(not tidy_summary(sample.text) for sample in samples)), len(samples)),
-            "summaries_unfinished": (float(sum(not sample.ended for sample in samples)), len(samples)),
-            "summaries_too_long": (float(self._too_long), len(samples)),
-            "prompts_without_signals": (float(self._without_signals), len(draws)),
-        }
-        if rewards.shape[1] > 1:
-            sums["reward_std"] = _sum(rewards.std(1))
-            sums["groups_equal"] = (float(equal), len(groups))
-        if kl is not None:
-            sums["kl"] = _sum(kl)
-        for each, losses, swapped in zip(draws, scored.losses, scored.swapped, strict=True):
-            if swapped is not None:  # each summary of the group against the one of another user
-                own = loss.log_choice(losses.margin).view(-1, len(each.pairs))
-                other = loss.log_choice(swapped.margin)[None].expand_as(own)
-                total, count = sums.get("informativeness", (0.0, 0.0))
-                estimate = float(informativeness(own.flatten(), other.flatten()[:, None]))
-                if estimate == estimate:
-                    sums["informativeness"] = (total + estimate, count + 1)
-        if phase.warm:
-            sums["warm_start"] = (1.0, 1.0)
-        return sums
-
-
-class _Scored(NamedTuple):
-    """Per user the losses of its pairs, summary by summary, and those under another user's summary or None."""
-
-    losses: list[PairLosses]
-    swapped: list[PairLosses | None]
 
 
 def seed_of(*parts: object) -> int:
@@ -376,34 +330,6 @@ def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
         if first.setdefault(id(branch), len(distinct)) == len(distinct):
             distinct.append(branch)
     return distinct, torch.tensor([first[id(branch)] for branch in branches])
-
-
-def _split(
-    losses: PairLosses, draws: Sequence[Draw], groups: Sequence[Sequence[object]], others: Sequence[int | None]
-) -> _Scored:
-    own, swapped, start = list[PairLosses](), list[PairLosses | None](), 0
-    for each, group, other in zip(draws, groups, others, strict=True):
-        stop = start + len(group) * len(each.pairs)
-        own.append(PairLosses(*(values[start:stop] for values in losses)))
-        start = stop
-        if other is None:
-            swapped.append(None)
-            continue
-        stop = start + len(each.pairs)
-        swapped.append(PairLosses(*(values[start:stop] for values in losses)))
-        start = stop
-    return _Scored(own, swapped)
-
-
-def _sum(values: Tensor) -> tuple[float, float]:
-    """The sum of the finite values, and how many they are."""
-    finite = values[values.isfinite()]
-    return float(finite.sum()), float(finite.numel())
-
-
-def _mean_of_finite(values: Tensor) -> float:
-    total, count = _sum(values)
-    return total / max(1.0, count)
 
 
 def _number(value: Tensor) -> float | None:

@@ -71,8 +71,15 @@ class Summary:
         return cls(user_id, signals_hash(signals), model, summary, _now(), tokens)
 
     def is_stale(self, signals_hash: str, model: str | None = None) -> bool:
-        """Whether it was made of other signals, or, if `model` is given, by another one; an edited one never is."""
-        return not self.edited and (self.signals_hash != signals_hash or model not in (None, self.model))
+        """Whether it was made of other signals, or, if `model` is given, by another one; an edited one never is.
+
+        Of names with an @, what stands before it is for people: a folder that was moved holds the same model.
+        """
+        return not self.edited and (self.signals_hash != signals_hash or not self.is_by(model))
+
+    def is_by(self, model: str | None) -> bool:
+        """Whether this model made it, or None is given."""
+        return model is None or model.rpartition("@")[2] == self.model.rpartition("@")[2]
 
 
 def signals_hash(signals: Sequence[HistoryItem]) -> str:

@@ -12,11 +12,10 @@ uninterrupted one would have sampled, and no split of a step into micro-batches 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,29 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nextquill.data import load_records
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.integrations import checkpoints
-from nextquill.integrations.checks import check_arguments, check_vocabulary
-from nextquill.integrations.loading import context_length
 from nextquill.integrations.staged import StagedCheckpoints
+from nextquill.popi.checks import (
+    check_args,
+    check_batches,
+    check_options,
+    check_resumable,
+    check_roles,
+    lora_settings,
+    within_context,
+)
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.passes import RolePasses
+from nextquill.popi.preparing import check_warm_start, make_roles, usable_users
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
-from nextquill.popi.roles import Role, Roles
+from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts, Rollouts
 from nextquill.popi.sample_log import SampleLog
 from nextquill.popi.steps import StepMaker, UserWork
 from nextquill.popi.summarizing import summarize
-from nextquill.popi.users import User, UserCounts, check_users, held_out, users_from_records
+from nextquill.popi.users import User, UserCounts, held_out
 
 
 class POPITrainer(StagedCheckpoints, Trainer):
@@ -71,7 +77,8 @@ class POPITrainer(StagedCheckpoints, Trainer):
     summaries_empty, summaries_unfinished, summaries_too_long (to be read again; the generator is then given none),
     prompts_without_signals, groups_equal (shares), reward_nan (a number a step). Every sampled summary is
     appended to `sampled_summaries.jsonl` in the run's folder. Evaluation summarises every user greedily and returns
-    accuracy, margin and loss of pairs that are no signals, with the summary, with none and with another user's.
+    accuracy, margin and loss of pairs that are no signals, with the summary, with none and with another user's; each
+    process evaluates all users, `rollout_batch_size` of them at a time.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -101,15 +108,16 @@ class POPITrainer(StagedCheckpoints, Trainer):
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         config = POPIConfig() if config is None else config
-        _check_options(options)
-        _check_args(args)
+        check_options(options)
+        check_args(args)
         if processing_class is None:
             raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
         self.config = config
-        roles = self._make_roles(
-            model, inference_model, generator_model, processing_class, generator_tokenizer, peft_config
+        roles = make_roles(
+            config, model, inference_model, generator_model, processing_class, generator_tokenizer, peft_config
         )
-        self.config = _within_context(config, roles)
+        check_roles(roles)
+        self.config = within_context(config, roles)
         self.templates = PopiTemplates() if templates is None else templates
         self.inference_prompts = InferencePrompts(
             roles.inference.tokenizer, self.templates, max_prompt_tokens=self.config.max_signal_tokens
@@ -119,11 +127,12 @@ class POPITrainer(StagedCheckpoints, Trainer):
         )
         self.train_users = self._users("train_dataset", train_dataset)
         self.eval_users = self._users("eval_dataset", eval_dataset)
-        self._check_warm_start()
+        check_warm_start(self.config, self.train_users)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
-        self.passes = RolePasses(attention=attention, max_tokens=max_tokens, temperature=self.config.temperature)
+        self._forwards: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
+        self.passes = RolePasses(**self._forwards, temperature=self.config.temperature)
         for role in roles:
             with role.active() as active:
                 longest = max(self.config.max_length, self.config.max_signal_tokens + self.config.max_summary_tokens)
@@ -139,44 +148,19 @@ class POPITrainer(StagedCheckpoints, Trainer):
             processing_class=processing_class,
             **options,
         )
+        # accelerate puts its autocast around a forward that is not called here.
+        self._half = self.accelerator.mixed_precision == "bf16"
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.rollouts = self._make_rollouts() if rollouts is None else rollouts
         self.steps = StepMaker(
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
-        self._log = SampleLog(Path(str(args.output_dir)), args.process_index)
+        self._log = SampleLog(Path(str(args.output_dir)), args.process_index, args.world_size)
         self._sums: dict[str, list[float]] = {}
         self._tokens = [0.0, 0.0]
 
     # ---- what is made at the start -------------------------------------------------------------------
-
-    def _make_roles(
-        self, model: Any, inference_model: Any, generator_model: Any, tokenizer: Any, other: Any, peft_config: Any
-    ) -> Roles:
-        frozen = {"freeze_inference": self.config.freeze_inference, "freeze_generator": self.config.freeze_generator}
-        for name, given in (
-            ("model", model),
-            ("inference_model", inference_model),
-            ("generator_model", generator_model),
-        ):
-            if given is not None and not isinstance(given, nn.Module):
-                raise ArgumentTypeError(f"{name}: expected a torch module, got {type(given).__name__}")
-        if isinstance(model, Roles):
-            return model
-        if (model is None) is (inference_model is None) or (inference_model is None) is not (generator_model is None):
-            raise ArgumentError(
-                "model: expected one model for both roles, or inference_model and generator_model together, got "
-                f"{[type(m).__name__ for m in (model, inference_model, generator_model)]}"
-            )
-        if model is not None:
-            check_vocabulary(model, tokenizer)
-            return Roles.shared(model, tokenizer, peft_config, **frozen)
-        if peft_config is not None:
-            raise ArgumentError("peft_config: expected None with separate models; wrap them with get_peft_model")
-        check_vocabulary(inference_model, tokenizer)
-        check_vocabulary(generator_model, tokenizer if other is None else other)
-        return Roles.separate(inference_model, generator_model, tokenizer, other, **frozen)
 
     def _make_rollouts(self) -> Rollouts:
         role, config = self.roles.inference, self.config
@@ -190,32 +174,11 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return ModelRollouts(*common, **sampling, batch_size=config.rollout_batch_size)
 
     def _users(self, name: str, given: Any) -> UserCounts | None:
-        """Those that can be drawn from, whose pairs and signals fit."""
-        if given is None:
-            return None
-        found = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else None
-        if found is None or not all(isinstance(each, User) for each in found):
-            found = users_from_records(load_records(given))
-        try:
-            counts = check_users(found, num_pairs=1, num_signals=self.config.signals_per_user)
-        except (RecordError, ArgumentError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        if counts.skipped:
-            warnings.warn(f"{name}: {counts}", UserWarning, stacklevel=3)
-        for user in counts.users:
-            for pair in user.pairs:
-                self.generator_prompts.check(pair, self.config.max_summary_tokens, f"{name}: user {user.user_id!r}")
-        return counts
+        return usable_users(name, given, self.config, self.generator_prompts)
 
-    def _check_warm_start(self) -> None:
-        if not (self.config.warm_start_steps and self.config.warm_start == "given") or self.train_users is None:
-            return
-        missing = [user.user_id for user in self.train_users.users if user.summary is None]
-        if missing:
-            raise ArgumentError(
-                f"warm_start: expected every user's records to have a field 'summary' with warm_start='given', "
-                f"{len(missing)} of {len(self.train_users.users)} users have none, such as {missing[0]!r}"
-            )
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the arguments, for samples, scores and gradients alike."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self._half else nullcontext()
 
     # ---- training ------------------------------------------------------------------------------------
 
@@ -227,6 +190,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         """
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
+        check_batches(self.args, len(self.train_users.users))
         self._sums, self._tokens = {}, [0.0, 0.0]
         self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
@@ -239,6 +203,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         checkpoint = checkpoints.find_checkpoint(resume, Path(str(self.args.output_dir)))
         if checkpoint is None:
             return 0
+        check_resumable(checkpoint)
         return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
@@ -248,7 +213,16 @@ class POPITrainer(StagedCheckpoints, Trainer):
         for user in users:
             digest.update(repr(user).encode(errors="surrogatepass"))
         models = [checkpoints.run_identity(model, self.config) for model in self.roles.models]
-        return {**models[0], "models": models, "templates": self.templates.to_dict(), "users": digest.hexdigest()[:16]}
+        args = self.args
+        return {
+            **models[0],
+            "models": models,
+            "lora_settings": [lora_settings(model) for model in self.roles.models],
+            "templates": self.templates.to_dict(),
+            "users": digest.hexdigest()[:16],
+            "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "seed": args.seed,
+        }
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -259,7 +233,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         assert self.train_users is not None
         users = [self.train_users.users[index] for batch in batches for index in batch["users"].tolist()]
-        with self.compute_loss_context_manager():
+        with self._precision():
             step = self.steps.make(users, self.state.global_step)
         work = iter(step.work)
         for batch in batches:
@@ -297,7 +271,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
             for part in passes.parts(branches, weights):
                 self._tokens[0] += part["num_tokens"]
                 self._tokens[1] += part["num_branch_tokens"]
-                with self.compute_loss_context_manager():
+                with self._precision():
                     loss = passes.loss(part)
                 self.accelerator.backward(loss)
 
@@ -372,7 +346,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         counts = self.eval_users if eval_dataset is None else self._users("eval_dataset", eval_dataset)
         if counts is None:
             raise ArgumentError("eval_dataset: expected users or records, got None")
-        with self.compute_loss_context_manager():
+        with self._precision():
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(counts.users).items()}
         self.passes.close()
         self.log(metrics)
@@ -391,6 +365,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
             loss=self.config.loss,
             reference_sees_context=self.config.reference_sees_summary,
             seed=self.args.seed,
+            **self._forwards,
         )
         found: dict[str, float] = {}
         for context, suffix in (("summary", ""), ("none", "_none"), ("placebo", "_placebo")):
@@ -453,47 +428,3 @@ class _Indices(Dataset[int]):
 
 def _collate(indices: Sequence[int]) -> dict[str, Any]:
     return {"users": torch.tensor(indices, dtype=torch.long)}
-
-
-def _within_context(config: POPIConfig, roles: Roles) -> POPIConfig:
-    """The settings with budgets that the models' contexts have room for.
-
-    Raises:
-        ArgumentError: a summary alone takes all of the inference model's context.
-    """
-    inference, generator = (_context(role) for role in roles)
-    if inference <= config.max_summary_tokens:
-        raise ArgumentError(
-            f"max_summary_tokens: expected less than the inference model's context of {inference} tokens, got "
-            f"{config.max_summary_tokens}"
-        )
-    return dataclasses.replace(
-        config,
-        max_signal_tokens=min(config.max_signal_tokens, inference - config.max_summary_tokens),
-        max_length=min(config.max_length, generator),
-    )
-
-
-def _context(role: Role) -> int:
-    base = role.model.get_base_model() if hasattr(role.model, "get_base_model") else role.model
-    return context_length(base) or 2**31
-
-
-_FILLED = ("compute_loss_func", "compute_metrics", "data_collator", "preprocess_logits_for_metrics", "model_init")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name in _FILLED:
-        if options.get(name) is not None:
-            raise ArgumentError(f"{name}: POPITrainer fills this itself; subclass it to change it")
-
-
-def _check_args(args: TrainingArguments) -> None:
-    check_arguments(args)
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None):
-            raise ArgumentError(
-                f"args: {name} is not supported by POPITrainer, only single processes and data parallel"
-            )
-    if getattr(args, "neftune_noise_alpha", None) is not None:
-        raise ArgumentError("args: neftune_noise_alpha is not supported: rewards are measured without noise")

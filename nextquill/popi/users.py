@@ -6,10 +6,11 @@ leaves out the signals that give one of its pairs away:
 
     the query       the signal is about the pair's own query
     an answer       one of the pair's two texts is the signal, or stands in it as lines of its own, behind the label of
-                    a rendered pair or without; a text of 24 characters or more is found anywhere in it
+                    a rendered pair or without; a text of 24 characters or more is found anywhere in it, and a signal
+                    of as many, such as a copy that was cut, anywhere in the answer
 
-all but for case, white space and how characters are composed. Short answers ("yes") that many pairs share therefore
-rule each other out. A draw is made from one `User` alone, so nothing of another user's can be in it.
+all but for case, white space, quotation marks and how characters are composed. Short answers ("yes") that many pairs
+share therefore rule each other out. A draw is made from one `User` alone, so nothing of another user's can be in it.
 
 Training draws pairs and signals at random (`draw`); evaluation shows what came first and asks about the rest
 (`held_out`).
@@ -23,15 +24,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nextquill.data._checks import check_integer
-from nextquill.data.leaks import normalised
 from nextquill.data.records import HistoryItem, Record, check_response, check_text
 from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.popi.answers import holds
+from nextquill.popi.answers import folded, holds
 
 #: A summary of a single signal repeats it; a user of whom no more is known is left out.
 _LEAST_SIGNALS = 2
 _SHOWN = 5
+# A query with and without these is the same.
+_ENDS = " .:?!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,15 @@ class User:
         pairs: the user's pairs, in their order.
         items: past texts that are no pairs of these, oldest first.
         summary: a summary that was given, for the supervised warm start, or None.
+        since: for each item without a timestamp the index of the pair that it was known before, as its record's history
+            has it, and -1 for what was always known; empty where all was.
     """
 
     user_id: str
     pairs: tuple[Pair, ...]
     items: tuple[HistoryItem, ...] = ()
     summary: str | None = None
+    since: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,9 @@ class UserCounts:
 @dataclass(slots=True)
 class _Gathered:
     pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
+    places: dict[tuple[str, str, str], int] = field(default_factory=dict)
     items: dict[tuple[str | None, str], HistoryItem] = field(default_factory=dict)
+    before: dict[tuple[str | None, str], list[int]] = field(default_factory=dict)  # the pairs that have it as history
     summary: str | None = None
 
 
@@ -166,13 +173,16 @@ def users_from_records(
             skipped.accept()
         own = gathered.setdefault(record.user_id, _Gathered())
         own.summary = own.summary or summary
-        items = record.history
+        items, index = record.history, -1
         if pair is not None:
-            own.pairs.setdefault((pair.query, pair.chosen, pair.rejected), pair)
+            key = (pair.query, pair.chosen, pair.rejected)
+            own.pairs.setdefault(key, pair)
+            index = own.places.setdefault(key, len(own.places))
         else:
             items = (*items, HistoryItem(record.response, record.query or None, record.timestamp))
         for item in items:
             own.items.setdefault((item.title or None, item.text), item)
+            own.before.setdefault((item.title or None, item.text), []).append(index)
     if skipped is not None:
         skipped.check("records")
     if not gathered or (need_pairs and not any(own.pairs for own in gathered.values())):
@@ -208,9 +218,20 @@ def _summary(record: Record, where: str) -> str | None:
 def _user(user_id: str, own: _Gathered) -> User:
     pairs = tuple(own.pairs.values())
     rendered = {(item.title, item.text) for item in (pair.as_item() for pair in pairs)}
-    items = tuple(item for key, item in own.items.items() if key not in rendered)
+    keys = [key for key in own.items if key not in rendered]
+    items = [own.items[key] for key in keys]
+    order, items_order = _in_time(pairs), _in_time(items)
+    place = {-1: -1, **{index: place for place, index in enumerate(order)}}
+    since = tuple(
+        -1 if items[i].timestamp is not None else min(place[index] for index in own.before[keys[i]])
+        for i in items_order
+    )
     return User(
-        user_id, tuple(pairs[i] for i in _in_time(pairs)), tuple(items[i] for i in _in_time(items)), own.summary
+        user_id,
+        tuple(pairs[i] for i in order),
+        tuple(items[i] for i in items_order),
+        own.summary,
+        since if any(index > 0 for index in since) else (),
     )
 
 
@@ -226,8 +247,8 @@ def _in_time(dated: Sequence[Pair | HistoryItem]) -> list[int]:
 @functools.lru_cache(maxsize=65_536)
 def gives_away(item: HistoryItem, pair: Pair) -> bool:
     """Whether an item is about the pair's query, or holds one of its texts; see the module for what counts as that."""
-    query = normalised(pair.query)
-    if query and item.title is not None and normalised(item.title) == query:
+    query = folded(pair.query).strip(_ENDS)
+    if query and item.title is not None and folded(item.title).strip(_ENDS) == query:
         return True
     texts = [item.text] if item.title is None else [item.title, item.text]
     return any(holds(text, answer) for text in texts for answer in (pair.chosen, pair.rejected))
@@ -284,8 +305,8 @@ def held_out(user: User, *, num_signals: int, max_pairs: int | None = None) -> D
     """The user's first pairs as signals, and the later ones to be evaluated.
 
     As few pairs are put aside as are needed, together with the user's items, for `num_signals` signals; at least one is
-    evaluated. No signal is later than the first evaluated pair, where both are dated; of more signals than asked for,
-    the newest are kept.
+    evaluated. No signal is later than an evaluated pair, where both are dated; nor is an undated item one that only
+    later pairs have in their histories. Of more signals than asked for, the newest are kept.
 
     Args:
         user: the user.
@@ -339,22 +360,28 @@ class _Candidates:
 
     def __init__(self, user: User) -> None:
         self.pairs = user.pairs
-        everything = [(item, -1) for item in user.items]
-        everything += [(pair.as_item(), index) for index, pair in enumerate(user.pairs)]
-        self._all = [everything[place] for place in _in_time([item for item, _ in everything])]
+        known = user.since or (-1,) * len(user.items)
+        everything = [(item, -1, since) for item, since in zip(user.items, known, strict=True)]
+        everything += [(pair.as_item(), index, -1) for index, pair in enumerate(user.pairs)]
+        self._all = [everything[place] for place in _in_time([item for item, *_ in everything])]
 
     def beside(self, targets: Sequence[int], past: Sequence[int] | None = None) -> list[HistoryItem]:
-        """Those that give no target away; with `past`, of the pairs these only, and nothing later than the targets."""
+        """Those that give no target away; with `past`, of the pairs these only, and nothing later than a target."""
         pairs = [self.pairs[index] for index in targets]
         allowed = set(range(-1, len(self.pairs)) if past is None else (-1, *past)) - set(targets)
-        until = None if past is None else pairs[0].timestamp
+        until = min((pair.timestamp for pair in pairs if pair.timestamp is not None), default=None)
+        known = None if past is None else {-1, *past, targets[0]}
         return [
             item
-            for item, index in self._all
+            for item, index, since in self._all
             if index in allowed
-            and (until is None or item.timestamp is None or item.timestamp <= until)
+            and (known is None or (since in known and _is_by(item.timestamp, until)))
             and not any(gives_away(item, pair) for pair in pairs)
         ]
+
+
+def _is_by(timestamp: float | None, until: float | None) -> bool:
+    return until is None or timestamp is None or timestamp <= until
 
 
 def _target_choices(order: list[int], num_pairs: int) -> Iterator[list[int]]:

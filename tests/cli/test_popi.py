@@ -58,7 +58,7 @@ def test_a_run_leaves_both_models_and_its_settings(popi_trained):
         max_signal_tokens=512, max_length=512,
     )  # fmt: skip
     assert run.templates.instruction == "What does this person like?"
-    assert run.name.startswith("run@")
+    assert run.writer().startswith("run@")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"eval_accuracy", "eval_accuracy_none", "eval_margin", "eval_loss"} <= metrics["eval"].keys()
     assert result.out == ""

@@ -39,7 +39,7 @@ def test_one_summary_a_user_and_nothing_twice(summarize, tmp_path, popi_model):
     assert "3 written, 0 kept" in result.err
     first = lines(file)
     assert [line["user_id"] for line in first] == ["u3", "u4", "u5"]
-    assert {line["model"] for line in first} == {SavedRun(popi_model).name}
+    assert {line["model"] for line in first} == {SavedRun(popi_model).writer()}
     assert all(line["tokens"] <= 6 for line in first)
     assert "0 written, 3 kept" in summarize(file).err
     assert lines(file) == first

@@ -29,7 +29,7 @@ TEMPLATES = PopiTemplates(
 )  # fmt: skip
 _OF_THE_TRAINER = (
     "model", "inference_model", "generator_model", "peft_config", "attention", "max_tokens", "rollouts",
-    "train_dataset", "eval_dataset", "callbacks",
+    "train_dataset", "eval_dataset", "callbacks", "generator_tokenizer",
 )  # fmt: skip
 CONFIG: dict[str, Any] = {"group_size": 3, "pairs_per_user": 2, "signals_per_user": 2, "max_summary_tokens": 4}
 

@@ -353,3 +353,13 @@ def test_one_user_has_no_interval_and_json_says_so():
     assert not any(
         math.isinf(value) for value in result["generator"]["summary_minus"]["none"]["margin"].values() if value
     )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_an_error_and_not_a_wrong_answer(words, value):
+    drawn, model = draws(2, 4), new_model(words)
+    with torch.no_grad():
+        model.lm_head.weight[5] = value
+    generator = FrozenGenerator(model, words)
+    with pytest.raises(RecordError, match=r"user 'u0': expected finite log-probabilities of pairs\[0\] under 'none'"):
+        score_pairs(generator, GeneratorPrompts(words, max_length=512), drawn, attention="padded")

@@ -10,15 +10,17 @@ The response is the chosen one; `extra` keeps `chosen` and `rejected` for losses
 | others | prompt, chosen, rejected, user_id |
 
 What is known of a user is either in the row, as AlignX has it: comments, and pairs, which are rendered as text. Its
-rows name no user, so each is one. Or it is the user's other rows: the `max_pairs` before it. Of either, what has the
-record's own prompt, or its response among the texts, is left out, as it would give the answer away.
+rows name no user, so those of which the same is known are one, called by a digest of it. Or it is the user's other
+rows: the `max_pairs` before it. Of either, what has the record's own prompt, or its response among the texts, is left
+out, as it would give the answer away.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from itertools import count
 from typing import NamedTuple
 
 from nextquill.data._checks import check_integer
@@ -57,15 +59,13 @@ def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[st
         RecordError: a row is malformed and nothing is skipped.
     """
     check_integer("max_pairs", max_pairs, 0)
-    positions = count()
     # Twice as many, for those that would give the answer away.
     earlier: defaultdict[str, deque[_Pair]] = defaultdict(lambda: deque(maxlen=2 * max_pairs))
 
     def convert(row: Row) -> Record:
         pair = _pair(row)
         if row.has(_CONTENT) or row.has(_FEEDBACK):
-            position = next(positions)
-            user = row.user_id("user_id") if row.has("user_id") else f"row-{position}"
+            user = row.user_id("user_id") if row.has("user_id") else _name(row, pair)
             extra = {_PERSON: row.text(_PERSON)} if row.has(_PERSON) else {}
             return _record(row, user, pair, _own(row, pair), extra)
         user = row.user_id("user_id", "scorer_level", "level")
@@ -99,6 +99,13 @@ def _pair(row: Row) -> _Pair:
         chosen, rejected = (x, y) if label.startswith("0") else (y, x)
         return _Pair(row.text("prompt"), chosen, rejected)
     return _Pair(row.text("prompt", "x"), row.response("chosen", "yw"), row.text("rejected", "yl"))
+
+
+def _name(row: Row, pair: _Pair) -> str:
+    """The same in every file for rows of which the same is known; a row of which nothing is stands alone."""
+    known = [row.values.get(name) for name in (_CONTENT, _FEEDBACK, _PERSON)]
+    text = json.dumps(known if any(known[:2]) else [*known, *pair], sort_keys=True, default=str)
+    return f"row-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=6).hexdigest()}"
 
 
 def _own(row: Row, answer: _Pair) -> list[dict[str, str]]:

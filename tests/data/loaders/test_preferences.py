@@ -56,7 +56,8 @@ def test_alignx_has_the_history_in_the_row(fixtures: Path) -> None:
     assert tomatoes.extra["rejected"] == "Buy others."
     assert tomatoes.extra["Demographic Information"] == "A gardener in the north."
     assert moss.history == ()
-    assert (tomatoes.user_id, moss.user_id) == ("row-0", "row-1")
+    assert tomatoes.user_id.startswith("row-")
+    assert tomatoes.user_id != moss.user_id
 
 
 def test_a_pair_whose_chosen_text_is_the_response_is_left_out() -> None:
@@ -126,3 +127,14 @@ def test_a_bad_pair_is_named(row: dict[str, Any], message: str) -> None:
 def test_a_bad_number_of_pairs_is_refused_at_once() -> None:
     with pytest.raises(ArgumentError, match=r"^max_pairs: expected at least 0, got -1$"):
         load("preferences", [{}], max_pairs=-1)
+
+
+def test_alignx_rows_of_one_person_are_one_user_in_every_file() -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "Pair-wise Comparative Feedback": [],
+           "User-Generated Content": [{"prompt": "Slugs!", "comment": "Put out a saucer of beer."}]}  # fmt: skip
+    other = {**row, "User-Generated Content": [{"prompt": "Slugs!", "comment": "Salt."}]}
+    nothing = [{**row, "prompt": prompt, "User-Generated Content": []} for prompt in ("p", "q")]
+    first = [record.user_id for record in load("preferences", [row, other, *nothing])]
+    second = [record.user_id for record in load("preferences", [other, {**row, "prompt": "q"}])]
+    assert len(set(first)) == 4  # two of which nothing is known are not taken for one
+    assert second == [first[1], first[0]]
