@@ -27,6 +27,8 @@ RUN_FILE = "nextquill_run.json"
 
 _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _SAMPLE = 16
+#: What an adapter's weights mean depends on these.
+_SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -147,7 +149,9 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
 def _describe(adapter: Any) -> str:
     targets = getattr(adapter, "target_modules", None)
     targets = sorted(targets) if isinstance(targets, (set, list, tuple)) else targets
-    return f"{getattr(adapter.peft_type, 'value', adapter.peft_type)}, r={getattr(adapter, 'r', None)}, {targets}"
+    scaling = {name: value for name in _SCALING if (value := getattr(adapter, name, None))}
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    return f"{kind}, r={getattr(adapter, 'r', None)}, {scaling}, {targets}"
 
 
 def _fingerprint(model: torch.nn.Module) -> str | None:

@@ -90,13 +90,6 @@ def check_batches(args: TrainingArguments, users: int) -> None:
         raise ArgumentError(f"args: dataloader_drop_last=True leaves no batch of {batch}, there are {users} users")
 
 
-def lora_settings(model: Any) -> dict[str, list[str]]:
-    """What a LoRA adapter's weights mean, by its name; ready for JSON."""
-    names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
-    configs = getattr(model, "peft_config", {})
-    return {key: [f"{name}={getattr(config, name, None)}" for name in names] for key, config in configs.items()}
-
-
 def check_resumable(checkpoint: Path) -> None:
     """Raise CheckpointError where a checkpoint lacks the optimiser's state, which would begin anew unsaid."""
     for name in ("optimizer.pt", "scheduler.pt"):

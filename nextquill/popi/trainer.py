@@ -34,7 +34,6 @@ from nextquill.popi.checks import (
     check_options,
     check_resumable,
     check_roles,
-    lora_settings,
     within_context,
 )
 from nextquill.popi.config import POPIConfig
@@ -217,7 +216,6 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return {
             **models[0],
             "models": models,
-            "lora_settings": [lora_settings(model) for model in self.roles.models],
             "templates": self.templates.to_dict(),
             "users": digest.hexdigest()[:16],
             "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

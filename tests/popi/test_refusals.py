@@ -92,7 +92,7 @@ def test_a_run_is_resumed_only_as_it_was(tmp_path: Path) -> None:
     others: list[tuple[dict[str, Any], str]] = [
         ({"seed": 4}, "another seed: there 3, here 4"),
         ({"per_device_train_batch_size": 4}, "another users per step: there 2, here 4"),
-        ({"peft_config": lora(lora_alpha=9)}, "another lora settings"),
+        ({"peft_config": lora(lora_alpha=9)}, "another adapters"),
     ]
     for other, message in others:
         with pytest.raises(CheckpointError, match=message):
