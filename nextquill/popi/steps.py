@@ -129,7 +129,7 @@ class StepMaker:
         if phase.generator:
             self._weigh_pairs(work, draws, texts, scored)
         if phase.inference:
-            targets = self._warm_targets(shaped) if phase.warm else None
+            targets = self._warm_targets(shaped, groups) if phase.warm else None
             self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
         for index, each in enumerate(work):
             each.loss = mean_of_finite(scored.losses[index].loss)
@@ -280,10 +280,12 @@ class StepMaker:
             own.branches[INFERENCE] = [next(branches) for _ in group]
             own.weights[INFERENCE] = weights * torch.tensor(scale, dtype=torch.float64)
 
-    def _warm_targets(self, rewards: Tensor) -> Tensor:
-        """1 for the best of each group, penalties counted, or the one that was given, 0 for the others."""
-        best = torch.where(rewards.isfinite(), rewards, -torch.inf).argmax(1, keepdim=True)
-        return torch.zeros_like(rewards).scatter_(1, best, 1.0)
+    def _warm_targets(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Tensor:
+        """1 for the best of each group, 0 for the others; what is empty or has no end is no example."""
+        fit = torch.tensor([[each.ended and bool(tidy_summary(each.text)) for each in group] for group in groups])
+        value = torch.where(fit & rewards.isfinite(), rewards, -torch.inf)
+        best = torch.zeros_like(rewards).scatter_(1, value.argmax(1, keepdim=True), 1.0)
+        return torch.where(value.isfinite(), best, 0.0)
 
     # ---- what is logged ----------------------------------------------------------------------------
 

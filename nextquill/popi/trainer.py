@@ -284,7 +284,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for dtype in {p.dtype for p in used}:
+        for dtype in dict.fromkeys(p.dtype for p in used):  # in one order on all ranks
             grads = [p.grad for p in used if p.dtype == dtype and p.grad is not None]
             flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), reduction="sum")
             for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

@@ -236,13 +236,32 @@ def test_a_warm_start_teaches_the_given_summaries(tmp_path: Path) -> None:
 
 
 def test_a_warm_start_on_its_own_texts_learns_each_groups_best(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, {"warm_start_steps": 1, "warm_start": "self"}, max_steps=1)
+    rollouts = Scripted(["red", "blue w1", "w2 w3"])
+    config = {"warm_start_steps": 1, "warm_start": "self", "kl_coef": 0.0}
+    trainer = make_trainer(tmp_path, config, max_steps=1, rollouts=rollouts)
     step = trainer.steps.make(make_users(2), 0)
     for own in step.work:
         weights, rewards = own.weights["inference"], [line["reward"] for line in own.lines]
         best = max(range(3), key=lambda index: rewards[index])
         assert weights.nonzero().flatten().tolist() == [best]
         assert weights[best] == pytest.approx(1 / own.lines[best]["tokens"])
+
+
+def test_a_warm_start_learns_no_empty_and_no_endless_text(tmp_path: Path) -> None:
+    config = {"warm_start_steps": 1, "warm_start": "self", "unfinished_penalty": 0.0, "kl_coef": 0.0}
+    rollouts = Scripted([""])
+    samples = {
+        0: Sample([1], "", ended=True),
+        1: Sample([7, 7], "red red", ended=False),
+        2: Sample([8, 1], "blue", True),
+    }
+    rollouts.sample = lambda prompts: [samples[prompt.index % 3] for prompt in prompts]  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, config, max_steps=1, rollouts=rollouts)
+    for own in trainer.steps.make(make_users(2), 0).work:
+        assert own.weights["inference"].tolist() == [0.0, 0.0, 0.5]
+    samples[2] = samples[1]
+    for own in trainer.steps.make(make_users(2), 0).work:
+        assert own.weights["inference"].tolist() == [0.0, 0.0, 0.0]
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------
