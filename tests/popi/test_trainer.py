@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, RecordError
 from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
-from nextquill.popi.rollouts import Sample
+from nextquill.popi.rollouts import RecordedRollouts, RecordingRollouts, Sample
 from tests.popi.popi_helpers import (
     CONFIG,
     WORDS,
@@ -298,6 +298,19 @@ class Scripted:
 
     def close(self) -> None:
         self.closed += 1
+
+
+def test_recorded_samples_train_the_same_model(tmp_path: Path) -> None:
+    """What one run has sampled is all that a second one needs of an engine."""
+    first = make_trainer(tmp_path / "first")
+    first.rollouts = first.steps.rollouts = RecordingRollouts(first.rollouts, tmp_path / "samples.jsonl")
+    first.train()
+    recorded = RecordedRollouts(tmp_path / "samples.jsonl", word_tokenizer())
+    second = run(tmp_path / "second", rollouts=recorded)
+    for name, tensor in trained_weights(first).items():
+        assert torch.equal(tensor, trained_weights(second)[name]), name
+    with pytest.raises(CheckpointError, match="seed"):  # another run asks for what was not recorded
+        run(tmp_path / "third", rollouts=RecordedRollouts(tmp_path / "samples.jsonl", word_tokenizer()), seed=4)
 
 
 def test_equal_rewards_are_counted_and_move_no_summary(tmp_path: Path) -> None:
