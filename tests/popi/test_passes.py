@@ -1,0 +1,82 @@
+"""Log-probabilities of branches, and weighted sums of them, against plain forwards; soft caps, scales, temperatures."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nextquill.data import Branch
+from nextquill.popi.passes import BranchPasses
+
+
+def model_of(kind: str) -> nn.Module:
+    own: dict[str, Any] = {
+        "llama": {},
+        "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None, "head_dim": 16, "sliding_window": 6},
+        "granite": {"logits_scaling": 3.0},
+    }[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, **own,
+    )  # fmt: skip
+    implementation = "eager" if kind == "gemma2" else "sdpa"
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()  # type: ignore[no-any-return]
+
+
+def branches_of(seed: int = 0) -> list[Branch]:
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 40) for _ in range(7)]
+    return [
+        Branch(
+            shared[: rng.randint(2, 7)] + [rng.randrange(3, 40) for _ in range(rng.randint(0, 4))],
+            [rng.randrange(3, 40) for _ in range(rng.randint(1, 5))],
+        )
+        for _ in range(7)
+    ]
+
+
+def plain(model: nn.Module, branch: Branch, temperature: float) -> Tensor:
+    ids, size = torch.tensor([branch.input_ids]), branch.response_length
+    logits = model(ids).logits[0, -size - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, -size:, None]).sum()
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
+def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temperature: float, attention: str) -> None:
+    model, branches = model_of(kind), branches_of()
+    weights = [0.5, -1.0, 0.0, 2.0, -0.25, 1.0, -0.75]
+    expected = torch.stack([plain(model, branch, temperature) for branch in branches])
+    (torch.tensor(weights) * -expected).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    max_tokens = None if attention == "padded" else 24  # several parts
+    with BranchPasses(model, attention=attention, max_tokens=max_tokens) as passes:
+        passes.temperature = temperature
+        torch.testing.assert_close(passes.log_probs(branches), expected.detach().double(), rtol=1e-5, atol=1e-5)
+        parts = passes.parts(branches, weights)
+        assert sum(part["num_sequences"] for part in parts) == 6  # what has no weight is not computed
+        assert attention == "padded" or len(parts) > 1
+        for part in parts:
+            passes.loss(part).backward()
+        passes.temperature = 1.0
+        ones = torch.stack([plain(model, branch, 1.0) for branch in branches]).detach().double()
+        torch.testing.assert_close(passes.log_probs(branches), ones, rtol=1e-5, atol=1e-5)
+    largest = max(float(tensor.norm()) for tensor in gradients.values())
+    for name, want in gradients.items():
+        found = dict(model.named_parameters())[name].grad
+        assert found is not None, name
+        assert float((found - want).norm()) <= 2e-5 * max(float(want.norm()), 1e-2 * largest), name
+
+
+def test_nothing_is_nothing() -> None:
+    with BranchPasses(model_of("llama")) as passes:
+        assert passes.log_probs([]).shape == (0,)
+        assert passes.parts(branches_of(), [0.0] * 7) == []
