@@ -62,7 +62,7 @@ MAY_USE: dict[str, frozenset[str]] = {
     "files": frozenset(),
     "data": _TORCH | {"jinja2", "numpy", "pyarrow"} | _RETRIEVAL | HUGGING_FACE,
     "evaluation": frozenset({"nltk", "numpy", "rouge_score", "sacrebleu"}),
-    "report": frozenset({"matplotlib", "rich"}),
+    "report": frozenset({"matplotlib", "rich", "tqdm"}),
     **dict.fromkeys(("popi", "demo", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
     # ZeRO-3 partitions weights, which are gathered to be probed.
     "integrations": _TORCH | {"numpy", "deepspeed", "vllm"} | _TOOLS | HUGGING_FACE,

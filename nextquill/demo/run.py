@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nextquill.demo.evaluation import TestSet, TokenProbabilities
 from nextquill.demo.findings import SFT, find, timing_note
@@ -24,7 +22,6 @@ from nextquill.demo.recipe import Recipe, make_recipe
 from nextquill.demo.results import BASE, DemoResult, DemoRow, RowTable, SeedRun, Timing
 from nextquill.demo.training import (
     Base,
-    Progress,
     make_contestants,
     one_thread,
     phase_c_steps,
@@ -34,6 +31,7 @@ from nextquill.demo.world import World
 from nextquill.errors import OutputExistsError
 from nextquill.files import write_whole
 from nextquill.report.html import render_page
+from nextquill.report.progress import Progress, phase_bars
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +78,7 @@ def run_demo(
     rows: list[DemoRow] = []
     seed_runs: list[SeedRun] = []
     shown: tuple[ShownResponse, ...] = ()
-    with one_thread(), _reporter(progress, quiet) as report:
+    with one_thread(), phase_bars(progress, quiet) as report:
         for each in recipe.seed_values:
             seed_run, seed_rows, seed_shown = _run_seed(recipe, each, report)
             seed_runs.append(seed_run)
@@ -175,29 +173,3 @@ def _print(result: DemoResult, table: RowTable, console: Console | None) -> None
         out.print(Text.assemble("\n", (finding.heading, "bold"), "\n", finding.text))
     out.print(Text(f"\n{result.timing} The run took {result.seconds:.0f} s."))
     out.print(Text("\nWritten: " + ", ".join(str(path) for path in result.paths.values())), soft_wrap=True)
-
-
-@contextmanager
-def _reporter(progress: Progress | None, quiet: bool) -> Iterator[Progress]:
-    """The caller's callback, or a tqdm bar for each phase; a bar draws nothing where stderr is no terminal."""
-    if progress is not None or quiet:
-        yield progress or (lambda what, done, at_most: None)
-        return
-    from tqdm import tqdm
-
-    bar: Any = None
-    current = ""
-
-    def report(what: str, done: int, at_most: int) -> None:
-        nonlocal bar, current
-        if what != current:
-            if bar is not None:
-                bar.close()
-            bar, current = tqdm(total=at_most, desc=what, leave=False, disable=None), what
-        bar.update(done - bar.n)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.close()

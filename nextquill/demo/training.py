@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from torch import Tensor
 from nextquill.demo.recipe import Recipe
 from nextquill.demo.world import Example, Item, Vocabulary, World, prompt_words
 from nextquill.losses import NextQuillLoss, PerCELoss, SFTLoss
+from nextquill.report.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 WARMUP_STEPS = 20
 DEV_EVERY = 25
 MAX_GRAD_NORM = 1.0
-
-# (what is going on, steps done, steps at most)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

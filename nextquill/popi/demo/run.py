@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +17,6 @@ from nextquill.popi.demo.measuring import Measured, SeedRun, measure, measure_se
 from nextquill.popi.demo.presentation import TABLE_NOTE, demo_page, demo_picture, results_table
 from nextquill.popi.demo.recipe import Recipe, make_recipe
 from nextquill.popi.demo.training import (
-    Progress,
     Prompts,
     one_thread,
     train_base,
@@ -29,6 +26,7 @@ from nextquill.popi.demo.training import (
 )
 from nextquill.popi.demo.world import World
 from nextquill.report.html import render_page
+from nextquill.report.progress import Progress, phase_bars
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +94,7 @@ def run_demo(
     recipe = make_recipe(seed=seed, seeds=seeds, quick=quick)
     folder = _make_folder(output_dir)
     start = time.perf_counter()
-    with one_thread(), without_peft_warning(), _reporter(progress, quiet) as report:
+    with one_thread(), without_peft_warning(), phase_bars(progress, quiet) as report:
         runs = tuple(_run_seed(recipe, each, report) for each in recipe.seed_values)
     measured = measure(runs)
     result = DemoResult(
@@ -178,29 +176,3 @@ def _print(result: DemoResult, console: Console | None) -> None:
         out.print(Text.assemble("\n", (finding.heading, "bold"), "\n", finding.text))
     out.print(Text(f"\nThe run took {result.seconds:.0f} s."))
     out.print(Text("\nWritten: " + ", ".join(str(path) for path in result.paths.values())), soft_wrap=True)
-
-
-@contextmanager
-def _reporter(progress: Progress | None, quiet: bool) -> Iterator[Progress]:
-    """The caller's callback, or a tqdm bar for each phase; a bar draws nothing where stderr is no terminal."""
-    if progress is not None or quiet:
-        yield progress or (lambda what, done, at_most: None)
-        return
-    from tqdm import tqdm
-
-    bar: Any = None
-    current = ""
-
-    def report(what: str, done: int, at_most: int) -> None:
-        nonlocal bar, current
-        if what != current:
-            if bar is not None:
-                bar.close()
-            bar, current = tqdm(total=at_most, desc=what, leave=False, disable=None), what
-        bar.update(done - bar.n)
-
-    try:
-        yield report
-    finally:
-        if bar is not None:
-            bar.close()

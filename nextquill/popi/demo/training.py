@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,7 @@ from nextquill.popi.roles import Roles
 from nextquill.popi.steps import seed_of
 from nextquill.popi.trainer import POPITrainer
 from nextquill.popi.users import Pair, draw
-
-# (what is going on, steps done, steps at most)
-Progress = Callable[[str, int, int], None]
+from nextquill.report.progress import Progress
 
 TEMPLATES = PopiTemplates(
     instruction="what does this person like ?",
