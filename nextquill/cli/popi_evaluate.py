@@ -27,9 +27,10 @@ from nextquill.errors import ArgumentError, RecordError
 from nextquill.files import write_whole
 from nextquill.integrations.attention import ATTENTIONS
 from nextquill.integrations.loading import find_tokenizer, load_model
-from nextquill.popi.evaluation import FrozenGenerator, Generator, LoadedGenerator, score_pairs
+from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.measures import Evaluation, Measured, measure
 from nextquill.popi.prompts import GeneratorPrompts
+from nextquill.popi.roles import GENERATOR, Role
 from nextquill.popi.saved import SavedRun, trained_users
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.summarizing import summarize
@@ -108,8 +109,10 @@ def run(arguments: Sequence[str]) -> int:
         summaries = {user: summary.summary for user, summary in known.items()}
     else:
         summaries = _written(saved, held.draws, options.batch_size)
-    generator = LoadedGenerator(saved.roles.generator, _reference(options, models))
-    if generator.is_its_own_reference and not config.freeze_generator:
+    generator, reference = saved.roles.generator, _reference(options, models)
+    if reference is not None:
+        generator = generator.against(reference)
+    if generator.is_what_it_was and not config.freeze_generator:
         print(
             "nextquill: the generator before training is not in the folder: the trained one without context stands in "
             "for it; --reference_model names it",
@@ -234,12 +237,12 @@ def _transferred(
     """The same on a model that was not trained, and is its own reference."""
     model, tokenizer = _loaded("transfer_model", name, models.dtype)
     prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
-    return _measured(saved, FrozenGenerator(model, tokenizer), prompts, draws, summaries, options, sees=False)
+    return _measured(saved, Role.untrained(GENERATOR, model, tokenizer), prompts, draws, summaries, options, sees=False)
 
 
 def _measured(
     saved: SavedRun,
-    generator: Generator,
+    generator: Role,
     prompts: GeneratorPrompts,
     draws: Sequence[Draw],
     summaries: Mapping[str, str],

@@ -9,9 +9,10 @@ For a pair of responses y⁺ (chosen) and y⁻ (rejected) to a query x, and for 
     summary   the user's summary            what is left of it
     placebo   another user's summary        what any summary does; only what exceeds it is personal
 
-p_ref is the generator before training, and sees no context, unless it was trained against one that does. A pair is
-judged rightly where r > 0, and half so where r = 0. The same is asked of log p(y⁺ | x, c) − log p(y⁻ | x, c), without a
-reference. A frozen model, to which summaries are transferred, is its own reference, so that its r without context is 0.
+Under an objective that averages, as IPO does, r is of means per token. p_ref is the generator before training, and sees
+no context, unless it was trained against one that does. A pair is judged rightly where r > 0, and half so where r = 0.
+The same is asked of log p(y⁺ | x, c) − log p(y⁻ | x, c), without a reference. A frozen model, to which summaries are
+transferred, is its own reference, so that its r without context is 0.
 
 What is evaluated is of `held_out`, and every draw is checked again: a pair is never among the signals.
 """
@@ -20,18 +21,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import RecordError
-from nextquill.integrations.loading import is_adapter
 from nextquill.integrations.scoring import BranchScorer, pad_token
-from nextquill.popi.objective import PreferenceLoss
+from nextquill.popi.objective import PairLosses, PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role
 from nextquill.popi.users import Draw, Pair, check_draw
@@ -45,76 +45,6 @@ _PAIRS_TOGETHER = 32
 _DECIMALS = 6
 
 
-class Generator(Protocol):
-    """What is evaluated: a `Role`, a `LoadedGenerator` or a `FrozenGenerator`."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-
-    def active(self) -> AbstractContextManager[Any]:
-        """The model as trained."""
-
-    def initial(self) -> AbstractContextManager[Any]:
-        """The model as it was before, the reference."""
-
-
-@dataclass(frozen=True)
-class FrozenGenerator:
-    """A model that no training has touched, and which is its own reference."""
-
-    model: Any
-    tokenizer: Any
-
-    def active(self) -> AbstractContextManager[Any]:
-        """The model."""
-        return nullcontext(self.model)
-
-    def initial(self) -> AbstractContextManager[Any]:
-        """The model."""
-        return nullcontext(self.model)
-
-
-@dataclass(frozen=True)
-class LoadedGenerator:
-    """A generator of `Roles.load`, which is frozen and would be its own reference, with the one it was trained from.
-
-    Args:
-        role: the loaded role.
-        reference: the model it was trained from; by default the role's model without its adapter, and itself where it
-            has none.
-    """
-
-    role: Role
-    reference: Any = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The role's."""
-        return self.role.tokenizer
-
-    def active(self) -> AbstractContextManager[Any]:
-        """The model as trained."""
-        return self.role.active()
-
-    @property
-    def is_its_own_reference(self) -> bool:
-        """Whether there is no other model to hold it against."""
-        return self.reference is None and not is_adapter(self.role.model)
-
-    @contextmanager
-    def initial(self) -> Iterator[Any]:
-        """The model it was trained from."""
-        if self.reference is not None:
-            yield self.reference
-        elif self.is_its_own_reference:
-            with self.role.active() as model:
-                yield model
-        else:
-            with self.role.model.disable_adapter():
-                yield self.role.model
-
-
 @dataclass(frozen=True)
 class PairScore:
     """One pair under one context.
@@ -122,7 +52,7 @@ class PairScore:
     Args:
         user_id: whose pair it is.
         index: its place among the user's evaluated pairs.
-        margin: r, in nats.
+        margin: r, in nats, or nats a token where the objective averages, as IPO does.
         logprob_margin: the same without reference, in nats.
         loss: of the run's objective.
         context_tokens: what the context adds to the prompt.
@@ -167,7 +97,7 @@ def placebo_summaries(summaries: Mapping[str, str], seed: int = 0) -> dict[str, 
 
 
 def score_pairs(
-    generator: Generator,
+    generator: Role,
     prompts: GeneratorPrompts,
     draws: Sequence[Draw],
     summaries: Mapping[str, str] | None = None,
@@ -227,9 +157,9 @@ def score_pairs(
     result: dict[str, list[PairScore]] = {}
     for name in contexts:
         base = reference[name if reference_sees_context else "none"]
-        losses = (loss or PreferenceLoss())(found[name], base, lengths).loss
+        judged = (loss or PreferenceLoss())(found[name], base, lengths)
         tokens = [own - without for own, without in zip(_prompt_lengths(policy[name]), bare, strict=True)]
-        result[name] = _scores(places, found[name], base, losses, tokens)
+        result[name] = _scores(places, found[name], judged, tokens)
     return result
 
 
@@ -309,11 +239,9 @@ def _prompt_lengths(parts: Sequence[Sequence[Branch]]) -> list[int]:
 
 
 def _scores(
-    places: Sequence[tuple[str, int]], policy: Tensor, reference: Tensor, losses: Tensor, tokens: Sequence[int]
+    places: Sequence[tuple[str, int]], policy: Tensor, judged: PairLosses, tokens: Sequence[int]
 ) -> list[PairScore]:
-    plain = policy[:, 0] - policy[:, 1]
-    margins = plain - (reference[:, 0] - reference[:, 1])
-    columns = [_rounded(values) for values in (margins, plain, losses)]
+    columns = [_rounded(values) for values in (judged.margin, policy[:, 0] - policy[:, 1], judged.loss)]
     return [PairScore(*place, *rest) for place, *rest in zip(places, *columns, tokens, strict=True)]
 
 

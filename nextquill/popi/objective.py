@@ -130,12 +130,13 @@ def informativeness(own: Tensor, others: Tensor) -> Tensor:
 
 
 def generator_error(log_choice: Tensor) -> Tensor:
-    """By how much the loss exceeds what the generator itself expects of it, in nats per pair.
+    """By how much the loss of each pair exceeds what the generator itself expects of it, float64 [pairs], nats.
 
-        mean_pairs [ -log q(c) - H(q) ],    H(q) = -q log q - (1-q) log(1-q)
+        -log q(c) - H(q),    H(q) = -q log q - (1-q) log(1-q)
 
-    E_p[-log q] - H(q) is 0 for a calibrated q. It is a part of the approximation error and no bound of all of it: a
-    generator that says ½ to everything is calibrated, and its error is then in what it fails to use.
+    Its mean over pairs, E_p[-log q] - H(q), is 0 for a calibrated q. It is a part of the approximation error and no
+    bound of all of it: a generator that says ½ to everything is calibrated, and its error is then in what it fails to
+    use.
 
     Args:
         log_choice: [pairs], log q of the user's choice.
@@ -143,4 +144,4 @@ def generator_error(log_choice: Tensor) -> Tensor:
     log_q = log_choice.double().clamp(max=0)
     q = log_q.exp()
     entropy: Tensor = torch.special.entr(q) + torch.special.entr(1 - q)  # 0 log 0 is 0
-    return (-log_q - entropy).mean()
+    return -log_q - entropy

@@ -74,6 +74,20 @@ class Role:
                 with switched(self.model, self._initial):
                     yield self.model
 
+    @classmethod
+    def untrained(cls, name: str, model: Any, tokenizer: Any) -> Role:
+        """A model that no training has touched, adapters and all: it is what it was."""
+        return cls(name, model, tokenizer, None, model, frozen=True)
+
+    def against(self, reference: nn.Module) -> Role:
+        """The same model, with another one for what it was."""
+        return Role(self.name, self.model, self.tokenizer, self.adapter, reference, frozen=self.frozen)
+
+    @property
+    def is_what_it_was(self) -> bool:
+        """Whether there is no other model to hold it against."""
+        return self._initial is self.model or (self.adapter is not None and self._initial == self.adapter)
+
     def parameters(self) -> list[nn.Parameter]:
         """What is trained of this role."""
         if self.frozen:

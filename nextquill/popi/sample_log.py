@@ -38,7 +38,8 @@ class SampleLog:
             paths += [path for path in self._folder.glob(_name("*")) if path.name not in known]
         for path in paths:
             if path.is_file():
-                lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+                # Not by `splitlines`: a summary may hold what else ends a line, and JSON leaves it as it is.
+                lines = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
                 write_whole(path, "".join(f"{line}\n" for line in lines))
 
 

@@ -69,7 +69,7 @@ def sums_of(
         "preference_loss": sum_of_finite(values),
         "preference_margin": sum_of_finite(margins),
         "preference_accuracy": sum_of_finite((margins > 0).double() + 0.5 * (margins == 0)),
-        "generator_error": sum_of_finite(torch.stack([generator_error(loss.log_choice(m)) for m in margins.split(1)])),
+        "generator_error": sum_of_finite(generator_error(loss.log_choice(margins))),
         "reward": sum_of_finite(rewards),
         "reward_nan": (float((~finite).sum()), 1.0),
         "summary_tokens": (float(sum(len(sample.ids) for sample in samples)), len(samples)),

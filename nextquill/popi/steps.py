@@ -116,8 +116,9 @@ class StepMaker:
         self._too_long = self._without_signals = 0
         draws = [self._draw(user, step) for user in users]
         groups = self._sample(users, draws, step, phase)
-        texts = [[self._read(s, each.pairs) for s in group] for each, group in zip(draws, groups, strict=True)]
-        scored = self._score(draws, texts)
+        texts = [[tidy_summary(sample.text) for sample in group] for group in groups]
+        read = [[self._read(text, each.pairs) for text in own] for each, own in zip(draws, texts, strict=True)]
+        scored = self._score(draws, texts, read)
         rewards = self._rewards(draws, scored)
         kl = self._kl(draws, groups) if phase.inference and config.kl_coef > 0 else None
         lengths = torch.tensor([[len(s.ids) for s in group] for group in groups], dtype=torch.float64)
@@ -127,7 +128,7 @@ class StepMaker:
         found = advantages(shaped, config.estimator if lengths.shape[1] > 1 else "reinforce")
         work = [UserWork(user.user_id) for user in users]
         if phase.generator:
-            self._weigh_pairs(work, draws, texts, scored)
+            self._weigh_pairs(work, read, scored)
         if phase.inference:
             targets = self._warm_targets(shaped, groups) if phase.warm else None
             self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
@@ -170,26 +171,17 @@ class StepMaker:
         check_samples(samples, len(prompts))
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
-    def _read(self, sample: Sample, pairs: Sequence[Pair]) -> str | None:
-        """A summary as the generator is given it: None where there is nothing in it, or no room for it.
+    def _read(self, summary: str, pairs: Sequence[Pair], *, counted: bool = True) -> list[Branch]:
+        """The chosen and the rejected response of every pair under a summary, one pair after the other.
 
-        Text that is tokenised again may take more tokens than were sampled.
+        Without the summary where there is nothing in it, or no room for it: text that is tokenised again may take more
+        tokens than were sampled.
         """
-        text = tidy_summary(sample.text)
-        if not text:
-            return None
-        if not self._fits(text, pairs):
-            self._too_long += 1
-            return None
-        return text
-
-    def _fits(self, summary: str, pairs: Sequence[Pair]) -> bool:
         try:
-            for pair in pairs:
-                self._generate.branches(pair, summary=summary)
+            return [branch for pair in pairs for branch in self._generate.branches(pair, summary=summary or None)]
         except BudgetError:
-            return False
-        return True
+            self._too_long += counted
+            return self._read("", pairs)
 
     def _given(self, user: User) -> Sample:
         if user.summary is None:
@@ -198,32 +190,25 @@ class StepMaker:
 
     # ---- what is measured --------------------------------------------------------------------------
 
-    def _score(self, draws: Sequence[Draw], texts: Sequence[Sequence[str | None]]) -> Scored:
+    def _score(
+        self, draws: Sequence[Draw], texts: Sequence[Sequence[str]], read: Sequence[Sequence[list[Branch]]]
+    ) -> Scored:
         """Losses of every pair under every summary of its user's group, and under one of another user's."""
         others = _other_users(draws)
-        branches, reference, lengths = list[Branch](), list[Branch](), list[int]()
-        for index, each in enumerate(draws):
-            plain = [self._generate.branches(pair) for pair in each.pairs]
-            for text in [*texts[index], *self._borrowed(each, others[index], texts)]:
-                for position, pair in enumerate(each.pairs):
-                    both = self._generate.branches(pair, summary=text)
-                    branches += both
-                    reference += both if self.config.reference_sees_summary else plain[position]
-                    lengths += [branch.response_length for branch in both]
+        branches, reference = list[Branch](), list[Branch]()
+        for each, own, other in zip(draws, read, others, strict=True):
+            borrowed = [] if other is None else [self._read(texts[other][0], each.pairs, counted=False)]
+            plain = self._read("", each.pairs)
+            for under in [*own, *borrowed]:
+                branches += under
+                reference += under if self.config.reference_sees_summary else plain
         with self.roles.generator.active() as model:
             policy = self.passes.of(self.roles.generator, model).log_probs(branches).view(-1, 2)
         with self.roles.generator.initial() as model:
             distinct, places = _distinct(reference)
             initial = self.passes.of(self.roles.generator, model).log_probs(distinct)[places].view(-1, 2)
-        losses = self.config.loss(policy, initial, torch.tensor(lengths).view(-1, 2))
-        return split_by_user(losses, draws, texts, others)
-
-    def _borrowed(self, each: Draw, donor: int | None, texts: Sequence[Sequence[str | None]]) -> list[str | None]:
-        """Another user's summary, or nothing where there is no other."""
-        if donor is None:
-            return []
-        text = texts[donor][0]
-        return [text if text is None or self._fits(text, each.pairs) else None]
+        lengths = torch.tensor([branch.response_length for branch in branches]).view(-1, 2)
+        return split_by_user(self.config.loss(policy, initial, lengths), draws, texts, others)
 
     def _rewards(self, draws: Sequence[Draw], scored: Scored) -> Tensor:
         """-mean loss over a user's pairs, float64 [users, K]."""
@@ -249,20 +234,13 @@ class StepMaker:
 
     # ---- what is weighted --------------------------------------------------------------------------
 
-    def _weigh_pairs(
-        self, work: Sequence[UserWork], draws: Sequence[Draw], texts: Sequence[Sequence[str | None]], scored: Scored
-    ) -> None:
+    def _weigh_pairs(self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: Scored) -> None:
         """∂(mean loss)/∂log p of every response, under every summary of the group."""
-        for own, each, summaries, losses in zip(work, draws, texts, scored.losses, strict=True):
-            branches = [
-                branch
-                for summary in summaries
-                for pair in each.pairs
-                for branch in self._generate.branches(pair, summary=summary)
-            ]
+        for own, groups, losses in zip(work, read, scored.losses, strict=True):
             slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)
             slopes = torch.where(losses.loss.isfinite()[:, None], slopes, 0.0) / len(losses.loss)
-            own.branches[GENERATOR], own.weights[GENERATOR] = branches, -slopes.reshape(-1)
+            own.branches[GENERATOR] = [branch for under in groups for branch in under]
+            own.weights[GENERATOR] = -slopes.reshape(-1)
 
     def _weigh_summaries(
         self,

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.integrations import checkpoints
 from nextquill.integrations.staged import StagedCheckpoints
 from nextquill.popi.checks import (
@@ -45,8 +45,8 @@ from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts, Rollouts
 from nextquill.popi.sample_log import SampleLog
 from nextquill.popi.steps import StepMaker, UserWork
-from nextquill.popi.summarizing import summarize
-from nextquill.popi.users import User, UserCounts, held_out
+from nextquill.popi.summarizing import hold_out, summarize
+from nextquill.popi.users import Draw, User, UserCounts, held_out
 
 
 class POPITrainer(StagedCheckpoints, Trainer):
@@ -126,6 +126,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         )
         self.train_users = self._users("train_dataset", train_dataset)
         self.eval_users = self._users("eval_dataset", eval_dataset)
+        self._eval_draws = () if self.eval_users is None else self._held_out(self.eval_users)
         check_warm_start(self.config, self.train_users)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
@@ -203,6 +204,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         if checkpoint is None:
             return 0
         check_resumable(checkpoint)
+        checkpoints.check_identity(checkpoint, self.run_identity())  # before the log loses what is not made again
         return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
@@ -318,19 +320,22 @@ class POPITrainer(StagedCheckpoints, Trainer):
             users: any, each once.
             temperature: 0 for the most likely tokens.
         """
+        draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
+        return self._summaries(draws, temperature)
+
+    def _summaries(self, draws: Sequence[Draw], temperature: float = 0.0) -> list[str]:
         self.passes.close()
-        signals = {user.user_id: held_out(user, num_signals=self.config.signals_per_user).signals for user in users}
         found = summarize(
             self.roles.inference,
             self.inference_prompts,
-            signals,
+            {each.user_id: each.signals for each in draws},
             max_new_tokens=self.config.max_summary_tokens,
             temperature=temperature,
             seed=self.args.seed,
             batch_size=self.config.rollout_batch_size,
         )
         texts = {each.user_id: each.text for each in found}
-        return [texts[user.user_id] for user in users]
+        return [texts[each.user_id] for each in draws]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -341,25 +346,32 @@ class POPITrainer(StagedCheckpoints, Trainer):
             PREFIX_accuracy, PREFIX_margin (nats) and PREFIX_loss under the summary; the same with `_none` and
             `_placebo`; PREFIX_summary_tokens; PREFIX_summaries_empty (share).
         """
-        counts = self.eval_users if eval_dataset is None else self._users("eval_dataset", eval_dataset)
-        if counts is None:
+        counts = None if eval_dataset is None else self._users("eval_dataset", eval_dataset)
+        draws = self._eval_draws if counts is None else self._held_out(counts)
+        if not draws:
             raise ArgumentError("eval_dataset: expected users or records, got None")
         with self._precision():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(counts.users).items()}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(draws).items()}
         self.passes.close()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measure(self, users: Sequence[User]) -> dict[str, float]:
-        draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
-        texts = self.summarize(users)
+    def _held_out(self, counts: UserCounts) -> tuple[Draw, ...]:
+        """What is evaluated, of whom `popi evaluate` would."""
+        try:
+            return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
+        except RecordError as error:
+            raise RecordError(f"eval_dataset: {error}") from error
+
+    def _measure(self, draws: Sequence[Draw]) -> dict[str, float]:
+        texts = self._summaries(draws)
         self.passes.close()
         scores = score_pairs(
             self.roles.generator,
             self.generator_prompts,
             draws,
-            {user.user_id: text for user, text in zip(users, texts, strict=True)},
+            {each.user_id: text for each, text in zip(draws, texts, strict=True)},
             loss=self.config.loss,
             reference_sees_context=self.config.reference_sees_summary,
             seed=self.args.seed,

@@ -47,7 +47,7 @@ def test_the_mean_over_all_groups_is_the_gradient(estimator: str) -> None:
     torch.testing.assert_close(mean_and_variance(estimator)[0], exact_gradient(), rtol=1e-12, atol=1e-14)
 
 
-def test_grpo_is_biased_in_length_alone_where_rewards_are_two() -> None:
+def test_grpo_points_the_gradients_way_with_another_length() -> None:
     """Its direction agrees with the gradient's on the whole; its length is that of a standardised reward."""
     mean, exact = mean_and_variance("grpo")[0], exact_gradient()
     cosine = float(mean @ exact / (mean.norm() * exact.norm()))

@@ -17,8 +17,6 @@ from nextquill.integrations.scratch import ScratchSize, build_model, build_token
 from nextquill.popi import evaluation
 from nextquill.popi.evaluation import (
     CONTEXTS,
-    FrozenGenerator,
-    LoadedGenerator,
     PairScore,
     placebo_summaries,
     score_pairs,
@@ -26,7 +24,7 @@ from nextquill.popi.evaluation import (
 from nextquill.popi.measures import Evaluation, measure
 from nextquill.popi.objective import PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
-from nextquill.popi.roles import Roles
+from nextquill.popi.roles import Role, Roles
 from nextquill.popi.users import Draw, Pair, User, held_out
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
@@ -141,8 +139,8 @@ def test_margins_are_those_of_separate_passes(trained, prompts, sees):
             )
             ratios = [a - b for a, b in zip(policy, base, strict=True)]
             assert score.logprob_margin == pytest.approx(policy[0] - policy[1], rel=1e-4, abs=1e-4)
-            assert score.margin == pytest.approx(ratios[0] - ratios[1], rel=1e-4, abs=1e-4)
             per_token = [ratio / branch.response_length for ratio, branch in zip(ratios, now, strict=True)]
+            assert score.margin == pytest.approx(per_token[0] - per_token[1], rel=1e-4, abs=1e-4)
             expected = (per_token[0] - per_token[1] - 1 / (2 * 0.2)) ** 2
             assert score.loss == pytest.approx(expected, rel=1e-4, abs=1e-4)
             assert score.context_tokens == now[0].prompt_length - prompts.branches(pair)[0].prompt_length
@@ -174,7 +172,7 @@ def test_figures_do_not_depend_on_what_is_scored_beside_them(trained, prompts, m
 
 def test_a_model_that_is_its_own_reference_has_no_margin_without_context(model, words, prompts):
     """To the last bit, so that it counts as neither right nor wrong."""
-    found = score_pairs(FrozenGenerator(model, words), prompts, draws(), summaries(draws()))
+    found = score_pairs(Role.untrained("generator", model, words), prompts, draws(), summaries(draws()))
     assert [score.margin for score in found["none"]] == [0.0] * len(found["none"])
     assert {score.accuracy for score in found["none"]} == {0.5}
     assert all(score.margin for score in found["summary"])
@@ -195,19 +193,22 @@ def test_fresh_adapters_are_neither_right_nor_wrong_without_context(words, promp
     assert all(score.margin for score in trained["none"])
 
 
-def test_a_loaded_generator_is_held_against_the_model_it_came_from(words, prompts):
+def test_a_loaded_generator_is_held_against_the_model_it_came_from(words, prompts, tmp_path):
     base = new_model(words)
     expected = {name: value.clone() for name, value in base.state_dict().items()}
-    roles = Roles.shared(base, words, freeze_inference=True, freeze_generator=True)
+    roles = Roles.shared(base, words)
     with torch.no_grad():
         for name, parameter in roles.named_parameters():
             if ".generator." in name and "lora_B" in name:
                 parameter.normal_(std=0.5)
+    roles.save(tmp_path, {})
+    loaded = Roles.load(tmp_path)
     plain = build_model(SIZE, 0, vocabulary=len(words)).eval()
     plain.load_state_dict(expected)
-    for generator in (LoadedGenerator(roles.generator), LoadedGenerator(roles.generator, plain)):
+    assert not loaded.generator.is_what_it_was
+    for generator in (loaded.generator, loaded.generator.against(plain)):
         found = score_pairs(generator, prompts, draws())["none"]
-        with roles.generator.active() as now:
+        with loaded.generator.active() as now:
             pairs = [pair for draw in draws() for pair in draw.pairs]
             both = [[log_prob(m, branch) for branch in prompts.branches(p)] for p in pairs for m in (now, plain)]
         for score, a, b in zip(found, both[::2], both[1::2], strict=True):
@@ -360,6 +361,6 @@ def test_what_is_no_number_is_an_error_and_not_a_wrong_answer(words, value):
     drawn, model = draws(2, 4), new_model(words)
     with torch.no_grad():
         model.lm_head.weight[5] = value
-    generator = FrozenGenerator(model, words)
+    generator = Role.untrained("generator", model, words)
     with pytest.raises(RecordError, match=r"user 'u0': expected finite log-probabilities of pairs\[0\] under 'none'"):
         score_pairs(generator, GeneratorPrompts(words, max_length=512), drawn, attention="padded")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, RecordError
 from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
@@ -142,13 +143,15 @@ def test_resumed_training_is_the_uninterrupted_one_bit_by_bit(whole: tuple[POPIT
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    checkpoint = str(whole[1] / "checkpoint-2")
+    checkpoint, log = str(whole[1] / "checkpoint-2"), tmp_path / "sampled_summaries.jsonl"
+    log.write_text('{"step": 9}\n')
     with pytest.raises(CheckpointError, match="another loss"):
         make_trainer(tmp_path, {"beta": 0.2}).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="another users"):
         make_trainer(tmp_path, train_dataset=make_users(5)).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert log.read_text() == '{"step": 9}\n', "what a refused resume found there is lost"
 
 
 @pytest.mark.parametrize("name", ["inference", "generator"])
@@ -456,6 +459,17 @@ def test_evaluation_judges_pairs_that_are_no_signals(whole: tuple[POPITrainer, P
     texts = trainer.summarize(users)
     assert texts == trainer.summarize(users)  # greedy
     assert set(" ".join(texts).split()) <= set(WORDS)
+
+
+def test_who_cannot_be_evaluated_is_left_out_or_named(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    """As by the command: who has one signal before the pairs that are judged is none of them."""
+    trainer, _ = whole
+    pairs = tuple(Pair(f"w{i}", f"red w{i}", f"blue w{i}", timestamp=float(i)) for i in range(2))
+    late = tuple(HistoryItem(f"red w{9 + i}", timestamp=50.0) for i in range(3))  # later than what is judged
+    poor = User("poor", pairs, late)
+    assert trainer.evaluate([*make_users(3), poor]) == trainer.evaluate(make_users(3))
+    with pytest.raises(RecordError, match="eval_dataset: users: expected some with pairs and signals"):
+        make_trainer(tmp_path, eval_dataset=[poor])
 
 
 def test_training_evaluates_on_the_way_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
