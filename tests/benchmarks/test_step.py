@@ -141,6 +141,7 @@ def test_figures_are_per_example():
     assert found["official", "time"] == 10
 
 
+@pytest.mark.slow
 def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
     monkeypatch.setattr(
         step, "cpu_peaks", lambda case, labels: {label: step_memory.Peak(2**30, 2**20) for label in labels}
@@ -156,6 +157,7 @@ def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
 # ---- memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_process():
     """The official scheme holds logits of every position; ours of a few rows, none of the padding's."""
