@@ -58,7 +58,9 @@ def pytest_collection_modifyitems(items):
 
 def _repeats(cases, strength):
     """The cases of one test that are not needed for every `strength` values of different parameters to meet once."""
-    meetings = {item: set(combinations(sorted(item.callspec.indices.items()), strength)) for item in cases}
+    # The identity of a value: not every value has a hash, and all cases of a test hold the same objects.
+    values = {item: sorted((name, id(value)) for name, value in item.callspec.params.items()) for item in cases}
+    meetings = {item: set(combinations(values[item], strength)) for item in cases}
     unseen = set().union(*meetings.values())
     while unseen:
         best = max(meetings, key=lambda item: len(unseen & meetings[item]))
