@@ -326,6 +326,8 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import nextquill, nextquill.data, nextquill.demo, nextquill.evaluation.results, nextquill.report.html, nextquill_kernels
+for name in nextquill.data.__all__:
+    getattr(nextquill.data, name)
 assert nextquill.PerCELoss and not any(name.split(".")[0] in {absent!r} for name in sys.modules)
 """
 
