@@ -113,7 +113,7 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("triton_cache")
 
 
-@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
+@pytest.fixture(scope="module", params=["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def look(request, cache, tmp_path_factory) -> dict[str, dict]:
     script = tmp_path_factory.mktemp("look") / "look.py"  # Triton reads the source of a kernel from its file
     script.write_text(LOOK)
