@@ -66,17 +66,21 @@ def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] =
     if options.list:
         print("\n".join(f"{each.name}: {each.file}: {each.why}" for each in chosen))
         return 0
+    try:
+        return _run_all(options, chosen)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _run_all(options: argparse.Namespace, chosen: Sequence[Mutation]) -> int:
     covering = Covering(options.folder.resolve(), options.cache.resolve(), options.tests, options.workers)
     out = options.out or covering.store / "verdicts.jsonl"
     known = {} if options.only else _read(out)
     done = {(name, found["digest"]) for name, found in known.items() if found["verdict"] in (*CAUGHT, "survived")}
     todo = [each for each in chosen if (each.name, each.digest) not in done]
     print(f"{len(chosen)} mutations, {len(chosen) - len(todo)} of them judged before; verdicts go to {out}", flush=True)
-    try:
-        _judge_all(todo, covering, options.workers, options.seconds, out)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
+    _judge_all(todo, covering, options.workers, options.seconds, out)
     return _summarise(chosen, _read(out))
 
 
