@@ -1,12 +1,13 @@
 """Plant defects in copies of a checkout, and report which suite of tests catches each.
 
-    python -m tools.mutations FOLDER                    # all of tools/mutation_list.py; run it from this project's root
-    python -m tools.mutations FOLDER --only tree-causal # some, again even if their verdicts are there
+    python -m tools.mutations FOLDER                    # all of tools/mutation_list; run it from this project's root
+    python -m tools.mutations FOLDER --only tree- data- # those whose names begin so
 
 FOLDER is a checkout of this project, of any age, whose environment is the running interpreter's; it is not touched.
 For each mutation the tests that execute its lines run in a mutated copy, the fast ones (those `make test` runs) first
 and the slow ones if none of them failed, until one fails. The first run of a content maps lines to tests: a whole run
-of both suites under coverage. Every verdict is written when it is there, so that an interrupted run resumes.
+of both suites under coverage. Every verdict is written when it is there, and is final for this content: an interrupted
+run resumes, and `--again` judges anew.
 
     fast, slow      a test of that suite failed or, only with the mutation, hung
     survived        all tests that execute it passed
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] =
     """Parse the flags, map, plant, report."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutations", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a checkout")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations, or all whose names begin so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations whose names begin so")
+    parser.add_argument("--again", action="store_true", help="also those whose verdicts are there")
     parser.add_argument("--list", action="store_true", help="list the mutations and end")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="only tests of these files or folders")
     parser.add_argument("--workers", type=int, default=2, help="mutations at a time, and processes that map")
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] =
 def _run_all(options: argparse.Namespace, chosen: Sequence[Mutation]) -> int:
     covering = Covering(options.folder.resolve(), options.cache.resolve(), options.tests, options.workers)
     out = options.out or covering.store / "verdicts.jsonl"
-    known = {} if options.only else _read(out)
+    known = {} if options.again else _read(out)
     done = {(name, found["digest"]) for name, found in known.items() if found["verdict"] in (*CAUGHT, "survived")}
     todo = [each for each in chosen if (each.name, each.digest) not in done]
     print(f"{len(chosen)} mutations, {len(chosen) - len(todo)} of them judged before; verdicts go to {out}", flush=True)
