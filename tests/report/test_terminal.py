@@ -39,6 +39,15 @@ def test_stronger_effects_get_other_styles() -> None:
         assert len({effect_style(sign * value) for value in (0.05, 0.2, 0.4, 0.7, 1.0)}) == 4
 
 
+@pytest.mark.parametrize("size", [0.05, 0.2, 0.4, 0.7])
+def test_what_the_history_raised_is_blue_and_what_it_lowered_orange(size: float) -> None:
+    """As in the page, and as the legend has it."""
+    for effect, is_blue in ((size, True), (-size, False)):
+        ground = effect_style(effect).partition("#")[2]
+        red, blue = int(ground[:2], 16), int(ground[4:], 16)
+        assert (blue > red) is is_blue
+
+
 def test_effect_text_refuses_unequal_lengths() -> None:
     with pytest.raises(ArgumentError, match="effects: expected one for each of 2 tokens, got 1"):
         effect_text(["a", "b"], [0.1])

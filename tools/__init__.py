@@ -1,0 +1,1 @@
+"""What contributors run on the project itself; no part of the package."""

@@ -1,0 +1,99 @@
+"""Mutations of metrics, intervals and paired tests."""
+
+from tools.mutation import Mutation
+
+_FOLDER = "nextquill/evaluation"
+
+MUTATIONS = (
+    Mutation(
+        "evaluation-percentiles",
+        f"{_FOLDER}/bootstrap.py",
+        "[(1 - level) / 2, (1 + level) / 2]",
+        "[1 - level, level]",
+        "95% intervals are of 90%",
+    ),
+    Mutation(
+        "evaluation-seed-spread",
+        f"{_FOLDER}/bootstrap.py",
+        "values.std(ddof=1)",
+        "values.std(ddof=0)",
+        "intervals over few seeds are too narrow",
+    ),
+    Mutation(
+        "evaluation-single-user",
+        f"{_FOLDER}/bootstrap.py",
+        "    if len(users) == 1:\n        return Interval(measured.value, -math.inf, math.inf)\n",
+        "",
+        "one user gives an interval of no width",
+    ),
+    Mutation(
+        "evaluation-users-drawn",
+        f"{_FOLDER}/clusters.py",
+        "    if groups is None:\n",
+        "    if groups is None or len(groups) == len(statistics):\n",
+        "intervals draw records instead of users",
+    ),
+    Mutation(
+        "evaluation-p-value",
+        f"{_FOLDER}/permutation.py",
+        "(1 + count) / (1 + len(sizes))",
+        "count / len(sizes)",
+        "a drawn p-value can be 0",
+    ),
+    Mutation(
+        "evaluation-holm",
+        f"{_FOLDER}/permutation.py",
+        "np.arange(len(given), 0, -1)",
+        "np.arange(1, len(given) + 1)",
+        "the smallest p-value is not corrected",
+    ),
+    Mutation(
+        "evaluation-other-records",
+        f"{_FOLDER}/compare.py",
+        "    if first.records != second.records:\n",
+        "    if not first.records:\n",
+        "evaluations of different records are paired",
+    ),
+    Mutation(
+        "evaluation-pairs-swapped",
+        f"{_FOLDER}/compare.py",
+        "return sides[0], sides[1], [a[i].user_id for i in indices]",
+        "return sides[1], sides[0], [a[i].user_id for i in indices]",
+        "paired differences have the wrong sign",
+    ),
+    Mutation(
+        "evaluation-rmse",
+        f"{_FOLDER}/metrics/ratings.py",
+        "return np.sqrt(ratio(sums))",
+        "return ratio(sums)",
+        "RMSE is the mean square",
+    ),
+    Mutation(
+        "evaluation-no-rating",
+        f"{_FOLDER}/metrics/ratings.py",
+        "farthest if rating is None",
+        "0.0 if rating is None",
+        "a text that is no rating counts as right",
+    ),
+    Mutation(
+        "evaluation-rouge-recall",
+        f"{_FOLDER}/metrics/rouge.py",
+        "result[kind].fmeasure",
+        "result[kind].recall",
+        "ROUGE rewards long texts",
+    ),
+    Mutation(
+        "evaluation-macro-f1",
+        f"{_FOLDER}/metrics/labels.py",
+        "known = texts.labels if texts.labels is not None else sorted(set(truth))",
+        "known = sorted(set(truth))",
+        "macro-F1 leaves out labels that no record has",
+    ),
+    Mutation(
+        "evaluation-stray-predictions",
+        f"{_FOLDER}/predictions.py",
+        '        (have, set(want), f"id {{!r}} is not in {other}"),\n',
+        "",
+        "predictions of unknown ids are accepted",
+    ),
+)

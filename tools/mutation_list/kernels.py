@@ -1,0 +1,146 @@
+"""Mutations of the Triton kernels, and of those in C++, which are built anew for each."""
+
+from tools.mutation import Mutation
+
+_FOLDER = "kernels/nextquill_kernels"
+_NATIVE = ("tests/native", "tests/ops", "tests/test_implementations.py")
+
+MUTATIONS = (
+    Mutation(
+        "kernels-tail-counted",
+        f"{_FOLDER}/chunk_stats.py",
+        'mask=whole + lanes < V, other=float("-inf")',
+        "mask=whole + lanes < V, other=0.0",
+        "columns beyond the vocabulary add exp(0) to the sum",
+    ),
+    Mutation(
+        "kernels-effect-label",
+        f"{_FOLDER}/chunk_stats.py",
+        "(me - (y1 - y0)) + log_sume",
+        "(me - (y1 + y0)) + log_sume",
+        "nll_effect takes the labels' logits with a wrong sign",
+    ),
+    Mutation(
+        "kernels-kl-sign",
+        f"{_FOLDER}/chunk_stats.py",
+        "mean_effect - (m1 - m0) - (log_sum1 - log_sum0)",
+        "mean_effect - (m1 - m0) + (log_sum1 - log_sum0)",
+        "KL is off by twice the difference of the logsums",
+    ),
+    Mutation(
+        "kernels-onehot",
+        f"{_FOLDER}/chunk_grad.py",
+        "return tl.where(cols == label, b_p - 1.0, b_p)",
+        "return tl.where(cols == label + 1, b_p - 1.0, b_p)",
+        "the gradient pushes the token after the label",
+    ),
+    Mutation(
+        "kernels-ignored-gradient",
+        f"{_FOLDER}/chunk_grad.py",
+        "tl.store(out_row + cols, tl.where(label < 0, 0.0, b_dz).to(out_row.dtype.element_ty), mask=mask)",
+        "tl.store(out_row + cols, b_dz.to(out_row.dtype.element_ty), mask=mask)",
+        "ignored rows get a gradient",
+    ),
+    Mutation(
+        "kernels-cap-factor",
+        f"{_FOLDER}/chunk_grad.py",
+        "logit_scale / softcap**2",
+        "logit_scale / softcap",
+        "gradients under a softcap are too large by its value",
+    ),
+    Mutation(
+        "kernels-detached-overwritten",
+        f"{_FOLDER}/chunk_grad.py",
+        'out0 = None if detach_counterfactual else _in_place("logits_counterfactual", logits_counterfactual, dtype)',
+        'out0 = _in_place("logits_counterfactual", logits_counterfactual, dtype)',
+        "a detached counterfactual's logits are overwritten",
+    ),
+    Mutation(
+        "kernels-nan-weight",
+        f"{_FOLDER}/coefficients.py",
+        "        b_weights = tl.where(b_effect != b_effect, b_effect, b_weights)\n",
+        "",
+        "a counterfactual of NaN leaves a finite loss on a GPU",
+    ),
+    Mutation(
+        "kernels-coefficients-base",
+        f"{_FOLDER}/coefficients.py",
+        "start = tl.load(offset_ptr + sequence) - base",
+        "start = tl.load(offset_ptr + sequence)",
+        "sequences of a later chunk are weighted by other rows",
+    ),
+    Mutation(
+        "kernels-stream-second-pass",
+        f"{_FOLDER}/stream_kernel.py",
+        "source = tl.load(order_ptr + first_token + slot, mask=is_row, other=0)",
+        "source = tl.load(order_ptr + slot, mask=is_row, other=0)",
+        "rows beyond the first 8192 are scored as if they were the first",
+    ),
+    Mutation(
+        "kernels-stream-mask",
+        f"{_FOLDER}/stream_kernel.py",
+        '_fold(tl.where(inside, b_z1 - b_z0, float("-inf")), b_tope, b_sume)',
+        "_fold(b_z1 - b_z0, b_tope, b_sume)",
+        "nll_effect counts columns beyond the vocabulary",
+    ),
+    Mutation(
+        "kernels-stream-first-ignored",
+        f"{_FOLDER}/stream_kernel.py",
+        "is_row = token < count",
+        "is_row = token <= count",
+        "the first ignored row is not 0",
+    ),
+    Mutation(
+        "kernels-stride-unchecked",
+        f"{_FOLDER}/launch.py",
+        "if dense and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:",
+        "if dense and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) == 0:",
+        "strided logits are read as if they were dense",
+    ),
+    Mutation(
+        "kernels-spills-accepted",
+        f"{_FOLDER}/crosscompile.py",
+        "    if resources.spill_bytes:\n",
+        "    if resources.spill_bytes < 0:\n",
+        "kernels that spill pass the check",
+    ),
+    Mutation(
+        "kernels-stages-do-not-fit",
+        f"{_FOLDER}/tiles.py",
+        "min(self.num_stages, (shared_memory - 1024) // stage)",
+        "min(self.num_stages, shared_memory // stage + 1)",
+        "a borrowed tile asks for more shared memory than the GPU has",
+    ),
+    Mutation(
+        "csrc-tail-counted",
+        "csrc/src/row_kernels.hpp",
+        "if (tail) last[0] = Vec::load_tail(block + whole, tail, -kInfinity);",
+        "if (tail) last[0] = Vec::load_tail(block + whole, tail, 0);",
+        "lanes beyond the vocabulary add exp(0) to the sum",
+        _NATIVE,
+    ),
+    Mutation(
+        "csrc-label-under-cap",
+        "csrc/src/row_kernels.hpp",
+        "return logit_scale * (1 - ratio * ratio);",
+        "return logit_scale * (1 - ratio);",
+        "the label's gradient is wrong under a softcap",
+        _NATIVE,
+    ),
+    Mutation(
+        "csrc-effect-sign",
+        "csrc/src/row_kernels.hpp",
+        "static_cast<float>(lse_e - (z1 - z0))",
+        "static_cast<float>(lse_e - (z0 - z1))",
+        "nll_effect takes the labels' logits with a wrong sign",
+        _NATIVE,
+    ),
+    Mutation(
+        "csrc-label-of-v",
+        "csrc/src/module.cpp",
+        "labels.at(i) >= vocabulary_)",
+        "labels.at(i) > vocabulary_)",
+        "a label of V reads memory that is not the tensor's",
+        _NATIVE,
+    ),
+)

@@ -1,0 +1,118 @@
+"""Mutations of prefix trees, their masks and the attention over them."""
+
+from tools.mutation import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "tree-mask-window",
+        "nextquill/tree/masks.py",
+        "position_ids[..., None, :] < window)",
+        "position_ids[..., None, :] <= window)",
+        "a sliding window sees one key too many",
+    ),
+    Mutation(
+        "tree-mask-siblings",
+        "nextquill/tree/masks.py",
+        "(query < subtree_end[..., None, :])",
+        "(query <= subtree_end[..., None, :])",
+        "the first token of a branch sees its sibling",
+    ),
+    Mutation(
+        "tree-layout-nesting",
+        "nextquill/tree/segments.py",
+        "stop <= ends[index] <= above[SUBTREE_STOP]",
+        "stop <= ends[index]",
+        "rows that are no trees are attended to as if they were",
+    ),
+    Mutation(
+        "tree-layout-depth",
+        "nextquill/tree/segments.py",
+        "len(position_ids), int(position_ids.max()) + 1)",
+        "len(position_ids), int(position_ids.max()))",
+        "a window as long as the deepest branch but one is not applied",
+    ),
+    Mutation(
+        "tree-merge-swapped",
+        "nextquill/tree/attention.py",
+        "theirs, ours = (before - both).exp_()[..., None], (lse - both).exp_()[..., None]",
+        "ours, theirs = (before - both).exp_()[..., None], (lse - both).exp_()[..., None]",
+        "the prefix and the branch exchange their weights",
+    ),
+    Mutation(
+        "tree-gradient-overwritten",
+        "nextquill/tree/attention.py",
+        "total[:, :, rows] += part.to(summed)",
+        "total[:, :, rows] = part.to(summed)",
+        "a shared prefix gets the gradient of one branch",
+    ),
+    Mutation(
+        "tree-half-sums",
+        "nextquill/tree/attention.py",
+        "summed = torch.promote_types(query.dtype, torch.float32)",
+        "summed = query.dtype",
+        "gradients of a prefix are summed in half precision",
+    ),
+    Mutation(
+        "tree-math-causal",
+        "nextquill/tree/kernels.py",
+        "device=scores.device).tril_()",
+        "device=scores.device).tril_(1)",
+        "with a softcap every token sees the next one",
+    ),
+    Mutation(
+        "tree-math-softcap-slope",
+        "nextquill/tree/kernels.py",
+        "        dscores *= slope\n",
+        "        dscores *= slope.square()\n",
+        "gradients through a capped score are too small",
+    ),
+    Mutation(
+        "tree-grouped-heads",
+        "nextquill/tree/kernels.py",
+        "tensor.repeat_interleave(group, dim=1)",
+        "tensor.repeat(1, group, 1, 1)",
+        "query heads attend with others' keys",
+    ),
+    Mutation(
+        "tree-band",
+        "nextquill/tree/pieces.py",
+        "(distance >= 0) & (distance < window))",
+        "(distance >= 0) & (distance <= window))",
+        "a sliding window sees one key too many inside long segments",
+    ),
+    Mutation(
+        "tree-packing-budget",
+        "nextquill/tree/packing.py",
+        "if rows and members and larger <= max_tokens:",
+        "if rows and members and size <= max_tokens:",
+        "rows hold more than max_tokens",
+    ),
+    Mutation(
+        "tree-split-swapped",
+        "nextquill/tree/packing.py",
+        "return trees[0], trees[1]",
+        "return trees[1], trees[0]",
+        "the branches that need a gradient get none",
+    ),
+    Mutation(
+        "tree-prefix-of-chosen",
+        "nextquill/tree/prefix_tree.py",
+        "                least = _LARGEST_ID\n",
+        "                least = common\n",
+        "branches chosen of a batch share less than they have in common",
+    ),
+    Mutation(
+        "tree-varlen-copies",
+        "nextquill/tree/varlen_plan.py",
+        'mode="sum"',
+        'mode="mean"',
+        "a shared key gets the mean of its copies' gradients",
+    ),
+    Mutation(
+        "tree-flex-whole-tiles",
+        "nextquill/tree/flex.py",
+        "whole = below & (least >= first[:, None] + block_size)",
+        "whole = below & (least > first[:, None])",
+        "tiles that are visible in part are seen as a whole",
+    ),
+)
