@@ -77,9 +77,11 @@ def test_a_constant_changes_nothing(rewards: list[list[float]], estimator: str, 
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[:2])
-@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.3e5])
-def test_equal_rewards_teach_nothing(estimator: str, value: float) -> None:
-    found = advantages(torch.full((2, 4), value), estimator)
+@pytest.mark.parametrize("size", [4, 7])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.3e5 / 3])
+def test_equal_rewards_teach_nothing(estimator: str, value: float, size: int) -> None:
+    """Also where seven times a number is not seven of it added up."""
+    found = advantages(torch.full((2, size), value, dtype=torch.float64), estimator)
     assert found.equal == 2
     assert found.values.eq(0).all()
 

@@ -228,3 +228,8 @@ def test_the_generators_step_is_the_gradient_of_the_mean_loss(tmp_path: Path) ->
         error = float((found[name] - want).norm() / want.norm().clamp(min=1e-4))
         assert error < 2e-4, f"{name}: relative error {error:.1e}"
     assert own.loss == pytest.approx(float(torch.stack(losses).mean().detach()), rel=1e-5)
+    trainer.roles.zero_grad()
+    trainer._backward(role, [own], 2.0)  # as one of a step's two users
+    parameters = dict(trainer.roles.named_parameters())
+    for name, whole in found.items():
+        torch.testing.assert_close(parameters[name].grad, whole / 2)

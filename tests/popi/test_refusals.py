@@ -49,6 +49,14 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path, options: dict[str, Any
     assert not list(tmp_path.iterdir())
 
 
+def test_a_prompt_and_its_summary_fit_the_models_context_together(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, {"max_summary_tokens": 6}, model=tiny_model(max_position_embeddings=64))
+    assert trainer.config.max_signal_tokens == 64 - 6
+    assert trainer.config.max_length == 64
+    with pytest.raises(ArgumentError, match=r"max_summary_tokens: expected less than .* context of 64 tokens, got 64"):
+        make_trainer(tmp_path, {"max_summary_tokens": 64}, model=tiny_model(max_position_embeddings=64))
+
+
 @pytest.mark.parametrize("attention", ["auto", "padded"])
 def test_a_model_with_dropout_is_refused(tmp_path: Path, attention: str) -> None:
     """It would be trained on other probabilities than those that its losses were measured with."""
