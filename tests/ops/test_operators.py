@@ -174,7 +174,7 @@ def test_autocast_reaches_the_operator_itself():
     case = make_case(12, 5, 11)
     arguments = (case.factual.bfloat16(), case.weight, case.bias, case.labels, -100, None, 1.0, "torch", None, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        nll, _ = torch.ops.nextquill.token_nll(*arguments)
+        nll = torch.ops.nextquill.token_nll(*arguments)
     wide = case.factual.bfloat16().float()
     expected = nq.linear_token_nll(wide, case.weight, case.labels, bias=case.bias, impl="torch")
     assert torch.equal(nll, expected)
@@ -186,14 +186,13 @@ def test_results_share_no_memory():
     assert len({nll.untyped_storage().data_ptr() for nll in pair}) == 3
 
 
-def test_only_small_things_are_saved():
-    """Inputs and one logsumexp per row and stream: nothing of the logits' size waits for the backward."""
+def test_only_inputs_are_saved():
+    """Nothing of the logits' size waits for the backward."""
     case, saved = make_case(12, 5, 300).leaves(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         nq.linear_pair_nll(*case.pair_args, bias=case.bias)
     inputs = {t.data_ptr() for t in (*case.tensors.values(), case.labels)}
-    extra = [t for t in saved if t.data_ptr() not in inputs]
-    assert sum(t.numel() for t in extra) == 3 * 12
+    assert {t.data_ptr() for t in saved} <= inputs
 
 
 def test_a_copy_of_a_loss_outlives_the_original():
@@ -283,10 +282,10 @@ def test_opcheck_of_the_backward_operators(layout):
     tail = (*OPTIONS[:3], "torch", None, None)
     torch.library.opcheck(
         pair_nll_backward,
-        (*grads, case.factual, case.counterfactual, weight, case.bias, case.labels, torch.zeros(3, 12), needs, *tail),
+        (*grads, case.factual, case.counterfactual, weight, case.bias, case.labels, needs, *tail),
     )
     torch.library.opcheck(
-        token_nll_backward, (grads[0], case.factual, weight, case.bias, case.labels, torch.zeros(12), needs[:3], *tail)
+        token_nll_backward, (grads[0], case.factual, weight, case.bias, case.labels, needs[:3], *tail)
     )
     tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels, None, None, None)
     spec = LOSSES["NextQuill"]._objective_spec
