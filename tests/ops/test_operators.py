@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import nextquill as nq
 from nextquill.ops.loss_operator import pair_loss_operator
 from nextquill.ops.nll_operators import pair_nll, pair_nll_backward, pair_stats, token_nll, token_nll_backward
 from nextquill.ops.objective_spec import decode
-from tests.helpers import assert_close, make_case, relative_error, run_python
+from tests.helpers import HeadCase, assert_close, make_case, relative_error, run_python
 
 OPTIONS = (-100, 3.0, 0.5, "torch", None, None)
 LOSSES = {
@@ -320,6 +321,30 @@ def test_derivatives_that_do_not_exist_are_refused():
         torch.func.jvp(function, (case.factual,), (case.factual,))
     with forward_ad.dual_level(), pytest.raises(nq.GradientError, match="forward-mode"):
         function(forward_ad.make_dual(case.factual, case.factual))
+
+
+def test_several_upstream_gradients_at_once_are_refused():
+    case = make_case(12, 5, 11).leaves()
+    pair, loss = nq.linear_pair_nll(*case.pair_args), nq.NextQuillLoss()(*case.pair_args)
+    for result in (nq.linear_token_nll(case.factual, case.weight, case.labels), pair.factual, loss):
+        batch = torch.ones(3, *result.shape)
+        with pytest.raises(nq.GradientError, match=r"^is_grads_batched: .*one upstream gradient at a time"):
+            torch.autograd.grad(result, case.factual, batch, is_grads_batched=True, retain_graph=True)
+        with pytest.raises(nq.GradientError, match=r"^is_grads_batched: "):
+            torch.vmap(lambda g: torch.autograd.grad(result, case.factual, g, retain_graph=True)[0])(batch)  # noqa: B023
+        torch.autograd.grad(result, case.factual, batch[0])
+
+
+def test_values_that_only_a_compiler_sees():
+    """Fake tensors pass the checks of what they stand for, on the meta device too."""
+    for device in ("cpu", "meta"):
+        with FakeTensorMode():
+            case = make_case(12, 5, 11)
+            case = HeadCase(*(t.to(device) for t in (*case.tensors.values(), case.labels))).leaves()
+            loss = nq.NextQuillLoss()(*case.pair_args, case.bias)
+            loss.backward()
+        assert loss.shape == ()
+        assert case.weight.grad.shape == (11, 5)
 
 
 def test_a_counterfactual_from_inference_mode():
