@@ -4,22 +4,31 @@
 #   make demo    the demo (DEMO_ARGS="...")            make docs       the documentation, into site/
 #   make test    the tests (TEST_ARGS="...")           make test-slow  the tests left out by default
 #   make lint    ruff and mypy                         make format     ruff's formatter and safe fixes
+#   make test-numerics  the numerical tests, as on another processor (PROCESSOR=avx2, THREADS=3)
 #   make native  the C++ extension for CPUs, where there is a compiler; tests and benchmarks build it too
 #   make clean   remove the environment and caches
 #
-# PYTHON=python3.12 chooses the interpreter, VENV=path the environment.
+# PYTHON=python3.12 chooses the interpreter, VENV=path the environment, JOBS=4 the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+JOBS ?= auto
+# Names in tests/processors.py.
+PROCESSOR ?= avx2
+THREADS ?= 3
+# What computes with floating-point numbers, by PyTorch's own products above all.
+NUMERICAL := $(wildcard tests/golden tests/integrations tests/native tests/ops tests/reference tests/tree \
+	tests/evaluation tests/popi/test_p*.py tests/test_f*.py tests/test_implementations.py tests/test_known_failures.py \
+	tests/test_loss*.py tests/test_token_weights.py tests/test_weighting.py)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench docs native clean
+.PHONY: help setup demo test test-slow test-numerics lint format bench docs native clean
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
 
@@ -27,18 +36,27 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.nextquill
 
 help:
-	@sed -n '3,8s/^#  *//p' Makefile
+	@sed -n '3,9s/^#  *//p' Makefile
 
 setup: $(READY)-dev
 
 demo: $(READY)-cli
 	$(VENV)/bin/nextquill demo $(DEMO_ARGS)
 
+# Half of a single file's time would go into starting workers: conftest.py then takes none.
+PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal
+
 test: $(READY)-test $(READY)-native
-	$(PY) -m pytest $(TEST_ARGS)
+	@echo "Running the tests; all of them take a few minutes."
+	@$(PYTEST) $(TEST_ARGS)
 
 test-slow: $(READY)-test $(READY)-native
-	$(PY) -m pytest -m slow $(TEST_ARGS)
+	@echo "Running the tests that make test leaves out; all of them take a quarter of an hour."
+	@$(PYTEST) -m slow $(TEST_ARGS)
+
+test-numerics: $(READY)-test $(READY)-native
+	@echo "Running the numerical tests as on another processor ($(PROCESSOR)), with $(THREADS) threads."
+	@$(PY) tests/processors.py $(PROCESSOR) $(THREADS) $(PYTEST) $(NUMERICAL) $(TEST_ARGS)
 
 lint: $(READY)-dev
 	$(PY) -m ruff check .
@@ -61,9 +79,21 @@ clean:
 	rm -rf .venv build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +
 
+# Whatever is missing is installed again, also where someone removed a part of the environment.
+ifneq ($(wildcard $(READY)-venv),)
+ifneq ($(shell $(PY) -I -c 'import importlib.util as u; print(all(map(u.find_spec, ["pip", "torch", "nextquill"])))' 2>&1),True)
+ifneq ($(wildcard $(READY)-cli $(READY)-test $(READY)-docs $(READY)-dev),)
+$(info The environment in $(VENV) is incomplete: making it again.)
+$(shell rm -f $(READY)-*)
+endif
+endif
+endif
+
 $(READY)-venv:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"nextquill needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
+	@test -w . || { echo "$(CURDIR) cannot be written to: copy it to a folder that can, and run make there."; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON) here: install Python 3.10 or newer, or name one with PYTHON=path."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"nextquill needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: name another with PYTHON=path.")'
+	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
 # An extra contains the ones before it, so installing it makes those ready too.
@@ -73,12 +103,18 @@ $(READY)-docs: CONTAINS := cli docs
 $(READY)-dev: CONTAINS := cli test docs dev
 
 $(READY)-cli $(READY)-test $(READY)-docs $(READY)-dev: $(READY)-%: pyproject.toml constraints.txt | $(READY)-venv
+	@if [ -e $(READY)-installing ]; then echo "The last installation did not finish: starting from an empty environment."; \
+	$(PYTHON) -m venv --clear $(VENV); touch $(READY)-venv; fi; touch $(READY)-installing
 	@echo "Installing nextquill[$*] into $(VENV); the first time takes a few minutes."
 	@$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input -c constraints.txt -e '.[$*]'
+	@rm $(READY)-installing
 	@touch $(addprefix $(READY)-,$(CONTAINS))
 
 # Optional: without a compiler everything works, with plain PyTorch in its place.
 $(READY)-native: $(wildcard csrc/* csrc/src/* csrc/nextquill_ext/*) | $(READY)-venv
-	@echo "Building the native extension into $(VENV)."
-	@if $(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input --no-deps --force-reinstall ./csrc; \
-	then touch $@; else echo "It did not build (see above); going on without it."; fi
+	@if ! command -v $${CXX:-c++} g++ clang++ >/dev/null; then \
+		echo "No C++ compiler, so no native kernels: plain PyTorch takes their place."; \
+	elif echo "Building the native kernels into $(VENV)."; \
+		$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input --no-deps --force-reinstall ./csrc \
+		>$(VENV)/native.log 2>&1; then touch $@; \
+	else echo "The native kernels did not build ($(VENV)/native.log says why): plain PyTorch takes their place."; fi

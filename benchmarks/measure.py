@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -199,6 +200,11 @@ def device_name(kind: str | None = None) -> str:
         lines = []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def short_name(device: str) -> str:
+    """A device's name without trademarks, cores and clock: "Intel(R) Xeon(R) Processor" is "Intel Xeon"."""
+    return " ".join(re.sub(r"\((R|TM)\)|\b\d+-Core\b|\b(CPU|Processor)\b|@.*", " ", device).split()) or device
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, write_csv
+from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, short_name, write_csv
 
 #: Modules with a `run(options)`; imported when asked for, because `step` needs transformers and `head` only torch.
 SUITES = {
@@ -65,10 +65,16 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
     return code
 
 
+#: Whose ratios to other people's code differ from one processor to the next: a file for each.
+_PER_PROCESSOR = ("step",)
+
+
 def file_name(suite: str, device: str) -> str:
-    """`head.csv` for a CPU, `head-nvidia-h200.csv` for a GPU, so that both kinds of figures stand side by side."""
-    slug = "-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device == "cuda" else ""
-    return f"{suite}{slug}.csv"
+    """`head.csv` for any CPU, `step-cpu-amd-epyc.csv` for this one, `head-nvidia-h200.csv` for a GPU: side by side."""
+    if device != "cuda" and suite not in _PER_PROCESSOR:
+        return f"{suite}.csv"
+    slug = re.sub(r"[^a-z0-9]+", "-", short_name(device_name(device)).lower()).strip("-")
+    return f"{suite}-{slug}.csv" if device == "cuda" else f"{suite}-cpu-{slug}.csv"
 
 
 def show(rows: list[Row]) -> None:

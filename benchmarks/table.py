@@ -16,7 +16,7 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, short_name
 
 BASELINE = "plain"
 PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/benchmarks.md"))
@@ -24,48 +24,53 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DO
 
 
 NOT_ON_A_GPU = "Not measured on a GPU yet."
-_STEP_COLUMNS = ("examples/s", "time per example", "tokens computed per example", "peak memory", "of the step")
-
 
 #: Left out of the README, where K = 1 and 8 tell enough.
 _STEP_DETAILS = ("ours, K=4",)
 
 
 def step_table(left_out: Sequence[str] = _STEP_DETAILS) -> str:
-    """Whole optimiser steps: one table for the CPU's model, and one for each model on each GPU that has a file."""
-    gpus = sorted(RESULTS.glob("step-*.csv"))
-    files = ["step.csv", *(path.name for path in gpus)]
-    parts = [part for name in files for part in _step_parts([r for r in read(name) if r["provider"] not in left_out])]
+    """Whole optimiser steps: one table for each model, over all processors or GPUs that have a file with it."""
+    cpus = sorted(RESULTS.glob("step-cpu-*.csv"))
+    gpus = sorted(set(RESULTS.glob("step-*.csv")) - set(cpus))
+    rows = [row for path in (*cpus, *gpus) for row in read(path.name) if row["provider"] not in left_out]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    parts = [_step_part(case, [row for row in rows if row["case"] == case]) for case in cases]
     return "\n\n".join(parts if gpus else [*parts, NOT_ON_A_GPU])
 
 
-def _step_parts(rows: list[dict[str, str]]) -> list[str]:
-    cells = {(row["case"], row["loss"], row["provider"], row["metric"]): row for row in rows}
-    parts = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        entrants = dict.fromkeys((row["loss"], row["provider"]) for row in rows if row["case"] == case)
-        lines = ["| " + " | ".join([case, *_STEP_COLUMNS]) + " |", "|---" * (len(_STEP_COLUMNS) + 1) + "|"]
-        for entrant in entrants:
-            own = {metric: cells.get((case, *entrant, metric)) for metric in ("examples", "time", "computed", "status")}
-            if own["status"] is not None:
-                values = [own["status"]["note"], *["–"] * 4]
-            else:
-                values = [_factor(own["examples"]), _factor(own["time"]), _number(own["computed"])]
-                values += [_mebibytes(cells, case, *entrant, metric=metric) for metric in ("peak", "step_peak")]
-            lines.append("| " + " | ".join([", ".join(entrant), *values]) + " |")
-        times = [row for row in rows if row["case"] == case and row["metric"] == "time"]
-        parts.append("\n".join([*lines, "", f"{_STEP_NOTE} {_footnote(times, what='Median')}"]))
-    return parts
+def _step_part(case: str, rows: list[dict[str, str]]) -> str:
+    """What one machine tells about another comes first; the ratio to the official scheme, which does not, last."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    cells = {(row["device"], row["loss"], row["provider"], row["metric"]): row for row in rows}
+    first, *others = map(short_name, devices)
+    columns = [case, f"time per example, {first}", *others, "tokens computed per example", "peak memory", "of the step"]
+    columns += [f"examples/s, {first}", *others]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for entrant in dict.fromkeys((row["loss"], row["provider"]) for row in rows):
+        time, ratio = (
+            [_factor(*(cells.get((device, *entrant, metric)) for metric in ("status", name))) for device in devices]
+            for name in ("time", "examples")
+        )
+        computed = _number(cells.get((devices[0], *entrant, "computed")))
+        memory = [_mebibytes(cells, devices[0], *entrant, metric=metric) for metric in ("peak", "step_peak")]
+        lines.append("| " + " | ".join([", ".join(entrant), *time, computed, *memory, *ratio]) + " |")
+    note = _STEP_NOTE + (f" Memory and tokens are those of the {first}." if others else "")
+    times = [row for row in rows if row["metric"] == "time"]
+    return "\n".join([*lines, "", f"{note} {_footnote(times, what='Median')}"])
 
 
 _STEP_NOTE = (
-    "Examples/s are multiples of the official scheme's, times those of unpadded SFT. The last column leaves out "
+    "Times are multiples of those of unpadded SFT, examples/s of the official scheme's. Memory of the step leaves out "
     "libraries, weights and AdamW's state."
 )
 
 
-def _factor(row: dict[str, str] | None) -> str:
-    return "–" if row is None else f"{float(row['value']):.3g}×"
+def _factor(status: dict[str, str] | None, ratio: dict[str, str] | None) -> str:
+    """A ratio, or why there is none."""
+    if status is not None:
+        return status["note"]
+    return "–" if ratio is None else f"{float(ratio['value']):.3g}×"
 
 
 def _number(row: dict[str, str] | None) -> str:
@@ -216,14 +221,17 @@ def _ratio(row: dict[str, str]) -> str:
 def _footnote(
     rows: list[dict[str, str]], of: str = "", what: str = "Median [20th, 80th percentile]", threads: str = ""
 ) -> str:
-    first = min(rows, key=lambda row: int(row["rounds"]))
-    rounds = " ".join(
-        filter(None, (of if any(row["rounds"] != first["rounds"] for row in rows) else "", first["rounds"]))
-    )
-    triton = f", triton {first['triton']}" if first.get("triton") and "NVIDIA" in first["device"] else ""
+    counts = {int(row["rounds"]) for row in rows}
+    rounds = f"{of} {min(counts)}" if of and len(counts) > 1 else str(min(counts))
+    machines = list({row["device"]: _machine(row, threads) for row in rows}.values())
+    return f"{what} of {rounds} rounds in one run{' each' if len(machines) > 1 else ''}; {'; '.join(machines)}."
+
+
+def _machine(row: dict[str, str], threads: str) -> str:
+    triton = f", triton {row['triton']}" if row.get("triton") and "NVIDIA" in row["device"] else ""
     return (
-        f"{what} of {rounds} rounds in one run; {first['device']}, {threads or first['threads']} threads, "
-        f"torch {first['torch']}{triton}, {first['dtype'] or 'float32'}, {first['time'][:10]}."
+        f"{short_name(row['device'])}, {threads or row['threads']} threads, torch {row['torch']}{triton}, "
+        f"{row['dtype'] or 'float32'}, {row['time'][:10]}"
     )
 
 

@@ -1,6 +1,13 @@
 """Shared by every test: a fixed seed, so that a failure repeats, and one thread, so that small tensors stay fast."""
 
+from __future__ import annotations
+
+import faulthandler
 import os
+from collections import defaultdict
+from itertools import combinations
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch here, and of every process that a test starts
 
 import pytest
 import torch
@@ -11,9 +18,9 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
+def _threads():
     # Two threads that wait for each other on a busy machine made gradcheck forty times slower.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +28,47 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Ends the process when a test hangs outside Python, where pytest-timeout's signal is not seen.
+
+    Its place is taken by another worker, and the test is reported as the one that the worker crashed in.
+    """
+    marker = item.get_closest_marker("timeout")
+    faulthandler.dump_traceback_later((marker.args[0] if marker else 180) + 60, exit=True)  # as pyproject.toml says
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks that are set here
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    tests = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("covering"):
+            tests[item.parent, item.originalname].append(item)
+    for cases in tests.values():
+        (strength,) = cases[0].get_closest_marker("covering").args
+        for item in _repeats(cases, strength):
+            item.add_marker(pytest.mark.slow)
+
+
+def _repeats(cases, strength):
+    """The cases of one test that are not needed for every `strength` values of different parameters to meet once."""
+    # The identity of a value: not every value has a hash, and all cases of a test hold the same objects.
+    values = {item: sorted((name, id(value)) for name, value in item.callspec.params.items()) for item in cases}
+    meetings = {item: set(combinations(values[item], strength)) for item in cases}
+    unseen = set().union(*meetings.values())
+    while unseen:
+        best = max(meetings, key=lambda item: len(unseen & meetings[item]))
+        unseen -= meetings.pop(best)
+    return meetings
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker takes seconds to start: a few files are done sooner without one."""
+    files = [argument for argument in config.args if argument.partition("::")[0].endswith(".py")]
+    return 0 if len(files) == len(config.args) <= 3 else None

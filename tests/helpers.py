@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -108,6 +109,27 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = FLOAT32_REL
     assert error <= relative, f"{what}: relative error {error:.2e} above {relative:.0e}"
 
 
+def assert_rounds_like(actual: Tensor, plain: Tensor, truth: Tensor, terms: int, what: str = "value") -> None:
+    """Error of `actual` at most √terms times that of `plain`, both against `truth` in float64, or one rounding.
+
+    For calls that are equal on paper only. A sum of k terms is rounded by one unit at best (terms of one block, or fused)
+    and by about √k units when they are added one by one, with errors of random sign (Higham, Accuracy and Stability of
+    Numerical Algorithms, section 2.8). Which order a library takes depends on processor, shape and alignment; so two
+    right computations differ by at most √k on any machine, where k is the longest sum that makes up a result.
+    """
+    exact = truth.detach().double()
+    ours, theirs = (float((t.detach().double() - exact).norm()) for t in (actual, plain))
+    rounding = torch.finfo(actual.dtype).eps * float(exact.norm())
+    assert ours <= terms**0.5 * max(theirs, rounding), f"{what}: error {ours:.2e}, plain PyTorch has {theirs:.2e}"
+
+
+def assert_gradients_round_like(actual: HeadCase, plain: HeadCase, truth: HeadCase, terms: int) -> None:
+    """The gradients of `truth`, no others, each as exact as `assert_rounds_like` asks."""
+    assert actual.gradients().keys() == truth.gradients().keys()
+    for name, exact in truth.gradients().items():
+        assert_rounds_like(actual.gradients()[name], plain.gradients()[name], exact, terms, f"gradient of {name}")
+
+
 def assert_same_gradients(actual: HeadCase, expected: HeadCase, relative: float = FLOAT32_RELATIVE) -> None:
     """Gradients of the inputs' dtypes and close to the expected ones, where a missing gradient means exactly zero."""
     got, wanted = actual.gradients(), expected.gradients()
@@ -148,9 +170,10 @@ class ProductCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_python(code: str, *arguments: str, timeout: float = 120) -> str:
+def run_python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> str:
     """Run `code` in a fresh interpreter and return what it prints."""
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    told = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=told)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -55,10 +55,21 @@ def results(function, tensors, labels, grads, options):
     return [*pair, *(t.grad for t in leaves if t is not None)]
 
 
-@pytest.mark.parametrize("impl", ["torch", "native", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "native", pytest.param("triton", marks=pytest.mark.slow)])
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(call=calls())
 def test_pair_operator(impl, call):
+    check(impl, call)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(call=calls())
+def test_pair_operator_in_triton(call):
+    """A second a call under the interpreter: a few of the calls above."""
+    check("triton", call)
+
+
+def check(impl, call):
     if reason := why_not(impl, CPU, torch.float32):
         pytest.skip(reason)
     tensors, labels, options = call

@@ -52,6 +52,7 @@ def run_loss(loss_fn, case, ids):
     return output
 
 
+@pytest.mark.covering(2)
 @losses
 @heads
 @pytest.mark.parametrize("reduction", ["sequence", "token", "micro_batch"])
@@ -166,6 +167,7 @@ def test_degenerate_batches(impl, ignored):
         assert not any(g.any() for g in case.gradients().values())
 
 
+@pytest.mark.covering(1)
 @losses
 def test_two_runs_are_bitwise_equal(impl, name):
     runs = []

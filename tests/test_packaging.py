@@ -172,6 +172,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_installed_wheel_computes_a_loss_elsewhere(wheel: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -65,6 +65,7 @@ def without_empty_sequence(case, ids, weights):
     return case.take(keep), ids[keep], weights[keep]
 
 
+@pytest.mark.covering(2)
 @losses
 @reductions
 @pytest.mark.parametrize(

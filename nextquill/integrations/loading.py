@@ -188,7 +188,8 @@ def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(place, dtype=dtype, local_files_only=cached_only, output_loading_info=True)
+    cached = {"local_files_only": cached_only}  # the search for an adapter does not read the model's own setting
+    model, info = load(place, dtype=dtype, adapter_kwargs=cached, **cached, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers initialises them at random, and says so in a log only
         raise UnsupportedModelError(

@@ -94,9 +94,26 @@ def test_table_of_the_extension(monkeypatch):
 
 
 def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
-    monkeypatch.setattr(run, "device_name", lambda kind: {"cuda": "NVIDIA H200"}[kind])
+    names = {"cuda": "NVIDIA H200", "cpu": "AMD EPYC 7763 64-Core Processor"}
+    monkeypatch.setattr(run, "device_name", names.__getitem__)
     assert run.file_name("head", "cuda") == "head-nvidia-h200.csv"
     assert run.file_name("head", "cpu") == "head.csv"
+    assert run.file_name("step", "cuda") == "step-nvidia-h200.csv"
+    assert run.file_name("step", "cpu") == "step-cpu-amd-epyc-7763.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("Intel(R) Xeon(R) Processor", "Intel Xeon"),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", "Intel Core i7-8700K"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"),
+        ("CPU", "CPU"),
+    ],
+)
+def test_short_names_of_devices(name, short):
+    assert measure.short_name(name) == short
 
 
 def test_tables_are_those_of_the_committed_results():

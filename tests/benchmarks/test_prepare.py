@@ -18,6 +18,7 @@ def rows(tmp_path_factory):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_figures_are_there_for_both_kinds_of_records(rows):
     found = {(row["case"].split(", ")[0], row["provider"], row["metric"]) for row in rows}
     for case in prepare.CASES:
@@ -28,6 +29,7 @@ def test_figures_are_there_for_both_kinds_of_records(rows):
         assert ("new texts", "prepare", "peak") in found
 
 
+@pytest.mark.slow
 def test_packing_takes_its_share(rows):
     rates = {row["provider"]: float(row["value"]) for row in rows if row["metric"] == "rate"}
     assert 0 < rates["packed"] < rates["prepare"]

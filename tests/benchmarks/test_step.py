@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from dataclasses import replace
 
@@ -141,6 +142,7 @@ def test_figures_are_per_example():
     assert found["official", "time"] == 10
 
 
+@pytest.mark.slow
 def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
     monkeypatch.setattr(
         step, "cpu_peaks", lambda case, labels: {label: step_memory.Peak(2**30, 2**20) for label in labels}
@@ -156,6 +158,7 @@ def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
 # ---- memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_process():
     """The official scheme holds logits of every position; ours of a few rows, none of the padding's."""
@@ -199,17 +202,12 @@ def test_who_does_not_fit_on_a_gpu_takes_no_part(monkeypatch):
 # ---- the table ---------------------------------------------------------------------------------------
 
 
-def rows_of(case, figures, note=""):
-    base = {
-        "suite": "step",
-        "case": case,
-        "rounds": "3",
-        "device": "CPU",
-        "threads": "2",
-        "torch": "2.13",
-        "note": note,
-    }
-    base |= {"dtype": "float32", "triton": "", "time": "2026-01-02T03:04Z"}
+METRICS = ("time", "computed", "peak", "step_peak", "examples")
+
+
+def rows_of(case, figures, note="", device="CPU"):
+    base = {"suite": "step", "case": case, "rounds": "3", "device": device, "threads": "2", "torch": "2.13"}
+    base |= {"note": note, "dtype": "float32", "triton": "", "time": "2026-01-02T03:04Z"}
     return [
         base | {"loss": loss, "provider": provider, "metric": metric, "value": str(value)}
         for (loss, provider), own in figures.items()
@@ -217,25 +215,66 @@ def rows_of(case, figures, note=""):
     ]
 
 
+def step_table(monkeypatch, folder, **files):
+    """The table of a folder of results, file name by rows."""
+    for name, rows in files.items():
+        with (folder / f"{name.replace('_', '-')}.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    monkeypatch.setattr(table, "RESULTS", folder)
+    return table.step_table().split("\n\n")
+
+
 def test_table(monkeypatch, tmp_path):
-    names = ("examples", "time", "computed", "peak", "step_peak")
     figures = {
-        ("NextQuill", "official"): dict(zip(names, (1.0, 50.123, 8194.0, 12000.0, 11000.0), strict=True)),
-        ("PerCE", "ours, K=8"): dict(zip(names, (88.88, 0.5678, 1145.4, 900.0, 400.4), strict=True)),
+        ("NextQuill", "official"): dict(zip(METRICS, (50.123, 8194.0, 12000.0, 11000.0, 1.0), strict=True)),
+        ("PerCE", "ours, K=8"): dict(zip(METRICS, (0.5678, 1145.4, 900.0, 400.4, 88.88), strict=True)),
     }
     rows = rows_of("Llama: 4 layers", figures)
     rows += rows_of("big", {("SFT", "unpadded"): {"status": "nan"}}, "no room")
     rows += rows_of("big", {("PerCE", "ours, K=8"): {"examples": 2.0, "time": 1.0, "computed": 5.0}})
-    monkeypatch.setattr(table, "read", {"step.csv": rows}.__getitem__)
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    small, foot, big, _, unmeasured = table.step_table().split("\n\n")
+    small, foot, big, _, unmeasured = step_table(monkeypatch, tmp_path, step_cpu_x=rows)
+    columns = ("time per example, CPU", "tokens computed per example", "peak memory", "of the step", "examples/s, CPU")
     assert small.splitlines() == [
-        "| Llama: 4 layers | examples/s | time per example | tokens computed per example | peak memory | of the step |",
+        f"| {' | '.join(('Llama: 4 layers', *columns))} |",
         "|---|---|---|---|---|---|",
-        "| NextQuill, official | 1× | 50.1× | 8194 | 11.7 GiB | 10.7 GiB |",
-        "| PerCE, ours, K=8 | 88.9× | 0.568× | 1145 | 900 MiB | 400 MiB |",
+        "| NextQuill, official | 50.1× | 8194 | 11.7 GiB | 10.7 GiB | 1× |",
+        "| PerCE, ours, K=8 | 0.568× | 1145 | 900 MiB | 400 MiB | 88.9× |",
     ]
     assert foot.endswith("Median of 3 rounds in one run; CPU, 2 threads, torch 2.13, float32, 2026-01-02.")
-    assert big.splitlines()[2] == "| SFT, unpadded | no room | – | – | – | – |"
-    assert big.splitlines()[3] == "| PerCE, ours, K=8 | 2× | 1× | 5 | – | – |"
+    assert big.splitlines()[2] == "| SFT, unpadded | no room | – | – | – | no room |"
+    assert big.splitlines()[3] == "| PerCE, ours, K=8 | 1× | 5 | – | – | 2× |"
     assert unmeasured == table.NOT_ON_A_GPU
+
+
+def test_table_of_two_processors_and_a_gpu(monkeypatch, tmp_path):
+    official, ours = ("NextQuill", "official"), ("PerCE", "ours, K=8")
+    epyc = {official: dict(zip(METRICS, (24.8, 8194.0, 5753.0, 5217.0, 1.0), strict=True))}
+    epyc |= {ours: dict(zip(METRICS, (0.54, 1152.0, 1157.0, 614.0, 46.0), strict=True))}
+    xeon = {ours: dict(zip(METRICS, (0.52, 1152.0, 1200.0, 620.0, 26.5), strict=True))}
+    gpu = {ours: dict(zip(METRICS, (0.3, 1152.0, 9.0, 8.0, 70.0), strict=True))}
+    llama, foot, qwen, gpu_foot = step_table(
+        monkeypatch,
+        tmp_path,
+        step_nvidia_h200=rows_of("Qwen", gpu, device="NVIDIA H200"),
+        step_cpu_intel_xeon=rows_of("Llama", xeon, device="Intel(R) Xeon(R) Processor"),
+        step_cpu_amd_epyc=rows_of("Llama", epyc, device="AMD EPYC"),
+    )
+    columns = (
+        "time per example, AMD EPYC", "Intel Xeon", "tokens computed per example", "peak memory", "of the step",
+        "examples/s, AMD EPYC", "Intel Xeon",
+    )  # fmt: skip
+    assert llama.splitlines() == [
+        f"| {' | '.join(('Llama', *columns))} |",
+        "|---|---|---|---|---|---|---|---|",
+        "| NextQuill, official | 24.8× | – | 8194 | 5753 MiB | 5217 MiB | 1× | – |",
+        "| PerCE, ours, K=8 | 0.54× | 0.52× | 1152 | 1157 MiB | 614 MiB | 46× | 26.5× |",
+    ]
+    assert "Memory and tokens are those of the AMD EPYC." in foot
+    assert foot.endswith(
+        "Median of 3 rounds in one run each; AMD EPYC, 2 threads, torch 2.13, float32, 2026-01-02; "
+        "Intel Xeon, 2 threads, torch 2.13, float32, 2026-01-02."
+    )
+    assert qwen.splitlines()[0].startswith("| Qwen | time per example, NVIDIA H200 | tokens")
+    assert "Memory and tokens" not in gpu_foot

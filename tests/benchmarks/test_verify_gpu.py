@@ -164,6 +164,7 @@ def test_nothing_of_a_command_is_left_when_its_time_is_up(tmp_path, monkeypatch)
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.slow
 def test_the_suite_runs_on_what_a_bare_machine_has(tmp_path, monkeypatch):
     """No Hugging Face package and no matplotlib is imported, and what fits into ten seconds stands in the file."""
     absent = "accelerate datasets hypothesis liger_kernel matplotlib peft pytest_timeout transformers".split()

@@ -39,6 +39,7 @@ def test_plain_loop(model_folder: Path, tmp_path: Path) -> None:
     assert distance(model_folder, tmp_path / "out") > 1e-4
 
 
+@pytest.mark.slow
 def test_trl(model_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     words = command("trl_sft.py", model_folder, tmp_path / "out")
@@ -81,6 +82,7 @@ def check_equal(alone: tuple[Path, list[float]], output: Path, seen: list[float]
     assert distance(alone[0], output) <= 1e-5
 
 
+@pytest.mark.slow
 def test_accelerate_under_ddp(model_folder: Path, one_process: tuple[Path, list[float]], tmp_path: Path) -> None:
     seen = two_processes(model_folder, tmp_path / "out", "ddp", shim=WATCHES_DDP, ACCELERATE_USE_CPU="true")
     check_equal(one_process, tmp_path / "out", seen)

@@ -118,6 +118,11 @@ def _value(name: str, attention: str) -> float:
     return float(loss.detach())
 
 
+def assert_other_loss(value: float, want: Tensor) -> None:
+    """Off by ten times what `assert_same_loss` forgives. How far it is off is chance, and differs between processors."""
+    assert abs(value - float(want)) > 1e-4 * abs(float(want)), "the window made no difference"
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_by_row_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By depth, a query sees the last tokens of its own path; by row, siblings would stand in between."""
@@ -127,8 +132,7 @@ def test_a_window_by_row_would_show(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(nextquill.tree.pieces, "row_depths", rows)
     monkeypatch.setattr(self_check, "_compare", lambda *_: None)
-    want, _ = expected(name, "official")
-    assert abs(_value(name, "auto") - float(want)) > 1e-3 * abs(float(want)), "the window made no difference"
+    assert_other_loss(_value(name, "auto"), expected(name, "official")[0])
 
 
 def test_a_mask_with_a_window_by_row_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +144,7 @@ def test_a_mask_with_a_window_by_row_would_show(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(nextquill.integrations.attention, "visibility_mask", by_row)
     monkeypatch.setattr(self_check, "_compare", lambda *_: None)
-    want, _ = expected("mistral", "official")
-    assert abs(_value("mistral", "mask") - float(want)) > 1e-3 * abs(float(want))
+    assert_other_loss(_value("mistral", "mask"), expected("mistral", "official")[0])
 
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])

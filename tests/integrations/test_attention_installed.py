@@ -124,6 +124,7 @@ def test_own_gradients_are_the_models_own() -> None:
 
 
 # What torch says of a reentrant checkpoint in a forward without gradient.
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 @pytest.mark.parametrize("loss_name", ["official", "detached"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])

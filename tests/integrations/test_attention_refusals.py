@@ -264,6 +264,7 @@ DROPOUTS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 @pytest.mark.parametrize("name", sorted(DROPOUTS))
 def test_dropout_in_training(name: str, attention: str) -> None:

@@ -82,8 +82,17 @@ def test_what_was_meant_as_a_path_never_asks_the_hub(name, no_hub, tmp_path, mon
 @pytest.mark.parametrize("name", ["nosuchmodel", "nosuchowner/nosuchmodel"])
 def test_an_unreachable_hub_is_said_at_once(name, monkeypatch):
     monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    waits = []
+
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(UnsupportedModelError, match="not a folder here, the hub cannot be reached, and it is not in"):
         load_model(name)
+    assert not waits, "seconds between two requests: the hub was asked all the same, and again"
 
 
 def test_asking_an_unreachable_hub_is_no_error(monkeypatch):

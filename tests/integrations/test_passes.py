@@ -150,6 +150,7 @@ def test_parts_add_up_to_the_batch(loss_name: str, reduction: str) -> None:
 # ---- scores ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("attention", "budget"), [("auto", None), ("mask", None), ("padded", None), ("auto", 60)])
 @pytest.mark.parametrize("loss_name", sorted(PASSES))
 def test_scores_equal_separate_passes(loss_name: str, attention: str, budget: int | None) -> None:

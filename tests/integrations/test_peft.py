@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
 @pytest.mark.parametrize("loss_name", ["official", "detached", "sft"])
 @pytest.mark.parametrize("adapters", sorted(CASES))

@@ -131,6 +131,7 @@ def test_an_example_beyond_the_budget_is_named_before_anything_is_computed(forwa
     assert forwards == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"max_tokens": 80}, {"attention": "padded", "batch_size": 2}])
 @pytest.mark.parametrize("skip", range(8))
 def test_what_follows_a_skip_is_the_same_to_the_last_bit(options, skip):

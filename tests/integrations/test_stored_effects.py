@@ -66,6 +66,7 @@ def by_hand(case, model, examples, reduction="sequence"):
     )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("attention", ["auto", "padded"])
 @pytest.mark.parametrize("reduction", ["sequence", "token", "micro_batch"])
 @pytest.mark.parametrize("name", sorted(cases()))

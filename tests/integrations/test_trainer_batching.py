@@ -44,6 +44,7 @@ def assert_same_training(got: NextQuillTrainer, expected: NextQuillTrainer) -> N
 # ---- parts -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("loss_name", ["official", "detached", "sft"])

@@ -37,6 +37,7 @@ def parameters(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("loss_name", ["sft", "perce", "detached", "official"])
 def test_accumulation_changes_nothing(tmp_path: Path, loss_name: str, reduction: str) -> None:
@@ -132,6 +133,7 @@ def test_a_second_training_starts_a_new_interval(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["num_sequences"] == 8, "sequences of the interval's two steps"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
 def test_bf16_autocast_trains(tmp_path: Path, kind: str, attention: str) -> None:

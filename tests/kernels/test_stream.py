@@ -142,6 +142,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert (error(actual, expected) < RELATIVE).all()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 def test_pair_stats_against_float64(shape, tile, device):

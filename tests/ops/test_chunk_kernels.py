@@ -74,6 +74,7 @@ def test_stats_are_those_of_the_softmax_and_leave_the_logits(kernels, n, v):
     assert torch.equal(z0, kept[1])
 
 
+@pytest.mark.covering(2)
 @shapes
 @caps
 def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softcap, scale):
@@ -86,6 +87,7 @@ def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softc
     assert_close(z, raw.grad, FLOAT32_RELATIVE)
 
 
+@pytest.mark.covering(2)
 @shapes
 @caps
 @pytest.mark.parametrize("mode", ["counterfactual", "no-counterfactual", "detached"])

@@ -45,6 +45,7 @@ def gradients(loss_fn, case, ids):
     return own.gradients()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, impl, _wide_products):  # noqa: PT019

@@ -26,8 +26,15 @@ LOSSES = {
     "PerCE": nq.PerCELoss(),
     "SFT": nq.SFTLoss(),
 }
+# All, none, and two that differ in every gradient; the others are slow.
+FEW = ["gggg", "----", "g-g-", "-g-g"]
 subsets = pytest.mark.parametrize(
-    "needs", list(itertools.product([True, False], repeat=4)), ids=lambda n: "".join("-g"[x] for x in n)
+    "needs",
+    [
+        pytest.param(needs, id=name, marks=() if name in FEW else pytest.mark.slow)
+        for needs in itertools.product([True, False], repeat=4)
+        for name in ["".join("-g"[x] for x in needs)]
+    ],
 )
 
 
@@ -49,6 +56,7 @@ def test_opcheck_of_the_loss_operator(needs):
     torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, True, list(needs), *OPTIONS))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_opcheck_of_each_loss(name, dtype):
@@ -99,7 +107,14 @@ ENDS = {
     "user": nq.PairLoss(lambda p: p.factual.detach(), alpha=0.1),
     "micro-batch": nq.NextQuillLoss(reduction="micro_batch"),
 }
-ends = pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+# One of each operator, one of them with gradient through one pass; the others are slow.
+ends = pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(end, id=name, marks=() if name in ("pair", "no-grad", "NextQuill") else pytest.mark.slow)
+        for name, end in ENDS.items()
+    ],
+)
 
 
 def step(function, model, batch):

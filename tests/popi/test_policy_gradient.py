@@ -109,6 +109,7 @@ def along(gradient: dict[str, Tensor], direction: dict[str, Tensor]) -> float:
     )
 
 
+@pytest.mark.slow
 def test_the_mean_of_many_steps_is_the_exact_gradient(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     exact = exact_gradient(trainer)
@@ -145,6 +146,7 @@ class EveryWord:
     def close(self) -> None: ...
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reference_sees_summary", [False, True])
 @pytest.mark.parametrize("attention", ["auto", "padded"])
 def test_rewards_are_those_of_forwards_one_by_one(tmp_path: Path, attention: str, reference_sees_summary: bool) -> None:
@@ -180,6 +182,7 @@ def test_every_samples_weight_is_its_advantage(tmp_path: Path) -> None:
     torch.testing.assert_close(own.weights["inference"], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_leave_one_out_is_less_noisy_than_reinforce_on_the_model(tmp_path: Path) -> None:
     spread = {}
     for estimator in ("rloo", "reinforce"):

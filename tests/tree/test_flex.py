@@ -67,6 +67,7 @@ def test_any_tree_in_tiles_of_any_size(branches, window, block, padding):
     assert torch.equal(expanded(mask, rows + padding), visibility_mask(depth, end, window))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("block", [1, 4, 8, 16])
 @pytest.mark.parametrize("tree", [GROWN, build_prefix_tree([list(range(100))])], ids=["grown", "chain"])
 def test_every_window(tree, block):

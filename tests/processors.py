@@ -1,0 +1,30 @@
+"""Processors that this one can stand for: settings of the environment that act when a process starts.
+
+Intel's MKL, PyTorch's own kernels and oneDNN each choose their code by the processor; these settings make them choose
+as on an older one. AMD's processors and ARM's ignore some of them. `python tests/processors.py avx2 COMMAND…` runs a
+command so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PROCESSORS = {
+    "native": {},
+    # Most laptops, most AMD servers, most machines that run continuous integration.
+    "avx2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx2-alike": {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "oldest": {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+
+
+def environment(processor: str, threads: int) -> dict[str, str]:
+    """What to add to the environment of a process."""
+    # More threads than cores must not wait for one another by spinning.
+    return {**PROCESSORS[processor], "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+if __name__ == "__main__":
+    name, threads, *command = sys.argv[1:]
+    os.execvpe(command[0], command, {**os.environ, **environment(name, int(threads))})
