@@ -5,16 +5,14 @@
     loss_fn = nq.NextQuillLoss(detach_counterfactual=True)
     loss = loss_fn(hidden_with_history, hidden_without, lm_head.weight, labels)
 
-Importing this package needs torch only. What needs Hugging Face packages (`NextQuillTrainer`, `PairPasses`) is
-imported on first use.
+Its names are imported on first use: the losses and operators with torch alone, `NextQuillTrainer` and `PairPasses` with
+Hugging Face packages. `torch.ops.nextquill` is filled by then, or by `import nextquill.functional`.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nextquill import tree
 from nextquill.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -27,13 +25,21 @@ from nextquill.errors import (
     RecordError,
     UnsupportedModelError,
 )
-from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
-from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
-from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
+from nextquill.lazy import on_first_use
 
 if TYPE_CHECKING:
+    from nextquill import tree
+    from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
     from nextquill.integrations.passes import PairPasses
     from nextquill.integrations.trainer import NextQuillTrainer
+    from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
+    from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        ("outputs", "weighting", "functional", "losses", "tree", "integrations.passes", "integrations.trainer"),
+        needs={"PairPasses": "transformers", "NextQuillTrainer": "transformers"},
+    )
 
 __version__ = "0.1.0"
 
@@ -63,14 +69,3 @@ __all__ = [
     "linear_token_nll",
     "tree",
 ]
-
-_LAZY = {
-    "NextQuillTrainer": "nextquill.integrations.trainer",
-    "PairPasses": "nextquill.integrations.passes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

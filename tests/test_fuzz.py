@@ -62,7 +62,7 @@ def test_pair_operator(impl, call):
     check(impl, call)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @given(call=calls())
 def test_pair_operator_in_triton(call):
     """A second a call under the interpreter: a few of the calls above."""

@@ -115,6 +115,7 @@ def test_statistics_with_divergences(impl, head):
     assert not stats.kl.requires_grad
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "needs", ["factual", "counterfactual", "weight", "bias", "factual weight", "counterfactual bias"]
 )

@@ -1,4 +1,4 @@
-"""`import nextquill` needs torch and nothing else."""
+"""`import nextquill` costs next to nothing, and what it names needs torch and nothing else."""
 
 import json
 
@@ -9,24 +9,35 @@ from tests.helpers import run_python
 
 OPTIONAL = ("triton", "transformers", "datasets", "matplotlib", "rich", "peft", "accelerate", "tokenizers", "yaml",
             "tqdm", "rouge_score", "huggingface_hub", "safetensors", "numpy.testing", "torch._dynamo")  # fmt: skip
-LIST_MODULES = "import json, sys; import {}; print(json.dumps(sorted(sys.modules)))"
+NEEDING_TORCH_ALONE = [name for name in nq.__all__ if name not in ("NextQuillTrainer", "PairPasses")]
+MODULES = ["errors", "functional", "losses", "outputs", "tree", "weighting"]
 
 
-def test_import_brings_nothing_that_torch_does_not():
-    torch_alone, ours = (set(json.loads(run_python(LIST_MODULES.format(name)))) for name in ("torch", "nextquill"))
-    extra = {name for name in ours - torch_alone if name.partition(".")[0] != "nextquill"}
-    assert not extra
-    assert not {name for name in ours if name.startswith(("nextquill.data", "nextquill.integrations", "nextquill.cli"))}
-    assert not ours & (set(OPTIONAL) - torch_alone)
+def imported(statement, after="pass"):
+    """The modules that a statement imports in a fresh process, after another statement."""
+    code = "import json, sys; {}; before = set(sys.modules); {}; print(json.dumps([*({{*sys.modules}} - before)]))"
+    return set(json.loads(run_python(code.format(after, statement))))
+
+
+def test_the_package_alone_imports_no_torch():
+    assert not {name.partition(".")[0] for name in imported("import nextquill")} & {*OPTIONAL, "torch", "numpy"}
+
+
+def test_its_names_bring_nothing_that_torch_does_not():
+    use = f"import nextquill as nq; [getattr(nq, name) for name in {[*MODULES, *NEEDING_TORCH_ALONE]!r}]"
+    found = imported(f"{use}; nq.tree.build_prefix_tree", after="import torch")
+    assert {name.partition(".")[0] for name in found} == {"nextquill"}
+    assert not found & {"nextquill.data", "nextquill.integrations", "nextquill.cli"}
+    assert {f"nextquill.{name}" for name in MODULES} <= found
 
 
 def test_losses_and_public_names_work_with_every_optional_package_missing():
     blocked = [name for name in OPTIONAL if not name.startswith(("torch", "numpy"))]
-    names = [name for name in nq.__all__ if name not in ("NextQuillTrainer", "PairPasses")]
     run_python(
         f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
         "import torch, nextquill as nq\n"
-        f"missing = [n for n in {names!r} if not hasattr(nq, n)]\nassert not missing, missing\n"
+        f"missing = [n for n in {NEEDING_TORCH_ALONE!r} if not hasattr(nq, n)]\nassert not missing, missing\n"
+        "assert 'NextQuillLoss' in dir(nq) and 'NextQuillTrainer' not in dir(nq)\n"
         "h = torch.randn(6, 4, requires_grad=True)\n"
         "nq.NextQuillLoss()(h, torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5).backward()\n"
         "assert h.grad.any()\n"

@@ -14,7 +14,7 @@ from tests.helpers import make_case, run_python
 from tests.processors import PROCESSORS, environment
 
 SETTINGS = [(processor, threads) for processor in PROCESSORS for threads in (1, 2, 3)]
-FAST = [("native", 2), ("avx2", 3)]
+FAST = [("avx2", 3)]
 LOSSES = [
     nq.NextQuillLoss(anchor=0.1),
     nq.NextQuillLoss(weighted_effect=True, softcap=20.0, reduction="token"),

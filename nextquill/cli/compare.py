@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli import progress
+from nextquill.cli.bars import bar
 from nextquill.cli.compare_options import EVALUATION_SEED, CompareEvaluation, CompareFiles, CompareOptions
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
@@ -60,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     defaults = {**DEFAULTS, "seed": None}
     parsed = parse("compare", DESCRIPTION, kinds, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
+    from nextquill.cli import progress
+
     arms = choose_arms(options.arms, options.baseline, options.time_reference)
     check_seeds(options.seeds)
     loss_options = options.loss_options()
@@ -248,7 +250,7 @@ def duration(seconds: float) -> str:
 
 def shown(things: Any, **options: Any) -> Any:
     """A progress bar that leaves no line."""
-    return progress.bar(things, leave=False, **options)
+    return bar(things, leave=False, **options)
 
 
 def say(text: str) -> None:

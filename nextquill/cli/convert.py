@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.progress import bar
 from nextquill.data import Record, SkippedRecords
 from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load

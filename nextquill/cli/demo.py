@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from nextquill.cli.main import OK
 from nextquill.cli.options import DemoOptions
 from nextquill.cli.parsing import parse
-from nextquill.demo import run_demo
 
 DESCRIPTION = (
     "Train a small model of synthetic users whose personal tokens are known, with each loss from the same start, and "
@@ -17,5 +16,7 @@ DESCRIPTION = (
 
 def run(arguments: Sequence[str]) -> int:
     (options,) = parse("demo", DESCRIPTION, (DemoOptions,), arguments)
+    from nextquill.demo import run_demo
+
     run_demo(options.output_dir, seed=options.seed, seeds=options.seeds, quick=options.quick)
     return OK

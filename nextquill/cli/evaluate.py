@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
-from nextquill.cli.progress import bar
 from nextquill.cli.scored import Loaded, check_files, eval_records
 from nextquill.data import Record
-from nextquill.data.collator import BRANCHES
 from nextquill.data.skipped import SkippedRecords
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, NextQuillError, RecordError
 from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
 from nextquill.files import write_whole
-from nextquill.integrations.evaluating import EvaluationOptions, evaluate_model
 from nextquill.integrations.evaluation_folder import check_folder
+from nextquill.integrations.evaluation_options import EvaluationOptions
 from nextquill.integrations.generation import ENGINES, check_engine
 from nextquill.integrations.identity import records_digest
 
@@ -157,6 +157,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
+    from nextquill.integrations.evaluating import evaluate_model
+
     try:
         with _flags_in_errors():
             return evaluate_model(

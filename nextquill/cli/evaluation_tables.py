@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.results import Evaluation, MetricValue, finite
-from nextquill.integrations.measures import place_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +20,8 @@ _NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "it
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Every measure with its interval: of the records' responses, of pairs, of generated texts."""
+    from nextquill.integrations.measures import place_of
+
     tables: dict[str, dict[str, dict[str, MetricValue]]] = {}
     for name, metric in evaluation.metrics.items():
         place = place_of(name)
@@ -47,6 +48,8 @@ def print_differences(
     differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
 ) -> None:
     """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
+    from nextquill.integrations.measures import place_of
+
     table = new_table(f"this - {folder}", "difference", "p")
     for name, found in differences.items():
         if place_of(name) is not None:

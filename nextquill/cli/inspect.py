@@ -6,20 +6,22 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, option
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.cli.scored import read_records
-from nextquill.data import EncodedExample, ExampleEncoder, Record, assign_placebo_histories
+from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
 from nextquill.integrations.loading import PromptSettings, context_length, find_tokenizer, load_prompt_settings
-from nextquill.integrations.scoring import token_texts
 from nextquill.integrations.scratch import SCRATCH_SIZES, build_tokenizer, training_texts
-from nextquill.tree import PrefixTree, build_prefix_tree
+
+if TYPE_CHECKING:
+    from nextquill.data import EncodedExample, ExampleEncoder
+    from nextquill.tree import PrefixTree
 
 DESCRIPTION = (
     "Show records as training sees them: which tokens the prompts with and without history share, in which they "
@@ -84,6 +86,9 @@ class Inspected:
 def run(arguments: Sequence[str]) -> int:
     kinds = (InspectFiles, PromptOptions, InspectOptions)
     files, prompt_options, options = parse("inspect", DESCRIPTION, kinds, arguments)
+    from nextquill.data import ExampleEncoder
+    from nextquill.tree import build_prefix_tree
+
     check_positive(files, ("limit",))
     if options.max_shown < 0:
         raise ArgumentError(f"--max_shown: expected 0 or more, got {options.max_shown}")
@@ -158,6 +163,9 @@ def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> 
         record, index: the record and its position.
         other: the other user's history that stands for none, where the template asks for one.
     """
+    from nextquill.integrations.scoring import token_texts
+    from nextquill.tree import build_prefix_tree
+
     example = encoder.encode(record, index, counterfactual_history=other)
     factual, counterfactual = example.factual.prompt_ids, example.counterfactual.prompt_ids
     rows, others = build_prefix_tree([factual, counterfactual]).branch_rows

@@ -6,22 +6,20 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, option
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError, NextQuillError
-from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations import ATTENTIONS
 from nextquill.integrations.loading import PromptSettings, is_adapter
 from nextquill.integrations.scratch import SCRATCH_SIZES
-from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
 
-LOSSES: dict[str, type[PairLoss]] = {
-    "nextquill": NextQuillLoss,
-    "perce": PerCELoss,
-    "longce": LongCELoss,
-    "sft": SFTLoss,
-}
+if TYPE_CHECKING:
+    from nextquill.losses import PairLoss
+
+#: Their classes by the name of each, as importing them imports torch.
+LOSSES = {"nextquill": "NextQuillLoss", "perce": "PerCELoss", "longce": "LongCELoss", "sft": "SFTLoss"}
 
 
 @dataclass
@@ -178,7 +176,9 @@ class LossOptions:
         Raises:
             ArgumentError: a flag that the chosen loss does not have, or a value it refuses.
         """
-        kind = LOSSES[self.loss]
+        from nextquill import losses
+
+        kind: type[PairLoss] = getattr(losses, LOSSES[self.loss])
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
         given = {name: value for name, value in given.items() if value is not None}
         known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import bounded, new_table, show
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
@@ -21,20 +22,19 @@ from nextquill.cli.popi_options import (
     naming,
     read_settings,
 )
-from nextquill.cli.progress import bar
 from nextquill.cli.scored import device
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.files import write_whole
-from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations import ATTENTIONS
 from nextquill.integrations.loading import find_tokenizer, load_model
-from nextquill.popi.evaluation import score_pairs
-from nextquill.popi.measures import Evaluation, Measured, measure
 from nextquill.popi.prompts import GeneratorPrompts
-from nextquill.popi.roles import GENERATOR, Role
-from nextquill.popi.saved import SavedRun, trained_users
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
-from nextquill.popi.summarizing import summarize
 from nextquill.popi.users import Draw
+
+if TYPE_CHECKING:
+    from nextquill.popi.measures import Evaluation, Measured
+    from nextquill.popi.roles import Role
+    from nextquill.popi.saved import SavedRun
 
 DESCRIPTION = (
     "Measure on held-out pairs whether the generator prefers what its user chose: without context, with the user's raw "
@@ -92,6 +92,8 @@ class PopiEvaluateOptions:
 def run(arguments: Sequence[str]) -> int:
     kinds = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, kinds, arguments)
+    from nextquill.popi.measures import Evaluation
+
     options.check()
     shown.check()
     target = None
@@ -167,6 +169,8 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
 
 
 def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
+    from nextquill.popi.saved import trained_users
+
     trained = trained_users(folder)
     both = [draw.user_id for draw in draws if draw.user_id in trained]
     if both:
@@ -204,6 +208,8 @@ def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluate
 
 
 def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[str, str]:
+    from nextquill.popi.summarizing import summarize
+
     written = summarize(
         saved.roles.inference,
         saved.inference_prompts,
@@ -235,6 +241,8 @@ def _transferred(
     models: PopiRunOptions,
 ) -> Measured:
     """The same on a model that was not trained, and is its own reference."""
+    from nextquill.popi.roles import GENERATOR, Role
+
     model, tokenizer = _loaded("transfer_model", name, models.dtype)
     prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
     return _measured(saved, Role.untrained(GENERATOR, model, tokenizer), prompts, draws, summaries, options, sees=False)
@@ -250,6 +258,9 @@ def _measured(
     *,
     sees: bool,
 ) -> Measured:
+    from nextquill.popi.evaluation import score_pairs
+    from nextquill.popi.measures import measure
+
     scores = score_pairs(
         generator,
         prompts,

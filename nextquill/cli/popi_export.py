@@ -15,7 +15,6 @@ from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text, check_user_id
 from nextquill.errors import RecordError
 from nextquill.popi.export import FORMATS, Query, write_export
-from nextquill.popi.saved import saved_settings
 from nextquill.popi.summaries import Summary, SummaryFile
 
 DESCRIPTION = (
@@ -50,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         known = SummaryFile(options.summaries).read()
     templates = None
     if options.model is not None:
+        from nextquill.popi.saved import saved_settings
+
         with naming("model"):
             templates = saved_settings(options.model).templates
     with naming("queries_file"):

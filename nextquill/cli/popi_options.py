@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
@@ -15,10 +16,12 @@ from nextquill.cli.scored import device
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
 from nextquill.errors import ArgumentError, NextQuillError, RecordError
-from nextquill.popi.config import POPIConfig
-from nextquill.popi.saved import SavedRun, SavedSettings, saved_settings
-from nextquill.popi.summarizing import HeldOut, hold_out
 from nextquill.popi.users import User, users_from_records
+
+if TYPE_CHECKING:
+    from nextquill.popi.config import POPIConfig
+    from nextquill.popi.saved import SavedRun, SavedSettings
+    from nextquill.popi.summarizing import HeldOut
 
 #: The library's own records, besides the data sets that `convert` knows.
 RECORDS = "records"
@@ -93,6 +96,8 @@ class PopiSignals:
 
     def hold_out(self, flag: str, users: list[User], config: POPIConfig) -> HeldOut:
         """First signals, then pairs of every user; who cannot be evaluated is named on stderr."""
+        from nextquill.popi.summarizing import hold_out
+
         with naming(flag):
             found = hold_out(
                 users, num_signals=self.signals_per_user or config.signals_per_user, max_pairs=self.max_pairs
@@ -103,6 +108,8 @@ class PopiSignals:
 
 def loaded_run(options: PopiRunOptions) -> SavedRun:
     """The run, on its device; a mistake in its folder names the flag."""
+    from nextquill.popi.saved import SavedRun
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with naming("model"):
@@ -113,5 +120,7 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
 
 def read_settings(options: PopiRunOptions) -> SavedSettings:
     """How the run was trained, read before anything that takes time."""
+    from nextquill.popi.saved import saved_settings
+
     with naming("model"):
         return saved_settings(options.model)

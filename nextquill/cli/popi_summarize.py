@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
@@ -17,13 +19,13 @@ from nextquill.cli.popi_options import (
     naming,
     read_settings,
 )
-from nextquill.cli.progress import bar
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.popi.saved import SavedRun
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
-from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals, summarize
 from nextquill.popi.users import User
+
+if TYPE_CHECKING:
+    from nextquill.popi.saved import SavedRun
 
 DESCRIPTION = (
     "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals, the "
@@ -98,6 +100,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _signals(users: Sequence[User], most: int) -> Signals:
     """The signals of those who have enough; the others are counted on stderr."""
+    from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals
+
     found = {user.user_id: all_signals(user, num_signals=most) for user in users}
     least = min(LEAST_SIGNALS, most)
     few = [user for user, own in found.items() if len(own) < least]
@@ -110,6 +114,8 @@ def _signals(users: Sequence[User], most: int) -> Signals:
 
 def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSummarizeOptions) -> None:
     """Write the summaries of these users; those that are written when it is stopped are kept."""
+    from nextquill.popi.summarizing import summarize
+
     written = summarize(
         saved.roles.inference,
         saved.inference_prompts,

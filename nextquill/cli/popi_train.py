@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
@@ -18,15 +18,16 @@ from nextquill.cli.train import DEFAULTS, end, quieten, say, train
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
-from nextquill.integrations import checkpoints
-from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations import ATTENTIONS, checkpoints
 from nextquill.integrations.loading import is_adapter, load_model
 from nextquill.integrations.scratch import SCRATCH_SIZES
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import PopiTemplates
 from nextquill.popi.roles import INFERENCE, check_roles
-from nextquill.popi.trainer import POPITrainer
 from nextquill.popi.users import User
+
+if TYPE_CHECKING:
+    from nextquill.popi.trainer import POPITrainer
 
 DESCRIPTION = (
     "Train POPI: an inference model that summarises a user's signals, and a generator that conditions on the summary, "
@@ -224,6 +225,8 @@ def _as_records(users: Sequence[User]) -> list[Record]:
 
 def _trainer(**options: Any) -> POPITrainer:
     """The trainer; what is refused in its arguments is the user's to mend."""
+    from nextquill.popi.trainer import POPITrainer
+
     try:
         return POPITrainer(**options)
     except NextQuillError as error:

@@ -7,19 +7,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
+from nextquill.cli.bars import bar
 from nextquill.cli.flags import option
 from nextquill.cli.inspect import prepare as load_prompts
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
-from nextquill.cli.progress import bar
-from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset, iter_jsonl, prepare
+from nextquill.data import iter_jsonl
 from nextquill.errors import BudgetError, CheckpointError, OutputExistsError, RecordError
 from nextquill.integrations.scratch import SCRATCH_SIZES
+
+if TYPE_CHECKING:
+    from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset
 
 DESCRIPTION = (
     "Tokenise records once, into a folder that train takes as --train_file or --eval_file and reads from disk as it "
@@ -53,6 +56,8 @@ class PrepareOptions:
 
 def run(arguments: Sequence[str]) -> int:
     options, prompt_options = parse("prepare", DESCRIPTION, (PrepareOptions, PromptOptions), arguments)
+    from nextquill.data import ExampleEncoder
+
     name = options.model_name_or_path
     if name in SCRATCH_SIZES:
         raise UsageError(
@@ -71,6 +76,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDataset:
     """Encode with a bar; a mistake names the flag it came with."""
+    from nextquill.data import prepare
+
     gc.freeze()  # what is imported by now stays: collecting over it took a tenth of the time
     with bar(total=_lines(options.train_file), desc="Preparing", unit=" records") as shown:
         try:

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from nextquill.cli.bars import bar
+
 _SHOWN = (
     ("loss", "loss {:.4f}"),
     ("nll_factual", "nll {:.3f}"),
@@ -33,11 +35,6 @@ _SHOWN = (
     ("eval_accuracy_none", "without summary {:.1%}"),
     ("eval_accuracy_placebo", "another user's {:.1%}"),
 )
-
-
-def bar(iterable: Any = None, **options: Any) -> Any:
-    """A progress bar on stderr, so that stdout stays a command's result; none where stderr is no terminal."""
-    return tqdm(iterable, file=sys.stderr, disable=options.pop("disable", False) or None, dynamic_ncols=True, **options)
 
 
 def log_line(step: int, total: int, logs: dict[str, Any]) -> str | None:

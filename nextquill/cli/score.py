@@ -16,7 +16,6 @@ from nextquill.cli.parsing import parse
 from nextquill.cli.scored import Scored
 from nextquill.integrations.identity import model_identity, records_digest
 from nextquill.integrations.partial_file import PartialFile
-from nextquill.integrations.scoring import effect_line
 from nextquill.report.terminal import effect_legend, effect_text
 
 DESCRIPTION = (
@@ -30,6 +29,8 @@ DESCRIPTION = (
 def run(arguments: Sequence[str]) -> int:
     kinds = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, kinds, arguments)
+    from nextquill.integrations.scoring import effect_line
+
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     scored = Scored(model_options, prompt_options, files)
     total = len(scored.examples)

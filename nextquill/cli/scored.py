@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
+from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
-from nextquill.cli.progress import bar
-from nextquill.data import EncodedExample, ExampleEncoder, Record, read_jsonl
+from nextquill.data import Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import ArgumentError, BudgetError, RecordError
-from nextquill.integrations.checks import check_vocabulary, default_max_length
 from nextquill.integrations.loading import context_length, load_model, load_prompt_settings
-from nextquill.integrations.scoring import ExampleScores, pad_token, score_examples
+
+if TYPE_CHECKING:
+    import torch
+
+    from nextquill.data import EncodedExample, ExampleEncoder
+    from nextquill.integrations.scoring import ExampleScores
 
 
 class Loaded:
@@ -29,6 +32,8 @@ class Loaded:
         files: ScoreFiles,
         records: list[Record] | None = None,
     ) -> None:
+        from nextquill.integrations.checks import check_vocabulary, default_max_length
+
         check_files(files)
         self.records = eval_records(files) if records is None else records
         transformers_logging.set_verbosity_error()
@@ -45,6 +50,8 @@ class Scored(Loaded):
     """Records encoded for a model; `scores()` runs it over them."""
 
     def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
+        from nextquill.data import ExampleEncoder
+
         super().__init__(model_options, prompt_options, files)
         self._files, settings = files, self.settings
         encoder = ExampleEncoder(self.tokenizer, settings.template, settings.max_length, settings.max_response_length)
@@ -52,6 +59,8 @@ class Scored(Loaded):
 
     def scores(self, skip: int = 0) -> Iterator[ExampleScores]:
         """The scores of each record as they are computed, without the first `skip`; see `score_examples`."""
+        from nextquill.integrations.scoring import pad_token, score_examples
+
         pad, size = pad_token(self.tokenizer), self._files.batch_size
         options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
         scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
@@ -97,5 +106,7 @@ def encode_records(
 
 def device() -> torch.device:
     """Where models run: the accelerator, or the CPU."""
+    import torch
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None else accelerator

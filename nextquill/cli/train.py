@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli import progress
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
 from nextquill.cli.parsing import UsageError, one_line, parse
@@ -32,7 +31,11 @@ from nextquill.integrations.loading import (
     load_prompt_settings,
 )
 from nextquill.integrations.scratch import SCRATCH_SIZES
-from nextquill.integrations.trainer import NextQuillTrainer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from nextquill.integrations.trainer import NextQuillTrainer
 
 DESCRIPTION = (
     "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of "
@@ -110,6 +113,8 @@ def end(trainer: Trainer) -> None:
 
 def train(trainer: Trainer, folder: Path, resume: Path | None) -> int:
     """Train, measure and save; the exit code."""
+    from nextquill.cli import progress
+
     with progress.shown(trainer) as interrupt:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if interrupt.requested:
@@ -186,6 +191,8 @@ def datasets(
 
 def build_trainer(**options: Any) -> NextQuillTrainer:
     """The trainer; what transformers refuses in its arguments is the user's to mend."""
+    from nextquill.integrations.trainer import NextQuillTrainer
+
     try:
         return NextQuillTrainer(**options)
     except RecordError as error:  # the records are encoded by now, so it is of the effects file, and says so

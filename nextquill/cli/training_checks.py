@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 
 from nextquill.cli.flags import check_positive
 from nextquill.cli.parsing import UsageError, one_line
@@ -39,6 +39,8 @@ def check_arguments(args: TrainingArguments, *, has_eval_file: bool, metrics: Se
 
 def check_optimizer(args: TrainingArguments, model: Any) -> None:
     """Raise UsageError where the optimiser is not installed or does not take its arguments."""
+    from transformers import Trainer
+
     _named("optim_args" if args.optim_args else "optim", Trainer.get_optimizer_cls_and_kwargs, args, model)
 
 
@@ -53,6 +55,8 @@ def _check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
 
 
 def _check_schedule(args: TrainingArguments) -> None:
+    from transformers import get_scheduler
+
     if args.lr_scheduler_kwargs is not None and not isinstance(args.lr_scheduler_kwargs, dict):
         raise UsageError(f"--lr_scheduler_kwargs: expected a JSON mapping, got {args.lr_scheduler_kwargs!r}")
     steps = args.max_steps if args.max_steps > 0 else 100

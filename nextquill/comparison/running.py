@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import TrainingArguments
@@ -34,13 +34,15 @@ from nextquill.comparison.folder import (
     run_folder,
     write_record,
 )
-from nextquill.comparison.measuring import ComparedTrainer, RunMeter, machine
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.results import EVALUATION_FILE, Evaluation
 from nextquill.integrations import checkpoints
 from nextquill.integrations.identity import model_digest
 from nextquill.integrations.loading import PROMPT_FILE, PromptSettings
+
+if TYPE_CHECKING:
+    from nextquill.comparison.measuring import ComparedTrainer
 
 METRICS_FILE = "metrics.json"
 
@@ -163,6 +165,8 @@ def perform(setup: Setup, task: Task) -> RunRecord | None:
     Raises:
         CheckpointError: the run began from other weights, or saw other examples, than the runs of its seed before it.
     """
+    from nextquill.comparison.measuring import machine
+
     began = time.perf_counter()
     _release_memory()  # of the run before
     folder = run_folder(setup.folder, task.name, task.seed)
@@ -243,6 +247,8 @@ def check_trainable(setup: Setup, model: Any, tokenizer: Any) -> None:
 def _trainer(
     setup: Setup, arm: Arm, seed: int, folder: Path, model: Any, tokenizer: Any, matched: Mapping[str, Any] | None
 ) -> ComparedTrainer:
+    from nextquill.comparison.measuring import ComparedTrainer, RunMeter
+
     return ComparedTrainer(
         model,
         run_arguments(setup, arm, seed, folder, matched),

@@ -11,22 +11,36 @@ Nothing here imports Hugging Face packages: tokenizers and data sets are used by
 
 from __future__ import annotations
 
-from nextquill.data.collator import PaddedCollator, TreeCollator, to_device
-from nextquill.data.dataset import EncodedDataset
-from nextquill.data.effects import load_effects
-from nextquill.data.encoding import ExampleEncoder
-from nextquill.data.examples import Branch, EncodedExample, EncodingStats
-from nextquill.data.histories import make_selector
-from nextquill.data.leaks import check_no_leaks
-from nextquill.data.placebo import assign_placebo_histories, stream_placebo_histories
-from nextquill.data.prepared import PreparedDataset
-from nextquill.data.preparing import prepare
-from nextquill.data.records import HistoryItem, Record, iter_jsonl, load_records, parse_record, read_jsonl
-from nextquill.data.rendering import PromptRenderer
-from nextquill.data.sampling import UserGroupSampler
-from nextquill.data.skipped import SkippedRecords
-from nextquill.data.splits import Splits, by_time, hold_out_users, leave_last_out
-from nextquill.data.templates import PromptTemplate
+from typing import TYPE_CHECKING
+
+from nextquill.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from nextquill.data.collator import PaddedCollator, TreeCollator, to_device
+    from nextquill.data.dataset import EncodedDataset
+    from nextquill.data.effects import load_effects
+    from nextquill.data.encoding import ExampleEncoder
+    from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+    from nextquill.data.histories import make_selector
+    from nextquill.data.leaks import check_no_leaks
+    from nextquill.data.placebo import assign_placebo_histories, stream_placebo_histories
+    from nextquill.data.prepared import PreparedDataset
+    from nextquill.data.preparing import prepare
+    from nextquill.data.records import HistoryItem, Record, iter_jsonl, load_records, parse_record, read_jsonl
+    from nextquill.data.rendering import PromptRenderer
+    from nextquill.data.sampling import UserGroupSampler
+    from nextquill.data.skipped import SkippedRecords
+    from nextquill.data.splits import Splits, by_time, hold_out_users, leave_last_out
+    from nextquill.data.templates import PromptTemplate
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        (
+            *("records", "skipped", "splits", "templates", "placebo", "leaks", "rendering"),  # need no torch
+            *("examples", "encoding", "collator", "dataset", "effects", "histories", "prepared", "preparing"),
+            "sampling",
+        ),
+    )
 
 __all__ = [
     "Branch",

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.tree import PrefixTree, TreeLayout
 from nextquill.tree.packing import pack_sorted
@@ -37,7 +38,6 @@ from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
 #: No label of a batch; token ids are not negative.
 IGNORE_INDEX = -100
-BRANCHES = ("factual", "counterfactual", "placebo")
 #: The branches of each forward; a counterfactual that is a constant has its own, which needs no gradient.
 Forwards = tuple[tuple[str, ...], ...]
 FACTUAL: Forwards = (("factual",),)

@@ -27,6 +27,9 @@ from nextquill.data.jinja_prompt import check_jinja, render_jinja
 from nextquill.data.records import HistoryItem
 from nextquill.errors import RecordError
 
+#: The prompts of a record: with the user's own history, with none, with another user's.
+BRANCHES = ("factual", "counterfactual", "placebo")
+
 _ORDERS = ("official", "history_first")
 _COUNTERFACTUALS = ("none", "removal", "placebo")
 _TEXT_FIELDS = (

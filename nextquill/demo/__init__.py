@@ -15,20 +15,14 @@ the first use of a name below.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nextquill.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from nextquill.demo.results import DemoResult as DemoResult
-    from nextquill.demo.run import run_demo as run_demo
+    from nextquill.demo.results import DemoResult
+    from nextquill.demo.run import run_demo
+else:
+    __getattr__, __dir__ = on_first_use(__name__, ("results", "run"))
 
 __all__ = ["DemoResult", "run_demo"]
-
-_HOMES = {"DemoResult": "nextquill.demo.results", "run_demo": "nextquill.demo.run"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.integrations import ATTENTIONS
 from nextquill.integrations.architectures import (
     base_model,
     check_architecture,
@@ -40,13 +41,11 @@ from nextquill.integrations.architectures import (
 )
 from nextquill.integrations.self_check import check_against_separate_passes, masks_follow_window
 from nextquill.tree import (
-    TREE_KERNELS,
     additive_mask,
     attend,
     visibility_mask,
 )
 
-ATTENTIONS = ("auto", *TREE_KERNELS, "mask", "padded")
 #: What a model raises that does not take what it is given for a row of branches.
 _DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
 

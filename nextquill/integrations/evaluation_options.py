@@ -7,11 +7,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from nextquill.data.collator import BRANCHES
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
-from nextquill.integrations.attention import ATTENTIONS
+from nextquill.integrations import ATTENTIONS
 from nextquill.integrations.generation import GenerationOptions
 
 # Prompts at a time, where nobody says otherwise.

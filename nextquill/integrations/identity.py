@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nextquill.data import Record
-from nextquill.data.prepared import tokenizer_digest
 from nextquill.integrations.loading import PromptSettings
 
 # Values of each weight that tell models apart: of a trained one nearly all differ from what they were.
@@ -36,6 +35,8 @@ def model_digest(model: Any) -> str:
 
 def model_identity(model: Any, tokenizer: Any, settings: PromptSettings) -> dict[str, Any]:
     """What tells a model, its precision, its tokenizer and its prompts from another's, by name; JSON."""
+    from nextquill.data.prepared import tokenizer_digest
+
     prompt = dataclasses.asdict(settings)
     template = prompt.pop("template")
     return {

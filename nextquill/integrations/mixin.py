@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, UserGroupSampler
-from nextquill.data.collator import BRANCHES, empty_like
+from nextquill.data.collator import empty_like
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
 from nextquill.integrations.checks import check_batching
 from nextquill.integrations.metrics import TrainingMeter, eval_metrics, example_table

@@ -31,7 +31,8 @@ from nextquill.data.collator import (
 )
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
-from nextquill.integrations.attention import ATTENTIONS, TreeAttention
+from nextquill.integrations import ATTENTIONS
+from nextquill.integrations.attention import TreeAttention
 from nextquill.integrations.effects import check_stored_weighting, stored_weights
 from nextquill.integrations.head import HeadState, LossInHead
 from nextquill.integrations.router import WITHOUT_ROUTER_LOSS, RouterLoss

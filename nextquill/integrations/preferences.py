@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nextquill.data import Branch, ExampleEncoder, Record
-from nextquill.data.collator import BRANCHES
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError
 from nextquill.integrations.scoring import BranchScorer
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
-from nextquill.data.collator import BRANCHES, to_device
+from nextquill.data.collator import to_device
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.probe import in_eval_mode

@@ -7,13 +7,22 @@ training, `summarizing`, `summaries` and `export` for what is done with summarie
 
 from __future__ import annotations
 
-from nextquill.popi.config import POPIConfig
-from nextquill.popi.estimators import advantages
-from nextquill.popi.objective import PreferenceLoss, generator_error, informativeness
-from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
-from nextquill.popi.roles import Roles
-from nextquill.popi.trainer import POPITrainer
-from nextquill.popi.users import Draw, Pair, User, draw, held_out, users_from_records
+from typing import TYPE_CHECKING
+
+from nextquill.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from nextquill.popi.config import POPIConfig
+    from nextquill.popi.estimators import advantages
+    from nextquill.popi.objective import PreferenceLoss, generator_error, informativeness
+    from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
+    from nextquill.popi.roles import Roles
+    from nextquill.popi.trainer import POPITrainer
+    from nextquill.popi.users import Draw, Pair, User, draw, held_out, users_from_records
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__, ("users", "prompts", "estimators", "objective", "config", "roles", "trainer")
+    )
 
 __all__ = [
     "Draw",

@@ -17,9 +17,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nextquill.data import Branch
 from nextquill.data._checks import check_instance, check_integer
 from nextquill.data.records import HistoryItem
 from nextquill.data.rendering import PromptRenderer, Tokenizer
@@ -27,6 +26,9 @@ from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import BatchTokenizer
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
 from nextquill.popi.users import Pair
+
+if TYPE_CHECKING:
+    from nextquill.data import Branch
 
 #: Ours; the paper publishes no wording.
 INSTRUCTION = (
@@ -257,6 +259,8 @@ class GeneratorPrompts:
         Raises:
             BudgetError, ArgumentError: as `ids`.
         """
+        from nextquill.data import Branch
+
         chosen, rejected = self._responses(pair)
         prompt = self.ids(pair.query, summary=summary, signals=signals, room=max(len(chosen), len(rejected)))
         return Branch(prompt, chosen), Branch(prompt, rejected)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError
+from nextquill.tree import TREE_KERNELS
 from nextquill.tree.attention import tree_attention
 from nextquill.tree.segments import TreeLayout, row_depths, row_ends
-
-TREE_KERNELS = ("pieces", "varlen", "flex")
 
 
 def attend(

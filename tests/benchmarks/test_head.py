@@ -280,6 +280,7 @@ def test_without_time_left_it_says_so(small):
     assert {(row.metric, row.note) for row in rows} == {("status", "out of time")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_process_is_what_it_holds():
     shape = Shape("wide", 256, 16, 16384)  # logits of 16 MiB

@@ -139,6 +139,7 @@ def test_the_suites_allocator_grows_its_segments_unless_told_otherwise(tmp_path,
     assert verify_gpu._allocator() == {}
 
 
+@pytest.mark.slow
 def test_tests_that_hang_are_ended_and_leave_their_report(tmp_path):
     test = write(tmp_path / "test_one.py", "import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)")
     begun = time.monotonic()

@@ -2,8 +2,6 @@
 
 import pytest
 
-from nextquill.cli import demo
-
 
 @pytest.mark.parametrize(
     ("words", "folder", "options"),
@@ -14,7 +12,7 @@ from nextquill.cli import demo
 )
 def test_flags_reach_the_demo(nextquill, monkeypatch, words, folder, options):
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda output_dir, **given: calls.append((output_dir, given)))
+    monkeypatch.setattr("nextquill.demo.run_demo", lambda output_dir, **given: calls.append((output_dir, given)))
     assert nextquill("demo", *words).code == 0
     assert calls == [(folder, options)]
 

@@ -69,9 +69,9 @@ def test_an_edit_stays_and_a_deleted_summary_comes_back(summarize, popi, tmp_pat
 
 
 def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_path, monkeypatch):
-    from nextquill.cli import popi_summarize
+    from nextquill.popi import summarizing
 
-    real = popi_summarize.summarize
+    real = summarizing.summarize
 
     def stopping(*arguments, **options):
         for count, each in enumerate(real(*arguments, **options)):
@@ -79,11 +79,11 @@ def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(popi_summarize, "summarize", stopping)
+    monkeypatch.setattr(summarizing, "summarize", stopping)
     file = tmp_path / "s.jsonl"
     assert summarize(file).code == 130
     assert len(lines(file)) == 2
-    monkeypatch.setattr(popi_summarize, "summarize", real)
+    monkeypatch.setattr(summarizing, "summarize", real)
     assert "1 written, 2 kept" in summarize(file).err
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nextquill.cli import score as command
 from nextquill.data import ExampleEncoder, read_jsonl
 from nextquill.errors import CheckpointError
+from nextquill.integrations import scoring
 from nextquill.integrations.loading import load_prompt_settings
 from nextquill.integrations.partial_file import PartialFile
 
@@ -118,7 +118,7 @@ def cut(score, monkeypatch):
     """Score until so many lines are written."""
 
     def call(output_file, lines, *words, error=Killed):
-        calls, own = [], command.effect_line
+        calls, own = [], scoring.effect_line
 
         def failing(scores, tokenizer):
             calls.append(scores)
@@ -127,7 +127,7 @@ def cut(score, monkeypatch):
             return own(scores, tokenizer)
 
         with monkeypatch.context() as patch:
-            patch.setattr(command, "effect_line", failing)
+            patch.setattr(scoring, "effect_line", failing)
             if error is KeyboardInterrupt:
                 return score(output_file, *words)
             with pytest.raises(error):
@@ -214,7 +214,7 @@ def test_a_process_that_is_killed_leaves_what_it_wrote(trained, data, whole, sco
     """SIGKILL, which nothing in the process can answer."""
     file, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
     code = (
-        "import os, signal; from nextquill.cli import score as c, main\n"
+        "import os, signal; from nextquill.cli import main; from nextquill.integrations import scoring as c\n"
         "own, calls = c.effect_line, []\n"
         "def line(*a):\n"
         "    calls.append(1)\n"
@@ -294,8 +294,8 @@ def test_a_file_that_misses_a_record_is_not_finished(tmp_path):
 
 def test_lines_stand_in_the_records_order(score, make_records, tmp_path, monkeypatch):
     """They are computed user by user."""
-    computed, own = [], command.effect_line
-    monkeypatch.setattr(command, "effect_line", lambda s, t: computed.append(s.example.index) or own(s, t))
+    computed, own = [], scoring.effect_line
+    monkeypatch.setattr(scoring, "effect_line", lambda s, t: computed.append(s.example.index) or own(s, t))
     file = make_records(tmp_path / "r.jsonl", 7)  # four users in turn
     assert score(tmp_path / "s.jsonl", "--eval_file", file, "--show", 0, "--batch_size", 2).code == 0
     written = [json.loads(line)["index"] for line in (tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()]

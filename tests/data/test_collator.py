@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextquill.data import Branch, EncodedExample, ExampleEncoder, PaddedCollator, TreeCollator
-from nextquill.data.collator import BRANCHES, CONSTANT_COUNTERFACTUAL, FACTUAL, JOINT, to_device
+from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, JOINT, to_device
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
 from nextquill.tree import TreeLayout, build_prefix_tree
 

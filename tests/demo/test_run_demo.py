@@ -74,6 +74,7 @@ def test_progress_reaches_the_end_of_each_phase(quick: Any) -> None:
     assert all(done == at_most for done, at_most in last.values())
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures_whatever_the_threads_and_global_seed(quick: Any) -> None:
     result, _, _ = quick
     folder = result.paths["demo.png"].parent

@@ -33,6 +33,7 @@ def test_an_example_fits_on_a_page(example: str) -> None:
     assert len((EXAMPLES / example).read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_plain_loop(model_folder: Path, tmp_path: Path) -> None:
     printed = run([*command("plain_loop.py", model_folder, tmp_path / "out"), "--learning_rate", "1e-3"])
     assert len(losses(printed)) == 3, "24 examples are three batches"

@@ -77,6 +77,7 @@ def assert_exact(name: str, loss_name: str, attention: str) -> None:
     assert_same_tensors(gradients(model, loss), want_gradients, 2e-5, f"gradient of {name} with {attention}")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("attention", ["auto", "mask", "padded"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_loss_and_gradients_equal_separate_passes(name: str, attention: str) -> None:

@@ -282,7 +282,9 @@ def test_dropout_in_training(name: str, attention: str) -> None:
         passes.training_loss(batch)
 
 
-@pytest.mark.parametrize("name", sorted(DROPOUTS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(sorted(DROPOUTS))]
+)
 def test_dropout_is_accepted_in_rows_of_their_own(tmp_path: Path, name: str) -> None:
     make, message = DROPOUTS[name]
     for attention in ("auto", "mask"):

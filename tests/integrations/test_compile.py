@@ -25,15 +25,16 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param("both passes", marks=pytest.mark.slow), "constant"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
 def test_graphs_stay_and_gradients_are_the_same(name: str, kind: str) -> None:
     model, reference = tiny_model(kind), tiny_model(kind)
     loss: PairLoss = LOSSES[name]()
     passes, plain = PairPasses(model, loss), PairPasses(reference, loss)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
-    for seed, count in enumerate((3, 5, 2)):
+    for seed, count in enumerate((3, 5, 2, 4, 6)):
         batch = passes.collator()(random_examples(count, seed))
         for each in (model, reference):
             each.zero_grad()

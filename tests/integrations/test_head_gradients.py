@@ -47,6 +47,7 @@ def hidden_states_loss(case: LossCase, model: nn.Module, examples: list[EncodedE
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("model_name", sorted(MODELS))
 @pytest.mark.parametrize("loss_name", LOSSES)
 def test_gradient_of_every_parameter_equals_separate_passes(loss_name: str, model_name: str) -> None:

@@ -92,7 +92,10 @@ def test_what_a_part_shares_is_logged(tmp_path: Path) -> None:
 # ---- layouts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_name", ["official", "detached", "sft", "anchored", "perce"])
+@pytest.mark.parametrize(
+    "loss_name",
+    ["official", "detached", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "anchored", "perce"))],
+)
 def test_trees_masks_and_padded_rows_train_the_same(tmp_path: Path, loss_name: str) -> None:
     padded = train(tmp_path, loss_name, attention="padded")
     for attention in ("auto", "mask"):

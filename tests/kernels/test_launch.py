@@ -36,12 +36,12 @@ REFUSED = "logits: got a tensor on cpu, expected a CUDA or ROCm device (or the C
 @pytest.mark.parametrize(
     ("steps", "is_interpreted"),
     [
-        ([], False),
-        ([SET], True),
+        pytest.param([], False, marks=pytest.mark.slow),
+        pytest.param([SET], True, marks=pytest.mark.slow),
         (["import triton", SET], False),
-        (["import nextquill_kernels.launch", SET], False),
+        pytest.param(["import nextquill_kernels.launch", SET], False, marks=pytest.mark.slow),
         ([SET, "import triton", UNSET], True),
-        ([SET, "import nextquill_kernels.launch", UNSET], True),
+        pytest.param([SET, "import nextquill_kernels.launch", UNSET], True, marks=pytest.mark.slow),
     ],
     ids=["never", "before", "after_triton", "after_launch", "until_triton", "until_launch"],
 )

@@ -48,7 +48,9 @@ print(json.dumps(report))
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("target", GPU_TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in GPU_TARGETS]
+)
 def test_half_precision_pair_tiles_fit_their_gpu(target):
     report = run_compiler(COMPILE_TABLE.format(target=target, names="pair_(bf16|gather|combine)", thorough=False))
     assert len(report) >= 3
@@ -90,6 +92,7 @@ def compiled(tile: Tile, target: str, options: bool = False) -> dict[str, object
     return run_compiler(COMPILE_ONE.format(tile=dataclasses.asdict(tile), target=target, options=options))
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_tile_that_spills_is_refused():
     bad = dataclasses.replace(TILE, block_n=256, num_warps=4, num_stages=2)

@@ -53,6 +53,7 @@ def narrow_view(n, rows):
     return torch.full((2 * rows, n + 5), torch.nan)[::2, 2 : n + 2]
 
 
+@pytest.mark.covering(1)
 @shapes
 def test_stats_are_those_of_the_softmax_and_leave_the_logits(kernels, n, v):
     raw1, raw0, y, _ = raw_logits(n, v)

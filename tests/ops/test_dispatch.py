@@ -63,7 +63,9 @@ except nq.BackendUnavailableError as error:
 """
 
 
-@pytest.mark.parametrize(("module", "impl"), [("triton", "triton"), ("nextquill_ext", "native")])
+@pytest.mark.parametrize(
+    ("module", "impl"), [pytest.param("triton", "triton", marks=pytest.mark.slow), ("nextquill_ext", "native")]
+)
 def test_everything_works_without_it(module, impl):
     message = run_python(WITHOUT.format(module=module, impl=impl))
     assert f"impl: '{impl}' cannot run on cpu" in message

@@ -182,6 +182,7 @@ def test_results_hold_every_context_on_the_same_pairs(quick: Any) -> None:
     assert record["seeds"][0]["users"][0]["summaries"].keys() == set(WRITTEN)
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures_whatever_the_global_state(quick: Any, tmp_path: Path) -> None:
     result, _, _ = quick
     threads = torch.get_num_threads()

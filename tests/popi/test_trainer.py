@@ -73,11 +73,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[POPITrainer, Path]:
 @pytest.mark.parametrize(
     "split",
     [
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        pytest.param({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "max_tokens": 40},
-        {"per_device_train_batch_size": 4, "attention": "padded"},
-        {"per_device_train_batch_size": 4, "attention": "mask"},
+        pytest.param({"per_device_train_batch_size": 4, "attention": "padded"}, marks=pytest.mark.slow),
+        pytest.param({"per_device_train_batch_size": 4, "attention": "mask"}, marks=pytest.mark.slow),
         {"per_device_train_batch_size": 4, CHECKPOINTING: True},
     ],
     ids=["2x2", "4x1", "max_tokens", "padded", "mask", "checkpointing"],

@@ -147,6 +147,7 @@ def test_compiled_for_a_cpu():
         assert_close(out, tree_attention(*tensors, TreeLayout.of_tree(tree), scale=0.3, **opts))
 
 
+@pytest.mark.covering(1)
 @uncompiled_warns
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from nextquill.data import EncodedExample
 from nextquill.integrations.generation.options import GenerationOptions, Prompt, stop_tokens
+
+if TYPE_CHECKING:
+    from nextquill.data import EncodedExample
 
 
 class Engine(Protocol):

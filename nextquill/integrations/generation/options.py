@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nextquill.data import Branch, EncodedExample
-from nextquill.data.collator import BRANCHES
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from nextquill.data import Branch, EncodedExample
 
 ENGINES = ("hf", "vllm")
 

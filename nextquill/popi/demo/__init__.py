@@ -15,18 +15,13 @@ nothing else; torch and transformers come with the first use of a name below.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nextquill.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from nextquill.popi.demo.run import DemoResult as DemoResult
-    from nextquill.popi.demo.run import run_demo as run_demo
+    from nextquill.popi.demo.run import DemoResult, run_demo
+else:
+    __getattr__, __dir__ = on_first_use(__name__, ("run",))
 
 __all__ = ["DemoResult", "run_demo"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nextquill.popi.demo import run
-
-    return getattr(run, name)

@@ -1,0 +1,62 @@
+"""How soon a command answers: what it has imported by the time it prints its help or refuses a flag."""
+
+import json
+import sys
+
+from nextquill.cli.main import COMMANDS
+from nextquill.cli.popi import SUBCOMMANDS
+from tests.helpers import run_python
+
+#: Their flags are the fields of TrainingArguments, which imports torch and much else.
+TRAINING = ("train", "popi train", "compare")
+#: The benchmarks are a program of their own.
+OTHERS = [name for name in COMMANDS if name not in (*TRAINING, "popi", "bench")]
+OTHERS += [f"popi {name}" for name in SUBCOMMANDS if f"popi {name}" not in TRAINING]
+# Calls the command line, and prints after each call the exit code and the modules that were not there before the first.
+CALLS = """
+import contextlib, io, json, sys
+{before}
+before = set(sys.modules)
+from nextquill.cli.main import main
+for words in {calls!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = main(words.split())
+    print(json.dumps([words, code, sorted(set(sys.modules) - before)]))
+"""
+
+
+def called(calls, before=""):
+    """Exit code and modules after each call, by its words; all are made in one fresh process."""
+    out = run_python(CALLS.format(before=before, calls=calls))
+    return {words: (code, set(modules)) for words, code, modules in map(json.loads, out.splitlines())}
+
+
+def tops(modules):
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_nothing_but_the_standard_library_is_needed_to_name_the_commands():
+    for words, (code, modules) in called(["--help", "--version", "trian", "", "popi --help", "popi trian"]).items():
+        assert code == (2 if "trian" in words or not words else 0)
+        assert tops(modules) <= {"nextquill", *sys.stdlib_module_names}, words
+
+
+def test_help_and_wrong_flags_need_no_torch():
+    calls = [f"{name} {words}" for name in OTHERS for words in ("--help", "--no_such_flag 1")]
+    heavy = {"torch", "datasets", "pandas", "pyarrow", "matplotlib", "nltk", "peft", "accelerate", "tokenizers", "rich"}
+    for words, (code, modules) in called(calls, before="from transformers import HfArgumentParser").items():
+        assert code == (0 if words.endswith("--help") else 2), words
+        assert not tops(modules) & heavy, words
+
+
+def test_help_of_training_needs_training_arguments_and_little_else():
+    """transformers' Trainer imports datasets, and with it pandas and pyarrow: half as much again."""
+    calls = [f"{name} {words}" for name in TRAINING for words in ("--help", "--no_such_flag 1")]
+    before = "from transformers import TrainingArguments; known = {name.partition('.')[0] for name in sys.modules}"
+    found = called(calls, before + "; print(json.dumps(['', 0, sorted(known | set(sys.stdlib_module_names))]))")
+    known = found.pop("")[1] | {"nextquill"}
+    for words, (code, modules) in found.items():
+        assert code == (0 if words.endswith("--help") else 2), words
+        assert tops(modules) <= known, words
+        assert not {name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))}, words
+        assert "transformers.trainer" not in modules, words
