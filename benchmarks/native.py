@@ -90,16 +90,16 @@ def _chunk_call(kernels: ChunkKernels, streams: int, n: int, v: int) -> Callable
         huge_pages.advise(each)  # as the engine does
         each.normal_(0.0, 2.0, generator=generator)
     labels, ones = torch.randint(v, (n,), generator=generator), torch.ones(n)
-    stats = torch.empty(6 if streams == 2 else 2, n)
+    stats = torch.empty(3 * (2 * streams - 1), n)
 
     def pair() -> Tensor:
         kernels.pair_stats(*logits, labels, stats)
-        kernels.pair_grad_(*logits, labels, stats[:3], ones, None, ones, None, 1.0, torch.float32)
+        kernels.pair_grad_(*logits, labels, stats, ones, None, ones, None, 1.0, torch.float32)
         return logits[0]
 
     def token() -> Tensor:
         kernels.token_stats(*logits, labels, stats)
-        kernels.token_grad_(*logits, labels, stats[0], ones, None, 1.0, torch.float32)
+        kernels.token_grad_(*logits, labels, stats, ones, None, 1.0, torch.float32)
         return logits[0]
 
     return pair if streams == 2 else token

@@ -30,6 +30,7 @@ TESTS = (
     "tests/kernels",
     "tests/tree/test_on_gpu.py",
     "tests/test_implementations.py",
+    "tests/test_large_logits.py",
     *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),
 )
 #: Of all the time; the suite gets the rest, and what the tests leave.

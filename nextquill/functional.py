@@ -57,7 +57,7 @@ def linear_token_nll(
     check_ignore_index(ignore_index)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
     options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
-    nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, *options)[0]
+    nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, *options)
     return nll.view(inputs.shape)
 
 
@@ -97,8 +97,7 @@ def linear_pair_nll(
     arguments, shape = _pair_arguments(
         hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
     )
-    nll_f, nll_c, nll_e, _ = pair_nll(*arguments)
-    return PairNLL(*(nll.view(shape) for nll in (nll_f, nll_c, nll_e)))
+    return PairNLL(*(nll.view(shape) for nll in pair_nll(*arguments)))
 
 
 def linear_pair_stats(
@@ -133,8 +132,8 @@ def linear_pair_stats(
     )
     with torch.no_grad():
         stats = pair_stats(*arguments)
-    rows = [row.view(shape) for row in stats]
-    return PairStats(PairNLL(*rows[3:6]), kl=rows[6], entropy=rows[7])
+    *nlls, kl, entropy = (row.view(shape) for row in stats)
+    return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
 
 
 def _pair_arguments(

@@ -25,7 +25,7 @@ from nextquill_ext._core import (
 __version__ = "0.1.0"
 
 # Raised when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 __all__ = [
     "INTERFACE_VERSION",

@@ -5,17 +5,17 @@ from typing import Any, TypeAlias
 _Tensor: TypeAlias = Any
 
 def token_stats(logits: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1) -> None:
-    """Write logsumexp and nll of float32 [n, V] into the rows of `out` [2, n]."""
+    """Write max, the sum of exp(z - max), and nll of float32 [n, V] into the rows of `out` [3, n]."""
 
 def pair_stats(
     logits_factual: _Tensor, logits_counterfactual: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1
 ) -> None:
-    """Write logsumexp of z1, z0, z1 - z0 and the three nll into `out` [6, n]; with [8, n] also KL(p1 || p0), H(p1)."""
+    """Write max, sum, nll of z1, of z0, of z1 - z0 into `out` [9, n]; with [11, n] also KL(p1 || p0), entropy of p1."""
 
 def token_grad_(
     logits: _Tensor,
     labels: _Tensor,
-    logsumexp: _Tensor,
+    stats: _Tensor,
     grad_nll: _Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -27,7 +27,7 @@ def pair_grad_(
     logits_factual: _Tensor,
     logits_counterfactual: _Tensor,
     labels: _Tensor,
-    logsumexps: _Tensor,
+    stats: _Tensor,
     grad_factual: _Tensor,
     grad_counterfactual: _Tensor | None,
     grad_effect: _Tensor,

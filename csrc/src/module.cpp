@@ -132,6 +132,10 @@ private:
     int64_t count_ = -1, vocabulary_ = 0, height_ = 0;
 };
 
+Strided<const float> read_only(const Strided<float>& numbers) {
+    return {numbers.data, numbers.row_stride, numbers.stride};
+}
+
 // A group of rows is about this many elements, 2 to 6 us of work with AVX-512; waking a thread takes 3 to 17 us.
 constexpr int64_t kGroupElements = 1 << 14;
 
@@ -165,7 +169,7 @@ void token_stats(nb::handle logits, nb::handle labels, nb::handle out, int threa
     args.logits = tensors.rows("logits", logits, false);
     args.vocabulary = tensors.vocabulary();
     args.labels = tensors.labels(labels);
-    args.out = tensors.per_row("out", out, 2);
+    args.out = tensors.per_row("out", out, 3);
     run(tensors, threads, current_kernels().token_stats, args);
 }
 
@@ -177,26 +181,26 @@ void pair_stats(nb::handle logits_factual, nb::handle logits_counterfactual, nb:
     args.counterfactual = tensors.rows("logits_counterfactual", logits_counterfactual, false);
     args.vocabulary = tensors.vocabulary();
     args.labels = tensors.labels(labels);
-    args.out = tensors.per_row("out", out, 6, 8);
-    args.with_divergence = tensors.height() == 8;
+    args.out = tensors.per_row("out", out, 9, 11);
+    args.with_divergence = tensors.height() == 11;
     run(tensors, threads, current_kernels().pair_stats, args);
 }
 
-void token_grad(nb::handle logits, nb::handle labels, nb::handle logsumexp, nb::handle grad_nll,
+void token_grad(nb::handle logits, nb::handle labels, nb::handle stats, nb::handle grad_nll,
                 std::optional<double> softcap, double logit_scale, int threads) {
     Tensors tensors;
     TokenGradArgs args{};
     args.logits = tensors.rows("logits", logits, true);
     args.vocabulary = tensors.vocabulary();
     args.labels = tensors.labels(labels);
-    args.logsumexp = tensors.per_row("logsumexp", logsumexp);
+    args.stats = read_only(tensors.per_row("stats", stats, 3));
     args.grad_nll = tensors.per_row("grad_nll", grad_nll);
     args.softcap = checked_softcap(softcap);
     args.logit_scale = logit_scale;
     run(tensors, threads, current_kernels().token_grad, args);
 }
 
-void pair_grad(nb::handle logits_factual, nb::handle logits_counterfactual, nb::handle labels, nb::handle logsumexps,
+void pair_grad(nb::handle logits_factual, nb::handle logits_counterfactual, nb::handle labels, nb::handle stats,
                nb::handle grad_factual, nb::handle grad_counterfactual, nb::handle grad_effect,
                std::optional<double> softcap, double logit_scale, bool detach_counterfactual, int threads) {
     Tensors tensors;
@@ -205,8 +209,7 @@ void pair_grad(nb::handle logits_factual, nb::handle logits_counterfactual, nb::
     args.counterfactual = tensors.rows("logits_counterfactual", logits_counterfactual, !detach_counterfactual);
     args.vocabulary = tensors.vocabulary();
     args.labels = tensors.labels(labels);
-    const Strided<float> kept = tensors.per_row("logsumexps", logsumexps, 3);
-    args.logsumexps = {kept.data, kept.row_stride, kept.stride};
+    args.stats = read_only(tensors.per_row("stats", stats, 9));
     args.grad_factual = tensors.per_row("grad_factual", grad_factual);
     if (!grad_counterfactual.is_none() && !detach_counterfactual)
         args.grad_counterfactual = tensors.per_row("grad_counterfactual", grad_counterfactual);
@@ -232,9 +235,9 @@ NB_MODULE(_core, module) {
     module.def("token_stats", token_stats, "logits"_a, "labels"_a, "out"_a, "threads"_a = 1);
     module.def("pair_stats", pair_stats, "logits_factual"_a, "logits_counterfactual"_a, "labels"_a, "out"_a,
                "threads"_a = 1);
-    module.def("token_grad_", token_grad, "logits"_a, "labels"_a, "logsumexp"_a, "grad_nll"_a, "softcap"_a.none(),
+    module.def("token_grad_", token_grad, "logits"_a, "labels"_a, "stats"_a, "grad_nll"_a, "softcap"_a.none(),
                "logit_scale"_a, "threads"_a = 1);
-    module.def("pair_grad_", pair_grad, "logits_factual"_a, "logits_counterfactual"_a, "labels"_a, "logsumexps"_a,
+    module.def("pair_grad_", pair_grad, "logits_factual"_a, "logits_counterfactual"_a, "labels"_a, "stats"_a,
                "grad_factual"_a, "grad_counterfactual"_a.none(), "grad_effect"_a, "softcap"_a.none(), "logit_scale"_a,
                "detach_counterfactual"_a = false, "threads"_a = 1);
     module.def("available_isas", available_isas);

@@ -110,7 +110,13 @@ struct ExpSum {
         double factor;
         if (rise(block_max, &factor) != 0) sum.scale(factor);
     }
-    double logsumexp() const { return reference + ::log(sum.total()); }
+    // Writes the three statistics into rows of `out` from `first` on, where z is the label's logit.
+    void write(const Strided<float>& out, int64_t first, int64_t row, float z) const {
+        const double total = sum.total();
+        out.at(first, row) = reference;
+        out.at(first + 1, row) = static_cast<float>(total);
+        out.at(first + 2, row) = static_cast<float>((static_cast<double>(reference) - z) + ::log(total));
+    }
 };
 
 // How many vectors go through the exponential together.
@@ -161,9 +167,7 @@ void token_stats(const TokenStatsArgs& args, int64_t begin, int64_t end) {
             if (tail) sums.add(last);
             own.sum.add(sums.sums);
         }
-        const double logsumexp = own.logsumexp();
-        args.out.at(0, row) = static_cast<float>(logsumexp);
-        args.out.at(1, row) = static_cast<float>(logsumexp - z[args.labels.at(row)]);
+        own.write(args.out, 0, row, z[args.labels.at(row)]);
     }
 }
 
@@ -255,18 +259,15 @@ struct PairSums {
     }
 
     void write(const Strided<float>& out, int64_t row, float z1, float z0) const {
-        const double lse1 = factual.logsumexp(), lse0 = counterfactual.logsumexp(), lse_e = effect.logsumexp();
-        out.at(0, row) = static_cast<float>(lse1);
-        out.at(1, row) = static_cast<float>(lse0);
-        out.at(2, row) = static_cast<float>(lse_e);
-        out.at(3, row) = static_cast<float>(lse1 - z1);
-        out.at(4, row) = static_cast<float>(lse0 - z0);
-        out.at(5, row) = static_cast<float>(lse_e - (z1 - z0));
+        factual.write(out, 0, row, z1);
+        counterfactual.write(out, 3, row, z0);
+        effect.write(out, 6, row, z1 - z0);
         if (!kDivergence) return;
         // KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], the means over p1.
-        const double mass = factual.sum.total();
-        out.at(6, row) = static_cast<float>(weighted_e.total() / mass + effect.reference - lse1 + lse0);
-        out.at(7, row) = static_cast<float>(::log(mass) - weighted1.total() / mass);
+        const double mass = factual.sum.total(), mass0 = counterfactual.sum.total();
+        const double rise = static_cast<double>(effect.reference) - factual.reference + counterfactual.reference;
+        out.at(9, row) = static_cast<float>(weighted_e.total() / mass + rise + ::log(mass0 / mass));
+        out.at(10, row) = static_cast<float>(::log(mass) - weighted1.total() / mass);
     }
 };
 
@@ -311,16 +312,26 @@ void pair_stats(const PairStatsArgs& args, int64_t begin, int64_t end) {
     (args.with_divergence ? pair_stats_rows<true> : pair_stats_rows<false>)(args, begin, end);
 }
 
-// Gradients have no sums, so a label's entry is computed by itself: expm1 keeps p - 1 exact where p is near 1.
+// A row's softmax, from the statistics in rows from `first` on: p = exp(z - max) / sum, and p = exp(-nll) at the label.
+struct Softmax {
+    float max;
+    double sum, nll;
+
+    Softmax(const Strided<const float>& stats, int64_t first, int64_t row)
+        : max(stats.at(first, row)), sum(stats.at(first + 1, row)), nll(stats.at(first + 2, row)) {}
+    // What exp(z - max) is to be multiplied by for `grad` · p.
+    Reg weight(double grad) const { return Vec::set1(static_cast<float>(grad / sum)); }
+    // p - 1 at the label, exact also where p is near 1.
+    double label_minus_one() const { return ::expm1(-nll); }
+};
+
+// Gradients have no sums, so a label's entry is computed by itself.
 struct LabelGrad {
     double softcap, logit_scale;
 
     double through_cap(double z) const {
         const double ratio = softcap > 0 ? z / softcap : 0;
         return logit_scale * (1 - ratio * ratio);
-    }
-    static double residual(double grad, float z, float logsumexp) {
-        return grad * ::expm1(static_cast<double>(z) - logsumexp);
     }
 };
 
@@ -334,13 +345,13 @@ NQ_INLINE Reg through_cap(Reg z, Reg inverse_cap, Reg x) {
 
 template <bool kCap>
 struct TokenGrad {
-    Reg logsumexp, weight, inverse_cap;
+    Reg max, weight, inverse_cap;
 
     // Overwrites logits with their gradients.
     template <int K>
     NQ_INLINE void apply(Reg (&z)[K]) const {
         Reg x[K];
-        NQ_EACH x[k] = Vec::sub(z[k], logsumexp);
+        NQ_EACH x[k] = Vec::sub(z[k], max);
         Vec::exp<kPrecise>(x);
         NQ_EACH z[k] = through_cap<kCap>(z[k], inverse_cap, Vec::mul(weight, x[k]));
     }
@@ -363,11 +374,11 @@ void token_grad_rows(const TokenGradArgs& args, int64_t begin, int64_t end) {
         float* z = args.logits.row(row);
         const int64_t y = args.labels.at(row);
         const double grad = args.grad_nll.at(row);
-        const float logsumexp = args.logsumexp.at(row);
-        const float at_label = static_cast<float>(label.through_cap(z[y]) * label.residual(grad, z[y], logsumexp));
+        const Softmax softmax(args.stats, 0, row);
+        const float at_label = static_cast<float>(label.through_cap(z[y]) * (grad * softmax.label_minus_one()));
 
-        gradient.logsumexp = Vec::set1(logsumexp);
-        gradient.weight = Vec::set1(static_cast<float>(grad * args.logit_scale));
+        gradient.max = Vec::set1(softmax.max);
+        gradient.weight = softmax.weight(grad * args.logit_scale);
         int64_t i = 0;
         for (; i + kTogether * kLanes <= whole; i += kTogether * kLanes) {
             for (int k = 0; k < kTogether; ++k) prefetch(z + i + kAhead + k * kLanes);
@@ -391,7 +402,7 @@ enum class Counterfactual { kOwnGrad, kNoOwnGrad, kDetached };
 
 template <bool kCap, Counterfactual kMode>
 struct PairGrad {
-    Reg logsumexp1, logsumexp0, logsumexp_e, weight1, weight0, weight_e, inverse_cap;
+    Reg max1, max0, max_e, weight1, weight0, weight_e, inverse_cap;
 
     // Overwrites both logits with their gradients; a detached z0 stays.
     template <int K>
@@ -399,9 +410,9 @@ struct PairGrad {
         constexpr int kExps = kMode == Counterfactual::kOwnGrad ? 3 : 2;
         Reg x[kExps * K];
         NQ_EACH {
-            x[k] = Vec::sub(z1[k], logsumexp1);
-            x[K + k] = Vec::sub(Vec::sub(z1[k], z0[k]), logsumexp_e);
-            if (kExps == 3) x[(kExps - 1) * K + k] = Vec::sub(z0[k], logsumexp0);
+            x[k] = Vec::sub(z1[k], max1);
+            x[K + k] = Vec::sub(Vec::sub(z1[k], z0[k]), max_e);
+            if (kExps == 3) x[(kExps - 1) * K + k] = Vec::sub(z0[k], max0);
         }
         Vec::exp<kPrecise>(x);
         NQ_EACH {
@@ -437,22 +448,21 @@ void pair_grad_rows(const PairGradArgs& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         float *z1 = args.factual.row(row), *z0 = args.counterfactual.row(row);
         const int64_t y = args.labels.at(row);
-        const float lse1 = args.logsumexps.at(0, row), lse0 = args.logsumexps.at(1, row);
-        const float lse_e = args.logsumexps.at(2, row);
+        const Softmax softmax1(args.stats, 0, row), softmax0(args.stats, 3, row), softmax_e(args.stats, 6, row);
         const double g1 = args.grad_factual.at(row), g_e = args.grad_effect.at(row);
         const double g0 = kMode == Counterfactual::kOwnGrad ? args.grad_counterfactual.at(row) : 0;
-        const double shared = label.residual(g_e, z1[y] - z0[y], lse_e);
-        const double own1 = label.residual(g1, z1[y], lse1);
-        const double own0 = kMode == Counterfactual::kOwnGrad ? label.residual(g0, z0[y], lse0) : 0;
+        const double shared = g_e * softmax_e.label_minus_one();
+        const double own1 = g1 * softmax1.label_minus_one();
+        const double own0 = kMode == Counterfactual::kOwnGrad ? g0 * softmax0.label_minus_one() : 0;
         const float at_label1 = static_cast<float>(label.through_cap(z1[y]) * (own1 + shared));
         const float at_label0 = static_cast<float>(label.through_cap(z0[y]) * (own0 - shared));
 
-        gradient.logsumexp1 = Vec::set1(lse1);
-        gradient.logsumexp0 = Vec::set1(lse0);
-        gradient.logsumexp_e = Vec::set1(lse_e);
-        gradient.weight1 = Vec::set1(static_cast<float>(g1 * args.logit_scale));
-        gradient.weight0 = Vec::set1(static_cast<float>(g0 * args.logit_scale));
-        gradient.weight_e = Vec::set1(static_cast<float>(g_e * args.logit_scale));
+        gradient.max1 = Vec::set1(softmax1.max);
+        gradient.max0 = Vec::set1(softmax0.max);
+        gradient.max_e = Vec::set1(softmax_e.max);
+        gradient.weight1 = softmax1.weight(g1 * args.logit_scale);
+        gradient.weight0 = softmax0.weight(g0 * args.logit_scale);
+        gradient.weight_e = softmax_e.weight(g_e * args.logit_scale);
         int64_t i = 0;
         for (; i + kPairsTogether * kLanes <= whole; i += kPairsTogether * kLanes) {
             for (int k = 0; k < kPairsTogether; ++k) {

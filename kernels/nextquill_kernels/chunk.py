@@ -13,6 +13,13 @@ With y the label of a row, and z1, z0 the logits with and without the user's his
     nll_f = lse(z1) - z1[y]        nll_c = lse(z0) - z0[y]        nll_e = lse(z1 - z0) - (z1 - z0)[y]
     dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
 
+Of each of z1, z0 and z1 - z0 a row's statistics are the largest logit, the sum of exp(z - max), and the nll. The
+gradients take the softmax from these three:
+
+    p = exp(z - max) / sum        p[y] - 1 = exp(-nll) - 1
+
+A logsumexp would be rounded in proportion to its size, and with it every exp(z - logsumexp): by 5e-4 at |z| = 1e4.
+
 A negative label marks a row to be ignored: its statistics and gradients are exactly 0, whatever the logits hold. A
 label of V or more makes its nll NaN. Neither is ever used as an address.
 """

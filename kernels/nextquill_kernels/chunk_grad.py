@@ -27,9 +27,12 @@ _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @jit()
-def _softmax_minus_onehot(b_z, lse, cols, label):
-    b_p = tl.exp(b_z - lse)
-    return tl.where(cols == label, b_p - 1.0, b_p)
+def _load_softmax(stats_ptr, row, stride, index, grad):
+    """max and weight of stream `index`, so that g p = weight · exp(z - max), and the label's entry g (p - 1)."""
+    stats_ptr += row + 3 * index * tl.cast(stride, tl.int64)
+    s = tl.load(stats_ptr + tl.cast(stride, tl.int64))
+    nll = tl.load(stats_ptr + 2 * tl.cast(stride, tl.int64))
+    return tl.load(stats_ptr), grad / s, grad * (tl.exp(-nll) - 1.0)
 
 
 @jit()
@@ -62,24 +65,26 @@ def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
 
 @jit()
 def _write_token_grad(
-    b_z, out_row, cols, mask, label, lse, grad, softcap, factor, HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr
-):
-    b_dz = grad * _softmax_minus_onehot(b_z, lse, cols, label)
+    b_z, out_row, cols, mask, label, m, weight, at_label, softcap, factor,
+    HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr,
+):  # fmt: skip
+    b_dz = tl.where(cols == label, at_label, weight * tl.exp(b_z - m))
     b_dz = _through_cap(b_dz, b_z, softcap, factor, HAS_CAP)
     if IS_NARROW:
         tl.debug_barrier()
     tl.store(out_row + cols, tl.where(label < 0, 0.0, b_dz).to(out_row.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize_on_alignment=["label_ptr", "lse_ptr", "grad_ptr"])
+@jit(do_not_specialize=["stats_stride"], do_not_specialize_on_alignment=["label_ptr", "stats_ptr", "grad_ptr"])
 def _token_grad_kernel(
     z_ptr,
     out_ptr,
     label_ptr,
-    lse_ptr,
+    stats_ptr,
     grad_ptr,
     z_stride,
     out_stride,
+    stats_stride,
     V,
     softcap,
     factor,
@@ -89,8 +94,7 @@ def _token_grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    grad = tl.load(grad_ptr + row)
+    m, weight, at_label = _load_softmax(stats_ptr, row, stats_stride, 0, tl.load(grad_ptr + row))
     z_row = z_ptr + row * z_stride
     out_row = out_ptr + row * out_stride
     lanes = tl.arange(0, BLOCK_V)
@@ -101,29 +105,29 @@ def _token_grad_kernel(
         b_z = b_next
         cols = start + lanes
         b_next = tl.load(z_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
-        _write_token_grad(b_z, out_row, cols, None, label, lse, grad, softcap, factor, HAS_CAP, IS_NARROW)
+        _write_token_grad(b_z, out_row, cols, None, label, m, weight, at_label, softcap, factor, HAS_CAP, IS_NARROW)
     if whole < V:
         cols = whole + lanes
         inside = cols < V
         b_z = tl.load(z_row + cols, mask=inside, other=0.0)
-        _write_token_grad(b_z, out_row, cols, inside, label, lse, grad, softcap, factor, HAS_CAP, IS_NARROW)
+        _write_token_grad(b_z, out_row, cols, inside, label, m, weight, at_label, softcap, factor, HAS_CAP, IS_NARROW)
 
 
 def token_grad_(
     logits: Tensor,
     labels: Tensor,
-    logsumexp: Tensor,
+    stats: Tensor,
     grad_nll: Tensor,
     softcap: float | None,
     logit_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Overwrite z with the gradient of g·nll before cap and scale: scale·cap'(z)·g·(exp(z - logsumexp) - onehot(y)).
+    """Overwrite z with the gradient of g·nll before cap and scale: scale·cap'(z)·g·(softmax(z) - onehot(y)).
 
     Args:
         logits: z [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         labels: [n] int64; negative is ignored and gets 0.
-        logsumexp: [n] float32.
+        stats: [3, n] float32, what `token_stats` found of these logits; last stride 1.
         grad_nll: g [n] float32.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
@@ -137,9 +141,10 @@ def token_grad_(
         RuntimeError: not a device Triton runs on.
     """
     n, vocabulary = check_logits("logits", logits)
-    check_together(logits=logits, labels=labels, logsumexp=logsumexp, grad_nll=grad_nll)
+    check_together(logits=logits, labels=labels, stats=stats, grad_nll=grad_nll)
     check_rows(n, torch.int64, labels=labels)
-    check_rows(n, torch.float32, logsumexp=logsumexp, grad_nll=grad_nll)
+    check_tensor("stats", stats, torch.float32, 3, n)
+    check_rows(n, torch.float32, grad_nll=grad_nll)
     out = _in_place("logits", logits, dtype)
     if n == 0:
         return out
@@ -149,10 +154,11 @@ def token_grad_(
             logits,
             out,
             labels.contiguous(),
-            logsumexp.contiguous(),
+            stats,
             grad_nll.contiguous(),
             logits.stride(0),
             out.stride(0),
+            stats.stride(0),
             vocabulary,
             *_cap_arguments(softcap, logit_scale),
             BLOCK_V=tile.block_v,
@@ -173,34 +179,37 @@ def _write_pair_grad(
     cols,
     mask,
     label,
-    lse1,
-    lse0,
-    lsee,
-    grad1,
-    grad0,
-    grade,
+    m1,
+    weight1,
+    at_label1,
+    m0,
+    weight0,
+    at_label0,
+    me,
+    weighte,
     softcap,
     factor,
     HAS_CAP: tl.constexpr,
     IS_NARROW: tl.constexpr,
 ):
-    b_effect = grade * _softmax_minus_onehot(b_z1 - b_z0, lsee, cols, label)
-    b_dz1 = grad1 * _softmax_minus_onehot(b_z1, lse1, cols, label) + b_effect
+    b_effect = weighte * tl.exp(b_z1 - b_z0 - me)
+    b_dz1 = tl.where(cols == label, at_label1, weight1 * tl.exp(b_z1 - m1) + b_effect)
     b_dz1 = _through_cap(b_dz1, b_z1, softcap, factor, HAS_CAP)
     if IS_NARROW:
         tl.debug_barrier()
     tl.store(out1_row + cols, tl.where(label < 0, 0.0, b_dz1).to(out1_row.dtype.element_ty), mask=mask)
     if out0_row is not None:
         b_dz0 = -b_effect
-        if grad0 is not None:
-            b_dz0 += grad0 * _softmax_minus_onehot(b_z0, lse0, cols, label)
+        if m0 is not None:
+            b_dz0 += weight0 * tl.exp(b_z0 - m0)
+        b_dz0 = tl.where(cols == label, at_label0, b_dz0)
         b_dz0 = _through_cap(b_dz0, b_z0, softcap, factor, HAS_CAP)
         tl.store(out0_row + cols, tl.where(label < 0, 0.0, b_dz0).to(out0_row.dtype.element_ty), mask=mask)
 
 
 @jit(
-    do_not_specialize=["lse_stride"],
-    do_not_specialize_on_alignment=["label_ptr", "lse_ptr", "grad1_ptr", "grad0_ptr", "grade_ptr"],
+    do_not_specialize=["stats_stride"],
+    do_not_specialize_on_alignment=["label_ptr", "stats_ptr", "grad1_ptr", "grad0_ptr", "grade_ptr"],
 )
 def _pair_grad_kernel(
     z1_ptr,
@@ -208,7 +217,7 @@ def _pair_grad_kernel(
     out1_ptr,
     out0_ptr,
     label_ptr,
-    lse_ptr,
+    stats_ptr,
     grad1_ptr,
     grad0_ptr,
     grade_ptr,
@@ -216,7 +225,7 @@ def _pair_grad_kernel(
     z0_stride,
     out1_stride,
     out0_stride,
-    lse_stride,
+    stats_stride,
     V,
     softcap,
     factor,
@@ -227,14 +236,13 @@ def _pair_grad_kernel(
     # A pointer that is None belongs to a part that is left out: grad0 to g_c, out0 to dz0 as a whole.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
-    lse1 = tl.load(lse_ptr + row)
-    lsee = tl.load(lse_ptr + row + 2 * tl.cast(lse_stride, tl.int64))
-    grad1 = tl.load(grad1_ptr + row)
-    grade = tl.load(grade_ptr + row)
-    lse0, grad0, out0_row = None, None, None
+    m1, weight1, at_label1 = _load_softmax(stats_ptr, row, stats_stride, 0, tl.load(grad1_ptr + row))
+    me, weighte, at_labele = _load_softmax(stats_ptr, row, stats_stride, 2, tl.load(grade_ptr + row))
+    m0, weight0, at_label0, out0_row = None, None, -at_labele, None
+    at_label1 += at_labele
     if grad0_ptr is not None:
-        lse0 = tl.load(lse_ptr + row + tl.cast(lse_stride, tl.int64))
-        grad0 = tl.load(grad0_ptr + row)
+        m0, weight0, own = _load_softmax(stats_ptr, row, stats_stride, 1, tl.load(grad0_ptr + row))
+        at_label0 += own
     z1_row = z1_ptr + row * z1_stride
     z0_row = z0_ptr + row * z0_stride
     out1_row = out1_ptr + row * out1_stride
@@ -251,22 +259,22 @@ def _pair_grad_kernel(
         cols = start + lanes
         b_next1 = tl.load(z1_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
         b_next0 = tl.load(z0_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
-        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, None, label, lse1, lse0, lsee, grad1, grad0, grade,
-                         softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, None, label, m1, weight1, at_label1, m0, weight0,
+                         at_label0, me, weighte, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
     if whole < V:
         cols = whole + lanes
         inside = cols < V
         b_z1 = tl.load(z1_row + cols, mask=inside, other=0.0)
         b_z0 = tl.load(z0_row + cols, mask=inside, other=0.0)
-        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, inside, label, lse1, lse0, lsee, grad1, grad0, grade,
-                         softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, inside, label, m1, weight1, at_label1, m0, weight0,
+                         at_label0, me, weighte, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
 
 
 def pair_grad_(
     logits_factual: Tensor,
     logits_counterfactual: Tensor,
     labels: Tensor,
-    logsumexps: Tensor,
+    stats: Tensor,
     grad_factual: Tensor,
     grad_counterfactual: Tensor | None,
     grad_effect: Tensor,
@@ -285,7 +293,7 @@ def pair_grad_(
         logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         logits_counterfactual: z0, likewise; in other memory than z1.
         labels: [n] int64; negative is ignored and gets 0.
-        logsumexps: [3, n] float32 of z1, z0, z1 - z0; last stride 1.
+        stats: [9, n] float32, what `pair_stats` found of these logits; last stride 1.
         grad_factual: g_f [n] float32.
         grad_counterfactual: g_c [n] float32; None is 0 and spares its exponentials.
         grad_effect: g_e [n] float32.
@@ -306,14 +314,14 @@ def pair_grad_(
         logits_factual=logits_factual,
         logits_counterfactual=logits_counterfactual,
         labels=labels,
-        logsumexps=logsumexps,
+        stats=stats,
         grad_factual=grad_factual,
         grad_counterfactual=grad_counterfactual,
         grad_effect=grad_effect,
     )
     check_tensor("logits_counterfactual", logits_counterfactual, torch.float32, n, vocabulary)
     check_rows(n, torch.int64, labels=labels)
-    check_tensor("logsumexps", logsumexps, torch.float32, 3, n)
+    check_tensor("stats", stats, torch.float32, 9, n)
     check_rows(
         n, torch.float32, grad_factual=grad_factual, grad_counterfactual=grad_counterfactual, grad_effect=grad_effect
     )
@@ -330,7 +338,7 @@ def pair_grad_(
             out1,
             out0,
             labels.contiguous(),
-            logsumexps,
+            stats,
             grad_factual.contiguous(),
             None if no_counterfactual else grad_counterfactual.contiguous(),  # type: ignore[union-attr]
             grad_effect.contiguous(),
@@ -338,7 +346,7 @@ def pair_grad_(
             logits_counterfactual.stride(0),
             out1.stride(0),
             0 if out0 is None else out0.stride(0),
-            logsumexps.stride(0),
+            stats.stride(0),
             vocabulary,
             *_cap_arguments(softcap, logit_scale),
             BLOCK_V=tile.block_v,
@@ -371,12 +379,13 @@ def _cap_arguments(softcap: float | None, logit_scale: float) -> tuple[float, fl
 
 def compile_cases() -> list[CompileCase]:
     """The configurations that training uses, for `nextquill_kernels.crosscompile`."""
-    rows = {"label_ptr": "*i64", "lse_ptr": "*fp32", "V": "i32", "softcap": "fp32", "factor": "fp32"}
+    rows = {"label_ptr": "*i64", "stats_ptr": "*fp32", **dict.fromkeys(("stats_stride", "V"), "i32")}
+    rows |= {"softcap": "fp32", "factor": "fp32"}
     token = {**rows, "z_ptr": "*fp32", "z_stride": "i32", "out_stride": "i32", "grad_ptr": "*fp32"}
     detached = {
         **rows,
         **dict.fromkeys(("z1_ptr", "z0_ptr", "grad1_ptr", "grade_ptr"), "*fp32"),
-        **dict.fromkeys(("z1_stride", "z0_stride", "out1_stride", "lse_stride"), "i32"),
+        **dict.fromkeys(("z1_stride", "z0_stride", "out1_stride"), "i32"),
     }
     pair = {**detached, "grad0_ptr": "*fp32", "out0_stride": "i32"}
     left_out = {"out0_ptr": None, "out0_stride": 0, "grad0_ptr": None}

@@ -1,4 +1,4 @@
-"""Statistics of a chunk of logits and its labels: logsumexps and nll's, from one read of the logits.
+"""Statistics of a chunk of logits and its labels: softmax and nll, from one read of the logits.
 
 Each lane of a program keeps a running maximum and sum of its own columns, with one exponential per value; the lanes are
 combined once, at the end of the row. See `nextquill_kernels.chunk` for the mathematics.
@@ -57,9 +57,9 @@ def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
 
 @jit()
 def _combine(b_max, b_sum):
-    """The lanes' maximum m and log(sum(exp(z - m))). Kept apart: nll = (m - z[y]) + log(...) is exact at |z| = 1e4."""
+    """The lanes' maximum m and s = sum(exp(z - m)). Kept apart: nll = (m - z[y]) + log(s) is exact at |z| = 1e4."""
     m = tl.max(b_max, axis=0)
-    return m, tl.log(tl.sum(b_sum * tl.exp(b_max - m), axis=0))
+    return m, tl.sum(b_sum * tl.exp(b_max - m), axis=0)
 
 
 @jit()
@@ -72,6 +72,14 @@ def _load_label_logit(row_ptr, label, V):
 def _store_row(out_ptr, row, stride, index, label, value):
     """out[index, row] = value, or 0 where the row is ignored."""
     tl.store(out_ptr + index * tl.cast(stride, tl.int64) + row, tl.where(label < 0, 0.0, value))
+
+
+@jit()
+def _store_softmax(out_ptr, row, stride, index, label, m, s, y):
+    """The three statistics of stream `index`, where y is the label's logit."""
+    _store_row(out_ptr, row, stride, 3 * index, label, m)
+    _store_row(out_ptr, row, stride, 3 * index + 1, label, s)
+    _store_row(out_ptr, row, stride, 3 * index + 2, label, (m - y) + tl.log(s))
 
 
 # A mask of single columns makes accesses 4 bytes wide where V is odd. Only the last, partial tile has one: it is worked
@@ -98,19 +106,17 @@ def _token_stats_kernel(z_ptr, label_ptr, out_ptr, z_stride, out_stride, V, BLOC
         b_next = tl.load(z_row + start + BLOCK_V + lanes, mask=start + BLOCK_V < whole, other=float("-inf"))
         b_max, b_sum = _accumulate(b_max, b_sum, b_z)
 
-    m, log_sum = _combine(b_max, b_sum)
-    nll = (m - _load_label_logit(z_row, label, V)) + log_sum
-    _store_row(out_ptr, row, out_stride, 0, label, m + log_sum)
-    _store_row(out_ptr, row, out_stride, 1, label, nll)
+    m, s = _combine(b_max, b_sum)
+    _store_softmax(out_ptr, row, out_stride, 0, label, m, s, _load_label_logit(z_row, label, V))
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """logsumexp(z) and nll = logsumexp(z) - z[y] of every row.
+    """max(z), sum(exp(z - max)) and nll = logsumexp(z) - z[y] of every row.
 
     Args:
         logits: [n, V] float32, last stride 1, any row stride.
         labels: [n] int64; negative is ignored.
-        out: [2, n] float32, last stride 1: receives logsumexp, nll.
+        out: [3, n] float32, last stride 1: receives max, sum, nll.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -119,7 +125,7 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     n, vocabulary = check_logits("logits", logits)
     check_together(logits=logits, labels=labels, out=out)
     check_rows(n, torch.int64, labels=labels)
-    check_tensor("out", out, torch.float32, 2, n)
+    check_tensor("out", out, torch.float32, 3, n)
     if n == 0:
         return
     tile = TOKEN_STATS
@@ -139,10 +145,10 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
 
 @jit()
 def _accumulate_pair(
-    b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_ze, HAS_MOMENTS: tl.constexpr
+    b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_ze, origin, HAS_MOMENTS: tl.constexpr
 ):
     if HAS_MOMENTS:
-        b_max1, b_sum1, b_zsum, b_esum = _accumulate_moments(b_max1, b_sum1, b_zsum, b_esum, b_z1, b_ze)
+        b_max1, b_sum1, b_zsum, b_esum = _accumulate_moments(b_max1, b_sum1, b_zsum, b_esum, b_z1, b_ze - origin)
     else:
         b_max1, b_sum1 = _accumulate(b_max1, b_sum1, b_z1)
     b_max0, b_sum0 = _accumulate(b_max0, b_sum0, b_z0)
@@ -176,6 +182,10 @@ def _pair_stats_kernel(
     b_sume = tl.zeros([BLOCK_V], tl.float32)
     b_zsum = tl.zeros([BLOCK_V], tl.float32)  # the last two are for the moments only
     b_esum = tl.zeros([BLOCK_V], tl.float32)
+    y1 = _load_label_logit(z1_row, label, V)
+    y0 = _load_label_logit(z0_row, label, V)
+    # The mean of z1 - z0 is taken from the label's on: from 0 on it would lose what the differences have in common.
+    origin = tl.where(tl.abs(y1 - y0) < float("inf"), y1 - y0, 0.0)
 
     whole = V // BLOCK_V * BLOCK_V
     b_next1 = tl.load(z1_row + lanes, mask=whole > 0, other=float("-inf"))
@@ -187,8 +197,9 @@ def _pair_stats_kernel(
         # Beyond V this is -inf - 0: the tail is masked in the difference too, and not NaN.
         b_taile = b_tail1 - tl.where(cols < V, b_tail0, 0.0)
         b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum = _accumulate_pair(
-            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_tail1, b_tail0, b_taile, HAS_MOMENTS
-        )
+            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_tail1, b_tail0, b_taile, origin,
+            HAS_MOMENTS,
+        )  # fmt: skip
     for start in range(0, whole, BLOCK_V):
         b_z1 = b_next1
         b_z0 = b_next0
@@ -196,39 +207,34 @@ def _pair_stats_kernel(
         b_next1 = tl.load(z1_row + cols, mask=start + BLOCK_V < whole, other=float("-inf"))
         b_next0 = tl.load(z0_row + cols, mask=start + BLOCK_V < whole, other=float("-inf"))
         b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum = _accumulate_pair(
-            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_z1 - b_z0, HAS_MOMENTS
+            b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_z1 - b_z0, origin, HAS_MOMENTS
         )
 
-    y1 = _load_label_logit(z1_row, label, V)
-    y0 = _load_label_logit(z0_row, label, V)
-    m1, log_sum1 = _combine(b_max1, b_sum1)
-    m0, log_sum0 = _combine(b_max0, b_sum0)
-    me, log_sume = _combine(b_maxe, b_sume)
-    _store_row(out_ptr, row, out_stride, 0, label, m1 + log_sum1)
-    _store_row(out_ptr, row, out_stride, 1, label, m0 + log_sum0)
-    _store_row(out_ptr, row, out_stride, 2, label, me + log_sume)
-    _store_row(out_ptr, row, out_stride, 3, label, (m1 - y1) + log_sum1)
-    _store_row(out_ptr, row, out_stride, 4, label, (m0 - y0) + log_sum0)
-    _store_row(out_ptr, row, out_stride, 5, label, (me - (y1 - y0)) + log_sume)
+    m1, s1 = _combine(b_max1, b_sum1)
+    m0, s0 = _combine(b_max0, b_sum0)
+    me, se = _combine(b_maxe, b_sume)
+    _store_softmax(out_ptr, row, out_stride, 0, label, m1, s1, y1)
+    _store_softmax(out_ptr, row, out_stride, 1, label, m0, s0, y0)
+    _store_softmax(out_ptr, row, out_stride, 2, label, me, se, y1 - y0)
     if HAS_MOMENTS:
-        # With S = exp(log_sum1):  KL = sum(p1 ze) - lse1 + lse0,  entropy = log S - sum(exp(z1 - m1) (z1 - m1)) / S.
+        # KL = sum(p1 ze) - lse1 + lse0,  entropy = log(s1) - sum(exp(z1 - m1) (z1 - m1)) / s1.
         b_gap = b_max1 - m1
-        b_scale = tl.exp(b_gap - log_sum1)
+        b_scale = tl.exp(b_gap) / s1
         mean_effect = tl.sum(b_scale * b_esum, axis=0)
         mean_gap = tl.sum(b_scale * (b_zsum + b_gap * b_sum1), axis=0)
-        _store_row(out_ptr, row, out_stride, 6, label, mean_effect - (m1 - m0) - (log_sum1 - log_sum0))
-        _store_row(out_ptr, row, out_stride, 7, label, log_sum1 - mean_gap)
+        _store_row(out_ptr, row, out_stride, 9, label, mean_effect + (origin - (m1 - m0)) - (tl.log(s1) - tl.log(s0)))
+        _store_row(out_ptr, row, out_stride, 10, label, tl.log(s1) - mean_gap)
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """The three logsumexps and nll's of two streams, from one read of each.
+    """The statistics of two streams and of their difference, from one read of each stream.
 
     Args:
         logits_factual: z1 [n, V] float32, last stride 1, any row stride.
         logits_counterfactual: z0, likewise.
         labels: [n] int64; negative is ignored.
-        out: [6, n] float32, last stride 1: receives the logsumexp of z1, z0 and z1 - z0, then nll_factual,
-            nll_counterfactual and nll_effect. With [8, n] also KL(p1 || p0) and the entropy of p1, in nats.
+        out: [9, n] float32, last stride 1: receives max, sum, nll of z1, then of z0, then of z1 - z0. With [11, n] also
+            KL(p1 || p0) and the entropy of p1, in nats.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -238,8 +244,8 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
     check_together(logits_factual=logits_factual, logits_counterfactual=logits_counterfactual, labels=labels, out=out)
     check_tensor("logits_counterfactual", logits_counterfactual, torch.float32, n, vocabulary)
     check_rows(n, torch.int64, labels=labels)
-    has_moments = out.ndim == 2 and out.shape[0] == 8
-    check_tensor("out", out, torch.float32, 8 if has_moments else 6, n)
+    has_moments = out.ndim == 2 and out.shape[0] == 11
+    check_tensor("out", out, torch.float32, 11 if has_moments else 9, n)
     if n == 0:
         return
     tile = PAIR_MOMENTS if has_moments else PAIR_STATS

@@ -46,6 +46,9 @@ from nextquill.tree import (
     visibility_mask,
 )
 
+#: What a model raises that does not take what it is given for a row of branches.
+_DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
+
 
 class TreeAttention:
     """Gives a model its inputs for rows of trees, and the attention they need.
@@ -76,23 +79,24 @@ class TreeAttention:
         self._previous: dict[int, str] = {}
         self._masks_by_type = self._has_window = False
         self._windows: list[tuple[int, Any]] | None = None
-        if attention == "mask":
-            self._choose_masks()
-        elif not _takes_functions(self._base):
+        if attention != "mask" and not _takes_functions(self._base):
             raise UnsupportedModelError(
                 f"{type(self._base).__name__}: its attention cannot be replaced by a function; use attention='mask' or "
                 "'padded'"
             )
-        else:
-            try:
+        try:
+            if attention == "mask":
+                self._choose_masks()
+            else:
                 self._verify()
-            except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
-                if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
-                    raise
-                raise UnsupportedModelError(
-                    f"{type(self._base).__name__}: its attention does not run on a row of branches ({error}); use "
-                    "attention='mask' or 'padded'"
-                ) from error
+        except _DOES_NOT_RUN as error:
+            if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
+                raise
+            others = "'padded'" if attention == "mask" else "'mask' or 'padded'"
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention does not run on a row of branches "
+                f"({str(error) or type(error).__name__}); use attention={others}"
+            ) from error
 
     def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model for one forward of a tree batch.
@@ -195,7 +199,7 @@ class TreeAttention:
                 self._verify()
             except UnsupportedModelError:
                 raise
-            except (AttributeError, TypeError, KeyError, ValueError, RuntimeError):
+            except _DOES_NOT_RUN:
                 self._masks_by_type = False
             else:
                 return

@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public
 
 from nextquill.errors import BackendUnavailableError
 
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 
 
 def is_available() -> bool:
@@ -53,7 +53,7 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
 def token_grad_(
     logits: Tensor,
     labels: Tensor,
-    logsumexp: Tensor,
+    stats: Tensor,
     grad_nll: Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -65,7 +65,7 @@ def token_grad_(
         _kernels().token_grad_(
             _dlpack(logits),
             _dlpack(labels),
-            _dlpack(logsumexp),
+            _dlpack(stats),
             _dlpack(grad_nll),
             softcap,
             logit_scale,
@@ -78,7 +78,7 @@ def pair_grad_(
     logits_factual: Tensor,
     logits_counterfactual: Tensor,
     labels: Tensor,
-    logsumexps: Tensor,
+    stats: Tensor,
     grad_factual: Tensor,
     grad_counterfactual: Tensor | None,
     grad_effect: Tensor,
@@ -94,7 +94,7 @@ def pair_grad_(
             _dlpack(logits_factual),
             _dlpack(logits_counterfactual),
             _dlpack(labels),
-            _dlpack(logsumexps),
+            _dlpack(stats),
             _dlpack(grad_factual),
             None if grad_counterfactual is None else _dlpack(grad_counterfactual),
             _dlpack(grad_effect),

@@ -2,7 +2,15 @@
 
 Every `impl` offers these four functions on [n, V] logits in the compute dtype, after scale and cap, with labels [n] in
 [0, V). They walk the rows in small blocks, so that the temporaries of a block stay in cache and no second buffer of the
-logits' size exists; `softmax` and `log_softmax` with `out=` are each one fused pass over a row.
+logits' size exists.
+
+Of each of z1, z0 and z1 - z0 a row's statistics are the largest logit, the sum of exp(z - max), and the nll. The
+gradients take the softmax from these three:
+
+    p = exp(z - max) / sum        p[y] - 1 = expm1(-nll)
+
+exp(z - logsumexp) would be off by as much as the logsumexp is rounded: 2^-25 of it, which at |z| = 1e4 is 5e-4 of every
+probability. And p - 1 keeps its digits where p is near 1.
 """
 
 from __future__ import annotations
@@ -17,33 +25,29 @@ _BLOCK_BYTES_ACCELERATOR = 2**26  # few launches; still small beside the chunk
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write the rows (logsumexp, nll) into `out` [2, n]: nll = logsumexp(z) - z[y]."""
+    """Write the rows (max, sum, nll) into `out` [3, n]: sum of exp(z - max), nll = logsumexp(z) - z[y]."""
     for rows, (scratch,) in _row_blocks(logits, buffers=1):
         _row_stats(logits[rows], labels[rows], scratch, out[:, rows])
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write the rows logsumexp of z1, z0, z1 - z0, then nll of the same three, into `out` [6, n].
+    """Write the rows (max, sum, nll) of z1, then of z0, then of z1 - z0, into `out` [9, n].
 
-    With `out` [8, n] two rows more: KL(p1 ‖ p0) and the entropy of p1, in nats.
+    With `out` [11, n] two rows more: KL(p1 ‖ p0) and the entropy of p1, in nats.
     """
     for rows, (difference, scratch) in _row_blocks(logits_factual, buffers=2):
         z1, z0, y, stats = logits_factual[rows], logits_counterfactual[rows], labels[rows], out[:, rows]
         torch.sub(z1, z0, out=difference)
         for stream, logits in enumerate((z1, z0, difference)):
-            _row_stats(logits, y, scratch, stats[stream : stream + 4 : 3])
-        if out.shape[0] == 8:
-            torch.softmax(z1, -1, out=scratch)
-            # Σ p1 (z1 - z0) and Σ p1 z1; a masked entry has probability 0 and must not bring 0 · inf.
-            expected_difference = _expectation(scratch, difference)
-            torch.sub(expected_difference, stats[0] - stats[1], out=stats[6])
-            torch.sub(stats[0], _expectation(scratch, z1), out=stats[7])
+            _row_stats(logits, y, scratch, stats[3 * stream : 3 * stream + 3])
+        if out.shape[0] == 11:
+            _divergences(z1, difference, scratch, stats)
 
 
 def token_grad_(
     logits: Tensor,
     labels: Tensor,
-    logsumexp: Tensor,
+    stats: Tensor,
     grad_nll: Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -51,12 +55,12 @@ def token_grad_(
 ) -> Tensor:
     """Overwrite z with the gradient of g·nll before cap and scale, scale·cap'(z)·g·(softmax(z) - onehot(y)).
 
-    `dtype` is the one the caller multiplies in. An implementation may write the result in it, in the first half of each
-    row's memory; this one leaves the compute dtype. The result says which.
+    `stats` [3, n] are those of these logits. `dtype` is the one the caller multiplies in. An implementation may write
+    the result in it, in the first half of each row's memory; this one leaves the compute dtype. The result says which.
     """
-    del logsumexp, dtype  # one fused softmax is faster here than exp(z - logsumexp)
+    del dtype
     for rows, (scratch,) in _row_blocks(logits, buffers=1):
-        _weighted_softmax_grad(logits[rows], labels[rows], grad_nll[rows], scratch)
+        _weighted_softmax_grad(logits[rows], labels[rows], stats[:, rows], grad_nll[rows], scratch)
         _through_cap_(logits[rows], scratch, softcap, logit_scale)
     return logits
 
@@ -65,7 +69,7 @@ def pair_grad_(
     logits_factual: Tensor,
     logits_counterfactual: Tensor,
     labels: Tensor,
-    logsumexps: Tensor,
+    stats: Tensor,
     grad_factual: Tensor,
     grad_counterfactual: Tensor | None,
     grad_effect: Tensor,
@@ -78,47 +82,61 @@ def pair_grad_(
 
         dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
 
-    each times scale·cap'. `grad_counterfactual=None` means zero and saves a softmax. `logsumexps` [3, n] are those of
-    z1, z0 and z1 - z0. With `detach_counterfactual` z0 is only read and the second result is None. `dtype`: see
+    each times scale·cap'. `grad_counterfactual=None` means zero and saves a softmax. `stats` [9, n] are those
+    of these logits. With `detach_counterfactual` z0 is only read and the second result is None. `dtype`: see
     `token_grad_`.
     """
-    del logsumexps, dtype
+    del dtype
     for rows, (effect, own) in _row_blocks(logits_factual, buffers=2):
         z1, z0, y = logits_factual[rows], logits_counterfactual[rows], labels[rows]
+        stats1, stats0, stats_e = stats[:, rows].split(3)
         torch.sub(z1, z0, out=own)
-        _weighted_softmax_grad(own, y, grad_effect[rows], effect)
-        _weighted_softmax_grad(z1, y, grad_factual[rows], own)
+        _weighted_softmax_grad(own, y, stats_e, grad_effect[rows], effect)
+        _weighted_softmax_grad(z1, y, stats1, grad_factual[rows], own)
         _through_cap_(z1, own.add_(effect), softcap, logit_scale)
         if detach_counterfactual:
             continue
         effect.neg_()
         if grad_counterfactual is not None:
-            _weighted_softmax_grad(z0, y, grad_counterfactual[rows], own)
+            _weighted_softmax_grad(z0, y, stats0, grad_counterfactual[rows], own)
             effect.add_(own)
         _through_cap_(z0, effect, softcap, logit_scale)
     return logits_factual, None if detach_counterfactual else logits_counterfactual
 
 
 def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """out [2, n] <- (logsumexp, nll)."""
-    torch.log_softmax(logits, -1, out=scratch)
-    torch.neg(scratch.gather(1, labels[:, None]).squeeze(1), out=out[1])
-    torch.add(out[1], logits.gather(1, labels[:, None]).squeeze(1), out=out[0])
-    # The sum is inf - inf where the label itself is masked. Reading that off an accelerator would wait for it.
-    if logits.device.type != "cpu" or bool(out[0].isnan().any()):
-        torch.logsumexp(logits, -1, out=out[0])
+    """out [3, n] <- (max, sum, nll)."""
+    largest, total, nll = out
+    torch.amax(logits, -1, out=largest)
+    torch.sum(torch.sub(logits, largest[:, None], out=scratch).exp_(), -1, out=total)
+    # The large terms cancel first, so that a nll near 0 keeps its digits.
+    torch.add(largest - logits.gather(1, labels[:, None]).squeeze(1), total.log(), out=nll)
+
+
+def _divergences(z1: Tensor, difference: Tensor, scratch: Tensor, stats: Tensor) -> None:
+    """Rows 9 and 10 of the statistics from those before; overwrites the difference z1 - z0.
+
+    KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], the means over p1. Each mean is one of differences from a
+    maximum: of the logits themselves, it would lose what they have in common.
+    """
+    max1, total1, _, max0, total0, _, max_e = stats[:7]
+    p1 = torch.sub(z1, max1[:, None], out=scratch).exp_().div_(total1[:, None])
+    mean = _expectation(p1, difference.sub_(max_e[:, None]))
+    torch.add(mean + (max_e - (max1 - max0)), total0.log() - total1.log(), out=stats[9])
+    torch.sub(total1.log(), _expectation(p1, torch.sub(z1, max1[:, None], out=difference)), out=stats[10])
 
 
 def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
+    # A masked entry has probability 0 and must not bring 0 · inf.
     return torch.where(probabilities > 0, probabilities * values, probabilities).sum(-1)
 
 
-def _weighted_softmax_grad(logits: Tensor, labels: Tensor, grad_nll: Tensor, out: Tensor) -> None:
+def _weighted_softmax_grad(logits: Tensor, labels: Tensor, stats: Tensor, grad_nll: Tensor, out: Tensor) -> None:
     """out = g (softmax(z) - onehot(y))."""
-    torch.softmax(logits, -1, out=out)
-    out.mul_(grad_nll[:, None])
-    # gather and scatter rather than scatter_add, whose CUDA kernel uses atomics.
-    out.scatter_(1, labels[:, None], out.gather(1, labels[:, None]) - grad_nll[:, None])
+    largest, total, nll = stats
+    torch.sub(logits, largest[:, None], out=out).exp_().mul_((grad_nll / total)[:, None])
+    # scatter rather than scatter_add, whose CUDA kernel uses atomics.
+    out.scatter_(1, labels[:, None], (grad_nll * torch.expm1(-nll))[:, None])
 
 
 def _through_cap_(logits: Tensor, gradient: Tensor, softcap: float | None, logit_scale: float) -> None:

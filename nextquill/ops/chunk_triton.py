@@ -16,14 +16,15 @@ from torch import Tensor
 from nextquill.ops.chunks import infinite_to_nan
 from nextquill.ops.head import LinearHead
 
-__all__ = ["pair_grad_", "pair_stats", "row_coefficients", "stream_stats", "token_grad_", "token_stats"]
+__all__ = ["pair_grad_", "pair_stats", "row_coefficients", "stream_nll", "token_grad_", "token_stats"]
 
 
-def stream_stats(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:
-    """Statistics [2 or 6, N] of whole streams [N, D] without logits in memory; rows with a label below 0 are 0."""
+def stream_nll(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:
+    """nll [1 or 3, N] of whole streams [N, D] without logits in memory; rows with a label below 0 are 0."""
     options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
     wide = tuple(each.to(head.weight.dtype) for each in streams)
     if head.softcap is not None:
         wide = tuple(infinite_to_nan(each) for each in wide)
     kernel: Callable[..., Tensor] = stream.token_stats if len(wide) == 1 else stream.pair_stats
-    return kernel(*wide, head.weight, labels, **options)
+    stats = kernel(*wide, head.weight, labels, **options)
+    return stats[len(stats) // 2 :]

@@ -18,6 +18,11 @@ from torch import Tensor
 from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.ops import chunk_torch
 
+# How many statistics of a row there are: the length of what kernels write into, see `nextquill.ops.chunk_torch`.
+TOKEN_STATS = 3  # max, sum, nll
+PAIR_STATS = 9  # of z1, of z0, of z1 - z0
+PAIR_STATS_DIVERGENCE = 11  # and KL(p1 ‖ p0), entropy of p1
+
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 # What "auto" prefers to plain PyTorch, by device type.
 _PREFERRED = {"cpu": "native", "cuda": "triton"}
@@ -28,8 +33,8 @@ class ChunkKernels:
     """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first four.
 
     Attributes:
-        stream_stats: (streams, head, labels) -> statistics [2 or 6, N] without logits in memory; labels below 0 are
-            ignored rows. None where the implementation has none.
+        stream_nll: (streams, head, labels) -> nll [1 or 3, N] without logits in memory; labels below 0 are ignored
+            rows. None where the implementation has none.
         row_coefficients: a weighting's coefficients in one kernel, see `PairObjective.coefficients`; None where the
             elementwise operations of torch serve.
     """
@@ -39,7 +44,7 @@ class ChunkKernels:
     pair_stats: Callable[..., None]
     token_grad_: Callable[..., Tensor]
     pair_grad_: Callable[..., tuple[Tensor, Tensor | None]]
-    stream_stats: Callable[..., Tensor] | None = None
+    stream_nll: Callable[..., Tensor] | None = None
     row_coefficients: Callable[..., Any] | None = None
 
 
@@ -86,7 +91,7 @@ def _kernels(impl: str) -> ChunkKernels:
     from nextquill.ops import chunk_triton
 
     return _from_module(
-        impl, chunk_triton, stream_stats=chunk_triton.stream_stats, row_coefficients=chunk_triton.row_coefficients
+        impl, chunk_triton, stream_nll=chunk_triton.stream_nll, row_coefficients=chunk_triton.row_coefficients
     )
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nextquill.ops.chunks import Chunk, HeadCall, LogitsBuffer
+from nextquill.ops.dispatch import PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from nextquill.ops.objective import PairObjective, RowCoefficients, RowGradients
@@ -105,7 +105,7 @@ class _Engine:
         count = self.plan.num_rows
         self.max_rows = call.head_call.max_rows(head, 2 if self.together else 1)
         self.buffer = LogitsBuffer(head, 2 if self.together else 1, min(self.max_rows, max(1, count)))
-        self.logsumexps = factual.new_empty(3, count, dtype=head.dtype)
+        self.stats = factual.new_empty(PAIR_STATS, count, dtype=head.dtype)
         self.rows = factual.new_zeros(6, count, dtype=head.dtype)
 
     def run(self) -> None:
@@ -136,26 +136,23 @@ class _Engine:
         """Fill the rows' statistics and return the chunk whose logits stand in the buffer: that of the gradient."""
         labels = self.plan.labels[rows]
         if self.together:
-            chunk = self._fill(rows)
-            found = torch.empty_like(self.rows[:, rows])
+            chunk, found = self._fill(rows), self.stats[:, rows]
             self.kernels.pair_stats(chunk.stream(0), chunk.stream(1), labels, found)
-            self.logsumexps[:, rows] = found[:3]
-            self.rows[3:5, rows] = found[3:5]
-            if self.call.effect:
-                self.rows[5, rows] = found[5]
+            streams = 3 if self.call.effect else 2
+            self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
         for stream in reversed(range(len(self.streams))):
             chunk = self.buffer.fill(self.streams[stream : stream + 1], self.plan.rows[rows])
-            found = torch.empty_like(self.rows[:2, rows])
+            found = self.stats[3 * stream : 3 * stream + 3, rows]
             self.kernels.token_stats(chunk.logits, labels, found)
-            self.logsumexps[stream, rows], self.rows[3 + stream, rows] = found
+            self.rows[3 + stream, rows] = found[2]
         return chunk
 
     def _fill(self, rows: slice) -> Chunk:
         return self.buffer.fill(self.streams if self.together else self.streams[:1], self.plan.rows[rows])
 
     def _gradient(self, chunk: Chunk, rows: slice, grads: RowGradients) -> None:
-        labels, head, kernels = self.plan.labels[rows], self.head, self.kernels
+        labels, head, kernels, stats = self.plan.labels[rows], self.head, self.kernels, self.stats[:, rows]
         options = (head.softcap, head.logit_scale, head.grad_dtype)
         streams = (0, 1) if self.through_counterfactual else (0,)
         if grads.effect is not None:
@@ -163,7 +160,7 @@ class _Engine:
                 chunk.stream(0),
                 chunk.stream(1),
                 labels,
-                self.logsumexps[:, rows],
+                stats,
                 grads.factual,
                 grads.counterfactual,
                 grads.effect,
@@ -171,9 +168,9 @@ class _Engine:
                 detach_counterfactual=not self.through_counterfactual,
             )
         else:
-            dz = kernels.token_grad_(chunk.stream(0), labels, self.logsumexps[0, rows], grads.factual, *options)
+            dz = kernels.token_grad_(chunk.stream(0), labels, stats[:3], grads.factual, *options)
             if grads.counterfactual is None:
                 streams = (0,)
             elif self.through_counterfactual:
-                kernels.token_grad_(chunk.stream(1), labels, self.logsumexps[1, rows], grads.counterfactual, *options)
+                kernels.token_grad_(chunk.stream(1), labels, stats[3:6], grads.counterfactual, *options)
         chunk.add_gradient(self.gradients, dz.dtype, streams)

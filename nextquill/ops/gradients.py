@@ -80,7 +80,7 @@ def _rows_like(hidden: Tensor) -> Tensor:
 
 
 def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Refuse a backward that should itself be differentiable.
+    """Refuse a backward that should itself be differentiable, or that is for several upstream gradients at once.
 
     torch's `once_differentiable` notices only upstream gradients that require grad. A gradient penalty on top of a loss
     has none, and would silently train as if the penalty were a constant.
@@ -93,6 +93,17 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
                 "nextquill's operators have a first derivative only: expected a backward without create_graph=True; "
                 "for second derivatives use the plain PyTorch twins in nextquill.reference"
             )
+        if not torch.compiler.is_compiling() and any(g is not None and _is_batched(g) for g in grad_outputs):
+            raise GradientError(
+                "is_grads_batched: nextquill's operators take one upstream gradient at a time, got a batch of them; "
+                "expected one call of torch.autograd.grad for each (in torch.autograd.functional, vectorize=False)"
+            )
         return backward(ctx, *grad_outputs)
 
     return refusing
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether `gradient` is seen by `torch.vmap`, or by what is_grads_batched still uses in its place."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient))

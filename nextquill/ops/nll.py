@@ -1,10 +1,10 @@
 """Per-token likelihoods of one or two streams and their gradients, for any upstream gradient; no logits are kept.
 
-The forward computes 1U (2U for a pair) and leaves a few numbers per row; the backward computes the logits of each chunk
-again, overwrites them with their gradient and multiplies: 3U (6U). A loss that finishes its gradient in its forward
-saves the second computation of the logits: fused_loss.py.
+The forward computes 1U (2U for a pair) and leaves the nll's; the backward computes the logits of each chunk again and
+their statistics, overwrites them with their gradient and multiplies: 3U (6U). A loss that finishes its gradient in its
+forward saves the second computation of the logits: fused_loss.py.
 
-These functions know nothing of autograd; operators.py registers them.
+These functions know nothing of autograd; nll_operators.py registers them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.chunks import Chunk, HeadCall, LogitsBuffer
+from nextquill.ops.dispatch import PAIR_STATS, PAIR_STATS_DIVERGENCE, TOKEN_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from nextquill.ops.label_check import check_labels
 from nextquill.ops.plan import RowPlan, plan_rows, split_rows
 
-TOKEN_STATS = 2  # logsumexp, nll
-PAIR_STATS = 6  # logsumexp of z1, z0, z1 - z0; nll of the same
-PAIR_STATS_DIVERGENCE = 8  # and KL(p1 ‖ p0), entropy of p1
 
-
-def head_stats(
+def head_nll(
     streams: tuple[Tensor, ...],
     head: LinearHead,
     labels: Tensor,
@@ -34,25 +31,22 @@ def head_stats(
     *,
     divergence: bool = False,
 ) -> Tensor:
-    """Statistics of every row, [2, N] for one stream and [6, N] (8 with `divergence`) for two; ignored rows are 0.
+    """nll of every row: [1, N] for one stream, [3, N] for two, with `divergence` [5, N]; ignored rows are 0.
 
     Streams whole vocabulary tiles without logits in memory where the kernels can, else chunk by chunk.
     """
-    if call.kernels.stream_stats is not None and not divergence:
+    if call.kernels.stream_nll is not None and not divergence:
         check_labels(labels, ignore_index, head.vocabulary)
         # For the kernel -1 is an ignored row, and V a label out of range, whose nll is NaN.
         known = torch.where(labels < 0, head.vocabulary, labels)
-        return call.kernels.stream_stats(streams, head, torch.where(labels == ignore_index, -1, known))
+        return call.kernels.stream_nll(streams, head, torch.where(labels == ignore_index, -1, known))
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
     found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
     for rows, chunk in _chunks(plan, head, streams, call):
-        y, out = plan.labels[rows], found[:, rows]
-        if len(streams) == 1:
-            call.kernels.token_stats(chunk.logits, y, out)
-        else:
-            call.kernels.pair_stats(chunk.stream(0), chunk.stream(1), y, out)
-    return found.new_zeros(kinds, labels.numel()).index_copy_(1, plan.rows, found)
+        found[:, rows] = _statistics(chunk, plan.labels[rows], call, kinds)
+    wanted = torch.cat((found[2:PAIR_STATS:3], found[PAIR_STATS:]))
+    return found.new_zeros(len(wanted), labels.numel()).index_copy_(1, plan.rows, wanted)
 
 
 def token_gradients(
@@ -60,21 +54,18 @@ def token_gradients(
     hidden: Tensor,
     head: LinearHead,
     labels: Tensor,
-    logsumexp: Tensor,
     ignore_index: int,
     call: HeadCall,
     needs: Needs,
 ) -> HeadGradients:
-    """Gradients of Σ g·nll; `grad_nll`, `logsumexp` [N]."""
+    """Gradients of Σ g·nll; `grad_nll` [N]."""
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     grads = HeadGradients(head, hidden, None, needs)
-    g, lse = (each.to(head.dtype).index_select(0, plan.rows) for each in (grad_nll, logsumexp))
+    g = grad_nll.to(head.dtype).index_select(0, plan.rows)
     for rows, chunk in _chunks(plan, head, (hidden,), call):
-        if call.kernels.stream_stats is not None:
-            lse[rows] = _own_stats(chunk, plan.labels[rows], call)[0]
-        dz = call.kernels.token_grad_(
-            chunk.logits, plan.labels[rows], lse[rows], g[rows], call.softcap, call.logit_scale, head.grad_dtype
-        )
+        y = plan.labels[rows]
+        stats = _statistics(chunk, y, call, TOKEN_STATS)
+        dz = call.kernels.token_grad_(chunk.logits, y, stats, g[rows], call.softcap, call.logit_scale, head.grad_dtype)
         chunk.add_gradient(grads, dz.dtype, (0,))
     return grads
 
@@ -84,26 +75,23 @@ def pair_gradients(
     streams: tuple[Tensor, Tensor],
     head: LinearHead,
     labels: Tensor,
-    logsumexps: Tensor,
     ignore_index: int,
     call: HeadCall,
     needs: Needs,
 ) -> HeadGradients:
-    """Gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e; each g [N] or None for zero, `logsumexps` [3, N]."""
+    """Gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e; each g [N] or None for zero."""
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     grads = HeadGradients(head, *streams, needs)
-    lse = logsumexps.index_select(1, plan.rows)
     g_f, g_c, g_e = (None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in grad_nlls)
-    zero = lse.new_zeros(plan.num_rows)
+    zero = head.weight.new_zeros(plan.num_rows, dtype=head.dtype)
     g_f, g_e = (zero if g is None else g for g in (g_f, g_e))
     for rows, chunk in _chunks(plan, head, streams, call):
-        if call.kernels.stream_stats is not None:
-            lse[:, rows] = _own_stats(chunk, plan.labels[rows], call)[:3]
+        y = plan.labels[rows]
         dz, _ = call.kernels.pair_grad_(
             chunk.stream(0),
             chunk.stream(1),
-            plan.labels[rows],
-            lse[:, rows],
+            y,
+            _statistics(chunk, y, call, PAIR_STATS),
             g_f[rows],
             None if g_c is None else g_c[rows],
             g_e[rows],
@@ -115,18 +103,17 @@ def pair_gradients(
     return grads
 
 
-def _own_stats(chunk: Chunk, labels: Tensor, call: HeadCall) -> Tensor:
-    """Statistics of the logits at hand.
+def _statistics(chunk: Chunk, labels: Tensor, call: HeadCall, kinds: int) -> Tensor:
+    """Statistics [kinds, n] of the logits at hand.
 
-    Those of a streaming forward came from another product of the same matrices and differ in the last bits, which at
-    |z| = 1e4 are 1e-3 of a probability. One read of the chunk is small beside its products.
+    A backward computes them anew, for its logits may differ from the forward's in their last bits, which at |z| = 1e4
+    are 1e-3 of a probability: the product was another one, or rounded otherwise. One read of the chunk is small beside
+    its products.
     """
-    rows = chunk.rows.numel()
-    if chunk.logits.shape[0] == rows:
-        found = chunk.logits.new_empty(TOKEN_STATS, rows)
+    found = chunk.logits.new_empty(kinds, chunk.rows.numel())
+    if kinds == TOKEN_STATS:
         call.kernels.token_stats(chunk.logits, labels, found)
     else:
-        found = chunk.logits.new_empty(PAIR_STATS, rows)
         call.kernels.pair_stats(chunk.stream(0), chunk.stream(1), labels, found)
     return found
 

@@ -1,7 +1,7 @@
 """`torch.ops.nextquill.token_nll` and `.pair_nll`: per-token likelihoods, differentiable, with any upstream gradient.
 
-Each saves its inputs and one logsumexp per row and stream; its backward is a second operator. `.pair_stats` is the same
-forward without gradient, with divergences.
+Each saves its inputs; its backward is a second operator. `.pair_stats` is the same forward without gradient, with
+divergences.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.gradients import HeadGradients, Needs, first_order_only
-from nextquill.ops.nll import PAIR_STATS_DIVERGENCE, head_stats, pair_gradients, token_gradients
+from nextquill.ops.nll import head_nll, pair_gradients, token_gradients
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import HeadOptions, define, nothing
 from nextquill.reference.linear import compute_dtype
@@ -20,19 +20,17 @@ from nextquill.reference.linear import compute_dtype
 
 def _token_nll(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """(nll, logsumexp), each [N]."""
+) -> Tensor:
+    """nll [N]."""
     options = HeadOptions(*rest)
     call = options.call(hidden)
     with autocast_off(hidden.device):
         head = call.head(weight, bias, options.dtype(hidden))
-        logsumexp, nll = head_stats((hidden,), head, labels, ignore_index, call)
-    return nll.clone(), logsumexp.clone()  # an operator's results share no memory
+        return head_nll((hidden,), head, labels, ignore_index, call)[0]
 
 
 def _token_nll_fake(hidden: Tensor, _weight: Tensor, _bias: Any, labels: Tensor, _: int, *rest: Any) -> Any:
-    rows = hidden.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(hidden)))
-    return rows, torch.empty_like(rows)
+    return hidden.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(hidden)))
 
 
 def _token_nll_backward(
@@ -41,7 +39,6 @@ def _token_nll_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    logsumexp: Tensor,
     needs: list[bool],
     ignore_index: int,
     *rest: Any,
@@ -51,13 +48,13 @@ def _token_nll_backward(
     wanted = Needs(needs[0], False, *needs[1:])
     with autocast_off(hidden.device):
         head = call.head(weight, bias, options.dtype(hidden))
-        grads = token_gradients(grad_nll, hidden, head, labels, logsumexp, ignore_index, call, wanted)
+        grads = token_gradients(grad_nll, hidden, head, labels, ignore_index, call, wanted)
     dh, _, dw, db = _deliver(grads, hidden, hidden, weight, bias)
     return dh, dw, db
 
 
 def _token_nll_backward_fake(*arguments: Any) -> Any:
-    _, hidden, weight, bias, _, _, needs, *_ = arguments
+    _, hidden, weight, bias, _, needs, *_ = arguments
     return _fake_gradients((hidden, weight, bias), needs)
 
 
@@ -69,20 +66,20 @@ def _pair_nll(
     labels: Tensor,
     ignore_index: int,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll of z1, z0, z1 - z0, each [N], and their logsumexps [3, N]."""
+) -> tuple[Tensor, ...]:
+    """nll of z1, z0, z1 - z0, each [N]."""
     options = HeadOptions(*rest)
     call = options.call(factual)
     with autocast_off(factual.device):
         head = call.head(weight, bias, options.dtype(factual))
-        stats = head_stats((factual, counterfactual), head, labels, ignore_index, call)
-    return stats[3].clone(), stats[4].clone(), stats[5].clone(), stats[:3].clone()
+        nll = head_nll((factual, counterfactual), head, labels, ignore_index, call)
+    return tuple(row.clone() for row in nll)  # an operator's results share no memory
 
 
 def _pair_nll_fake(*arguments: Any) -> Any:
     factual, _, _, _, labels, _, *rest = arguments
     rows = factual.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(factual)))
-    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(3, labels.shape[0])
+    return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
 def _pair_nll_backward(
@@ -94,7 +91,6 @@ def _pair_nll_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    logsumexps: Tensor,
     needs: list[bool],
     ignore_index: int,
     *rest: Any,
@@ -104,12 +100,12 @@ def _pair_nll_backward(
     upstream, streams = (grad_factual, grad_counterfactual, grad_effect), (factual, counterfactual)
     with autocast_off(factual.device):
         head = call.head(weight, bias, options.dtype(factual))
-        grads = pair_gradients(upstream, streams, head, labels, logsumexps, ignore_index, call, Needs(*needs))
+        grads = pair_gradients(upstream, streams, head, labels, ignore_index, call, Needs(*needs))
     return _deliver(grads, factual, counterfactual, weight, bias)
 
 
 def _pair_nll_backward_fake(*arguments: Any) -> Any:
-    *inputs, _, _, needs = arguments[3:10]
+    *inputs, _, needs = arguments[3:9]
     return _fake_gradients(tuple(inputs), needs)
 
 
@@ -126,13 +122,13 @@ def _pair_stats(
     call = options.call(factual)
     with autocast_off(factual.device):
         head = call.head(weight, bias, options.dtype(factual))
-        return head_stats((factual, counterfactual), head, labels, ignore_index, call, divergence=True)
+        return head_nll((factual, counterfactual), head, labels, ignore_index, call, divergence=True)
 
 
 def _pair_stats_fake(*arguments: Any) -> Any:
     factual, _, _, _, labels, _, *rest = arguments
     dtype = compute_dtype(HeadOptions(*rest).dtype(factual))
-    return factual.new_empty(PAIR_STATS_DIVERGENCE, labels.shape[0], dtype=dtype)
+    return factual.new_empty(5, labels.shape[0], dtype=dtype)
 
 
 def _deliver(
@@ -160,25 +156,21 @@ token_nll = define(
     "token_nll",
     _token_nll,
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index",
-    "(Tensor, Tensor)",
+    "Tensor",
     product=(0, 1),
 )
 token_nll_backward = define(
     "token_nll_backward",
     _token_nll_backward,
-    "Tensor grad_nll, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logsumexp, bool[] needs, "
-    "int ignore_index",
+    "Tensor grad_nll, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, bool[] needs, int ignore_index",
     "(Tensor, Tensor, Tensor)",
 )
 _PAIR = "Tensor factual, Tensor counterfactual, Tensor weight, Tensor? bias, Tensor labels"
-pair_nll = define(
-    "pair_nll", _pair_nll, f"{_PAIR}, int ignore_index", "(Tensor, Tensor, Tensor, Tensor)", product=(0, 1, 2)
-)
+pair_nll = define("pair_nll", _pair_nll, f"{_PAIR}, int ignore_index", "(Tensor, Tensor, Tensor)", product=(0, 1, 2))
 pair_nll_backward = define(
     "pair_nll_backward",
     _pair_nll_backward,
-    f"Tensor? grad_factual, Tensor? grad_counterfactual, Tensor? grad_effect, {_PAIR}, Tensor logsumexps, "
-    "bool[] needs, int ignore_index",
+    f"Tensor? grad_factual, Tensor? grad_counterfactual, Tensor? grad_effect, {_PAIR}, bool[] needs, int ignore_index",
     "(Tensor, Tensor, Tensor, Tensor)",
 )
 pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 1, 2))
@@ -190,32 +182,30 @@ pair_nll_backward.register_fake(_pair_nll_backward_fake)
 pair_stats.register_fake(_pair_stats_fake)
 
 
-def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
     hidden, weight, bias, labels, *ctx.arguments = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, weight, bias, labels)
 
 
 @first_order_only
-def _token_autograd(ctx: Any, grad_nll: Tensor, _: Any) -> tuple[Any, ...]:
-    hidden, weight, bias, labels, logsumexp = ctx.saved_tensors
+def _token_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = token_nll_backward(grad_nll, hidden, weight, bias, labels, logsumexp, needs, *ctx.arguments)
+    grads = token_nll_backward(grad_nll, *ctx.saved_tensors, needs, *ctx.arguments)
     return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
 
 
 def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    del output
     factual, counterfactual, weight, bias, labels, *ctx.arguments = inputs
-    ctx.save_for_backward(factual, counterfactual, weight, bias, labels, output[3])
-    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(factual, counterfactual, weight, bias, labels)
     ctx.set_materialize_grads(False)
 
 
 @first_order_only
 def _pair_autograd(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-    *inputs, logsumexps = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    grads = pair_nll_backward(*grad_outputs[:3], *inputs, logsumexps, needs, *ctx.arguments)
+    grads = pair_nll_backward(*grad_outputs, *ctx.saved_tensors, needs, *ctx.arguments)
     return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, GradientError
@@ -95,7 +96,9 @@ def _check_transforms() -> None:
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise GradientError("nextquill's operators do not work under torch.func transforms: expected torch.autograd")
+        raise GradientError(
+            "nextquill's operators do not work under torch.func transforms such as vmap: expected torch.autograd"
+        )
     if forward_ad._current_level >= 0:
         raise GradientError("nextquill's operators have no forward-mode derivative: expected torch.autograd")
 
@@ -133,6 +136,7 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
     if not isinstance(sequence_ids, Tensor) or not _is_integer(sequence_ids):
         got = sequence_ids.dtype if isinstance(sequence_ids, Tensor) else type(sequence_ids).__name__
         raise ArgumentTypeError(f"sequence_ids: expected an integer tensor, got {got}")
+    _check_dense("sequence_ids", sequence_ids)
     if sequence_ids.shape != labels.shape:
         raise ArgumentError(f"sequence_ids: expected the labels' shape {_shape(labels)}, got {_shape(sequence_ids)}")
     if sequence_ids.device != labels.device:
@@ -166,6 +170,7 @@ def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
         raise ArgumentTypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     if not _is_integer(labels):
         raise ArgumentTypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+    _check_dense("labels", labels)
     if labels.shape != hidden.shape[:-1]:
         raise ArgumentError(
             f"labels: expected shape {list(hidden.shape[:-1])} to match {hidden_name} {_shape(hidden)}, "
@@ -177,7 +182,7 @@ def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raise unless `tensor` is a tensor of a floating dtype."""
+    """Raise unless `tensor` is a dense tensor of a floating dtype."""
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -186,6 +191,20 @@ def check_floating(name: str, tensor: object) -> None:
         raise ArgumentTypeError(
             f"{name}: expected a plain tensor, got a DTensor: call the loss inside a forward for which FSDP has "
             "gathered the weight, or pass `.full_tensor()`"
+        )
+    _check_dense(name, tensor)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ArgumentTypeError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert it first, for example by .to_dense()"
+        )
+    # A compiler's fake tensors stand for real ones, and may say that they are on the meta device.
+    if tensor.is_meta and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor):
+        raise ArgumentError(
+            f"{name}: expected a tensor with values, got one on the meta device; load the model's weights first (those "
+            "of an offloaded model are there during its forward only)"
         )
 
 

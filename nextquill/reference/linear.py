@@ -34,8 +34,12 @@ def linear_logits(
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """logsumexp(z) - z[y] per row; [N]."""
-    return logits.logsumexp(-1) - logits.gather(-1, labels[:, None]).squeeze(-1)
+    """logsumexp(z) - z[y] per row; [N].
+
+    By log_softmax, whose gradient is right for logits of any size: that of logsumexp is exp(z - logsumexp), which is
+    off by as much as the logsumexp is rounded.
+    """
+    return -torch.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
 
 
 def scatter_rows(values: Tensor, keep: Tensor) -> Tensor:

@@ -27,6 +27,15 @@ ARCHITECTURES = {
     "mistral": ({}, (1.0, None)),
     "gemma2": ({"final_logit_softcapping": 7.3, "query_pre_attn_scalar": 8}, (1.0, 7.3)),
     "gemma3_text": ({"final_logit_softcapping": 5.1, "query_pre_attn_scalar": 8}, (1.0, 5.1)),
+    # A cap that its config may not be without.
+    "gemma3n_text": (
+        {
+            "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0, 0.0],
+            "altup_num_inputs": 2, "laurel_rank": 4, "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        (1.0, 30.0),
+    ),
     "granite": ({"logits_scaling": 6.0}, (1 / 6.0, None)),
     "cohere2": ({"logit_scale": 0.0625}, (0.0625, None)),
     "gpt2": ({}, (1.0, None)),
@@ -35,7 +44,7 @@ ARCHITECTURES = {
     "gpt_neox": ({}, (1.0, None)),
     "smollm3": ({"pad_token_id": 0}, (1.0, None)),
     "mixtral": ({"num_local_experts": 4}, (1.0, None)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))

@@ -37,6 +37,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral without a window": ("mistral", {"sliding_window": None}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.3}),
     "gemma3": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    # The last two layers attend to keys of those before.
+    "gemma3n": ("gemma3n_text", {
+        "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "altup_num_inputs": 2,
+        "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+    }),
     "phi3": ("phi3", {"sliding_window": 6, "resid_pdrop": 0.0}),
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "olmo2": ("olmo2", {}),
@@ -49,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
     ),
-}
+}  # fmt: skip
 WINDOWED = sorted(name for name, (_, options) in ARCHITECTURES.items() if options.get("sliding_window"))
 
 

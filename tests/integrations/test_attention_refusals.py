@@ -99,6 +99,36 @@ def test_models_that_take_no_attention_function() -> None:
     assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
 
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NO_MASK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "alibi of a padding mask": (
+        "bloom", {"n_head": 4, "n_layer": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}, "BloomForCausalLM"
+    ),
+    "padding masks alone": (
+        "openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT},
+        "OpenAIGPTLMHeadModel",
+    ),
+    "padding masks alone, asserted": (
+        "xlm",
+        {
+            "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 96, "causal": True, "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        "XLMWithLMHeadModel",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(NO_MASK))
+def test_models_that_take_no_mask_between_tokens(name: str) -> None:
+    kind, options, shown = NO_MASK[name]
+    model = tiny_model(kind, attn_implementation="eager", **options)
+    with pytest.raises(UnsupportedModelError, match=rf"^{shown}: its attention does not run .*attention='padded'$"):
+        TreeAttention(model, "mask")
+    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
+    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
+
+
 # ---- rotary embeddings that follow the longest position --------------------------------------------
 
 

@@ -46,13 +46,13 @@ def chunks(stride=1024):
         z = torch.zeros(2 * n, stride)[:, :1000]
         z1, z0 = z[:n], z[n:]
         labels = torch.zeros(batch, dtype=torch.long)[rows]
-        stats, grads = torch.zeros(8, batch)[:, rows], torch.zeros(3, batch)[:, rows]
-        chunk_stats.token_stats(z1, labels, stats[:2])
-        chunk_stats.pair_stats(z1, z0, labels, stats[:6])
-        chunk_grad.token_grad_(z1, labels, stats[0], grads[0], None, 1.0, torch.bfloat16)
-        chunk_grad.pair_grad_(z1, z0, labels, stats[:3], *grads, None, 1.0, torch.bfloat16)
+        stats, grads = torch.zeros(9, batch)[:, rows], torch.zeros(3, batch)[:, rows]
+        chunk_stats.token_stats(z1, labels, stats[:3])
+        chunk_stats.pair_stats(z1, z0, labels, stats)
+        chunk_grad.token_grad_(z1, labels, stats[:3], grads[0], None, 1.0, torch.bfloat16)
+        chunk_grad.pair_grad_(z1, z0, labels, stats, *grads, None, 1.0, torch.bfloat16)
         coefficients.row_coefficients(
-            stats[3], stats[4], torch.zeros(batch + 9, dtype=torch.long)[rows], scheme="clip", low=0.0, high=1.0,
+            stats[2], stats[5], torch.zeros(batch + 9, dtype=torch.long)[rows], scheme="clip", low=0.0, high=1.0,
             threshold=0.0, normalize=True, per_token=False, num_items=torch.zeros(batch)[first], out=grads,
         )
 

@@ -53,17 +53,18 @@ def make_pair(n: int, vocabulary: int, softcap: float | None = None, spread: flo
 
 def true_token_stats(logits: Tensor, labels: Tensor) -> Tensor:
     z = logits.double()
-    logsumexp = z.logsumexp(-1)
-    return torch.stack((logsumexp, logsumexp - z.gather(1, labels[:, None])[:, 0]))
+    largest = z.amax(-1)
+    nll = z.logsumexp(-1) - z.gather(1, labels[:, None])[:, 0]
+    return torch.stack((largest, (z - largest[:, None]).exp().sum(-1), nll))
 
 
 def true_pair_stats(factual: Tensor, counterfactual: Tensor, labels: Tensor) -> Tensor:
     z1, z0 = factual.double(), counterfactual.double()
-    streams = torch.stack([true_token_stats(z, labels) for z in (z1, z0, z1 - z0)], 1)  # [2, 3, n]
+    streams = [true_token_stats(z, labels) for z in (z1, z0, z1 - z0)]
     log_p1, log_p0 = z1.log_softmax(-1), z0.log_softmax(-1)
     divergence = (log_p1.exp() * (log_p1 - log_p0)).sum(-1)
     entropy = -(log_p1.exp() * log_p1).sum(-1)
-    return torch.cat((streams.flatten(0, 1), divergence[None], entropy[None]))
+    return torch.cat((*streams, divergence[None], entropy[None]))
 
 
 @dataclass

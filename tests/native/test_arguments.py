@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -28,7 +29,7 @@ def arguments() -> dict[str, Any]:
         "logits_factual": torch.zeros(N, V),
         "logits_counterfactual": torch.zeros(N, V),
         "labels": torch.zeros(N, dtype=torch.int64),
-        "logsumexps": torch.zeros(3, N),
+        "stats": torch.zeros(9, N),
         "grad_factual": torch.ones(N),
         "grad_counterfactual": torch.ones(N),
         "grad_effect": torch.ones(N),
@@ -54,7 +55,7 @@ BAD = {
     "labels-length": ("labels", torch.zeros(N + 1, dtype=torch.int64), ValueError, r"\[3\], got \[4\]"),
     "labels-negative": ("labels", torch.tensor([0, -100, 0]), ValueError, r"\[0, 8\), got -100 at row 1"),
     "labels-too-large": ("labels", torch.tensor([0, 0, V]), ValueError, r"\[0, 8\), got 8 at row 2"),
-    "logsumexps-shape": ("logsumexps", torch.zeros(2, N), ValueError, r"\[3, 3\], got \[2, 3\]"),
+    "stats-shape": ("stats", torch.zeros(6, N), ValueError, r"\[9, 3\], got \[6, 3\]"),
     "gradient-float64": ("grad_effect", torch.ones(N, dtype=torch.float64), TypeError, "float32, got float64"),
     "gradient-shape": ("grad_factual", torch.ones(N, 1), ValueError, r"\[3\], got \[3, 1\]"),
     "gradient-length": ("grad_counterfactual", torch.ones(1), ValueError, r"\[3\], got \[1\]"),
@@ -74,17 +75,17 @@ def test_bad_argument_is_named(name: str, value: Any, error: type[Exception], me
 @pytest.mark.parametrize("label", [-1, V, 2**40, -(2**62)])
 def test_label_out_of_range_is_refused_before_anything_is_written(label: int) -> None:
     labels = torch.tensor([0, 0, label])
-    logits, out = torch.zeros(N, V), torch.full((2, N), 7.0)
+    logits, out = torch.zeros(N, V), torch.full((3, N), 7.0)
     with pytest.raises(ValueError, match=r"^labels: "):
         chunk_native.token_stats(logits, labels, out)
     with pytest.raises(ValueError, match=r"^labels: "):
-        chunk_native.token_grad_(logits, labels, torch.zeros(N), torch.ones(N), None, 1.0, torch.float32)
+        chunk_native.token_grad_(logits, labels, torch.zeros(3, N), torch.ones(N), None, 1.0, torch.float32)
     assert bool((out == 7).all())
     assert bool((logits == 0).all())
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [1, 5, 7])
+@pytest.mark.parametrize("rows", [1, 8, 10])
 def test_out_of_another_height_is_refused(rows: int) -> None:
     logits, labels = torch.zeros(N, V), torch.zeros(N, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^out: expected "):
@@ -97,9 +98,9 @@ def test_out_of_another_height_is_refused(rows: int) -> None:
 def test_extension_takes_tensors_and_refuses_other_objects() -> None:
     import nextquill_ext
 
-    labels, out = torch.zeros(N, dtype=torch.int64), torch.zeros(2, N)
+    labels, out = torch.zeros(N, dtype=torch.int64), torch.zeros(3, N)
     nextquill_ext.token_stats(torch.zeros(N, V), labels, out)
-    assert bool((out == torch.tensor(float(V)).log()).all())
+    assert torch.equal(out, torch.tensor([0.0, V, math.log(V)])[:, None].expand(3, N))
     with pytest.raises(TypeError, match=r"^logits: expected a tensor"):
         nextquill_ext.token_stats([[0.0]], labels, out)
     with pytest.raises(ValueError, match=r"^threads: expected at least 1, got 0"):
@@ -155,7 +156,7 @@ def test_absent_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not chunk_native.is_available()
     assert "pip install ./csrc" in chunk_native.reason()
     with pytest.raises(BackendUnavailableError, match="nextquill_ext is not installed"):
-        chunk_native.token_stats(torch.zeros(N, V), torch.zeros(N, dtype=torch.int64), torch.zeros(2, N))
+        chunk_native.token_stats(torch.zeros(N, V), torch.zeros(N, dtype=torch.int64), torch.zeros(3, N))
 
 
 @pytest.mark.usefixtures("_fresh_load")
@@ -191,6 +192,6 @@ def test_licence_is_the_same() -> None:
 def test_gradient_dtype_is_float32_whatever_is_asked() -> None:
     pytest.importorskip("nextquill_ext")
     result: Tensor = chunk_native.token_grad_(
-        torch.zeros(N, V), torch.zeros(N, dtype=torch.int64), torch.zeros(N), torch.ones(N), None, 1.0, torch.bfloat16
+        torch.zeros(N, V), torch.zeros(N).long(), torch.zeros(3, N), torch.ones(N), None, 1.0, torch.bfloat16
     )
     assert result.dtype == torch.float32

@@ -28,14 +28,14 @@ def everything(threads: int) -> list[Tensor]:
     import nextquill_ext
 
     pair = PAIR
-    tokens, stats = torch.empty(2, SHAPE[0]), torch.empty(8, SHAPE[0])
+    tokens, stats = torch.empty(3, SHAPE[0]), torch.empty(11, SHAPE[0])
     nextquill_ext.token_stats(pair.factual, pair.labels, tokens, threads)
     nextquill_ext.pair_stats(pair.factual, pair.counterfactual, pair.labels, stats, threads)
     z = pair.factual.clone()
-    nextquill_ext.token_grad_(z, pair.labels, tokens[0], pair.grad_factual, 20.0, 2.0, threads)
+    nextquill_ext.token_grad_(z, pair.labels, tokens, pair.grad_factual, 20.0, 2.0, threads)
     z1, z0 = pair.logits
     nextquill_ext.pair_grad_(
-        z1, z0, pair.labels, stats[:3], pair.grad_factual, pair.grad_counterfactual, pair.grad_effect, 20.0, 2.0,
+        z1, z0, pair.labels, stats[:9], pair.grad_factual, pair.grad_counterfactual, pair.grad_effect, 20.0, 2.0,
         threads=threads,
     )  # fmt: skip
     return [tokens, stats, z, z1, z0]
@@ -59,7 +59,7 @@ def test_alignment_does_not_change_the_bits(isa: str) -> None:
     for offset in range(3):
         buffer = torch.empty(SHAPE[0], SHAPE[1] + offset)
         buffer[:, offset:] = pair.factual
-        out = torch.empty(2, SHAPE[0])
+        out = torch.empty(3, SHAPE[0])
         nextquill_ext.token_stats(buffer[:, offset:], pair.labels, out, 2)
         results.append(out)
     assert torch.equal(results[0], results[1])
@@ -78,7 +78,7 @@ def test_the_interpreter_runs_meanwhile() -> None:
     # One row again and again: a call of some 100 ms without a large tensor.
     pair, rows = make_pair(1, 8192), 20000
     z1, z0 = (z.expand(rows, -1) for z in pair.logits)
-    labels, out = pair.labels.expand(rows), torch.empty(8, rows)
+    labels, out = pair.labels.expand(rows), torch.empty(11, rows)
     span: list[float] = []
 
     def work() -> None:
@@ -163,11 +163,11 @@ for isa in nextquill_ext.available_isas():
             other = torch.zeros(1, vocabulary)
             for first, second in ((logits, other), (other, logits)):
                 logits.zero_()
-                stats = torch.empty(8, 1)
+                stats = torch.empty(11, 1)
                 nextquill_ext.pair_stats(first, second, labels, stats)
-                nextquill_ext.token_stats(first, labels, stats[:2])
-                nextquill_ext.pair_grad_(first, second, labels, stats[:3], ones, ones, ones, 9.0, 1.0)
-                nextquill_ext.token_grad_(first, labels, stats[0], ones, None, 1.0)
+                nextquill_ext.token_stats(first, labels, stats[:3])
+                nextquill_ext.pair_grad_(first, second, labels, stats[:9], ones, ones, ones, 9.0, 1.0)
+                nextquill_ext.token_grad_(first, labels, stats[:3], ones, None, 1.0)
 print("no fault")
 """
 
@@ -187,7 +187,7 @@ torch.manual_seed(0)
 z, y = torch.randn(64, 1031), torch.randint(1031, (64,))
 
 def stats(threads):
-    out = torch.empty(2, 64)
+    out = torch.empty(3, 64)
     nextquill_ext.token_stats(z, y, out, threads)
     return out
 

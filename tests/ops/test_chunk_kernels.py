@@ -42,6 +42,12 @@ def nll(z, y):
     return F.cross_entropy(z, y, reduction="none")
 
 
+def true_stats(z, y):
+    """The three statistics [3, n] of float64 logits."""
+    largest = z.amax(1)
+    return torch.stack([largest, (z - largest[:, None]).exp().sum(1), nll(z, y)]).detach()
+
+
 def narrow_view(n, rows):
     """`rows` rows of statistics as the engines pass them: a view into columns of a larger buffer, full of NaN."""
     return torch.full((2 * rows, n + 5), torch.nan)[::2, 2 : n + 2]
@@ -49,24 +55,22 @@ def narrow_view(n, rows):
 
 @pytest.mark.covering(1)
 @shapes
-def test_stats_are_logsumexps_and_cross_entropies_and_leave_the_logits(kernels, n, v):
+def test_stats_are_those_of_the_softmax_and_leave_the_logits(kernels, n, v):
     raw1, raw0, y, _ = raw_logits(n, v)
     z1, z0 = raw1.detach().float(), raw0.detach().float()
     kept = z1.clone(), z0.clone()
-    token, pair, full = narrow_view(n, 2), narrow_view(n, 6), narrow_view(n, 8)
+    token, pair, full = narrow_view(n, 3), narrow_view(n, 9), narrow_view(n, 11)
     kernels.token_stats(z1, y, token)
     kernels.pair_stats(z1, z0, y, pair)
     kernels.pair_stats(z1, z0, y, full)
-    streams = raw1, raw0, raw1 - raw0
-    for index, z in enumerate(streams):
-        assert_close(pair[index], z.logsumexp(1))
-        assert_close(pair[3 + index], nll(z, y))
-    assert_close(token[0], raw1.logsumexp(1))
-    assert_close(token[1], nll(raw1, y))
-    assert_close(full[:6], pair, 1e-6)
+    for index, z in enumerate((raw1, raw0, raw1 - raw0)):
+        for actual, expected in zip(pair[3 * index :], true_stats(z, y), strict=False):
+            assert_close(actual, expected)
+    assert_close(token, pair[:3], 1e-6)
+    assert_close(full[:9], pair, 1e-6)
     log_p1, log_p0 = raw1.log_softmax(1), raw0.log_softmax(1)
-    assert_close(full[6], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
-    assert_close(full[7], -(log_p1.exp() * log_p1).sum(1))
+    assert_close(full[9], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
+    assert_close(full[10], -(log_p1.exp() * log_p1).sum(1))
     assert torch.equal(z1, kept[0])
     assert torch.equal(z0, kept[1])
 
@@ -79,7 +83,7 @@ def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softc
     own = capped(raw, softcap, scale)
     (nll(own, y) * g).sum().backward()
     z = own.detach().float()
-    result = kernels.token_grad_(z, y, own.logsumexp(1).float(), g.float(), softcap, scale, FLOAT32)
+    result = kernels.token_grad_(z, y, true_stats(own, y).float(), g.float(), softcap, scale, FLOAT32)
     assert result.data_ptr() == z.data_ptr()
     assert_close(z, raw.grad, FLOAT32_RELATIVE)
 
@@ -91,7 +95,7 @@ def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softc
 def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
     raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(n, v)
     z1, z0 = capped(raw1, softcap, scale), capped(raw0, softcap, scale)
-    lse = torch.stack([z.logsumexp(1) for z in (z1, z0, z1 - z0)]).float()
+    stats = torch.cat([true_stats(z, y) for z in (z1, z0, z1 - z0)]).float()
     objective = (nll(z1, y) * g_f).sum() + (nll(z1 - z0, y) * g_e).sum()
     if mode == "counterfactual":
         objective = objective + (nll(z0, y) * g_c).sum()
@@ -100,7 +104,7 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
     kept, detached = z0.clone(), mode == "detached"
     g_c = g_c.float() if mode == "counterfactual" else None
     results = kernels.pair_grad_(
-        z1, z0, y, lse.detach(), g_f.float(), g_c, g_e.float(), softcap, scale, FLOAT32, detach_counterfactual=detached
+        z1, z0, y, stats, g_f.float(), g_c, g_e.float(), softcap, scale, FLOAT32, detach_counterfactual=detached
     )
     assert results[0].data_ptr() == z1.data_ptr()
     assert_close(z1, raw1.grad, FLOAT32_RELATIVE)
@@ -113,15 +117,15 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
 
 
 def test_a_masked_label_and_masked_columns(kernels):
-    """-inf is a column that cannot occur: probability 0, an infinite nll as a label, and a finite logsumexp."""
+    """-inf is a column that cannot occur: probability 0, an infinite nll as a label, and a finite softmax."""
     z = torch.randn(3, 7)
     z[:, 5] = -torch.inf
-    y, out = torch.tensor([5, 1, 2]), torch.empty(2, 3)
+    y, out = torch.tensor([5, 1, 2]), torch.empty(3, 3)
     kernels.token_stats(z, y, out)
-    assert_close(out[0], z.double().logsumexp(1))
-    assert out[1, 0] == torch.inf
-    assert torch.isfinite(out[1, 1:]).all()
-    kernels.token_grad_(z, y, out[0].clone(), torch.ones(3), None, 1.0, FLOAT32)
+    assert_close(out[:2], true_stats(z.double(), y)[:2])
+    assert out[2, 0] == torch.inf
+    assert torch.isfinite(out[2, 1:]).all()
+    kernels.token_grad_(z, y, out, torch.ones(3), None, 1.0, FLOAT32)
     assert torch.isfinite(z).all()
     assert z[:, 5].tolist() == [-1.0, 0.0, 0.0]
 
@@ -141,31 +145,31 @@ def test_a_masked_column_adds_nothing_to_divergence_and_entropy(kernels):
 def test_a_broken_row_is_visible_and_alone(kernels, bad):
     z1, z0, y = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
     z1[2, 7] = bad
-    out = torch.empty(6, 4)
+    out = torch.empty(9, 4)
     kernels.pair_stats(z1, z0, y, out)
     broken = ~torch.isfinite(out)
-    assert broken[3].tolist() == broken[5].tolist() == [False, False, True, False]
-    assert not broken[4].any()
+    assert broken[2].tolist() == broken[8].tolist() == [False, False, True, False]
+    assert not broken[3:6].any()
 
 
 def test_work_stays_inside_the_given_rows(kernels):
     """Chunks are views of a larger buffer: what lies beyond them is not touched, nor read when it holds NaN."""
     buffer = torch.full((10, 11), torch.nan)
     buffer[2:7, 3:9] = torch.randn(5, 6)
-    view, y, out = buffer[2:7, 3:9], torch.randint(6, (5,)), torch.empty(2, 5)
+    view, y, out = buffer[2:7, 3:9], torch.randint(6, (5,)), torch.empty(3, 5)
     kernels.token_stats(view, y, out)
     assert torch.isfinite(out).all()
-    kernels.token_grad_(view, y, out[0], torch.ones(5), None, 1.0, FLOAT32)
+    kernels.token_grad_(view, y, out, torch.ones(5), None, 1.0, FLOAT32)
     assert torch.isfinite(view).all()
     assert torch.isfinite(buffer).sum() == view.numel()
 
 
 def test_extreme_logits_do_not_overflow(kernels):
     z1, z0 = 1e4 * torch.randn(4, 33), 1e4 * torch.randn(4, 33)
-    y, out = torch.randint(33, (4,)), torch.empty(6, 4)
+    y, out = torch.randint(33, (4,)), torch.empty(9, 4)
     kernels.pair_stats(z1, z0, y, out)
     for index, z in enumerate((z1.double(), z0.double(), z1.double() - z0.double())):
-        assert_close(out[3 + index], nll(z, y))
-    kernels.pair_grad_(z1, z0, y, out[:3], torch.ones(4), torch.ones(4), torch.ones(4), None, 1.0, FLOAT32)
+        assert_close(out[3 * index + 2], nll(z, y))
+    kernels.pair_grad_(z1, z0, y, out, torch.ones(4), torch.ones(4), torch.ones(4), None, 1.0, FLOAT32)
     assert torch.isfinite(z1).all()
     assert torch.isfinite(z0).all()

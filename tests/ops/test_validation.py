@@ -9,6 +9,8 @@ import nextquill as nq
 from nextquill.weighting import ClipWeighting, ExpClipWeighting, ThresholdWeighting
 from tests.helpers import make_case
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
 VALUE, TYPE = nq.ArgumentError, nq.ArgumentTypeError
 
 
@@ -34,7 +36,8 @@ TENSOR_CASES = {
     "labels-list": ("labels", lambda t: t.tolist(), TYPE, "list"),
     "labels-short": ("labels", lambda t: t[:-1], VALUE, r"\[6\].*\[5\]"),
     "labels-2d": ("labels", lambda t: t.view(2, 3), VALUE, r"\[2, 3\]"),
-    "labels-meta": ("labels", lambda t: t.to("meta"), VALUE, "device cpu"),
+    "labels-meta": ("labels", lambda t: t.to("meta"), VALUE, "got one on the meta device"),
+    "labels-sparse": ("labels", lambda t: t.to_sparse(), TYPE, r"got layout torch\.sparse_coo; .*\.to_dense"),
     "hidden-1d": ("hidden_factual", lambda t: t[0], VALUE, r"\[N, D\] or \[B, T, D\]"),
     "hidden-4d": ("hidden_factual", lambda t: t[None, None], VALUE, r"\[1, 1, 6, 4\]"),
     "hidden-width": ("hidden_factual", lambda t: t[:, :3], VALUE, "last dimension 4"),
@@ -42,17 +45,20 @@ TENSOR_CASES = {
     "hidden-none": ("hidden_factual", lambda _: None, TYPE, "NoneType"),
     "other-short": ("hidden_counterfactual", lambda t: t[:-1], VALUE, r"\[5, 4\]"),
     "other-dtype": ("hidden_counterfactual", lambda t: t.double(), TYPE, "torch.float64"),
-    "other-meta": ("hidden_counterfactual", lambda t: t.to("meta"), VALUE, "device cpu"),
+    "hidden-sparse": ("hidden_factual", lambda t: t.to_sparse(), TYPE, r"got layout torch\.sparse_coo"),
+    "other-meta": ("hidden_counterfactual", lambda t: t.to("meta"), VALUE, "got one on the meta device"),
     "other-none": ("hidden_counterfactual", lambda _: None, TYPE, "None"),
     "weight-dtype": ("lm_head_weight", lambda t: t.bfloat16(), TYPE, "torch.bfloat16"),
     "weight-int": ("lm_head_weight", lambda t: t.int(), TYPE, "torch.int32"),
     "weight-1d": ("lm_head_weight", lambda t: t[0], VALUE, r"\[V, D\]"),
     "weight-empty": ("lm_head_weight", lambda t: t[:0], VALUE, r"\[0, 4\]"),
-    "weight-meta": ("lm_head_weight", lambda t: t.to("meta"), VALUE, "device cpu"),
+    "weight-meta": ("lm_head_weight", lambda t: t.to("meta"), VALUE, "got one on the meta device"),
+    "weight-sparse": ("lm_head_weight", lambda t: t.to_sparse(), TYPE, r"got layout torch\.sparse_coo"),
+    "weight-csr": ("lm_head_weight", lambda t: t.to_sparse_csr(), TYPE, r"got layout torch\.sparse_csr"),
     "bias-short": ("bias", lambda t: t[:-1], VALUE, r"\[5\].*\[4\]"),
     "bias-2d": ("bias", lambda t: t[None], VALUE, r"\[1, 5\]"),
     "bias-dtype": ("bias", lambda t: t.double(), TYPE, "torch.float64"),
-    "bias-meta": ("bias", lambda t: t.to("meta"), VALUE, "device cpu"),
+    "bias-meta": ("bias", lambda t: t.to("meta"), VALUE, "got one on the meta device"),
     "bias-number": ("bias", lambda _: 1.0, TYPE, "float"),
 }
 ONE_STREAM = {key: case for key, case in TENSOR_CASES.items() if case[0] != "hidden_counterfactual"}
@@ -86,6 +92,14 @@ def test_token_nll_refuses(name, spoil, error, words):
     shown = "hidden_states" if name == "hidden_factual" else name
     with pytest.raises(error, match=f"^{shown}: .*{words}"):
         nq.linear_token_nll(**given)
+
+
+def test_a_call_on_the_meta_device_is_refused():
+    """Its results would have shapes and no values, and a training step would change nothing."""
+    given = {name: tensor.to("meta") for name, tensor in arguments().items()}
+    for call in (nq.linear_pair_nll, nq.linear_pair_stats, nq.NextQuillLoss(), nq.PerCELoss().compute):
+        with pytest.raises(VALUE, match=r"^hidden_.*: .*got one on the meta device"):
+            call(**given)
 
 
 OPTION_CASES = {
@@ -166,6 +180,7 @@ CALL_CASES = {
     "sequence_ids-bool": ({"sequence_ids": IDS.bool()}, TYPE),
     "sequence_ids-list": ({"sequence_ids": [0] * 6}, TYPE),
     "sequence_ids-meta": ({"sequence_ids": IDS.to("meta")}, VALUE),
+    "sequence_ids-sparse": ({"sequence_ids": IDS.to_sparse()}, TYPE),
     "num_items-zero": ({"num_items_in_batch": 0}, VALUE),
     "num_items-negative": ({"num_items_in_batch": -1.0}, VALUE),
     "num_items-nan": ({"num_items_in_batch": math.nan}, VALUE),
