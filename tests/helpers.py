@@ -112,10 +112,10 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = FLOAT32_REL
 def assert_rounds_like(actual: Tensor, plain: Tensor, truth: Tensor, terms: int, what: str = "value") -> None:
     """Error of `actual` at most √terms times that of `plain`, both against `truth` in float64, or one rounding.
 
-    For calls that are equal on paper only. A sum of k terms is rounded by one unit at best (terms of one block, or fused)
-    and by about √k units when they are added one by one, with errors of random sign (Higham, Accuracy and Stability of
-    Numerical Algorithms, section 2.8). Which order a library takes depends on processor, shape and alignment; so two
-    right computations differ by at most √k on any machine, where k is the longest sum that makes up a result.
+    For calls that are equal on paper only. A sum of k terms is rounded by one unit at best (in one block, or fused) and
+    by about √k units when its terms are added one by one, with errors of random sign (Higham, Accuracy and Stability of
+    Numerical Algorithms, section 2.8). Which order a library takes depends on processor, shape and alignment; so the
+    errors of two right computations differ by at most √k on any machine. k is the longest sum that makes up a result.
     """
     exact = truth.detach().double()
     ours, theirs = (float((t.detach().double() - exact).norm()) for t in (actual, plain))

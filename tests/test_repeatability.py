@@ -59,14 +59,16 @@ def results() -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def print_digests() -> None:
+def digests() -> str:
     """One line a computation: what it is, and a digest of the bits of its results."""
     torch.manual_seed(0)
+    lines = []
     for name, tensors in results().items():
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().contiguous().ravel().view(torch.uint8).numpy().tobytes())
-        print(name, digest.hexdigest())
+        lines.append(f"{name} {digest.hexdigest()}")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def print_digests() -> None:
     [pytest.param(*s, marks=() if s in FAST else pytest.mark.slow, id=f"{s[0]}-{s[1]}") for s in SETTINGS],
 )
 def test_two_processes_give_the_same_bits(processor, threads):
-    code = "from tests.test_repeatability import print_digests; print_digests()"
+    code = "from tests.test_repeatability import digests; print(digests())"
     first, second = (run_python(code, **environment(processor, threads)) for _ in range(2))
     assert first == second
     assert len(set(first.splitlines())) >= 2 + len(LOSSES)

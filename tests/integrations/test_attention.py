@@ -120,7 +120,7 @@ def _value(name: str, attention: str) -> float:
 
 
 def assert_other_loss(value: float, want: Tensor) -> None:
-    """Off by ten times what `assert_same_loss` forgives. How far it is off is chance, and differs between processors."""
+    """Off by ten times what `assert_same_loss` forgives. How far off is chance, and differs between processors."""
     assert abs(value - float(want)) > 1e-4 * abs(float(want)), "the window made no difference"
 
 

@@ -404,10 +404,10 @@ def test_logsumexps_are_those_of_the_visible_scores(kernel, dtype):
     assert logsumexp.dtype == torch.promote_types(dtype, torch.float32)
     truth = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
     if kernel is kernels.FLASH and dtype == torch.bfloat16:
-        # For half precision PyTorch's fused kernel takes exponentials that are only as exact as the result's dtype needs;
-        # how exact depends on the processor (measured: 5e-5 with AVX-512, 8e-5 with AVX2, 6e-7 without either). A piece's
-        # sum is off by that share, and joined pieces by an average of their shares: no more than one whole row of the
-        # kernel's own, of as many keys, but for the rows at hand: twice that.
+        # For half precision PyTorch's fused kernel takes exponentials that are only as exact as the result's dtype
+        # needs, and how exact that is depends on the processor. A piece's sum is off by that share, and joined pieces by
+        # an average of their shares: by no more than the kernel's own sums, of as many keys. Twice that, because the
+        # largest error of other sums is another one.
         _, theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, True, scale=0.3)
         causal = torch.ones_like(visible).tril()
         error = (theirs - scores.masked_fill(~causal, -torch.inf).logsumexp(-1)).abs().max()
