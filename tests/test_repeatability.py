@@ -14,7 +14,6 @@ from tests.helpers import make_case, run_python
 from tests.processors import PROCESSORS, environment
 
 SETTINGS = [(processor, threads) for processor in PROCESSORS for threads in (1, 2, 3)]
-FAST = [("avx2", 3)]
 LOSSES = [
     nq.NextQuillLoss(anchor=0.1),
     nq.NextQuillLoss(weighted_effect=True, softcap=20.0, reduction="token"),
@@ -71,9 +70,11 @@ def digests() -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processor", "threads"),
-    [pytest.param(*s, marks=() if s in FAST else pytest.mark.slow, id=f"{s[0]}-{s[1]}") for s in SETTINGS],
+    SETTINGS,
+    ids=lambda value: str(value),
 )
 def test_two_processes_give_the_same_bits(processor, threads):
     code = "from tests.test_repeatability import digests; print(digests())"

@@ -122,7 +122,8 @@ def look(request, cache, tmp_path_factory) -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in TARGETS])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_fits(cache, target):
     modules = [argument for name in CASES for argument in ("--module", name)]
     done = run("-m", "nextquill_kernels.crosscompile", *modules, "--target", target, cache=cache)

@@ -255,6 +255,7 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
 def test_strided_hidden_states(view, device):
     case = make_case(37, 19, 53, device, ignored=0.0)

@@ -132,13 +132,13 @@ def test_a_masked_label_and_masked_columns(kernels):
 
 def test_a_masked_column_adds_nothing_to_divergence_and_entropy(kernels):
     """Its probability is 0, and 0 · inf would be NaN; what the counterfactual says of it does not matter."""
-    z1, z0, y, out = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 1, 2]), torch.empty(8, 3)
+    z1, z0, y, out = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 1, 2]), torch.empty(11, 3)
     z1[:, 5] = -torch.inf
     kernels.pair_stats(z1, z0, y, out)
     can_occur = torch.arange(7) != 5
     log_p1, log_p0 = (z.double().log_softmax(1)[:, can_occur] for z in (z1, z0))
-    assert_close(out[6], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
-    assert_close(out[7], -(log_p1.exp() * log_p1).sum(1))
+    assert_close(out[9], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
+    assert_close(out[10], -(log_p1.exp() * log_p1).sum(1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])

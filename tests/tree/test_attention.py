@@ -374,6 +374,7 @@ def test_masks_are_cut_and_the_result_is_the_same(kernel, monkeypatch):
 # ---- as an operator ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 2.0)], ids=["plain", "window-softcap"])
 def test_opcheck(dtype, window, softcap):
@@ -405,9 +406,9 @@ def test_logsumexps_are_those_of_the_visible_scores(kernel, dtype):
     truth = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
     if kernel is kernels.FLASH and dtype == torch.bfloat16:
         # For half precision PyTorch's fused kernel takes exponentials that are only as exact as the result's dtype
-        # needs, and how exact that is depends on the processor. A piece's sum is off by that share, and joined pieces by
-        # an average of their shares: by no more than the kernel's own sums, of as many keys. Twice that, because the
-        # largest error of other sums is another one.
+        # needs, and how exact that is depends on the processor. A piece's sum is off by that share, and joined pieces
+        # by an average of their shares: by no more than the kernel's own sums, of as many keys. Twice that, because
+        # the largest error of other sums is another one.
         _, theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, True, scale=0.3)
         causal = torch.ones_like(visible).tril()
         error = (theirs - scores.masked_fill(~causal, -torch.inf).logsumexp(-1)).abs().max()

@@ -225,6 +225,7 @@ def test_copies_are_summed_in_float32(device):
 # ---- as an operator ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 2.0)], ids=["plain", "window-softcap"])
 def test_opcheck(dtype, window, softcap):

@@ -124,8 +124,8 @@ MUTATIONS = (
     Mutation(
         "head-softcap-restored",
         f"{_FOLDER}/probe.py",
-        "            setattr(config, _SOFTCAP, value)\n",
-        "            setattr(config, _SOFTCAP, None)\n",
+        "object.__setattr__(config, _SOFTCAP, value)",
+        "object.__setattr__(config, _SOFTCAP, None)",
         "a model that was trained generates without its soft cap",
     ),
     Mutation(

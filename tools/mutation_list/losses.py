@@ -55,8 +55,8 @@ MUTATIONS = (
     Mutation(
         "functional-kl-and-entropy",
         "nextquill/functional.py",
-        "kl=rows[6], entropy=rows[7]",
-        "kl=rows[7], entropy=rows[6]",
+        "*nlls, kl, entropy = (",
+        "*nlls, entropy, kl = (",
         "linear_pair_stats swaps its two statistics",
     ),
     Mutation(

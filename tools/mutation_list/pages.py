@@ -118,8 +118,8 @@ MUTATIONS = (
     Mutation(
         "cli-loss-names",
         "nextquill/cli/options.py",
-        '"perce": PerCELoss,',
-        '"perce": LongCELoss,',
+        '"perce": "PerCELoss"',
+        '"perce": "LongCELoss"',
         "--loss perce trains LongCE",
     ),
     Mutation(
