@@ -30,12 +30,10 @@ def _seed():
 
 
 def pytest_collection_finish():
-    """Imported modules stay: collections of garbage, one after every training, need not walk through them again.
-
-    They took a third of the trainers' tests.
-    """
+    """Leaves what was imported out of collections of garbage: each training makes one, of a third of a second."""
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None  # `nextquill prepare` ends with it, and would undo this for all tests that follow
 
 
 @pytest.hookimpl(wrapper=True)

@@ -59,17 +59,6 @@ def results(function, tensors, labels, grads, options):
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(call=calls())
 def test_pair_operator(impl, call):
-    check(impl, call)
-
-
-@settings(max_examples=5, deadline=None, derandomize=True, database=None)
-@given(call=calls())
-def test_pair_operator_in_triton(call):
-    """A second a call under the interpreter: a few of the calls above."""
-    check("triton", call)
-
-
-def check(impl, call):
     if reason := why_not(impl, CPU, torch.float32):
         pytest.skip(reason)
     tensors, labels, options = call

@@ -32,7 +32,7 @@ LOSSES = [
 losses = pytest.mark.parametrize("loss_fn", LOSSES, ids=["NextQuill", "detached", "PerCE", "LongCE", "SFT", "user"])
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @losses
 @pytest.mark.parametrize("poison", [NAN, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 def test_what_an_ignored_row_holds_is_inert(loss_fn, poison):
@@ -73,7 +73,7 @@ def test_an_upstream_nan_on_an_ignored_row_is_inert():
     assert not case.factual.grad[ignored].any()
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @losses
 @pytest.mark.parametrize("stream", ["factual", "counterfactual"])
 def test_nan_in_a_counted_row_is_visible(loss_fn, stream):

@@ -20,6 +20,7 @@ _STARTS_ANOTHER = (
 )
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_all_processes_and_their_stacks() -> None:
     began = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match="hung") as failure:

@@ -44,6 +44,7 @@ def test_it_refuses_without_a_gpu(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tests_and_measures(tmp_path, capsys, suite):
     test = write(tmp_path / "test_one.py", PASSING)
     assert main(["--out", str(tmp_path / "out"), "--dry-run", "--tests", str(test), "--seconds", "100"]) == 0

@@ -1,6 +1,5 @@
 """`nextquill compare`: what it leaves, that it goes on where it was stopped, and what is refused before any work."""
 
-import gc
 import json
 import os
 import shutil
@@ -19,14 +18,6 @@ from nextquill.evaluation.results import read_evaluation, read_examples
 from nextquill.integrations.loading import load_prompt_settings
 
 ARMS = ("sft", "perce")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects_to_collect():
-    """Every run collects garbage, which takes a third of a second with all that the test session has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def words(data, folder, *more, seeds=(0,), arms=ARMS):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 from types import SimpleNamespace
 
@@ -24,14 +23,6 @@ RECORDS = [
 ]
 SETTINGS = PromptSettings(PromptTemplate(), 256)
 STEPS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_objects_to_collect():
-    """Every run collects garbage, which takes a third of a second with all that the test session has imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class KilledError(Exception):

@@ -219,6 +219,7 @@ def test_command_line_refuses_the_interpreter(cache):
     assert "TRITON_INTERPRET: expected it to be unset" in done.stderr
 
 
+@pytest.mark.slow
 def test_command_line_reports_a_refusal(cache):
     code = """
 import dataclasses, sys
