@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from helpers import assert_rounds_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integration_helpers import TEMPLATE, VOCABULARY, branch_nll, make_records, tiny_model, word_tokenizer
@@ -18,6 +17,7 @@ from nextquill.integrations.item_effects import item_effects, leave_one_out
 from nextquill.integrations.passes import PairPasses
 from nextquill.integrations.preferences import encode_pairs, has_pair, preference_scores
 from nextquill.integrations.scoring import BranchScorer, score_branches
+from tests.helpers import assert_rounds_like
 
 DTYPES = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-11}}
 
