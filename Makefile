@@ -79,21 +79,20 @@ clean:
 	rm -rf .venv build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +
 
-# Whatever is missing is installed again, also where someone removed a part of the environment.
-ifneq ($(wildcard $(READY)-venv),)
-ifneq ($(shell $(PY) -I -c 'import importlib.util as u; print(all(map(u.find_spec, ["pip", "torch", "nextquill"])))' 2>&1),True)
-ifneq ($(wildcard $(READY)-cli $(READY)-test $(READY)-docs $(READY)-dev),)
+ifneq ($(shell test -w . && echo writable),writable)
+$(error $(CURDIR) cannot be written to: copy it to a folder that can, and run make there)
+endif
+
+# An environment of which a part was removed, or whose Python was, is made again.
+ifneq ($(shell [ ! -e $(READY)-contents ] || xargs ls -dL <$(READY)-contents 2>&1 >/dev/null),)
 $(info The environment in $(VENV) is incomplete: making it again.)
 $(shell rm -f $(READY)-*)
 endif
-endif
-endif
 
 $(READY)-venv:
-	@test -w . || { echo "$(CURDIR) cannot be written to: copy it to a folder that can, and run make there."; exit 1; }
-	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON) here: install Python 3.10 or newer, or name one with PYTHON=path."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"nextquill needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: name another with PYTHON=path.")'
-	$(PYTHON) -m venv --clear $(VENV)
+	@"$(PYTHON)" -c '' >/dev/null 2>&1 || { echo "There is no $(PYTHON) that runs: install Python 3.10 or newer, or name one with PYTHON=path."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"nextquill needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: name another with PYTHON=path.")'
+	"$(PYTHON)" -m venv --clear $(VENV)
 	@touch $@
 
 # An extra contains the ones before it, so installing it makes those ready too.
@@ -107,6 +106,7 @@ $(READY)-cli $(READY)-test $(READY)-docs $(READY)-dev: $(READY)-%: pyproject.tom
 	$(PYTHON) -m venv --clear $(VENV); touch $(READY)-venv; fi; touch $(READY)-installing
 	@echo "Installing nextquill[$*] into $(VENV); the first time takes a few minutes."
 	@$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input -c constraints.txt -e '.[$*]'
+	@ls -d $(PY) $(VENV)/lib/python*/site-packages/* | grep -v 'info$$\|__pycache__' >$(READY)-contents
 	@rm $(READY)-installing
 	@touch $(addprefix $(READY)-,$(CONTAINS))
 
