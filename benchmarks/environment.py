@@ -30,7 +30,7 @@ def _driver() -> str:
 
 def _wide(device: torch.device, dtype: torch.dtype) -> str:
     """Without the first a product is widened afterwards; without the second dW is added slice by slice."""
-    from nextquill.ops import wide
+    from nextquill.ops import mixed_precision_mm as wide
 
     try:
         there = wide.has_wide_mm(device, dtype)

@@ -28,7 +28,7 @@ import nextquill as nq
 from benchmarks.peers.plain import nextquill_objective, nextquill_plain, perce_plain, sft_plain
 from benchmarks.step_cases import Case
 from nextquill.data import Branch, EncodedExample
-from nextquill.integrations.passes import PairPasses
+from nextquill.models.branch_passes import PairPasses
 
 #: A micro-batch's share of the step's loss.
 Micro = Callable[[], Tensor]

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 import nextquill as nq
 from nextquill.data import EncodedDataset, ExampleEncoder, PromptTemplate, load_records
-from nextquill.integrations.trl import CausalSFTTrainer
+from nextquill.training.trl import CausalSFTTrainer
 
 
 @dataclass

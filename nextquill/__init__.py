@@ -30,14 +30,14 @@ from nextquill.lazy import on_first_use
 if TYPE_CHECKING:
     from nextquill import tree
     from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
-    from nextquill.integrations.passes import PairPasses
-    from nextquill.integrations.trainer import NextQuillTrainer
     from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
+    from nextquill.models.branch_passes import PairPasses
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
+    from nextquill.training.trainer import NextQuillTrainer
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
-        ("outputs", "weighting", "functional", "losses", "tree", "integrations.passes", "integrations.trainer"),
+        ("outputs", "weighting", "functional", "losses", "tree", "models.branch_passes", "training.trainer"),
         needs={"PairPasses": "transformers", "NextQuillTrainer": "transformers"},
     )
 

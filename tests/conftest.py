@@ -9,6 +9,8 @@ from collections import defaultdict
 from itertools import combinations
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch here, and of every process that a test starts
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_DISABLED", "true")  # trainers report to whatever is installed unless told
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def test_its_names_bring_nothing_that_torch_does_not():
     use = f"import nextquill as nq; [getattr(nq, name) for name in {[*MODULES, *NEEDING_TORCH_ALONE]!r}]"
     found = imported(f"{use}; nq.tree.build_prefix_tree", after="import torch")
     assert {name.partition(".")[0] for name in found} == {"nextquill"}
-    assert not found & {"nextquill.data", "nextquill.integrations", "nextquill.cli"}
+    assert not found & {"nextquill.data", "nextquill.models", "nextquill.training", "nextquill.cli"}
     assert {f"nextquill.{name}" for name in MODULES} <= found
 
 
@@ -48,3 +48,22 @@ def test_public_names_are_sorted_and_unknown_ones_are_refused():
     assert list(nq.__all__) == sorted(nq.__all__)
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         _ = nq.nothing_of_this_name
+
+
+FORMER = """
+import importlib
+from nextquill import integrations as former
+for name, now in former._NOW.items():
+    assert name == "ATTENTIONS" or importlib.import_module(now)
+    for statement in (f"import {former.__name__}.{name}", f"from {former.__name__} import {name}"):
+        try:
+            exec(statement)
+        except ImportError as error:
+            assert str(error) == f"{former.__name__}.{name} is now {now}", error
+        else:
+            raise AssertionError(f"{statement} succeeded")
+"""
+
+
+def test_former_paths_name_the_new_ones():
+    run_python(FORMER)

@@ -15,8 +15,8 @@ import nextquill.data
 from nextquill import NextQuillLoss, reference
 from nextquill.cli.main import COMMANDS, main
 from nextquill.data import PaddedCollator
-from tests.integrations.integration_helpers import make_args, make_records, random_examples, tiny_model
-from tests.integrations.integration_helpers import word_tokenizer as make_tokenizer
+from tests.models.model_helpers import make_args, make_records, random_examples, tiny_model
+from tests.models.model_helpers import word_tokenizer as make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,23 +12,23 @@ from transformers import TrainingArguments, set_seed
 
 from nextquill.cli.bars import bar
 from nextquill.cli.compare_options import EVALUATION_SEED, CompareEvaluation, CompareFiles, CompareOptions
+from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
 from nextquill.cli.parsing import UsageError, one_line, parse
-from nextquill.cli.scored import encode_records, read_records
 from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.comparison import reporting
 from nextquill.comparison.arms import choose_arms
 from nextquill.comparison.folder import RunRecord, check_settings, opened
 from nextquill.comparison.running import Setup, Task, check_trainable, finished, perform, remaining_seconds, tasks
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
-from nextquill.integrations.evaluating import EvaluationOptions, evaluate_model
-from nextquill.integrations.evaluation_tasks import TaskTexts
-from nextquill.integrations.identity import model_digest, records_digest
-from nextquill.integrations.loading import PromptSettings
-from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.evaluation.evaluating import EvaluationOptions, evaluate_model
+from nextquill.evaluation.identity import model_digest, records_digest
+from nextquill.evaluation.task_measures import TaskTexts
+from nextquill.models.loading import PromptSettings
+from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.report.comparison import reporting
 from nextquill.report.terminal import results_table
 
 DESCRIPTION = (

@@ -13,23 +13,23 @@ from tempfile import TemporaryDirectory
 from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.flags import claim_output_file, option
+from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import Loaded, check_files, eval_records
 from nextquill.data import Record
 from nextquill.data.skipped import SkippedRecords
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, NextQuillError, RecordError
 from nextquill.evaluation.compare import compare_evaluations
+from nextquill.evaluation.folder import check_folder
+from nextquill.evaluation.generation import ENGINES, check_engine
+from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
+from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
-from nextquill.files import write_whole
-from nextquill.integrations.evaluation_folder import check_folder
-from nextquill.integrations.evaluation_options import EvaluationOptions
-from nextquill.integrations.generation import ENGINES, check_engine
-from nextquill.integrations.identity import records_digest
+from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
     "Measure a model on records: nll of the responses with the user's history, without it and under another user's "
@@ -157,7 +157,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
-    from nextquill.integrations.evaluating import evaluate_model
+    from nextquill.evaluation.evaluating import evaluate_model
 
     try:
         with _flags_in_errors():

@@ -20,7 +20,7 @@ _NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "it
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Every measure with its interval: of the records' responses, of pairs, of generated texts."""
-    from nextquill.integrations.measures import place_of
+    from nextquill.evaluation.measures import place_of
 
     tables: dict[str, dict[str, dict[str, MetricValue]]] = {}
     for name, metric in evaluation.metrics.items():
@@ -48,7 +48,7 @@ def print_differences(
     differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
 ) -> None:
     """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
-    from nextquill.integrations.measures import place_of
+    from nextquill.evaluation.measures import place_of
 
     table = new_table(f"this - {folder}", "difference", "p")
     for name, found in differences.items():

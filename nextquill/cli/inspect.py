@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, option
+from nextquill.cli.load_and_score import read_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import read_records
 from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
-from nextquill.integrations.loading import PromptSettings, context_length, find_tokenizer, load_prompt_settings
-from nextquill.integrations.scratch import SCRATCH_SIZES, build_tokenizer, training_texts
+from nextquill.models.loading import PromptSettings, context_length, find_tokenizer, load_prompt_settings
+from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample, ExampleEncoder
@@ -163,7 +163,7 @@ def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> 
         record, index: the record and its position.
         other: the other user's history that stands for none, where the template asks for one.
     """
-    from nextquill.integrations.scoring import token_texts
+    from nextquill.evaluation.scoring import token_texts
     from nextquill.tree import build_prefix_tree
 
     example = encoder.encode(record, index, counterfactual_history=other)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nextquill.cli.flags import check_positive, option
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError, NextQuillError
-from nextquill.integrations import ATTENTIONS
-from nextquill.integrations.loading import PromptSettings, is_adapter
-from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.models import ATTENTIONS
+from nextquill.models.loading import PromptSettings, is_adapter
+from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import bounded, new_table, show
 from nextquill.cli.flags import check_positive, claim_output_file, option
+from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
 from nextquill.cli.popi_options import (
@@ -22,19 +23,18 @@ from nextquill.cli.popi_options import (
     naming,
     read_settings,
 )
-from nextquill.cli.scored import device
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.files import write_whole
-from nextquill.integrations import ATTENTIONS
-from nextquill.integrations.loading import find_tokenizer, load_model
+from nextquill.models import ATTENTIONS
+from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import Draw
+from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from nextquill.popi.measures import Evaluation, Measured
     from nextquill.popi.roles import Role
-    from nextquill.popi.saved import SavedRun
+    from nextquill.popi.saved_run import SavedRun
 
 DESCRIPTION = (
     "Measure on held-out pairs whether the generator prefers what its user chose: without context, with the user's raw "
@@ -169,7 +169,7 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
 
 
 def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
-    from nextquill.popi.saved import trained_users
+    from nextquill.popi.saved_run import trained_users
 
     trained = trained_users(folder)
     both = [draw.user_id for draw in draws if draw.user_id in trained]

@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         known = SummaryFile(options.summaries).read()
     templates = None
     if options.model is not None:
-        from nextquill.popi.saved import saved_settings
+        from nextquill.popi.saved_run import saved_settings
 
         with naming("model"):
             templates = saved_settings(options.model).templates

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging as transformers_logging
 
 from nextquill.cli.flags import check_positive, option
-from nextquill.cli.scored import device
+from nextquill.cli.load_and_score import device
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
 from nextquill.errors import ArgumentError, NextQuillError, RecordError
@@ -20,7 +20,7 @@ from nextquill.popi.users import User, users_from_records
 
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
-    from nextquill.popi.saved import SavedRun, SavedSettings
+    from nextquill.popi.saved_run import SavedRun, SavedSettings
     from nextquill.popi.summarizing import HeldOut
 
 #: The library's own records, besides the data sets that `convert` knows.
@@ -108,7 +108,7 @@ class PopiSignals:
 
 def loaded_run(options: PopiRunOptions) -> SavedRun:
     """The run, on its device; a mistake in its folder names the flag."""
-    from nextquill.popi.saved import SavedRun
+    from nextquill.popi.saved_run import SavedRun
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -120,7 +120,7 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
 
 def read_settings(options: PopiRunOptions) -> SavedSettings:
     """How the run was trained, read before anything that takes time."""
-    from nextquill.popi.saved import saved_settings
+    from nextquill.popi.saved_run import saved_settings
 
     with naming("model"):
         return saved_settings(options.model)

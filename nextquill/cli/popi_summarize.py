@@ -25,7 +25,7 @@ from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import User
 
 if TYPE_CHECKING:
-    from nextquill.popi.saved import SavedRun
+    from nextquill.popi.saved_run import SavedRun
 
 DESCRIPTION = (
     "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals, the "

@@ -18,13 +18,14 @@ from nextquill.cli.train import DEFAULTS, end, quieten, say, train
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
-from nextquill.integrations import ATTENTIONS, checkpoints
-from nextquill.integrations.loading import is_adapter, load_model
-from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.models import ATTENTIONS
+from nextquill.models.loading import is_adapter, load_model
+from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import PopiTemplates
 from nextquill.popi.roles import INFERENCE, check_roles
 from nextquill.popi.users import User
+from nextquill.storage import checkpoints
 
 if TYPE_CHECKING:
     from nextquill.popi.trainer import POPITrainer

@@ -19,7 +19,7 @@ from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.data import iter_jsonl
 from nextquill.errors import BudgetError, CheckpointError, OutputExistsError, RecordError
-from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
     from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset

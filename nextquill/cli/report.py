@@ -12,10 +12,10 @@ from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.errors import ArgumentError
-from nextquill.files import write_whole
 from nextquill.report.html import render_page
 from nextquill.report.run_page import DEFAULT_EXAMPLES, runs_page
 from nextquill.report.runs import Run, labels, read_run
+from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
     "Put runs side by side on one HTML page that needs no network: training curves, measures with intervals and paired "

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedModelError
-from nextquill.integrations import checkpoints
-from nextquill.integrations.loading import load_tokenizer
+from nextquill.models.loading import load_tokenizer
+from nextquill.storage import checkpoints
 
 
 def resume_point(folder: Path, given: str | None) -> Path | None:

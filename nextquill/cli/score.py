@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.cli.flags import claim_output_file
+from nextquill.cli.load_and_score import Scored
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, ScoreOptions
 from nextquill.cli.parsing import parse
-from nextquill.cli.scored import Scored
-from nextquill.integrations.identity import model_identity, records_digest
-from nextquill.integrations.partial_file import PartialFile
+from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.report.terminal import effect_legend, effect_text
+from nextquill.storage.resumable_jsonl import PartialFile
 
 DESCRIPTION = (
     "Score records without gradient and write one JSON line per record: tokens, nll_factual, nll_counterfactual, "
@@ -29,7 +29,7 @@ DESCRIPTION = (
 def run(arguments: Sequence[str]) -> int:
     kinds = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, kinds, arguments)
-    from nextquill.integrations.scoring import effect_line
+    from nextquill.evaluation.scoring import effect_line
 
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     scored = Scored(model_options, prompt_options, files)

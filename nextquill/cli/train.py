@@ -12,30 +12,31 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
 from nextquill.cli.parsing import UsageError, one_line, parse
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
-from nextquill.cli.scored import encode_records, read_records
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, RecordError
-from nextquill.integrations import checkpoints
-from nextquill.integrations.checks import default_max_length
-from nextquill.integrations.loading import (
+from nextquill.models.limits import default_max_length
+from nextquill.models.loading import (
     PROMPT_FILE,
     PromptSettings,
     context_length,
     load_model,
     load_prompt_settings,
 )
-from nextquill.integrations.scratch import SCRATCH_SIZES
+from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.storage import checkpoints
+from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from nextquill.integrations.trainer import NextQuillTrainer
+    from nextquill.training.trainer import NextQuillTrainer
 
 DESCRIPTION = (
     "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of "
@@ -92,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         checkpoints.check_identity(resume, trainer.run_identity())
     if args.should_save:
         open_output_dir(folder, resume)
-        checkpoints.write_text(folder / PROMPT_FILE, settings.to_json())
+        write_whole(folder / PROMPT_FILE, settings.to_json())
     say(trainer, summary(trainer, loss_options.loss))
     code = train(trainer, folder, resume)
     end(trainer)
@@ -191,7 +192,7 @@ def datasets(
 
 def build_trainer(**options: Any) -> NextQuillTrainer:
     """The trainer; what transformers refuses in its arguments is the user's to mend."""
-    from nextquill.integrations.trainer import NextQuillTrainer
+    from nextquill.training.trainer import NextQuillTrainer
 
     try:
         return NextQuillTrainer(**options)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from nextquill.cli.flags import check_positive
 from nextquill.cli.parsing import UsageError, one_line
-from nextquill.integrations.metrics import EVAL_COLUMNS
+from nextquill.training.meter import EVAL_COLUMNS
 
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 METRICS = (*EVAL_COLUMNS, "effect_logprob", "effect_placebo")

@@ -20,12 +20,8 @@ from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE
-from nextquill.integrations.checkpoints import write_text
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two comparisons in one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
+from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.locks import try_lock
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
@@ -99,7 +95,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Say that a run is finished."""
-    write_text(folder / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    write_whole(folder / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -152,10 +148,11 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
-        _take(lock, folder)
+        if not try_lock(lock):
+            raise OutputExistsError(f"--output_dir: another process is comparing in {folder}")
         if overwrite:
             empty(folder, keep=_LOCK_FILE)
-        write_text(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
+        write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
         yield
 
 
@@ -168,14 +165,3 @@ def empty(folder: Path, keep: str | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _take(lock: Any, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputExistsError(f"--output_dir: another process is comparing in {folder}") from error
-    except OSError:  # a file system without locks
-        return

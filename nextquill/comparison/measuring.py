@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from nextquill.integrations.trainer import NextQuillTrainer
+from nextquill.storage.fingerprints import fingerprint
+from nextquill.training.trainer import NextQuillTrainer
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _DIGITS = 16
@@ -59,7 +59,7 @@ class RunMeter(TrainerCallback, ExportableState):
         self.examples += len(indices)
         self.steps += 1
         if self.order_after is None or self.steps <= self.order_after:
-            self.order = hashlib.sha256(f"{self.order} {indices}".encode()).hexdigest()[:_DIGITS]
+            self.order = fingerprint([f"{self.order} {indices}"], digits=_DIGITS)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on from where a checkpoint left off."""

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from nextquill.comparison.arms import BASE, Arm, in_running_order, own_pace
 from nextquill.comparison.folder import (
@@ -36,10 +35,11 @@ from nextquill.comparison.folder import (
 )
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
+from nextquill.evaluation.identity import model_digest
 from nextquill.evaluation.results import EVALUATION_FILE, Evaluation
-from nextquill.integrations import checkpoints
-from nextquill.integrations.identity import model_digest
-from nextquill.integrations.loading import PROMPT_FILE, PromptSettings
+from nextquill.models.loading import PROMPT_FILE, PromptSettings
+from nextquill.storage import checkpoints
+from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from nextquill.comparison.measuring import ComparedTrainer
@@ -267,15 +267,15 @@ def _trainer(
 def _train(
     setup: Setup, arm: Arm, seed: int, folder: Path, model: Any, tokenizer: Any, record: RunRecord
 ) -> RunRecord | None:
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = checkpoints.last_checkpoint(folder)
     if last is None:
         empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
     matched = match_time(setup, arm, seed) if arm.matches_time else None
     trainer = _trainer(setup, arm, seed, folder, model, tokenizer, matched)
-    checkpoints.write_text(folder / PROMPT_FILE, setup.settings.to_json())
+    write_whole(folder / PROMPT_FILE, setup.settings.to_json())
     with setup.attend(trainer) as attention:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if attention.requested:
             return None
     _keep(trainer, folder, save_model=setup.save_models)

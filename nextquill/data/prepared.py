@@ -14,7 +14,6 @@ workers of a data loader share what one of them has read.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from nextquill.data.dataset import EncodedDataset
 from nextquill.data.encoding import ExampleEncoder
 from nextquill.data.examples import Branch, EncodedExample, EncodingStats
 from nextquill.data.templates import PromptTemplate
-from nextquill.data.tokenizing import reset_backend
+from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
 
 HEADER = "header.json"
@@ -207,15 +206,6 @@ def encoder_settings(encoder: ExampleEncoder) -> dict[str, Any]:
         "max_length": encoder.max_length,
         "max_response_length": encoder.max_response_length,
     }
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """16 digits that tell a tokenizer's pieces, rules and chat template from another's."""
-    if hasattr(tokenizer, "backend_tokenizer"):
-        text = reset_backend(tokenizer).to_str()
-    else:
-        text = json.dumps(sorted(tokenizer.get_vocab().items())) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
-    return hashlib.sha256(f"{text} {getattr(tokenizer, 'chat_template', None)}".encode()).hexdigest()[:16]
 
 
 def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:

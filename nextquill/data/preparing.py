@@ -36,7 +36,7 @@ from nextquill.data.prepared import (
 )
 from nextquill.data.records import Record
 from nextquill.errors import CheckpointError, OutputExistsError, RecordError
-from nextquill.files import write_whole
+from nextquill.storage.atomic_files import write_whole
 
 try:
     import fcntl

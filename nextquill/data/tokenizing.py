@@ -21,6 +21,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from nextquill.storage.fingerprints import fingerprint
+
 #: Token ids; four bytes each, where a list takes forty.
 Ids: TypeAlias = "array[int]"
 
@@ -275,3 +277,12 @@ def _alternatives(pattern: str) -> list[str]:
             start = position + 1
         position += 1
     return [*found, pattern[start:]]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 digits that tell a tokenizer's pieces, rules and chat template from another's."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        text = reset_backend(tokenizer).to_str()
+    else:
+        text = json.dumps(sorted(tokenizer.get_vocab().items())) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
+    return fingerprint([f"{text} {getattr(tokenizer, 'chat_template', None)}"])

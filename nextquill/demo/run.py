@@ -29,9 +29,9 @@ from nextquill.demo.training import (
 )
 from nextquill.demo.world import World
 from nextquill.errors import OutputExistsError
-from nextquill.files import write_whole
 from nextquill.report.html import render_page
 from nextquill.report.progress import Progress, phase_bars
+from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console

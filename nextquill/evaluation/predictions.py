@@ -17,7 +17,7 @@ from typing import Any
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
-from nextquill.files import write_whole
+from nextquill.storage.atomic_files import write_whole
 
 #: The scorer compares ids as they are: "310" is not 310.
 Id = str | int

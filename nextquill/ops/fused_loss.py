@@ -23,7 +23,7 @@ from nextquill.ops.dispatch import PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from nextquill.ops.objective import PairObjective, RowCoefficients, RowGradients
-from nextquill.ops.plan import RowGroup, RowPlan, group_rows
+from nextquill.ops.row_groups import RowGroup, RowPlan, group_rows
 from nextquill.outputs import PairNLL
 
 FACTUAL, COUNTERFACTUAL, EFFECT = range(3)

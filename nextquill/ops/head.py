@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextquill.ops.wide import addmm_into, has_wide_mm, mm_into
+from nextquill.ops.mixed_precision_mm import addmm_into, has_wide_mm, mm_into
 from nextquill.reference.linear import compute_dtype
 
 # A half-precision weight is cast to float32 on the CPU in slices of this size, so the cast never exists as a whole.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError
-from nextquill.ops.plan import check_label_range, wrong_labels
+from nextquill.ops.row_groups import check_label_range, wrong_labels
 
 
 class _Event(Protocol):

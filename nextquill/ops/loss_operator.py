@@ -14,9 +14,9 @@ from torch import Tensor
 from nextquill.ops.fused_loss import LossCall, pair_loss
 from nextquill.ops.gradients import Needs, first_order_only, rows_dtype
 from nextquill.ops.objective_spec import decode
-from nextquill.ops.plan import plan_rows
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import HeadOptions, define, nothing
+from nextquill.ops.row_groups import plan_rows
 from nextquill.reference.linear import compute_dtype
 from nextquill.weighting import check_number
 

@@ -19,7 +19,7 @@ from nextquill.ops.dispatch import PAIR_STATS, PAIR_STATS_DIVERGENCE, TOKEN_STAT
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from nextquill.ops.label_check import check_labels
-from nextquill.ops.plan import RowPlan, plan_rows, split_rows
+from nextquill.ops.row_groups import RowPlan, plan_rows, split_rows
 
 
 def head_nll(

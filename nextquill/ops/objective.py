@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError
-from nextquill.ops.plan import RowGroup, RowPlan
+from nextquill.ops.row_groups import RowGroup, RowPlan
 from nextquill.outputs import PairNLL
 from nextquill.weighting import (
     PUBLISHED_WEIGHTINGS,

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from nextquill.errors import ArgumentError, CheckpointError
-from nextquill.integrations.architectures import base_model, random_rates, text_config
-from nextquill.integrations.checks import check_arguments
-from nextquill.integrations.loading import context_length
+from nextquill.models.architectures import base_model, random_rates, text_config
+from nextquill.models.loading import context_length
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.rollouts import Sample
 from nextquill.popi.sample_log import SAMPLES_FILE
+from nextquill.training.checks import check_arguments
 
 _FILLED = ("compute_loss_func", "compute_metrics", "data_collator", "preprocess_logits_for_metrics", "model_init")
 _REFUSED = {

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import RecordError
-from nextquill.integrations.scoring import BranchScorer, pad_token
+from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.popi.objective import PairLosses, PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role

@@ -25,8 +25,8 @@ from nextquill.data._checks import check_one_of
 from nextquill.data.records import HistoryItem
 from nextquill.data.rendering import PromptRenderer
 from nextquill.errors import RecordError
-from nextquill.files import written_whole
 from nextquill.popi.prompts import PopiTemplates, tidy_summary
+from nextquill.storage.atomic_files import written_whole
 
 FORMATS = ("chat", "text")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
-from nextquill.integrations.passes import PairPasses
-from nextquill.integrations.scoring import BranchScorer, forward_budget, pad_token, usual_max_tokens
+from nextquill.evaluation.scoring import BranchScorer, forward_budget, pad_token, usual_max_tokens
 from nextquill.losses import SFTLoss
+from nextquill.models.branch_passes import PairPasses
 from nextquill.popi.roles import INFERENCE, Role
 
 # Padded branches of a forward with gradient: each is a row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import CheckpointError
-from nextquill.integrations.loading import is_adapter, load_tokenizer
+from nextquill.models.loading import is_adapter, load_tokenizer
+from nextquill.storage.fingerprints import fingerprint
 
 # Values of each of the base's weights that tell it from another.
 _SAMPLED_VALUES = 64
@@ -63,13 +63,13 @@ def base_digest(base: nn.Module) -> str | None:
     half = any(p.dtype == torch.float16 for p in base.parameters())
     if half or getattr(getattr(base, "config", None), "quantization_config", None) is not None:
         return None
-    digest = hashlib.sha256()
+    parts = []
     for name, parameter in base.named_parameters():
         if "lora_" not in name and parameter.is_floating_point():
             values = parameter.detach().reshape(-1)
             sample = values[:: max(1, values.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES].bfloat16().float()
-            digest.update(f"{name.replace('.base_layer', '')} {sample.cpu().tolist()}".encode())
-    return digest.hexdigest()[:16]
+            parts.append(f"{name.replace('.base_layer', '')} {sample.cpu().tolist()}")
+    return fingerprint(parts)
 
 
 def check_base(folder: Path, header: dict[str, Any], base: nn.Module) -> None:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.integrations.generation import GenerationOptions, Prompt
-from nextquill.integrations.generation.options import decoded
-from nextquill.integrations.generation.transformers_engine import transformers_engine
-from nextquill.integrations.loading import context_length
+from nextquill.evaluation.generation import GenerationOptions, Prompt
+from nextquill.evaluation.generation.options import decoded
+from nextquill.evaluation.generation.transformers_engine import transformers_engine
+from nextquill.models.loading import context_length
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
 
@@ -192,7 +192,7 @@ class RecordedRollouts:
 
 
 def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
-    """Samples of an engine of `integrations.generation`, in the order of the prompts, whatever their own indices."""
+    """Samples of an engine of `evaluation.generation`, in the order of the prompts, whatever their own indices."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = dict(engine.generate_ids(numbered))
     responses = [found[index] for index in range(len(numbered))]

@@ -26,15 +26,15 @@ from typing import Any
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.integrations.generation import GenerationOptions, Prompt
-from nextquill.integrations.generation.vllm_engine import (
+from nextquill.evaluation.generation import GenerationOptions, Prompt
+from nextquill.evaluation.generation.vllm_engine import (
     VLLMEngine,
     load_llm,
     lora_request,
     plain_lora,
     release,
 )
-from nextquill.integrations.loading import context_length, is_adapter
+from nextquill.models.loading import context_length, is_adapter
 from nextquill.popi.rollouts import Sample, check_prompts, in_order
 
 

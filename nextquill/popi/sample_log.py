@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nextquill.files import write_whole
+from nextquill.storage.atomic_files import write_whole
 
 SAMPLES_FILE = "sampled_summaries.jsonl"
 

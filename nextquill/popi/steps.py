@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import ArgumentError, BudgetError
-from nextquill.integrations.generation.options import Prompt
+from nextquill.evaluation.generation.options import Prompt
 from nextquill.popi.checks import check_samples
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.estimators import advantages

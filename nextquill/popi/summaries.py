@@ -11,7 +11,6 @@ The file is read and written whole under a lock, so several processes may add to
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,12 +27,9 @@ from nextquill.data.lines import json_lines
 from nextquill.data.records import HistoryItem, check_text, check_user_id
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
-from nextquill.files import written_whole
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes that write at once are not noticed
-    fcntl = None  # type: ignore[assignment]
+from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.locks import try_lock
 
 # Writing takes milliseconds: who waits longer waits for a process that hangs.
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02
@@ -85,7 +81,7 @@ class Summary:
 def signals_hash(signals: Sequence[HistoryItem]) -> str:
     """32 hexadecimal digits that change with any signal, its title or time, and with their order."""
     listed = json.dumps([item.to_dict() for item in signals], sort_keys=True)
-    return hashlib.sha256(listed.encode()).hexdigest()[:32]
+    return fingerprint([listed], digits=32)
 
 
 class SummaryFile:
@@ -207,24 +203,12 @@ class SummaryFile:
             except OSError as error:
                 raise RecordError(f"{self.path}: cannot be written: {error.strerror or error}") from error
             with stream:
-                if _lock(stream.fileno()) and _is_at(stream.fileno(), self.path):
+                if try_lock(stream) and _is_at(stream.fileno(), self.path):
                     yield
                     return
             if time.monotonic() > until:
                 raise OutputExistsError(f"{self.path}: another process has held it for {_PATIENCE_S:.0f} s")
             time.sleep(_PAUSE_S)
-
-
-def _lock(descriptor: int) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

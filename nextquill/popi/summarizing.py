@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nextquill.data import HistoryItem
 from nextquill.errors import RecordError
-from nextquill.integrations.generation import Prompt
+from nextquill.evaluation.generation import Prompt
 from nextquill.popi.prompts import InferencePrompts, tidy_summary
 from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts

@@ -12,7 +12,6 @@ uninterrupted one would have sampled, and no split of a step into micro-batches 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,8 +25,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
-from nextquill.integrations import checkpoints
-from nextquill.integrations.staged import StagedCheckpoints
 from nextquill.popi.checks import (
     check_args,
     check_batches,
@@ -47,6 +44,10 @@ from nextquill.popi.sample_log import SampleLog
 from nextquill.popi.steps import StepMaker, UserWork
 from nextquill.popi.summarizing import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
+from nextquill.storage import checkpoints
+from nextquill.storage.fingerprints import fingerprint
+from nextquill.training.atomic_checkpoints import StagedCheckpoints
+from nextquill.training.run_identity import run_identity
 
 
 class POPITrainer(StagedCheckpoints, Trainer):
@@ -210,16 +211,13 @@ class POPITrainer(StagedCheckpoints, Trainer):
     def run_identity(self) -> dict[str, Any]:
         """What must agree between this run and a checkpoint it resumes from."""
         users: Any = () if self.train_users is None else self.train_users.users
-        digest = hashlib.sha256()
-        for user in users:
-            digest.update(repr(user).encode(errors="surrogatepass"))
-        models = [checkpoints.run_identity(model, self.config) for model in self.roles.models]
+        models = [run_identity(model, self.config) for model in self.roles.models]
         args = self.args
         return {
             **models[0],
             "models": models,
             "templates": self.templates.to_dict(),
-            "users": digest.hexdigest()[:16],
+            "users": fingerprint(map(repr, users)),
             "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
         }

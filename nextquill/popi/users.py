@@ -27,7 +27,7 @@ from nextquill.data._checks import check_integer
 from nextquill.data.records import HistoryItem, Record, check_response, check_text
 from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.popi.answers import folded, holds
+from nextquill.popi.text_overlap import folded, holds
 
 #: A summary of a single signal repeats it; a user of whom no more is known is left out.
 _LEAST_SIGNALS = 2

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, json_objects
-from nextquill.report.choosing import choose
 from nextquill.report.data import GeneratedText, HistoryItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.measures import same_records, scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
+from nextquill.report.select_examples import choose
 
 _BRANCHES = {
     "factual": "generated with history",

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nextquill.errors import ArgumentError
-from nextquill.report.choosing import MIX
 from nextquill.report.curves import training_charts
 from nextquill.report.data import Page, ResponseView, Table
 from nextquill.report.examples import example_views
 from nextquill.report.measures import evaluated, measures_tables, same_records
 from nextquill.report.runs import Run
+from nextquill.report.select_examples import MIX
 
 DEFAULT_EXAMPLES = 20
 

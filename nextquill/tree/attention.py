@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.tree.dense_blocks import pieces
 from nextquill.tree.kernels import choose_kernel
-from nextquill.tree.pieces import pieces
 from nextquill.tree.segments import TreeLayout
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextquill.tree.pieces import Piece
+from nextquill.tree.dense_blocks import Piece
 
 #: (query, key, value, piece, scale, softcap) -> (out, logsumexp)
 _Forward = Callable[[Tensor, Tensor, Tensor, Piece, float, float | None], tuple[Tensor, Tensor]]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentTypeError, BackendUnavailableError
+from nextquill.tree.dense_blocks import Piece
 from nextquill.tree.kernels import MATH
-from nextquill.tree.pieces import Piece
 from nextquill.tree.prefix_tree import build_prefix_tree
 from nextquill.tree.segments import TreeLayout
 from nextquill.tree.varlen_plan import VarlenPlan, varlen_plan

@@ -14,7 +14,7 @@ from benchmarks import cases, environment, gate, head, measure, memory, plot, re
 from benchmarks.cases import FORWARD, FROZEN, TRAINABLE, TRAINING, Shape, Task
 from benchmarks.peers import cce, compose, liger, ours, plain, torch_lce
 from benchmarks.registry import Provider, ProviderError
-from nextquill.ops import wide
+from nextquill.ops import mixed_precision_mm as wide
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 32, 16, 96)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nextquill.comparison import arms as registry
 from nextquill.comparison.measuring import RunMeter
 from nextquill.evaluation.results import read_evaluation, read_examples
-from nextquill.integrations.loading import load_prompt_settings
+from nextquill.models.loading import load_prompt_settings
 
 ARMS = ("sft", "perce")
 
@@ -174,7 +174,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, nextquill, dat
 
 
 def test_ctrl_c_while_evaluating(uninterrupted, nextquill, data, tmp_path, monkeypatch):
-    from nextquill.integrations import evaluating
+    from nextquill.evaluation import evaluating
 
     scored, calls = evaluating.effect_line, []
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nextquill.data import ExampleEncoder, read_jsonl
-from nextquill.integrations.loading import load_prompt_settings
+from nextquill.models.loading import load_prompt_settings
 
 
 @pytest.fixture(scope="module")

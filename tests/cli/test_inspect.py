@@ -8,8 +8,8 @@ from rich.cells import cell_len
 
 from nextquill.cli.inspect import _lines, _visible
 from nextquill.data import ExampleEncoder, PromptTemplate, read_jsonl
-from nextquill.integrations.loading import PROMPT_FILE, PromptSettings
-from nextquill.integrations.scratch import build_tokenizer, training_texts
+from nextquill.models.loading import PROMPT_FILE, PromptSettings
+from nextquill.models.tiny_models import build_tokenizer, training_texts
 
 JINJA = "Q: {{ query }}\n{% for item in history %}\n* {{ item.text }}\n{% endfor %}\nA:"
 

@@ -6,8 +6,8 @@ from nextquill.cli.flags import check_positive
 from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
-from nextquill.integrations.loading import PromptSettings
 from nextquill.losses import LongCELoss, NextQuillLoss, PerCELoss, SFTLoss
+from nextquill.models.loading import PromptSettings
 
 STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="removal"), 700, 50)
 

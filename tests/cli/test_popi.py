@@ -7,7 +7,7 @@ import pytest
 
 from nextquill.cli import popi as command
 from nextquill.popi import POPIConfig
-from nextquill.popi.saved import SavedRun
+from nextquill.popi.saved_run import SavedRun
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
     r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"

@@ -7,7 +7,7 @@ import pytest
 
 from nextquill.popi.evaluation import CONTEXTS, PairScore
 from nextquill.popi.measures import measure
-from nextquill.popi.saved import SavedRun
+from nextquill.popi.saved_run import SavedRun
 from nextquill.popi.summaries import Summary, SummaryFile
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from nextquill.data import read_jsonl
-from nextquill.popi.saved import SavedRun
+from nextquill.popi.saved_run import SavedRun
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import held_out, users_from_records
 

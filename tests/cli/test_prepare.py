@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nextquill.data import ExampleEncoder, PreparedDataset, read_jsonl
-from nextquill.integrations.loading import load_prompt_settings, load_tokenizer
+from nextquill.models.loading import load_prompt_settings, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_the_library_trains_on_a_folder(prepare, trained, data, tmp_path):
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     from nextquill.errors import CheckpointError
-    from nextquill.integrations.trainer import NextQuillTrainer
+    from nextquill.training.trainer import NextQuillTrainer
 
     assert prepare(tmp_path / "p", "--placebo").code == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), load_tokenizer(str(trained))

@@ -50,7 +50,7 @@ class Trainer:
 
 def test_the_librarys_warnings_are_shown_while_training(capsys):
     with progress.shown(Trainer()):
-        logging.getLogger("nextquill.integrations.metrics").warning("it rose to %.1f", 2.0)
+        logging.getLogger("nextquill.training.meter").warning("it rose to %.1f", 2.0)
     assert capsys.readouterr().err == "nextquill: warning: it rose to 2.0\n"
     assert logging.getLogger("nextquill").handlers == []
 

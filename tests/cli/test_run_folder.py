@@ -7,7 +7,7 @@ import pytest
 
 from nextquill.cli.run_folder import check_output_dir, open_output_dir, resume_point
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.integrations.checkpoints import RUN_FILE
+from nextquill.storage.checkpoints import RUN_FILE
 
 
 @pytest.fixture

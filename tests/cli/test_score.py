@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nextquill.data import ExampleEncoder, read_jsonl
 from nextquill.errors import CheckpointError
-from nextquill.integrations import scoring
-from nextquill.integrations.loading import load_prompt_settings
-from nextquill.integrations.partial_file import PartialFile
+from nextquill.evaluation import scoring
+from nextquill.models.loading import load_prompt_settings
+from nextquill.storage.resumable_jsonl import PartialFile
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def whole(score, tmp_path_factory):
 @pytest.fixture
 def count_forwards(monkeypatch):
     """The number of records in each part that is scored."""
-    from nextquill.integrations.passes import PairPasses
+    from nextquill.models.branch_passes import PairPasses
 
     seen, own = [], PairPasses.scores
 
@@ -214,7 +214,7 @@ def test_a_process_that_is_killed_leaves_what_it_wrote(trained, data, whole, sco
     """SIGKILL, which nothing in the process can answer."""
     file, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
     code = (
-        "import os, signal; from nextquill.cli import main; from nextquill.integrations import scoring as c\n"
+        "import os, signal; from nextquill.cli import main; from nextquill.evaluation import scoring as c\n"
         "own, calls = c.effect_line, []\n"
         "def line(*a):\n"
         "    calls.append(1)\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextquill.integrations.loading import load_prompt_settings
+from nextquill.models.loading import load_prompt_settings
 
 FILES = {
     "config.json",

@@ -16,7 +16,7 @@ from nextquill.comparison.measuring import ComparedTrainer, RunMeter
 from nextquill.comparison.running import Setup, Task, finished, match_time, perform, remaining_seconds, run_arguments
 from nextquill.data import EncodedDataset, ExampleEncoder, HistoryItem, PromptTemplate, Record
 from nextquill.errors import CheckpointError
-from nextquill.integrations.loading import PromptSettings, load_model
+from nextquill.models.loading import PromptSettings, load_model
 
 RECORDS = [
     Record(f"u{i % 3}", f"query {i}", f"the answer of number {i}", (HistoryItem(f"a text {i}"),)) for i in range(8)

@@ -13,7 +13,7 @@ from nextquill_kernels.coefficients import row_coefficients
 from torch import Tensor
 
 from nextquill.ops.objective import PairObjective, RowCoefficients
-from nextquill.ops.plan import RowGroup, RowPlan
+from nextquill.ops.row_groups import RowGroup, RowPlan
 from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting, ExpClipWeighting, ThresholdWeighting, UniformWeighting, Weighting
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nextquill.ops import head as head_module
-from nextquill.ops import wide
+from nextquill.ops import mixed_precision_mm as wide
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.head import LinearHead
 from tests.helpers import assert_close, make_case

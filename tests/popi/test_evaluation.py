@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from nextquill.data import HistoryItem
 from nextquill.errors import BudgetError, RecordError
-from nextquill.integrations.scratch import ScratchSize, build_model, build_tokenizer
+from nextquill.models.tiny_models import ScratchSize, build_model, build_tokenizer
 from nextquill.popi import evaluation
 from nextquill.popi.evaluation import (
     CONTEXTS,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nextquill.errors import CheckpointError
-from nextquill.integrations.scoring import BranchScorer
+from nextquill.evaluation.scoring import BranchScorer
 from nextquill.popi import Roles, evaluation
 from nextquill.popi.adapters import switched
 from tests.popi.popi_helpers import (

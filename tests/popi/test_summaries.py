@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -192,18 +192,18 @@ def test_a_file_that_is_replaced_while_it_is_waited_for_is_held_anew(
     fcntl = pytest.importorskip("fcntl")
     file.put(make())
     monkeypatch.setattr(summaries, "_PATIENCE_S", 0.05)
-    lock, other = summaries._lock, file.path.with_name("other")
+    lock, other = summaries.try_lock, file.path.with_name("other")
     other.write_bytes(file.path.read_bytes())
     with other.open("ab") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
 
-        def replaced_first(descriptor: int) -> bool:
-            locked = lock(descriptor)
+        def replaced_first(stream: IO[bytes]) -> bool:
+            locked = lock(stream)
             if other.exists():
                 other.replace(file.path)
             return locked
 
-        monkeypatch.setattr(summaries, "_lock", replaced_first)
+        monkeypatch.setattr(summaries, "try_lock", replaced_first)
         with pytest.raises(OutputExistsError, match=r"another process has held it"):
             file.put(make("bob"))
 

@@ -6,7 +6,7 @@ import pytest
 
 from nextquill.data import HistoryItem
 from nextquill.errors import BudgetError, RecordError
-from nextquill.integrations.scratch import ScratchSize, build_model
+from nextquill.models.tiny_models import ScratchSize, build_model
 from nextquill.popi.prompts import InferencePrompts
 from nextquill.popi.roles import Role
 from nextquill.popi.summarizing import all_signals, hold_out, summarize

@@ -11,7 +11,8 @@ from torch.library import opcheck
 from torch.nn import functional as F  # noqa: N812
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.tree import TreeLayout, attention, build_prefix_tree, kernels, pieces, tree_attention, visibility_mask
+from nextquill.tree import TreeLayout, attention, build_prefix_tree, kernels, tree_attention, visibility_mask
+from nextquill.tree import dense_blocks as pieces
 from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close
 from tests.tree.strategies import branch_lists
 from tests.tree.trees import SMALL, dense_attention, grown_tree

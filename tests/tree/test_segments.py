@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.tree import TreeLayout, build_prefix_tree, visibility_mask
-from nextquill.tree.pieces import pieces
+from nextquill.tree.dense_blocks import pieces
 from tests.tree.strategies import branch_lists
 from tests.tree.trees import SMALL, prefixes
 

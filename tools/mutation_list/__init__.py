@@ -1,14 +1,14 @@
 """The mutations, by the project's rooms. Each is a defect that a user would notice, or a promise of the docs broken."""
 
 from tools.mutation import Mutation
-from tools.mutation_list import comparison, data, evaluation, integrations, kernels, losses, pages, popi, tree
+from tools.mutation_list import comparison, data, evaluation, kernels, losses, models, pages, popi, tree
 
 MUTATIONS: tuple[Mutation, ...] = (
     *losses.MUTATIONS,
     *kernels.MUTATIONS,
     *tree.MUTATIONS,
     *data.MUTATIONS,
-    *integrations.MUTATIONS,
+    *models.MUTATIONS,
     *evaluation.MUTATIONS,
     *popi.MUTATIONS,
     *comparison.MUTATIONS,

@@ -2,68 +2,66 @@
 
 from tools.mutation import Mutation
 
-_FOLDER = "nextquill/comparison"
-
 MUTATIONS = (
     Mutation(
         "comparison-equal-time",
-        f"{_FOLDER}/running.py",
+        "nextquill/comparison/running.py",
         "ratio = reference.seconds / pace.seconds",
         "ratio = pace.seconds / reference.seconds",
         "SFT at equal time gets less time, not more",
     ),
     Mutation(
         "comparison-learning-rate",
-        f"{_FOLDER}/running.py",
+        "nextquill/comparison/running.py",
         "args.learning_rate = setup.args.learning_rate * arm.learning_rate_factor",
         "args.learning_rate = setup.args.learning_rate",
         "SFT at twice the learning rate is plain SFT",
     ),
     Mutation(
         "comparison-seeds",
-        f"{_FOLDER}/running.py",
+        "nextquill/comparison/running.py",
         "    args.seed = seed\n",
         "    args.seed = setup.seeds[0]\n",
         "every seed sees the examples in the same order",
     ),
     Mutation(
         "comparison-finished",
-        f"{_FOLDER}/running.py",
+        "nextquill/comparison/running.py",
         "        if getattr(record, name) != value:\n",
         "        if getattr(record, name) is None:\n",
         "a finished run of another loss is taken",
     ),
     Mutation(
         "comparison-lock",
-        f"{_FOLDER}/folder.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "nextquill/comparison/folder.py",
+        "if not try_lock(lock):",
+        "if not try_lock(lock) and False:",
         "two comparisons run in one folder",
     ),
     Mutation(
         "comparison-holm",
-        f"{_FOLDER}/collecting.py",
+        "nextquill/report/comparison/collecting.py",
         "pair.p_value, p_adjusted, p_runs)",
         "pair.p_value, pair.p_value, p_runs)",
         "p-values are not adjusted for the number of arms",
     ),
     Mutation(
         "comparison-verdict",
-        f"{_FOLDER}/findings.py",
+        "nextquill/report/comparison/findings.py",
         'return "better" if (difference.value > 0) == measure.higher_is_better else "worse"',
         'return "better" if difference.value > 0 else "worse"',
         "a higher nll is called better",
     ),
     Mutation(
         "comparison-order",
-        f"{_FOLDER}/arms.py",
+        "nextquill/comparison/arms.py",
         "sorted(arms, key=lambda arm: arm.matches_time)",
         "sorted(arms, key=lambda arm: not arm.matches_time)",
         "the arm of equal time runs before the one whose time it takes",
     ),
     Mutation(
         "comparison-time-of-evaluation",
-        f"{_FOLDER}/measuring.py",
+        "nextquill/comparison/measuring.py",
         "    on_evaluate = on_save = on_log\n",
         "",
         "evaluations and checkpoints count as training time",

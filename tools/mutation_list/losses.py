@@ -141,7 +141,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ops-label-of-v",
-        "nextquill/ops/plan.py",
+        "nextquill/ops/row_groups.py",
         "(labels >= vocabulary)",
         "(labels > vocabulary)",
         "a label of V is not refused",
@@ -169,7 +169,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ops-given-weights-unchecked",
-        "nextquill/ops/plan.py",
+        "nextquill/ops/row_groups.py",
         "_check_weights(token_weights, unusable & (labels != ignore_index))",
         "_check_weights(token_weights, unusable & (labels == ignore_index))",
         "negative token_weights are accepted, and those of ignored rows refused",
@@ -190,7 +190,7 @@ MUTATIONS = (
     ),
     Mutation(
         "files-half-written",
-        "nextquill/files.py",
+        "nextquill/storage/atomic_files.py",
         """\
         with temporary.open("wb") as stream:
             yield stream

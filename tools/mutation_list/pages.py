@@ -33,7 +33,7 @@ MUTATIONS = (
     ),
     Mutation(
         "report-choice",
-        "nextquill/report/choosing.py",
+        "nextquill/report/select_examples.py",
         "key=lambda index: (-effects[index], index)",
         "key=lambda index: (effects[index], index)",
         "the examples with the smallest effects are said to have the largest",
@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cli-limit",
-        "nextquill/cli/scored.py",
+        "nextquill/cli/load_and_score.py",
         "skipped)[: files.limit]",
         "skipped)",
         "--limit does nothing",

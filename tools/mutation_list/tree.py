@@ -75,7 +75,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tree-band",
-        "nextquill/tree/pieces.py",
+        "nextquill/tree/dense_blocks.py",
         "(distance >= 0) & (distance < window))",
         "(distance >= 0) & (distance <= window))",
         "a sliding window sees one key too many inside long segments",

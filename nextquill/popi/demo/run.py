@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextquill.errors import OutputExistsError
-from nextquill.files import write_whole
 from nextquill.popi.demo.findings import Finding, find
 from nextquill.popi.demo.measuring import Measured, SeedRun, measure, measure_seed
 from nextquill.popi.demo.presentation import TABLE_NOTE, demo_page, demo_picture, results_table
@@ -27,6 +26,7 @@ from nextquill.popi.demo.training import (
 from nextquill.popi.demo.world import World
 from nextquill.report.html import render_page
 from nextquill.report.progress import Progress, phase_bars
+from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console

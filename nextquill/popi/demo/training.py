@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from nextquill.data import Branch, PromptTemplate
-from nextquill.integrations.scratch import ScratchSize, build_model
+from nextquill.models.tiny_models import ScratchSize, build_model
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.demo.recipe import Recipe
 from nextquill.popi.demo.world import (

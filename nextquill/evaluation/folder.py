@@ -1,0 +1,138 @@
+"""The folder of an evaluation while it is being written: what is there of this very one is kept and gone on with.
+
+    evaluation.json.partial   says which evaluation has begun here, and is held by one process at a time
+    NAME.partial              lines of a stage that was cut short
+    NAME                      a stage that is done
+    evaluation.json           appears last
+
+A stage is a file of JSON lines. Everything that is in the end written from them follows from them alone, so that an
+evaluation which was killed gives the same bytes as one which was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nextquill.errors import OutputExistsError
+from nextquill.evaluation.results import (
+    EFFECTS_FILE,
+    EVALUATION_FILE,
+    EXAMPLES_FILE,
+    ITEM_EFFECTS_FILE,
+    EvaluatedExample,
+    Evaluation,
+    json_objects,
+)
+from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
+
+PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
+# Their content is in the examples' file in the end.
+_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
+_STAGES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS)
+_RESULTS = (EXAMPLES_FILE, PREDICTIONS_FILE)
+
+Progress = Callable[..., Iterable[Any]]
+
+
+def check_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that cannot be written into, before any work.
+
+    Raises:
+        OutputExistsError: a finished evaluation is there, or the folder is no folder.
+    """
+    if (folder / EVALUATION_FILE).exists() and not overwrite:
+        raise OutputExistsError(f"folder: {folder} holds a finished evaluation; give another, or overwrite=True")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OutputExistsError(f"folder: expected a folder, {existing} is a file")
+
+
+class EvaluationFolder:
+    """A folder that one evaluation is written into. A context manager; a folder without any line is left as it was.
+
+    Args:
+        folder: made where it is missing.
+        run: what must agree for an evaluation to be gone on with, by name; JSON.
+        overwrite: delete the evaluation that is there, finished or another's.
+
+    Raises:
+        OutputExistsError: a finished evaluation is there, a file that would be written over, or another process.
+        CheckpointError: what was begun there is another evaluation; the message names what differs.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        check_folder(folder, overwrite=overwrite)
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._begun = BegunFile(folder / EVALUATION_FILE, run, overwrite=overwrite, argument="folder")
+        try:
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)
+            if self._begun.is_new:
+                self._clear(overwrite)  # first: what lies beside a file that is ours is taken for ours
+                self._begun.begin()
+        except BaseException:
+            self._begun.close(remove=self._begun.is_new)
+            raise
+
+    def __enter__(self) -> EvaluationFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        finished = (self.folder / EVALUATION_FILE).exists()
+        self._begun.close(remove=finished or not list(self._present()))
+
+    def stage(
+        self,
+        name: str,
+        indices: Sequence[int],
+        make: Callable[[PartialFile], Iterable[Mapping[str, Any]]],
+        desc: str,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """The lines of a stage: those that are there, and those that `make` yields.
+
+        Args:
+            name: the stage's file.
+            indices: of all its lines, in the order they get in the file.
+            make: called with what is there already; yields the other lines, in any order.
+            desc: for the progress bar.
+            progress: `progress(lines, total=..., initial=..., desc=...)` is iterated instead of the lines; `tqdm` fits.
+        """
+        path = self.folder / name
+        if not path.exists() and indices:
+            with PartialFile(path, {}, argument="folder") as partial:
+                lines = make(partial)
+                if progress is not None:
+                    lines = progress(lines, total=len(indices), initial=len(partial), desc=desc)
+                for line in lines:
+                    partial.write(line)
+                partial.finish(indices)
+        return [value for _, value in json_objects(path)] if indices else []
+
+    def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
+        """Write what the stages came to; the evaluation itself last."""
+        with written_whole(self.folder / EXAMPLES_FILE) as stream:
+            for example in examples:
+                stream.write((json.dumps(example.to_dict(), ensure_ascii=False) + "\n").encode())
+        with written_whole(self.folder / EVALUATION_FILE) as stream:
+            stream.write(evaluation.to_json().encode())
+        for name in _PROGRESS:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _present(self) -> Iterator[Path]:
+        """What an evaluation has written here, but for its last file and the one that says whose it is."""
+        for name in (*_STAGES, *_RESULTS):
+            for path in (self.folder / name, self.folder / f"{name}.partial"):
+                if path.exists():
+                    yield path
+
+    def _clear(self, overwrite: bool) -> None:
+        for path in list(self._present()):
+            if not overwrite:
+                raise OutputExistsError(f"folder: {path} exists; give another folder, or overwrite=True")
+            path.unlink()

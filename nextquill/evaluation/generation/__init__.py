@@ -1,0 +1,24 @@
+"""Responses by the model itself, greedy or sampled, behind one small interface.
+
+    options.py               what is generated, where it ends, and each example's own seed
+    transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
+    vllm_engine.py           vLLM, which batches by itself
+
+An engine takes prompts as token ids and yields `(index, text)`, or `(index, sampled ids)`, in any order.
+"""
+
+from __future__ import annotations
+
+from nextquill.evaluation.generation.engine import Engine, check_engine, generation_engine
+from nextquill.evaluation.generation.options import ENGINES, GenerationOptions, Prompt, make_prompts, stop_tokens
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "GenerationOptions",
+    "Prompt",
+    "check_engine",
+    "generation_engine",
+    "make_prompts",
+    "stop_tokens",
+]

@@ -1,0 +1,132 @@
+"""Generation by transformers' own `generate`, in left-padded batches of prompts of similar length.
+
+A sample is drawn as argmax(log p + g) with g Gumbel noise, which has the distribution p (E. J. Gumbel, Statistical
+Theory of Extreme Values, 1954). The noise of each prompt comes from a generator of its own, so that what is sampled for
+it does not depend on the prompts beside it, as it does with one generator for a batch. Padding changes the logits by
+rounding alone; only where two candidates come closer than that can another batch size give another token. The noise is
+drawn in double precision: on a GPU, float32 exponential variates begin at 6e-8, and the many tokens of a large
+vocabulary whose probabilities are below that would hardly ever be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
+from nextquill.models.loading import context_length
+
+
+@contextmanager
+def transformers_engine(
+    model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions
+) -> Iterator[TransformersEngine]:
+    """An engine around a model in eval mode, whose generation config says nothing but where to stop.
+
+    The config of a model that is trained with gradient checkpointing has no cache; generation has one all the same.
+    """
+    own, modes = model.generation_config, [(module, module.training) for module in model.modules()]
+    pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
+    )
+    model.eval()
+    try:
+        yield TransformersEngine(model, tokenizer, stops, options)
+    finally:
+        model.generation_config = own
+        for module, training in modes:
+            module.training = training
+
+
+class TransformersEngine:
+    """See `Engine`."""
+
+    def __init__(self, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
+        self._model, self._tokenizer, self._stops, self._options = model, tokenizer, stops, options
+
+    def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
+        """Yield index and text of each prompt, those of the longest prompts first."""
+        for index, ids in self.generate_ids(prompts, done):
+            yield index, decoded(self._tokenizer, ids, self._stops)
+
+    def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield index and tokens of each prompt, those of the longest prompts first."""
+        for batch, limit in self._batches(prompts):
+            wanted = [prompt.index not in done for prompt in batch]
+            if not any(wanted):
+                continue
+            for prompt, ids, want in zip(batch, self._respond(batch, limit), wanted, strict=True):
+                if want:
+                    yield prompt.index, up_to_stop(ids, self._stops)
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
+        """Prompts to run together, longest first, and how many tokens each may get.
+
+        Near the end of the model's context that number follows from a prompt's length, and only prompts with the same
+        one run together: the length of a response depends on its own prompt.
+        """
+        context, size = context_length(self._model), self._options.batch_size
+
+        ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index))
+        for tokens, group in groupby(ordered, lambda prompt: token_limit(prompt, self._options, context)):
+            members = list(group)
+            for start in range(0, len(members), size):
+                yield members[start : start + size], tokens
+
+    @torch.no_grad()
+    def _respond(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        if max_new_tokens < 1:
+            return [[] for _ in prompts]
+        longest = max(len(prompt.ids) for prompt in prompts)
+        device, pad = next(self._model.parameters()).device, self._model.generation_config.pad_token_id
+        padding = [longest - len(prompt.ids) for prompt in prompts]
+        rows = [
+            ([pad] * left + each.ids, [0] * left + [1] * len(each.ids))
+            for left, each in zip(padding, prompts, strict=True)
+        ]
+        input_ids, mask = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
+        outputs = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            logits_processor=self._sampling(prompts, device),
+        )
+        responses: list[list[int]] = outputs[:, longest:].tolist()
+        return responses
+
+    def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:
+        """What turns the most likely token into a sample; nothing for greedy responses."""
+        options, found = self._options, LogitsProcessorList()
+        if options.temperature > 0:
+            found.append(TemperatureLogitsWarper(float(options.temperature)))
+            if options.top_p < 1:
+                found.append(TopPLogitsWarper(options.top_p))
+            found.append(_GumbelNoise([prompt.seed for prompt in prompts], device))
+        return found
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Adds to each row -log(E), E exponential, from the row's own generator."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+        noise = torch.empty_like(scores, dtype=exact)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()

@@ -1,0 +1,202 @@
+"""Generation by vLLM (https://docs.vllm.ai), which schedules all prompts by itself and shares their prefixes.
+
+It loads the weights from the model's folder a second time, so the model in memory makes room for the length of the
+block: it waits on the CPU. Its kernels and its random numbers are not transformers': greedy texts agree up to rounding,
+samples do not.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
+from nextquill.models.loading import context_length, is_adapter
+
+# Prompts handed over at once: enough to fill its batches, few enough that a run that is cut short loses little.
+_AT_ONCE = 512
+# The ranks that vLLM has kernels for.
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What of an adapter's config vLLM refuses, or leaves out without a word: it scales all by one lora_alpha / r.
+_NOT_RUN = (
+    "use_dora", "modules_to_save", "bias", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
+    "trainable_token_indices",
+)  # fmt: skip
+_UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter, as vLLM runs it."""
+
+    base: str
+    folder: str
+    rank: int
+
+
+@contextmanager
+def vllm_engine(
+    model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions, model_name: str | None, longest: int
+) -> Iterator[VLLMEngine]:
+    """An engine with the weights that `model_name` holds, in the model's dtype; a LoRA adapter is run as one.
+
+    It makes room for prompts of up to `longest` tokens: room for a whole context often does not fit beside the weights.
+
+    Raises:
+        BackendUnavailableError, ArgumentError: see `check_vllm`.
+    """
+    adapter = check_vllm(model, model_name)
+    context, needed = context_length(model), longest + options.max_new_tokens
+    device, engine = next(model.parameters()).device, VLLMEngine(tokenizer, stops, options, context)
+    model.to("cpu")
+    release()
+    try:
+        engine.llm = load_llm(
+            str(model_name) if adapter is None else adapter.base,
+            dtype=model.dtype,
+            max_model_len=needed if context is None else min(context, needed),
+            max_lora_rank=None if adapter is None else adapter.rank,
+        )
+        engine.lora = None if adapter is None else lora_request("evaluated", 1, adapter.folder)
+        yield engine
+    finally:
+        engine.llm = None  # it frees the accelerator when nothing refers to it
+        release()
+        model.to(device)
+
+
+def load_llm(
+    name: str, *, dtype: torch.dtype, max_model_len: int, max_lora_rank: int | None = None, **options: Any
+) -> Any:
+    """vLLM's `LLM`, with token ids in and out and nothing of the model's own generation config.
+
+    Args:
+        name: folder or hub name of the weights.
+        dtype: that of the weights.
+        max_model_len: most tokens of a prompt and its response.
+        max_lora_rank: of the adapters it is to run, if any.
+        options: any others of `LLM`.
+    """
+    import vllm
+
+    lora = {} if max_lora_rank is None else {"enable_lora": True, "max_lora_rank": max_lora_rank}
+    return vllm.LLM(
+        model=name,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+        generation_config="vllm",  # nothing of the model's own but what is asked for
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        **{"enable_prefix_caching": True, **lora, **options},
+    )
+
+
+def lora_request(name: str, number: int, folder: str) -> Any:
+    """vLLM's name for the adapter in a folder; it reads the folder once for each `number`, which is from 1 on."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, folder)
+
+
+def check_installed() -> None:
+    """Raise BackendUnavailableError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BackendUnavailableError(
+            "engine: 'vllm' needs vLLM, which is not installed; pip install vllm, or take 'hf'"
+        )
+
+
+def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
+    """The model's adapter, if it has one, where vLLM can run the model.
+
+    Raises:
+        BackendUnavailableError: vLLM is not installed.
+        ArgumentError: there is no name to load the model from, or its adapter is one that vLLM does not run.
+    """
+    check_installed()
+    if model_name is None:
+        raise ArgumentError("engine: 'vllm' loads the model by its name, and there is none; take 'hf'")
+    return plain_lora(model, model_name) if is_adapter(model) else None
+
+
+class VLLMEngine:
+    """See `Engine`."""
+
+    def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions, context: int | None) -> None:
+        self.llm: Any = None
+        self.lora: Any = None
+        self._tokenizer, self._stops, self._options, self._context = tokenizer, stops, options, context
+
+    def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
+        """Yield index and text of each prompt, in their order."""
+        for index, ids in self.generate_ids(prompts, done):
+            yield index, decoded(self._tokenizer, ids, self._stops)
+
+    def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield index and tokens of each prompt, in their order."""
+        wanted = [prompt for prompt in prompts if prompt.index not in done]
+        for start in range(0, len(wanted), _AT_ONCE):
+            batch = wanted[start : start + _AT_ONCE]
+            fitting = [prompt for prompt in batch if self._limit(prompt)]
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": prompt.ids} for prompt in fitting],
+                [self._parameters(prompt) for prompt in fitting],
+                use_tqdm=False,
+                lora_request=self.lora,
+            )
+            made = {prompt.index: out.outputs[0].token_ids for prompt, out in zip(fitting, outputs, strict=True)}
+            for prompt in batch:
+                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self._stops)
+
+    def _limit(self, prompt: Prompt) -> int:
+        return token_limit(prompt, self._options, self._context)
+
+    def _parameters(self, prompt: Prompt) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self._options.temperature,
+            top_p=self._options.top_p,
+            max_tokens=self._limit(prompt),
+            seed=prompt.seed,
+            stop_token_ids=sorted(self._stops),
+            detokenize=False,
+        )
+
+
+def plain_lora(model: Any, folder: str, name: str | None = None, base: str | None = None) -> Adapter:
+    """What vLLM needs to run a PEFT model's adapter over its base.
+
+    Args:
+        model: the PEFT model.
+        folder: where the adapter is saved.
+        name: the adapter's; by default the active one.
+        base: folder or hub name of the base model; by default what the adapter's config says.
+
+    Raises:
+        ArgumentError: the adapter is no plain LoRA, or does not name its base model.
+    """
+    config = model.peft_config[model.active_adapter if name is None else name]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    extras = [name for name in _NOT_RUN if getattr(config, name, None) not in _UNSET]
+    if kind != "LORA" or extras:
+        what = f"with {extras[0]}" if extras else f"of type {kind}"
+        raise ArgumentError(f"engine: 'vllm' runs plain LoRA adapters, not one {what}; merge it, or take 'hf'")
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ArgumentError(
+            "engine: 'vllm' needs the name of the adapter's base model, and the adapter has none; take 'hf'"
+        )
+    rank = next((rank for rank in _LORA_RANKS if rank >= config.r), config.r)
+    return Adapter(str(base), folder, rank)
+
+
+def release() -> None:
+    """Give back the accelerator memory that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,120 @@
+"""What an evaluation measures, and how; no model and no records in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from nextquill.data.templates import BRANCHES
+from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.evaluation.generation import GenerationOptions
+from nextquill.evaluation.metrics import METRICS
+from nextquill.evaluation.tasks import TASKS
+from nextquill.models import ATTENTIONS
+
+# Prompts at a time, where nobody says otherwise.
+_GENERATED_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured besides nll's and effects, which always are.
+
+    Args:
+        task: name of a task of `nextquill.evaluation.TASKS`, which says what texts are scored in and what a record
+            needs.
+        metrics: of generated texts, instead of the task's.
+        generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; none
+            for no generation.
+        max_new_tokens, temperature, top_p, engine: as in `GenerationOptions`.
+        batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
+        generate_limit: generate for only the first so many records.
+        item_effects: measure what leaving out each history item does for the first so many records that have any.
+        seed: decides whose history is the placebo, what is sampled, and the draws of the intervals.
+        resamples: draws of each interval.
+        level: confidence level of the intervals.
+        attention, max_tokens: as for `score_examples`.
+        overwrite: delete an evaluation that the folder holds.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a value that is none of these, or two that do not go together.
+    """
+
+    task: str = "text"
+    metrics: tuple[str, ...] | None = None
+    generate_branches: tuple[str, ...] = ("factual",)
+    max_new_tokens: int = 128
+    batch_size: int | None = None
+    generate_limit: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    engine: str = "hf"
+    item_effects: int = 0
+    seed: int = 42
+    resamples: int = 2000
+    level: float = 0.95
+    attention: str = "auto"
+    max_tokens: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("task", self.task, TASKS)
+        _check_names("generate_branches", self.generate_branches, BRANCHES)
+        if self.metrics is not None:
+            _check_names("metrics", self.metrics, METRICS)
+        _check_name("attention", self.attention, ATTENTIONS)
+        for name, least in (("resamples", 1), ("item_effects", 0), ("seed", 0)):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("batch_size", "generate_limit", "max_tokens"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if not 0 < self.level < 1:
+            raise ArgumentError(f"level: expected a share between 0 and 1, got {self.level}")
+        if self.max_tokens is not None and self.attention == "padded":
+            raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+        reading = [name for name in self.metrics or () if METRICS[name].score is not None]
+        if reading and not self.generate_branches:
+            raise ArgumentError(f"metrics: {reading[0]} is of generated texts, and no branch is generated for")
+        self.generation()
+
+    def generation(self) -> GenerationOptions:
+        """How responses are generated."""
+        size = _GENERATED_TOGETHER if self.batch_size is None else self.batch_size
+        return GenerationOptions(self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine)
+
+    def text_metrics(self) -> tuple[str, ...]:
+        """The measures of generated texts: those asked for, or the task's."""
+        names = TASKS[self.task].metrics if self.metrics is None else self.metrics
+        return tuple(name for name in names if METRICS[name].score is not None)
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for one evaluation to go on with another's results, by name; JSON."""
+        values = dataclasses.asdict(self)
+        values.pop("overwrite")
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        expected = "a positive number" if least == 1 else f"at least {least}"
+        raise ArgumentError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_names(argument: str, names: Any, known: Any) -> None:
+    if isinstance(names, str) or not isinstance(names, tuple):
+        raise ArgumentTypeError(f"{argument}: expected a tuple of names, got {names!r}")
+    for name in names:
+        _check_name(argument, name, known)
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"{argument}: expected each name once, got {', '.join(map(str, names))}")
+
+
+def _check_name(argument: str, name: Any, known: Any) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), list(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ArgumentError(f"{argument}: expected one of {', '.join(known)}, got {name!r}{hint}")

@@ -1,0 +1,125 @@
+"""Does the model prefer what the user chose to what the user rejected, and does the history make it?
+
+    margin = log p(chosen | prompt) - log p(rejected | prompt)                     (nats)
+
+A longer response has a smaller probability whatever it says, so the margin is reported as it is, which is what DPO's
+loss is made of, and per token, log p / tokens of each. Every prompt is tried: with the user's history, without, and
+with another user's. Both responses under all of them share what they can of one forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from nextquill.data import Branch, ExampleEncoder, Record
+from nextquill.data.templates import BRANCHES
+from nextquill.errors import RecordError
+from nextquill.evaluation.scoring import BranchScorer
+
+PAIR = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to one record under the same prompts.
+
+    Args:
+        index: the record's position.
+        branches: by name of the prompt ("factual", "counterfactual" and, where there is one, "placebo"), the branch of
+            the chosen response and that of the rejected one.
+    """
+
+    index: int
+    branches: dict[str, tuple[Branch, Branch]]
+
+
+def has_pair(record: Record, index: int) -> bool:
+    """Whether a record holds two responses to compare.
+
+    Raises:
+        RecordError: it holds one of them only, or something that is no text.
+    """
+    given = [name for name in PAIR if record.extra.get(name) is not None]
+    for name in given:
+        value = record.extra[name]
+        if not isinstance(value, str) or not value.strip():
+            what = "a blank string" if isinstance(value, str) else type(value).__name__
+            raise RecordError(f"record {index}: field '{name}': expected some text, got {what}")
+    if len(given) == 1:
+        missing = next(name for name in PAIR if name not in given)
+        raise RecordError(f"record {index}: field '{missing}': expected it beside '{given[0]}', got none")
+    return bool(given)
+
+
+def encode_pairs(encoder: ExampleEncoder, records: Sequence[Record], seed: int) -> list[PreferencePair]:
+    """Both responses of every record that `has_pair`, under prompts that leave room for the longer one.
+
+    Args:
+        encoder: makes the prompts.
+        records: all records, also those without a pair: the other users whose histories are the placebos.
+        seed: decides whose history that is, as in `ExampleEncoder.encode_all`.
+
+    Raises:
+        RecordError: a record holds half a pair.
+        BudgetError: the longer response of a record does not fit, with the query, into the budget.
+    """
+    responses = {
+        index: [encoder.renderer.response_ids(str(record.extra[name])) for name in PAIR]
+        for index, record in enumerate(records)
+        if has_pair(record, index)
+    }
+    if not responses:
+        return []
+    examples = encoder.encode_all(
+        [_with_longer(record, responses.get(i)) for i, record in enumerate(records)], True, seed
+    )
+    return [
+        PreferencePair(
+            index,
+            {
+                name: (Branch(branch.prompt_ids, chosen), Branch(branch.prompt_ids, rejected))
+                for name in BRANCHES
+                if (branch := getattr(examples[index], name)) is not None
+            },
+        )
+        for index, (chosen, rejected) in responses.items()
+    ]
+
+
+def _with_longer(record: Record, responses: list[list[int]] | None) -> Record:
+    """The record with the longer of its two responses for its own."""
+    if responses is None:
+        return record
+    name = PAIR[0] if len(responses[0]) >= len(responses[1]) else PAIR[1]
+    return dataclasses.replace(record, response=str(record.extra[name]))
+
+
+def preference_scores(scorer: BranchScorer, pair: PreferencePair) -> dict[str, float]:
+    """The margins of a pair under every prompt, and whether each is on the user's side.
+
+    Returns:
+        For each prompt, with its name as suffix but for "factual": `preference_margin` in nats,
+        `preference_margin_per_token` in nats per token, and `preference_accuracy` and `preference_accuracy_per_token`:
+        1 where the margin is above 0, 0 where it is below, and a half where it is 0.
+
+    Raises:
+        BudgetError: a prompt with its response takes more than the scorer's `max_tokens`.
+    """
+    branches = [branch for both in pair.branches.values() for branch in both]
+    nll = iter(scorer(branches))
+    result = dict[str, float]()
+    for name in pair.branches:
+        chosen, rejected = next(nll).double(), next(nll).double()
+        suffix = "" if name == "factual" else f"_{name}"
+        for kind, margin in (("", rejected.sum() - chosen.sum()), ("_per_token", rejected.mean() - chosen.mean())):
+            value = round(float(margin), 6) + 0.0
+            result[f"preference_margin{kind}{suffix}"] = value
+            result[f"preference_accuracy{kind}{suffix}"] = 0.5 if value == 0 else float(value > 0)
+    return result
+
+
+def preference_line(scorer: BranchScorer, pair: PreferencePair) -> dict[str, Any]:
+    """`preference_scores` of a record as JSON."""
+    return {"index": pair.index, "scores": preference_scores(scorer, pair)}

@@ -1,0 +1,300 @@
+"""Scoring a data set without gradient: every supervised token's nll with, without and under another user's history.
+
+Records are taken user by user, so that a forward's tree holds a user's history once. What is computed together follows
+from the examples and the options alone: a run that is cut short goes on with the same forwards, and the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.data import Branch, EncodedExample
+from nextquill.data.collator import to_device
+from nextquill.data.templates import BRANCHES
+from nextquill.errors import ArgumentError, BudgetError
+from nextquill.losses import SFTLoss
+from nextquill.models.branch_passes import PairPasses
+from nextquill.models.probe import in_eval_mode
+from nextquill.tree import build_prefix_tree
+
+#: Tokens of one forward over trees, where nobody says otherwise. A CPU is no faster with more than some thousands (a
+#: fifth slower with 16384, at D=256), and a whole mask costs their square.
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
+# Records at a time: those that trees are packed from, and padded ones, of which each is a row.
+_PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """One example's response tokens; the tensors are float32 [tokens] on the CPU, in nats.
+
+    Attributes:
+        example: what was scored.
+        token_ids: the response's tokens, with what ends it.
+        nll_factual, nll_counterfactual: nll with and without the user's history.
+        nll_placebo: nll under another user's history, or None.
+    """
+
+    example: EncodedExample
+    token_ids: list[int]
+    nll_factual: Tensor
+    nll_counterfactual: Tensor
+    nll_placebo: Tensor | None
+
+    @property
+    def effect_logprob(self) -> Tensor:
+        return self.nll_counterfactual - self.nll_factual
+
+    @property
+    def effect_prob(self) -> Tensor:
+        return (-self.nll_factual).exp() - (-self.nll_counterfactual).exp()
+
+
+def score_examples(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    pad_token_id: int = 0,
+    batch_size: int | None = None,
+    *,
+    attention: str = "auto",
+    max_tokens: int | None = None,
+    skip: int = 0,
+) -> Iterator[ExampleScores]:
+    """Yield the scores of each example, as they are computed: user by user, not in the examples' order.
+
+    Args:
+        model: a causal language model; used in eval mode and left as it was.
+        examples: encoded examples; the placebo branch is scored where every example has one.
+        pad_token_id: fills padded batches.
+        batch_size: examples at a time: 64 of which trees are packed, or 8 padded ones.
+        attention: see `PairPasses`.
+        max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
+            attention="mask"), or what the largest example takes.
+        skip: leave out so many of the first scores; the others are those of a call without it, to the last bit.
+
+    Raises:
+        ArgumentError: a number below 1, or `max_tokens` with padded batches.
+        BudgetError: an example alone takes more than `max_tokens`; found before anything is computed.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
+    placebo = bool(examples) and all(example.placebo is not None for example in examples)
+    device = next(model.parameters()).device
+    with PairPasses(model, SFTLoss(), attention) as passes, in_eval_mode(model):
+        if passes.trees is not None:
+            names = BRANCHES if placebo else BRANCHES[:2]
+            max_tokens = forward_budget(examples, max_tokens, usual_max_tokens(model, attention), names)
+        size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
+        collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
+        order = _user_by_user(examples)
+        for start in range(0, len(order), size):
+            members, done = order[start : start + size], max(0, skip - start)
+            if done >= len(members):
+                continue
+            batch = [examples[index] for index in members]
+            for part in collate(batch)["parts"]:
+                if done < part["num_sequences"]:
+                    yield from _score_part(passes, batch, part, device)[done:]
+                done = max(0, done - part["num_sequences"])
+
+
+class BranchScorer:
+    """Scores any branches of one model without gradient, those that begin alike in one forward.
+
+        nll[t] = -log p(response[t] | prompt, response[:t])
+
+    A context manager: leaving it gives the model back as it was.
+
+    Args:
+        model: a causal language model; used in eval mode.
+        pad_token_id: fills padded batches.
+        attention: see `PairPasses`.
+        max_tokens: most tokens of one forward, what branches share counted once; by default as for `score_examples`.
+        passes: of the model, where they are there already; `attention` is then theirs.
+
+    Raises:
+        ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
+        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pad_token_id: int = 0,
+        *,
+        attention: str = "auto",
+        max_tokens: int | None = None,
+        passes: PairPasses | None = None,
+    ) -> None:
+        self._model, self._pad, self._given = model, pad_token_id, max_tokens
+        self._passes = PairPasses(model, SFTLoss(), attention) if passes is None else passes
+        self._usual = usual_max_tokens(model, attention)
+        self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
+
+    def __enter__(self) -> BranchScorer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._passes.close()
+
+    def __call__(self, branches: Sequence[Branch]) -> list[Tensor]:
+        """The nll of each branch's response.
+
+        Args:
+            branches: at least one; prompts and responses may differ between them.
+
+        Returns:
+            For each branch, in the order given, [tokens] on the CPU in nats; float32, or the model's own float64.
+
+        Raises:
+            BudgetError: a branch alone takes more than `max_tokens`.
+        """
+        # Each is the one branch of an example of its own, and its nll the loss of plain fine-tuning.
+        examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(branches)]
+        budget, size = self._given, _PADDED_TOGETHER
+        if self._passes.trees is not None:
+            budget, size = forward_budget(examples, self._given, self._usual, ("factual",)), len(examples)
+        collate, found = self._passes.collator(self._pad, budget), dict[int, Tensor]()
+        device = next(self._model.parameters()).device
+        with in_eval_mode(self._model):
+            for start in range(0, len(examples), size):
+                for part in collate(examples[start : start + size])["parts"]:
+                    members = [start + index for index in part["sequence_ids"].unique_consecutive().tolist()]
+                    lengths = [branches[index].response_length for index in members]
+                    nll = self._passes.scores(to_device(part, device)).output.pair_nll.factual
+                    found.update(zip(members, nll.cpu().split(lengths), strict=True))
+        return [found[index] for index in range(len(branches))]
+
+
+def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
+    """The nll of each branch's response; `BranchScorer` for one call. `options` are its `attention`, `max_tokens`."""
+    with BranchScorer(model, pad_token_id, **options) as scorer:
+        return scorer(branches)
+
+
+def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
+    """One record's scores as JSON: tokens, nll's (nats) and effects, rounded to six decimals."""
+    result = {
+        "index": scores.example.index,
+        "user_id": scores.example.user_id,
+        "history_kept": scores.example.history_kept,
+        "tokens": token_texts(tokenizer, scores.token_ids),
+        "token_ids": scores.token_ids,
+        "nll_factual": rounded(scores.nll_factual),
+        "nll_counterfactual": rounded(scores.nll_counterfactual),
+        "effect_logprob": rounded(scores.effect_logprob),
+        "effect_prob": rounded(scores.effect_prob),
+    }
+    if scores.nll_placebo is not None:
+        result["nll_placebo"] = rounded(scores.nll_placebo)
+    return result
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Values as numbers of six decimals."""
+    return [round(value, 6) for value in values.tolist()]
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills padded batches: never attended, so any token does."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((id for id in known if id is not None), 0)
+
+
+def usual_max_tokens(model: Any, attention: str) -> int:
+    """Tokens of one forward over trees, where nobody says otherwise."""
+    small = next(model.parameters()).device.type == "cpu" or attention == "mask"
+    return DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The piece of text each token adds; they join to the decoded text.
+
+    A token that ends inside a character adds nothing, and the one that completes it adds the character. Each step
+    decodes the tokens since the last but one that completed something, so the cost is linear in the length. A tokenizer
+    whose decoding reaches further back (a clean-up of spaces) is found out at the end, and decoded from the start for
+    every token.
+    """
+    full = tokenizer.decode(list(token_ids))
+    pieces: list[str] = []
+    previous, complete, known = 0, 0, ""  # `known` is the text of the tokens from `previous` to `complete`
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[previous:end]))
+        if text.endswith(_REPLACEMENT) or not text.startswith(known):
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :])
+        previous, complete = complete, end
+        known = tokenizer.decode(list(token_ids[previous:complete]))
+    joined = "".join(pieces)
+    if pieces and full.startswith(joined):  # the last character may be incomplete
+        pieces[-1] += full[len(joined) :]
+        return pieces
+    return _token_texts_from_start(tokenizer, token_ids, full)
+
+
+def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str) -> list[str]:
+    pieces: list[str] = []
+    start = done = 0
+    for end in range(1, len(token_ids) + 1):
+        text = full if end == len(token_ids) else tokenizer.decode(list(token_ids[:end]))
+        while done < min(len(text), len(full)) and text[done] == full[done]:
+            done += 1
+        pieces.append(full[start:done])
+        start = done
+    return pieces
+
+
+def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
+    """Positions of the examples with each user's together, users in the order of their first."""
+    first: dict[str, int] = {}
+    for example in examples:
+        first.setdefault(example.user_id, len(first))
+    return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
+
+
+def forward_budget(
+    examples: Sequence[EncodedExample], given: int | None, usual: int = 1, names: Sequence[str] = BRANCHES
+) -> int:
+    """The tokens of a forward over the named branches: `given`, or `usual` and more where an example takes more.
+
+    Raises:
+        BudgetError: an example takes more than is given.
+    """
+    budget = usual if given is None else given
+    for example in examples:
+        branches = (getattr(example, name) for name in names)
+        ids = [branch.input_ids for branch in branches if branch is not None]
+        if sum(map(len, ids)) <= budget:
+            continue
+        size = len(build_prefix_tree(ids))
+        if given is None:
+            budget = max(budget, size)
+        elif size > given >= 1:
+            raise BudgetError(
+                f"max_tokens: expected at least the {size} tokens that the branches of example {example.index} (user "
+                f"{example.user_id!r}) take together, got {given}"
+            )
+    return budget
+
+
+def _score_part(
+    passes: PairPasses, examples: Sequence[EncodedExample], part: Any, device: torch.device
+) -> list[ExampleScores]:
+    members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
+    sizes = [examples[index].factual.response_length for index in members]
+    scores = passes.scores(to_device(part, device))
+    pair = scores.output.pair_nll
+    streams = (pair.factual, pair.counterfactual, scores.placebo_nll)
+    split = [[None] * len(sizes) if s is None else s.float().cpu().split(sizes) for s in streams]
+    return [
+        ExampleScores(examples[index], examples[index].factual.response_ids, *nlls)
+        for index, *nlls in zip(members, *split, strict=True)
+    ]

@@ -1,0 +1,98 @@
+"""What a task asks of records, and the measures of the texts that were generated for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nextquill.data import Record
+from nextquill.errors import ArgumentError, RecordError
+from nextquill.evaluation.measures import Measure, text_measures
+from nextquill.evaluation.metrics import compute
+from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.predictions import write_predictions
+from nextquill.evaluation.preferences import has_pair
+from nextquill.evaluation.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class TaskTexts:
+    """A task on some records.
+
+    Attributes:
+        task: which.
+        metrics: names of the measures of generated texts; none where nothing is generated.
+        branches: the prompts that texts are generated for.
+        references: the right text of each record that texts are generated for.
+        ids: what the task's prediction files call those records; None where it has none, or a record no `id`.
+    """
+
+    task: Task
+    metrics: tuple[str, ...]
+    branches: tuple[str, ...]
+    references: list[str]
+    ids: list[str | int] | None = None
+
+    @classmethod
+    def of(cls, records: Sequence[Record], options: EvaluationOptions) -> TaskTexts:
+        """The task that the options name, on these records.
+
+        Raises:
+            RecordError: a record has no answer that the task can be scored on.
+            BackendUnavailableError: a library that a measure needs is not installed.
+        """
+        task, metrics = TASKS[options.task], options.text_metrics()
+        if not task.generates:
+            for index, record in enumerate(records):
+                if not has_pair(record, index):
+                    raise RecordError(
+                        f"record {index}: field 'chosen': {task.name} needs it, with 'rejected'; got none"
+                    )
+        if not (metrics and options.generate_branches):
+            return cls(task, (), (), [])
+        try:
+            shown = records[: options.generate_limit]
+            references = [task.read_reference(record.response, f"record {i}") for i, record in enumerate(shown)]
+            # Before hours of generation: what cannot be scored cannot be scored on empty answers either.
+            compute(metrics, references, [""] * len(references), labels=task.labels)
+        except ArgumentError as error:
+            raise RecordError(str(error)) from error
+        return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
+
+    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, Measure]:
+        """Measures of the generated texts, prompt by prompt.
+
+        Args:
+            generated: of every record its texts by branch.
+        """
+        found = dict[str, Measure]()
+        for branch in self.branches:
+            texts = {index: own[branch] for index, own in enumerate(generated) if branch in own}
+            found |= text_measures(self.metrics, branch, self.references, texts, self.task.labels)
+        return found
+
+    def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
+        """Write what was generated with history as the task's own scorers read it, where records have ids."""
+        if self.ids is not None and "factual" in self.branches:
+            texts = [generated[index]["factual"] for index in range(len(self.ids))]
+            write_predictions(path, self.task, zip(self.ids, texts, strict=True))
+
+
+def _ids(task: Task, records: Sequence[Record]) -> list[str | int] | None:
+    """The records' ids, where all have one and the task has use for them.
+
+    Raises:
+        RecordError: two records have the same.
+    """
+    found = [record.extra.get("id") for record in records]
+    ids = [each for each in found if isinstance(each, (str, int)) and not isinstance(each, bool)]
+    if not task.file_names or len(ids) < len(found):
+        return None
+    first = {each: index for index, each in reversed(list(enumerate(ids)))}
+    for index, each in enumerate(ids):
+        if first[each] < index:
+            raise RecordError(
+                f"record {index}: field 'id': expected one of its own for {task.name}, got {each!r} again"
+            )
+    return ids

@@ -1,0 +1,294 @@
+"""How a model of transformers attends over rows of trees.
+
+    pieces     what is visible only, in dense pieces; PyTorch's fused kernel on a CPU (`nextquill.tree.attention`)
+    varlen     a segment per node with its path's keys; torch's or flash-attn's variable-length kernel on a GPU
+    flex       FlexAttention with a block mask, on a GPU
+    mask       the whole mask, in the model's own sdpa or eager attention: any device, T² scores
+    padded     no trees: a padded row per branch
+
+The first three run inside the model through an attention function of ours, which the model's own gives way to while
+trees are in use and which hands every other call on to it. It has to stay until the backward is through, because
+gradient checkpointing runs layers again there; `close` puts the model's own back.
+
+An architecture is refused, with the reason, where a token's computation depends on more than the tokens on its path:
+recurrent layers, rotary scales that follow the longest position in a row, dropout that siblings would share. What no
+list foresees is found by running a small tree and its branches apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.models import ATTENTIONS
+from nextquill.models.architectures import (
+    base_model,
+    check_architecture,
+    check_dropout,
+    layer_types,
+    layer_windows,
+    random_rates,
+    rope_limit,
+    text_config,
+)
+from nextquill.models.self_check import check_against_separate_passes, masks_follow_window
+from nextquill.tree import (
+    additive_mask,
+    attend,
+    visibility_mask,
+)
+
+#: What a model raises that does not take what it is given for a row of branches.
+_DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
+
+
+class TreeAttention:
+    """Gives a model its inputs for rows of trees, and the attention they need.
+
+    Args:
+        model: an unwrapped causal language model of transformers, or a PEFT model around one.
+        attention: "auto" (a kernel by device and dtype at every call), "pieces", "varlen", "flex" or "mask".
+
+    Attributes:
+        max_depth: longest branch that a row may hold, or None; see `architectures.rope_limit`.
+
+    Raises:
+        ArgumentError: `attention` is not one of them.
+        UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
+    """
+
+    def __init__(self, model: nn.Module, attention: str = "auto") -> None:
+        if attention not in ATTENTIONS or attention == "padded":
+            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        self.attention = attention
+        self._model: Any = model
+        self._base: Any = base_model(model)
+        check_architecture(self._base)
+        self.max_depth = rope_limit(self._base)
+        self._rates = random_rates(model)
+        configs: Any = (getattr(module, "config", None) for module in self._base.modules())
+        self._configs: dict[int, Any] = {id(c): c for c in configs if hasattr(c, "_attn_implementation")}
+        self._previous: dict[int, str] = {}
+        self._masks_by_type = self._has_window = False
+        self._windows: list[tuple[int, Any]] | None = None
+        if attention != "mask" and not _takes_functions(self._base):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention cannot be replaced by a function; use attention='mask' or "
+                "'padded'"
+            )
+        try:
+            if attention == "mask":
+                self._choose_masks()
+            else:
+                self._verify()
+        except _DOES_NOT_RUN as error:
+            if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
+                raise
+            others = "'padded'" if attention == "mask" else "'mask' or 'padded'"
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention does not run on a row of branches "
+                f"({str(error) or type(error).__name__}); use attention={others}"
+            ) from error
+
+    def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the model for one forward of a tree batch.
+
+        Raises:
+            UnsupportedModelError: a branch is longer than `max_depth`, or the model is training with dropout.
+        """
+        self._check_forward(forward)
+        inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
+        if self.attention == "mask":
+            return {**inputs, "attention_mask": self._masks(forward)}
+        self._install()
+        # A mask that has four dimensions is used as it is, so none is made; the attention function ignores it.
+        # The model's own could not use it: after `close`, layers that are run again by a backward fail.
+        unused = torch.empty(1, 1, 0, 0, device=forward["input_ids"].device)
+        tree = (forward["layout"], self.attention, *([] if self._windows is None else [self._windows]))
+        return {**inputs, "attention_mask": unused, "nextquill_tree": tree}
+
+    def close(self) -> None:
+        """Give the model its own attention back; ours is taken again when it is next needed."""
+        for key, name in self._previous.items():
+            if self._configs[key]._attn_implementation in _NAMES.values():  # else someone has set another since
+                self._configs[key]._attn_implementation_internal = name
+        self._previous = {}
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def check_training(self, max_length: int) -> None:
+        """Raise before training what would be raised during it.
+
+        Raises:
+            UnsupportedModelError: branches may be longer than `max_depth`, or the model has dropout.
+        """
+        self._check_depth(max_length)
+        check_dropout(self._rates)
+
+    def _check_forward(self, forward: Mapping[str, Any]) -> None:
+        self._check_depth(forward["layout"].depth)
+        check_dropout(self._rates, in_training_only=True)
+
+    def _check_depth(self, depth: int) -> None:
+        if self.max_depth is not None and depth > self.max_depth:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its rotary embedding changes with a row's longest branch beyond "
+                f"{self.max_depth} tokens, got up to {depth}; set max_length to {self.max_depth}"
+            )
+
+    def _verify(self) -> None:
+        """Compare a small tree with its branches apart, and the windows the layers ask for with the config's."""
+        windows: list[tuple[int, Any]] = []
+        self._windows = windows
+        try:
+            check_against_separate_passes(self._model, self.model_inputs, self.close)
+        finally:
+            self._windows = None
+            self.close()
+        expected = layer_windows(self._base)
+        by_mask = _own_name(self._base.config) in ("sdpa", "eager")
+        if by_mask and any(window for _, window in windows) and not masks_follow_window(self._model):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its attention is told of a sliding window that its masks do not have; "
+                "use attention='padded', or set config.sliding_window to None"
+            )
+        wrong = [layer for layer, window in windows if window != expected.get(layer)]
+        # The small tree is shorter than a window, so its logits do not tell.
+        if wrong and (layer_types(self._base) or masks_follow_window(self._model)):
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: the sliding window of layer {wrong[0]} is in its mask only, where this "
+                "attention does not look; use attention='mask' or 'padded'"
+            )
+
+    # ---- attention inside the model --------------------------------------------------------------
+
+    def _install(self) -> None:
+        for key, config in self._configs.items():
+            name = config._attn_implementation
+            if name is None or (key in self._previous and name in _NAMES.values()):
+                continue
+            self._previous[key] = _own_name(config)
+            # The setter would set the configs within, whose own may be others.
+            config._attn_implementation_internal = _register(self._previous[key])
+
+    # ---- masks -----------------------------------------------------------------------------------
+
+    def _choose_masks(self) -> None:
+        """One mask for all layers, or a dict by type of layer: whichever the model takes and computes rightly with."""
+        own = _own_name(self._base.config)
+        if own not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"attention='mask': expected a model with sdpa or eager attention, got {own!r}; load it with "
+                "attn_implementation='sdpa' or use another attention"
+            )
+        types = layer_types(self._base)
+        # A config may hold one that nothing reads.
+        has = getattr(text_config(self._base), "sliding_window", None) is not None
+        self._has_window = has and (bool(types) or masks_follow_window(self._model))
+        if types:
+            self._masks_by_type = True
+            try:
+                self._verify()
+            except UnsupportedModelError:
+                raise
+            except _DOES_NOT_RUN:
+                self._masks_by_type = False
+            else:
+                return
+        if len(types) > 1:
+            raise UnsupportedModelError(
+                f"{type(self._base).__name__}: its layers attend differently ({', '.join(sorted(types))}) and take one "
+                "mask; use another attention"
+            )
+        self._verify()
+
+    def _masks(self, forward: Mapping[str, Any]) -> Any:
+        own, text = _own_name(self._base.config), text_config(self._base)
+        if own not in ("sdpa", "eager"):
+            raise UnsupportedModelError(f"attention='mask': the model's attention was changed to {own!r}")
+        dtype = next(self._base.parameters()).dtype
+
+        def mask(window: int | None) -> Tensor:
+            visible = visibility_mask(forward["position_ids"][0], forward["subtree_end"][0], window)
+            # eager adds its mask to the scores, where a mask of booleans would be silently wrong
+            return (visible if own == "sdpa" else additive_mask(visible, dtype))[None, None]
+
+        window, types = getattr(text, "sliding_window", None) if self._has_window else None, layer_types(self._base)
+        if self._masks_by_type:
+            return {name: mask(window if name == "sliding_attention" else None) for name in types}
+        return mask(window if not types or "sliding_attention" in types else None)
+
+
+# ---- the attention function ------------------------------------------------------------------------
+
+# Names under which it replaces the model's own, by the own one's. transformers reads meanings into names that contain
+# "flash", "flex_attention" or "sdpa", and looks up how masks are made by them.
+_NAMES: dict[str, str] = {}
+
+
+def _register(own: str) -> str:
+    """The name of a function that attends over trees and otherwise does what `own` does."""
+    if own in _NAMES:
+        return _NAMES[own]
+
+    def attend_or_own(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        tree = options.pop("nextquill_tree", None)
+        if tree is None:
+            result: tuple[Tensor, Any] = _own_function(own, module)(
+                module, query, key, value, attention_mask, **options
+            )
+            return result
+        return _attend(module, query, key, value, tree, options), None
+
+    name = f"nextquill_{len(_NAMES)}"
+    AttentionInterface.register(name, attend_or_own)
+    if own in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    _NAMES[own] = name
+    return name
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, tree: tuple[Any, ...], options: Mapping[str, Any]
+) -> Tensor:
+    if options.get("dropout", 0.0):
+        raise UnsupportedModelError("attention: dropout inside a shared prefix is not supported; set it to 0")
+    if options.get("s_aux") is not None:
+        raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
+    layout, kernel, *seen = tree
+    for windows in seen:  # of a check
+        windows.append((getattr(module, "layer_idx", 0), options.get("sliding_window")))
+    # Under autocast, q and k that were normalised with float32 weights come in float32, as sdpa would not leave them.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = attend(
+        query, key, value, layout, scale=options.get("scaling"), window=options.get("sliding_window"),
+        softcap=options.get("softcap"), kernel=kernel,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _own_name(config: Any) -> str:
+    """The model's own attention, also while ours stands in its place."""
+    name = str(config._attn_implementation)
+    return next((own for own, ours in _NAMES.items() if ours == name), name)
+
+
+def _own_function(own: str, module: nn.Module) -> Callable[..., Any]:
+    default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, default)
+    return found
+
+
+def _takes_functions(base: Any) -> bool:
+    can_set = getattr(type(base), "_can_set_attn_implementation", None)
+    return bool(can_set is not None and can_set())

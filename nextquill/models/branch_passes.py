@@ -1,0 +1,387 @@
+"""The forward passes of one batch: which branches run, with or without gradient, and where the loss meets them.
+
+    through both passes     one forward of both branches, loss in its head
+    counterfactual constant one forward without gradient whose head keeps the hidden states, then the factual one
+    one stream              the factual forward alone
+
+A batch comes from one of the collators of `nextquill.data`, as trees or padded. Only rows that predict a label leave
+the head function's first line, so the loss never sees a prompt or a padding position.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nextquill.data import PaddedCollator, TreeCollator
+from nextquill.data.collator import (
+    CONSTANT_COUNTERFACTUAL,
+    FACTUAL,
+    IGNORE_INDEX,
+    JOINT,
+    Forwards,
+    empty_like,
+)
+from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.functional import linear_token_nll
+from nextquill.losses import PairLoss
+from nextquill.models import ATTENTIONS
+from nextquill.models.attention import TreeAttention
+from nextquill.models.head import HeadState, LossInHead
+from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss
+from nextquill.models.stored_effects import check_stored_weighting, stored_weights
+from nextquill.outputs import PreferenceLossOutput
+
+Part = Mapping[str, Any]
+
+
+class PartScores(NamedTuple):
+    """What an evaluation of a part leaves: the loss's output over its labels [n], and the placebo's nll or None."""
+
+    output: PreferenceLossOutput
+    placebo_nll: Tensor | None
+    sequence_ids: Tensor
+
+
+class PairPasses:
+    """Runs a loss over batches of one model. Usable as a context manager, which calls `close` in the end.
+
+    Args:
+        model: the unwrapped model.
+        loss: the loss; `self.loss` is a copy with the model's own softcap and logit_scale.
+        attention: how rows of trees are attended, or "padded" for a row per branch; see `models.attention`.
+        stored_effects: in training, take token weights from the effects that the examples bring (`load_effects`), and
+            run the counterfactual only where a term of the loss reads it.
+
+    Raises:
+        ArgumentError: the loss was given a softcap or logit_scale that is not the model's, `attention` is unknown, or
+            `stored_effects` are no use to the loss.
+        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: PairLoss, attention: str = "auto", *, stored_effects: bool = False
+    ) -> None:
+        if attention not in ATTENTIONS:
+            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if stored_effects:
+            check_stored_weighting(loss)
+        self.stored_effects = stored_effects
+        self.runner = LossInHead(model)
+        self.loss = fit_to_head(loss, self.runner)
+        self.router = RouterLoss.of(model)
+        self.trees = None if attention == "padded" else TreeAttention(model, attention)
+
+    def __enter__(self) -> PairPasses:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was found; a later call takes hold of it again."""
+        if self.trees is not None:
+            self.trees.close()
+
+    def check_training(self, max_length: int) -> None:
+        """Raise before training what would be raised during it.
+
+        Raises:
+            UnsupportedModelError: branches may be longer than the model's rotary embedding allows, or it has dropout.
+        """
+        if self.trees is not None:
+            self.trees.check_training(max_length)
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def collator(self, pad_token_id: int = 0, max_tokens: int | None = None) -> TreeCollator | PaddedCollator:
+        """What makes training batches of encoded examples.
+
+        Args:
+            pad_token_id: fills padded rows; trees have none.
+            max_tokens: see `TreeCollator`.
+        """
+        return collator_of(
+            self.loss, "padded" if self.trees is None else "auto", pad_token_id, max_tokens,
+            stored_effects=self.stored_effects,
+        )  # fmt: skip
+
+    def scoring_collator(
+        self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
+    ) -> TreeCollator | PaddedCollator:
+        """What makes batches for `scores`: trees hold all branches in one row; padded ones run one after the other."""
+        others = ("counterfactual", *(["placebo"] if placebo else []))
+        if self.trees is None:
+            return _collator((*((name,) for name in others), ("factual",)), "padded", pad_token_id, max_tokens)
+        # The first branch decides which examples share a row: the one with the user's own history.
+        return _collator((("factual", *others),), "auto", pad_token_id, max_tokens)
+
+    # ---- training ----------------------------------------------------------------------------------
+
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """What the loss's reduction divides by, over this batch."""
+        parts = batch["parts"]
+        if self.loss.reduction == "sequence":
+            return sum(part["num_sequences"] for part in parts)
+        return sum(part["num_labels"] for part in parts) if self.loss.reduction == "token" else len(parts)
+
+    def training_loss(
+        self, batch: Mapping[str, Any], num_items: float | Tensor | None = None, call: nn.Module | None = None
+    ) -> tuple[Tensor, list[PreferenceLossOutput]]:
+        """The loss of a batch with its gradient, and the diagnostics of each of its parts.
+
+        Args:
+            batch: of `self.collator`.
+            num_items: what the reduction divides by; by default `count_items(batch)`. See `PairLoss.forward`.
+            call: the model in its DDP or FSDP wrapper.
+        """
+        items = self.count_items(batch) if num_items is None else num_items
+        results = [self.part_loss(part, items, call) for part in batch["parts"]]
+        return torch.stack([loss for loss, _ in results]).sum(), [output for _, output in results]
+
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        num_items: float | Tensor | None = None,
+        call: nn.Module | None = None,
+        backward: Callable[[Tensor], object] = Tensor.backward,
+    ) -> Tensor:
+        """Forward and backward of a batch, part by part, so that only one part's activations are held.
+
+        Args:
+            batch, num_items, call: as in `training_loss`. With `call`, ranks of a process group make as many backwards
+                as the one with most parts, some of them of empty parts, since engines meet in each.
+            backward: what is called with each part's loss, such as `accelerator.backward`.
+
+        Returns:
+            The loss, without gradient.
+        """
+        items = self.count_items(batch) if num_items is None else num_items
+        losses = []
+        for part in batch["parts"] if call is None else with_empty_parts(batch["parts"]):
+            loss, _ = self.part_loss(part, items, call)
+            backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def part_loss(
+        self, part: Part, num_items: float | Tensor | None = None, call: nn.Module | None = None
+    ) -> tuple[Tensor, PreferenceLossOutput]:
+        """The loss of one part with its gradient, and its diagnostics; as `training_loss`.
+
+        Raises:
+            ArgumentError: the part does not fit the loss as it is now, or was cut on its way.
+        """
+        constant = any("counterfactual" in forward["rows"] for forward in part["forwards"][:-1])
+        if constant and self.loss.needs_counterfactual and not self.loss.detaches_counterfactual:
+            raise ArgumentError(
+                "batch: its counterfactual was set apart as a constant, but the loss now has a gradient through it; "
+                "make a new collator after changing the objective, or start with an alpha above 0"
+            )
+        hidden: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for forward in part["forwards"][:-1]:
+                hidden |= self._hidden(forward, call)
+        weights = self._stored_weights(part) if self.stored_effects else None
+        return self._loss(self.loss, part, hidden, num_items, call, token_weights=weights)
+
+    def weighted_nll(self, part: Part, token_weights: Tensor, call: nn.Module | None = None) -> Tensor:
+        """Σ w · nll over a part's labels, with its gradient: what any loss of log-probabilities comes to, once its
+        derivatives by them are known.
+
+        Args:
+            part: with one forward, of a collator with `FACTUAL`.
+            token_weights: float [n], one a label, of either sign; constants.
+            call: the model in its DDP or FSDP wrapper.
+        """
+        (forward,) = part["forwards"]
+
+        def compute(state: HeadState) -> Tensor:
+            nll = linear_token_nll(
+                _select(state, forward)["factual"], state.weight, part["labels"],
+                bias=state.bias, softcap=self.loss.softcap, logit_scale=self.loss.logit_scale, impl=self.loss.impl,
+            )  # fmt: skip
+            return (nll * token_weights.to(nll)).sum()
+
+        return self.runner.forward(compute, self._model_inputs(forward), call)
+
+    # ---- evaluation --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scores(self, part: Part, call: nn.Module | None = None) -> PartScores:
+        """All branches of a part of a batch of `scoring_collator`, without gradient.
+
+        The reduction's items count as 1, so each sequence's `token_loss` adds up to its own loss. A "micro_batch"
+        reduction, which has no loss per sequence, is scored as "sequence".
+        """
+        hidden: dict[str, Tensor] = {}
+        for forward in part["forwards"][:-1]:
+            hidden |= self._hidden(forward, call)
+        loss, placebo = self._scoring_loss(), list[Tensor]()
+
+        def score_placebo(streams: Mapping[str, Tensor], state: HeadState) -> None:
+            if "placebo" in streams:
+                placebo.append(
+                    linear_token_nll(
+                        streams["placebo"], state.weight, part["labels"],
+                        bias=state.bias, softcap=loss.softcap, logit_scale=loss.logit_scale, impl=loss.impl,
+                    )
+                )  # fmt: skip
+
+        _, output = self._loss(loss, part, hidden, 1.0, call, score_placebo)
+        return PartScores(output, placebo[0] if placebo else None, part["sequence_ids"])
+
+    # ---- forwards ----------------------------------------------------------------------------------
+
+    def _model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
+        if ("layout" in forward) is not (self.trees is not None):
+            raise ArgumentError("batch: expected one that this object's own collator made")
+        names = ("input_ids", "attention_mask")
+        inputs = self.trees.model_inputs(forward) if self.trees is not None else {name: forward[name] for name in names}
+        return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
+
+    def _hidden(self, forward: Mapping[str, Any], call: nn.Module | None) -> dict[str, Tensor]:
+        """Final hidden states [n, D] of the rows that predict labels, by branch."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(state: HeadState) -> Tensor:
+            kept.update(_select(state, forward))
+            return state.hidden_states.new_zeros(())
+
+        self.runner.forward(keep, self._model_inputs(forward), call)
+        return kept
+
+    def _loss(
+        self,
+        loss: PairLoss,
+        part: Part,
+        hidden: Mapping[str, Tensor],
+        num_items: float | Tensor | None,
+        call: nn.Module | None,
+        afterwards: Callable[[Mapping[str, Tensor], HeadState], None] | None = None,
+        token_weights: Tensor | None = None,
+    ) -> tuple[Tensor, PreferenceLossOutput]:
+        if part["labels"].numel() != part["num_labels"]:
+            raise ArgumentError(
+                f"batch: expected {part['num_labels']} labels, got {part['labels'].numel()}; it was cut on its way, as "
+                "Accelerate does with dispatch_batches=True"
+            )
+        forward, kept = part["forwards"][-1], list[PreferenceLossOutput]()
+        router = self.router if torch.is_grad_enabled() else None
+
+        def compute(state: HeadState) -> Tensor:
+            streams = {name: _as_rows(rows, state) for name, rows in hidden.items()} | _select(state, forward)
+            kept.append(
+                loss.compute(
+                    streams["factual"], streams.get("counterfactual"), state.weight, part["labels"], state.bias,
+                    part["sequence_ids"], num_items, token_weights, effect_nll=False,
+                )
+            )  # fmt: skip
+            if afterwards is not None:
+                afterwards(streams, state)
+            if router is None:
+                return kept[0].loss
+            return kept[0].loss + router.value(forward) * self._share(part, num_items)
+
+        with nullcontext() if router is None else router.recorded():
+            return self.runner.forward(compute, self._model_inputs(forward), call), kept[0]
+
+    def _share(self, part: Part, num_items: float | Tensor | None) -> float | Tensor:
+        """The part's share of the whole batch, which a loss that is a mean over tokens is weighted with."""
+        own = self.count_items({"parts": [part]})
+        return own / (max(1, own) if num_items is None else num_items)
+
+    def _stored_weights(self, part: Part) -> Tensor:
+        effects = part.get("effects")
+        if effects is None:
+            if part["labels"].numel():
+                raise ArgumentError("batch: expected examples with stored effects, got some without")
+            effects = torch.empty(2, 0, device=part["labels"].device)
+        return stored_weights(self.loss, effects, part["sequence_ids"])
+
+    def _scoring_loss(self) -> PairLoss:
+        if self.loss.reduction != "micro_batch":
+            return self.loss
+        scoring = copy.copy(self.loss)
+        scoring.objective = replace(self.loss.objective, reduction="sequence")
+        return scoring
+
+
+def with_empty_parts(parts: Sequence[Part]) -> list[Part]:
+    """A rank's parts, and as many without labels as the rank with most has more; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(parts)
+    count = torch.tensor(len(parts), device=parts[0]["labels"].device)
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return [*parts, *(empty_like(parts[0]) for _ in range(int(count) - len(parts)))]
+
+
+def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The hidden states [n, D] of the rows that predict labels, by branch."""
+    shape, got = forward["input_ids"].shape, state.hidden_states.shape[:2]
+    if got != shape:
+        raise UnsupportedModelError(
+            f"output embedding: expected hidden states for {list(shape)} positions, got {list(got)}; a model that adds "
+            "or drops positions is not supported"
+        )
+    rows = forward["rows"]
+    selected = state.select(torch.cat(list(rows.values())))
+    sizes = [positions.numel() for positions in rows.values()]
+    return dict(zip(rows, selected.split(sizes), strict=True))
+
+
+def collator_of(
+    loss: PairLoss,
+    attention: str = "auto",
+    pad_token_id: int = 0,
+    max_tokens: int | None = None,
+    *,
+    stored_effects: bool = False,
+) -> TreeCollator | PaddedCollator:
+    """What makes training batches for a loss, before there is a model; see `PairPasses.collator`."""
+    if max_tokens is not None and loss.reduction == "micro_batch":
+        raise ArgumentError(
+            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+        )
+    if not (loss.terms_need_counterfactual if stored_effects else loss.needs_counterfactual):
+        return _collator(FACTUAL, attention, pad_token_id, max_tokens)
+    forwards = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
+    return _collator(forwards, attention, pad_token_id, max_tokens)
+
+
+def _collator(
+    forwards: Forwards, attention: str, pad_token_id: int, max_tokens: int | None
+) -> TreeCollator | PaddedCollator:
+    if attention != "padded":
+        return TreeCollator(forwards, max_tokens)
+    if max_tokens is not None:
+        raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+    return PaddedCollator(pad_token_id, forwards)
+
+
+def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
+    """A copy of the loss with the model's own soft cap and scale.
+
+    Raises:
+        ArgumentError: the loss was given others.
+    """
+    fitted = copy.copy(loss)
+    for name, neutral in (("softcap", None), ("logit_scale", 1.0)):
+        given, probed = getattr(loss, name), getattr(head, name)
+        if given != neutral and given != probed:
+            raise ArgumentError(f"loss: its {name} is {given!r}, but the model applies {probed!r}")
+        setattr(fitted, name, probed)
+    fitted.ignore_index = IGNORE_INDEX  # every label of a batch counts; the loss's own may be a token of a response
+    return fitted
+
+
+def _as_rows(hidden: Tensor, state: HeadState) -> Tensor:
+    """Rows of an earlier pass in the dtype this pass selects its own in."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(state.weight.dtype)

@@ -1,0 +1,212 @@
+"""Running a loss inside a model's output head, during the model's own forward.
+
+The model's head is replaced for the length of one forward by a function that sees the final hidden states and the
+head's weight and returns a scalar. That scalar travels through the model's own return value, so DDP, FSDP and ZeRO-3
+hooks see an ordinary forward and backward; calling the backbone and using `lm_head.weight` outside breaks FSDP and
+silently skips DDP's gradient synchronisation. No logits exist.
+
+What an architecture does *after* its head (a scale, a soft cap) is found by probing (`probe.py`). It then belongs to
+the loss, and the scalar is guarded against it. A head that is not exactly x Wᵀ + b, LoRA included, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextquill.errors import UnsupportedModelError
+from nextquill.models.probe import (
+    probe_logits,
+    replaced_forward,
+    returned_logits,
+    softcapped_configs,
+    without_softcap,
+)
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """What a head function sees: hidden states [B, T, D] and the effective weight [V, D] and bias [V] or None."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def select(self, positions: Tensor) -> Tensor:
+        """Rows [n, D] of the flattened hidden states, in the weight's dtype unless autocast chooses it."""
+        # Indexing, unlike index_select, has a backward without atomics on a GPU; branches may share a row.
+        rows = self.hidden_states.flatten(0, 1)[positions]
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
+
+
+HeadFunction = Callable[[HeadState], Tensor]
+
+
+class LossInHead:
+    """Runs functions of (hidden states, head weight) inside `model`'s own forward.
+
+    Args:
+        model: an unwrapped causal language model of transformers, or a PEFT model around one.
+
+    Attributes:
+        softcap, logit_scale: what the architecture applies after its head; to be given to the loss.
+
+    Raises:
+        UnsupportedModelError: the head is not a linear layer, plain or with LoRA; something follows it that is neither
+            a scale nor a soft cap; or the model inserts positions of its own (prompt learning).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{type(model).__name__}: expected a decoder-only model")
+        _check_positions(model)
+        self.model = model
+        self.head = find_head(model)
+        _check_adapters(self.head)
+        _check_reproduced(self.head)
+        self.logit_scale, self.softcap = probe_logits(model, self.head)
+        self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
+        self._function: HeadFunction | None = None
+        # One function for good: compiled graphs are guarded by which it is.
+        self._forward_in_head = torch.compiler.disable(self._run_function)
+        # What is left after the cap is switched off is a scale, which the returned scalar is divided by.
+        with without_softcap(self._capped_configs):
+            self._residual_scale, residual_cap = probe_logits(model, self.head)
+        if residual_cap is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its soft cap of {self.softcap:g} on the logits could not be switched off "
+                "through config.final_logit_softcapping, so a loss cannot be returned through its forward"
+            )
+
+    def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
+        """Run the model on `inputs` and return the scalar that `function` computed in its head.
+
+        Args:
+            function: maps `HeadState` to a scalar.
+            inputs: keyword arguments of the model's forward, without labels.
+            call: what to call in place of the model: the same model inside a DDP or FSDP wrapper.
+        """
+        _check_adapters(self.head)  # one may have been added or switched since
+        self._function = function
+        try:
+            with without_softcap(self._capped_configs), replaced_forward(self.head, self._forward_in_head):
+                outputs = (self.model if call is None else call)(**inputs, use_cache=False)
+        finally:
+            self._function = None
+        result: Tensor = returned_logits(outputs)
+        if result.numel() != 1:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: its forward did not return the head's result; were its adapters "
+                "switched after the trainer was made?"
+            )
+        return result.reshape(())
+
+    def _run_function(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What stands in the place of the head's forward."""
+        assert self._function is not None
+        weight, bias = effective_weight(self.head)
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
+            bias = None if bias is None else bias.to(weight.dtype)
+        result = self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale)
+        return result.reshape(1, 1, 1).clone()  # FSDP2 warns of views among what a module returns
+
+
+def find_head(model: Any) -> Any:
+    """Return the module whose forward computes the logits.
+
+    Raises:
+        UnsupportedModelError: the model has none, or one that is not a linear layer.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise UnsupportedModelError(f"{type(base).__name__}: expected a model with an output embedding, it has none")
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):  # PEFT's copies of a fully trained module
+        copies: Any = head.modules_to_save
+        adapters: Any = head.active_adapters
+        head = copies[adapters[0]]
+    layer = _base_layer(head)
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype not in _DTYPES:
+        dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: expected its output embedding to be a linear layer with a floating-point weight, "
+            f"got {type(layer).__name__} of {dtype}"
+        )
+    return head
+
+
+def effective_weight(head: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias a head computes with, LoRA adapters included, differentiable in all of them.
+
+    W + Σ scaling · B A over the active adapters, in the widest dtype among them, so that a small adapter is not rounded
+    away by a half-precision base.
+    """
+    base = _base_layer(head)
+    weight, bias = base.weight, base.bias
+    for name in _active_lora(head):
+        down, up = head.lora_A[name].weight, head.lora_B[name].weight
+        wide = torch.promote_types(weight.dtype, up.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(wide) + head.scaling[name] * (up.to(wide) @ down.to(wide))
+    return weight, None if bias is None else bias.to(weight.dtype)
+
+
+def _base_layer(head: Any) -> Any:
+    return head.base_layer if hasattr(head, "base_layer") else head
+
+
+def _active_lora(head: Any) -> list[str]:
+    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
+        return []
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def _check_positions(model: nn.Module) -> None:
+    """Refuse adapters that put virtual tokens before the input, where no label has a row."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"adapter {name!r}: prompt learning ({config.peft_type}) is not supported, only LoRA and the like"
+            )
+
+
+def _check_adapters(head: Any) -> None:
+    """Refuse an adapted head that `effective_weight` would not reproduce."""
+    adapted = hasattr(head, "base_layer")
+    if not adapted and not type(head).__module__.startswith("peft."):
+        return
+    if not adapted or not hasattr(head, "lora_A"):
+        raise UnsupportedModelError(
+            f"output embedding: adapters of type {type(head).__name__} are not supported, only LoRA"
+        )
+    for name in head.lora_A:
+        if getattr(head.lora_dropout[name], "p", 0.0) > 0:
+            raise UnsupportedModelError(
+                "output embedding: LoRA with dropout on the output embedding is not supported; set lora_dropout=0 or "
+                "leave lm_head out of target_modules"
+            )
+        if head.lora_variant.get(name) is not None or head.lora_bias.get(name):
+            raise UnsupportedModelError("output embedding: only plain LoRA (no DoRA, no lora_bias) is supported on it")
+
+
+@torch.no_grad()
+def _check_reproduced(head: nn.Module) -> None:
+    """Refuse a head whose own result on two rows is not x Wᵀ + b, such as a subclass of Linear with a scale inside."""
+    weight, bias = effective_weight(head)
+    if weight.is_meta or weight.numel() == 0:  # not loaded yet, or partitioned by ZeRO-3
+        return
+    rows = torch.arange(2 * weight.shape[1], device=weight.device).view(1, 2, -1).cos()
+    expected = nn.functional.linear(rows.to(weight.dtype), weight, bias)
+    result = head(rows.to(_base_layer(head).weight.dtype))
+    if (result - expected).abs().max() > 2e-2 * expected.abs().max():
+        raise UnsupportedModelError(
+            f"output embedding: the result of {type(head).__name__} is not hidden_states · weightᵀ + bias, "
+            "so a loss in its place would be wrong"
+        )

@@ -1,0 +1,100 @@
+"""The load-balancing loss of a mixture of experts, over the tokens the branches have apart.
+
+transformers computes it from all rows of a forward. In a row of trees a shared token stands once and counts for every
+branch through it, so it is computed here: the routers' logits are recorded while the model runs, each token's repeated
+as often as branches hold it, and given to the architecture's own formula.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextquill.errors import UnsupportedModelError
+from nextquill.models.architectures import base_model, text_config
+
+#: What keeps a model from computing its own, which counts a shared token once.
+WITHOUT_ROUTER_LOSS = {"output_router_logits": False}
+
+
+class RouterLoss:
+    """`router_aux_loss_coef` times the architecture's load-balancing loss.
+
+    Args:
+        model: a model whose config says `output_router_logits`.
+
+    Raises:
+        UnsupportedModelError: its routers or its formula are not found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base, config = base_model(model), text_config(base_model(model))
+        recorder = (getattr(base, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorder is None:  # the record is kept by the class of the backbone
+            found = (getattr(module, "_can_record_outputs", None) or {} for module in base.modules())
+            recorder = next((record["router_logits"] for record in found if "router_logits" in record), None)
+        kind, self._index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+        self._routers = [] if kind is None else [module for module in base.modules() if isinstance(module, kind)]
+        self._formula = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+        self._experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        self._chosen = getattr(config, "num_experts_per_tok", None)
+        self._factor = float(getattr(config, "router_aux_loss_coef", 0.0))
+        if not self._routers or self._formula is None or self._experts is None or self._chosen is None:
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: its router loss is not known here; set config.output_router_logits to False"
+            )
+        self._base = base
+        self._logits: list[Tensor] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RouterLoss | None:
+        """The loss of a model that asks for one, or None."""
+        return cls(model) if getattr(text_config(base_model(model)), "output_router_logits", False) else None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the routers of the forward in this block."""
+        self._logits = []
+        handles = [router.register_forward_hook(self._record) for router in self._routers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._logits = []
+
+    def value(self, forward: Mapping[str, Any]) -> Tensor:
+        """The loss over what was recorded, to be called before the block ends; a float32 scalar.
+
+        Args:
+            forward: of a batch; `multiplicity` or `attention_mask` says how many branches hold each token.
+        """
+        if torch.is_grad_enabled() and any(_is_reentrant(module) for module in self._base.modules()):
+            raise UnsupportedModelError(
+                "gradient checkpointing: with use_reentrant=True the router loss would have no gradient; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        counts = forward["multiplicity"] if "multiplicity" in forward else forward["attention_mask"]
+        rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
+        gathered = tuple(logits.flatten(0, -2)[rows] for logits in self._logits)
+        assert self._formula is not None
+        loss: Tensor = self._formula(gathered, self._experts, self._chosen)
+        return self._factor * loss.float()
+
+    def _record(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._logits.append(output[self._index] if isinstance(output, tuple) else output)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether a layer is checkpointed in the way that runs its first forward without a graph."""
+    how = getattr(module, "_gradient_checkpointing_func", None)
+    return (
+        module.training
+        and getattr(module, "gradient_checkpointing", False)
+        and bool(getattr(how, "keywords", {}).get("use_reentrant", True))
+    )

@@ -1,0 +1,97 @@
+"""A small tree run through a model, against its branches one by one: finds what no list of architectures foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextquill.errors import UnsupportedModelError
+from nextquill.models.architectures import base_model, text_config
+from nextquill.models.probe import in_eval_mode, returned_logits
+from nextquill.models.router import WITHOUT_ROUTER_LOSS
+from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
+
+#: Relative error of the logits. Rounding is a tenth of it or less; wrong attention was seen to give .28 and more.
+_LIMIT, _HALF_LIMIT = 1e-3, 0.1
+
+
+@torch.no_grad()
+def check_against_separate_passes(
+    model: Any, model_inputs: Callable[[Mapping[str, Any]], dict[str, Any]], before_the_others: Callable[[], None]
+) -> None:
+    """Raise unless branches that share a prefix have the logits they have apart.
+
+    Args:
+        model: the model; nothing is done where its parameters are not loaded, or partitioned by ZeRO-3.
+        model_inputs: the keyword arguments for a forward over a tree, as a collator makes it.
+        before_the_others: called between the tree's forward and the ordinary ones.
+
+    Raises:
+        UnsupportedModelError: the logits differ by more than rounding.
+    """
+    base = base_model(model)
+    if not _is_loaded(base):
+        return
+    device = next(base.parameters()).device
+    branches, tree = _small_tree(base.get_input_embeddings().weight.shape[0])
+    forward = {
+        "input_ids": tree.input_ids[None].to(device),
+        "position_ids": tree.position_ids[None].to(device),
+        "subtree_end": tree.subtree_end[None].to(device),
+        "layout": TreeLayout.of_tree(tree),
+    }
+    router = WITHOUT_ROUTER_LOSS if getattr(text_config(base), "output_router_logits", False) else {}
+    with in_eval_mode(model):
+        together = returned_logits(model(**model_inputs(forward), **router, use_cache=False))[0]
+        before_the_others()
+        for rows, branch in zip(tree.branch_rows, branches, strict=True):
+            alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)
+            _compare(together[rows.to(device)], returned_logits(alone)[0], model)
+
+
+@torch.no_grad()
+def masks_follow_window(model: Any) -> bool:
+    """Whether the config's sliding window reaches an ordinary forward: a config may hold one that nothing reads."""
+    base = base_model(model)
+    if not _is_loaded(base):
+        return True
+    config, device = text_config(base), next(base.parameters()).device
+    branch = torch.tensor([_small_tree(base.get_input_embeddings().weight.shape[0])[0][0]], device=device)
+    window, logits = config.sliding_window, list[Tensor]()
+    with in_eval_mode(model):
+        try:
+            for each in (window, 2):
+                config.sliding_window = each
+                logits.append(returned_logits(model(input_ids=branch, use_cache=False)))
+        finally:
+            config.sliding_window = window
+    return not torch.equal(*logits)
+
+
+def _is_loaded(base: Any) -> bool:
+    return not any(p.is_meta or p.numel() == 0 for p in base.parameters())
+
+
+def _small_tree(vocabulary: int) -> tuple[list[list[int]], PrefixTree]:
+    ids = ((torch.arange(13) * 7 + 3) % min(64, vocabulary)).tolist()
+    branches = [ids[:5] + ids[5:8], ids[:5] + ids[8:13]]
+    if branches[0][5] == branches[1][5]:  # a tiny vocabulary
+        branches[1][5] = (branches[1][5] + 1) % 2
+    return branches, build_prefix_tree(branches)
+
+
+def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
+    together, alone = together.double(), alone.double()
+    spread = (alone - alone.mean(-1, keepdim=True)).norm()
+    error = float((together - alone).norm() / spread.clamp(min=1e-30))
+    # accelerate leaves its autocast around a model's forward, and marks it so
+    narrow = next(base_model(model).parameters()).element_size() < 4
+    half = narrow or hasattr(model, "_original_forward") or torch.is_autocast_enabled(alone.device.type)
+    if not error < (_HALF_LIMIT if half else _LIMIT):
+        raise UnsupportedModelError(
+            f"{type(base_model(model)).__name__}: branches that share a prefix do not give the logits they give apart "
+            f"(relative error {error:.1e}); use attention='padded'"
+        )

@@ -1,0 +1,61 @@
+"""Token weights from effects that were measured before training, by this model or another: a frozen estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nextquill.data import EncodedExample
+from nextquill.errors import ArgumentError
+from nextquill.losses import PairLoss
+from nextquill.outputs import PairNLL
+from nextquill.storage.fingerprints import fingerprint
+from nextquill.weighting import UniformWeighting
+
+
+def effects_digest(examples: Sequence[EncodedExample]) -> str:
+    """A hash of the examples' stored effects, which tells one file of them from another."""
+    return fingerprint(each.effects.numpy().tobytes() for each in examples if each.effects is not None)
+
+
+def check_stored_weighting(loss: PairLoss) -> None:
+    """Raise ArgumentError where a loss's weighting reads more than the two nll's that are stored, or neither."""
+    weighting = loss.objective.weighting
+    if type(weighting) is UniformWeighting:
+        raise ArgumentError(f"loss: {type(loss).__name__} weighs every token alike, whatever effects are stored")
+    # The contract of `nextquill.weighting`: what does not say otherwise may read `pair.effect`.
+    if getattr(weighting, "reads_effect", True):
+        raise ArgumentError(
+            "loss: expected a weighting with `reads_effect = False` for stored effects, which hold nll_factual and "
+            "nll_counterfactual only"
+        )
+
+
+def stored_weights(loss: PairLoss, effects: Tensor, sequence_ids: Tensor) -> Tensor:
+    """The weights w = weighting(nll's) of stored nll's, as the loss would make them of its own.
+
+    Args:
+        loss: whose weighting it is.
+        effects: float32 [2, n], nll_factual and nll_counterfactual in nats.
+        sequence_ids: int64 [n]; rows of a sequence stand together.
+
+    Returns:
+        float32 [n], without gradient.
+
+    Raises:
+        ArgumentError: the weighting returned something else than a weight per token.
+    """
+    weighting = loss.objective.weighting
+    whole = getattr(weighting, "elementwise", False) or loss.reduction == "micro_batch" or not effects.shape[1]
+    sizes = [effects.shape[1]] if whole else sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
+    with torch.no_grad():
+        weights = [
+            weighting(PairNLL(piece[0].clone(), piece[1].clone(), None)) for piece in effects.split(sizes, dim=1)
+        ]
+    for found, size in zip(weights, sizes, strict=True):
+        if not isinstance(found, Tensor) or found.shape != (size,):
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ArgumentError(f"weighting: expected a tensor of shape [{size}], got {got}")
+    return torch.cat(weights).float()

@@ -1,0 +1,122 @@
+"""Checkpoints that exist completely or not at all, and the identity of a run.
+
+A checkpoint is written into `<output_dir>/.incomplete/` and renamed to its place when everything is in it; a process
+killed while saving leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint says which
+model and loss it belongs to; the same file beside them marks the folder as a run's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextquill.errors import CheckpointError
+
+STAGING = ".incomplete"
+RUN_FILE = "nextquill_run.json"
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Rename a finished folder to `target`, replacing an older folder of that name."""
+    if target.exists():
+        retired = source.with_name(f"{target.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(target, retired)
+        os.replace(source, target)
+        shutil.rmtree(retired)
+    else:
+        os.replace(source, target)
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder whose files are renamed into `folder` when the block ends without an exception."""
+    staging = folder / STAGING / "files"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            if path.is_dir():
+                move_into_place(path, folder / path.name)
+            else:
+                os.replace(path, folder / path.name)
+    finally:
+        remove_staging(folder)
+
+
+def remove_staging(folder: Path) -> None:
+    """Delete what an interrupted save left."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -> Path | None:
+    """The checkpoint to resume from: the one named, or `folder`'s last for True; None to start anew.
+
+    Raises:
+        CheckpointError: it is not there, or not complete.
+    """
+    if given is None or given is False:
+        return None
+    if given is True:
+        path = last_checkpoint(folder)
+        if path is None:
+            raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint in {folder}, found none")
+    else:
+        path = Path(given)
+    if not (path / "trainer_state.json").is_file():
+        raise CheckpointError(f"resume_from_checkpoint: {path} is no complete checkpoint: no trainer_state.json in it")
+    return path
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The folder's `checkpoint-N` of the largest N."""
+    return max(_checkpoints(folder), key=_step, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> None:
+    """Delete the oldest checkpoints until `limit` are left, but never the newest or the best."""
+    if limit is None or limit <= 0:
+        return
+    found = sorted(_checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, _step(path)))
+    protected = {newest} if best is None else {newest, Path(best).name}
+    spare = [path for path in found if path.name not in protected]
+    for path in spare[: max(0, len(found) - max(limit, len(protected)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint was written by another model or loss."""
+    path = checkpoint / RUN_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (no {RUN_FILE} in it); "
+            "its model can be loaded with from_pretrained and trained anew"
+        )
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        different = [key for key in identity if saved.get(key) != identity[key]]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"resume_from_checkpoint: {path} is not a run's description: {error}") from error
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"resume_from_checkpoint: {checkpoint} was written with another {key.replace('_', ' ')}: "
+            f"there {saved.get(key)}, here {identity[key]}"
+        )

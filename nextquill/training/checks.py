@@ -1,0 +1,103 @@
+"""What a trainer refuses before any work: arguments that do not fit each other, or that it would silently ignore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.losses import PairLoss
+from nextquill.models.limits import check_vocabulary
+
+#: Options of transformers' Trainer that `NextQuillTrainer` fills itself.
+FILLED_OPTIONS = (
+    "compute_loss_func",
+    "compute_metrics",
+    "data_collator",
+    "preprocess_logits_for_metrics",
+    "model_init",
+)
+
+# Training arguments that would be ignored or break later, with the values that are accepted and the reason.
+_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0, 0.0), "the loss runs inside the model's head, where labels are not smoothed"),
+    "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
+    "eval_do_concat_batches": ((True,), "metrics are means over all tokens of an evaluation"),
+    "include_for_metrics": (([], None), "metrics are made of the loss's own results"),
+    "use_liger_kernel": ((False,), "it replaces the model's forward, which the loss runs inside"),
+    "train_sampling_strategy": (("random", "sequential"), "an example has two lengths, one a branch"),
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ArgumentError where an option is given that the trainer fills itself."""
+    for name in FILLED_OPTIONS:
+        if options.get(name) is not None:
+            raise ArgumentError(f"{name}: NextQuillTrainer fills this itself; subclass it to change it")
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ArgumentError for training arguments that would be ignored or break later."""
+    for name, (accepted, reason) in _ARGUMENTS.items():
+        value = getattr(args, name, accepted[0])
+        if value not in accepted:
+            raise ArgumentError(f"args: {name}={value!r} is not supported: {reason}")
+    metric = str(getattr(args, "metric_for_best_model", None) or "").removeprefix("eval_")
+    if metric.startswith("nll_") and args.greater_is_better:
+        raise ArgumentError(
+            f"args: greater_is_better=True would keep the checkpoint with the worst {metric}; set it to False "
+            "(TrainingArguments takes every metric whose name does not end in 'loss' for a score)"
+        )
+    if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
+        raise ArgumentError(
+            "args: accelerator_config.dispatch_batches=True is not supported: it cuts tensors along their first axis, "
+            "which is not that of examples in a batch of trees"
+        )
+    if args.n_gpu > 1:
+        raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
+    parallelism = getattr(args, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallelism, name, 1) not in (1, None):
+            raise ArgumentError(f"args: parallelism_config.{name} above 1 is not supported, only data parallelism")
+
+
+def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user: Any) -> None:
+    """Raise ArgumentError or ArgumentTypeError for batches that cannot be made."""
+    for name, value in (("max_tokens", max_tokens), ("examples_per_user", examples_per_user)):
+        if name == "max_tokens" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+        if value < 1:
+            raise ArgumentError(f"{name}: expected a positive number, got {value}")
+    if max_tokens is not None and loss.reduction == "micro_batch":
+        raise ArgumentError(
+            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+        )
+    if examples_per_user > 1 and getattr(args, "train_sampling_strategy", "random") == "sequential":
+        raise ArgumentError(
+            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', as more of them stand in an "
+            "order of their own"
+        )
+    if args.per_device_train_batch_size % examples_per_user:
+        raise ArgumentError(
+            f"examples_per_user: expected a divisor of per_device_train_batch_size={args.per_device_train_batch_size}, "
+            f"got {examples_per_user}"
+        )
+
+
+def check_model(model: Any, processing_class: Any, loss: Any) -> None:
+    """Raise unless these are a causal language model, its tokenizer, and a loss.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer is not the model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if processing_class is None:
+        raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
+    if not isinstance(loss, PairLoss):
+        hint = "; give an instance" if isinstance(loss, type) else ""
+        raise ArgumentTypeError(f"loss: expected a nextquill loss, got {type(loss).__name__} {loss!r}{hint}")
+    check_vocabulary(model, processing_class)

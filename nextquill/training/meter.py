@@ -1,0 +1,236 @@
+"""What the trainer measures: sums over an interval of training, means over an evaluation, and a watch on both.
+
+Sums stay on the device and are reduced over ranks once per log, so measuring never synchronises a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from nextquill.losses import PairLoss
+from nextquill.models.branch_passes import PartScores
+from nextquill.outputs import PreferenceLossOutput
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingMeter:
+    """Sums of a loss's diagnostics since the last log."""
+
+    _TERMS = ("loss_factual", "loss_effect", "loss_counterfactual")
+    _TOKEN_SUMS = (
+        "nll_factual",
+        "nll_counterfactual",
+        "effect_logprob",
+        "effect_prob",
+        "share_above_threshold",
+        "token_weight",
+    )
+    _COUNTS = ("num_tokens", "num_sequences")
+    _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS)
+    _WORK = ("computed", "branches")  # tokens that were computed, and those of the branches on their own
+    _UNPAIRED = ("loss_factual", "nll_factual", "token_weight", *_COUNTS)
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the interval."""
+        self._sums: Tensor | None = None
+        self._paired = False
+        self._steps = 0
+        self._step_began = False
+        self._work = [0, 0]
+        self._users: int | Tensor = 0
+        self._step_users: int | Tensor = 0
+        self._since = time.perf_counter()
+
+    def begin_step(self, users: int | Tensor = 0) -> None:
+        """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count.
+
+        Args:
+            users: different users in the step, over all ranks.
+        """
+        self._step_began = True
+        self._step_users = users
+
+    def add(self, output: PreferenceLossOutput, computed_tokens: int = 0, branch_tokens: int = 0) -> None:
+        """Add one part.
+
+        Args:
+            output: the loss's.
+            computed_tokens: tokens that were computed for it.
+            branch_tokens: tokens of its branches on their own.
+        """
+        pair, count = output.pair_nll, output.num_tokens
+        self._steps += self._step_began
+        self._users += self._step_users * self._step_began
+        self._step_began = False
+        self._work = [self._work[0] + computed_tokens, self._work[1] + branch_tokens]
+        self._paired = pair.counterfactual is not None
+        values = torch.stack(
+            [
+                output.factual,
+                output.effect,
+                output.counterfactual,
+                pair.factual.sum(),
+                pair.counterfactual.sum() if pair.counterfactual is not None else output.effect.new_zeros(()),
+                output.mean_effect_logprob * count,
+                output.mean_effect_prob * count,
+                output.share_above_threshold * count,
+                output.weight_sum,
+                output.loss.new_tensor(count),
+                output.loss.new_tensor(output.num_sequences),
+            ]
+        ).detach().double()  # fmt: skip
+        self._sums = values if self._sums is None else self._sums + values
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Reduce over ranks, reset, and return the interval's metrics; every rank must call it."""
+        none = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
+        sums = torch.cat([none if self._sums is None else self._sums, none.new_tensor(self._work)])
+        total = dict(zip((*self._SUMS, *self._WORK), reduce(sums).tolist(), strict=True))
+        steps, tokens, paired = max(1, self._steps), max(1.0, total["num_tokens"]), self._paired
+        work = {
+            "tokens_per_second": total["branches"] / max(1e-9, time.perf_counter() - self._since),
+            "sharing_factor": total["branches"] / max(1.0, total["computed"]),
+            "users_per_step": float(self._users) / steps,
+        }
+        self.reset()
+        metrics = {name: total[name] / steps for name in self._TERMS}
+        metrics |= {name: total[name] / tokens for name in self._TOKEN_SUMS}
+        metrics |= {name: total[name] for name in self._COUNTS}
+        return (metrics if paired else {name: metrics[name] for name in self._UNPAIRED}) | work
+
+
+#: Columns of the per-example evaluation table, means over the example's tokens but for the last.
+EVAL_COLUMNS = (
+    "loss", "nll_factual", "nll_counterfactual", "nll_placebo", "effect_prob", "share_above_threshold", "num_tokens",
+)  # fmt: skip
+
+
+def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tensor:
+    """One row of `EVAL_COLUMNS` per example, float32; `nll_placebo` is NaN where no placebo was scored."""
+    output, ids = scores.output, scores.sequence_ids
+    pair = output.pair_nll
+    assert pair.counterfactual is not None
+
+    def sums(values: Tensor) -> Tensor:
+        return values.new_zeros(num_examples).index_add(0, ids, values)
+
+    count = sums(torch.ones_like(pair.factual))
+    objective = sums(output.token_loss)
+    if loss.reduction == "token":
+        objective = objective / count.clamp(min=1.0)
+    placebo = torch.full_like(pair.factual, torch.nan) if scores.placebo_nll is None else scores.placebo_nll
+    above = (pair.effect_prob > loss.threshold).to(pair.factual.dtype)
+    tokens = (pair.factual, pair.counterfactual, placebo, pair.effect_prob, above)
+    means = [sums(values) / count.clamp(min=1.0) for values in tokens]
+    return torch.stack([objective, *means, count], dim=1).float()
+
+
+def eval_metrics(table: Tensor, *, token_mean_loss: bool) -> dict[str, float]:
+    """Reduce the per-example table [examples, columns] to an evaluation's metrics.
+
+    nll's and effects are means over tokens. `effect_placebo` is nll under another user's history minus nll under the
+    user's own: unlike `effect_logprob`, no loss can raise it by making the no-history pass wrong.
+    """
+    columns = dict(zip(EVAL_COLUMNS, table.double().unbind(1), strict=True))
+    tokens = columns["num_tokens"]
+    total = tokens.sum().clamp(min=1.0)
+    means = {name: float((column * tokens).sum() / total) for name, column in columns.items() if name != "loss"}
+    loss = (columns["loss"] * tokens).sum() / total if token_mean_loss else columns["loss"].mean()
+    metrics = {
+        "loss": float(loss),
+        **{name: means[name] for name in EVAL_COLUMNS[1:-1]},
+        "effect_logprob": means["nll_counterfactual"] - means["nll_factual"],
+        "effect_placebo": means["nll_placebo"] - means["nll_factual"],
+        "num_tokens": float(tokens.sum()),
+    }
+    return {name: value for name, value in metrics.items() if value == value or "placebo" not in name}
+
+
+class CounterfactualWatch(TrainerCallback, ExportableState):
+    """Warns once when the no-history pass gets worse while training.
+
+    A loss with gradient through both passes can lower its effect term by making z0 wrong; then "effects" grow and mean
+    nothing. The training nll without history is averaged over at least `window` sequences, and a rise of more than
+    `tolerance` nats above its lowest average warns; so does a rise of an evaluation's above its lowest while training.
+
+    Args:
+        tolerance: nats.
+        window: sequences.
+        trained_through: whether the loss has a gradient through the counterfactual, which decides the advice.
+    """
+
+    def __init__(self, tolerance: float = 0.5, window: int = 64, trained_through: bool = True) -> None:
+        self.tolerance = tolerance
+        self.window = window
+        self.trained_through = trained_through
+        self.lowest: dict[str, float] = {}
+        self.pending = [0.0, 0.0, 0.0]  # sum of nll over tokens, tokens, sequences
+        self.warned = False
+        self._training = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "args": {"tolerance": self.tolerance, "window": self.window, "trained_through": self.trained_through},
+            "attributes": {"lowest": dict(self.lowest), "pending": list(self.pending), "warned": self.warned},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from where a checkpoint left off."""
+        self._training = True
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        if saved and state.global_step > 0:
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching: an evaluation outside training may be of any other data."""
+        self._training = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Look at every reading of the nll without history."""
+        if not self._training or not logs:
+            return
+        if "nll_counterfactual" in logs:
+            nll, tokens, sequences = (logs[name] for name in ("nll_counterfactual", "num_tokens", "num_sequences"))
+            self.pending = [self.pending[0] + nll * tokens, self.pending[1] + tokens, self.pending[2] + sequences]
+            if self.pending[2] >= self.window:
+                mean, self.pending = self.pending[0] / max(1.0, self.pending[1]), [0.0, 0.0, 0.0]
+                self._check("training", mean, state)
+        for key, value in logs.items():
+            if key.endswith("_nll_counterfactual"):
+                self._check(key.removesuffix("_nll_counterfactual"), value, state)
+
+    def _check(self, name: str, nll: float, state: Any) -> None:
+        lowest = self.lowest[name] = min(self.lowest.get(name, nll), nll)
+        if nll - lowest <= self.tolerance or self.warned:
+            return
+        self.warned = True
+        if not state.is_world_process_zero:
+            return
+        cause = (
+            "The loss is making the no-history pass wrong: use detach_counterfactual=True"
+            if self.trained_through
+            else "The model gets worse without a history, as it may when it overfits"
+        )
+        logger.warning(
+            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate what "
+            "the history does. %s; trust effect_placebo rather than effect_logprob.",
+            state.global_step,
+            name,
+            lowest,
+            nll,
+            cause,
+        )

@@ -1,0 +1,110 @@
+"""TRL's `SFTTrainer` with a causal loss.
+
+    data = EncodedDataset(encoder.encode_all(load_records("train.jsonl")))
+    trainer = CausalSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, loss=nq.PerCELoss())
+
+Everything of TRL's that is not about the loss or the preparation of text stays: its handling of PEFT and quantised
+models, its arguments and callbacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from nextquill.data import EncodedDataset
+from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.losses import NextQuillLoss, PairLoss
+from nextquill.models.branch_passes import PairPasses, collator_of
+from nextquill.training.causal_loss_mixin import CausalLossMixin
+from nextquill.training.checks import check_arguments, check_model, check_options
+
+# Arguments of TRL's own loss and its preparation of text, with what they are where nothing is asked for.
+_IGNORED = {"loss_type": "nll", "packing": False, "completion_only_loss": None, "assistant_only_loss": False}
+
+
+class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, trained with a `PairLoss`.
+
+    Args:
+        model: as TRL's.
+        args: TRL's `SFTConfig`; the preparation of data sets is switched off.
+        train_dataset, eval_dataset: `EncodedDataset`s; the second may be a dict of them.
+        processing_class: the tokenizer.
+        loss, attention, max_tokens, examples_per_user: as in `NextQuillTrainer`.
+        options: everything else TRL's trainer takes, but for compute_loss_func, compute_metrics, data_collator,
+            preprocess_logits_for_metrics and model_init.
+
+    Logs and evaluation are `NextQuillTrainer`'s; checkpoints are TRL's own.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        UnsupportedModelError: the model cannot be handled exactly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        *,
+        train_dataset: EncodedDataset | None = None,
+        eval_dataset: EncodedDataset | dict[str, EncodedDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        loss: PairLoss | None = None,
+        attention: str = "auto",
+        max_tokens: int | None = None,
+        examples_per_user: int = 1,
+        **options: Any,
+    ) -> None:
+        check_options(options)
+        loss = NextQuillLoss(detach_counterfactual=True) if loss is None else loss
+        args = SFTConfig(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args)
+        for name, accepted in _IGNORED.items():
+            if getattr(args, name, accepted) != accepted:
+                raise ArgumentError(
+                    f"args: {name}={getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
+                    "trained on"
+                )
+        for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            for part in given.values() if isinstance(given, dict) else [given]:
+                if part is not None and not isinstance(part, EncodedDataset):
+                    raise ArgumentTypeError(f"{name}: expected an EncodedDataset, got {type(part).__name__}")
+        _check_lengths(train_dataset, args.max_length)
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=_stand_in(train_dataset),
+            processing_class=processing_class,
+            data_collator=collator_of(loss, attention, 0, max_tokens),
+            compute_metrics=self._eval_metrics,
+            **options,
+        )
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        trained: Any = self.model
+        check_model(trained, processing_class, loss)
+        self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
+        self._check_fits(train_dataset)
+        self._set_normalised()
+
+
+def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
+    """TRL would cut what is longer; here it was encoded to a budget already, so that is a contradiction."""
+    if dataset is None or limit is None:
+        return
+    longest = max(dataset.num_branch_tokens(["factual"]), default=0)
+    if longest > limit:
+        raise ArgumentError(
+            f"args: max_length is {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
+            "encode with a smaller max_length, or set this one larger or to None"
+        )
+
+
+def _stand_in(dataset: EncodedDataset | None) -> Dataset | None:
+    """What TRL's constructor takes for a data set, of the same length: it refuses any other class."""
+    return None if dataset is None else Dataset.from_dict({"index": list(range(len(dataset)))})

@@ -1,0 +1,240 @@
+"""Responses by transformers' own generate: stopped where they should, and the same in any batch, sampled ones too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tokenizers import AddedToken
+
+from nextquill.data import Branch, EncodedExample
+from nextquill.errors import ArgumentError
+from nextquill.evaluation.generation import (
+    GenerationOptions,
+    Prompt,
+    generation_engine,
+    make_prompts,
+    stop_tokens,
+)
+from nextquill.models.tiny_models import build_tokenizer
+from tests.models.model_helpers import tiny_model
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer(["the salty soup"], 280)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+
+
+def example(prompt, other=None, response=(5, 0), index=0):
+    response = list(response)
+    return EncodedExample("u", index, Branch(prompt, response), Branch(other or prompt[:1], response), None, 1, 1)
+
+
+IDS = ([10, 11, 12, 13], [40], [7, 8, 90, 200, 31, 77], [9, 9])
+EXAMPLES = [example(ids, index=index) for index, ids in enumerate(IDS)]
+
+
+def respond(model, tokenizer, examples=EXAMPLES, branches=("factual",), done=(), **options):
+    """Texts by the prompt's index."""
+    chosen = GenerationOptions(**options)
+    with generation_engine(model, tokenizer, examples, chosen) as engine:
+        return dict(engine.generate(make_prompts(examples, branches, chosen.seed), done))
+
+
+def argmax_responses(model, tokenizer, examples, count, branch="factual"):
+    """One token at a time, without a cache, a batch or `generate`."""
+    texts = []
+    for each in examples:
+        ids = list(getattr(each, branch).prompt_ids)
+        new = []
+        while len(new) < count:
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            new.append(token)
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
+
+
+# ---- greedy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_responses_are_the_most_likely_tokens(model, tokenizer, batch_size):
+    branches = ("factual", "counterfactual")
+    texts = respond(model, tokenizer, branches=branches, max_new_tokens=6, batch_size=batch_size)
+    expected = [text for branch in branches for text in argmax_responses(model, tokenizer, EXAMPLES, 6, branch)]
+    assert [texts[index] for index in range(8)] == expected
+    assert len(set(expected)) > 3
+
+
+def test_the_models_own_generation_config_is_left_out_and_left_alone(model, tokenizer):
+    plain = respond(model, tokenizer, max_new_tokens=6)
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0, max_length=3, num_beams=2)
+    own = model.generation_config
+    assert respond(model, tokenizer, max_new_tokens=6) == plain
+    assert model.generation_config is own
+    assert own.repetition_penalty == 3.0
+
+
+def test_a_response_stops_at_an_end_and_has_nothing_behind_it(model, tokenizer):
+    first = int(model(torch.tensor([[40]])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [first, 3]
+    texts = respond(model, tokenizer, max_new_tokens=6)
+    assert texts[1] == ""
+    assert any(texts.values())
+
+
+def test_stops(model, tokenizer):
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    end = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = None
+    assert stop_tokens(model, tokenizer, [example([1], response=(5, turn))]) == {end, turn}
+    assert stop_tokens(model, tokenizer, [example([1], response=(5, 6))]) == {end}, "a word ends nothing"
+    model.generation_config.eos_token_id = [7, 8]
+    assert stop_tokens(model, tokenizer, []) == {end, 7, 8}
+
+
+def test_a_tokenizer_without_padding_or_end(model, tokenizer):
+    expected = respond(model, tokenizer, max_new_tokens=3)
+    tokenizer.pad_token = None
+    assert respond(model, tokenizer, max_new_tokens=3) == expected
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
+    assert len(respond(model, tokenizer, max_new_tokens=3)) == 4
+
+
+@pytest.fixture
+def lengths(tokenizer, monkeypatch):
+    """Tokens of each response, in the order they are decoded."""
+    made = []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: made.append(len(ids)) or "", raising=False)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 has no embedding for a position beyond its context
+def test_a_response_ends_with_the_context_and_no_other_does(tokenizer, lengths, kind):
+    size = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "gpt2" else {}
+    model = tiny_model(kind, vocab_size=len(tokenizer), eos_token_id=None, **size)
+    tokenizer.eos_token = None
+    prompts = [example([2 + i % 90 for i in range(length)]) for length in (60, 3, 64, 63, 58, 57)]
+    respond(model, tokenizer, prompts, max_new_tokens=6)
+    assert lengths == [0, 1, 4, 6, 6, 6], "longest prompts first"
+
+
+def test_training_mode_is_given_back(model, tokenizer):
+    model.train()
+    respond(model, tokenizer, EXAMPLES[:1], max_new_tokens=1)
+    assert model.training
+
+
+def test_what_is_done_is_left_out_and_batches_stay_as_they_were(model, tokenizer, monkeypatch):
+    whole = respond(model, tokenizer, max_new_tokens=4, batch_size=2)
+    shapes, own = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: shapes.append(list(k["input_ids"].shape)) or own(**k))
+    rest = respond(model, tokenizer, done={2, 3}, max_new_tokens=4, batch_size=2)
+    assert rest == {index: whole[index] for index in (0, 1)}
+    assert shapes == [[2, 6], [2, 2]], "both batches, each with a prompt that is needed"
+    shapes.clear()
+    assert respond(model, tokenizer, done={0, 2}, max_new_tokens=4, batch_size=2) == {1: whole[1], 3: whole[3]}
+    assert shapes == [[2, 2]]
+
+
+# ---- sampled -----------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch(model, tokenizer):
+    sampled = {"temperature": 1.0, "max_new_tokens": 6}
+    texts = respond(model, tokenizer, batch_size=1, seed=3, **sampled)
+    for size in (2, 4):
+        assert respond(model, tokenizer, batch_size=size, seed=3, **sampled) == texts
+    assert respond(model, tokenizer, EXAMPLES[2:], batch_size=1, seed=3, **sampled) == {0: texts[2], 1: texts[3]}
+    assert respond(model, tokenizer, batch_size=1, seed=4, **sampled) != texts
+    assert respond(model, tokenizer, max_new_tokens=6) != texts
+
+
+def test_samples_have_the_models_probabilities(model, tokenizer):
+    """First tokens of many seeds against softmax(logits / temperature), by chi-square."""
+    temperature, draws = 0.7, 3000
+    with torch.no_grad():
+        p = (model(torch.tensor([[40]])).logits[0, -1].double() / temperature).softmax(0)
+    chosen = GenerationOptions(temperature=temperature, max_new_tokens=1, batch_size=1000)
+    counts = torch.zeros_like(p)
+    model.generation_config.eos_token_id = None
+    with generation_engine(model, tokenizer, [], chosen) as engine:
+        prompts = [Prompt(index, [40], 17 * index) for index in range(draws)]
+        for start in range(0, draws, 1000):
+            for ids in engine._respond(prompts[start : start + 1000], 1):
+                counts[ids[0]] += 1
+    common = p * draws >= 5
+    observed, expected = (torch.cat([x[common], x[~common].sum()[None]]) for x in (counts, p * draws))
+    chi2, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
+    assert freedom > 20
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_top_p_leaves_out_what_is_unlikely(model, tokenizer):
+    with torch.no_grad():
+        p = model(torch.tensor([[40]])).logits[0, -1].softmax(0)
+    ordered = p.sort(descending=True)
+    nucleus = set(ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist())
+    model.generation_config.eos_token_id = None
+    with generation_engine(
+        model, tokenizer, [], GenerationOptions(temperature=1.0, top_p=0.5, max_new_tokens=1)
+    ) as engine:
+        drawn = {ids[0] for ids in engine._respond([Prompt(i, [40], i) for i in range(300)], 1)}
+    assert drawn <= nucleus
+    assert len(drawn) > 1
+
+
+def test_seeds_differ_between_examples_and_branches():
+    seeds = [prompt.seed for prompt in make_prompts(EXAMPLES, ("factual", "counterfactual"), 0)]
+    assert len(set(seeds)) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[1:4] == [prompt.seed for prompt in make_prompts(EXAMPLES[1:], ("factual",), 0)]
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a positive number, got 0"),
+        ({"batch_size": 0}, "batch_size: expected a positive number, got 0"),
+        ({"temperature": -1.0}, "temperature: expected 0"),
+        ({"temperature": float("nan")}, "temperature: expected 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p: expected a share"),
+        ({"top_p": 0.5}, "top_p: expected a temperature above 0"),
+        ({"engine": "tgi"}, "engine: expected one of hf, vllm, got 'tgi'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        GenerationOptions(**options)
+
+
+def test_a_branch_that_is_not_there_is_named():
+    with pytest.raises(ArgumentError, match=r"branch: expected examples with a placebo branch, got none in example 0"):
+        make_prompts(EXAMPLES, ("placebo",), 0)
+    with pytest.raises(
+        ArgumentError, match="branch: expected one of 'factual', 'counterfactual', 'placebo', got 'own'"
+    ):
+        make_prompts(EXAMPLES, ("own",), 0)
+
+
+def test_without_prompts_nothing_is_generated(model, tokenizer):
+    assert respond(model, tokenizer, []) == {}
+
+
+def test_examples_are_not_changed(model, tokenizer):
+    before = [dataclasses.replace(each) for each in EXAMPLES]
+    respond(model, tokenizer, max_new_tokens=2)
+    assert before == EXAMPLES

@@ -1,0 +1,410 @@
+"""What cannot share prefixes exactly is refused with the reason, before training where it can be known then."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, TaskType, get_peft_model
+from torch import nn
+
+from nextquill import ArgumentError, SFTLoss, UnsupportedModelError
+from nextquill.data import PaddedCollator, TreeCollator
+from nextquill.evaluation.scoring import score_examples
+from nextquill.models.attention import TreeAttention
+from nextquill.models.branch_passes import PairPasses
+from tests.models.model_helpers import (
+    assert_same_loss,
+    assert_same_tensors,
+    gradients,
+    loss_cases,
+    make_records,
+    make_trainer,
+    random_examples,
+    reference_loss,
+    run_loss,
+    shared_examples,
+    tiny_model,
+)
+
+HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
+    "linear attention": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        },
+        r"Qwen3NextForCausalLM: its layers of type linear_attention pass .* row to row.*use attention='padded'",
+    ),
+    "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM: its layers of type conv "),
+    "chunks": ("llama4_text", {"num_local_experts": 2}, "Llama4ForCausalLM: its layers of type chunked_attention "),
+}  # fmt: skip
+
+
+# ---- architectures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("name", sorted(HYBRID))
+def test_layers_that_pass_on_what_they_have_seen(name: str, attention: str) -> None:
+    kind, options, message = HYBRID[name]
+    with pytest.raises(UnsupportedModelError, match=message):
+        PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
+
+
+@pytest.mark.parametrize("name", ["linear attention", "convolution"])
+def test_such_layers_are_accepted_in_rows_of_their_own(name: str) -> None:
+    kind, options, _ = HYBRID[name]
+    model = tiny_model(kind, **options)
+    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
+    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()), 1e-4)
+
+
+def test_recurrent_models() -> None:
+    model = tiny_model()
+    type(model)._is_stateful = True
+    try:
+        with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM: a model with recurrent state"):
+            TreeAttention(model)
+    finally:
+        del type(model)._is_stateful
+
+
+def test_encoder_decoder_models() -> None:
+    model = tiny_model()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match="expected a decoder-only model"):
+        PairPasses(model, loss_cases()["sft"].loss)
+
+
+def test_attention_sinks_are_left_to_masks() -> None:
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "attn_implementation": "eager"}
+    model = tiny_model("gpt_oss", **options)
+    with pytest.raises(UnsupportedModelError, match=r"attention sinks .* use attention='mask' or 'padded'"):
+        TreeAttention(model)
+    assert model.config._attn_implementation == "eager"
+    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
+    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
+
+
+def test_models_that_take_no_attention_function() -> None:
+    model = tiny_model("gptj", attn_implementation="eager", rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
+    with pytest.raises(UnsupportedModelError, match=r"GPTJForCausalLM: its attention cannot be replaced .*'mask'"):
+        TreeAttention(model)
+    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
+    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NO_MASK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "alibi of a padding mask": (
+        "bloom", {"n_head": 4, "n_layer": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}, "BloomForCausalLM"
+    ),
+    "padding masks alone": (
+        "openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT},
+        "OpenAIGPTLMHeadModel",
+    ),
+    "padding masks alone, asserted": (
+        "xlm",
+        {
+            "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 96, "causal": True, "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        "XLMWithLMHeadModel",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(NO_MASK))
+def test_models_that_take_no_mask_between_tokens(name: str) -> None:
+    kind, options, shown = NO_MASK[name]
+    model = tiny_model(kind, attn_implementation="eager", **options)
+    with pytest.raises(UnsupportedModelError, match=rf"^{shown}: its attention does not run .*attention='padded'$"):
+        TreeAttention(model, "mask")
+    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
+    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
+
+
+# ---- rotary embeddings that follow the longest position --------------------------------------------
+
+
+LONG = {"short_factor": [1.0, 1.3, 1.1, 1.2], "long_factor": [4.0, 2.0, 3.0, 5.0]}
+ROPE: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}},
+    ),
+    "longrope": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
+                **LONG,
+            },
+        },
+    ),
+    "longrope of phi3": (
+        "phi3",
+        {
+            "resid_pdrop": 0.0, "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **LONG,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+def examples_up_to(length: int) -> list[Any]:
+    found = [e for e in random_examples(12) if max(len(b.input_ids) for b in (e.factual, e.counterfactual)) <= length]
+    assert len(found) > 2
+    return found
+
+
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("name", sorted(ROPE))
+def test_rope_that_follows_the_longest_position(name: str, attention: str) -> None:
+    """Exact for branches of up to 16 tokens, in a row that is longer; refused beyond, where it would be wrong."""
+    kind, options = ROPE[name]
+    model, case = tiny_model(kind, **options), loss_cases()["official"]
+    passes = PairPasses(model, case.loss, attention)
+    assert passes.trees.max_depth == 16
+    examples = examples_up_to(16)
+    batch = passes.collator()(examples)
+    assert batch["parts"][0]["num_tokens"] > 16
+    loss, _ = passes.training_loss(batch)
+    assert_same_loss(loss, reference_loss(case, model, examples))
+    long = [e for e in random_examples(12) if len(e.factual.input_ids) > 16][:2]
+    with pytest.raises(UnsupportedModelError, match=r"beyond 16 tokens, got up to \d+; set max_length to 16"):
+        passes.training_loss(passes.collator()(long))
+    passes.check_training(16)
+    with pytest.raises(UnsupportedModelError, match="got up to 17; set max_length to 16"):
+        passes.check_training(17)
+
+
+def test_such_rope_needs_its_limit_because_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, options = ROPE["dynamic"]
+    model, case = tiny_model(kind, **options), loss_cases()["official"]
+    passes = PairPasses(model, case.loss)
+    passes.trees.max_depth = None
+    examples = [*examples_up_to(14), *[e for e in random_examples(12) if len(e.factual.input_ids) > 18][:1]]
+    loss, _ = passes.training_loss(passes.collator()(examples))
+    expected = float(reference_loss(case, model, examples).detach())
+    assert abs(float(loss.detach()) - expected) > 1e-3 * abs(expected)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_constant_frequencies_have_no_limit(rope: dict[str, Any]) -> None:
+    model, case = tiny_model(rope_parameters=rope), loss_cases()["official"]
+    assert TreeAttention(model).max_depth is None
+    loss, _ = run_loss(model, case.loss, shared_examples())
+    assert_same_loss(loss, reference_loss(case, model, shared_examples()))
+
+
+def test_a_trainer_refuses_a_length_beyond_the_limit(tmp_path: Path) -> None:
+    kind, options = ROPE["longrope"]
+    for attention, max_length in (("auto", None), ("auto", 17), ("mask", 17)):
+        with pytest.raises(UnsupportedModelError, match="set max_length to 16"):
+            make_trainer(
+                tmp_path / "run", None, tiny_model(kind, **options), attention=attention, max_length=max_length
+            )
+    assert not (tmp_path / "run").exists()
+    make_trainer(tmp_path, None, tiny_model(kind, **options), max_length=16)
+    make_trainer(tmp_path, None, tiny_model(kind, **options), attention="padded")
+
+
+# ---- dropout ---------------------------------------------------------------------------------------
+
+
+def with_lora(rate: float) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=rate, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(), config)
+
+
+def with_loha() -> nn.Module:
+    config = LoHaConfig(r=2, target_modules=["q_proj"], module_dropout=0.3, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(), config)
+
+
+def module_with_dropout() -> nn.Module:
+    model = tiny_model()
+    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, nn.Dropout(0.2))
+    return model
+
+
+OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.1, "attention_dropout": 0.0}
+DROPOUTS: dict[str, tuple[Any, str]] = {
+    "modules": (module_with_dropout, r"model\.layers\.1\.mlp\.1\.p=0\.2"),
+    "gpt2": (lambda: tiny_model("gpt2"), r"drop\.p=0\.1"),
+    "attention": (lambda: tiny_model(attention_dropout=0.2), r"self_attn\.attention_dropout=0\.2"),
+    "gpt_neox attention": (lambda: tiny_model("gpt_neox", attention_dropout=0.2), r"attention_dropout=0\.2"),
+    "residual": (lambda: tiny_model("phi3", resid_pdrop=0.1), r"resid_attn_dropout\.p=0\.1"),
+    "functional": (lambda: tiny_model("opt", **OPT), r"model\.decoder\.dropout=0\.1"),
+    "router noise": (lambda: tiny_model("mixtral", num_local_experts=4, router_jitter_noise=0.1), "jitter_noise=0.1"),
+    "LoHa": (lambda: with_loha(), r"module_dropout=0\.3"),
+    "LoRA": (lambda: with_lora(0.1), r"lora_dropout\.default\.p=0\.1"),
+}
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("name", sorted(DROPOUTS))
+def test_dropout_in_training(name: str, attention: str) -> None:
+    """Refused in training mode and by a trainer; without effect in evaluation."""
+    make, message = DROPOUTS[name]
+    model, case, examples = make().eval(), loss_cases()["official"], shared_examples()
+    passes = PairPasses(model, case.loss, attention)
+    batch = passes.collator()(examples)
+    loss, _ = passes.training_loss(batch)
+    assert_same_loss(loss, reference_loss(case, model, examples))
+    with pytest.raises(UnsupportedModelError, match=rf"dropout: .*{message} would drop the same units"):
+        passes.check_training(64)
+    model.train()
+    with pytest.raises(UnsupportedModelError, match=rf"dropout: .*{message} would drop the same units"):
+        passes.training_loss(batch)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(sorted(DROPOUTS))]
+)
+def test_dropout_is_accepted_in_rows_of_their_own(tmp_path: Path, name: str) -> None:
+    make, message = DROPOUTS[name]
+    for attention in ("auto", "mask"):
+        with pytest.raises(UnsupportedModelError, match=message):
+            make_trainer(tmp_path / "run", None, make(), attention=attention)
+    assert not (tmp_path / "run").exists()
+    make_trainer(tmp_path / "run", None, make(), attention="padded", max_steps=1).train()
+
+
+def test_a_model_with_dropout_can_be_scored() -> None:
+    model = tiny_model("gpt2").train()
+    assert len(list(score_examples(model, shared_examples()))) == 6
+
+
+# ---- arguments and batches -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["flash", "", None, "Pieces", "sdpa", True, 3])
+def test_unknown_attention(tmp_path: Path, attention: Any) -> None:
+    message = r"^attention: expected one of auto, pieces, varlen, flex, mask, padded, got "
+    with pytest.raises(ArgumentError, match=message):
+        PairPasses(tiny_model(), SFTLoss(), attention)
+    with pytest.raises(ArgumentError, match=message):
+        TreeAttention(tiny_model(), attention)
+    with pytest.raises(ArgumentError, match=message):
+        next(score_examples(tiny_model(), random_examples(1), attention=attention))
+    with pytest.raises(ArgumentError, match=message):
+        make_trainer(tmp_path / "run", attention=attention)
+    assert not (tmp_path / "run").exists()
+
+
+def test_padded_is_no_way_to_attend_over_trees() -> None:
+    with pytest.raises(ArgumentError, match="'padded'"):
+        TreeAttention(tiny_model(), "padded")
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "some_other"])
+def test_masks_need_sdpa_or_eager(implementation: str) -> None:
+    model = tiny_model()
+    model.config._attn_implementation = implementation
+    with pytest.raises(
+        UnsupportedModelError, match=f"attention='mask': expected .* sdpa or eager .*'{implementation}'"
+    ):
+        TreeAttention(model, "mask")
+
+
+def test_an_implementation_that_is_changed_later_is_noticed() -> None:
+    model = tiny_model()
+    passes = PairPasses(model, SFTLoss(), "mask")
+    batch = passes.collator()(random_examples(2))
+    passes.training_loss(batch)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="changed to 'flex_attention'"):
+        passes.training_loss(batch)
+
+
+def test_changing_between_sdpa_and_eager_changes_the_masks() -> None:
+    model, case, examples = tiny_model(), loss_cases()["official"], shared_examples()
+    passes = PairPasses(model, case.loss, "mask")
+    expected = gradients(model, reference_loss(case, model, examples))
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        loss, _ = passes.training_loss(passes.collator()(examples))
+        assert_same_tensors(gradients(model, loss), expected, 1e-5, f"gradient under {implementation}")
+
+
+def test_batches_of_another_collator() -> None:
+    examples = random_examples(2)
+    for attention, other in (("auto", PaddedCollator(0)), ("mask", PaddedCollator(0)), ("padded", TreeCollator())):
+        passes = PairPasses(tiny_model(), loss_cases()["official"].loss, attention)
+        with pytest.raises(ArgumentError, match="batch: expected one that this object's own collator made"):
+            passes.training_loss(other(examples))
+
+
+def test_a_token_budget_needs_trees() -> None:
+    passes = PairPasses(tiny_model(), SFTLoss(), "padded")
+    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
+        passes.collator(0, 64)
+    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
+        passes.scoring_collator(0, 64)
+
+
+def test_a_trainer_refuses_a_token_budget_without_trees(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
+        make_trainer(tmp_path / "run", attention="padded", max_tokens=64, train_dataset=make_records(4))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_of_a_part_in_training_mode() -> None:
+    model = module_with_dropout().eval()
+    model.model.layers.train()
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.1\.p=0\.2"):
+        run_loss(model, loss_cases()["sft"].loss, shared_examples())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_a_window_that_nothing_reads_is_no_window(kind: str) -> None:
+    options = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {**OPT, "dropout": 0.0}}
+    model, case, examples = tiny_model(kind, sliding_window=5, **options.get(kind, {})), loss_cases()["official"], []
+    examples = shared_examples()
+    loss, _ = run_loss(model, case.loss, examples, "mask")
+    assert_same_loss(loss, reference_loss(case, model, examples))
+
+
+def test_copies_made_while_trees_are_in_use_are_given_their_own_attention_back() -> None:
+    model, case, examples = tiny_model(), loss_cases()["sft"], shared_examples()
+    with PairPasses(model, case.loss) as passes:
+        passes.training_loss(passes.collator()(examples))
+        copied = copy.deepcopy(model)
+    assert copied.config._attn_implementation != "sdpa"
+    with PairPasses(copied, case.loss) as passes:
+        assert_same_loss(passes.training_loss(passes.collator()(examples))[0], reference_loss(case, model, examples))
+    assert copied.config._attn_implementation == "sdpa"
+
+
+def test_attention_set_by_the_user_stays_set() -> None:
+    model, case, examples = tiny_model(), loss_cases()["sft"], shared_examples()
+    expected = reference_loss(case, model, examples)
+    with PairPasses(model, case.loss) as passes:
+        for _ in range(2):
+            assert_same_loss(passes.training_loss(passes.collator()(examples))[0], expected)
+            model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"

@@ -1,0 +1,323 @@
+"""Checkpoints: exact resume, nothing half-written, nothing of another model, limits and the best model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from nextquill import CheckpointError, NextQuillLoss, NextQuillTrainer, PairLoss, PerCELoss
+from nextquill.storage.checkpoints import RUN_FILE, STAGING
+from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, tiny_model
+
+DROPOUT = {"attention_dropout": 0.2}
+
+
+def full_model() -> nn.Module:
+    return tiny_model(**DROPOUT)
+
+
+def lora_model(dropout: float = 0.1, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(**(options or DROPOUT)), config)
+
+
+def lora_model_without_dropout() -> nn.Module:
+    return lora_model(0.0, attention_dropout=0.0)
+
+
+class KillAt(TrainerCallback):
+    """Stops the process, as far as the Trainer can see, before step `step` + 1 begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trainer_in(folder: Path, model: nn.Module | None = None, loss: PairLoss | None = None, **options: Any) -> Any:
+    defaults = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_dataset": make_records(20)}
+    defaults["attention"] = "padded"  # which dropout needs
+    return make_trainer(folder, loss, full_model() if model is None else model, **{**defaults, **options})
+
+
+def state_of(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
+    """Every number that training moves."""
+    state = {f"parameter {name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for index, slots in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer {index} {name}": torch.as_tensor(value).clone() for name, value in slots.items()}
+    return state
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    """6 steps end within the second epoch of 5; transformers alone would make a seventh of a resumed run."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6, "save_steps": 6}
+    first = trainer_in(tmp_path, **options)
+    first.train()
+    again = trainer_in(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert all(torch.equal(state_of(first)[name], value) for name, value in state_of(again).items())
+
+
+def assert_bitwise_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(got[name], expected[name])]
+    assert not different, f"not bitwise equal: {different[:3]} and {max(0, len(different) - 3)} more"
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
+
+
+TREES = {"attention": "auto", "max_tokens": 60, "examples_per_user": 2}
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_name", "options"),
+    [
+        (full_model, "official", {}),
+        (lora_model, "detached", {}),
+        (tiny_model, "official", TREES),
+        (lora_model_without_dropout, "detached", TREES),
+        (tiny_model, "sft", {**TREES, "gradient_accumulation_steps": 2}),
+    ],
+    ids=["full", "lora", "trees", "lora under trees", "accumulated trees"],
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, make: Callable[[], nn.Module], loss_name: str, options: dict[str, Any]
+) -> None:
+    """With dropout where rows are padded, in the middle of an epoch: of 5 steps, or 3 when two batches are one."""
+    loss = loss_cases()[loss_name].loss
+    whole = trainer_in(tmp_path / "whole", make(), loss, **options)
+    whole.train()
+    killed = trainer_in(tmp_path / "parts", make(), loss, callbacks=[KillAt(4)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer_in(tmp_path / "parts", make(), loss, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(state_of(resumed), state_of(whole))
+    assert logs_of(resumed) == logs_of(whole), "the logs differ"
+    assert len(logs_of(resumed)) == 7
+
+
+def test_resume_takes_the_weights_from_the_checkpoint(tmp_path: Path) -> None:
+    whole = trainer_in(tmp_path)
+    whole.train()
+    resumed = trainer_in(tmp_path, tiny_model(seed=9, **DROPOUT))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_bitwise_equal(state_of(resumed), state_of(whole))
+
+
+# ---- another run's checkpoint ----------------------------------------------------------------------
+
+
+def other_base() -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(seed=1, **DROPOUT), config)
+
+
+def other_rank() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(tiny_model(**DROPOUT), config)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "second_loss", "message"),
+    [
+        (full_model, lambda: tiny_model(num_hidden_layers=3), None, "another model: .*'num_hidden_layers': 2"),
+        (full_model, lambda: tiny_model("qwen2"), None, "another model: .*'model_type': 'llama'"),
+        (full_model, lora_model, None, "another adapters"),
+        (lora_model, other_rank, None, "another adapters: .*r=4"),
+        (lora_model, other_base, None, "another frozen weights"),
+        (full_model, full_model, PerCELoss(), "another loss: .*Threshold"),
+    ],
+    ids=["layers", "architecture", "lora over full", "rank", "base of the same shape", "loss"],
+)
+def test_checkpoint_of_another_run_is_refused_before_training(
+    tmp_path: Path, first: Any, second: Any, second_loss: PairLoss | None, message: str
+) -> None:
+    trainer_in(tmp_path, first(), max_steps=3).train()
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    trainer = trainer_in(tmp_path, second(), second_loss)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
+    assert_bitwise_equal({name: p.detach() for name, p in trainer.model.named_parameters()}, start)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before, "files were touched"
+
+
+def test_a_loss_with_a_function_can_be_resumed(tmp_path: Path) -> None:
+    """Its repr holds an address, which is another one in every process."""
+
+    def make_loss() -> PairLoss:
+        return PairLoss(lambda pair: torch.ones_like(pair.factual))
+
+    trainer_in(tmp_path, None, make_loss(), max_steps=3).train()
+    trainer_in(tmp_path, None, make_loss()).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "found none"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "no complete checkpoint"),
+        (lambda folder: (folder / RUN_FILE).unlink(), "not written by NextQuillTrainer"),
+        (lambda folder: (folder / RUN_FILE).write_text("{"), "not a run's description"),
+        (lambda folder: (folder / RUN_FILE).write_text("[]"), "not a run's description"),
+    ],
+    ids=["none", "no state", "no identity", "broken identity", "identity of another form"],
+)
+def test_unusable_checkpoints_are_refused(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    trainer_in(tmp_path, max_steps=3).train()
+    spoil(tmp_path / "checkpoint-3")
+    with pytest.raises(CheckpointError, match=message):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+# ---- interrupted while saving ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> NextQuillTrainer:
+    trainer = trainer_in(tmp_path_factory.mktemp("whole"), save_steps=2)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["save_model", "_save_optimizer_and_scheduler", "_write_identity"])
+def test_interrupt_while_saving_leaves_nothing_to_pick_up(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, uninterrupted: NextQuillTrainer
+) -> None:
+    trainer = trainer_in(tmp_path / "run", save_steps=2)
+    original = getattr(trainer, method)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoints_in(tmp_path / "run") == ["checkpoint-2"], "checkpoints after the interrupt"
+    assert not (tmp_path / "run" / STAGING).exists(), "the half-written checkpoint is still there"
+
+    resumed = trainer_in(tmp_path / "run", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(state_of(resumed), state_of(uninterrupted))
+    assert logs_of(resumed) == logs_of(uninterrupted), "the logs differ"
+
+
+def test_what_a_killed_process_left_is_ignored_and_removed(tmp_path: Path) -> None:
+    trainer_in(tmp_path, max_steps=3).train()
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / STAGING / "checkpoint-5")
+    left: list[bool] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            left.append((tmp_path / STAGING).exists())
+
+    resumed = trainer_in(tmp_path, callbacks=[Look()])
+    resumed.train(resume_from_checkpoint=True)
+    assert left == [False], "the leftover was still there when training began"
+    assert resumed.state.log_history[3]["step"] == 4, "did not go on from step 3"
+    assert checkpoints_in(tmp_path) == ["checkpoint-3", "checkpoint-6"]
+    assert not (tmp_path / STAGING).exists()
+
+
+def test_a_checkpoint_is_complete_when_it_appears(tmp_path: Path) -> None:
+    """At no moment does a folder of that name exist without all its files."""
+    folder, seen = tmp_path / "checkpoint-3", []
+
+    class Look(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append({path.name for path in folder.iterdir()})
+
+    trainer = trainer_in(tmp_path, max_steps=3, callbacks=[Look()])
+    for method in ("_save_optimizer_and_scheduler", "_save_rng_state"):
+        original = getattr(trainer, method)
+        setattr(trainer, method, lambda *args, original=original: (seen.append(folder.exists()), original(*args)))
+    trainer.train()
+    assert seen[:2] == [False, False], "the folder stood under its name while it was written"
+    wanted = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN_FILE}
+    assert wanted <= seen[2], "files missing when on_save was called"
+
+
+# ---- limits and the best model ---------------------------------------------------------------------
+
+
+def best_run(folder: Path, limit: int, **options: Any) -> NextQuillTrainer:
+    """Its best checkpoint is the first: the falling loss is declared better when greater."""
+    trainer = trainer_in(
+        folder, save_steps=2, max_steps=8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True, save_total_limit=limit,
+        eval_dataset=make_records(20), learning_rate=1e-2, **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def test_best_model_is_kept_under_its_final_name_and_loaded(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    trainer = best_run(tmp_path, limit=2)
+    assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-8"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    for name in ("checkpoint-2", "checkpoint-8"):
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2"), f"best checkpoint named in {name}"
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in trainer.model.named_parameters() if name in saved)
+
+
+def test_total_limit_of_one_keeps_the_best(tmp_path: Path) -> None:
+    best_run(tmp_path, limit=1)
+    assert checkpoints_in(tmp_path) == ["checkpoint-2"]
+
+
+def test_total_limit_keeps_the_newest(tmp_path: Path) -> None:
+    trainer_in(tmp_path, save_steps=1, save_total_limit=2).train()
+    assert checkpoints_in(tmp_path) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    trainer_in(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-3" / "stale").touch()
+    trainer_in(tmp_path, None, NextQuillLoss(), max_steps=3).train()
+    assert not (tmp_path / "checkpoint-3" / "stale").exists()
+    assert "alpha=0.1, weighted_effect=False, detach_counterfactual=False" in (
+        (tmp_path / "checkpoint-3" / RUN_FILE).read_text()
+    )
+
+
+def test_checkpoints_are_pushed_from_where_they_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    pushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, Path(folder).is_dir()))
+    )
+    trainer = trainer_in(tmp_path, max_steps=3, save_strategy="no")
+    trainer.train()
+    trainer.args.push_to_hub = True
+    trainer._save_checkpoint(trainer.model, None)
+    assert pushed == [(str(tmp_path / "checkpoint-3"), True)]
