@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nextquill.errors import ArgumentError
 from nextquill.report.data import Table
+from nextquill.report.text import plain
 
 if TYPE_CHECKING:
     import rich.table
@@ -29,7 +30,7 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
         separator: Put between tokens, uncoloured; the empty string suits tokens that carry their own spaces.
 
     Returns:
-        A `rich.text.Text`; `.plain` is the joined tokens.
+        A `rich.text.Text`; `.plain` is the joined tokens, with control characters named as `[U+001B]`.
 
     Raises:
         ArgumentError: The two sequences differ in length.
@@ -42,7 +43,7 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
     for index, (token, effect) in enumerate(zip(tokens, effects, strict=True)):
         if index and separator:
             text.append(separator)
-        text.append(token, effect_style(effect))
+        text.append(plain(token), effect_style(effect))  # an escape sequence would be obeyed
     return text
 
 
