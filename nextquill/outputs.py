@@ -28,12 +28,12 @@ class PairNLL(NamedTuple):
 
     @property
     def effect_logprob(self) -> Tensor:
-        """log p(y | history) - log p(y), the pointwise information PerCE calls PIR; in nats."""
+        """log p(y | history) - log p(y), the pointwise information PerCE calls PIR; labels' shape, in nats."""
         return self._counterfactual() - self.factual
 
     @property
     def effect_prob(self) -> Tensor:
-        """p(y | history) - p(y), NextQuill's causal effect of the history on the token; in [-1, 1]."""
+        """p(y | history) - p(y), NextQuill's causal effect of the history on the token; labels' shape, in [-1, 1]."""
         return (-self.factual).exp() - (-self._counterfactual()).exp()
 
     def _counterfactual(self) -> Tensor:
@@ -45,7 +45,9 @@ class PairNLL(NamedTuple):
 class PairStats(NamedTuple):
     """Per token: the pair's likelihoods, how far the history moves the distribution, and how sure the model is.
 
-    kl = KL(p1 ‖ p0)        entropy = - Σ p1 log p1        (nats, in the labels' shape, 0 where ignored)
+    kl = KL(p1 ‖ p0)        entropy = - Σ p1 log p1        (nats)
+
+    All are float32 or float64, in the labels' shape, and 0 where the label is ignored.
     """
 
     pair_nll: PairNLL
@@ -57,7 +59,8 @@ class PairStats(NamedTuple):
 class PreferenceLossOutput:
     """A loss and what a person watches while it falls.
 
-    Only `loss` carries a gradient. The terms add up under the loss's own reduction:
+    Tensors are float32, or float64 for float64 inputs. Only `loss` carries a gradient. The terms add up under the
+    loss's own reduction:
 
         loss = factual + alpha * effect + anchor * counterfactual
 

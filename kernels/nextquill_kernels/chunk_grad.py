@@ -291,7 +291,7 @@ def pair_grad_(
 
     Args:
         logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
-        logits_counterfactual: z0, likewise; in other memory than z1.
+        logits_counterfactual: z0 [n, V], likewise; in other memory than z1.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [9, n] float32, what `pair_stats` found of these logits; last stride 1.
         grad_factual: g_f [n] float32.

@@ -231,7 +231,7 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
 
     Args:
         logits_factual: z1 [n, V] float32, last stride 1, any row stride.
-        logits_counterfactual: z0, likewise.
+        logits_counterfactual: z0 [n, V], likewise.
         labels: [n] int64; negative is ignored.
         out: [9, n] float32, last stride 1: receives max, sum, nll of z1, then of z0, then of z1 - z0. With [11, n] also
             KL(p1 || p0) and the entropy of p1, in nats.

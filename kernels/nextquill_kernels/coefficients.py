@@ -136,7 +136,7 @@ def row_coefficients(
         threshold: of effect_prob = exp(-nll_factual) - exp(-nll_counterfactual).
         normalize: Z is the sum of w in the sequence, rather than its number of rows.
         per_token: n and Z are 1.
-        num_items: what the loss averages over: a number, or a tensor of one on the same device.
+        num_items: what the loss averages over: a number, or a scalar tensor on the same device.
         out: [3, n] float32, last stride 1.
 
     Raises:

@@ -91,8 +91,9 @@ def pair_stats(
     """The logsumexps of z1, z0 and z1 - z0 and the nlls of the label under each; no logits are stored.
 
     Args:
-        hidden_factual: h1 [N, D], as `hidden` of `token_stats`, which describes the other arguments as well.
+        hidden_factual: h1 [N, D], as `hidden` of `token_stats`.
         hidden_counterfactual: h0 [N, D], same dtype.
+        weight, labels, bias, softcap, logit_scale, tile: as in `token_stats`.
 
     Returns:
         [6, N] float32: logsumexp of z1, z0, z1 - z0; nll factual, counterfactual, effect.

@@ -95,6 +95,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
+        """Kernel family, target, class of dtypes and bucket of hidden sizes: one entry each."""
         return self.family, self.target, self.dtype_class, self.bucket
 
 

@@ -49,10 +49,12 @@ class Problem:
 
     @property
     def streams(self) -> int:
+        """Streams of hidden states that the kernel reads: 1 or 2."""
         return 1 if self.family == "token" else 2
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of its matrix products."""
         return 2.0 * self.streams * self.n * self.d * self.v
 
 

@@ -66,10 +66,12 @@ class RunRecord:
 
     @property
     def seconds_per_step(self) -> float | None:
+        """Mean time of a step in seconds, or None without steps."""
         return self.seconds / self.steps if self.steps else None
 
     @property
     def examples_per_second(self) -> float | None:
+        """Examples trained on per second, or None where no time was measured."""
         return self.examples / self.seconds if self.seconds else None
 
 

@@ -108,6 +108,7 @@ class ComparedTrainer(NextQuillTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As the Trainer's, batches and a float32 scalar or None; the meter sees the batches."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.run_meter.see(batches)

@@ -109,6 +109,7 @@ class Task:
 
     @property
     def name(self) -> str:
+        """The arm's name, or that of the base model."""
         return BASE if self.arm is None else self.arm.name
 
 

@@ -18,9 +18,9 @@ class Branch:
     They are kept in four bytes each, where a list takes forty; `prompt_ids` and `response_ids` make lists of them.
 
     Args:
-        prompt_ids: everything before the response; never empty, as its last position predicts the first response token.
-        response_ids: the response and what ends it; all supervised. Both are lists, arrays of type "i", or int32
-            tensors [n], of which the last two are kept as they are.
+        prompt_ids: everything before the response, [n] with n > 0: its last position predicts the first response token.
+        response_ids: the response and what ends it, [m]; all supervised. Both are lists, arrays of type "i" or int32
+            tensors, of which the last two are kept as they are.
     """
 
     __slots__ = ("_prompt", "_response")

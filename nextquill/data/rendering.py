@@ -35,7 +35,9 @@ _BRACKETED = re.compile(r"[<\[{][^\s<>\[\]{}]+[>\]}]")
 class Tokenizer(Protocol):
     """What is needed of every tokenizer; the rest is looked up by name."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
 
 
 class PromptRenderer:

@@ -72,6 +72,7 @@ class Evaluation:
     metrics: Mapping[str, MetricValue] = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """Return the text of its file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -98,6 +99,7 @@ class EvaluatedExample:
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return its line of the file, as JSON holds it."""
         return dataclasses.asdict(self)
 
 
@@ -118,6 +120,7 @@ class ItemEffects:
     tokens: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return its line of the file, as JSON holds it."""
         return dataclasses.asdict(self)
 
 

@@ -38,8 +38,8 @@ class ExampleScores:
     Attributes:
         example: what was scored.
         token_ids: the response's tokens, with what ends it.
-        nll_factual, nll_counterfactual: nll with and without the user's history.
-        nll_placebo: nll under another user's history, or None.
+        nll_factual, nll_counterfactual: [tokens], nll with and without the user's history.
+        nll_placebo: [tokens], nll under another user's history, or None.
     """
 
     example: EncodedExample
@@ -50,10 +50,12 @@ class ExampleScores:
 
     @property
     def effect_logprob(self) -> Tensor:
+        """log p(token | history) - log p(token), [tokens], in nats."""
         return self.nll_counterfactual - self.nll_factual
 
     @property
     def effect_prob(self) -> Tensor:
+        """p(token | history) - p(token), [tokens], in [-1, 1]."""
         return (-self.nll_factual).exp() - (-self.nll_counterfactual).exp()
 
 
@@ -174,7 +176,11 @@ class BranchScorer:
 
 
 def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
-    """The nll of each branch's response; `BranchScorer` for one call. `options` are its `attention`, `max_tokens`."""
+    """The nll of each branch's response: `BranchScorer` for one call. `options` are its `attention`, `max_tokens`.
+
+    Returns:
+        For each branch [tokens] on the CPU in nats, float32 or the model's own float64.
+    """
     with BranchScorer(model, pad_token_id, **options) as scorer:
         return scorer(branches)
 
@@ -198,7 +204,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """Values as numbers of six decimals."""
+    """The `values`, floating [n], as numbers of six decimals."""
     return [round(value, 6) for value in values.tolist()]
 
 

@@ -97,12 +97,12 @@ def sums_of(
 
 
 def sum_of_finite(values: Tensor) -> tuple[float, float]:
-    """The sum of the finite values, and how many they are."""
+    """The sum of the finite `values` (floating, any shape), and how many there are."""
     finite = values[values.isfinite()]
     return float(finite.sum()), float(finite.numel())
 
 
 def mean_of_finite(values: Tensor) -> float:
-    """The mean of the finite values; 0 of none."""
+    """The mean of the finite `values` (floating, any shape); 0 where there are none."""
     total, count = sum_of_finite(values)
     return total / max(1.0, count)

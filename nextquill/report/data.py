@@ -22,6 +22,7 @@ class TokenEffect:
 
     @property
     def effect_prob(self) -> float:
+        """How much the history raised the token's probability, in [-1, 1]."""
         return self.p_with - self.p_without
 
 

@@ -39,6 +39,7 @@ class RougeWords:
         self._stemmer = required("nltk.stem.porter", "nltk").PorterStemmer() if stem else None
 
     def tokenize(self, text: str) -> list[str]:
+        """Return the lower-case words of `text`, stemmed where asked for."""
         words = self._WORD.findall(text.lower())
         if self._stemmer is None:
             return words

@@ -136,6 +136,7 @@ class Comparison:
         return next(arm for arm in self.arms if arm.name == name)
 
     def to_json(self) -> str:
+        """Return the text of the comparison's file of figures."""
         return json.dumps(_without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
 
