@@ -11,8 +11,8 @@ from torch import Tensor
 class PairNLL(NamedTuple):
     """Per-token negative log-likelihoods of a factual / counterfactual pair of passes.
 
-    With logits `z1` (with the user's history), `z0` (without) and label `y`, in float32 or float64 and in the shape of
-    the labels, exactly 0 where the label is ignored:
+    In nats, with logits `z1` (with the user's history), `z0` (without) and label `y`; float32 or float64, in the shape
+    of the labels, exactly 0 where the label is ignored:
 
         factual        = logsumexp(z1) - z1[y]
         counterfactual = logsumexp(z0) - z0[y]
@@ -65,12 +65,12 @@ class PreferenceLossOutput:
         loss = factual + alpha * effect + anchor * counterfactual
 
     Attributes:
-        loss: scalar, the training objective.
+        loss: scalar, the training objective, in nats like every term of it.
         factual: scalar, the (weighted) cross-entropy with the history.
         effect: scalar, the cross-entropy of the effect logits before `alpha`; 0 when the loss has no such term.
         counterfactual: scalar, the mean nll without history before `anchor`. It rising during training means the
             no-history pass is being made wrong; 0 when there is no counterfactual.
-        token_weights: the weights, labels' shape, 0 where ignored, no gradient.
+        token_weights: the weights, labels' shape, 0 where ignored, no gradient; no unit.
         token_loss: each token's share of `loss`, labels' shape; sums to `loss`.
         pair_nll: per-token nll's, labels' shape.
         mean_effect_logprob: scalar, mean of `effect_logprob` over supervised tokens, in nats.

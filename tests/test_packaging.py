@@ -64,7 +64,8 @@ def _run(*arguments: str, cwd: Path, python: Path | None = None) -> str:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    if done.returncode:
+        raise AssertionError(done.stdout + done.stderr)
     return done.stdout
 
 

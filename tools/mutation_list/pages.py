@@ -81,6 +81,13 @@ MUTATIONS = (
         "score shows effects in each other's colours",
     ),
     Mutation(
+        "terminal-escapes",
+        "nextquill/report/terminal.py",
+        "text.append(plain(token), ",
+        "text.append(token, ",
+        "a token's escape sequence clears the terminal",
+    ),
+    Mutation(
         "cli-config-first",
         "nextquill/cli/parsing.py",
         "parser.parse([*_config_words(parser, arguments), *arguments])",
