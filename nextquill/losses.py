@@ -157,7 +157,7 @@ class PairLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch, a float32 (float64) scalar.
+        """The loss of a batch, a float32 (float64) scalar in nats.
 
         Args:
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and

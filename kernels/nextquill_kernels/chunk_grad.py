@@ -128,7 +128,7 @@ def token_grad_(
         logits: z [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [3, n] float32, what `token_stats` found of these logits; last stride 1.
-        grad_nll: g [n] float32.
+        grad_nll: g [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
         dtype: of the result: float32, bfloat16 or float16.
@@ -294,9 +294,9 @@ def pair_grad_(
         logits_counterfactual: z0 [n, V], likewise; in other memory than z1.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [9, n] float32, what `pair_stats` found of these logits; last stride 1.
-        grad_factual: g_f [n] float32.
-        grad_counterfactual: g_c [n] float32; None is 0 and spares its exponentials.
-        grad_effect: g_e [n] float32.
+        grad_factual: g_f [n] float32, per nat.
+        grad_counterfactual: g_c [n] float32, per nat; None is 0 and spares its exponentials.
+        grad_effect: g_e [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
         dtype: of the results: float32, bfloat16 or float16.

@@ -116,7 +116,7 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     Args:
         logits: [n, V] float32, last stride 1, any row stride.
         labels: [n] int64; negative is ignored.
-        out: [3, n] float32, last stride 1: receives max, sum, nll.
+        out: [3, n] float32, last stride 1: receives max, sum, nll (nats).
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -233,7 +233,7 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
         logits_factual: z1 [n, V] float32, last stride 1, any row stride.
         logits_counterfactual: z0 [n, V], likewise.
         labels: [n] int64; negative is ignored.
-        out: [9, n] float32, last stride 1: receives max, sum, nll of z1, then of z0, then of z1 - z0. With [11, n] also
+        out: [9, n] float32, last stride 1: receives max, sum, nll (nats) of z1, of z0, of z1 - z0. With [11, n] also
             KL(p1 || p0) and the entropy of p1, in nats.
 
     Raises:

@@ -150,7 +150,7 @@ class PairPasses:
             call: the model in its DDP or FSDP wrapper.
 
         Returns:
-            The loss, a float32 scalar (float64 for a model in float64), and one output per part.
+            The loss, a scalar in nats, float32 (float64 for a model in float64), and one output per part.
         """
         items = self.count_items(batch) if num_items is None else num_items
         results = [self.part_loss(part, items, call) for part in batch["parts"]]

@@ -80,7 +80,7 @@ def pair_loss(
 
 
 def threshold_weights(pair: PairNLL, threshold: float, high: float, low: float) -> Tensor:
-    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low; the nll's shape and dtype."""
+    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low; in shape and dtype of the nll's."""
     effect = torch.exp(-pair.factual) - torch.exp(-_counterfactual(pair))
     return torch.where(effect > threshold, torch.full_like(effect, high), torch.full_like(effect, low)).detach()
 
