@@ -45,7 +45,8 @@ def pytest_runtest_protocol(item):
     Its place is taken by another worker, and the test is reported as the one that the worker crashed in.
     """
     marker = item.get_closest_marker("timeout")
-    faulthandler.dump_traceback_later((marker.args[0] if marker else 180) + 60, exit=True)  # as pyproject.toml says
+    seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + 60, exit=True)
     try:
         return (yield)
     finally:
