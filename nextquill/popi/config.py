@@ -22,7 +22,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class POPIConfig:
-    """Settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
+    """POPI: settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
 
     Every field says what it is in its metadata, which is also the command line's help.
 
