@@ -3,8 +3,8 @@
 Exit codes: 0 done; 1 the run failed for a reason the message names; 2 a flag, a config key or a value is wrong;
 130 interrupted. `--debug` shows the traceback of an error. An error that no user can fix always shows it.
 
-A command's module has `run(arguments)`, and `OPTIONS`, the dataclasses whose fields are its flags. An error of the
-library names an argument, and the message shows the flag of that name; `FLAGS` maps arguments to flags with other names.
+A command's module has `run(arguments)`, and `OPTIONS`, the dataclasses whose fields are its flags. An error names an
+argument, and the user reads the flag of that name. `FLAGS` maps arguments to flags with other names.
 """
 
 from __future__ import annotations

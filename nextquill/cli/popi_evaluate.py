@@ -173,8 +173,8 @@ def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
     both = [draw.user_id for draw in draws if draw.user_id in trained]
     if both:
         print(
-            f"nextquill: {len(both)} of {len(draws)} users have ids that were trained on, such as {both[0]!r}; if they "
-            "are the same users, their pairs are not held out",
+            f"nextquill: {len(both)} of {len(draws)} users were trained on, if the same id is the same user, such as "
+            f"{both[0]!r}; their pairs are not held out",
             file=sys.stderr,
         )
 
@@ -184,8 +184,8 @@ def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> Non
     other = [user for user, summary in known.items() if not summary.edited and not summary.is_by(saved.writer())]
     if other:
         print(
-            f"nextquill: {len(other)} summaries are by another model, or with other settings, than {saved.writer()}, "
-            f"such as that of {other[0]!r}, by {known[other[0]].model}",
+            f"nextquill: summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such as "
+            f"that of {other[0]!r}, by {known[other[0]].model}",
             file=sys.stderr,
         )
 
@@ -291,7 +291,7 @@ def _print(evaluation: Evaluation, level: float) -> None:
     if "placebo" not in found.contexts:
         show("No placebo: it needs two users with a summary.")
     if evaluation.empty_summaries:
-        print(f"nextquill: {evaluation.empty_summaries} summaries are empty and give no context", file=sys.stderr)
+        print(f"nextquill: empty summaries, which give no context: {evaluation.empty_summaries}", file=sys.stderr)
 
 
 def _print_contexts(title: str, found: Measured) -> None:

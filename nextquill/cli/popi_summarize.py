@@ -106,7 +106,7 @@ def _signals(users: Sequence[User], most: int) -> Signals:
     if len(few) == len(found):
         raise RecordError(f"signals_file: expected users with at least {least} signals, got none of {len(found)}")
     if few:
-        print(f"nextquill: {len(few)} users left out, with too few signals, such as {few[0]!r}", file=sys.stderr)
+        print(f"nextquill: users left out with too few signals: {len(few)}, such as {few[0]!r}", file=sys.stderr)
     return {user: own for user, own in found.items() if user not in set(few)}
 
 
@@ -142,10 +142,10 @@ def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: 
     kept = f"{len(hashes) - written} kept" + (f" ({len(edited)} edited by a person)" if edited else "")
     print(f"nextquill: {file.path}: {written} written, {kept}", file=sys.stderr)
     if empty:
-        print(f"nextquill: {len(empty)} summaries are empty, such as that of {empty[0]!r}", file=sys.stderr)
+        print(f"nextquill: empty summaries: {len(empty)}, such as that of {empty[0]!r}", file=sys.stderr)
     if outdated:
         print(
-            f"nextquill: {len(outdated)} edited summaries are of other signals than the user's present ones, such as "
-            f"that of {outdated[0]!r}; --force replaces them",
+            f"nextquill: edited summaries of other signals than now: {len(outdated)}, such as that of {outdated[0]!r}; "
+            "--force replaces them",
             file=sys.stderr,
         )

@@ -163,7 +163,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, nextquill, dat
         patch.setattr(RunMeter, "on_step_end", on_step_end)
         stopped = nextquill(*words(data, folder, "--max_steps", 3))
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == "nextquill: stopped; the same command goes on from here"
+    assert stopped.err.splitlines()[-1] == "nextquill: stopped; the same command resumes"
     assert not (folder / "comparison.json").exists()
     assert list((folder / "perce" / "seed-0").glob("checkpoint-*"))
     resumed = nextquill(*words(data, folder, "--max_steps", 3))
@@ -248,7 +248,7 @@ def test_equal_time(nextquill, data, tmp_path):
         (["--seed", 42], 2, "--seed: not for comparisons: every run has a seed of --seeds"),
         (["--data_seed", 1], 2, "--data_seed: not for comparisons"),
         (["--run_name", "x"], 2, "--run_name: not for comparisons"),
-        (["--resume_from_checkpoint"], 2, "--resume_from_checkpoint: not for comparisons: the same command goes on"),
+        (["--resume_from_checkpoint"], 2, "--resume_from_checkpoint: not for comparisons: the same command resumes"),
         (["--load_best_model_at_end", "true", "--eval_strategy", "steps"], 2, "--load_best_model_at_end: not for"),
         (
             ["--save_strategy", "best", "--metric_for_best_model", "loss"],
