@@ -32,7 +32,7 @@ from nextquill.evaluation.tasks import TASKS
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
-    "Measure a model on records: the NLL of the responses with the user's history, without it and under another "
+    "Measure a model on records: the nll of the responses with the user's history, without it and under another "
     "user's (placebo), the effects between them, and generated texts in the measures of the task. For records with "
     "chosen and rejected, also which of the two the model prefers. Intervals are over users. With --output_dir the "
     "same command resumes a stopped evaluation."

@@ -37,11 +37,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
     counts = {name: f"{evaluation.metrics[name].value:.0f}" for name in ("examples", "users", "tokens")}
     show(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
     show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
-    show("Effect of the history: NLL without it minus NLL with it.")
+    show("Effect of the history: nll without it minus nll with it.")
     if (evaluation.settings.get("template") or {}).get("counterfactual") == "placebo":
         show("Without history: with another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
-        show("Effect against the placebo: NLL with another user's history minus NLL with the user's own.")
+        show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
 
 
 def print_differences(

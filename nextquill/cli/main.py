@@ -28,7 +28,7 @@ COMMANDS = {
     "inspect": "Show an example's prompts as tokens: what is shared, supervised and cut.",
     "prepare": "Tokenise records once, into a folder that training reads from disk.",
     "train": "Fine-tune a model on users' histories with a causal loss.",
-    "evaluate": "Measure a model: generated text, NLL with, without and under another user's history, effects.",
+    "evaluate": "Measure a model: generated text, nll with, without and under another user's history, effects.",
     "score": "Write every response token's effect, and show some in colour.",
     "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
     "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",

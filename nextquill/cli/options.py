@@ -157,7 +157,7 @@ class LossOptions:
         "meaning.",
         None,
     )
-    anchor: float | None = option("nextquill: factor of the NLL without history (0).", None)
+    anchor: float | None = option("nextquill: factor of the nll without history (0).", None)
     min_weight: float | None = option("perce: smallest weight (0.8).", None)
     max_weight: float | None = option("perce, longce: largest weight (5.0).", None)
     reduction: str | None = option(

@@ -184,8 +184,8 @@ def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> Non
     other = [user for user, summary in known.items() if not summary.edited and not summary.is_by(saved.writer())]
     if other:
         print(
-            f"nextquill: summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such as "
-            f"that of {other[0]!r}, by {known[other[0]].model}",
+            f"nextquill: summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such "
+            f"as that of {other[0]!r}, by {known[other[0]].model}",
             file=sys.stderr,
         )
 

@@ -128,10 +128,10 @@ def test_differences_to_a_baseline(nextquill, trained, data, finished):
     row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)
     assert "+0.0000" not in row
     assert "ROUGE-L, generated with history" in other.out
-    unlike = " ".join(other.out[other.out.index("not measured alike") :].split())
+    unlike = " ".join(other.out[other.out.index("These settings differ too") :].split())
     assert "template order 'history_first', there 'official'" in unlike
     again = evaluate(nextquill, trained, data, *SMALL, "--baseline", finished, "--resamples", 60)
-    assert "not measured alike" not in again.out
+    assert "These settings differ too" not in again.out
 
 
 def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loaded(nextquill, data, finished, tmp_path):

@@ -81,7 +81,7 @@ def test_long_sections_lose_their_middle(inspect):
     assert "more tokens ..." in short
     assert "more tokens ..." not in whole
     assert len(short) < len(whole)
-    assert list(_lines(list("abcdef"), 4, 80)) == ["a b", "... 2 tokens more ...", "e f"]
+    assert list(_lines(list("abcdef"), 4, 80)) == ["a b", "... 2 more tokens ...", "e f"]
 
 
 def test_what_the_budget_drops_is_listed_with_its_size(inspect):
