@@ -55,7 +55,7 @@ OPTIONS = (
     TrainModelOptions, CompareFiles, CompareOptions, CompareEvaluation, PromptOptions, BatchOptions, LoraOptions,
     TrainingArguments,
 )  # fmt: skip
-FLAGS = {"folder": "output_dir", "overwrite": "overwrite_output_dir", "records": "eval_file"}
+FLAGS = {"names": "arms", "folder": "output_dir", "overwrite": "overwrite_output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -79,12 +79,12 @@ def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> lis
             of another lacks what its steps follow from.
     """
     if not names:
-        raise ArgumentError("arms: expected at least one, got none")
+        raise ArgumentError("names: expected at least one, got none")
     for name in names:
         if name not in ARMS:
-            raise ArgumentError(f"arms: no arm {name!r}; {_hint(name)}")
+            raise ArgumentError(f"names: no arm {name!r}; {_hint(name)}")
         if names.count(name) > 1:
-            raise ArgumentError(f"arms: {name} is given twice")
+            raise ArgumentError(f"names: {name} is given twice")
     if baseline not in names:
         raise ArgumentError(f"baseline: expected one of the arms ({', '.join(names)}), got {baseline!r}")
     arms = [ARMS[name] for name in names]
@@ -120,7 +120,7 @@ def _check_time_reference(arm: Arm, names: Sequence[str], reference: str) -> Non
         (pace, "which says how long its step takes"),
     ):
         if needed not in names:
-            raise ArgumentError(f"arms: {arm.name} expects {needed} among them, {reason}")
+            raise ArgumentError(f"names: {arm.name} expects {needed} among them, {reason}")
 
 
 def _hint(name: str) -> str:

@@ -281,7 +281,7 @@ def test_empty_summaries_are_counted(evaluate, told, tmp_path):
 def test_one_user_has_no_placebo_and_no_interval(evaluate):
     result = evaluate("--limit", 1)
     assert result.code == 0, result.err
-    assert "No placebo: it takes two users with a summary." in result.out
+    assert "No placebo: it needs two users with a summary." in result.out
 
 
 def test_users_who_cannot_be_judged_are_counted(evaluate, make_records, tmp_path, pairs, write_pairs):
