@@ -29,8 +29,8 @@ def help_text(parser: Any, required: Collection[str]) -> str:
     formatter = _Formatter(parser.prog, width=min(_WIDTH, shutil.get_terminal_size().columns))
     actions = {action.dest: action for action in reversed(parser._actions)}  # a flag before its `--no_` twin
     needed = [name for name in actions if name in required][::-1]
-    usage = " ".join(f"--{name} {formatter.value_name(actions[name])}" for name in needed)
-    formatter.add_usage(f"{parser.prog} {usage} [options]", [], [])
+    usage = [f"--{name} {formatter.value_name(actions[name])}" for name in needed]
+    formatter.add_usage(" ".join([parser.prog, *usage, "[options]"]), [], [])
     formatter.add_text(parser.description)
     for kind in parser.dataclass_types:
         names = [field.name for field in dataclasses.fields(kind) if field.init]

@@ -285,7 +285,7 @@ class ScoreOptions:
 
 @dataclass
 class DemoOptions:
-    """Options of the demo."""
+    """Options."""
 
     output_dir: str = option("Where the picture, the page and the figures go.", "demo", metavar="DIR")
     seed: int = option("Users, models and data order follow from it.", 0)
