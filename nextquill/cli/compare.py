@@ -168,7 +168,7 @@ def check_training(args: TrainingArguments) -> None:
 
 
 def check_inputs(folder: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
-    """Raise OutputExistsError where overwriting would delete what is read."""
+    """Raise OutputExistsError where overwriting would delete a file that the runs read."""
     for path in map(Path, inputs if overwrite else ()):
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which the runs read")

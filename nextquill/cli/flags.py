@@ -12,7 +12,7 @@ from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are what argparse's `add_argument` takes."""
+    """A field whose metadata are arguments of argparse's `add_argument`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 

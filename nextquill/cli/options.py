@@ -94,12 +94,12 @@ class PromptOptions:
     )
 
     def settings(self, stored: PromptSettings | None, default_length: int, context: int | None) -> PromptSettings:
-        """The flags over what the model was trained with over the defaults.
+        """The settings from the flags, else from the model folder, else the defaults.
 
         Args:
-            stored: what the model folder says, or None.
-            default_length: `max_length` where neither says.
-            context: most positions the model has, or None.
+            stored: the settings of the model folder, or None.
+            default_length: `max_length` if neither has one.
+            context: the model's number of positions, or None.
 
         Raises:
             ArgumentError: a length below 1 or beyond the context, a Jinja template that cannot be used, or a flag

@@ -1,6 +1,6 @@
 """Turning a command line and a YAML file into dataclasses, with transformers' `HfArgumentParser`.
 
-A `--config` file holds the same names as the flags; what is on the command line wins.
+A `--config` file holds the same names as the flags; the command line wins.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from nextquill.errors import NextQuillError
 _BARE_MEANS_TRUE = ("resume_from_checkpoint",)
 
 
-#: What transformers and PEFT raise for values they do not take.
+#: Errors of transformers and PEFT about values they do not take.
 REFUSALS = (ValueError, TypeError, ImportError, RuntimeError)
-#: What their lookups by name and their dataclasses raise besides.
+#: The same, with the errors of their lookups by name and of their dataclasses.
 WIDE_REFUSALS = (*REFUSALS, KeyError, IndexError, AttributeError)
 
 
@@ -127,7 +127,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def refusals(flag: str | None = None, *, kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
-    """Turn what other packages raise for a value they do not take into UsageError, which names the flag if it is known.
+    """Turn other packages' errors about a value into UsageError, which names the flag if it is given.
 
     nextquill's own errors pass.
     """
