@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
-# Columns beyond which an interval goes below its value, to fit 80 characters.
+# With more columns than this, intervals go below their values, to fit 80 characters.
 _MOST_BESIDE = 1
-# Settings that change no score, or only which there are.
+# Settings that change no score, or only which scores there are.
 _NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Every measure with its interval: of the records' responses, of pairs, of generated texts."""
+    """Print every measure with its interval, for responses, pairs and generated texts."""
     from nextquill.evaluation.measures import place_of
 
     tables: dict[str, dict[str, dict[str, MetricValue]]] = {}
@@ -36,10 +36,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
         show(table)
     counts = {name: f"{evaluation.metrics[name].value:.0f}" for name in ("examples", "users", "tokens")}
     show(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
-    show(f"[low, high]: {evaluation.level:.0%} intervals over users. Nll and effects are in nats per token.")
+    show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
     show("Effect of the history: nll without it minus nll with it.")
     if (evaluation.settings.get("template") or {}).get("counterfactual") == "placebo":
-        show("Without history: under another user's history, which these prompts put in its place.")
+        show("Without history: with another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
 
@@ -47,7 +47,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 def print_differences(
     differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
 ) -> None:
-    """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
+    """Print the paired differences to a baseline, and the settings that differ between the two."""
     from nextquill.evaluation.measures import place_of
 
     table = new_table(f"this - {folder}", "difference", "p")
@@ -60,12 +60,12 @@ def print_differences(
                 "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
             )
     show(table)
-    show("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
+    show("Paired, on the examples that both have. p: permutation within users, not corrected for several measures.")
     own, theirs = _comparable(evaluation), _comparable(baseline)
     unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
     if unlike:
         named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
-        show(f"They were not measured alike, and that is in the differences too: {named}.")
+        show(f"These settings differ too, and add to the differences: {named}.")
 
 
 def _comparable(evaluation: Evaluation) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _measured(metric: MetricValue | None, between: str) -> str:
 def bounded(
     value: float, low: float | None, high: float | None, between: str = " ", sign: str = "", digits: int = 4
 ) -> str:
-    """A number with its interval, where that is known."""
+    """A number with its interval, if that is known."""
     number = f"{_rounded(value, digits):{sign}.{digits}f}"
     known = [f"{_rounded(bound, digits):.{digits}f}" for bound in (finite(low), finite(high)) if bound is not None]
     return f"{number}{between}[{known[0]}, {known[1]}]" if len(known) == 2 else number
@@ -106,7 +106,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def show(what: Table | str) -> None:
-    """Print to stdout; nothing in a text is markup."""
+    """Print to stdout, a text as it is, without markup."""
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(what)

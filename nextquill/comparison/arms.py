@@ -79,14 +79,14 @@ def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> lis
             of another lacks what its steps follow from.
     """
     if not names:
-        raise ArgumentError("--arms: expected at least one")
+        raise ArgumentError("names: expected at least one, got none")
     for name in names:
         if name not in ARMS:
-            raise ArgumentError(f"--arms: no arm {name!r}; {_hint(name)}")
+            raise ArgumentError(f"names: no arm {name!r}; {_hint(name)}")
         if names.count(name) > 1:
-            raise ArgumentError(f"--arms: {name} is given twice")
+            raise ArgumentError(f"names: {name} is given twice")
     if baseline not in names:
-        raise ArgumentError(f"--baseline: expected one of the arms ({', '.join(names)}), got {baseline!r}")
+        raise ArgumentError(f"baseline: expected one of the arms ({', '.join(names)}), got {baseline!r}")
     arms = [ARMS[name] for name in names]
     for arm in arms:
         if arm.matches_time:
@@ -113,14 +113,14 @@ def own_pace(arm: Arm) -> Arm:
 def _check_time_reference(arm: Arm, names: Sequence[str], reference: str) -> None:
     if reference not in ARMS or ARMS[reference].matches_time:
         possible = [name for name, other in ARMS.items() if not other.matches_time]
-        raise ArgumentError(f"--time_reference: expected one of {', '.join(possible)}, got {reference!r}")
+        raise ArgumentError(f"time_reference: expected one of {', '.join(possible)}, got {reference!r}")
     pace = own_pace(arm).name
     for needed, reason in (
-        (reference, "whose time it gets (--time_reference)"),
+        (reference, "whose time it gets (time_reference)"),
         (pace, "which says how long its step takes"),
     ):
         if needed not in names:
-            raise ArgumentError(f"--arms: {arm.name} expects {needed} among them, {reason}")
+            raise ArgumentError(f"names: {arm.name} expects {needed} among them, {reason}")
 
 
 def _hint(name: str) -> str:

@@ -112,24 +112,24 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
         OutputExistsError: it holds something else, or a comparison with other settings, which is named.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"--output_dir: {folder} is a file")
+        raise OutputExistsError(f"folder: {folder} is a file")
     if not folder.is_dir() or all(path.name == _LOCK_FILE for path in folder.iterdir()):
         return
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a comparison; choose another")
+        raise OutputExistsError(f"folder: {folder} holds files, but not a comparison; choose another folder")
     if overwrite:
         return
     try:
         saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise OutputExistsError(f"--output_dir: {path} is damaged: {error}; choose another folder") from error
+        raise OutputExistsError(f"folder: {path} is damaged: {error}; choose another folder") from error
     saved, given = _flat(saved), _flat(json.loads(json.dumps(dict(settings))))
     for name in {**saved, **given}:
         if saved.get(name) != given.get(name):
             raise OutputExistsError(
-                f"--output_dir: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
-                f"{given.get(name)!r}; choose another folder, or replace it by --overwrite_output_dir"
+                f"folder: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
+                f"{given.get(name)!r}; choose another folder, or replace it with overwrite=True"
             )
 
 
@@ -151,7 +151,7 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
         if not try_lock(lock):
-            raise OutputExistsError(f"--output_dir: another process is comparing in {folder}")
+            raise OutputExistsError(f"folder: another process is comparing in {folder}")
         if overwrite:
             empty(folder, keep=_LOCK_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")

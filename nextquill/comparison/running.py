@@ -142,9 +142,9 @@ def finished(setup: Setup, task: Task) -> RunRecord | None:
     for name, value in expected.items():
         if getattr(record, name) != value:
             raise CheckpointError(
-                f"--output_dir: the run in {folder} has another {name.replace('_', ' ')}: there "
-                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it by "
-                "--overwrite_output_dir"
+                f"folder: the run in {folder} has another {name.replace('_', ' ')}: there "
+                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it "
+                "with overwrite=True"
             )
     return record
 
@@ -314,7 +314,7 @@ def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
         theirs = None if other is None else getattr(other, name)
         if value is not None and theirs is not None and theirs != value:
             raise CheckpointError(
-                f"--output_dir: {record.arm} with seed {record.seed} {what} than {task.name} with seed {task.seed}, "
+                f"folder: {record.arm} with seed {record.seed} {what} than {task.name} with seed {task.seed}, "
                 f"which is finished in {setup.folder}; compare in another folder"
             )
 

@@ -35,7 +35,7 @@ from nextquill.data.prepared import (
     read_header,
 )
 from nextquill.data.records import Record
-from nextquill.errors import CheckpointError, OutputExistsError, RecordError
+from nextquill.errors import CheckpointError, OutputExistsError, RecordError, naming
 from nextquill.storage.atomic_files import write_whole
 
 try:
@@ -132,8 +132,8 @@ class _Followed:
     def _compare(self, shard: dict[str, Any]) -> None:
         if shard["digest"] != self._digest.hexdigest()[:16]:
             raise CheckpointError(
-                f"records: one of the first {self._count} is another than the stopped run has read ({shard['name']}); "
-                "give the same records, or overwrite"
+                f"records: the first {self._count} differ from those that the stopped run has read ({shard['name']}); "
+                "give the same records, or overwrite=True"
             )
 
 
@@ -262,16 +262,18 @@ class _Shards:
         path = self._folder / _PROGRESS
         if not path.is_file():
             if unknown := [each.name for each in self._folder.iterdir() if not _is_ours(each.name)]:
-                raise OutputExistsError(f"{self._folder}: is in the way, and holds {unknown[0]}, which is no shard")
+                raise OutputExistsError(f"folder: {self._folder} is in the way: {unknown[0]} in it is not a shard")
             return []
         try:
-            header = read_header(self._folder, _PROGRESS)
-            if (difference := first_difference(header["settings"], self._settings)) is not None:
-                raise CheckpointError(
-                    f"{self._folder} was begun with another {difference}; delete it, or overwrite to begin anew"
-                )
-            for shard in header["shards"]:
-                check_shard(self._folder, shard, verify=True)
+            with naming("folder"):
+                header = read_header(self._folder, _PROGRESS)
+                if (difference := first_difference(header["settings"], self._settings)) is not None:
+                    raise CheckpointError(
+                        f"{self._folder} was begun with another {difference}; delete it, or start again with "
+                        "overwrite=True"
+                    )
+                for shard in header["shards"]:
+                    check_shard(self._folder, shard, verify=True)
         except CheckpointError:
             if not overwrite:
                 raise
@@ -287,10 +289,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise OutputExistsError(f"{target}: is a file")
+        raise OutputExistsError(f"folder: {target} is a file")
     if any(target.iterdir()) and not (overwrite and is_prepared(target)):
-        what = "overwrite it, or choose another name" if is_prepared(target) else "it is no prepared folder"
-        raise OutputExistsError(f"{target}: exists and is not empty; {what}")
+        what = "choose another, or give overwrite=True" if is_prepared(target) else "it is not a prepared folder"
+        raise OutputExistsError(f"folder: {target} exists and is not empty; {what}")
 
 
 def _is_ours(name: str) -> bool:
@@ -305,7 +307,7 @@ def _locked(path: Path) -> Any:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise OutputExistsError(f"{path.parent}: another process is writing it") from error
+            raise OutputExistsError(f"folder: another process is writing {path.parent}") from error
         except OSError:  # a file system without locks
             pass
     return file

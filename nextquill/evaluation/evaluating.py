@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.data import EncodedExample, ExampleEncoder, Record
-from nextquill.errors import BudgetError, RecordError
+from nextquill.errors import BudgetError, RecordError, naming
 from nextquill.evaluation.folder import (
     GENERATED_FILE,
     PREDICTIONS_FILE,
@@ -128,8 +128,9 @@ class _Work:
             raise RecordError("records: expected at least one, got none")
         texts = TaskTexts.of(records, options)  # before anything is tokenised
         encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-        pairs = encode_pairs(encoder, records, options.seed)
-        examples = encoder.encode_all(records, True, options.seed, progress)
+        with naming("records"):
+            pairs = encode_pairs(encoder, records, options.seed)
+            examples = encoder.encode_all(records, True, options.seed, progress)
         for pair in pairs:
             _check_budget(pair, options.max_tokens)
         prompts = make_prompts(examples[: options.generate_limit], texts.branches, options.seed)

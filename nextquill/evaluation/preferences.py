@@ -46,10 +46,11 @@ def has_pair(record: Record, index: int) -> bool:
         value = record.extra[name]
         if not isinstance(value, str) or not value.strip():
             what = "a blank string" if isinstance(value, str) else type(value).__name__
-            raise RecordError(f"record {index}: field '{name}': expected some text, got {what}")
+            raise RecordError(f"record {index}: field '{name}': expected some text, got {what}", argument="records")
     if len(given) == 1:
         missing = next(name for name in PAIR if name not in given)
-        raise RecordError(f"record {index}: field '{missing}': expected it beside '{given[0]}', got none")
+        problem = f"expected it beside '{given[0]}', got none"
+        raise RecordError(f"record {index}: field '{missing}': {problem}", argument="records")
     return bool(given)
 
 

@@ -46,9 +46,8 @@ class TaskTexts:
         if not task.generates:
             for index, record in enumerate(records):
                 if not has_pair(record, index):
-                    raise RecordError(
-                        f"record {index}: field 'chosen': {task.name} needs it, with 'rejected'; got none"
-                    )
+                    problem = f"{task.name} needs it, with 'rejected'; got none"
+                    raise RecordError(f"record {index}: field 'chosen': {problem}", argument="records")
         if not (metrics and options.generate_branches):
             return cls(task, (), (), [])
         try:
@@ -57,7 +56,7 @@ class TaskTexts:
             # Before hours of generation: what cannot be scored cannot be scored on empty answers either.
             compute(metrics, references, [""] * len(references), labels=task.labels)
         except ArgumentError as error:
-            raise RecordError(str(error)) from error
+            raise RecordError(str(error), argument=error.argument or "records") from error
         return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
 
     def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, Measure]:
@@ -92,7 +91,6 @@ def _ids(task: Task, records: Sequence[Record]) -> list[str | int] | None:
     first = {each: index for index, each in reversed(list(enumerate(ids)))}
     for index, each in enumerate(ids):
         if first[each] < index:
-            raise RecordError(
-                f"record {index}: field 'id': expected one of its own for {task.name}, got {each!r} again"
-            )
+            problem = f"expected one of its own for {task.name}, got {each!r} again"
+            raise RecordError(f"record {index}: field 'id': {problem}", argument="records")
     return ids

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.popi.checks import (
     check_args,
     check_batches,
@@ -357,10 +357,8 @@ class POPITrainer(StagedCheckpoints, Trainer):
 
     def _held_out(self, counts: UserCounts) -> tuple[Draw, ...]:
         """What is evaluated, of whom `popi evaluate` would."""
-        try:
+        with naming("eval_dataset"):
             return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
-        except RecordError as error:
-            raise RecordError(f"eval_dataset: {error}") from error
 
     def _measure(self, draws: Sequence[Draw]) -> dict[str, float]:
         texts = self._summaries(draws)

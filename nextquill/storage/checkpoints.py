@@ -71,7 +71,9 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
     else:
         path = Path(given)
     if not (path / "trainer_state.json").is_file():
-        raise CheckpointError(f"resume_from_checkpoint: {path} is no complete checkpoint: no trainer_state.json in it")
+        raise CheckpointError(
+            f"resume_from_checkpoint: {path} is not a complete checkpoint: it has no trainer_state.json"
+        )
     return path
 
 
@@ -107,7 +109,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(
             f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (no {RUN_FILE} in it); "
-            "its model can be loaded with from_pretrained and trained anew"
+            "its model can be loaded with from_pretrained and trained again"
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

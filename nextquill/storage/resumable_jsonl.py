@@ -27,7 +27,7 @@ class BegunFile:
         target: the file's name when it is complete.
         run: what must agree for a partial file to be gone on with, by name; JSON.
         overwrite: start anew where it does not agree.
-        argument: what an error names: the flag or the argument that the file comes from.
+        argument: the argument that errors name.
 
     Attributes:
         path: the partial file.
@@ -39,7 +39,7 @@ class BegunFile:
     """
 
     def __init__(
-        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "--output_file"
+        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "output_file"
     ) -> None:
         self.target, self.path, self.argument = target, target.with_name(f"{target.name}.partial"), argument
         self._header = header = _encoded({_HEADER: dict(run)})
@@ -52,8 +52,7 @@ class BegunFile:
             reason = self._refusal(first, json.loads(header)[_HEADER])
             unfinished = header.startswith(first) and first != header  # new, or cut short within its first line
             if reason is not None and not unfinished and not overwrite:
-                anew = "give --overwrite" if argument.startswith("--") else "give overwrite=True"
-                raise CheckpointError(f"{argument}: {reason}; delete it, or {anew} to start anew")
+                raise CheckpointError(f"{argument}: {reason}; delete it, or start again with overwrite=True")
             self.is_new = unfinished or reason is not None
         except BaseException:
             self._stream.close()
@@ -77,7 +76,7 @@ class BegunFile:
         """Why the file that begins with this line cannot be gone on with."""
         saved = _decoded(first).get(_HEADER)
         if not isinstance(saved, dict):
-            return f"{self.path} is in the way, and nothing that nextquill began"
+            return f"{self.path} is in the way, and nextquill did not begin it"
         name = next((name for name in {**saved, **run} if saved.get(name) != run.get(name)), None)
         if name is None:
             return None
@@ -95,7 +94,7 @@ class PartialFile(BegunFile):
     """
 
     def __init__(
-        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "--output_file"
+        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "output_file"
     ) -> None:
         super().__init__(target, run, overwrite=overwrite, argument=argument)
         self._offsets: dict[int, int] = {}

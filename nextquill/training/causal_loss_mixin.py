@@ -52,7 +52,7 @@ class CausalLossMixin(_Base):
         check_batching(args, passes.loss, max_tokens, examples_per_user)
         if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
             raise ArgumentError(
-                "args: neftune_noise_alpha is not supported with trees, where a shared token has one noise for all "
+                "args.neftune_noise_alpha: not supported with trees, where a shared token has one noise for all "
                 "branches; leave it out or use attention='padded'"
             )
         self.passes, self.meter = passes, TrainingMeter()

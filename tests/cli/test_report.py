@@ -74,7 +74,7 @@ WRONG = {
     "no runs": (("--examples", "3"), "expected --runs"),
     "no folder": (("nowhere",), "--runs: expected a folder, nowhere is not there"),
     "no run": (("{root}",), "is no run: it holds neither metrics.json of nextquill train nor evaluation.json of"),
-    "twice": (("{root}/a", "{root}/b/../a"), "a is there twice"),
+    "twice": (("{root}/a", "{root}/b/../a"), "a is given twice"),
     "both places": (("{root}/a", "--runs", "{root}/b"), "--runs: expected all runs in one place"),
     "behind a flag": (("{root}/a", "--overwrite", "true", "{root}/b"), "unexpected argument"),
     "examples": (("{root}/a", "--examples", "-1"), "--examples: expected 0 or more, got -1"),

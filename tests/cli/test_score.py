@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(score, cut, whole, tmp_pa
     count_forwards.clear()
     result = score(file, *flags)
     assert result.code == 0, result.err
-    assert f"{lines} of 5 records are in" in result.err
+    assert f"{lines} of 5 records are already in" in result.err
     assert file.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
     assert sum(count_forwards) < 5 + lines % 2, "records scored again"
@@ -201,7 +201,7 @@ def test_ctrl_c_says_how_to_go_on(cut, tmp_path):
     result = cut(tmp_path / "s.jsonl", 3, "--batch_size", 2, error=KeyboardInterrupt)
     assert result.code == 130
     assert "3 of 5 records are in" in result.err
-    assert "the same command goes on from there" in result.err
+    assert "the same command resumes" in result.err
 
 
 def test_a_run_that_wrote_nothing_leaves_nothing(cut, tmp_path):
@@ -272,7 +272,7 @@ def test_lines_of_another_model_are_refused(score, cut, trained, tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(score, tmp_path):
     (tmp_path / "s.jsonl.partial").write_text("precious\n")
     result = score(tmp_path / "s.jsonl")
-    assert "is in the way, and nothing that nextquill began" in result.err
+    assert "is in the way, and nextquill did not begin it" in result.err
     assert (tmp_path / "s.jsonl.partial").read_text() == "precious\n"
 
 

@@ -187,7 +187,7 @@ def test_another_encoder_is_refused_by_name(make: Make, plain_tokenizer: Any, bo
 @pytest.mark.usefixtures("stopped")
 def test_other_records_are_refused(make: Make, records: list[Record], make_record: Any) -> None:
     with pytest.raises(
-        CheckpointError, match=r"one of the first 5 is another than the stopped run has read \(shard-00000\)"
+        CheckpointError, match=r"the first 5 differ from those that the stopped run has read \(shard-00000\)"
     ):
         make([make_record(query="other"), *records[1:]])
     with pytest.raises(CheckpointError, match=r"the stopped run has read \d+ of them, now there are 3"):
@@ -273,22 +273,22 @@ def test_what_is_there_is_not_overwritten_unasked(make: Make, tmp_path: Path) ->
         make(overwrite=True)
     target.unlink()
     make()
-    with pytest.raises(OutputExistsError, match="exists and is not empty; overwrite it"):
+    with pytest.raises(OutputExistsError, match="exists and is not empty; choose another, or give overwrite=True"):
         make()
     assert make(seed=1, overwrite=True).settings["seed"] == 1
     (target / "header.json").unlink()
-    with pytest.raises(OutputExistsError, match="it is no prepared folder"):
+    with pytest.raises(OutputExistsError, match="it is not a prepared folder"):
         make(overwrite=True)
     shutil.rmtree(target)
     (tmp_path / "prepared.partial").mkdir()
     (tmp_path / "prepared.partial" / "thesis.tex").write_text("precious")
-    with pytest.raises(OutputExistsError, match=r"holds thesis\.tex, which is no shard"):
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex in it is not a shard"):
         make(overwrite=True)
 
 
 def test_two_runs_into_one_folder_are_refused(make: Make, records: list[Record]) -> None:
     def while_another_runs() -> Iterator[Record]:
-        with pytest.raises(OutputExistsError, match="another process is writing it"):
+        with pytest.raises(OutputExistsError, match="another process is writing"):
             make()
         yield from records
 

@@ -123,6 +123,20 @@ MUTATIONS = (
         "Ctrl-C looks like a failure to a script",
     ),
     Mutation(
+        "cli-flag-of-argument",
+        "nextquill/cli/main.py",
+        'flags |= getattr(module, "FLAGS", {})',
+        'flags = getattr(module, "FLAGS", {})',
+        "an error names the library's argument instead of the flag",
+    ),
+    Mutation(
+        "cli-error-argument",
+        "nextquill/errors.py",
+        "return self._argument or (found and found[1])",
+        "return found and found[1]",
+        "an error that is told its argument forgets it",
+    ),
+    Mutation(
         "cli-loss-names",
         "nextquill/cli/options.py",
         '"perce": "PerCELoss"',
