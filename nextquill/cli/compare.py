@@ -20,7 +20,15 @@ from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.comparison.arms import choose_arms
 from nextquill.comparison.folder import RunRecord, check_settings, opened
-from nextquill.comparison.running import Setup, Task, check_trainable, finished, perform, remaining_seconds, tasks
+from nextquill.comparison.running import (
+    PlannedRun,
+    Setup,
+    check_trainable,
+    finished,
+    perform,
+    planned_runs,
+    remaining_seconds,
+)
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
 from nextquill.evaluation.evaluating import EvaluationOptions, evaluate_model
@@ -210,16 +218,16 @@ def encoded(
 
 def run_all(setup: Setup) -> bool:
     """Make every run that is not finished; False where one was stopped."""
-    planned = tasks(setup)
-    records = [finished(setup, task) for task in planned]
+    runs = planned_runs(setup)
+    records = [finished(setup, each) for each in runs]
     done = [record for record in records if record is not None]
     if done:
-        say(f"{len(done)} of {len(planned)} runs are finished in {setup.folder}")
-    left = [task for task, record in zip(planned, records, strict=True) if record is None]
-    for number, task in enumerate(left):
+        say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
+    left = [each for each, record in zip(runs, records, strict=True) if record is None]
+    for number, planned in enumerate(left):
         place = len(planned) - len(left) + number + 1
-        say(heading(task, place, len(planned), remaining_seconds(done, left[number:])))
-        record = perform(setup, task)
+        say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
+        record = perform(setup, planned)
         if record is None:
             say("stopped; the same command goes on from here")
             return False
@@ -228,11 +236,11 @@ def run_all(setup: Setup) -> bool:
     return True
 
 
-def heading(task: Task, number: int, count: int, seconds: float | None) -> str:
+def heading(planned: PlannedRun, number: int, count: int, seconds: float | None) -> str:
     """Which run of how many begins, and about how long all that are left take."""
-    what = "the model before training" if task.arm is None else task.arm.label
+    what = "the model before training" if planned.arm is None else planned.arm.label
     rest = "" if seconds is None else f" (about {duration(seconds)} left)"
-    return f"run {number} of {count}: {what}, seed {task.seed}{rest}"
+    return f"run {number} of {count}: {what}, seed {planned.seed}{rest}"
 
 
 def outcome(record: RunRecord) -> str:

@@ -32,7 +32,7 @@ from nextquill.popi.users import Draw
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
-    from nextquill.popi.measures import Evaluation, Measured
+    from nextquill.popi.measures import PairEvaluation, PairMeasures
     from nextquill.popi.roles import Role
     from nextquill.popi.saved_run import SavedRun
 
@@ -92,7 +92,7 @@ class PopiEvaluateOptions:
 def run(arguments: Sequence[str]) -> int:
     kinds = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, kinds, arguments)
-    from nextquill.popi.measures import Evaluation
+    from nextquill.popi.measures import PairEvaluation
 
     options.check()
     shown.check()
@@ -122,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     sees = config.reference_sees_summary
     found = _measured(saved, generator, saved.generator_prompts, held.draws, summaries, options, sees=sees)
-    evaluation = Evaluation(
+    evaluation = PairEvaluation(
         model=models.model,
         generator=found,
         transfer={name: _transferred(name, saved, held.draws, summaries, options, models) for name in _others(options)},
@@ -239,7 +239,7 @@ def _transferred(
     summaries: Mapping[str, str],
     options: PopiEvaluateOptions,
     models: PopiRunOptions,
-) -> Measured:
+) -> PairMeasures:
     """The same on a model that was not trained, and is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
@@ -257,7 +257,7 @@ def _measured(
     options: PopiEvaluateOptions,
     *,
     sees: bool,
-) -> Measured:
+) -> PairMeasures:
     from nextquill.popi.evaluation import score_pairs
     from nextquill.popi.measures import measure
 
@@ -279,7 +279,7 @@ def _measured(
 # ---- what is shown ---------------------------------------------------------------------------------
 
 
-def _print(evaluation: Evaluation, level: float) -> None:
+def _print(evaluation: PairEvaluation, level: float) -> None:
     found = evaluation.generator
     _print_contexts(evaluation.model, found)
     for name, each in evaluation.transfer.items():
@@ -296,7 +296,7 @@ def _print(evaluation: Evaluation, level: float) -> None:
         print(f"nextquill: empty summaries, which are no context: {evaluation.empty_summaries}", file=sys.stderr)
 
 
-def _print_contexts(title: str, found: Measured) -> None:
+def _print_contexts(title: str, found: PairMeasures) -> None:
     table = new_table("context", *_HEADINGS.values(), "loss", "tokens")
     table.columns[0].no_wrap = True
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before

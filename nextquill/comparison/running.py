@@ -101,8 +101,8 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A run that is to be: `arm` is None for the base."""
+class PlannedRun:
+    """A run of a comparison, made or not; `arm` is None for the model before training."""
 
     arm: Arm | None
     seed: int
@@ -112,31 +112,31 @@ class Task:
         return BASE if self.arm is None else self.arm.name
 
 
-def tasks(setup: Setup) -> list[Task]:
+def planned_runs(setup: Setup) -> list[PlannedRun]:
     """All runs in the order they are made: seed by seed, so that a comparison that is stopped has whole seeds."""
     found = []
     for seed in setup.seeds:
         if setup.base_seed(seed) == seed:
-            found.append(Task(None, seed))
-        found += [Task(arm, seed) for arm in in_running_order(setup.arms)]
+            found.append(PlannedRun(None, seed))
+        found += [PlannedRun(arm, seed) for arm in in_running_order(setup.arms)]
     return found
 
 
-def finished(setup: Setup, task: Task) -> RunRecord | None:
+def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     """The record of a run that need not be made again; None of one that is not finished.
 
     Raises:
         CheckpointError: the folder's run is another one, or damaged.
     """
-    folder = run_folder(setup.folder, task.name, task.seed)
+    folder = run_folder(setup.folder, planned.name, planned.seed)
     record = read_record(folder)
     if record is None:
         return None
-    expected: dict[str, Any] = {"arm": task.name, "seed": task.seed}
-    if task.arm is not None:
+    expected: dict[str, Any] = {"arm": planned.name, "seed": planned.seed}
+    if planned.arm is not None:
         expected |= {
-            "loss": repr(task.arm.loss(**setup.loss_options)),
-            "learning_rate": setup.args.learning_rate * task.arm.learning_rate_factor,
+            "loss": repr(planned.arm.loss(**setup.loss_options)),
+            "learning_rate": setup.args.learning_rate * planned.arm.learning_rate_factor,
         }
     for name, value in expected.items():
         if getattr(record, name) != value:
@@ -148,7 +148,7 @@ def finished(setup: Setup, task: Task) -> RunRecord | None:
     return record
 
 
-def remaining_seconds(done: Sequence[RunRecord], left: Sequence[Task]) -> float | None:
+def remaining_seconds(done: Sequence[RunRecord], left: Sequence[PlannedRun]) -> float | None:
     """About how long the runs that are left take, from those of the same arm or else all; None before the first."""
     known: dict[str, list[float]] = {}
     for record in done:
@@ -156,10 +156,10 @@ def remaining_seconds(done: Sequence[RunRecord], left: Sequence[Task]) -> float 
     trained = [seconds for name, each in known.items() if name != BASE for seconds in each]
     if not trained:
         return None
-    return sum(statistics.mean(known.get(task.name, trained)) for task in left)
+    return sum(statistics.mean(known.get(planned.name, trained)) for planned in left)
 
 
-def perform(setup: Setup, task: Task) -> RunRecord | None:
+def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     """Make a run, or go on with it; None where it was asked to stop, and has saved what it has.
 
     Raises:
@@ -169,15 +169,15 @@ def perform(setup: Setup, task: Task) -> RunRecord | None:
 
     began = time.perf_counter()
     _release_memory()  # of the run before
-    folder = run_folder(setup.folder, task.name, task.seed)
-    model, tokenizer = setup.start(task.seed)
-    record = RunRecord(task.name, task.seed, model_digest(model), machine=machine())
+    folder = run_folder(setup.folder, planned.name, planned.seed)
+    model, tokenizer = setup.start(planned.seed)
+    record = RunRecord(planned.name, planned.seed, model_digest(model), machine=machine())
     _check_alike(setup, record, "start", "began from other weights")
-    if task.arm is None:
+    if planned.arm is None:
         folder.mkdir(parents=True, exist_ok=True)
         model.to(setup.args.device)
     else:
-        trained = _train(setup, task.arm, task.seed, folder, model, tokenizer, record)
+        trained = _train(setup, planned.arm, planned.seed, folder, model, tokenizer, record)
         if trained is None:
             return None
         record = trained
@@ -185,7 +185,7 @@ def perform(setup: Setup, task: Task) -> RunRecord | None:
     _release_memory()  # of the optimiser
     place = folder / EVALUATION_FOLDER
     if not (place / EVALUATION_FILE).is_file():  # else it was stopped between its last two files
-        setup.evaluate(model, tokenizer, setup.settings, place, f"{task.name}/seed-{task.seed}")
+        setup.evaluate(model, tokenizer, setup.settings, place, f"{planned.name}/seed-{planned.seed}")
     record = dataclasses.replace(record, wall_seconds=time.perf_counter() - began)
     write_record(folder, record)
     for path in folder.glob("checkpoint-*"):  # the record says that nothing will go on from them
@@ -308,12 +308,14 @@ def _keep(trainer: ComparedTrainer, folder: Path, *, save_model: bool) -> None:
 def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
     """Compare with the runs of the same seed that are finished."""
     value = getattr(record, name)
-    for task in tasks(setup):
-        other = read_record(run_folder(setup.folder, task.name, task.seed)) if task.seed == record.seed else None
+    for each in planned_runs(setup):
+        other = (
+            read_record(run_folder(setup.folder, each.name, each.seed)) if each.seed == record.seed else None
+        )
         theirs = None if other is None else getattr(other, name)
         if value is not None and theirs is not None and theirs != value:
             raise CheckpointError(
-                f"--output_dir: {record.arm} with seed {record.seed} {what} than {task.name} with seed {task.seed}, "
+                f"--output_dir: {record.arm} with seed {record.seed} {what} than {each.name} with seed {each.seed}, "
                 f"which is finished in {setup.folder}; compare in another folder"
             )
 

@@ -30,7 +30,7 @@ from nextquill.evaluation.folder import (
 from nextquill.evaluation.generation import Prompt, check_engine, generation_engine, make_prompts
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
-from nextquill.evaluation.measures import Measure, effect_measures, preference_measures
+from nextquill.evaluation.measures import LabelledScores, effect_measures, preference_measures
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_line
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
@@ -56,7 +56,7 @@ def evaluate_model(
     model_name: str,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a model on records, and write what was measured into a folder.
+    """LabelledScores a model on records, and write what was measured into a folder.
 
     Args:
         model, tokenizer: a causal language model, also a PEFT model, and its tokenizer; used in eval mode where it is,
@@ -206,7 +206,7 @@ class _Work:
         return generated
 
     def _evaluation(
-        self, measures: Mapping[str, Measure], scores: Sequence[Mapping[str, float]], model_name: str
+        self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]], model_name: str
     ) -> Evaluation:
         options, users = self.options, [record.user_id for record in self.records]
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
@@ -228,7 +228,7 @@ class _Work:
         )
 
 
-def _add_own_scores(scores: Sequence[dict[str, float]], measures: Mapping[str, Measure]) -> None:
+def _add_own_scores(scores: Sequence[dict[str, float]], measures: Mapping[str, LabelledScores]) -> None:
     """Give every example its own score in each measure that is a mean of them."""
     for measure in measures.values():
         if measure.per_example is not None and measure.scores.per_example is not None:

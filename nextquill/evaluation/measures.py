@@ -48,7 +48,7 @@ _PREFERENCES: dict[str, tuple[str, str, str, bool | None]] = {
 
 
 @dataclass(frozen=True)
-class Measure:
+class LabelledScores:
     """A measure before its interval is computed.
 
     Args:
@@ -123,7 +123,7 @@ def token_values(line: Mapping[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[
     return values
 
 
-def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Measure], list[dict[str, float]]]:
+def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, LabelledScores], list[dict[str, float]]]:
     """The nll's and effects over all tokens and over examples, and every example's own means.
 
     Args:
@@ -140,25 +140,25 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Measu
     ]
     members = range(len(lines))
     shown = [row for row in _TOKEN_MEASURES if all(row[0] in each for each in values)]
-    measures = dict[str, Measure]()
+    measures = dict[str, LabelledScores]()
     for name, label, unit, better in shown:
         over_tokens = MetricScores.ratio_of([float(each[name].sum()) for each in values], sizes)
-        measures[name] = Measure(label, over_tokens, members, unit, better)
+        measures[name] = LabelledScores(label, over_tokens, members, unit, better)
     for name, label, unit, better in shown:
         over_examples = MetricScores.mean_of([each[name] for each in scores], name)
-        measures[f"{name}{PER_EXAMPLE}"] = Measure(
+        measures[f"{name}{PER_EXAMPLE}"] = LabelledScores(
             f"{label}, mean of examples", over_examples, members, unit, better, name
         )
     return measures, scores
 
 
-def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, Measure]:
+def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:
     """Means over the examples that hold a pair.
 
     Args:
         scores: by the example's position, of `preference_scores`.
     """
-    members, measures = sorted(scores), dict[str, Measure]()
+    members, measures = sorted(scores), dict[str, LabelledScores]()
     for branch, how in _PROMPTS.items():
         for kind, (label, _, unit, better) in _PREFERENCES.items():
             name = f"{kind}{branch_suffix(branch)}"
@@ -166,7 +166,7 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
             if held:
                 mean = MetricScores.mean_of([scores[index][name] for index in held], name)
                 own = better if branch == "factual" else None
-                measures[name] = Measure(f"{label}, {how}", mean, held, unit, own, name)
+                measures[name] = LabelledScores(f"{label}, {how}", mean, held, unit, own, name)
     return measures
 
 
@@ -176,7 +176,7 @@ def text_measures(
     references: Sequence[str],
     texts: Mapping[int, str],
     labels: Sequence[str] | None = None,
-) -> dict[str, Measure]:
+) -> dict[str, LabelledScores]:
     """Measures of the texts generated from one prompt of each example.
 
     Args:
@@ -186,12 +186,12 @@ def text_measures(
         texts: what was generated, by the example's position; not every example need have one.
         labels: every answer there is, where the task has a list of them.
     """
-    members, measures = sorted(texts), dict[str, Measure]()
+    members, measures = sorted(texts), dict[str, LabelledScores]()
     found = compute(names, [references[index] for index in members], [texts[index] for index in members], labels=labels)
     for kind, scores in found.items():
         metric, name = METRICS[kind], f"{kind}{branch_suffix(branch)}"
         label = f"{metric.label}, generated {_PROMPTS[branch]}"
         better = metric.higher_is_better if branch == "factual" else None
         own = None if scores.per_example is None else name
-        measures[name] = Measure(label, scores, members, metric.unit, better, own)
+        measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
     return measures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nextquill.data import Record
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.measures import Measure, text_measures
+from nextquill.evaluation.measures import LabelledScores, text_measures
 from nextquill.evaluation.metrics import compute
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.predictions import write_predictions
@@ -60,13 +60,13 @@ class TaskTexts:
             raise RecordError(str(error)) from error
         return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
 
-    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, Measure]:
+    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
         """Measures of the generated texts, prompt by prompt.
 
         Args:
             generated: of every record its texts by branch.
         """
-        found = dict[str, Measure]()
+        found = dict[str, LabelledScores]()
         for branch in self.branches:
             texts = {index: own[branch] for index, own in enumerate(generated) if branch in own}
             found |= text_measures(self.metrics, branch, self.references, texts, self.task.labels)

@@ -26,7 +26,7 @@ class TokenEffect:
 
 
 @dataclass(frozen=True)
-class HistoryItem:
+class LeftOutItem:
     """An item of the history, and what leaving it out does to each token of a response.
 
     `effects` are in nats, one for each token: nll without the item minus nll with all items.
@@ -48,7 +48,7 @@ class ResponseVariant:
     label: str
     tokens: Sequence[TokenEffect]
     separator: str = " "
-    items: Sequence[HistoryItem] = ()
+    items: Sequence[LeftOutItem] = ()
 
 
 @dataclass(frozen=True)

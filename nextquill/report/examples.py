@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, json_objects
-from nextquill.report.data import GeneratedText, HistoryItem, ResponseVariant, ResponseView, TokenEffect
+from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.measures import same_records, scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
 from nextquill.report.select_examples import choose
@@ -50,7 +50,7 @@ def example_views(runs: Sequence[Run], count: int, indices: Sequence[int] | None
     return views
 
 
-_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, tuple[list[str], list[HistoryItem]] | None]
+_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, tuple[list[str], list[LeftOutItem]] | None]
 
 
 def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> ResponseView:
@@ -75,7 +75,7 @@ def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> Respo
 
 
 def _variant(
-    run: Run, tokens: list[TokenEffect] | None, items: tuple[list[str], list[HistoryItem]] | None
+    run: Run, tokens: list[TokenEffect] | None, items: tuple[list[str], list[LeftOutItem]] | None
 ) -> ResponseVariant:
     texts, history = items or ([], [])
     if tokens is None:

@@ -27,7 +27,7 @@ from nextquill.evaluation.results import (
     read_examples,
     read_item_effects,
 )
-from nextquill.report.data import HistoryItem, TokenEffect
+from nextquill.report.data import LeftOutItem, TokenEffect
 
 EVALUATION_FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
@@ -143,7 +143,7 @@ def read_tokens(run: Run, indices: Collection[int]) -> dict[int, list[TokenEffec
     return {raw["index"]: _tokens(raw, where) for where, raw in lines if _index(raw, where) in indices}
 
 
-def read_items(run: Run, indices: Collection[int]) -> dict[int, tuple[list[str], list[HistoryItem]]]:
+def read_items(run: Run, indices: Collection[int]) -> dict[int, tuple[list[str], list[LeftOutItem]]]:
     """The response tokens and history items of those of the examples whose item effects were measured.
 
     Raises:
@@ -246,7 +246,7 @@ def _probabilities(nlls: Any, name: str, count: int, where: str) -> Iterator[flo
     return (math.exp(-max(0.0, nll)) if math.isfinite(nll) else math.nan for nll in nlls)
 
 
-def _items(line: ItemEffects, where: str) -> list[HistoryItem]:
+def _items(line: ItemEffects, where: str) -> list[LeftOutItem]:
     if not isinstance(line.items, list) or not all(isinstance(item, dict) for item in line.items):
         raise RecordError(f"{where}: field 'items': expected a list of objects")
     if not isinstance(line.effects, list) or len(line.effects) != len(line.items):
@@ -256,6 +256,6 @@ def _items(line: ItemEffects, where: str) -> list[HistoryItem]:
         if not isinstance(row, list) or len(row) != count or not all(map(_is_number, row)):
             raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
     return [
-        HistoryItem(str(item.get("title") or ""), str(item.get("text") or ""), effects)
+        LeftOutItem(str(item.get("title") or ""), str(item.get("text") or ""), effects)
         for item, effects in zip(line.items, line.effects, strict=True)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nextquill.report.data import GeneratedText, HistoryItem, ResponseVariant, ResponseView, TokenEffect
+from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.text import html
 
 #: Steps of colour, each a tenth; what is below half a step is left plain: one can neither see it nor rely on it.
@@ -123,7 +123,7 @@ def _items(variant: ResponseVariant) -> str:
     )
 
 
-def _item(at: int, item: HistoryItem, total: float, longest: float) -> str:
+def _item(at: int, item: LeftOutItem, total: float, longest: float) -> str:
     width = 50 * abs(total) / longest
     start = 50 if total >= 0 else 50 - width
     title = html(item.title, LONGEST_ITEM) if item.title else f"Item {at + 1}"
