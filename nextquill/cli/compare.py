@@ -31,12 +31,15 @@ from nextquill.comparison.running import (
 )
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
-from nextquill.evaluation.evaluating import EvaluationOptions, evaluate_model
+from nextquill.evaluation.evaluate import evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.task_measures import TaskTexts
+from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
-from nextquill.report.comparison import reporting
+from nextquill.report.comparison.findings import find
+from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
+from nextquill.report.comparison.tables import tables
 from nextquill.report.terminal import results_table
 
 DESCRIPTION = (
@@ -137,7 +140,7 @@ def run(arguments: Sequence[str]) -> int:
     with opened(folder, shared, overwrite=files.overwrite_output_dir):
         if not run_all(setup):
             return INTERRUPTED
-        comparison = reporting.report(
+        comparison = write_report(
             setup,
             model=model_options.model_name_or_path,
             baseline=options.baseline,
@@ -270,10 +273,10 @@ def show(comparison: Any, folder: Path) -> None:
     from rich.console import Console
 
     console = Console()
-    for table in reporting.tables(comparison):
+    for table in tables(comparison):
         console.print(results_table(table))
         console.print()
-    for finding in reporting.find(comparison):
+    for finding in find(comparison):
         console.print(f"- {finding.heading}", markup=False, highlight=False)
-    names = (reporting.RESULT_FILE, reporting.MARKDOWN_FILE, reporting.PAGE_FILE)
+    names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)
     say(f"wrote {', '.join(str(folder / name) for name in names)}")

@@ -9,7 +9,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.options import BatchOptions
 from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE
 from nextquill.errors import ArgumentError, NextQuillError
-from nextquill.evaluation.evaluating import EvaluationOptions
+from nextquill.evaluation.options import EvaluationOptions
 from nextquill.losses import SFTLoss
 
 #: The placebo, and what else an evaluation draws, are the same for every arm and seed.

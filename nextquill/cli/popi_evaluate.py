@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.bars import bar
-from nextquill.cli.evaluation_tables import bounded, new_table, show
+from nextquill.cli.evaluation_tables import new_table, show
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
@@ -29,6 +29,7 @@ from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import Draw
+from nextquill.report.numbers import number, p_value, with_interval
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -301,8 +302,8 @@ def _print_contexts(title: str, found: PairMeasures) -> None:
     table.columns[0].no_wrap = True
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before
     for name, each in found.contexts.items():
-        cells = [bounded(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
-        table.add_row(name, *cells, f"{each.measures['loss'].value:.4f}", f"{each.context_tokens:.1f}")
+        cells = [with_interval(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
+        table.add_row(name, *cells, number(each.measures["loss"].value), f"{each.context_tokens:.1f}")
     show(title)
     show(table)
     if not found.differences:
@@ -311,7 +312,7 @@ def _print_contexts(title: str, found: PairMeasures) -> None:
     for name, differences in found.differences.items():
         cells = []
         for result in (differences["accuracy"], differences["margin"]):
-            cells.append(bounded(result.difference, result.low, result.high, "\n", "+", digits=3))
-            cells.append("< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}")
+            cells.append(with_interval(result.difference, result.low, result.high, "\n", sign="+", digits=3))
+            cells.append(p_value(result.p_value))
         table.add_row(f"summary - {name}", *cells)
     show(table)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation.results import EVALUATION_FILE
+from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.locks import try_lock
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
-EVALUATION_FOLDER = "evaluation"
 _LOCK_FILE = ".nextquill_comparison.lock"
 
 

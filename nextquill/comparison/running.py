@@ -26,7 +26,6 @@ from transformers import TrainingArguments
 
 from nextquill.comparison.arms import BASE, Arm, in_running_order, own_pace
 from nextquill.comparison.folder import (
-    EVALUATION_FOLDER,
     RunRecord,
     empty,
     read_record,
@@ -36,15 +35,13 @@ from nextquill.comparison.folder import (
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.evaluation.results import EVALUATION_FILE, Evaluation
+from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Evaluation
 from nextquill.models.loading import PROMPT_FILE, PromptSettings
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from nextquill.comparison.measuring import ComparedTrainer
-
-METRICS_FILE = "metrics.json"
 
 
 class Evaluate(Protocol):
@@ -302,16 +299,14 @@ def _keep(trainer: ComparedTrainer, folder: Path, *, save_model: bool) -> None:
     with checkpoints.staged_files(folder) as staging:
         if save_model:
             trainer.save_model(str(staging))
-        (staging / METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+        (staging / checkpoints.METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
     """Compare with the runs of the same seed that are finished."""
     value = getattr(record, name)
     for each in planned_runs(setup):
-        other = (
-            read_record(run_folder(setup.folder, each.name, each.seed)) if each.seed == record.seed else None
-        )
+        other = read_record(run_folder(setup.folder, each.name, each.seed)) if each.seed == record.seed else None
         theirs = None if other is None else getattr(other, name)
         if value is not None and theirs is not None and theirs != value:
             raise CheckpointError(

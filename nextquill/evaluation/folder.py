@@ -25,9 +25,9 @@ from nextquill.evaluation.results import (
     ITEM_EFFECTS_FILE,
     EvaluatedExample,
     Evaluation,
-    json_objects,
 )
 from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.json_files import json_objects
 from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
 
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"

@@ -18,6 +18,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.json_files import json_object
 
 #: The scorer compares ids as they are: "310" is not 310.
 Id = str | int
@@ -75,13 +76,8 @@ def read_predictions(path: Path) -> PredictionFile:
     Raises:
         RecordError: it cannot be read, does not have the form, or has an id twice; the message names file and entry.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecordError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("task"), str) or not isinstance(raw.get("golds"), list):
+    raw = json_object(path)
+    if not isinstance(raw.get("task"), str) or not isinstance(raw.get("golds"), list):
         raise RecordError(f"{path}: expected an object with a string 'task' and a list 'golds'")
     outputs: dict[Id, str] = {}
     for k, entry in enumerate(raw["golds"]):

@@ -16,6 +16,7 @@ from typing import Any
 from nextquill.data import Branch, ExampleEncoder, Record
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError
+from nextquill.evaluation.measure_names import measure_name
 from nextquill.evaluation.scoring import BranchScorer
 
 PAIR = ("chosen", "rejected")
@@ -112,11 +113,10 @@ def preference_scores(scorer: BranchScorer, pair: PreferencePair) -> dict[str, f
     result = dict[str, float]()
     for name in pair.branches:
         chosen, rejected = next(nll).double(), next(nll).double()
-        suffix = "" if name == "factual" else f"_{name}"
         for kind, margin in (("", rejected.sum() - chosen.sum()), ("_per_token", rejected.mean() - chosen.mean())):
             value = round(float(margin), 6) + 0.0
-            result[f"preference_margin{kind}{suffix}"] = value
-            result[f"preference_accuracy{kind}{suffix}"] = 0.5 if value == 0 else float(value > 0)
+            result[measure_name(f"preference_margin{kind}", name)] = value
+            result[measure_name(f"preference_accuracy{kind}", name)] = 0.5 if value == 0 else float(value > 0)
     return result
 
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from nextquill.errors import ArgumentError
 from nextquill.report.curves import training_charts
 from nextquill.report.data import Page, ResponseView, Table
-from nextquill.report.examples import example_views
-from nextquill.report.measures import evaluated, measures_tables, same_records
+from nextquill.report.examples import MIX, example_views
+from nextquill.report.run_tables import evaluated, measures_tables, same_records
 from nextquill.report.runs import Run
-from nextquill.report.select_examples import MIX
 
 DEFAULT_EXAMPLES = 20
 

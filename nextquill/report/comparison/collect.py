@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.comparison.arms import BASE, BASE_LABEL, Arm
-from nextquill.comparison.folder import EVALUATION_FOLDER, RunRecord, read_record, run_folder
+from nextquill.comparison.folder import RunRecord, read_record, run_folder
 from nextquill.errors import CheckpointError
-from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
+from nextquill.evaluation.bootstrap import paired_over_seeds
+from nextquill.evaluation.compare import paired_scores
+from nextquill.evaluation.measure_names import COUNTS, PER_EXAMPLE, is_of_corpus
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.permutation import holm
-from nextquill.evaluation.results import EvaluatedExample, Evaluation, read_evaluation, read_examples
+from nextquill.evaluation.results import EVALUATION_FOLDER, EvaluatedExample, Evaluation, read_evaluation, read_examples
 from nextquill.report.comparison.figures import ArmFigures, Comparison, Cost, Difference, Estimate, Measure
-
-#: What the name of a mean over examples ends in where the measure without it weighs examples by their tokens.
-PER_EXAMPLE = "_per_example"
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,6 @@ class _Run:
     record: RunRecord
     evaluation: Evaluation
     examples: Sequence[EvaluatedExample]
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Scores [seeds][members], how much each member weighs, and which examples they are."""
-
-    rows: Sequence[Sequence[float]]
-    weights: Sequence[float]
-    members: Sequence[int]
-
-    def minus(self, other: _Scores) -> _Scores:
-        """The differences; both are of the same examples, whose weights are therefore the same."""
-        rows = [
-            [a - b for a, b in zip(own, theirs, strict=True)] for own, theirs in zip(self.rows, other.rows, strict=True)
-        ]
-        return _Scores(rows, self.weights, self.members)
 
 
 def collect(
@@ -77,8 +60,7 @@ def collect(
     runs[BASE] = [_read(folder, BASE, seed if has else seeds[0]) for seed, has in zip(seeds, has_base, strict=True)]
     _check_records(runs, folder)
     evaluation = runs[BASE][0].evaluation
-    users = [example.user_id for example in runs[BASE][0].examples]
-    table = _Table(runs, users, level, resamples)
+    table = _Table(runs, level, resamples)
     names = [arm.name for arm in arms]
     references = [baseline, *(arm.name for arm in arms if arm.is_sft and arm.name != baseline), BASE]
     against = {reference: table.differences(names, reference) for reference in references}
@@ -102,89 +84,73 @@ def collect(
         measures=table.measures,
         records=evaluation.records,
         num_examples=evaluation.num_examples,
-        num_users=len(set(users)),
+        num_users=len({example.user_id for example in runs[BASE][0].examples}),
         num_train_examples=num_train_examples,
         level=level,
         machines=_different([record.machine for record in records]),
         resumed=[f"{record.arm}/seed-{record.seed}" for record in records if record.sessions > 1],
         starts={str(run.record.seed): run.record.start for run in runs[baseline]},
-        counterfactual=(evaluation.settings.get("template") or {}).get("counterfactual", "none"),
+        counterfactual=evaluation.template.get("counterfactual", "none"),
     )
 
 
 class _Table:
-    """Every example's scores by arm, measure and seed."""
+    """The scores of every example by arm, measure and seed."""
 
-    def __init__(self, runs: Mapping[str, Sequence[_Run]], users: Sequence[str], level: float, resamples: int) -> None:
-        self._runs, self._users = runs, users
+    def __init__(self, runs: Mapping[str, Sequence[_Run]], level: float, resamples: int) -> None:
+        self._runs, self._evaluation = runs, runs[BASE][0].evaluation
         self._options: dict[str, Any] = {"level": level, "resamples": resamples}
         everywhere = [run.evaluation.metrics for each in runs.values() for run in each]
         self.measures = {
             name: Measure(name, value.label, value.unit, value.higher_is_better)
             for name, value in everywhere[0].items()
-            if value.low is not None or value.higher_is_better is not None  # neither: a count
-            if name.removesuffix(PER_EXAMPLE) == name or name.removesuffix(PER_EXAMPLE) not in everywhere[0]
+            if name not in COUNTS and not name.endswith(PER_EXAMPLE)
             if all(name in metrics for metrics in everywhere)
         }
 
     def estimate(self, arm: str, measure: str) -> Estimate:
-        """The mean over seeds, with an interval where the measure is a mean over examples or their tokens."""
+        """The mean over seeds, with an interval if the measure is a mean over examples or their tokens."""
         values = [run.evaluation.metrics[measure].value for run in self._runs[arm]]
-        scores = self._scores(arm, measure)
-        if scores is None:
+        found = self._scores(measure, arm)
+        if found is None:
             return Estimate(statistics.mean(values), None, None, values)
-        found, kind = self._from_zero(scores), self.measures[measure]
-        low, high = found.low, found.high
+        (scores,), users = found
+        nothing = MetricScores.mean_of([0.0] * len(users))
+        interval, kind = paired_over_seeds(scores, [nothing], users, **self._options), self.measures[measure]
+        low, high = interval.low, interval.high
         if not kind.unit and kind.higher_is_better is not None:  # a share or an error, which cannot be below 0
             low = max(low, 0.0)
             high = min(high, 1.0) if kind.higher_is_better else high
         return Estimate(statistics.mean(values), low, high, values)
 
     def differences(self, arms: Sequence[str], reference: str) -> dict[str, dict[str, Difference]]:
-        """Of each arm to the reference, by measure, with Holm's p-values over the arms."""
+        """Each arm minus the reference, by measure, with Holm's p-values over the arms.
+
+        Runs of one seed started alike and saw the same examples in the same order, so they are matched: what a seed did
+        to both arms is in neither the interval nor the test.
+        """
         found: dict[str, dict[str, Difference]] = {arm: {} for arm in arms if arm != reference}
         for measure in self.measures:
-            theirs = self._scores(reference, measure)
             pairs = {}
             for arm in found:
-                own = self._scores(arm, measure)
-                if own is not None and theirs is not None:
-                    pairs[arm] = self._from_zero(own.minus(theirs))
+                scores = self._scores(measure, arm, reference)
+                if scores is not None:
+                    (own, theirs), users = scores
+                    pairs[arm] = paired_over_seeds(own, theirs, users, matched=True, **self._options)
             adjusted = holm([pair.p_value for pair in pairs.values()])
             of_runs = holm([pair.p_users for pair in pairs.values()])
             for (arm, pair), p_adjusted, p_runs in zip(pairs.items(), adjusted, of_runs, strict=True):
                 found[arm][measure] = Difference(pair.difference, pair.low, pair.high, pair.p_value, p_adjusted, p_runs)
         return found
 
-    def _from_zero(self, scores: _Scores) -> SeedsResult:
-        """The mean of scores or of their differences, with the interval and the test that it is 0.
-
-        Runs of one seed began alike and saw the same, so they are paired by subtracting them example by example: what a
-        seed did to both arms is in neither the interval nor the test.
-        """
-        weighted = [
-            MetricScores.ratio_of(
-                [value * weight for value, weight in zip(row, scores.weights, strict=True)], scores.weights
-            )
-            for row in scores.rows
-        ]
-        nothing = MetricScores.ratio_of([0.0] * len(scores.weights), scores.weights)
-        users = [self._users[index] for index in scores.members]
-        return paired_over_seeds(weighted, [nothing], users, **self._options)
-
-    def _scores(self, arm: str, measure: str) -> _Scores | None:
-        """An arm's scores, or None where the measure is no mean."""
-        name = self._runs[arm][0].evaluation.metrics[measure].per_example
-        over_tokens = name is None and f"{measure}{PER_EXAMPLE}" in self._runs[arm][0].evaluation.metrics
-        name = measure if over_tokens else name
-        examples = self._runs[arm][0].examples
-        members = [index for index, example in enumerate(examples) if name in example.scores]
-        if name is None or not members:
+    def _scores(self, measure: str, *arms: str) -> tuple[list[list[MetricScores]], list[str]] | None:
+        """The scores of each arm's seeds and the examples' users; None for a measure that is not a mean of scores."""
+        runs = [run.examples for arm in arms for run in self._runs[arm]]
+        found = None if is_of_corpus(measure) else paired_scores(measure, self._evaluation, runs)
+        if found is None:
             return None
-        weights = [examples[index].scores["tokens"] if over_tokens else 1.0 for index in members]
-        return _Scores(
-            [[run.examples[index].scores[name] for index in members] for run in self._runs[arm]], weights, members
-        )
+        scores, seeds = found[0], len(runs) // len(arms)
+        return [scores[start : start + seeds] for start in range(0, len(scores), seeds)], found[1]
 
 
 def _read(folder: Path, arm: str, seed: int) -> _Run:
