@@ -228,7 +228,7 @@ def run_all(setup: Setup) -> bool:
         say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
     left = [each for each, record in zip(runs, records, strict=True) if record is None]
     for number, planned in enumerate(left):
-        place = len(planned) - len(left) + number + 1
+        place = len(runs) - len(left) + number + 1
         say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
         record = perform(setup, planned)
         if record is None:

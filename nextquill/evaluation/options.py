@@ -1,4 +1,4 @@
-"""What an evaluation measures, and how; no model and no records in it."""
+"""The options of an evaluation: which measures it takes, and how. They hold neither a model nor records."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
 from nextquill.models import ATTENTIONS
 
-# Prompts at a time, where nobody says otherwise.
+# Prompts at a time by default.
 _GENERATED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured besides nll's and effects, which always are.
+    """Which measures are taken besides NLLs and effects, which always are, and how.
 
     Args:
-        task: name of a task of `nextquill.evaluation.TASKS`, which says what texts are scored in and what a record
+        task: name of a task in `nextquill.evaluation.tasks.TASKS`; it decides the metrics of texts and what a record
             needs.
-        metrics: of generated texts, instead of the task's.
-        generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; none
+        metrics: metrics of generated texts, instead of the task's.
+        generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; empty
             for no generation.
         max_new_tokens, temperature, top_p, engine: as in `GenerationOptions`.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
-        item_effects: measure what leaving out each history item does for the first so many records that have any.
-        seed: decides whose history is the placebo, what is sampled, and the draws of the intervals.
+        item_effects: measure the effect of each history item for the first so many records with a history.
+        seed: decides whose history is the placebo, the samples, and the draws of the intervals.
         resamples: draws of each interval.
         level: confidence level of the intervals.
         attention, max_tokens: as for `score_examples`.
         overwrite: delete an evaluation that the folder holds.
 
     Raises:
-        ArgumentError, ArgumentTypeError: a value that is none of these, or two that do not go together.
+        ArgumentError: a value is out of range, or two do not go together.
+        ArgumentTypeError: a value has the wrong type.
     """
 
     task: str = "text"
@@ -85,12 +86,12 @@ class EvaluationOptions:
         return GenerationOptions(self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine)
 
     def text_metrics(self) -> tuple[str, ...]:
-        """The measures of generated texts: those asked for, or the task's."""
+        """The metrics of generated texts: those asked for, or the task's."""
         names = TASKS[self.task].metrics if self.metrics is None else self.metrics
         return tuple(name for name in names if METRICS[name].score is not None)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for one evaluation to go on with another's results, by name; JSON."""
+        """The settings that must agree for an evaluation to resume, by name; JSON."""
         values = dataclasses.asdict(self)
         values.pop("overwrite")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -26,7 +26,7 @@ Id = str | int
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """What a file of predictions or of right answers holds.
+    """The content of a file of predictions or of right answers.
 
     Args:
         task: as the file names it.
@@ -40,17 +40,17 @@ class PredictionFile:
 def write_predictions(
     path: Path, task: Task | str, predictions: Iterable[tuple[Id, str]], *, ids: Sequence[Id] | None = None
 ) -> None:
-    """Write the file whole, or leave what was there.
+    """Write the file whole, or leave the one that was there.
 
     Args:
-        path: of the file; it is replaced.
+        path: the file, which is replaced.
         task: a task with such files, or the name to write.
         predictions: id and text of every example.
-        ids: those of all right answers, where known: each must have its prediction.
+        ids: the ids of all right answers, if known: each must have its prediction.
 
     Raises:
         ArgumentTypeError: an id or a text has the wrong type.
-        ArgumentError: an id comes twice, is missing or is not among `ids`; or the task has no such files.
+        ArgumentError: an id is given twice, is missing or is not among `ids`; or the task has no such files.
     """
     if isinstance(task, Task) and not task.file_names:
         raise ArgumentError(f"task: {task.name} has no prediction file of its own")
@@ -89,15 +89,15 @@ def read_predictions(path: Path) -> PredictionFile:
 
 
 def score_predictions(predictions: Path, golds: Path, task: Task | None = None) -> dict[str, MetricScores]:
-    """The scores of a prediction file, in the measures of its task and in the order of the right answers.
+    """The scores of a prediction file, in its task's metrics and in the order of the right answers.
 
     Args:
         predictions, golds: the two files.
-        task: what to score it as, where that is not what the files call it.
+        task: the task to score it as, if it is not the one that the files name.
 
     Raises:
-        RecordError: a file is damaged, or they are of different tasks or ids.
-        ArgumentError: no task has the files' name, or a right answer is none of the task's.
+        RecordError: a file is damaged, or the files are of different tasks or ids.
+        ArgumentError: no task has the files' name, or a right answer is not one of the task's.
     """
     given, right = read_predictions(predictions), read_predictions(golds)
     if given.task != right.task:

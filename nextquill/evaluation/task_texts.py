@@ -1,4 +1,4 @@
-"""What a task asks of records, and the measures of the texts that were generated for them."""
+"""A task on some records: the references of its answers, and the measures of the texts generated for them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class TaskTexts:
     """A task on some records.
 
     Attributes:
-        task: which.
-        metrics: names of the measures of generated texts; none where nothing is generated.
-        branches: the prompts that texts are generated for.
+        task: the task.
+        metrics: names of the metrics of generated texts; empty if nothing is generated.
+        branches: the branches whose prompts texts are generated from.
         references: the right text of each record that texts are generated for.
-        ids: what the task's prediction files call those records; None where it has none, or a record no `id`.
+        ids: those records' names in the task's prediction files; None if it has no such files, or a record has no `id`.
     """
 
     task: Task
@@ -39,8 +39,8 @@ class TaskTexts:
         """The task that the options name, on these records.
 
         Raises:
-            RecordError: a record has no answer that the task can be scored on.
-            BackendUnavailableError: a library that a measure needs is not installed.
+            RecordError: a record has no answer that the task can score.
+            BackendUnavailableError: a library that a metric needs is not installed.
         """
         task, metrics = TASKS[options.task], options.text_metrics()
         if not task.generates:
@@ -54,17 +54,17 @@ class TaskTexts:
         try:
             shown = records[: options.generate_limit]
             references = [task.read_reference(record.response, f"record {i}") for i, record in enumerate(shown)]
-            # Before hours of generation: what cannot be scored cannot be scored on empty answers either.
+            # Scoring empty answers finds references that cannot be scored, before hours of generation.
             compute(metrics, references, [""] * len(references), labels=task.labels)
         except ArgumentError as error:
             raise RecordError(str(error)) from error
         return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
 
     def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
-        """Measures of the generated texts, prompt by prompt.
+        """Measures of the generated texts, branch by branch.
 
         Args:
-            generated: of every record its texts by branch.
+            generated: the texts of every record by branch.
         """
         found = dict[str, LabelledScores]()
         for branch in self.branches:
@@ -73,17 +73,17 @@ class TaskTexts:
         return found
 
     def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
-        """Write what was generated with history as the task's own scorers read it, where records have ids."""
+        """Write the texts generated with history as the task's own scorers read them, if the records have ids."""
         if self.ids is not None and "factual" in self.branches:
             texts = [generated[index]["factual"] for index in range(len(self.ids))]
             write_predictions(path, self.task, zip(self.ids, texts, strict=True))
 
 
 def _ids(task: Task, records: Sequence[Record]) -> list[str | int] | None:
-    """The records' ids, where all have one and the task has use for them.
+    """The records' ids, if all have one and the task has prediction files.
 
     Raises:
-        RecordError: two records have the same.
+        RecordError: two records have the same id.
     """
     found = [record.extra.get("id") for record in records]
     ids = [each for each in found if isinstance(each, (str, int)) and not isinstance(each, bool)]
