@@ -59,7 +59,7 @@ def test_overwriting_empties_the_folder(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_anything_else_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputExistsError, match="holds files that are not of a comparison"):
+    with pytest.raises(OutputExistsError, match="holds files that no comparison wrote"):
         begin(tmp_path, overwrite=overwrite)
     with pytest.raises(OutputExistsError, match="is a file"):
         begin(tmp_path / "thesis.tex", overwrite=overwrite)

@@ -206,7 +206,7 @@ def test_a_stopped_training_is_not_evaluated(setup):
 def test_other_weights_or_another_order_than_the_finished_runs_are_refused(setup):
     perform(setup, PlannedRun(ARMS["sft"], 0))
     changed = dataclasses.replace(setup, start=lambda seed: start(seed + 5))
-    with pytest.raises(CheckpointError, match="sft_2lr with seed 0 began from other weights than sft with seed 0"):
+    with pytest.raises(CheckpointError, match="sft_2lr with seed 0 started from other weights than sft with seed 0"):
         perform(changed, PlannedRun(ARMS["sft_2lr"], 0))
     folder = run_folder(setup.folder, "sft", 0)
     write_record(folder, dataclasses.replace(read_record(folder), order="another"))
