@@ -63,14 +63,6 @@ class RunRecord:
     machine: Mapping[str, Any] = field(default_factory=dict)
     matched: Mapping[str, Any] | None = None
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        return self.seconds / self.steps if self.steps else None
-
-    @property
-    def examples_per_second(self) -> float | None:
-        return self.examples / self.seconds if self.seconds else None
-
 
 def run_folder(folder: Path, arm: str, seed: int) -> Path:
     """The folder of one run of the comparison in `folder`."""

@@ -132,15 +132,8 @@ def paired_difference(
     _check(level, resamples, seed)
     first, second = _as_scores("a", a), _as_scores("b", b)
     _check_alike({"a": first, "b": second})
-    users_a, users_b = (_cluster_sums(each.statistics, groups) for each in (first, second))
-    low, high = -math.inf, math.inf
-    if len(users_a) > 1:
-        rng = np.random.default_rng([seed, 0])
-        blocks = _draws(rng, len(users_a), resamples)
-        drawn = [first.from_sums(counts @ users_a) - first.from_sums(counts @ users_b) for counts in blocks]
-        low, high = _percentiles(np.concatenate(drawn), level)
-    p_value = sign_flip_p_value(first.from_sums, users_a, users_b, resamples, np.random.default_rng([seed, 1]))
-    return PairedResult(first.value - second.value, low, high, p_value, len(first))
+    found = _difference([first], [second], groups, False, level, resamples, seed)
+    return PairedResult(found.difference, found.low, found.high, found.p_value, found.num)
 
 
 def paired_over_seeds(
@@ -190,6 +183,18 @@ def paired_over_seeds(
     if matched and len(a) != len(b):
         raise ArgumentError(f"b: expected {len(a)} runs, each matched to one of a, got {len(b)}")
     _check_alike({f"{name}[{k}]": run for name, runs in (("a", runs_a), ("b", runs_b)) for k, run in enumerate(runs)})
+    return _difference(runs_a, runs_b, groups, matched, level, resamples, seed)
+
+
+def _difference(
+    runs_a: list[MetricScores],
+    runs_b: list[MetricScores],
+    groups: Sequence[str] | None,
+    matched: bool,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> SeedsResult:
     # [runs, users, columns], and [runs].
     users_a, users_b = (np.stack([_cluster_sums(run.statistics, groups) for run in runs]) for runs in (runs_a, runs_b))
     values_a, values_b = (np.array([run.value for run in runs]) for runs in (runs_a, runs_b))
@@ -200,8 +205,8 @@ def paired_over_seeds(
         rng = np.random.default_rng([seed, 0])
         drawn = np.concatenate(
             [
-                sum(from_sums(counts @ run) for run in users_a) / len(a)
-                - sum(from_sums(counts @ run) for run in users_b) / len(b)
+                sum(from_sums(counts @ run) for run in users_a) / len(runs_a)
+                - sum(from_sums(counts @ run) for run in users_b) / len(runs_b)
                 for counts in _draws(rng, users_a.shape[1], resamples)
             ]
         )
@@ -211,16 +216,16 @@ def paired_over_seeds(
         low, high = _percentiles(drawn, level)
         p_interval = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + resamples))
     # Each side weighs as much as the other, and counts stay whole numbers.
-    total_a, total_b = users_a.sum(axis=0) * len(b), users_b.sum(axis=0) * len(a)
+    total_a, total_b = users_a.sum(axis=0) * len(runs_b), users_b.sum(axis=0) * len(runs_a)
     p_users = sign_flip_p_value(from_sums, total_a, total_b, resamples, np.random.default_rng([seed, 1]))
     return SeedsResult(
         difference=float(values_a.mean() - values_b.mean()),
         low=low,
         high=high,
-        p_value=float(max(p_users, p_interval)) if len(a) > 1 or len(b) > 1 else p_users,
+        p_value=float(max(p_users, p_interval)) if len(runs_a) > 1 or len(runs_b) > 1 else p_users,
         num=len(runs_a[0]),
         p_users=p_users,
-        seeds=(len(a), len(b)),
+        seeds=(len(runs_a), len(runs_b)),
     )
 
 

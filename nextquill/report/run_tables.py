@@ -72,27 +72,26 @@ def same_records(first: Run, second: Run) -> bool:
     return a is not None and b is not None and a.records == b.records
 
 
-def metrics_of(runs: Sequence[Run]) -> dict[str, MetricValue]:
-    """The measures of all runs, without counts, in the order of the first run that has each."""
-    found: dict[str, MetricValue] = {}
-    for run in runs:
-        if run.evaluation is not None:
-            for name, metric in run.evaluation.metrics.items():
-                found.setdefault(name, metric)
-    return {name: metric for name, metric in found.items() if name not in COUNTS}
-
-
 def measures_tables(runs: Sequence[Run], baseline: Run | None) -> list[Table]:
     """The runs, their measures, and their differences to the baseline; tables without rows are left out."""
     found, pairing = evaluated(runs), Pairing(baseline)
     tables = [_runs_table(runs)]
-    if any(run.training is not None and run.training.final and run.evaluation is None for run in runs):
-        tables.append(_final_table(runs))
+    if any(run.final and run.evaluation is None for run in runs):
+        tables.append(_final_table([run for run in runs if run.final]))
     if found:
         tables.append(_metrics_table(found, pairing))
     if baseline is not None:
         tables += _differences_table(found, baseline, pairing)
     return tables
+
+
+def _metrics_of(runs: Sequence[Run]) -> dict[str, MetricValue]:
+    """The measures of all runs, without counts, in the order of the first run that has each."""
+    found: dict[str, MetricValue] = {}
+    for run in runs:
+        for name, metric in run.metrics.items():
+            found.setdefault(name, metric)
+    return {name: metric for name, metric in found.items() if name not in COUNTS}
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
@@ -124,8 +123,7 @@ def _training_cells(run: Run) -> list[Cell]:
 def _evaluation_cells(run: Run) -> list[Cell]:
     if run.evaluation is None:
         return [_ABSENT] * 4
-    known = run.evaluation.metrics
-    counts = [known[name].value if name in known else math.nan for name in ("users", TOKENS)]
+    counts = [run.metrics[name].value if name in run.metrics else math.nan for name in ("users", TOKENS)]
     return [
         Cell(run.evaluation.task or "–"),
         Cell(f"{run.evaluation.num_examples:,}"),
@@ -134,18 +132,17 @@ def _evaluation_cells(run: Run) -> list[Cell]:
 
 
 def _final_table(runs: Sequence[Run]) -> Table:
-    trained = [run for run in runs if run.training is not None and run.training.final]
     rows = [
-        [Cell(label), *(_fixed(run.training.final.get(name, math.nan), 4) for run in trained if run.training)]
+        [Cell(label), *(_fixed(run.final.get(name, math.nan), 4) for run in runs)]
         for name, label in _FINAL
-        if any(run.training is not None and name in run.training.final for run in trained)
+        if any(name in run.final for run in runs)
     ]
-    return Table("At the end of training, by the trainer", [Column("measure"), *_columns(trained)], rows)
+    return Table("At the end of training, by the trainer", [Column("measure"), *_columns(runs)], rows)
 
 
 def _metrics_table(runs: Sequence[Run], pairing: Pairing) -> Table:
     rows = []
-    for name, metric in metrics_of(runs).items():
+    for name, metric in _metrics_of(runs).items():
         best = _best(runs, name, metric, pairing)
         cells = [_value_cell(run, name, is_best=run is best) for run in runs]
         rows.append([_name_cell(metric), *cells])
@@ -156,17 +153,11 @@ def _metrics_table(runs: Sequence[Run], pairing: Pairing) -> Table:
 
 def _best(runs: Sequence[Run], name: str, metric: MetricValue, pairing: Pairing) -> Run | None:
     """The best run if it clearly beats every other one; None if that is not shown."""
-    known = [run for run in runs if run.evaluation is not None and name in run.evaluation.metrics]
-    if metric.higher_is_better is None or len(known) < 2 or len(known) < len(runs):
+    if metric.higher_is_better is None or len(runs) < 2 or not all(name in run.metrics for run in runs):
         return None
     sign = 1 if metric.higher_is_better else -1
-
-    def value(run: Run) -> float:
-        assert run.evaluation is not None
-        return sign * run.evaluation.metrics[name].value
-
-    best = max(known, key=value)
-    for other in known:
+    best = max(runs, key=lambda run: sign * run.metrics[name].value)
+    for other in runs:
         if other is not best:
             result = pairing(best, other).get(name)
             if result is None or not result.is_clear(_level(best)) or sign * result.difference < 0:
@@ -177,7 +168,7 @@ def _best(runs: Sequence[Run], name: str, metric: MetricValue, pairing: Pairing)
 def _differences_table(runs: Sequence[Run], baseline: Run, pairing: Pairing) -> list[Table]:
     others = [run for run in runs if run is not baseline and same_records(run, baseline)]
     rows = []
-    for name, metric in metrics_of([baseline]).items():
+    for name, metric in _metrics_of([baseline]).items():
         results = [pairing(run, baseline).get(name) for run in others]
         if any(results):
             rows.append([_name_cell(metric), *(_difference_cell(each, _level(baseline)) for each in results)])
@@ -197,8 +188,7 @@ def _name_cell(metric: MetricValue) -> Cell:
 
 
 def _value_cell(run: Run, name: str, *, is_best: bool) -> Cell:
-    assert run.evaluation is not None
-    metric = run.evaluation.metrics.get(name)
+    metric = run.metrics.get(name)
     if metric is None:
         return _ABSENT
     detail = [interval(metric.low, metric.high), _fewer(run, name)]

@@ -21,6 +21,7 @@ from nextquill.evaluation.results import (
     ITEM_EFFECTS_FILE,
     EvaluatedExample,
     Evaluation,
+    MetricValue,
     are_numbers,
     is_number,
     line_index,
@@ -58,6 +59,16 @@ class Run:
     evaluation: Evaluation | None = None
     examples: Sequence[EvaluatedExample] = ()
     missing: Sequence[str] = ()
+
+    @property
+    def metrics(self) -> Mapping[str, MetricValue]:
+        """The measures of its evaluation; empty without one."""
+        return {} if self.evaluation is None else self.evaluation.metrics
+
+    @property
+    def final(self) -> Mapping[str, float]:
+        """The measures of its trainer's last evaluation; empty without one."""
+        return {} if self.training is None else self.training.final
 
 
 def read_run(folder: Path, label: str | None = None) -> Run:

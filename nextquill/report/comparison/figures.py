@@ -139,6 +139,11 @@ class Comparison:
         """The figures of an arm."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    def differences(self, measure: str, reference: str | None = None) -> list[tuple[ArmFigures, Difference]]:
+        """The arms with a difference to the reference, by default the baseline, in a measure; each with its own."""
+        found = [(arm, arm.against.get(reference or self.baseline, {}).get(measure)) for arm in self.arms]
+        return [(arm, difference) for arm, difference in found if difference is not None]
+
     def to_json(self) -> str:
         return json.dumps(_without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False) + "\n"
 

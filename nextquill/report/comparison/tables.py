@@ -103,7 +103,7 @@ def _measures(comparison: Comparison) -> Table:
 
 def _differences(comparison: Comparison) -> Table:
     baseline = comparison.arm(comparison.baseline)
-    shown = [m for m in _shown(comparison) if any(m.name in a.against.get(baseline.name, {}) for a in comparison.arms)]
+    shown = [measure for measure in _shown(comparison) if comparison.differences(measure.name)]
     rows = [
         [Cell(arm.label), *(_difference(comparison, arm.against[baseline.name].get(m.name)) for m in shown)]
         for arm in comparison.arms
