@@ -1,7 +1,6 @@
 """Tables of runs: their measures side by side with intervals, and paired differences to one of them.
 
-Only what the examples that two runs share can show stands out: a run's value is marked if its difference to every other
-run `is_clear`.
+A run's value stands out only if its paired difference to every other run `is_clear`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.measure_names import COUNTS, TOKENS, kind_and_branch, measure_name, text_metric
+from nextquill.evaluation.measure_names import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.results import EvaluatedExample, MetricValue
 from nextquill.report.data import Cell, Column, Table
@@ -22,14 +21,8 @@ from nextquill.report.numbers import interval, number, p_text
 from nextquill.report.runs import Run
 
 _ABSENT = Cell("–")
-# Measures of the trainer's own last evaluation; `nextquill evaluate` gives the same with intervals.
-_FINAL = (
-    ("eval_nll_factual", "nll with the user's history, nats per token"),
-    ("eval_nll_counterfactual", "nll without history, nats per token"),
-    ("eval_nll_placebo", "nll under another user's history, nats per token"),
-    ("eval_effect_placebo", "effect against the placebo, nats per token"),
-    ("eval_share_above_threshold", "share of tokens with an effect above the threshold"),
-)
+# Shown of the trainer's own last evaluation; `nextquill evaluate` gives them with intervals.
+_FINAL = ("nll_factual", "nll_counterfactual", "nll_placebo", "effect_placebo", "share_above_threshold")
 
 
 class Pairing:
@@ -132,11 +125,12 @@ def _evaluation_cells(run: Run) -> list[Cell]:
 
 
 def _final_table(runs: Sequence[Run]) -> Table:
-    rows = [
-        [Cell(label), *(_fixed(run.final.get(name, math.nan), 4) for run in runs)]
-        for name, label in _FINAL
-        if any(name in run.final for run in runs)
-    ]
+    rows = []
+    for name in _FINAL:
+        values = [run.final.get(f"eval_{name}", math.nan) for run in runs]
+        if not all(map(math.isnan, values)):
+            label = ", ".join(filter(None, TOKEN_KINDS[name][:2]))
+            rows.append([Cell(label), *(_fixed(value, 4) for value in values)])
     return Table("At the end of training, by the trainer", [Column("measure"), *_columns(runs)], rows)
 
 

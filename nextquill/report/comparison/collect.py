@@ -1,4 +1,4 @@
-"""Reads the finished runs of a comparison and computes its figures."""
+"""Computes the figures of a comparison from its finished runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from nextquill.report.comparison.figures import ArmFigures, Comparison, Cost, Di
 
 @dataclass(frozen=True)
 class _Run:
-    """One arm from one seed, as its folder has it."""
+    """One arm from one seed, read from its folder."""
 
+    folder: Path
     record: RunRecord
     evaluation: Evaluation
     examples: Sequence[EvaluatedExample]
@@ -43,14 +44,14 @@ def collect(
     """Read the finished runs in `folder` and compare them.
 
     Args:
-        folder: the comparison's.
-        arms, seeds: all of which are finished, and the base of at least the first seed; where another seed has none, it
-            stands for that one too.
+        folder: the comparison's folder.
+        arms, seeds: every arm is finished with every seed, and so is the base of the first seed. That base stands for
+            every seed without one of its own.
         baseline: name of an arm.
-        model: its name as given.
-        num_train_examples: trained on.
-        level: of the intervals.
-        resamples: of every bootstrap and permutation test.
+        model: the model's name as given.
+        num_train_examples: the number of records trained on.
+        level: confidence level of the intervals.
+        resamples: draws of every interval and test.
 
     Raises:
         CheckpointError: a run is missing, or was evaluated on other records.
@@ -58,14 +59,19 @@ def collect(
     runs = {arm.name: [_read(folder, arm.name, seed) for seed in seeds] for arm in arms}
     has_base = [read_record(run_folder(folder, BASE, seed)) is not None for seed in seeds]
     runs[BASE] = [_read(folder, BASE, seed if has else seeds[0]) for seed, has in zip(seeds, has_base, strict=True)]
-    _check_records(runs, folder)
-    evaluation = runs[BASE][0].evaluation
+    first, every = runs[BASE][0], [run for each in runs.values() for run in each]
+    for run in every:
+        if run.evaluation.records != first.evaluation.records or len(run.examples) != len(first.examples):
+            raise CheckpointError(f"{run.folder}: evaluated on other records than {first.folder}")
     table = _Table(runs, level, resamples)
     names = [arm.name for arm in arms]
     references = [baseline, *(arm.name for arm in arms if arm.is_sft and arm.name != baseline), BASE]
     against = {reference: table.differences(names, reference) for reference in references}
     labels = {BASE: BASE_LABEL, **{arm.name: arm.label for arm in arms}}
-    records = [run.record for each in runs.values() for run in each]
+    machines: list[Mapping[str, Any]] = []
+    for run in every:
+        if run.record.machine not in machines:
+            machines.append(run.record.machine)
     return Comparison(
         model=model,
         baseline=baseline,
@@ -82,15 +88,15 @@ def collect(
             for name in (BASE, *names)
         ],
         measures=table.measures,
-        records=evaluation.records,
-        num_examples=evaluation.num_examples,
-        num_users=len({example.user_id for example in runs[BASE][0].examples}),
+        records=first.evaluation.records,
+        num_examples=first.evaluation.num_examples,
+        num_users=len({example.user_id for example in first.examples}),
         num_train_examples=num_train_examples,
         level=level,
-        machines=_different([record.machine for record in records]),
-        resumed=[f"{record.arm}/seed-{record.seed}" for record in records if record.sessions > 1],
+        machines=machines,
+        resumed=[f"{run.record.arm}/seed-{run.record.seed}" for run in every if run.record.sessions > 1],
         starts={str(run.record.seed): run.record.start for run in runs[baseline]},
-        counterfactual=evaluation.template.get("counterfactual", "none"),
+        counterfactual=first.evaluation.template.get("counterfactual", "none"),
     )
 
 
@@ -159,19 +165,7 @@ def _read(folder: Path, arm: str, seed: int) -> _Run:
     if record is None:
         raise CheckpointError(f"{place}: expected a finished run of {arm} with seed {seed}")
     evaluation = place / EVALUATION_FOLDER
-    return _Run(record, read_evaluation(evaluation), read_examples(evaluation))
-
-
-def _check_records(runs: Mapping[str, Sequence[_Run]], folder: Path) -> None:
-    """Raise CheckpointError unless all were evaluated on the same records in the same order."""
-    first = runs[BASE][0]
-    for name, each in runs.items():
-        for run in each:
-            if run.evaluation.records != first.evaluation.records or len(run.examples) != len(first.examples):
-                place = run_folder(folder, name, run.record.seed)
-                raise CheckpointError(
-                    f"{place}: evaluated on other records than {run_folder(folder, BASE, first.record.seed)}"
-                )
+    return _Run(place, record, read_evaluation(evaluation), read_examples(evaluation))
 
 
 def _cost(records: Sequence[RunRecord]) -> Cost:
@@ -187,11 +181,3 @@ def _cost(records: Sequence[RunRecord]) -> Cost:
         peak_memory=max(peaks, default=None),
         reference_seconds=statistics.mean(wanted) if wanted else None,
     )
-
-
-def _different(machines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
-    for machine in machines:
-        if machine not in found:
-            found.append(machine)
-    return found
