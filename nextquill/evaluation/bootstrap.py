@@ -96,7 +96,7 @@ def bootstrap_interval(
         ArgumentError: an argument is unusable.
         ArgumentTypeError: a number or group has the wrong type.
     """
-    _check(level, resamples, seed)
+    check_draws(level, resamples, seed)
     measured = _as_scores("scores", scores)
     users = _cluster_sums(measured.statistics, groups)
     if len(users) == 1:
@@ -129,7 +129,7 @@ def paired_difference(
         ArgumentError: the two sides have different numbers of examples, or an argument is unusable.
         ArgumentTypeError: a number or group has the wrong type.
     """
-    _check(level, resamples, seed)
+    check_draws(level, resamples, seed)
     first, second = _as_scores("a", a), _as_scores("b", b)
     _check_alike({"a": first, "b": second})
     found = _difference([first], [second], groups, False, level, resamples, seed)
@@ -178,7 +178,7 @@ def paired_over_seeds(
 
     Source: S. Weerahandi, Generalized confidence intervals, 1993, for the draws of t.
     """
-    _check(level, resamples, seed)
+    check_draws(level, resamples, seed)
     runs_a, runs_b = _runs("a", a), _runs("b", b)
     if matched and len(a) != len(b):
         raise ArgumentError(f"b: expected {len(a)} runs, each matched to one of a, got {len(b)}")
@@ -274,14 +274,31 @@ def _cluster_sums(statistics: Floats, groups: Sequence[str] | None) -> Floats:
     return sums
 
 
-def _check(level: float, resamples: int, seed: int) -> None:
+def check_draws(level: float, resamples: int, seed: int) -> None:
+    """Refuse a confidence level, a number of draws or a seed that is unusable.
+
+    Raises:
+        ArgumentError: a value is out of range.
+        ArgumentTypeError: a number is not an integer.
+    """
     if not 0 < level < 1:
         raise ArgumentError(f"level: expected a share between 0 and 1, got {level!r}")
-    for name, value, least in (("resamples", resamples, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-        if value < least:
-            raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+    check_integer("resamples", resamples, 1)
+    check_integer("seed", seed, 0)
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Refuse a value that is not an integer, or below the least allowed one.
+
+    Raises:
+        ArgumentError: it is too small.
+        ArgumentTypeError: it is not an integer.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        expected = "a positive number" if least == 1 else f"at least {least}"
+        raise ArgumentError(f"{name}: expected {expected}, got {value}")
 
 
 def _runs(name: str, runs: Sequence[Scores]) -> list[MetricScores]:

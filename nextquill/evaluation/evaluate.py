@@ -40,7 +40,9 @@ from nextquill.models.limits import check_vocabulary
 from nextquill.models.loading import PromptSettings
 from nextquill.storage.resumable_jsonl import PartialFile
 
+# The lines of a stage: as they are made, and all of them.
 Lines = Iterator[Mapping[str, Any]]
+Stage = Sequence[Mapping[str, Any]]
 
 
 def evaluate_model(
@@ -77,7 +79,7 @@ def evaluate_model(
     """
     check_vocabulary(model, tokenizer)
     check_engine(options.generation(), model, model_name)
-    work = _Work(model, tokenizer, list(records), settings, options, progress)
+    work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
     with EvaluationFolder(Path(folder), {**run, **options.identity()}, overwrite=options.overwrite) as place:
 
@@ -87,10 +89,8 @@ def evaluate_model(
         effects = stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
         pairs = stage(PREFERENCES_FILE, (pair.index for pair in work.pairs), work.preference_lines, "Comparing pairs")
         stage(ITEM_EFFECTS_FILE, (each.index for each in work.itemised), work.item_lines, "Leaving items out")
-        texts = stage(
-            GENERATED_FILE, range(len(work.prompts)), lambda done: work.text_lines(done, model_name), "Generating"
-        )
-        evaluation, examples = work.results(effects, pairs, texts, model_name)
+        texts = stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
+        evaluation, examples = work.results(effects, pairs, texts)
         work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
         place.finish(evaluation, examples)
     return evaluation
@@ -106,12 +106,13 @@ class _Work:
         records: list[Record],
         settings: PromptSettings,
         options: EvaluationOptions,
+        model_name: str,
         progress: Progress | None,
     ) -> None:
         if not records:
             raise RecordError("records: expected at least one, got none")
         self.model, self.tokenizer, self.records, self.settings = model, tokenizer, records, settings
-        self.options = options
+        self.options, self.model_name = options, model_name
         self.texts = TaskTexts.of(records, options)  # before anything is tokenised
         self.encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
         self.pairs = encode_pairs(self.encoder, records, options.seed)
@@ -144,9 +145,9 @@ class _Work:
                     record = self.records[each.index]
                     yield item_effects(scorer, self.encoder.renderer, self.tokenizer, record, each).to_dict()
 
-    def text_lines(self, done: PartialFile, model_name: str) -> Lines:
+    def text_lines(self, done: PartialFile) -> Lines:
         options = self.options.generation()
-        with generation_engine(self.model, self.tokenizer, self.examples, options, model_name) as engine:
+        with generation_engine(self.model, self.tokenizer, self.examples, options, self.model_name) as engine:
             for index, text in engine.generate(self.prompts, done):
                 yield {"index": index, "text": text}
 
@@ -156,13 +157,7 @@ class _Work:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def results(
-        self,
-        effects: Sequence[Mapping[str, Any]],
-        pairs: Sequence[Mapping[str, Any]],
-        texts: Sequence[Mapping[str, Any]],
-        model_name: str,
-    ) -> tuple[Evaluation, list[EvaluatedExample]]:
+    def results(self, effects: Stage, pairs: Stage, texts: Stage) -> tuple[Evaluation, list[EvaluatedExample]]:
         """The evaluation and its examples; they follow from the lines of the stages."""
         measures, scores = effect_measures(effects)
         compared = {line["index"]: line["scores"] for line in pairs}
@@ -179,9 +174,9 @@ class _Work:
             )
             for index, (record, encoded, own) in enumerate(zip(self.records, self.examples, scores, strict=True))
         ]  # fmt: skip
-        return self._evaluation(measures, scores, model_name), examples
+        return self._evaluation(measures, scores), examples
 
-    def _generated(self, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    def _generated(self, lines: Stage) -> list[dict[str, str]]:
         """The texts of each example by branch; the prompts are in the order of the branches."""
         generated: list[dict[str, str]] = [{} for _ in self.examples]
         per_branch = len(self.examples[: self.options.generate_limit])
@@ -190,9 +185,7 @@ class _Work:
             generated[example][self.texts.branches[branch]] = line["text"]
         return generated
 
-    def _evaluation(
-        self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]], model_name: str
-    ) -> Evaluation:
+    def _evaluation(self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]]) -> Evaluation:
         options, users = self.options, [record.user_id for record in self.records]
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
         counts = (len(users), len(set(users)), sum(own[TOKENS] for own in scores))
@@ -202,7 +195,7 @@ class _Work:
         }
         settings = {**dataclasses.asdict(self.settings), **options.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
-            model=model_name,
+            model=self.model_name,
             records=records_digest(self.records),
             num_examples=len(users),
             task=options.task,

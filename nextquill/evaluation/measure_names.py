@@ -18,7 +18,7 @@ from nextquill.losses import DEFAULT_THRESHOLD
 PER_EXAMPLE = "_per_example"
 #: The number of response tokens: a count of an evaluation, and among the scores of every example.
 TOKENS = "tokens"
-#: What an evaluation counts. Counts stand among its measures.
+#: The counts among an evaluation's measures.
 COUNTS = ("examples", "users", TOKENS)
 #: The prompts in words, by branch.
 PROMPTS = dict(zip(BRANCHES, ("with history", "without history", "with another's history"), strict=True))
@@ -33,21 +33,18 @@ class Kind(NamedTuple):
     label: str
     unit: str
     higher_is_better: bool | None
-    row: str
+    row: str = ""
 
 
 #: Measures that have a value for every response token.
 TOKEN_KINDS = {
-    name: Kind(label, unit, better, label)
-    for name, label, unit, better in (
-        ("nll_factual", "nll with history", _NATS, False),
-        ("nll_counterfactual", "nll without history", _NATS, None),
-        ("nll_placebo", "nll with another's history", _NATS, None),
-        ("effect_logprob", "effect of the history", _NATS, None),
-        ("effect_placebo", "effect against the placebo", _NATS, None),
-        ("effect_prob", "mean probability effect", "", None),
-        ("share_above_threshold", f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
-    )
+    "nll_factual": Kind("nll with history", _NATS, False),
+    "nll_counterfactual": Kind("nll without history", _NATS, None),
+    "nll_placebo": Kind("nll with another's history", _NATS, None),
+    "effect_logprob": Kind("effect of the history", _NATS, None),
+    "effect_placebo": Kind("effect against the placebo", _NATS, None),
+    "effect_prob": Kind("mean probability effect", "", None),
+    "share_above_threshold": Kind(f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
 }
 #: Measures of a chosen against a rejected response.
 PREFERENCE_KINDS = {
@@ -94,7 +91,7 @@ def place_of(name: str) -> Place | None:
     over_tokens = name.removesuffix(PER_EXAMPLE)
     if over_tokens in TOKEN_KINDS:
         column = "per token" if over_tokens == name else "mean of examples"
-        return Place("responses", TOKEN_KINDS[over_tokens].row, column)
+        return Place("responses", TOKEN_KINDS[over_tokens].label, column)
     kind, branch = kind_and_branch(name)
     if kind in PREFERENCE_KINDS:
         return Place("pairs", PREFERENCE_KINDS[kind].row, _COLUMNS[branch])

@@ -9,6 +9,7 @@ from typing import Any
 
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.evaluation.bootstrap import check_draws, check_integer
 from nextquill.evaluation.generation import GenerationOptions
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
@@ -66,13 +67,11 @@ class EvaluationOptions:
         if self.metrics is not None:
             _check_names("metrics", self.metrics, METRICS)
         _check_name("attention", self.attention, ATTENTIONS)
-        for name, least in (("resamples", 1), ("item_effects", 0), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+        check_draws(self.level, self.resamples, self.seed)
+        check_integer("item_effects", self.item_effects, 0)
         for name in ("batch_size", "generate_limit", "max_tokens"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if not 0 < self.level < 1:
-            raise ArgumentError(f"level: expected a share between 0 and 1, got {self.level}")
+                check_integer(name, getattr(self, name), 1)
         if self.max_tokens is not None and self.attention == "padded":
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
@@ -95,14 +94,6 @@ class EvaluationOptions:
         values = dataclasses.asdict(self)
         values.pop("overwrite")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        expected = "a positive number" if least == 1 else f"at least {least}"
-        raise ArgumentError(f"{name}: expected {expected}, got {value}")
 
 
 def _check_names(argument: str, names: Any, known: Any) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
@@ -56,7 +56,7 @@ def write_predictions(
         raise ArgumentError(f"task: {task.name} has no prediction file of its own")
     outputs: dict[Id, str] = {}
     for k, (key, text) in enumerate(predictions):
-        if not isinstance(key, (str, int)) or isinstance(key, bool):
+        if not is_id(key):
             raise ArgumentTypeError(f"predictions[{k}]: expected a string or an integer as id, got {key!r}")
         if not isinstance(text, str):
             raise ArgumentTypeError(f"predictions[{k}]: expected a string as text, got {type(text).__name__}")
@@ -111,6 +111,11 @@ def score_predictions(predictions: Path, golds: Path, task: Task | None = None) 
     return task.compute(references, [given.outputs[key] for key in right.outputs])
 
 
+def is_id(value: object) -> TypeGuard[Id]:
+    """Whether a value can be an example's id."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 def _entry(entry: Any, where: str) -> tuple[Id, str]:
     if not isinstance(entry, dict):
         raise RecordError(f"{where}: expected an object, got {type(entry).__name__}")
@@ -118,7 +123,7 @@ def _entry(entry: Any, where: str) -> tuple[Id, str]:
         if field not in entry:
             raise RecordError(f"{where}: field {field!r} is missing")
     key, text = entry["id"], entry["output"]
-    if not isinstance(key, (str, int)) or isinstance(key, bool):
+    if not is_id(key):
         raise RecordError(f"{where}: field 'id': expected a string or an integer, got {type(key).__name__}")
     # A rating may have been written as a number; LaMP's scorer turns it into a string as well.
     if not isinstance(text, (str, int, float)) or isinstance(text, bool):

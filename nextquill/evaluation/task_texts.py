@@ -11,7 +11,7 @@ from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.measures import LabelledScores, text_measures
 from nextquill.evaluation.metrics import compute
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.predictions import write_predictions
+from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import has_pair
 from nextquill.evaluation.tasks import TASKS, Task
 
@@ -32,7 +32,7 @@ class TaskTexts:
     metrics: tuple[str, ...]
     branches: tuple[str, ...]
     references: list[str]
-    ids: list[str | int] | None = None
+    ids: list[Id] | None = None
 
     @classmethod
     def of(cls, records: Sequence[Record], options: EvaluationOptions) -> TaskTexts:
@@ -79,15 +79,14 @@ class TaskTexts:
             write_predictions(path, self.task, zip(self.ids, texts, strict=True))
 
 
-def _ids(task: Task, records: Sequence[Record]) -> list[str | int] | None:
+def _ids(task: Task, records: Sequence[Record]) -> list[Id] | None:
     """The records' ids, if all have one and the task has prediction files.
 
     Raises:
         RecordError: two records have the same id.
     """
-    found = [record.extra.get("id") for record in records]
-    ids = [each for each in found if isinstance(each, (str, int)) and not isinstance(each, bool)]
-    if not task.file_names or len(ids) < len(found):
+    ids = [each for record in records if is_id(each := record.extra.get("id"))]
+    if not task.file_names or len(ids) < len(records):
         return None
     first = {each: index for index, each in reversed(list(enumerate(ids)))}
     for index, each in enumerate(ids):

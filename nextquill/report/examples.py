@@ -15,7 +15,7 @@ from nextquill.evaluation.results import (
     read_item_effects,
 )
 from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
-from nextquill.report.run_tables import same_records, scores_text
+from nextquill.report.run_tables import scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
 
 LARGEST, MIDDLE, SMALLEST = "one of the largest effects", "an effect near the median", "one of the smallest effects"
@@ -133,14 +133,10 @@ def _variant(
 
 
 def _by_records(runs: Iterable[Run]) -> list[list[Run]]:
-    groups: list[list[Run]] = []
+    groups: dict[str | None, list[Run]] = {}
     for run in runs:
-        group = next((group for group in groups if same_records(group[0], run)), None)
-        if group is None:
-            groups.append([run])
-        else:
-            group.append(run)
-    return groups
+        groups.setdefault(run.evaluation.records if run.evaluation else None, []).append(run)
+    return list(groups.values())
 
 
 def _chosen(group: Sequence[Run], count: int, indices: Sequence[int] | None) -> dict[int, str]:
