@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nextquill.comparison.arms import BASE, BASE_LABEL
 from nextquill.comparison.folder import run_folder
-from nextquill.comparison.running import Setup
 from nextquill.report.comparison.collect import collect
 from nextquill.report.comparison.figures import Comparison
 from nextquill.report.comparison.findings import Finding, find
@@ -18,6 +18,9 @@ from nextquill.report.examples import example_views
 from nextquill.report.html import render_page
 from nextquill.report.runs import read_run
 from nextquill.storage.atomic_files import write_whole
+
+if TYPE_CHECKING:
+    from nextquill.comparison.running import Setup
 
 RESULT_FILE, MARKDOWN_FILE, PAGE_FILE = "comparison.json", "comparison.md", "report.html"
 
