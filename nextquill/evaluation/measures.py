@@ -120,26 +120,28 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
 
 def text_measures(
     names: Sequence[str],
-    branch: str,
+    branches: Sequence[str],
     references: Sequence[str],
-    texts: Mapping[int, str],
+    generated: Sequence[Mapping[str, str]],
     labels: Sequence[str] | None = None,
 ) -> dict[str, LabelledScores]:
-    """Measures of the texts that were generated from one prompt of each example.
+    """Measures of the generated texts, branch by branch.
 
     Args:
         names: the names of metrics of texts.
-        branch: the branch of that prompt.
-        references: the right texts, by the example's position.
-        texts: the generated texts, by the example's position; some examples may have none.
+        branches: the branches whose prompts texts were generated from.
+        references: the right text of each example that texts were generated for.
+        generated: the texts of every example, by branch.
         labels: every possible answer, if the task has a list of them.
     """
-    members, measures = sorted(texts), dict[str, LabelledScores]()
-    found = compute(names, [references[index] for index in members], [texts[index] for index in members], labels=labels)
-    for kind, scores in found.items():
-        metric, name = METRICS[kind], measure_name(kind, branch)
-        label = f"{metric.label}, generated {PROMPTS[branch]}"
-        better = metric.higher_is_better if branch == "factual" else None
-        own = None if scores.per_example is None else name
-        measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
+    measures = dict[str, LabelledScores]()
+    for branch in branches:
+        members = [index for index, texts in enumerate(generated) if branch in texts]
+        right, texts = [references[index] for index in members], [generated[index][branch] for index in members]
+        for kind, scores in compute(names, right, texts, labels=labels).items():
+            metric, name = METRICS[kind], measure_name(kind, branch)
+            label = f"{metric.label}, generated {PROMPTS[branch]}"
+            better = metric.higher_is_better if branch == "factual" else None
+            own = None if scores.per_example is None else name
+            measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
     return measures

@@ -61,16 +61,8 @@ class TaskTexts:
         return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
 
     def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
-        """Measures of the generated texts, branch by branch.
-
-        Args:
-            generated: the texts of every record by branch.
-        """
-        found = dict[str, LabelledScores]()
-        for branch in self.branches:
-            texts = {index: own[branch] for index, own in enumerate(generated) if branch in own}
-            found |= text_measures(self.metrics, branch, self.references, texts, self.task.labels)
-        return found
+        """Measures of every record's generated texts, which are given by branch."""
+        return text_measures(self.metrics, self.branches, self.references, generated, self.task.labels)
 
     def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
         """Write the texts generated with history as the task's own scorers read them, if the records have ids."""
