@@ -23,7 +23,7 @@ _INTERPRETED = not isinstance(tl.sum, JITFunction)
 _NVIDIA_TARGETS = ((100, "sm_100"), (90, "sm_90"), (80, "sm_80"))
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Columns per step and warps per program of a kernel that walks along rows."""
 
     block_v: int

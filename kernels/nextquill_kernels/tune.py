@@ -27,7 +27,7 @@ from torch import Tensor
 from nextquill_kernels import stream
 from nextquill_kernels.crosscompile import refuse
 from nextquill_kernels.launch import shared_memory_of, target_of
-from nextquill_kernels.tiles import DTYPE_CLASSES, FAMILIES, TABLE_PATH, Entry, Tile, bucket_of, entries, lookup
+from nextquill_kernels.tiles import DTYPE_CLASSES, FAMILIES, TABLE_PATH, TableEntry, Tile, bucket_of, entries, lookup
 from nextquill_kernels.tiles import write_entries as write_table
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         _say(str(error))
         return 1
-    entry = Entry(
+    entry = TableEntry(
         problem.family,
         target,
         DTYPE_CLASSES[problem.dtype],
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def update(path: Path, entry: Entry) -> None:
+def update(path: Path, entry: TableEntry) -> None:
     """Put `entry` into the table at `path`, which starts as a copy of the package's own if there is none."""
     write_table(path, [entry] if path.exists() else [*entries(), entry])
 

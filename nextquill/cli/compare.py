@@ -20,15 +20,25 @@ from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.comparison.arms import choose_arms
 from nextquill.comparison.folder import RunRecord, check_settings, opened
-from nextquill.comparison.running import Setup, Task, check_trainable, finished, perform, remaining_seconds, tasks
+from nextquill.comparison.running import (
+    PlannedRun,
+    Setup,
+    check_trainable,
+    finished,
+    perform,
+    planned_runs,
+    remaining_seconds,
+)
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, OutputExistsError
-from nextquill.evaluation.evaluating import evaluate_model
+from nextquill.evaluation.evaluate import evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.task_measures import TaskTexts
+from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
-from nextquill.report.comparison import reporting
+from nextquill.report.comparison.findings import find
+from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
+from nextquill.report.comparison.tables import tables
 from nextquill.report.terminal import results_table
 
 DESCRIPTION = (
@@ -132,7 +142,7 @@ def run(arguments: Sequence[str]) -> int:
     with opened(folder, shared, overwrite=files.overwrite_output_dir):
         if not run_all(setup):
             return INTERRUPTED
-        comparison = reporting.report(
+        comparison = write_report(
             setup,
             model=model_options.model_name_or_path,
             baseline=options.baseline,
@@ -191,16 +201,16 @@ def encoded(
 
 def run_all(setup: Setup) -> bool:
     """Make every run that is not finished; return False if one was stopped."""
-    planned = tasks(setup)
-    records = [finished(setup, task) for task in planned]
+    runs = planned_runs(setup)
+    records = [finished(setup, each) for each in runs]
     done = [record for record in records if record is not None]
     if done:
-        say(f"{len(done)} of {len(planned)} runs are finished in {setup.folder}")
-    left = [task for task, record in zip(planned, records, strict=True) if record is None]
-    for number, task in enumerate(left):
-        place = len(planned) - len(left) + number + 1
-        say(heading(task, place, len(planned), remaining_seconds(done, left[number:])))
-        record = perform(setup, task)
+        say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
+    left = [each for each, record in zip(runs, records, strict=True) if record is None]
+    for number, planned in enumerate(left):
+        place = len(runs) - len(left) + number + 1
+        say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
+        record = perform(setup, planned)
         if record is None:
             say("stopped; the same command resumes")
             return False
@@ -209,11 +219,11 @@ def run_all(setup: Setup) -> bool:
     return True
 
 
-def heading(task: Task, number: int, count: int, seconds: float | None) -> str:
+def heading(planned: PlannedRun, number: int, count: int, seconds: float | None) -> str:
     """The run's number, name and seed, and about how long the remaining runs take."""
-    what = "the model before training" if task.arm is None else task.arm.label
+    what = "the model before training" if planned.arm is None else planned.arm.label
     rest = "" if seconds is None else f" (about {duration(seconds)} left)"
-    return f"run {number} of {count}: {what}, seed {task.seed}{rest}"
+    return f"run {number} of {count}: {what}, seed {planned.seed}{rest}"
 
 
 def outcome(record: RunRecord) -> str:
@@ -243,10 +253,10 @@ def show(comparison: Any, folder: Path) -> None:
     from rich.console import Console
 
     console = Console()
-    for table in reporting.tables(comparison):
+    for table in tables(comparison):
         console.print(results_table(table))
         console.print()
-    for finding in reporting.find(comparison):
+    for finding in find(comparison):
         console.print(f"- {finding.heading}", markup=False, highlight=False)
-    names = (reporting.RESULT_FILE, reporting.MARKDOWN_FILE, reporting.PAGE_FILE)
+    names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)
     say(f"wrote {', '.join(str(folder / name) for name in names)}")

@@ -9,7 +9,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.options import BatchOptions
 from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.evaluating import EvaluationOptions
+from nextquill.evaluation.options import EvaluationOptions
 from nextquill.losses import SFTLoss
 
 #: One seed for every evaluation, so that all arms and seeds have the same placebo and the same draws.

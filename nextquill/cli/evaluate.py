@@ -147,7 +147,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
-    from nextquill.evaluation.evaluating import evaluate_model
+    from nextquill.evaluation.evaluate import evaluate_model
 
     try:
         return evaluate_model(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.bars import bar
-from nextquill.cli.evaluation_tables import bounded, new_table, show
+from nextquill.cli.evaluation_tables import new_table, show
 from nextquill.cli.flags import check_file, check_positive, check_token_budget, claim_output_file, option
 from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
@@ -27,10 +27,11 @@ from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import Draw
+from nextquill.report.numbers import number, p_value, with_interval
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
-    from nextquill.popi.measures import Evaluation, Measured
+    from nextquill.popi.measures import PairEvaluation, PairMeasures
     from nextquill.popi.roles import Role
     from nextquill.popi.saved_run import SavedRun
 
@@ -91,7 +92,7 @@ OPTIONS = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptio
 
 def run(arguments: Sequence[str]) -> int:
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
-    from nextquill.popi.measures import Evaluation
+    from nextquill.popi.measures import PairEvaluation
 
     options.check()
     shown.check()
@@ -121,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     sees = config.reference_sees_summary
     found = _measured(saved, generator, saved.generator_prompts, held.draws, summaries, options, sees=sees)
-    evaluation = Evaluation(
+    evaluation = PairEvaluation(
         model=models.model,
         generator=found,
         transfer={name: _transferred(name, saved, held.draws, summaries, options, models) for name in _others(options)},
@@ -237,7 +238,7 @@ def _transferred(
     summaries: Mapping[str, str],
     options: PopiEvaluateOptions,
     models: PopiRunOptions,
-) -> Measured:
+) -> PairMeasures:
     """The same measures of an untrained model, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
@@ -255,7 +256,7 @@ def _measured(
     options: PopiEvaluateOptions,
     *,
     sees: bool,
-) -> Measured:
+) -> PairMeasures:
     from nextquill.popi.evaluation import score_pairs
     from nextquill.popi.measures import measure
 
@@ -277,7 +278,7 @@ def _measured(
 # ---- the tables ------------------------------------------------------------------------------------
 
 
-def _print(evaluation: Evaluation, level: float) -> None:
+def _print(evaluation: PairEvaluation, level: float) -> None:
     found = evaluation.generator
     _print_contexts(evaluation.model, found)
     for name, each in evaluation.transfer.items():
@@ -294,13 +295,13 @@ def _print(evaluation: Evaluation, level: float) -> None:
         print(f"nextquill: empty summaries, which give no context: {evaluation.empty_summaries}", file=sys.stderr)
 
 
-def _print_contexts(title: str, found: Measured) -> None:
+def _print_contexts(title: str, found: PairMeasures) -> None:
     table = new_table("context", *_HEADINGS.values(), "loss", "tokens")
     table.columns[0].no_wrap = True
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before
     for name, each in found.contexts.items():
-        cells = [bounded(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
-        table.add_row(name, *cells, f"{each.measures['loss'].value:.4f}", f"{each.context_tokens:.1f}")
+        cells = [with_interval(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
+        table.add_row(name, *cells, number(each.measures["loss"].value), f"{each.context_tokens:.1f}")
     show(title)
     show(table)
     if not found.differences:
@@ -309,7 +310,7 @@ def _print_contexts(title: str, found: Measured) -> None:
     for name, differences in found.differences.items():
         cells = []
         for result in (differences["accuracy"], differences["margin"]):
-            cells.append(bounded(result.difference, result.low, result.high, "\n", "+", digits=3))
-            cells.append("< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}")
+            cells.append(with_interval(result.difference, result.low, result.high, "\n", sign="+", digits=3))
+            cells.append(p_value(result.p_value))
         table.add_row(f"summary - {name}", *cells)
     show(table)

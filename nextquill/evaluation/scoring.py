@@ -1,7 +1,7 @@
-"""Scoring a data set without gradient: every supervised token's nll with, without and under another user's history.
+"""Scores a data set without gradient: every response token's nll with, without and under another user's history.
 
-Records are taken user by user, so that a forward's tree holds a user's history once. What is computed together follows
-from the examples and the options alone: a run that is cut short goes on with the same forwards, and the same figures.
+Records are taken user by user, so that a forward's tree holds a user's history once. The examples and the options alone
+decide which records are computed together, so an interrupted run resumes with the same forwards and the same figures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nextquill.models.branch_passes import PairPasses
 from nextquill.models.probe import in_eval_mode
 from nextquill.tree import build_prefix_tree
 
-#: Tokens of one forward over trees, where nobody says otherwise. A CPU is no faster with more than some thousands (a
-#: fifth slower with 16384, at D=256), and a whole mask costs their square.
+#: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
+#: slower, at D=256), and a whole mask costs their square.
 DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
 # Records at a time: those that trees are packed from, and padded ones, of which each is a row.
 _PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
@@ -186,7 +186,7 @@ def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0
 
 
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
-    """One record's scores as JSON: tokens, nll's (nats) and effects, rounded to six decimals."""
+    """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals."""
     result = {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
@@ -215,7 +215,7 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def usual_max_tokens(model: Any, attention: str) -> int:
-    """Tokens of one forward over trees, where nobody says otherwise."""
+    """Tokens of one forward over trees by default."""
     small = next(model.parameters()).device.type == "cpu" or attention == "mask"
     return DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
 

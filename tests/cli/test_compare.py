@@ -169,14 +169,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, nextquill, dat
     resumed = nextquill(*words(data, folder, "--max_steps", 3))
     assert resumed.code == 0, resumed.err
     assert resumed.err.startswith(f"nextquill: 2 of 3 runs are finished in {folder}\n")
-    assert "Interrupted and gone on with" in (folder / "comparison.md").read_text()
+    assert "These runs were interrupted and resumed" in (folder / "comparison.md").read_text()
     assert_same_results(folder, uninterrupted)
 
 
 def test_ctrl_c_while_evaluating(uninterrupted, nextquill, data, tmp_path, monkeypatch):
-    from nextquill.evaluation import evaluating
+    from nextquill.evaluation import evaluate
 
-    scored, calls = evaluating.effect_line, []
+    scored, calls = evaluate.effect_line, []
 
     def effect_line(*args):
         calls.append(args)
@@ -186,7 +186,7 @@ def test_ctrl_c_while_evaluating(uninterrupted, nextquill, data, tmp_path, monke
 
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "effect_line", effect_line)
+        patch.setattr(evaluate, "effect_line", effect_line)
         stopped = nextquill(*words(data, folder, "--max_steps", 3))
     assert stopped.code == 130
     assert len((folder / "sft" / "seed-0" / "evaluation" / "effects.jsonl.partial").read_text().splitlines()) == 3

@@ -19,21 +19,21 @@ MUTATIONS = (
     ),
     Mutation(
         "report-negated-interval",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "low=-result.high, high=-result.low)",
         "low=-result.low, high=-result.high)",
         "intervals of differences are upside down",
     ),
     Mutation(
         "report-best",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "sign = 1 if metric.higher_is_better else -1",
         "sign = 1",
         "the run with the highest nll is marked as the best",
     ),
     Mutation(
         "report-choice",
-        "nextquill/report/select_examples.py",
+        "nextquill/report/examples.py",
         "key=lambda index: (-effects[index], index)",
         "key=lambda index: (effects[index], index)",
         "the examples with the smallest effects are said to have the largest",
@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "report-other-records",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "return a is not None and b is not None and a.records == b.records",
         "return a is not None and b is not None",
         "runs on different records are said to differ",

@@ -1,4 +1,4 @@
-"""What a task asks of records, and the measures of the texts that were generated for them."""
+"""A task on some records: the references of its answers, and the measures of the texts generated for them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nextquill.data import Record
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.measures import Measure, text_measures
+from nextquill.evaluation.measures import LabelledScores, text_measures
 from nextquill.evaluation.metrics import compute
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.predictions import write_predictions
+from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import has_pair
 from nextquill.evaluation.tasks import TASKS, Task
 
@@ -21,26 +21,26 @@ class TaskTexts:
     """A task on some records.
 
     Attributes:
-        task: which.
-        metrics: names of the measures of generated texts; none where nothing is generated.
-        branches: the prompts that texts are generated for.
+        task: the task.
+        metrics: names of the metrics of generated texts; empty if nothing is generated.
+        branches: the branches whose prompts texts are generated from.
         references: the right text of each record that texts are generated for.
-        ids: what the task's prediction files call those records; None where it has none, or a record no `id`.
+        ids: those records' names in the task's prediction files; None if it has no such files, or a record has no `id`.
     """
 
     task: Task
     metrics: tuple[str, ...]
     branches: tuple[str, ...]
     references: list[str]
-    ids: list[str | int] | None = None
+    ids: list[Id] | None = None
 
     @classmethod
     def of(cls, records: Sequence[Record], options: EvaluationOptions) -> TaskTexts:
         """The task that the options name, on these records.
 
         Raises:
-            RecordError: a record has no answer that the task can be scored on.
-            BackendUnavailableError: a library that a measure needs is not installed.
+            RecordError: a record has no answer that the task can score.
+            BackendUnavailableError: a library that a metric needs is not installed.
         """
         task, metrics = TASKS[options.task], options.text_metrics()
         if not task.generates:
@@ -53,40 +53,31 @@ class TaskTexts:
         try:
             shown = records[: options.generate_limit]
             references = [task.read_reference(record.response, f"record {i}") for i, record in enumerate(shown)]
-            # Before hours of generation: what cannot be scored cannot be scored on empty answers either.
+            # Scoring empty answers finds references that cannot be scored, before hours of generation.
             compute(metrics, references, [""] * len(references), labels=task.labels)
         except ArgumentError as error:
             raise RecordError(str(error), argument=error.argument or "records") from error
         return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
 
-    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, Measure]:
-        """Measures of the generated texts, prompt by prompt.
-
-        Args:
-            generated: of every record its texts by branch.
-        """
-        found = dict[str, Measure]()
-        for branch in self.branches:
-            texts = {index: own[branch] for index, own in enumerate(generated) if branch in own}
-            found |= text_measures(self.metrics, branch, self.references, texts, self.task.labels)
-        return found
+    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
+        """Measures of every record's generated texts, which are given by branch."""
+        return text_measures(self.metrics, self.branches, self.references, generated, self.task.labels)
 
     def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
-        """Write what was generated with history as the task's own scorers read it, where records have ids."""
+        """Write the texts generated with history as the task's own scorers read them, if the records have ids."""
         if self.ids is not None and "factual" in self.branches:
             texts = [generated[index]["factual"] for index in range(len(self.ids))]
             write_predictions(path, self.task, zip(self.ids, texts, strict=True))
 
 
-def _ids(task: Task, records: Sequence[Record]) -> list[str | int] | None:
-    """The records' ids, where all have one and the task has use for them.
+def _ids(task: Task, records: Sequence[Record]) -> list[Id] | None:
+    """The records' ids, if all have one and the task has prediction files.
 
     Raises:
-        RecordError: two records have the same.
+        RecordError: two records have the same id.
     """
-    found = [record.extra.get("id") for record in records]
-    ids = [each for each in found if isinstance(each, (str, int)) and not isinstance(each, bool)]
-    if not task.file_names or len(ids) < len(found):
+    ids = [each for record in records if is_id(each := record.extra.get("id"))]
+    if not task.file_names or len(ids) < len(records):
         return None
     first = {each: index for index, each in reversed(list(enumerate(ids)))}
     for index, each in enumerate(ids):
