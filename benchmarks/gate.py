@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.cases import Inputs, Task, for_task, output_names
 from benchmarks.peers import plain
-from benchmarks.registry import Call, Provider, ProviderError
+from benchmarks.provider import Call, Provider, ProviderError
 
 ROWS = 96
 _HALF = (torch.float16, torch.bfloat16)

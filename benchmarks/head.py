@@ -37,7 +37,8 @@ from benchmarks.measure import (
     time_in_turns,
 )
 from benchmarks.memory import MIB, Request, cpu_peaks, cuda_peak
-from benchmarks.registry import BASELINE, OUT_OF_MEMORY, Call, Provider, ProviderError, providers
+from benchmarks.provider import BASELINE, OUT_OF_MEMORY, Call, Provider, ProviderError
+from benchmarks.registry import PROVIDERS
 
 GEMM = "torch.mm"
 _GEMM_COLUMNS = 32768
@@ -52,7 +53,7 @@ def run(options: Options, entrants: Sequence[Provider] | None = None) -> list[Ro
         GateError: at the end, if an implementation of ours failed or is wrong; every other figure has been saved.
     """
     device = torch.device(options.device or default_device())
-    suite = _Suite(options, device, tuple(entrants or providers()))
+    suite = _Suite(options, device, tuple(entrants or PROVIDERS))
     todo = plan(device, options.quick)
     if device.type == "cuda":
         print("\n".join(describe(device)), flush=True)

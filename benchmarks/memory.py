@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Shape, Task, for_task, make_inputs
-from benchmarks.registry import Call, providers
+from benchmarks.provider import Call
+from benchmarks.registry import PROVIDERS
 
 MIB = 2**20
 #: Every block of 128 KiB or more comes from the kernel and goes back at once, so that the mark shows what is in use.
@@ -97,7 +98,7 @@ def _tiny(shape: Shape) -> Shape:
 
 
 def _bind(shape: Shape, request: Request) -> Call:
-    provider = next(each for each in providers() if each.name == request.provider)
+    provider = next(each for each in PROVIDERS if each.name == request.provider)
     inputs = for_task(make_inputs(shape, torch.float32, torch.device("cpu")), request.task)
     return (provider.bind_forward if request.forward else provider.bind)(request.task, inputs)
 

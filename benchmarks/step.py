@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.measure import GateError, Options, Row, default_device, make_row, time_in_turns
 from benchmarks.memory import MIB
-from benchmarks.registry import OUT_OF_MEMORY
+from benchmarks.provider import OUT_OF_MEMORY
 from benchmarks.step_cases import Case, build_model, cases, make_examples, shrunken
 from benchmarks.step_memory import Peak, bind, cpu_peaks, cuda_peak, make_optimiser, short_step
 from benchmarks.step_peers import (

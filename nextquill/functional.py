@@ -57,8 +57,18 @@ def linear_token_nll(
     check_head_options(softcap, logit_scale)
     check_ignore_index(ignore_index)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
-    options = (ignore_index, softcap, logit_scale, check_impl(impl), None, None)
-    nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, *options)
+    nll: Tensor = token_nll(
+        hidden=inputs.factual,
+        weight=inputs.weight,
+        bias=inputs.bias,
+        labels=inputs.labels,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        impl=check_impl(impl),
+        chunk_bytes=None,
+        product_dtype=None,  # filled in under autocast
+    )
     return nll.view(inputs.shape)
 
 
@@ -98,7 +108,7 @@ def linear_pair_nll(
     arguments, shape = _pair_arguments(
         hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
     )
-    return PairNLL(*(nll.view(shape) for nll in pair_nll(*arguments)))
+    return PairNLL(*(nll.view(shape) for nll in pair_nll(**arguments)))
 
 
 def linear_pair_stats(
@@ -133,7 +143,7 @@ def linear_pair_stats(
         hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
     )
     with torch.no_grad():
-        stats = pair_stats(*arguments)
+        stats = pair_stats(**arguments)
     *nlls, kl, entropy = (row.view(shape) for row in stats)
     return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
 
@@ -148,11 +158,23 @@ def _pair_arguments(
     softcap: float | None,
     logit_scale: float,
     impl: str,
-) -> tuple[tuple[Any, ...], torch.Size]:
-    """What the pair operators take, checked and flattened, and the shape of their results."""
+) -> tuple[dict[str, Any], torch.Size]:
+    """What the pair operators take, checked and flattened, by name, and the labels' shape."""
     check_head_options(softcap, logit_scale)
     check_ignore_index(ignore_index)
     check_floating("hidden_counterfactual", hidden_counterfactual)
     inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
-    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels)
-    return (*tensors, ignore_index, softcap, logit_scale, check_impl(impl), None, None), inputs.shape
+    arguments = {
+        "factual": inputs.factual,
+        "counterfactual": inputs.counterfactual,
+        "weight": inputs.weight,
+        "bias": inputs.bias,
+        "labels": inputs.labels,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "impl": check_impl(impl),
+        "chunk_bytes": None,
+        "product_dtype": None,  # filled in under autocast
+    }
+    return arguments, inputs.shape

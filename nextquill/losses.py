@@ -6,14 +6,14 @@ rest and has finished every gradient when `forward` returns.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.ops.dispatch import check_impl
-from nextquill.ops.fused_loss import RowResults
+from nextquill.ops.fused_loss import unpack_rows
 from nextquill.ops.loss_operator import pair_loss_operator
 from nextquill.ops.objective import REDUCTIONS, PairObjective
 from nextquill.ops.objective_spec import encode
@@ -181,8 +181,9 @@ class PairLoss(nn.Module):
             ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         """
         streams = (hidden_factual, hidden_counterfactual)
-        call = self._check(streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights)
-        loss: Tensor = self._run(call, effect_nll=False)[0]
+        _, loss, _, _ = self._run(
+            *streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights, effect=False
+        )
         return loss
 
     def compute(
@@ -205,12 +206,32 @@ class PairLoss(nn.Module):
                 logits and leaves it None.
         """
         streams = (hidden_factual, hidden_counterfactual)
-        call = self._check(streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights)
-        loss, rows, counts, *_ = self._run(call, effect_nll)
-        paired = call.inputs.counterfactual is not None
+        inputs, loss, rows, counts = self._run(
+            *streams, lm_head_weight, labels, bias, sequence_ids, num_items_in_batch, token_weights, effect=effect_nll
+        )
+        paired, shape = hidden_counterfactual is not None, inputs.shape
         objective = self.objective if token_weights is None else self.objective.of_given_weights()
-        results = RowResults.unpack(rows, paired, paired and (effect_nll or objective.needs_effect))
-        return self._output(loss, results, call.inputs, *counts.tolist())
+        coefficients, pair = unpack_rows(rows, paired, objective.computes_effect(paired=paired, asked=effect_nll))
+        terms = objective.terms(coefficients, pair)
+        num_tokens, num_sequences = counts.tolist()
+        zero, count = rows.new_zeros(()), max(1, num_tokens)
+        effect_prob = pair.effect_prob if paired else zero
+        above = (effect_prob > self.threshold) & (inputs.labels != self.ignore_index) if paired else zero
+        return PreferenceLossOutput(
+            loss=loss,
+            factual=terms.factual.sum(),
+            effect=zero if terms.effect is None or objective.alpha == 0 else terms.effect.sum(),
+            counterfactual=zero if terms.counterfactual is None else terms.counterfactual.sum(),
+            token_weights=coefficients.weights.view(shape),
+            token_loss=objective.token_loss(terms).view(shape),
+            pair_nll=PairNLL(*(None if t is None else t.view(shape) for t in pair)),  # type: ignore[arg-type]
+            mean_effect_logprob=pair.effect_logprob.sum() / count if paired else zero,
+            mean_effect_prob=effect_prob.sum() / count,
+            share_above_threshold=above.sum() / count,
+            weight_sum=coefficients.weights.sum(),
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+        )
 
     def extra_repr(self) -> str:
         """What `repr` shows of the settings."""
@@ -221,77 +242,53 @@ class PairLoss(nn.Module):
             f"reduction={objective.reduction!r}, impl={self.impl!r}, chunk_bytes={self.chunk_bytes}"
         )
 
-    def _check(
+    def _run(
         self,
-        streams: tuple[Tensor, Tensor | None],
+        hidden_factual: Tensor,
+        hidden_counterfactual: Tensor | None,
         lm_head_weight: Tensor,
         labels: Tensor,
         bias: Tensor | None,
         sequence_ids: Tensor | None,
         num_items_in_batch: float | Tensor | None,
         token_weights: Tensor | None,
-    ) -> _Call:
+        *,
+        effect: bool,
+    ) -> tuple[HeadInputs, Tensor, Tensor, Tensor]:
+        """Check a call's arguments and compute: the flat inputs, loss, rows [6, N], and (tokens, sequences) [2]."""
         needed = self.needs_counterfactual if token_weights is None else self.terms_need_counterfactual
-        if streams[1] is None and needed:
+        if hidden_counterfactual is None and needed:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
         # Again what the constructor checked: these are attributes, and someone may have set them.
         check_head_options(self.softcap, self.logit_scale)
         check_ignore_index(self.ignore_index)
         _check_chunk_bytes(self.chunk_bytes)
-        inputs = check_head_inputs(*streams, lm_head_weight, labels, bias)
+        inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
         ids = check_sequence_ids(sequence_ids, labels)
-        items = _check_items(num_items_in_batch, labels.device)
-        weights = check_token_weights(token_weights, labels)
-        return _Call(inputs, None if self.reduction == "micro_batch" else ids, items, weights)
-
-    def _run(self, call: _Call, effect_nll: bool) -> tuple[Tensor, ...]:
-        inputs = call.inputs
-        tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
+        differentiable = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()
-        needs = [enabled and t is not None and t.requires_grad for t in tensors]
+        needs = [enabled and t is not None and t.requires_grad for t in differentiable]
         needs[1] = needs[1] and not self.objective.counterfactual_is_constant
-        results: tuple[Tensor, ...] = pair_loss_operator(
-            *tensors,
-            inputs.labels,
-            call.sequence_ids,
-            call.num_items,
-            call.token_weights,
-            self._objective_spec,
-            effect_nll,
-            needs,
-            self.ignore_index,
-            self.softcap,
-            self.logit_scale,
-            self.impl,
-            self.chunk_bytes,
-            None,
+        loss, rows, counts, *_ = pair_loss_operator(
+            factual=inputs.factual,
+            counterfactual=inputs.counterfactual,
+            weight=inputs.weight,
+            bias=inputs.bias,
+            labels=inputs.labels,
+            sequence_ids=None if self.reduction == "micro_batch" else ids,
+            num_items=_check_items(num_items_in_batch, labels.device),
+            token_weights=check_token_weights(token_weights, labels),
+            objective=self._objective_spec,
+            effect=effect,
+            needs=needs,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            impl=self.impl,
+            chunk_bytes=self.chunk_bytes,
+            product_dtype=None,  # filled in under autocast
         )
-        return results
-
-    def _output(
-        self, loss: Tensor, rows: RowResults, inputs: HeadInputs, num_tokens: int, num_sequences: int
-    ) -> PreferenceLossOutput:
-        pair, shape = rows.pair, inputs.shape
-        terms = self.objective.terms(rows.coefficients, pair)
-        zero, count = rows.weights.new_zeros(()), max(1, num_tokens)
-        paired = pair.counterfactual is not None
-        effect_prob = pair.effect_prob if paired else zero
-        above = (effect_prob > self.threshold) & (inputs.labels != self.ignore_index) if paired else zero
-        return PreferenceLossOutput(
-            loss=loss,
-            factual=terms.factual.sum(),
-            effect=zero if terms.effect is None or self.objective.alpha == 0 else terms.effect.sum(),
-            counterfactual=zero if terms.counterfactual is None else terms.counterfactual.sum(),
-            token_weights=rows.weights.view(shape),
-            token_loss=self.objective.token_loss(terms).view(shape),
-            pair_nll=PairNLL(*(None if t is None else t.view(shape) for t in pair)),  # type: ignore[arg-type]
-            mean_effect_logprob=pair.effect_logprob.sum() / count if paired else zero,
-            mean_effect_prob=effect_prob.sum() / count,
-            share_above_threshold=above.sum() / count,
-            weight_sum=rows.weights.sum(),
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-        )
+        return inputs, loss, rows, counts
 
 
 class NextQuillLoss(PairLoss):
@@ -373,15 +370,6 @@ class SFTLoss(PairLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(UniformWeighting(), **options)
-
-
-class _Call(NamedTuple):
-    """The checked arguments of one call."""
-
-    inputs: HeadInputs
-    sequence_ids: Tensor | None
-    num_items: Tensor | None
-    token_weights: Tensor | None
 
 
 def _check_chunk_bytes(chunk_bytes: object) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ("nextquill", "kernels/nextquill_kernels")
 
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
 _VALUES = frozenset({"errors", "outputs", "weighting"})
-_LOSSES = _VALUES | {"reference", "functional", "losses"}
+_LOSSES = _VALUES | {"functional", "losses"}
 _BELOW_MODELS = _LOSSES | {"data", "storage", "tree"}
 _MODELS = _BELOW_MODELS | {"models"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "outputs": frozenset({"errors"}),
     "weighting": frozenset({"errors", "outputs"}),
     "reference": frozenset({"errors", "outputs"}),
-    "ops": _VALUES | {"reference", "nextquill_kernels"},
+    "ops": _VALUES | {"nextquill_kernels"},
     "functional": _VALUES | {"ops"},
     "losses": _VALUES | {"ops", "functional"},
     "tree": frozenset({"errors", "lazy"}),
@@ -136,16 +137,46 @@ class _Imports(ast.NodeVisitor):
             self.visit(child)
 
 
+def modules_below(root: Path, *folders: str) -> Iterator[tuple[Path, tuple[str, ...], _Imports]]:
+    """Every module of the packages `root/folder`: its file, the parts of its name, and its imports."""
+    for package in (root / folder for folder in folders):
+        for path in sorted(package.rglob("*.py")):
+            names = path.relative_to(package.parent).with_suffix("").parts
+            imports = _Imports(".".join(names[:-1]))
+            imports.visit(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)))
+            yield path, names, imports
+
+
 def imports_below(root: Path) -> Iterator[Import]:
-    """The imports of all modules in `root/nextquill` and `root/kernels`."""
-    for source in (root, root / "kernels"):
-        for path in sorted(source.glob("nextquill*/**/*.py")):
-            names = path.relative_to(source).with_suffix("").parts
-            visitor = _Imports(".".join(names[:-1]))
-            visitor.visit(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)))
-            inside = names[1] if names[0] == "nextquill" and names[1] != "__init__" else names[0]
-            for target, line, on_import, for_types in visitor.found:
-                yield Import(inside, target, f"{path.relative_to(root)}:{line}", on_import, for_types)
+    """The imports of all modules of the library."""
+    for path, names, imports in modules_below(root, *LIBRARY):
+        inside = names[1] if names[0] == "nextquill" and names[1] != "__init__" else names[0]
+        for target, line, on_import, for_types in imports.found:
+            yield Import(inside, target, f"{path.relative_to(root)}:{line}", on_import, for_types)
+
+
+def circle_below(root: Path) -> list[str]:
+    """Modules that import each other when they are imported, in a circle; the last is the first. Empty without one."""
+    targets = {
+        ".".join(names[:-1] if names[-1] == "__init__" else names): [
+            target for target, _, on_import, _ in imports.found if on_import
+        ]
+        for _, names, imports in modules_below(root, *LIBRARY, "benchmarks", "demos")
+    }
+
+    def module(target: str) -> str:
+        """The module that holds `target`, which may be a name in it; empty for one of another distribution."""
+        while target and target not in targets:
+            target = target.rpartition(".")[0]
+        return target
+
+    graph = {name: {module(target) for target in found} - {name} for name, found in targets.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        circle: list[str] = error.args[1]
+        return circle
+    return []
 
 
 def violation(found: Import) -> str | None:
@@ -178,7 +209,8 @@ def test_imports_follow_the_graph() -> None:
 
 def test_graph_was_read_from_the_real_package() -> None:
     edges = {(each.importer, each.part) for each in imports_below(ROOT)}
-    assert {("losses", "ops"), ("functional", "ops"), ("ops", "reference"), ("ops", "ops")} <= edges
+    assert {("losses", "ops"), ("functional", "ops"), ("ops", "nextquill_kernels"), ("ops", "ops")} <= edges
+    assert [here for here, part in edges if part == "reference"] == ["reference"], "the oracle judges the others"
 
 
 def test_graph_points_one_way() -> None:
@@ -210,6 +242,12 @@ def test_no_class_name_has_two_meanings() -> None:
     found = classes_below(ROOT)
     assert {"PerCELoss", "Evaluation", "Tile"} <= found.keys()
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def write_modules(root: Path, sources: dict[str, str]) -> None:
+    for path, source in sources.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(source + "\n", encoding="utf-8")
 
 
 PLANTED = {
@@ -269,11 +307,58 @@ PLANTED = {
 
 @pytest.mark.parametrize(("path", "source", "complaint"), PLANTED.values(), ids=PLANTED.keys())
 def test_planted_import_is_caught(tmp_path: Path, path: str, source: str, complaint: str) -> None:
-    (tmp_path / path).parent.mkdir(parents=True)
-    (tmp_path / path).write_text(source + "\n", encoding="utf-8")
+    write_modules(tmp_path, {path: source})
     found = violations_below(tmp_path)
     assert len(found) == 1
     assert re.fullmatch(rf"{re.escape(path)}:\d+: {re.escape(complaint)}", found[0])
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circle_below(ROOT) == []
+
+
+CIRCLES = {
+    "two": {
+        "nextquill/ops/a.py": "from nextquill.ops.b import name",
+        "nextquill/ops/b.py": "import nextquill.ops.a",
+    },
+    "three-over-two-packages": {
+        "nextquill/a.py": "from nextquill.ops import b",
+        "nextquill/ops/b.py": "from nextquill.c import name",
+        "nextquill/c.py": "from .a import name",
+    },
+    "a-package-and-its-module": {
+        "nextquill/ops/__init__.py": "from nextquill.ops.a import name",
+        "nextquill/ops/a.py": "from nextquill.ops import name",
+    },
+    "in-a-class": {
+        "benchmarks/a.py": "class A:\n    from benchmarks.peers.b import name",
+        "benchmarks/peers/b.py": "import benchmarks.a",
+    },
+    "demos": {"demos/a.py": "from demos import b", "demos/b.py": "from demos import a"},
+}
+
+
+@pytest.mark.parametrize("sources", CIRCLES.values(), ids=CIRCLES.keys())
+def test_planted_circle_is_caught(tmp_path: Path, sources: dict[str, str]) -> None:
+    write_modules(tmp_path, sources)
+    planted = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sources}
+    assert set(circle_below(tmp_path)) == planted
+
+
+NO_CIRCLES = {
+    "in-a-function": "def f():\n    from nextquill.ops.b import name",
+    "for-types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nextquill.ops.b import name",
+    "of-the-package": "import nextquill.ops",
+    "of-itself": "from nextquill.ops.a import name",
+}
+
+
+@pytest.mark.parametrize("source", NO_CIRCLES.values(), ids=NO_CIRCLES.keys())
+def test_imports_one_way_are_not_a_circle(tmp_path: Path, source: str) -> None:
+    back = "from nextquill.ops.a import name"
+    write_modules(tmp_path, {"nextquill/ops/__init__.py": "", "nextquill/ops/a.py": source, "nextquill/ops/b.py": back})
+    assert circle_below(tmp_path) == []
 
 
 ALLOWED = {
@@ -289,8 +374,7 @@ ALLOWED = {
 
 @pytest.mark.parametrize(("path", "source"), ALLOWED.values(), ids=ALLOWED.keys())
 def test_allowed_import_passes(tmp_path: Path, path: str, source: str) -> None:
-    (tmp_path / path).parent.mkdir(parents=True)
-    (tmp_path / path).write_text(source + "\n", encoding="utf-8")
+    write_modules(tmp_path, {path: source})
     assert violations_below(tmp_path) == []
 
 

@@ -306,7 +306,7 @@ def test_many_chunks_equal_one(monkeypatch):
     """The operators have no chunk_bytes argument; the budget of 128 MiB is reached only by large vocabularies."""
     case = make_case(41, 8, 11).leaves()
     whole = backward_pair(nq.linear_pair_nll, case, upstream(case))
-    monkeypatch.setattr("nextquill.ops.chunks.HeadCall.max_rows", lambda *_: 3)
+    monkeypatch.setattr("nextquill.ops.chunks.ChunkedHead.max_rows", lambda *_: 3)
     cut = make_case(41, 8, 11).leaves()
     parts = backward_pair(nq.linear_pair_nll, cut, upstream(cut))
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(parts, whole, strict=True))

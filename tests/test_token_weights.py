@@ -152,14 +152,15 @@ def test_any_split_of_the_batch_gives_the_same_loss(name, reduction):
 
 def test_given_weights_need_neither_effects_nor_whole_sequences(monkeypatch):
     """Of a weighting that reads both."""
-    calls, own = [], loss_operator.pair_loss
-    monkeypatch.setattr(loss_operator, "pair_loss", lambda call, *rest: calls.append(call) or own(call, *rest))
+    engines, own = [], loss_operator.PairLossEngine
+    monkeypatch.setattr(loss_operator, "PairLossEngine", lambda *a, **k: engines.append(own(*a, **k)) or engines[-1])
     loss_fn = nq.PairLoss(lambda p: p.effect / p.effect.max())
     case, ids, weights = weighted_case()
     for given in (None, weights):
         output = loss_fn.compute(*case.pair_args, case.bias, ids, None, given, effect_nll=False)
         assert (output.pair_nll.effect is None) is (given is not None)
-    assert [(call.effect, call.objective.needs_whole_sequences) for call in calls] == [(True, True), (False, False)]
+    found = [(engine.effect, engine.objective.needs_whole_sequences) for engine in engines]
+    assert found == [(True, True), (False, False)]
 
 
 def test_rows_of_two_dimensions():

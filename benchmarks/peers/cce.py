@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import TRAINING, Inputs, Task
 from benchmarks.peers.compose import compose, unsupported
-from benchmarks.registry import Provider, not_installed
+from benchmarks.provider import Provider, not_installed
 
 
 def _missing(device: torch.device) -> str | None:

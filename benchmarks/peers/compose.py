@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.cases import TRAINABLE, TRAINING, Inputs, Task
 from benchmarks.peers.plain import nextquill_objective, perce_objective
-from benchmarks.registry import Loss
+from benchmarks.provider import Loss
 
 _WITH_MEAN = ("NextQuill", "NextQuill detached", "SFT")
 _WITH_EFFECT = ("NextQuill", "NextQuill detached", "pair nll")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.compose import compose, mean_gradients, unsupported
-from benchmarks.registry import Provider, not_installed
+from benchmarks.provider import Provider, not_installed
 
 CHUNK_MEM_CONSTS = (1, 4, 16)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nextquill as nq
 from benchmarks.cases import Inputs, Task
-from benchmarks.registry import Loss, Provider
+from benchmarks.provider import Loss, Provider
 from nextquill.errors import BackendUnavailableError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.cases import Inputs
-from benchmarks.registry import BASELINE, Provider
+from benchmarks.provider import BASELINE, Provider
 
 
 def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:

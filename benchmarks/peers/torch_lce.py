@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.compose import compose, mean_gradients, unsupported
-from benchmarks.registry import Provider
+from benchmarks.provider import Provider
 
 
 def _missing(device: torch.device) -> str | None:

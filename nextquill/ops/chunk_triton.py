@@ -13,8 +13,7 @@ from nextquill_kernels.chunk import pair_grad_, pair_stats, token_grad_, token_s
 from nextquill_kernels.coefficients import row_coefficients
 from torch import Tensor
 
-from nextquill.ops.chunks import infinite_to_nan
-from nextquill.ops.head import LinearHead
+from nextquill.ops.head import LinearHead, infinite_to_nan
 
 __all__ = ["pair_grad_", "pair_stats", "row_coefficients", "stream_nll", "token_grad_", "token_stats"]
 

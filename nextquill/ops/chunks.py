@@ -1,4 +1,6 @@
-"""A chunk of rows: both streams' logits in one buffer, filled by one product and overwritten by their gradient."""
+"""A chunk of rows: the logits of one or two streams in one buffer, filled by one product and overwritten by their
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from nextquill.ops import huge_pages
 from nextquill.ops.dispatch import ChunkKernels
 from nextquill.ops.gradients import HeadGradients
-from nextquill.ops.head import LinearHead
+from nextquill.ops.head import LinearHead, infinite_to_nan
+from nextquill.ops.row_groups import RowPlan
 
 _DEFAULT_BYTES = 2**27
 # A chunk's products stream all of W (and of dW, in float32) through the chip: on an accelerator they reach their rate
@@ -19,44 +22,47 @@ _DEFAULT_BYTES = 2**27
 _DEFAULT_BYTES_ACCELERATOR = 3 * 2**28
 
 
-@dataclass(frozen=True)
-class HeadCall:
-    """Everything of one call that is no tensor."""
+@dataclass(frozen=True, kw_only=True)
+class ChunkedHead(LinearHead):
+    """A head whose logits exist a chunk at a time.
+
+    Attributes:
+        kernels: what reads a chunk's logits and overwrites them with their gradient.
+        chunk_bytes: bound on the logits held at once, in bytes; None for the device's default.
+    """
 
     kernels: ChunkKernels
-    softcap: float | None = None
-    logit_scale: float = 1.0
     chunk_bytes: int | None = None
 
-    def head(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearHead:
-        """The head with its weight in `dtype`."""
-        return LinearHead(weight.to(dtype), None if bias is None else bias.to(dtype), self.softcap, self.logit_scale)
-
-    def max_rows(self, head: LinearHead, streams: int) -> int:
+    def max_rows(self, streams: int) -> int:
         """Rows whose logits of `streams` streams fit the budget; at least one."""
         budget = self.chunk_bytes
         if budget is None:
-            budget = _DEFAULT_BYTES if head.weight.device.type == "cpu" else _DEFAULT_BYTES_ACCELERATOR
-        return max(1, budget // (streams * _row_stride(head.vocabulary) * head.dtype.itemsize))
+            budget = _DEFAULT_BYTES if self.weight.device.type == "cpu" else _DEFAULT_BYTES_ACCELERATOR
+        return max(1, budget // (streams * _row_stride(self.vocabulary) * self.dtype.itemsize))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one or two streams, stacked: stream s has rows [s·n, (s + 1)·n).
+    """n rows of a plan in one or two streams, stacked: stream s has rows [s·n, (s + 1)·n) of `hidden` and `logits`.
 
     Attributes:
-        rows: [n] their indices in the batch.
+        rows: which n rows of the plan.
+        indices: [n] int64, where these rows stand in the batch.
+        labels: [n] int64.
         hidden: [streams·n, D], in the weight's dtype.
         logits: [streams·n, V] in the compute dtype; a view of the buffer.
     """
 
-    rows: Tensor
+    rows: slice
+    indices: Tensor
+    labels: Tensor
     hidden: Tensor
     logits: Tensor
 
     def stream(self, index: int) -> Tensor:
         """One stream's logits [n, V]."""
-        count = self.rows.numel()
+        count = self.indices.numel()
         return self.logits[index * count : (index + 1) * count]
 
     def add_gradient(self, into: HeadGradients, dtype: torch.dtype, streams: Sequence[int]) -> None:
@@ -64,32 +70,29 @@ class Chunk:
         gradient = self.logits
         if dtype != gradient.dtype:
             gradient = gradient.view(dtype)[:, : gradient.shape[1]]
-        count = self.rows.numel()
+        count = self.indices.numel()
         used = slice(streams[0] * count, (streams[-1] + 1) * count)
-        into.add(self.rows, gradient[used], self.hidden[used], streams)
+        into.add(self.indices, gradient[used], self.hidden[used], streams)
 
 
 class LogitsBuffer:
-    """The one large allocation of an engine."""
+    """The one large allocation of an engine: logits [streams·max_rows, V] in the compute dtype."""
 
-    def __init__(self, head: LinearHead, streams: int, max_rows: int) -> None:
-        self.head = head
-        padded = head.weight.new_empty(streams * max_rows, _row_stride(head.vocabulary), dtype=head.dtype)
+    def __init__(self, head: ChunkedHead, streams: int, plan: RowPlan) -> None:
+        self.head, self.plan = head, plan
+        self.max_rows = min(head.max_rows(streams), max(1, plan.num_rows))
+        padded = head.weight.new_empty(streams * self.max_rows, _row_stride(head.vocabulary), dtype=head.dtype)
         huge_pages.advise(padded)
         self._memory = padded[:, : head.vocabulary]
 
-    def fill(self, streams: Sequence[Tensor], rows: Tensor) -> Chunk:
-        """Compute the logits of `rows` [n] of each stream [N, D]; overwrites the chunk before."""
-        dtype = self.head.weight.dtype
-        hidden = torch.cat([stream.index_select(0, rows).to(dtype) for stream in streams])
+    def fill(self, streams: Sequence[Tensor], rows: slice) -> Chunk:
+        """Compute the logits of these rows of the plan for each stream [N, D]; overwrites the chunk before."""
+        dtype, indices = self.head.weight.dtype, self.plan.rows[rows]
+        hidden = torch.cat([stream.index_select(0, indices).to(dtype) for stream in streams])
         if self.head.softcap is not None:
             hidden = infinite_to_nan(hidden)
-        return Chunk(rows, hidden, self.head.logits(hidden, self._memory[: hidden.shape[0]]))
-
-
-def infinite_to_nan(hidden: Tensor) -> Tensor:
-    """NaN for ±inf: a cap would turn the logits of a broken hidden state into ±softcap, and its nll finite."""
-    return torch.nan_to_num(hidden, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+        logits = self.head.logits(hidden, self._memory[: hidden.shape[0]])
+        return Chunk(rows, indices, self.plan.labels[rows], hidden, logits)
 
 
 def _row_stride(vocabulary: int) -> int:

@@ -13,153 +13,112 @@ A sequence whose logits exceed the byte budget costs those of its rows beyond th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 from torch import Tensor
 
-from nextquill.ops.chunks import Chunk, HeadCall, LogitsBuffer
+from nextquill.ops.chunks import Chunk, ChunkedHead, LogitsBuffer
 from nextquill.ops.dispatch import PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
-from nextquill.ops.head import LinearHead
-from nextquill.ops.objective import PairObjective, RowCoefficients, RowGradients
+from nextquill.ops.objective import PairObjective, RowCoefficients
 from nextquill.ops.row_groups import RowGroup, RowPlan, group_rows
 from nextquill.outputs import PairNLL
 
-FACTUAL, COUNTERFACTUAL, EFFECT = range(3)
 
+class PairLossEngine:
+    """One call's buffers and results.
 
-class RowResults(NamedTuple):
-    """What the engine leaves per row [n]; no gradient. `None` where a stream or term was not computed."""
-
-    weights: Tensor
-    weighted: Tensor
-    uniform: Tensor
-    nll_factual: Tensor
-    nll_counterfactual: Tensor | None
-    nll_effect: Tensor | None
-
-    @property
-    def coefficients(self) -> RowCoefficients:
-        return RowCoefficients(*self[:3])
-
-    @property
-    def pair(self) -> PairNLL:
-        return PairNLL(*self[3:])
-
-    @classmethod
-    def unpack(cls, rows: Tensor, paired: bool, effect: bool) -> RowResults:
-        """The results that `pair_loss` returned as one tensor [6, n]."""
-        computed = (True, True, True, True, paired, effect)
-        return cls(*(row if have else None for row, have in zip(rows, computed, strict=True)))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class LossCall:
-    """A head call together with the objective and what is to be computed of it.
-
-    `token_weights` [n] of the planned rows take the place of the objective's weighting.
+    Args:
+        factual, counterfactual: hidden states [N, D]; the second is None for a loss of one stream.
+        plan: which n of the N rows count, by sequence.
+        num_items: what the reduction averages over: sequences, tokens or micro-batches.
+        needs: which gradients are wanted.
+        effect: compute nll_e, which takes two streams.
+        token_weights: [n], in place of the objective's weighting.
     """
 
-    head_call: HeadCall
-    objective: PairObjective
-    plan: RowPlan
-    num_items: float | Tensor
-    needs: Needs
-    effect: bool
-    token_weights: Tensor | None = None
-
-
-class PairLossResult(NamedTuple):
-    """The loss, the results per planned row [6, n] (absent ones are 0), and the gradients of the inputs."""
-
-    loss: Tensor
-    rows: Tensor
-    gradients: HeadGradients
-
-
-def pair_loss(call: LossCall, head: LinearHead, factual: Tensor, counterfactual: Tensor | None) -> PairLossResult:
-    """Compute a pair loss and its gradients; see the module's docstring."""
-    engine = _Engine(call, head, factual, counterfactual)
-    engine.run()
-    objective, rows = call.objective, engine.rows
-    results = RowResults.unpack(rows, counterfactual is not None, call.effect)
-    loss = objective.token_loss(objective.terms(results.coefficients, results.pair)).sum()
-    return PairLossResult(loss, rows, engine.gradients)
-
-
-class _Engine:
-    """One call's buffers and results."""
-
-    def __init__(self, call: LossCall, head: LinearHead, factual: Tensor, counterfactual: Tensor | None) -> None:
-        self.call, self.head, self.plan, self.kernels = call, head, call.plan, call.head_call.kernels
+    def __init__(
+        self,
+        factual: Tensor,
+        counterfactual: Tensor | None,
+        head: ChunkedHead,
+        objective: PairObjective,
+        plan: RowPlan,
+        *,
+        num_items: float | Tensor,
+        needs: Needs,
+        effect: bool,
+        token_weights: Tensor | None = None,
+    ) -> None:
+        self.head, self.objective, self.plan = head, objective, plan
+        self.num_items, self.effect, self.token_weights = num_items, effect, token_weights
         self.streams = (factual,) if counterfactual is None else (factual, counterfactual)
-        paired = counterfactual is not None
-        with_gradient = any(call.needs)
-        self.through_counterfactual = with_gradient and paired and not call.objective.counterfactual_is_constant
-        needs = call.needs if self.through_counterfactual else call.needs._replace(counterfactual=False)
-        self.with_gradient = with_gradient
+        self.paired = counterfactual is not None
+        self.with_gradient = any(needs)
+        self.through_counterfactual = self.with_gradient and self.paired and not objective.counterfactual_is_constant
+        if not self.through_counterfactual:
+            needs = needs._replace(counterfactual=False)
         self.gradients = HeadGradients(head, factual, counterfactual, needs)
         # Without an effect term the counterfactual's logits are used up by their nll, and one buffer serves both.
-        self.together = paired and (call.effect or self.through_counterfactual)
-        count = self.plan.num_rows
-        self.max_rows = call.head_call.max_rows(head, 2 if self.together else 1)
-        self.buffer = LogitsBuffer(head, 2 if self.together else 1, min(self.max_rows, max(1, count)))
-        self.stats = factual.new_empty(PAIR_STATS, count, dtype=head.dtype)
-        self.rows = factual.new_zeros(6, count, dtype=head.dtype)
+        self.together = self.paired and (effect or self.through_counterfactual)
+        self.buffer = LogitsBuffer(head, 2 if self.together else 1, plan)
+        self.stats = factual.new_empty(PAIR_STATS, plan.num_rows, dtype=head.dtype)
+        self.rows = factual.new_zeros(6, plan.num_rows, dtype=head.dtype)
 
-    def run(self) -> None:
-        whole = self.call.objective.needs_whole_sequences
-        for group in group_rows(self.plan, self.max_rows, whole_sequences=whole):
+    def run(self) -> tuple[Tensor, Tensor, HeadGradients]:
+        """The loss (scalar) and rows [6, n] for `unpack_rows`, in the compute dtype; the gradients of the inputs."""
+        whole = self.objective.needs_whole_sequences
+        for group in group_rows(self.plan, self.buffer.max_rows, whole_sequences=whole):
             self._run_group(group)
+        coefficients, pair = unpack_rows(self.rows, self.paired, self.effect)
+        loss = self.objective.token_loss(self.objective.terms(coefficients, pair)).sum()
+        return loss, self.rows, self.gradients
 
     def _run_group(self, group: RowGroup) -> None:
         for rows in group.chunks:
             chunk = self._statistics(rows)
-        call = self.call
-        own = RowResults.unpack(self.rows[:, group.rows], len(self.streams) == 2, call.effect)
-        given = None if call.token_weights is None else call.token_weights[group.rows]
-        coefficients = call.objective.coefficients(
-            own.pair, group, self.plan, call.num_items, self.kernels.row_coefficients, given
-        )
-        for target, values in zip(own.coefficients, coefficients, strict=True):
+        own, pair = unpack_rows(self.rows[:, group.rows], self.paired, self.effect)
+        given = None if self.token_weights is None else self.token_weights[group.rows]
+        fused = self.head.kernels.row_coefficients
+        coefficients = self.objective.coefficients(pair, group, self.num_items, fused, given)
+        for target, values in zip(own, coefficients, strict=True):
             target.copy_(values)
         if not self.with_gradient:
             return
         # Backwards, because the last chunk's logits still stand in the buffer.
         for rows in reversed(group.chunks):
-            if rows != group.chunks[-1]:
+            if rows != chunk.rows:
                 chunk = self._fill(rows)
-            self._gradient(chunk, rows, call.objective.gradients(RowCoefficients(*self.rows[:3, rows])))
+            self._gradient(chunk)
 
     def _statistics(self, rows: slice) -> Chunk:
         """Fill the rows' statistics and return the chunk whose logits stand in the buffer: that of the gradient."""
-        labels = self.plan.labels[rows]
+        kernels, found = self.head.kernels, self.stats[:, rows]
         if self.together:
-            chunk, found = self._fill(rows), self.stats[:, rows]
-            self.kernels.pair_stats(chunk.stream(0), chunk.stream(1), labels, found)
-            streams = 3 if self.call.effect else 2
+            chunk = self._fill(rows)
+            kernels.pair_stats(chunk.stream(0), chunk.stream(1), chunk.labels, found)
+            streams = 3 if self.effect else 2
             self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
         for stream in reversed(range(len(self.streams))):
-            chunk = self.buffer.fill(self.streams[stream : stream + 1], self.plan.rows[rows])
-            found = self.stats[3 * stream : 3 * stream + 3, rows]
-            self.kernels.token_stats(chunk.logits, labels, found)
-            self.rows[3 + stream, rows] = found[2]
+            chunk = self.buffer.fill(self.streams[stream : stream + 1], rows)
+            own = found[3 * stream : 3 * stream + 3]
+            kernels.token_stats(chunk.logits, chunk.labels, own)
+            self.rows[3 + stream, rows] = own[2]
         return chunk
 
     def _fill(self, rows: slice) -> Chunk:
-        return self.buffer.fill(self.streams if self.together else self.streams[:1], self.plan.rows[rows])
+        return self.buffer.fill(self.streams if self.together else self.streams[:1], rows)
 
-    def _gradient(self, chunk: Chunk, rows: slice, grads: RowGradients) -> None:
-        labels, head, kernels, stats = self.plan.labels[rows], self.head, self.kernels, self.stats[:, rows]
+    def _gradient(self, chunk: Chunk) -> None:
+        """Overwrite the chunk's logits with their gradient, and add what it gives to the inputs."""
+        head, kernels, stats = self.head, self.head.kernels, self.stats[:, chunk.rows]
+        grads = self.objective.gradients(RowCoefficients(*self.rows[:3, chunk.rows]))
         options = (head.softcap, head.logit_scale, head.grad_dtype)
         streams = (0, 1) if self.through_counterfactual else (0,)
         if grads.effect is not None:
             dz, _ = kernels.pair_grad_(
                 chunk.stream(0),
                 chunk.stream(1),
-                labels,
+                chunk.labels,
                 stats,
                 grads.factual,
                 grads.counterfactual,
@@ -168,9 +127,16 @@ class _Engine:
                 detach_counterfactual=not self.through_counterfactual,
             )
         else:
-            dz = kernels.token_grad_(chunk.stream(0), labels, stats[:3], grads.factual, *options)
+            dz = kernels.token_grad_(chunk.stream(0), chunk.labels, stats[:3], grads.factual, *options)
             if grads.counterfactual is None:
                 streams = (0,)
             elif self.through_counterfactual:
-                kernels.token_grad_(chunk.stream(1), labels, stats[3:6], grads.counterfactual, *options)
+                kernels.token_grad_(chunk.stream(1), chunk.labels, stats[3:6], grads.counterfactual, *options)
         chunk.add_gradient(self.gradients, dz.dtype, streams)
+
+
+def unpack_rows(rows: Tensor, paired: bool, effect: bool) -> tuple[RowCoefficients, PairNLL]:
+    """The coefficients and the nll's in `rows` [6, n]; without `paired` or `effect` that nll was not computed."""
+    weights, weighted, uniform, factual, counterfactual, difference = rows
+    pair = PairNLL(factual, counterfactual if paired else None, difference if effect else None)
+    return RowCoefficients(weights, weighted, uniform), pair

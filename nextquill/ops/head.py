@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.mixed_precision_mm import addmm_into, has_wide_mm, mm_into
-from nextquill.reference.linear import compute_dtype
+from nextquill.ops.precision import compute_dtype
 
 # A half-precision weight is cast to float32 on the CPU in slices of this size, so the cast never exists as a whole.
 _CAST_BYTES = 8 * 2**20
@@ -91,3 +91,8 @@ class LinearHead:
         for start in range(0, self.vocabulary, rows):
             stop = min(start + rows, self.vocabulary)
             yield slice(start, stop), self.weight[start:stop].to(self.dtype)
+
+
+def infinite_to_nan(hidden: Tensor) -> Tensor:
+    """NaN for ±inf: a cap would turn the logits of a broken hidden state into ±softcap, and its nll finite."""
+    return torch.nan_to_num(hidden, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.ops.fused_loss import LossCall, pair_loss
+from nextquill.ops.fused_loss import PairLossEngine
 from nextquill.ops.gradients import Needs, first_order_only, rows_dtype
 from nextquill.ops.objective_spec import decode
 from nextquill.ops.precision import autocast_off
-from nextquill.ops.registration import HeadOptions, define, nothing
+from nextquill.ops.registration import define, nothing, open_head, results_dtype
 from nextquill.ops.row_groups import plan_rows
-from nextquill.reference.linear import compute_dtype
 from nextquill.weighting import check_number
 
 
@@ -34,21 +33,42 @@ def _pair_loss(
     effect: bool,
     needs: list[bool],
     ignore_index: int,
-    *rest: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    """loss, rows [6, N] (fused_loss.RowResults), (tokens, sequences) on the host, dh1, dh0, dW, db."""
-    options = HeadOptions(*rest)
-    head_call, found = options.call(factual), decode(objective)
+    """Compute the loss, and its gradients as far as `needs` names them.
+
+    Args:
+        factual, counterfactual: hidden states [N, D].
+        weight, bias: [V, D] and [V].
+        labels, sequence_ids: [N] int64.
+        num_items: scalar, what the reduction averages over; by default what this call holds.
+        token_weights: [N], in place of the objective's weighting.
+        objective: a `PairObjective` as text, see `objective_spec`.
+        effect: compute nll_e even if the loss does not read it.
+        needs: which of dh1, dh0, dW and db are wanted.
+        options: those of the head, see `open_head`.
+
+    Returns:
+        loss (scalar); rows [6, N] for `unpack_rows`, 0 where ignored; how many tokens and sequences count, [2] int64 on
+        the host; dh1, dh0 [N, D], dW [V, D], db [V], each an empty vector where it is not wanted.
+    """
+    found = decode(objective)
     if token_weights is not None:
-        found, token_weights = found.of_given_weights(), token_weights.to(compute_dtype(options.dtype(factual)))
+        found, token_weights = found.of_given_weights(), token_weights.to(results_dtype(factual, options))
     plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0], token_weights)
-    items = _items(num_items, found.default_items(plan))
-    effect = counterfactual is not None and (effect or found.needs_effect)
     with autocast_off(factual.device):
-        head = head_call.head(weight, bias, options.dtype(factual))
-        given = None if token_weights is None else token_weights[plan.rows]
-        call = LossCall(head_call, found, plan, items, Needs(*needs), effect, given)
-        loss, compact, grads = pair_loss(call, head, factual, counterfactual)
+        # The engine goes with this statement, and with it the chunk's logits.
+        loss, compact, grads = PairLossEngine(
+            factual,
+            counterfactual,
+            open_head(factual, weight, bias, *options),
+            found,
+            plan,
+            num_items=_items(num_items, found.default_items(plan)),
+            needs=Needs(*needs),
+            effect=found.computes_effect(paired=counterfactual is not None, asked=effect),
+            token_weights=None if token_weights is None else token_weights[plan.rows],
+        ).run()
     rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
     counts = torch.tensor([plan.num_rows, plan.num_sequences])
     if needs[1] and counterfactual is not None and grads.counterfactual is None:
@@ -59,8 +79,8 @@ def _pair_loss(
 
 
 def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    factual, counterfactual, weight, bias, labels, _, _, _, _, _, needs, _, *rest = arguments
-    wide = compute_dtype(HeadOptions(*rest).dtype(factual))
+    factual, counterfactual, weight, bias, labels, _, _, _, _, _, needs, _, *options = arguments
+    wide = results_dtype(factual, options)
     loss = factual.new_empty((), dtype=wide)
     kept = (
         nothing(loss)

@@ -14,23 +14,20 @@ from torch import Tensor
 from nextquill.ops.gradients import HeadGradients, Needs, first_order_only
 from nextquill.ops.nll import head_nll, pair_gradients, token_gradients
 from nextquill.ops.precision import autocast_off
-from nextquill.ops.registration import HeadOptions, define, nothing
-from nextquill.reference.linear import compute_dtype
+from nextquill.ops.registration import define, nothing, open_head, results_dtype
 
 
 def _token_nll(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *rest: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *options: Any
 ) -> Tensor:
     """nll [N]."""
-    options = HeadOptions(*rest)
-    call = options.call(hidden)
+    head = open_head(hidden, weight, bias, *options)
     with autocast_off(hidden.device):
-        head = call.head(weight, bias, options.dtype(hidden))
-        return head_nll((hidden,), head, labels, ignore_index, call)[0]
+        return head_nll((hidden,), head, labels, ignore_index)[0]
 
 
-def _token_nll_fake(hidden: Tensor, _weight: Tensor, _bias: Any, labels: Tensor, _: int, *rest: Any) -> Any:
-    return hidden.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(hidden)))
+def _token_nll_fake(hidden: Tensor, _weight: Tensor, _bias: Any, labels: Tensor, _: int, *options: Any) -> Any:
+    return hidden.new_empty(labels.shape[0], dtype=results_dtype(hidden, options))
 
 
 def _token_nll_backward(
@@ -41,14 +38,12 @@ def _token_nll_backward(
     labels: Tensor,
     needs: list[bool],
     ignore_index: int,
-    *rest: Any,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = HeadOptions(*rest)
-    call = options.call(hidden)
+    head = open_head(hidden, weight, bias, *options)
     wanted = Needs(needs[0], False, *needs[1:])
     with autocast_off(hidden.device):
-        head = call.head(weight, bias, options.dtype(hidden))
-        grads = token_gradients(grad_nll, hidden, head, labels, ignore_index, call, wanted)
+        grads = token_gradients(grad_nll, hidden, head, labels, ignore_index, wanted)
     dh, _, dw, db = _deliver(grads, hidden, hidden, weight, bias)
     return dh, dw, db
 
@@ -65,20 +60,18 @@ def _pair_nll(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
-    *rest: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """nll of z1, z0, z1 - z0, each [N]."""
-    options = HeadOptions(*rest)
-    call = options.call(factual)
+    head = open_head(factual, weight, bias, *options)
     with autocast_off(factual.device):
-        head = call.head(weight, bias, options.dtype(factual))
-        nll = head_nll((factual, counterfactual), head, labels, ignore_index, call)
+        nll = head_nll((factual, counterfactual), head, labels, ignore_index)
     return tuple(row.clone() for row in nll)  # an operator's results share no memory
 
 
 def _pair_nll_fake(*arguments: Any) -> Any:
-    factual, _, _, _, labels, _, *rest = arguments
-    rows = factual.new_empty(labels.shape[0], dtype=compute_dtype(HeadOptions(*rest).dtype(factual)))
+    factual, _, _, _, labels, _, *options = arguments
+    rows = factual.new_empty(labels.shape[0], dtype=results_dtype(factual, options))
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
@@ -93,14 +86,12 @@ def _pair_nll_backward(
     labels: Tensor,
     needs: list[bool],
     ignore_index: int,
-    *rest: Any,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    options = HeadOptions(*rest)
-    call = options.call(factual)
+    head = open_head(factual, weight, bias, *options)
     upstream, streams = (grad_factual, grad_counterfactual, grad_effect), (factual, counterfactual)
     with autocast_off(factual.device):
-        head = call.head(weight, bias, options.dtype(factual))
-        grads = pair_gradients(upstream, streams, head, labels, ignore_index, call, Needs(*needs))
+        grads = pair_gradients(upstream, streams, head, labels, ignore_index, Needs(*needs))
     return _deliver(grads, factual, counterfactual, weight, bias)
 
 
@@ -116,18 +107,16 @@ def _pair_stats(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
-    *rest: Any,
+    *options: Any,
 ) -> Tensor:
-    options = HeadOptions(*rest)
-    call = options.call(factual)
+    head = open_head(factual, weight, bias, *options)
     with autocast_off(factual.device):
-        head = call.head(weight, bias, options.dtype(factual))
-        return head_nll((factual, counterfactual), head, labels, ignore_index, call, divergence=True)
+        return head_nll((factual, counterfactual), head, labels, ignore_index, divergence=True)
 
 
 def _pair_stats_fake(*arguments: Any) -> Any:
-    factual, _, _, _, labels, _, *rest = arguments
-    dtype = compute_dtype(HeadOptions(*rest).dtype(factual))
+    factual, _, _, _, labels, _, *options = arguments
+    dtype = results_dtype(factual, options)
     return factual.new_empty(5, labels.shape[0], dtype=dtype)
 
 

@@ -40,15 +40,7 @@ class RowCoefficients(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Per row [n]: its share of each term, before `alpha` and `anchor`; `None` where the term's nll is absent."""
-
-    factual: Tensor
-    effect: Tensor | None
-    counterfactual: Tensor | None
-
-
-class RowGradients(NamedTuple):
-    """Per row [n]: the upstream gradient of each nll; `None` is zero."""
+    """Per row [n], one number for each term of the loss, named after the nll in it; `None` where there is none."""
 
     factual: Tensor
     effect: Tensor | None
@@ -90,6 +82,10 @@ class PairObjective:
         """Whether the loss itself reads nll_e: it has that term, or the weighting may look at it."""
         return self.alpha > 0 or bool(getattr(self.weighting, "reads_effect", True))
 
+    def computes_effect(self, *, paired: bool, asked: bool) -> bool:
+        """Whether nll_e is computed: there are two streams, and the loss reads it or the caller asks for it."""
+        return paired and (asked or self.needs_effect)
+
     @property
     def counterfactual_is_constant(self) -> bool:
         return self.detach_counterfactual or (self.alpha == 0 and self.anchor == 0)
@@ -113,28 +109,26 @@ class PairObjective:
         self,
         pair: PairNLL,
         group: RowGroup,
-        plan: RowPlan,
         num_items: float | Tensor,
         fused: Callable[..., None] | None = None,
         given: Tensor | None = None,
     ) -> RowCoefficients:
-        """Coefficients of a group's rows, given their nll's; nothing here waits for the device.
+        """Coefficients of a group's n rows, given their nll's [n]; nothing here waits for the device.
 
         Args:
+            num_items: what the reduction averages over in the whole batch (sequences, tokens or micro-batches): a
+                number, or a tensor of one on the rows' device.
             fused: a kernel that computes the published weightings and their normalisation in one pass over whole
                 sequences; without it the same is done by elementwise operations.
-            given: the rows' weights, in place of the weighting's.
+            given: the rows' weights [n], in place of the weighting's.
         """
         scheme = None if given is not None or group.sequences is None else _scheme(self.weighting)
-        if fused is not None and group.sequences is not None and scheme is not None:
-            offsets = plan.offsets[group.sequences.start : group.sequences.stop + 1]
-            out = pair.factual.new_empty(3, group.stop - group.start)
-            if isinstance(num_items, Tensor) and num_items.device != out.device:
-                num_items = float(num_items)  # on the host already: nothing waits
+        if fused is not None and scheme is not None:
+            out = pair.factual.new_empty(3, pair.factual.numel())
             fused(
                 pair.factual,
                 pair.counterfactual,
-                offsets,
+                group.offsets,
                 **scheme,
                 normalize=self.normalize_weights,
                 per_token=self.reduction == "token",
@@ -142,22 +136,24 @@ class PairObjective:
                 out=out,
             )
             return RowCoefficients(*out)
-        weights = self._weights(pair, group, plan) if given is None else given
+        weights = self._weights(pair, group) if given is None else given
         if self.reduction == "token":
             counts = totals = torch.ones_like(weights)
         else:
-            counts = plan.sequence_lengths(group.rows).to(weights.dtype)
-            totals = _sequence_sums(weights, plan, group) if self.normalize_weights else counts
+            counts = group.plan.sequence_lengths(group.rows).to(weights.dtype)
+            totals = _sequence_sums(weights, group.offsets) if self.normalize_weights else counts
         return RowCoefficients(weights, weights / (totals * num_items), 1.0 / (counts * num_items))
 
-    def gradients(self, coefficients: RowCoefficients) -> RowGradients:
-        return RowGradients(
+    def gradients(self, coefficients: RowCoefficients) -> RowTerms:
+        """The upstream gradient of each nll; `None` is zero."""
+        return RowTerms(
             coefficients.weighted,
             self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
             coefficients.uniform * self.anchor if self.anchor > 0 else None,
         )
 
     def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
+        """Each row's share of each term, before `alpha` and `anchor`; `None` where the term's nll is absent."""
         return RowTerms(
             coefficients.weighted * pair.factual,
             None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
@@ -165,7 +161,7 @@ class PairObjective:
         )
 
     def token_loss(self, terms: RowTerms) -> Tensor:
-        """Each row's share of the loss."""
+        """Each row's share of the loss [n], from its shares of the terms."""
         total = terms.factual
         # A term with factor 0 is left out, not multiplied by 0: its nll may be infinite.
         if self.alpha > 0 and terms.effect is not None:
@@ -177,16 +173,15 @@ class PairObjective:
     def _effect_factor(self, coefficients: RowCoefficients) -> Tensor:
         return coefficients.weighted if self.weighted_effect else coefficients.uniform
 
-    def _weights(self, pair: PairNLL, group: RowGroup, plan: RowPlan) -> Tensor:
+    def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
         if type(self.weighting) not in PUBLISHED_WEIGHTINGS:
             # A caller's function may work in place on what it is given; what it is given here is the engine's memory.
             pair = PairNLL(*(None if t is None else t.clone() for t in pair))  # type: ignore[arg-type]
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
-        assert group.sequences is not None
         pieces = [
             PairNLL(*(None if t is None else t[rows] for t in pair))  # type: ignore[arg-type]
-            for rows in _sequence_slices(plan.lengths[group.sequences])
+            for rows in _sequence_slices(group.lengths)
         ]
         return torch.cat([_checked_weights(self.weighting(piece), piece) for piece in pieces])
 
@@ -227,10 +222,9 @@ def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
     return slices
 
 
-def _sequence_sums(weights: Tensor, plan: RowPlan, group: RowGroup) -> Tensor:
-    """Σ w of each row's sequence; 1 where it is exactly 0, so that all-zero weights give 0 and not 0/0."""
-    assert group.sequences is not None
-    sizes = plan.offsets[group.sequences.start : group.sequences.stop + 1].diff()
+def _sequence_sums(weights: Tensor, offsets: Tensor) -> Tensor:
+    """Σ w of each row's sequence [n]; 1 where it is exactly 0, so that all-zero weights give 0 and not 0/0."""
+    sizes = offsets.diff()
     # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA. In float32 that order loses 2e-5
     # of the sum of 2,048 weights, and 3e-4 of 32,768.
     sums = torch.segment_reduce(weights.double(), "sum", lengths=sizes, unsafe=True).to(weights.dtype)

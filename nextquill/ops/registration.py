@@ -1,45 +1,52 @@
 """How an operator is made known to PyTorch: schema, fake shapes, autograd, and autocast as one argument.
 
-Every operator ends with the same five options of the output head. The last, `product_dtype`, is the dtype in which
-hidden states and weight meet: None for their own. Under autocast the registered kernel fills it in and leaves the
-inputs as they are, so that the gradient of a float32 master weight is never rounded to half precision on its way.
+Every operator ends with the same five options of the output head, which `open_head` names. The last, `product_dtype`,
+is the dtype in which hidden states and weight meet: None for their own. Under autocast the registered kernel fills it
+in and leaves the inputs as they are, so that the gradient of a float32 master weight is never rounded to half precision
+on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextquill.ops.chunks import HeadCall
+from nextquill.ops.chunks import ChunkedHead
 from nextquill.ops.dispatch import resolve_impl
-from nextquill.ops.precision import autocast_off, product_dtype
-from nextquill.reference.linear import compute_dtype
+from nextquill.ops.precision import autocast_off, autocast_product_dtype, compute_dtype
 
 _OPTIONS = "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, ScalarType? product_dtype"
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 _library = torch.library.Library("nextquill", "FRAGMENT")
 
 
-class HeadOptions(NamedTuple):
-    """The last five arguments of every operator, in the schema's order."""
+def open_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+    chunk_bytes: int | None,
+    product_dtype: torch.dtype | None,
+) -> ChunkedHead:
+    """The head that an operator computes with: weight [V, D] and bias [V] in the dtype in which `hidden` meets them.
 
-    softcap: float | None
-    logit_scale: float
-    impl: str
-    chunk_bytes: int | None = None
-    product_dtype: torch.dtype | None = None
+    Raises:
+        BackendUnavailableError: `impl` cannot run on `hidden`'s device, or not in its dtype.
+    """
+    dtype = product_dtype or hidden.dtype
+    kernels = resolve_impl(impl, hidden.device, compute_dtype(dtype))
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return ChunkedHead(weight, bias, softcap, logit_scale, kernels=kernels, chunk_bytes=chunk_bytes)
 
-    def dtype(self, hidden: Tensor) -> torch.dtype:
-        """The dtype in which `hidden` meets the weight."""
-        return self.product_dtype or hidden.dtype
 
-    def call(self, hidden: Tensor) -> HeadCall:
-        """The kernels and head options for `hidden`'s device and dtype."""
-        kernels = resolve_impl(self.impl, hidden.device, compute_dtype(self.dtype(hidden)))
-        return HeadCall(kernels, self.softcap, self.logit_scale, self.chunk_bytes)
+def results_dtype(hidden: Tensor, options: Sequence[Any]) -> torch.dtype:
+    """The dtype of an operator's results, `ChunkedHead.dtype`, from its last five arguments."""
+    return compute_dtype(options[-1] or hidden.dtype)
 
 
 def define(
@@ -67,7 +74,7 @@ def _autocast_kernel(operator: Any, device: torch.device, product: tuple[int, ..
     def kernel(*arguments: Any) -> Any:
         *others, dtype = arguments
         factors = [arguments[index] for index in product if arguments[index] is not None]
-        dtype = dtype or product_dtype(device.type, factors)
+        dtype = dtype or autocast_product_dtype(device.type, factors)
         with autocast_off(device):
             return operator(*others, dtype)
 

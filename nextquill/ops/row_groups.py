@@ -57,20 +57,32 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows [start, stop) of a plan, computed in `chunks`.
+    """n neighbouring rows of a plan, whose coefficients are computed together.
 
-    `sequences` are those it holds whole, as a slice into the plan's; None where it cuts them, which is allowed only if
-    rows do not depend on one another.
+    Attributes:
+        plan: the whole plan.
+        rows: which rows of it.
+        sequences: those it holds whole, as a slice into the plan's; None where it cuts them, which is allowed only if
+            rows do not depend on one another.
+        chunks: `rows` in pieces whose logits fit the budget.
     """
 
-    start: int
-    stop: int
+    plan: RowPlan
+    rows: slice
     sequences: slice | None
     chunks: tuple[slice, ...]
 
     @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
+    def offsets(self) -> Tensor:
+        """[S + 1] int64: where its whole sequences begin and end among the plan's rows."""
+        assert self.sequences is not None
+        return self.plan.offsets[self.sequences.start : self.sequences.stop + 1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each of its whole sequences, on the host."""
+        assert self.sequences is not None
+        return self.plan.lengths[self.sequences]
 
 
 def plan_rows(
@@ -148,16 +160,17 @@ def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterat
     """
     if not whole_sequences and plan.num_rows > max_rows:
         for piece in split_rows(0, plan.num_rows, max_rows):
-            yield RowGroup(piece.start, piece.stop, None, (piece,))
+            yield RowGroup(plan, piece, None, (piece,))
         return
     start = stop = first = 0
     for index, length in enumerate(plan.lengths):
         if index > first and stop + length - start > max_rows:
-            yield RowGroup(start, stop, slice(first, index), _largest_last(start, stop, max_rows))
+            yield RowGroup(plan, slice(start, stop), slice(first, index), _largest_last(start, stop, max_rows))
             start, first = stop, index
         stop += length
     if stop > start:
-        yield RowGroup(start, stop, slice(first, plan.num_sequences), _largest_last(start, stop, max_rows))
+        last = slice(first, plan.num_sequences)
+        yield RowGroup(plan, slice(start, stop), last, _largest_last(start, stop, max_rows))
 
 
 def _largest_last(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:

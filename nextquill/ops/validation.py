@@ -21,9 +21,9 @@ class HeadInputs:
     """Validated inputs with the leading dimensions of the hidden states and labels flattened.
 
     Attributes:
-        factual: [N, D] hidden states with the history.
+        factual: [N, D] hidden states with the history, floating.
         counterfactual: [N, D] without it, or None for a single-stream operator.
-        weight, bias: [V, D] and [V] or None.
+        weight, bias: [V, D] and [V] or None, in the hidden states' dtype except under autocast.
         labels: [N] int64.
         shape: the labels' original shape.
     """

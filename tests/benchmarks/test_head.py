@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import cases, environment, gate, head, measure, memory, plot, registry, table
+from benchmarks import cases, environment, gate, head, measure, memory, plot, table
 from benchmarks.cases import FORWARD, FROZEN, TRAINABLE, TRAINING, Shape, Task
 from benchmarks.peers import cce, compose, liger, ours, plain, torch_lce
-from benchmarks.registry import Provider, ProviderError
+from benchmarks.provider import Provider, ProviderError
 from nextquill.ops import mixed_precision_mm as wide
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_why_a_provider_is_missing(monkeypatch):
     assert ours.missing("triton", CPU) == "needs a GPU"
     assert ours.missing("native", cuda) == "runs on a CPU"
     assert ours.missing("torch", CPU) is None
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert liger.PROVIDER.missing(cuda) == "liger-kernel is not installed"
     assert cce.PROVIDER.missing(cuda) == "cut-cross-entropy is not installed"
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)

@@ -106,8 +106,8 @@ def twin(
     rows = torch.arange(n, device=nll1.device)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=nll1.device)
     plan = RowPlan(rows=rows, labels=rows, offsets=offsets, lengths=lengths)
-    group = RowGroup(start=0, stop=n, sequences=slice(0, len(lengths)), chunks=(slice(0, n),))
-    return objective.coefficients(PairNLL(nll1, nll0, None), group, plan, num_items, fused)
+    group = RowGroup(plan=plan, rows=slice(0, n), sequences=slice(0, len(lengths)), chunks=(slice(0, n),))
+    return objective.coefficients(PairNLL(nll1, nll0, None), group, num_items, fused)
 
 
 @by_scheme

@@ -50,12 +50,12 @@ def test_groups_cover_the_plan_and_cut_only_what_does_not_fit(lengths, max_rows,
     covered = [row for group in groups for chunk in group.chunks for row in range(chunk.start, chunk.stop)]
     assert covered == list(range(len(ids)))
     for group in groups:
-        assert (group.chunks[0].start, group.chunks[-1].stop) == (group.start, group.stop)
+        assert slice(group.chunks[0].start, group.chunks[-1].stop) == group.rows
         assert all(chunk.stop - chunk.start <= max_rows for chunk in group.chunks)
         if whole or len(ids) <= max_rows:
-            own = plan.lengths[group.sequences]
-            assert sum(own) == group.stop - group.start
-            assert plan.offsets[group.sequences.start] == group.start
+            own = group.lengths
+            assert sum(own) == group.rows.stop - group.rows.start
+            assert group.offsets[0] == group.rows.start
             assert len(group.chunks) == 1 or len(own) == 1, "only a lone long sequence is cut"
         else:
             assert group.sequences is None

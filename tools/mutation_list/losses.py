@@ -20,8 +20,8 @@ MUTATIONS = (
     Mutation(
         "losses-micro-batch",
         "nextquill/losses.py",
-        'return _Call(inputs, None if self.reduction == "micro_batch" else ids, items, weights)',
-        "return _Call(inputs, ids, items, weights)",
+        'sequence_ids=None if self.reduction == "micro_batch" else ids,',
+        "sequence_ids=ids,",
         "reduction='micro_batch' normalises by sequence",
     ),
     Mutation(
@@ -97,8 +97,8 @@ MUTATIONS = (
     Mutation(
         "ops-chunk-budget",
         "nextquill/ops/chunks.py",
-        "budget // (streams * _row_stride(head.vocabulary) * head.dtype.itemsize)",
-        "budget // (_row_stride(head.vocabulary) * head.dtype.itemsize)",
+        "budget // (streams * _row_stride(self.vocabulary) * self.dtype.itemsize)",
+        "budget // (_row_stride(self.vocabulary) * self.dtype.itemsize)",
         "two streams take twice chunk_bytes",
     ),
     Mutation(
