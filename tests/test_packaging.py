@@ -106,7 +106,8 @@ def test_sdist_can_be_worked_on(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {PurePosixPath(each.name).relative_to(f"nextquill-{nextquill.__version__}") for each in archive}
-    files = "pyproject.toml README.md LICENSE CONTRIBUTING.md Makefile constraints.txt tests/test_packaging.py"
+    files = "pyproject.toml README.md LICENSE CONTRIBUTING.md Makefile constraints.txt"
+    files += " tests/test_packaging.py benchmarks/run.py demos/kit/run.py"
     assert {PurePosixPath(each) for each in files.split()} <= names
     assert PurePosixPath("kernels/__init__.py") not in names
     assert not {each for each in names if each.suffix == ".pyc" or ".venv" in each.parts}
@@ -148,7 +149,9 @@ def test_constraints_pin_every_dependency_within_its_range(metadata: Message) ->
 
 
 _AT_WORK = """
+import contextlib
 import importlib.metadata
+import io
 from pathlib import Path
 import torch
 import nextquill as nq
@@ -168,6 +171,9 @@ assert loss.isfinite() and all(tensor.grad.abs().sum() > 0 for tensor in (with_h
 assert installed.version == nq.__version__
 (command,) = installed.entry_points.select(group="console_scripts")
 assert command.name == "nextquill" and callable(command.load())
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert command.load()(["demo"]) == 2
+assert said.getvalue().startswith("nextquill: demo: the demos are part of the source tree, not of an installed package")
 print("done")
 """
 

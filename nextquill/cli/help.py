@@ -44,7 +44,6 @@ _HEADINGS = {
     "PopiPairs": "data",
     "PopiEvaluateOptions": "measures and output",
     "PopiExportOptions": "options",
-    "PopiDemoOptions": "options",
     "TrainingArguments": "transformers' TrainingArguments",
 }
 #: Flags of TrainingArguments shown, and explained, where a reader looks for them.

@@ -68,14 +68,14 @@ MUTATIONS = (
     ),
     Mutation(
         "demo-placebo",
-        "nextquill/demo/world.py",
+        "demos/losses/world.py",
         "return histories[1:] + histories[:1]",
         "return histories",
         "the demo's placebo is the user's own history",
     ),
     Mutation(
         "demo-personal-marks",
-        "nextquill/demo/world.py",
+        "demos/losses/world.py",
         "tuple(word in personal_fills for word in RESPONSE_TEMPLATE)",
         "tuple(word in fills for word in RESPONSE_TEMPLATE)",
         "the demo measures the items' facts and calls them personal",
