@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "summaries": "Show, edit or delete users' summaries.",
     "evaluate": "Does the generator side with its user: without context, with signals, with the summary?",
     "export": "Write prompts with summaries for a model behind an API.",
-    "demo": "Train on synthetic users with hidden preferences, and see what summaries say (CPU, minutes).",
+    "demo": "Train on synthetic users with hidden preferences, and see what summaries say (in a checkout).",
 }
 
 
