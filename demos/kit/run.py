@@ -35,16 +35,15 @@ class DemoReport:
     Args:
         findings: The sentences, in reading order.
         page: The page; the findings come to it, and seeds and versions to its footer.
-        record: What `results.json` holds between the recipe and the versions, the findings among it.
+        record: What `results.json` holds between the recipe and the versions, the findings among it. Its `rows`, if it
+            has any, are the lines of `results.csv`.
         printed: How many of the page's tables are printed too.
-        rows: The lines of `results.csv`; without any there is no such file.
     """
 
     findings: Sequence[Finding]
     page: Page
     record: Mapping[str, Any]
     printed: int
-    rows: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,11 @@ def _contents(
         "demo.html": render_page(page),
         "results.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
-    if report.rows:
+    if rows := report.record.get("rows"):
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(report.rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(report.rows)
+        writer.writerows(rows)
         found["results.csv"] = buffer.getvalue()
     return found
 

@@ -83,14 +83,12 @@ class RowTable:
     """Look-up of a run's rows: one value for each seed, in the order of the seeds."""
 
     def __init__(self, rows: Sequence[LossRow]) -> None:
-        self._rows: dict[tuple[str, int], list[LossRow]] = {}
-        for row in rows:
-            self._rows.setdefault((row.method, row.step), []).append(row)
+        self._rows = rows
         self.methods = list(dict.fromkeys(row.method for row in rows if row.method != BASE))
 
     def values(self, method: str, step: int, metric: str) -> list[Any]:
         """A metric in each seed."""
-        return [getattr(row, metric) for row in self._rows[method, step]]
+        return [getattr(row, metric) for row in self._rows if (row.method, row.step) == (method, step)]
 
     def spread(self, method: str, step: int, metric: str) -> Spread:
         """The mean and the range of these."""

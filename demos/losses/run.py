@@ -14,6 +14,8 @@ from demos.losses.training import SFT, make_contestants, phase_c_steps, train_ba
 from demos.losses.world import LossWorld
 from nextquill.report.progress import Progress
 
+BEFORE_C = ("seed", "reading_steps", "reading_accuracy")
+
 
 def measure(recipe: LossRecipe, seed: int, progress: Progress) -> LossRun:
     """Train the base, and from it every contestant; all are measured at every checkpoint."""
@@ -40,11 +42,14 @@ def report(recipe: LossRecipe, runs: Sequence[LossRun]) -> DemoReport:
     rows = [row for run in runs for row in run.rows]
     table = RowTable(rows)
     findings, timing = find(table, recipe, runs), timing_note(table, recipe)
-    records = [asdict(row) for row in rows]
-    before_c = [{name: getattr(run, name) for name in ("seed", "reading_steps", "reading_accuracy")} for run in runs]
-    record = {"seed_runs": before_c, "findings": as_records(findings), "rows": records, "timing": timing}
+    record = {
+        "seed_runs": [{name: getattr(run, name) for name in BEFORE_C} for run in runs],
+        "findings": as_records(findings),
+        "rows": [asdict(row) for row in rows],
+        "timing": timing,
+    }
     whole = page(recipe, table, runs, timing)
-    return DemoReport(findings, whole, record, printed=len(whole.tables), rows=records)
+    return DemoReport(findings, whole, record, printed=len(whole.tables))
 
 
 #: `seed`, `seeds`, `steps` and `long_steps` are its settings; the losses are compared after both numbers of steps.

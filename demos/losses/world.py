@@ -27,44 +27,42 @@ from dataclasses import dataclass
 SHOW_PROBABILITY = 0.6
 PAST_REVIEWS = 3
 
+
+def _lists(**words: str) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(text.split()) for name, text in words.items()}
+
+
 # Slot -> its words. The first is the plain word; the other eleven are habits.
-SLOTS: dict[str, tuple[str, ...]] = {
-    slot: tuple(words.split())
-    for slot, words in {
-        "greeting": "hello hi hey howdy greetings ahoy yo welcome salutations morning evening friends",
-        "unit": "days hours weeks months nights mornings weekends lunches trips seasons commutes parties",
-        "intensifier": "quite very really extremely insanely truly remarkably super utterly awfully seriously so",
-        "adjective": "good great lovely superb solid charming brilliant splendid neat fantastic wicked decent",
-        "connector": "and plus yet but though while besides meanwhile also still however because",
-        "topic": "quality price comfort weight finish packaging sound battery smell texture design warranty",
-        "audience": "family kids wife husband cat dog mum dad boss neighbour roommate grandma",
-        "sign_off": "thanks cheers regards bye ciao hugs best kisses sincerely later adieu respectfully",
-    }.items()
-}
-
+SLOTS = _lists(
+    greeting="hello hi hey howdy greetings ahoy yo welcome salutations morning evening friends",
+    unit="days hours weeks months nights mornings weekends lunches trips seasons commutes parties",
+    intensifier="quite very really extremely insanely truly remarkably super utterly awfully seriously so",
+    adjective="good great lovely superb solid charming brilliant splendid neat fantastic wicked decent",
+    connector="and plus yet but though while besides meanwhile also still however because",
+    topic="quality price comfort weight finish packaging sound battery smell texture design warranty",
+    audience="family kids wife husband cat dog mum dad boss neighbour roommate grandma",
+    sign_off="thanks cheers regards bye ciao hugs best kisses sincerely later adieu respectfully",
+)
 # Fact -> its possible words.
-FACTS: dict[str, tuple[str, ...]] = {
-    fact: tuple(words.split())
-    for fact, words in {
-        "maker": "acme borealis cobalt dynamo everest fulcrum granite halcyon indigo juniper kestrel lumen",
-        "colour": "red teal amber ivory navy olive coral violet beige crimson silver black",
-        "material": "oak steel glass bamboo ceramic leather copper wool marble linen rubber cork",
-        "place": "oslo lima cairo kyoto quito porto delhi turin accra perth leeds hanoi",
-    }.items()
-}
+FACTS = _lists(
+    maker="acme borealis cobalt dynamo everest fulcrum granite halcyon indigo juniper kestrel lumen",
+    colour="red teal amber ivory navy olive coral violet beige crimson silver black",
+    material="oak steel glass bamboo ceramic leather copper wool marble linen rubber cork",
+    place="oslo lima cairo kyoto quito porto delhi turin accra perth leeds hanoi",
+)
 
-_OLD_ITEMS = """
+OLD_ITEMS, NEW_ITEMS = _lists(
+    old="""
     kettle lamp chair table blanket pillow teapot skillet radio camera backpack umbrella jacket scarf mug bottle clock
     mirror rug vase basket broom bucket candle curtain desk drawer fan fork funnel grater hammer iron jar kite ladder
     mat mixer nail notebook opener paddle pan pen piano plate pot rack razor ruler saddle saw shelf shovel sofa spoon
     stool tent toaster tray
-"""
-_NEW_ITEMS = """
+    """,
+    new="""
     violin telescope sledge hammock lantern compass drone anvil easel globe harmonica keyboard loom microscope necklace
     oven printer quilt router sandal tripod ukulele visor wagon
-"""
-OLD_ITEMS: tuple[str, ...] = tuple(_OLD_ITEMS.split())
-NEW_ITEMS: tuple[str, ...] = tuple(_NEW_ITEMS.split())
+    """,
+).values()
 
 # In braces: a slot, a fact, or the item.
 _TEMPLATE = """
@@ -152,10 +150,10 @@ class LossWorld:
 
     def _new_user(self) -> Reviewer:
         """A user whose combination of habits no dev or test user has."""
-        user = _draw_user(self._rng)
-        while user in self._taken:
-            user = _draw_user(self._rng)
-        return user
+        while True:
+            user = Reviewer(tuple(self._rng.choice(words[1:]) for words in SLOTS.values()))
+            if user not in self._taken:
+                return user
 
     def _example(self, user: Reviewer, items: Sequence[Item], habit_probability: float = 1.0) -> Example:
         item = self._rng.choice(items)
@@ -174,10 +172,6 @@ def histories_of_others(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     """For each example the history of the next one: the placebo. (Two users may share a habit, about 1 in 11 slots.)"""
     histories = [example.history for example in examples]
     return histories[1:] + histories[:1]
-
-
-def _draw_user(rng: random.Random) -> Reviewer:
-    return Reviewer(tuple(rng.choice(words[1:]) for words in SLOTS.values()))
 
 
 def _draw_item(name: str, rng: random.Random) -> Item:

@@ -33,7 +33,7 @@ from nextquill.popi.summarizing import summarize
 from nextquill.popi.users import Draw, held_out
 from nextquill.report.progress import Progress
 
-NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
+CONTEXTS = NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
     "no context",
     "raw signals",
     "raw signals, same generator",
@@ -42,7 +42,6 @@ NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
     "another user's summary",
     "true preferences",
 )
-CONTEXTS = (NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH)
 #: Contexts that are summaries by a model.
 WRITTEN = (BEFORE, SUMMARY, PLACEBO)
 

@@ -105,20 +105,12 @@ class Prompts:
 
 def train_base(world: PreferenceWorld, prompts: Prompts, recipe: PopiRecipe, seed: int, progress: Progress) -> Any:
     """A model that reads and writes this world's texts."""
-    size = ScratchSize(
-        vocabulary=len(prompts.tokenizer),
-        hidden_size=recipe.hidden_size,
-        layers=recipe.layers,
-        heads=recipe.hidden_size // 32,
-        intermediate_size=3 * recipe.hidden_size,
-        positions=1024,
-    )
-    end, pad = prompts.tokenizer.eos_token_id, prompts.tokenizer.pad_token_id
+    tokenizer, width = prompts.tokenizer, recipe.hidden_size
+    size = ScratchSize(len(tokenizer), width, recipe.layers, width // 32, intermediate_size=3 * width, positions=1024)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = build_base(size, seed, weight_scale=recipe.weight_scale, eos_token_id=end, pad_token_id=pad)
-    learner, rng = (
-        Learner(model.parameters(), recipe.base_learning_rate),
-        random.Random(f"nextquill popi demo base {seed}"),
-    )
+    learner = Learner(model.parameters(), recipe.base_learning_rate)
+    rng = random.Random(f"nextquill popi demo base {seed}")
     for step in range(recipe.base_steps):
         users = [_summary_example(world.train_preferences, prompts, recipe, rng) for _ in range(recipe.base_users)]
         requests = [_request_example(prompts, recipe, rng) for _ in range(recipe.base_requests)]

@@ -81,16 +81,15 @@ class PreferenceWorld:
     def __init__(self, seed: int, recipe: PopiRecipe) -> None:
         self._rng = random.Random(f"nextquill popi demo {seed}")
         test, train = self.test_preferences, self.train_preferences = _split(self._rng)
-        self.train = [
-            self._user(f"{seed}-train-{i}", train[i % len(train)], recipe.train_pairs)
-            for i in range(recipe.train_users)
-        ]
-        self.test = [
-            self._user(f"{seed}-test-{i}", test[i % len(test)], recipe.test_pairs) for i in range(recipe.test_users)
-        ]
+        self.train = self._users(f"{seed}-train", train, recipe.train_users, recipe.train_pairs)
+        self.test = self._users(f"{seed}-test", test, recipe.test_users, recipe.test_pairs)
 
-    def _user(self, user_id: str, preferences: Preferences, count: int) -> KnownUser:
-        return KnownUser(User(user_id, tuple(draw_pairs(preferences, count, self._rng))), preferences)
+    def _users(self, name: str, preferences: Sequence[Preferences], count: int, pairs: int) -> list[KnownUser]:
+        chosen = [preferences[i % len(preferences)] for i in range(count)]
+        return [
+            KnownUser(User(f"{name}-{i}", tuple(draw_pairs(each, pairs, self._rng))), each)
+            for i, each in enumerate(chosen)
+        ]
 
 
 def draw_pairs(preferences: Preferences, count: int, rng: random.Random) -> list[Pair]:
