@@ -29,8 +29,9 @@ def test_an_output_folder_that_is_a_file(nextquill, tmp_path, command):
     assert "is a file" in result.err
 
 
-@pytest.mark.parametrize("words", ["demo", "demo --help", "popi demo --quick"])
+@pytest.mark.parametrize("words", ["demo --quick", "demo --help", "popi demo --quick"])
 def test_an_installed_wheel_says_where_the_demos_are(nextquill, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(package, "__file__", str(tmp_path / "site-packages" / "nextquill" / "__init__.py"))
     result = nextquill(*words.split())
     assert (result.code, result.out) == (USAGE, "")
