@@ -1,12 +1,12 @@
 # Every target makes the virtual environment it needs first; a second run starts at once.
 #
 #   make setup   everything a contributor needs        make bench      the benchmarks (BENCH_ARGS="...")
-#   make demo    the demo (DEMO_ARGS="...")            make docs       the documentation, into site/
+#   make demo    the demo (DEMO_ARGS="...")            make popi-demo  the demo of POPI
 #   make test    the tests (TEST_ARGS="...")           make test-slow  the tests left out by default
 #   make lint    ruff and mypy                         make format     ruff's formatter and safe fixes
 #   make test-numerics  the numerical tests, as on another processor (PROCESSOR=avx2, THREADS=3)
 #   make native  the C++ extension for CPUs, where there is a compiler; tests and benchmarks build it too
-#   make clean   remove the environment and caches
+#   make docs    the documentation, into site/         make clean      remove the environment and caches
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment, JOBS=4 the number of test processes.
 
@@ -28,7 +28,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-numerics lint format bench docs native clean
+.PHONY: help setup demo popi-demo test test-slow test-numerics lint format bench docs native clean
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
 
@@ -42,6 +42,9 @@ setup: $(READY)-dev
 
 demo: $(READY)-cli
 	$(VENV)/bin/nextquill demo $(DEMO_ARGS)
+
+popi-demo: $(READY)-cli
+	$(VENV)/bin/nextquill popi demo $(DEMO_ARGS)
 
 # Half of a single file's time would go into starting workers: conftest.py then takes none.
 PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal

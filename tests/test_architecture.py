@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = ("nextquill", "kernels/nextquill_kernels")
+LIBRARY = ("nextquill", "kernels/nextquill_kernels", "demos")
 
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
 _VALUES = frozenset({"errors", "outputs", "weighting"})
@@ -39,11 +39,13 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": _BELOW_MODELS,
     "evaluation": _MODELS,
     "training": _MODELS | {"evaluation"},
-    "popi": _MODELS | {"evaluation", "training", "lazy", "report"},
-    "demo": _MODELS | {"evaluation", "training", "lazy", "report", "nextquill"},
+    "popi": _MODELS | {"evaluation", "training", "lazy"},
+    "demo": frozenset(),  # says where its modules are now
     "comparison": _MODELS | {"evaluation", "training"},
     "report": frozenset({"errors", "storage", "evaluation", "comparison"}),
-    "cli": _MODELS | {"evaluation", "training", "popi", "demo", "comparison", "report", "nextquill"},
+    "cli": _MODELS | {"evaluation", "training", "popi", "comparison", "report", "nextquill"},
+    # Beside the package, which never imports them but by `nextquill.cli.checkout`.
+    "demos": _MODELS | {"evaluation", "training", "popi", "report"},
 }
 # For type checkers only: `nextquill.NextQuillTrainer` is imported on first use.
 MAY_NAME_AS_TYPE = {"nextquill": frozenset({"models", "training"})}
@@ -60,17 +62,17 @@ MAY_USE: dict[str, frozenset[str]] = {
     "nextquill_kernels": _TORCH | {"triton"},
     "ops": _TORCH | {"nextquill_ext"},
     "tree": _TORCH | {"flash_attn"},
-    "errors": frozenset(),
+    **dict.fromkeys(("errors", "demo"), frozenset()),
     "data": _TORCH | {"jinja2", "numpy", "pyarrow"} | _RETRIEVAL | HUGGING_FACE,
     "report": frozenset({"matplotlib", "rich", "tqdm"}),
-    **dict.fromkeys(("popi", "demo", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
+    **dict.fromkeys(("popi", "demos", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
     "evaluation": _TORCH | {"numpy", "vllm"} | _TOOLS | HUGGING_FACE,
     "training": _TORCH | {"numpy", "tqdm"} | HUGGING_FACE,
     # ZeRO-3 partitions weights, which are gathered to be probed.
     "models": _TORCH | {"deepspeed"} | HUGGING_FACE,
 }
 # These import Hugging Face packages inside functions only.
-HUGGING_FACE_ON_USE = frozenset({"data", "demo"})
+HUGGING_FACE_ON_USE = frozenset({"data"})
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Import:
         top, *rest = self.target.split(".")
         if top == "nextquill":
             return rest[0] if rest and rest[0] in MAY_IMPORT else "nextquill"
-        return top if top == "nextquill_kernels" else None
+        return top if top in ("nextquill_kernels", "demos") else None
 
 
 class _Imports(ast.NodeVisitor):
@@ -161,7 +163,7 @@ def circle_below(root: Path) -> list[str]:
         ".".join(names[:-1] if names[-1] == "__init__" else names): [
             target for target, _, on_import, _ in imports.found if on_import
         ]
-        for _, names, imports in modules_below(root, *LIBRARY, "benchmarks", "demos")
+        for _, names, imports in modules_below(root, *LIBRARY, "benchmarks")
     }
 
     def module(target: str) -> str:
@@ -216,8 +218,8 @@ def test_graph_was_read_from_the_real_package() -> None:
 def test_graph_points_one_way() -> None:
     assert {part for targets in MAY_IMPORT.values() for part in targets} <= MAY_IMPORT.keys()
     order = list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
-    parts = ["losses", "models", "training", "demo", "cli"]
-    assert sorted(parts, key=order.index) == parts
+    for parts in (["losses", "models", "training", "popi", "cli"], ["training", "popi", "demos"]):
+        assert sorted(parts, key=order.index) == parts
 
 
 def test_kernels_folder_is_not_importable_under_that_name() -> None:
@@ -226,15 +228,12 @@ def test_kernels_folder_is_not_importable_under_that_name() -> None:
 
 
 def classes_below(root: Path) -> dict[str, list[str]]:
-    """Where each class name is defined in `root/nextquill` and `root/kernels`; the demos have worlds of their own."""
+    """Where each class name of the library is defined."""
     found: dict[str, list[str]] = {}
-    for path in sorted([*root.glob("nextquill/**/*.py"), *root.glob("kernels/**/*.py")]):
-        place = path.relative_to(root).as_posix()
-        if place.startswith(("nextquill/demo/", "nextquill/popi/demo/")):
-            continue
+    for path, _, _ in modules_below(root, *LIBRARY):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))):
             if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(f"{place}:{node.lineno}")
+                found.setdefault(node.name, []).append(f"{path.relative_to(root)}:{node.lineno}")
     return found
 
 
@@ -294,12 +293,13 @@ PLANTED = {
         "try:\n    import datasets\nexcept ImportError:\n    datasets = None",
         "data must import datasets inside the function that uses it",
     ),
-    "models-import-demo": (
-        "nextquill/models/x.py",
-        "import nextquill.demo",
-        "models must not import demo",
+    "package-imports-demos": ("nextquill/models/x.py", "import demos.losses", "models must not import demos"),
+    "command-imports-demos": (
+        "nextquill/cli/x.py",
+        "def run():\n    from demos.kit import run",
+        "cli must not import demos",
     ),
-    "demo-imports-cli": ("nextquill/demo/x.py", "import nextquill.cli.main", "demo must not import cli"),
+    "demos-import-cli": ("demos/kit/x.py", "import nextquill.cli.main", "demos must not import cli"),
     "undeclared-package": ("nextquill/cli/x.py", "import requests", "cli must not use requests"),
     "unknown-part": ("nextquill/extras/x.py", "import torch", "extras has no entry in MAY_IMPORT"),
 }
@@ -364,7 +364,7 @@ def test_imports_one_way_are_not_a_circle(tmp_path: Path, source: str) -> None:
 ALLOWED = {
     "lazy-hugging-face": ("nextquill/data/x.py", "def f():\n    import datasets"),
     "type-only-hugging-face": (
-        "nextquill/demo/x.py",
+        "nextquill/data/x.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     ),
     "ops-on-kernels": ("nextquill/ops/x.py", "import nextquill_kernels.pair"),
@@ -387,7 +387,7 @@ class Absent:
             raise ModuleNotFoundError("absent here: " + name, name=name)
 
 sys.meta_path.insert(0, Absent())
-import nextquill, nextquill.data, nextquill.demo, nextquill.evaluation.results, nextquill.report.html, nextquill_kernels
+import nextquill, nextquill.data, nextquill.evaluation.results, nextquill.report.html, nextquill_kernels
 for name in nextquill.data.__all__:
     getattr(nextquill.data, name)
 assert nextquill.PerCELoss and not any(name.split(".")[0] in {absent!r} for name in sys.modules)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 #: Packages whose names are for use inside the library.
-INTERNAL = {"nextquill.ops", "nextquill.reference", "nextquill.demo", "nextquill.popi.demo"}
+INTERNAL = {"nextquill.ops", "nextquill.reference"}
 
 
 class Block(NamedTuple):

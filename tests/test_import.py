@@ -1,5 +1,6 @@
 """`import nextquill` costs next to nothing, and what it names needs torch and nothing else."""
 
+import importlib
 import json
 
 import pytest
@@ -67,3 +68,12 @@ for name, now in former._NOW.items():
 
 def test_former_paths_name_the_new_ones():
     run_python(FORMER)
+
+
+@pytest.mark.parametrize(("former", "now"), [("nextquill.demo", "demos.losses"), ("nextquill.popi.demo", "demos.popi")])
+def test_former_demos_name_the_new_ones(former, now):
+    package, _, name = former.rpartition(".")
+    for statement in (f"import {former}", f"import {former}.run", f"from {package} import {name}"):
+        with pytest.raises(ImportError, match=rf"^{former} is now {now}, in the source tree only$"):
+            exec(statement)
+    assert importlib.import_module(now)

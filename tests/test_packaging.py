@@ -116,7 +116,7 @@ def test_sdist_can_be_worked_on(dist: Path) -> None:
         names = {PurePosixPath(each.name).relative_to(f"nextquill-{nextquill.__version__}") for each in archive}
     files = (
         "pyproject.toml README.md LICENSE CONTRIBUTING.md CHANGELOG.md CITATION.cff SECURITY.md Makefile "
-        "constraints.txt tests/test_packaging.py"
+        "constraints.txt tests/test_packaging.py benchmarks/run.py demos/kit/run.py"
     )
     assert {PurePosixPath(each) for each in files.split()} <= names
     assert PurePosixPath("kernels/__init__.py") not in names
@@ -212,7 +212,9 @@ def _pip(environment: Path, *arguments: str) -> None:
 
 
 _AT_WORK = """
+import contextlib
 import importlib.metadata
+import io
 import sys
 from pathlib import Path
 import torch
@@ -228,6 +230,10 @@ loss = nq.NextQuillLoss()(with_history, without, head, torch.tensor([1, 2, 3, -1
 loss.backward()
 assert loss.isfinite() and all(tensor.grad.abs().sum() > 0 for tensor in (with_history, without, head))
 assert importlib.metadata.version("nextquill") == nq.__version__
+(command,) = importlib.metadata.distribution("nextquill").entry_points.select(group="console_scripts")
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert command.load()(["demo"]) == 2
+assert said.getvalue().startswith("nextquill: demo: the demos are part of the source tree, not of an installed package")
 print("done")
 """
 

@@ -14,7 +14,7 @@ import coverage
 from tools.checkouts import Run, copy, fingerprint, run_pytest
 from tools.record_tests import CONTEXT_VARIABLE, FIXTURE
 
-SOURCES = ("nextquill", "kernels")
+SOURCES = ("nextquill", "kernels", "demos")
 
 # `context` is the test in a process that a test starts; in pytest's own it is empty, and the plugin switches contexts.
 # Warnings would go to the standard error that tests of commands read.

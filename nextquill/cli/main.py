@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nextquill.errors import NextQuillError
 
 COMMANDS = {
-    "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, a minute or two).",
+    "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, minutes; in a checkout).",
     "convert": "Turn a public data set, a chat log, a table or an event log into training records.",
     "inspect": "Show an example's prompts as tokens: what is shared, supervised and cut.",
     "prepare": "Tokenise records once, into a folder that training reads from disk.",

@@ -281,13 +281,3 @@ class ScoreOptions:
     output_file: str = option("Where to write each token's effect: JSONL, one record per line.", metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
     show: int = option("Responses to print, coloured by effect.", 3)
-
-
-@dataclass
-class DemoOptions:
-    """Options."""
-
-    output_dir: str = option("Where the picture, the page and the figures go.", "demo", metavar="DIR")
-    seed: int = option("Users, models and data order follow from it.", 0)
-    seeds: int | None = option("Runs, each with its own users and models (3).", None)
-    quick: bool = option("A few seconds' run that shows the machinery, not the result.", False)

@@ -2,7 +2,7 @@
 
 import csv
 
-from nextquill.cli import bench
+import nextquill as package
 from nextquill.cli.main import OK, USAGE
 
 
@@ -42,9 +42,9 @@ def test_what_is_wrong_fails_the_command(nextquill, monkeypatch, tmp_path):
 
 
 def test_an_installed_wheel_says_where_the_benchmarks_are(nextquill, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench.nextquill, "__file__", str(tmp_path / "site-packages" / "nextquill" / "__init__.py"))
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "site-packages" / "nextquill" / "__init__.py"))
     result = nextquill("bench", "--help")
     assert result.code == USAGE
     assert result.err.startswith("nextquill: bench: the benchmarks are part of the source tree")
-    assert "run it from a checkout" in result.err
+    assert "clone nextquill and run `make bench` there" in result.err
     assert result.err.count("\n") == 1

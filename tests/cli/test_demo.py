@@ -1,24 +1,41 @@
-"""`nextquill demo`: its flags; what it computes is tested with the demo."""
+"""`nextquill demo` and `nextquill popi demo`: their flags; what they compute is tested with the demos."""
 
 import pytest
 
+import nextquill as package
+from nextquill.cli.main import FAILED, OK, USAGE
 
-@pytest.mark.parametrize(
-    ("words", "folder", "options"),
-    [
-        ([], "demo", {"seed": 0, "seeds": None, "quick": False}),
-        (["--output_dir", "x", "--seed", "3", "--seeds", "2", "--quick"], "x", {"seed": 3, "seeds": 2, "quick": True}),
-    ],
-)
-def test_flags_reach_the_demo(nextquill, monkeypatch, words, folder, options):
+DEMOS = {"demo": ("demos.losses.run", "demo"), "popi demo": ("demos.popi.run", "popi-demo")}
+
+
+@pytest.mark.parametrize("command", DEMOS)
+def test_flags_reach_the_demo(nextquill, monkeypatch, command):
+    module, folder = DEMOS[command]
     calls = []
-    monkeypatch.setattr("nextquill.demo.run_demo", lambda output_dir, **given: calls.append((output_dir, given)))
-    assert nextquill("demo", *words).code == 0
-    assert calls == [(folder, options)]
+    monkeypatch.setattr(f"{module}.run_demo", lambda output_dir, **given: calls.append((output_dir, given)))
+    assert nextquill(*command.split()).code == OK
+    assert nextquill(*command.split(), "--output_dir", "x", "--seed", "3", "--seeds", "2", "--quick").code == OK
+    assert calls == [
+        (folder, {"seed": 0, "seeds": None, "quick": False}),
+        ("x", {"seed": 3, "seeds": 2, "quick": True}),
+    ]
 
 
-def test_an_output_folder_that_is_a_file(nextquill, tmp_path):
+@pytest.mark.parametrize("command", DEMOS)
+def test_an_output_folder_that_is_a_file(nextquill, tmp_path, command):
     (tmp_path / "file").write_text("")
-    result = nextquill("demo", "--quick", "--output_dir", tmp_path / "file")
-    assert result.code == 1
+    result = nextquill(*command.split(), "--quick", "--output_dir", tmp_path / "file")
+    assert result.code == FAILED
     assert "is a file" in result.err
+
+
+@pytest.mark.parametrize("words", ["demo --quick", "demo --help", "popi demo --quick"])
+def test_an_installed_wheel_says_where_the_demos_are(nextquill, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "site-packages" / "nextquill" / "__init__.py"))
+    result = nextquill(*words.split())
+    assert (result.code, result.out) == (USAGE, "")
+    command = "popi demo" if words.startswith("popi") else "demo"
+    assert result.err.startswith(f"nextquill: {command}: the demos are part of the source tree")
+    assert f"clone nextquill and run `make {command.replace(' ', '-')}` there" in result.err
+    assert result.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Mutations of comparisons: arms, their runs, figures and findings; and of the demo's world."""
+"""Mutations of comparisons: arms, their runs, figures and findings; and of the demos."""
 
 from tools.mutation import Mutation
 
@@ -68,16 +68,30 @@ MUTATIONS = (
     ),
     Mutation(
         "demo-placebo",
-        "nextquill/demo/world.py",
+        "demos/losses/world.py",
         "return histories[1:] + histories[:1]",
         "return histories",
         "the demo's placebo is the user's own history",
     ),
     Mutation(
         "demo-personal-marks",
-        "nextquill/demo/world.py",
+        "demos/losses/world.py",
         "tuple(word in personal_fills for word in RESPONSE_TEMPLATE)",
         "tuple(word in fills for word in RESPONSE_TEMPLATE)",
         "the demo measures the items' facts and calls them personal",
+    ),
+    Mutation(
+        "demo-bad-seeds",
+        "demos/kit/recipe.py",
+        "        if value < least:\n",
+        "        if value < 0:\n",
+        "a demo of no seeds begins, and fails when it has nothing to report",
+    ),
+    Mutation(
+        "demo-without-checkout",
+        "nextquill/cli/checkout.py",
+        '    if not (root / folder / "__init__.py").is_file():\n',
+        "    if not folder:\n",
+        "an installed nextquill does not say that the demos are in the source tree",
     ),
 )

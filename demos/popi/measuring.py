@@ -18,23 +18,22 @@ Intervals draw whole users, of all seeds together.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import torch
-
-from nextquill.evaluation.bootstrap import Interval, PairedResult, bootstrap_interval, paired_difference
-from nextquill.popi.demo.recipe import Recipe
-from nextquill.popi.demo.training import SUMMARY_TOKENS, Prompts, popi_config
-from nextquill.popi.demo.world import DemoUser, stated_share, write_summary
+from demos.popi.recipe import PopiRecipe
+from demos.popi.training import SUMMARY_TOKENS, Prompts, popi_config, train_base, train_on_signals, train_popi
+from demos.popi.world import PreferenceWorld, stated_share, write_summary
+from nextquill.evaluation.bootstrap import PairedResult, bootstrap_interval, paired_difference
 from nextquill.popi.evaluation import PairScore, placebo_summaries, score_pairs
-from nextquill.popi.roles import INFERENCE, Role, Roles
+from nextquill.popi.roles import GENERATOR, INFERENCE, Role
 from nextquill.popi.summarizing import summarize
 from nextquill.popi.users import Draw, held_out
+from nextquill.report.progress import Progress
 
-NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
+CONTEXTS = NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
     "no context",
     "raw signals",
     "raw signals, same generator",
@@ -43,16 +42,13 @@ NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
     "another user's summary",
     "true preferences",
 )
-CONTEXTS = (NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH)
 #: Contexts that are summaries by a model.
 WRITTEN = (BEFORE, SUMMARY, PLACEBO)
 
 
 @dataclass(frozen=True)
-class TestUser:
+class SummarizedUser:
     """A test user: the preferences that only the world knows, and a summary in each of the contexts that have one."""
-
-    __test__ = False  # not a test class, whatever its name
 
     user_id: str
     preferences: tuple[str, ...]
@@ -60,12 +56,12 @@ class TestUser:
 
 
 @dataclass(frozen=True)
-class SeedRun:
+class PopiRun:
     """One seed: the scores of all pairs by context, in one order, the users, and what training logged at each step."""
 
     seed: int
     scores: Mapping[str, Sequence[PairScore]]
-    users: Sequence[TestUser]
+    users: Sequence[SummarizedUser]
     history: Sequence[Mapping[str, float]]
 
     def stated(self, context: str) -> list[float]:
@@ -77,29 +73,27 @@ class SeedRun:
 class Share:
     """A share over the users of all seeds with its interval of 95%, and in each seed."""
 
-    all: Interval
+    value: float
+    low: float
+    high: float
     by_seed: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**self.all._asdict(), "by_seed": list(self.by_seed)}
+    @classmethod
+    def of(cls, by_seed: Sequence[Sequence[float]], users: Sequence[str] | None = None) -> Share:
+        """That of each seed's values, which belong to these users or to one each."""
+        return cls(*bootstrap_interval(list(chain(*by_seed)), users), tuple(statistics.fmean(each) for each in by_seed))
 
 
 @dataclass(frozen=True)
 class ContextResult:
-    """One context over all seeds.
-
-    Args:
-        accuracy: share of pairs judged rightly.
-        context_tokens: mean tokens that it adds to a prompt.
-    """
+    """One context over all seeds: the share of pairs judged rightly, and the mean tokens that it adds to a prompt."""
 
     accuracy: Share
     context_tokens: float
 
 
 @dataclass(frozen=True)
-class Measured:
+class PopiFigures:
     """What all seeds come to.
 
     Args:
@@ -114,69 +108,27 @@ class Measured:
     stated: Mapping[str, Share]
     stated_gain: PairedResult
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        return {
-            "contexts": {
-                name: {"accuracy": each.accuracy.to_dict(), "context_tokens": each.context_tokens}
-                for name, each in self.contexts.items()
-            },
-            "summary_minus": {name: asdict(each) for name, each in self.summary_minus.items()},
-            "stated": {name: each.to_dict() for name, each in self.stated.items()},
-            "stated_gain": asdict(self.stated_gain),
-        }
 
-
-@dataclass(frozen=True)
-class _TrainedFrom:
-    """A generator and the base that it was trained from, as `score_pairs` takes them."""
-
-    model: Any
-    base: Any
-    tokenizer: Any
-
-    @contextmanager
-    def active(self) -> Iterator[Any]:
-        yield self.model
-
-    @contextmanager
-    def initial(self) -> Iterator[Any]:
-        with torch.no_grad():
-            yield self.base
-
-
-def measure_seed(
-    seed: int,
-    test: Sequence[DemoUser],
-    prompts: Prompts,
-    recipe: Recipe,
-    base: Any,
-    roles: Roles,
-    on_signals: Any,
-    history: Sequence[Mapping[str, float]],
-) -> SeedRun:
-    """Score the test users' pairs under every context.
-
-    Args:
-        test: users whom no model has seen.
-        base: the model that all others were trained from.
-        roles: what POPI made of it.
-        on_signals: the generator that was trained on raw signals.
-        history: what POPI logged.
-    """
-    draws = [held_out(each.user, num_signals=recipe.signals) for each in test]
+def measure(recipe: PopiRecipe, seed: int, progress: Progress) -> PopiRun:
+    """Train the models of one seed, and score the pairs of users whom none has seen under every context."""
+    world, prompts = PreferenceWorld(seed, recipe), Prompts()
+    base = train_base(world, prompts, recipe, seed, progress)
+    roles, history = train_popi(base, world, prompts, recipe, seed, progress)
+    on_signals = train_on_signals(base, world, prompts, recipe, seed, progress)
+    draws = [held_out(each.user, num_signals=recipe.signals) for each in world.test]
     loss = popi_config(recipe).loss
 
-    def score(generator: Any, summaries: Mapping[str, str] | None) -> dict[str, list[PairScore]]:
+    def score(generator: Role, summaries: Mapping[str, str] | None) -> dict[str, list[PairScore]]:
         return score_pairs(generator, prompts.generator, draws, summaries, loss=loss, seed=seed)
 
-    before = _summaries(Role(INFERENCE, base, prompts.tokenizer, None, None, frozen=True), prompts, draws)
+    before = _summaries(Role.untrained(INFERENCE, base, prompts.tokenizer), prompts, draws)
     after = _summaries(roles.inference, prompts, draws)
-    truth = {each.user.user_id: write_summary(tuple(each.preferences.values())) for each in test}
+    truth = {each.user.user_id: write_summary(tuple(each.preferences.values())) for each in world.test}
+    reader = Role(GENERATOR, on_signals, prompts.tokenizer, None, base, frozen=True)
     trained = score(roles.generator, after)
     scores = {
         NONE: trained["none"],
-        SIGNALS: score(_TrainedFrom(on_signals, base, prompts.tokenizer), None)["signals"],
+        SIGNALS: score(reader, None)["signals"],
         UNUSED: trained["signals"],
         BEFORE: score(roles.generator, before)["summary"],
         SUMMARY: trained["summary"],
@@ -186,14 +138,14 @@ def measure_seed(
     }
     others = placebo_summaries(after, seed)
     users = [
-        TestUser(
+        SummarizedUser(
             (name := each.user.user_id),
             tuple(each.preferences.values()),
             {BEFORE: before[name], SUMMARY: after[name], PLACEBO: others.get(name, "")},
         )
-        for each in test
+        for each in world.test
     ]
-    return SeedRun(seed, scores, users, history)
+    return PopiRun(seed, scores, users, history)
 
 
 def _summaries(role: Role, prompts: Prompts, draws: Sequence[Draw]) -> dict[str, str]:
@@ -202,24 +154,19 @@ def _summaries(role: Role, prompts: Prompts, draws: Sequence[Draw]) -> dict[str,
     return {each.user_id: each.text for each in written}
 
 
-def measure(runs: Sequence[SeedRun]) -> Measured:
+def figures(runs: Sequence[PopiRun]) -> PopiFigures:
     """What all seeds come to."""
-    pairs = [score.user_id for run in runs for score in run.scores[SUMMARY]]
-    right = {name: [score.accuracy for run in runs for score in run.scores[name]] for name in CONTEXTS}
-    stated = {name: [share for run in runs for share in run.stated(name)] for name in WRITTEN}
-    contexts = {
-        name: ContextResult(
-            Share(
-                bootstrap_interval(right[name], pairs),
-                tuple(statistics.fmean(score.accuracy for score in run.scores[name]) for run in runs),
-            ),
-            statistics.fmean(score.context_tokens for run in runs for score in run.scores[name]),
-        )
-        for name in CONTEXTS
-    }
-    shares = {
-        name: Share(bootstrap_interval(stated[name]), tuple(statistics.fmean(run.stated(name)) for run in runs))
-        for name in WRITTEN
-    }
-    minus = {name: paired_difference(right[SUMMARY], right[name], pairs) for name in CONTEXTS if name != SUMMARY}
-    return Measured(contexts, minus, shares, paired_difference(stated[SUMMARY], stated[BEFORE]))
+    users = [score.user_id for run in runs for score in run.scores[SUMMARY]]
+    right = {name: [[score.accuracy for score in run.scores[name]] for run in runs] for name in CONTEXTS}
+    stated = {name: [run.stated(name) for run in runs] for name in WRITTEN}
+    tokens = {name: [score.context_tokens for run in runs for score in run.scores[name]] for name in CONTEXTS}
+
+    def ahead(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], users: Any = None) -> PairedResult:
+        return paired_difference(list(chain(*own)), list(chain(*other)), users)
+
+    return PopiFigures(
+        {name: ContextResult(Share.of(right[name], users), statistics.fmean(tokens[name])) for name in CONTEXTS},
+        {name: ahead(right[SUMMARY], right[name], users) for name in CONTEXTS if name != SUMMARY},
+        {name: Share.of(stated[name]) for name in WRITTEN},
+        ahead(stated[SUMMARY], stated[BEFORE]),
+    )

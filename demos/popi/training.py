@@ -15,35 +15,36 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from nextquill.data import Branch, PromptTemplate
-from nextquill.models.tiny_models import ScratchSize, build_model
-from nextquill.popi.config import POPIConfig
-from nextquill.popi.demo.recipe import Recipe
-from nextquill.popi.demo.world import (
+from demos.kit.training import MAX_GRAD_NORM, Learner, build_base
+from demos.popi.recipe import PopiRecipe
+from demos.popi.world import (
     ASPECT_OF,
     BLAND,
     QUERIES,
     VALUES,
     Preferences,
-    World,
+    PreferenceWorld,
     all_texts,
     draw_pairs,
     most_shown,
     write_answer,
     write_summary,
 )
+from nextquill.data import Branch, PromptTemplate
+from nextquill.models.tiny_models import ScratchSize
+from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Roles
 from nextquill.popi.steps import seed_of
@@ -71,7 +72,6 @@ TEMPLATES = PopiTemplates(
 )
 END, PADDING, UNKNOWN = "<eos>", "<pad>", "<unk>"
 SUMMARY_TOKENS = 8
-MAX_GRAD_NORM = 1.0
 _WARMUP = 20
 
 
@@ -80,13 +80,11 @@ def build_word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inference, generator = TEMPLATES.inference, TEMPLATES.generator
-    labels = [
-        *(inference.history_heading, inference.query_heading, inference.closing_cue, inference.title_label),
-        *(generator.history_heading, generator.query_heading, generator.closing_cue, generator.title_label),
-        *(Pair("", "a", "b").as_item().text, TEMPLATES.instruction),
-    ]
-    words = dict.fromkeys(word for text in [*labels, *all_texts()] for word in text.split())
+    texts = list[str]()
+    for each in (TEMPLATES.inference, TEMPLATES.generator):
+        texts += [each.history_heading, each.query_heading, each.closing_cue, each.title_label]
+    texts += [Pair("", "a", "b").as_item().text, TEMPLATES.instruction, *all_texts()]
+    words = dict.fromkeys(word for text in texts for word in text.split())
     known = {word: place for place, word in enumerate([PADDING, END, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -105,40 +103,28 @@ class Prompts:
 # ---- the base ---------------------------------------------------------------------------------------
 
 
-def train_base(world: World, prompts: Prompts, recipe: Recipe, seed: int, progress: Progress) -> Any:
+def train_base(world: PreferenceWorld, prompts: Prompts, recipe: PopiRecipe, seed: int, progress: Progress) -> Any:
     """A model that reads and writes this world's texts."""
-    size = ScratchSize(
-        vocabulary=len(prompts.tokenizer),
-        hidden_size=recipe.hidden_size,
-        layers=recipe.layers,
-        heads=recipe.hidden_size // 32,
-        intermediate_size=3 * recipe.hidden_size,
-        positions=1024,
-    )
-    end, pad = prompts.tokenizer.eos_token_id, prompts.tokenizer.pad_token_id
-    model = build_model(size, seed, eos_token_id=end, pad_token_id=pad)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(recipe.weight_scale)
+    tokenizer, width = prompts.tokenizer, recipe.hidden_size
+    size = ScratchSize(len(tokenizer), width, recipe.layers, width // 32, intermediate_size=3 * width, positions=1024)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = build_base(size, seed, weight_scale=recipe.weight_scale, eos_token_id=end, pad_token_id=pad)
+    learner = Learner(model.parameters(), recipe.base_learning_rate)
     rng = random.Random(f"nextquill popi demo base {seed}")
-    rate = recipe.base_learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(recipe.base_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / _WARMUP, 2.0 * (recipe.base_steps - step) / recipe.base_steps)
         users = [_summary_example(world.train_preferences, prompts, recipe, rng) for _ in range(recipe.base_users)]
         requests = [_request_example(prompts, recipe, rng) for _ in range(recipe.base_requests)]
-        read, written = _language_losses(model, users, pad)
-        (read + written + _language_losses(model, requests, pad)[1]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        nll, is_token, is_summary = _nll(model, users, pad)
+        answers, _, is_answer = _nll(model, requests, pad)
+        loss = nll[is_token].mean() + nll[is_summary].mean() + answers[is_answer].mean()
+        learner.step(loss, min(1.0, (step + 1) / _WARMUP, 2.0 * (recipe.base_steps - step) / recipe.base_steps))
         progress("base model", step + 1, recipe.base_steps)
     return model.eval()
 
 
-def _summary_example(choices: Sequence[Preferences], prompts: Prompts, recipe: Recipe, rng: random.Random) -> Branch:
+def _summary_example(
+    choices: Sequence[Preferences], prompts: Prompts, recipe: PopiRecipe, rng: random.Random
+) -> Branch:
     """Signals of a new user, and a summary of one of the three kinds."""
     pairs = draw_pairs(rng.choice(choices), recipe.signals, rng)
     shares = {"bland": recipe.bland_share, "chosen": recipe.chosen_share, "rejected": recipe.rejected_share}
@@ -148,7 +134,7 @@ def _summary_example(choices: Sequence[Preferences], prompts: Prompts, recipe: R
     return Branch(prompt, prompts.inference.summary_ids(write_summary(rng.sample(stated, 2))))
 
 
-def _request_example(prompts: Prompts, recipe: Recipe, rng: random.Random) -> Branch:
+def _request_example(prompts: Prompts, recipe: PopiRecipe, rng: random.Random) -> Branch:
     """A query, four times in five with a summary of nobody in particular, and an answer that follows it."""
     stated = rng.sample(VALUES, 2)
     while ASPECT_OF[stated[0]] == ASPECT_OF[stated[1]]:
@@ -159,38 +145,23 @@ def _request_example(prompts: Prompts, recipe: Recipe, rng: random.Random) -> Br
     return prompts.generator.branches(pair, summary=write_summary(stated) if is_told else None)[0]
 
 
-def _language_losses(model: Any, branches: Sequence[Branch], pad: int) -> tuple[Tensor, Tensor]:
-    """Mean nll of all tokens but the first, and of the responses' tokens."""
-    input_ids, is_response = _padded(branches, pad)
-    logits = model(input_ids=input_ids).logits[:, :-1]
-    labels = input_ids[:, 1:]
+def _nll(model: Any, branches: Sequence[Branch], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nll of every token but the first; which of them are tokens, not padding; and which a response's: [B, T − 1].
+
+    Rows are padded on the right, where no token of interest sees it.
+    """
+    texts = [branch.input_tensor() for branch in branches]
+    input_ids = pad_sequence(texts, batch_first=True, padding_value=pad)
+    marks = [torch.arange(len(text)) >= each.prompt_length for text, each in zip(texts, branches, strict=True)]
+    logits, labels = model(input_ids=input_ids).logits[:, :-1], input_ids[:, 1:]
     nll = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return nll[labels != pad].mean(), nll[is_response[:, 1:]].mean()
-
-
-def _padded(branches: Sequence[Branch], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T], padded on the right, where no token of interest sees it, and which are a response's."""
-    width = max(branch.prompt_length + branch.response_length for branch in branches)
-    input_ids = torch.full((len(branches), width), pad)
-    is_response = torch.zeros(len(branches), width, dtype=torch.bool)
-    for row, branch in enumerate(branches):
-        ids = branch.input_tensor()
-        input_ids[row, : len(ids)] = ids
-        is_response[row, branch.prompt_length : len(ids)] = True
-    return input_ids, is_response
+    return nll, labels != pad, pad_sequence(marks, batch_first=True)[:, 1:]
 
 
 # ---- POPI -------------------------------------------------------------------------------------------
 
 
-class TrainedPopi:
-    """The roles after training, and what was logged at each step."""
-
-    def __init__(self, roles: Roles, history: list[dict[str, float]]) -> None:
-        self.roles, self.history = roles, history
-
-
-def popi_config(recipe: Recipe) -> POPIConfig:
+def popi_config(recipe: PopiRecipe) -> POPIConfig:
     """What the demo asks of POPI."""
     return POPIConfig(
         beta=recipe.beta,
@@ -206,13 +177,28 @@ def popi_config(recipe: Recipe) -> POPIConfig:
 
 
 def train_popi(
-    base: Any, world: World, prompts: Prompts, recipe: Recipe, seed: int, folder: Path, progress: Progress
-) -> TrainedPopi:
-    """`POPITrainer` on a copy of the base."""
-    with own_randomness(seed):
+    base: Any, world: PreferenceWorld, prompts: Prompts, recipe: PopiRecipe, seed: int, progress: Progress
+) -> tuple[Roles, list[dict[str, float]]]:
+    """`POPITrainer` on a copy of the base: the roles, and what was logged at each step."""
+    with tempfile.TemporaryDirectory() as folder, own_randomness(seed):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_users,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=min(5, recipe.steps),
+            max_grad_norm=MAX_GRAD_NORM,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=seed,
+        )
         trainer = POPITrainer(
             copy.deepcopy(base),
-            _arguments(recipe, seed, folder),
+            arguments,
             config=popi_config(recipe),
             train_dataset=[each.user for each in world.train],
             processing_class=prompts.tokenizer,
@@ -222,29 +208,10 @@ def train_popi(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    history = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return TrainedPopi(trainer.roles, history)
+    return trainer.roles, [entry for entry in trainer.state.log_history if "reward" in entry]
 
 
-def _arguments(recipe: Recipe, seed: int, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_users,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(5, recipe.steps),
-        max_grad_norm=MAX_GRAD_NORM,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
-
-
-def _lora(recipe: Recipe) -> Any:
+def _lora(recipe: PopiRecipe) -> Any:
     from peft import LoraConfig
 
     rank = recipe.lora_rank
@@ -262,20 +229,19 @@ class _Reporter(TrainerCallback):
 # ---- the generator of raw signals -------------------------------------------------------------------
 
 
-def train_on_signals(base: Any, world: World, prompts: Prompts, recipe: Recipe, seed: int, progress: Progress) -> Any:
+def train_on_signals(
+    base: Any, world: PreferenceWorld, prompts: Prompts, recipe: PopiRecipe, seed: int, progress: Progress
+) -> Any:
     """A generator that is trained with raw signals in place of summaries: as many steps, users and pairs, same loss."""
     from peft import get_peft_model
 
     rng = random.Random(f"nextquill popi demo signals {seed}")
-    pad, loss = prompts.tokenizer.pad_token_id, popi_config(recipe).loss
+    pad, preference_loss = prompts.tokenizer.pad_token_id, popi_config(recipe).loss
     with own_randomness(seed):
         model: Any = get_peft_model(copy.deepcopy(base), _lora(recipe))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    learner = Learner(trained, recipe.learning_rate, betas=(0.9, 0.999))
     for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            left = (recipe.steps - step) / max(1, recipe.steps - 5)
-            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / 5, left)
         told, plain = list[Branch](), list[Branch]()
         for each in rng.sample(world.train, recipe.batch_users):
             at = seed_of(seed, step)
@@ -287,26 +253,21 @@ def train_on_signals(base: Any, world: World, prompts: Prompts, recipe: Recipe, 
             reference = _log_probs(base, plain, pad)
         policy = _log_probs(model, told, pad)
         lengths = torch.tensor([branch.response_length for branch in told]).view(-1, 2)
-        losses = loss(policy.view(-1, 2), reference.view(-1, 2), lengths)
+        losses = preference_loss(policy, reference, lengths)
         slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1).to(policy)
-        ((slopes * policy.view(-1, 2)).sum() / len(losses.loss)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        left = (recipe.steps - step) / max(1, recipe.steps - 5)
+        learner.step((slopes * policy).sum() / len(policy), min(1.0, (step + 1) / 5, left))
         progress("generator of raw signals", step + 1, recipe.steps)
     return model.merge_and_unload().eval()
 
 
 def _log_probs(model: Any, branches: Sequence[Branch], pad: int) -> Tensor:
-    """log p(response | prompt), [branches]."""
-    input_ids, is_response = _padded(branches, pad)
-    logits = model(input_ids=input_ids).logits[:, :-1]
-    labels = input_ids[:, 1:]
-    nll = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return -(nll * is_response[:, 1:]).sum(1)
+    """log p(response | prompt), [pairs, 2]."""
+    nll, _, is_response = _nll(model, branches, pad)
+    return -(nll * is_response).sum(1).view(-1, 2)
 
 
-# ---- randomness, threads and warnings -------------------------------------------------------------------------
+# ---- randomness -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -320,22 +281,3 @@ def own_randomness(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numbers)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread meanwhile: matrices this small gain nothing from a second, and sums have one order everywhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def without_peft_warning() -> Iterator[None]:
-    """PEFT asks a model for a name that transformers has deprecated; no user of the demo can do anything about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield

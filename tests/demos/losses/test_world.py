@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from nextquill.demo.world import (
+from demos.losses.world import (
     BOS,
     FACTS,
     NEW_ITEMS,
     OLD_ITEMS,
     SHOW_PROBABILITY,
     SLOTS,
-    Vocabulary,
-    World,
+    VOCABULARY,
+    LossWorld,
+    encode,
     histories_of_others,
     prompt_words,
 )
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return World(3, dev_users=20, test_users=100)
+def world() -> LossWorld:
+    return LossWorld(3, dev_users=20, test_users=100)
 
 
 def test_no_word_has_two_roles() -> None:
@@ -33,27 +34,27 @@ def test_no_word_has_two_roles() -> None:
 
 
 def test_vocabulary_encodes_every_word_once() -> None:
-    vocabulary = Vocabulary.build()
-    assert len(vocabulary) == len(set(vocabulary.words))
-    assert 200 < len(vocabulary) < 320
-    assert [vocabulary.words[i] for i in vocabulary.encode([BOS, "none", "kettle"])] == [BOS, "none", "kettle"]
+    words = list(VOCABULARY)
+    assert list(VOCABULARY.values()) == list(range(len(words)))
+    assert 200 < len(words) < 320
+    assert [words[i] for i in encode([BOS, "none", "kettle"])] == [BOS, "none", "kettle"]
 
 
-def test_personal_tokens_are_the_habits_and_the_history_shows_each(world: World) -> None:
+def test_personal_tokens_are_the_habits_and_the_history_shows_each(world: LossWorld) -> None:
     for example in world.test:
         personal = tuple(word for word, mark in zip(example.response, example.personal, strict=True) if mark)
         assert sorted(personal) == sorted(example.user.habits)
         assert set(personal) <= set(example.history)
 
 
-def test_a_habit_is_shown_about_as_often_as_said(world: World) -> None:
+def test_a_habit_is_shown_about_as_often_as_said(world: LossWorld) -> None:
     shown = sum(example.history.count(habit) for example in world.test for habit in example.user.habits)
     possible = 3 * len(SLOTS) * len(world.test)
     # A habit that no review happened to show is put into one: + (1 - p)^3 / 3 in the mean.
     assert shown / possible == pytest.approx(SHOW_PROBABILITY + (1 - SHOW_PROBABILITY) ** 3 / 3, abs=0.03)
 
 
-def test_test_users_are_seen_nowhere_else_and_review_new_items(world: World) -> None:
+def test_test_users_are_seen_nowhere_else_and_review_new_items(world: LossWorld) -> None:
     held_out = {example.user for example in world.test} | {example.user for example in world.dev}
     assert len(held_out) == len(world.test) + len(world.dev)
     training = world.training_examples(500, world.old_items)
@@ -62,7 +63,7 @@ def test_test_users_are_seen_nowhere_else_and_review_new_items(world: World) -> 
     assert {example.item.name for example in world.test} <= set(NEW_ITEMS)
 
 
-def test_bland_responses_often_use_the_plain_word(world: World) -> None:
+def test_bland_responses_often_use_the_plain_word(world: LossWorld) -> None:
     plain = {words[0] for words in SLOTS.values()}
     words = [
         word
@@ -73,7 +74,7 @@ def test_bland_responses_often_use_the_plain_word(world: World) -> None:
     assert sum(word in plain for word in words) / len(words) == pytest.approx(0.75, abs=0.04)
 
 
-def test_the_missing_history_is_the_literal_none(world: World) -> None:
+def test_the_missing_history_is_the_literal_none(world: LossWorld) -> None:
     example = world.test[0]
     without, with_history = prompt_words(example.item, None), prompt_words(example.item, example.history)
     assert without.count("none") == 1
@@ -81,14 +82,14 @@ def test_the_missing_history_is_the_literal_none(world: World) -> None:
     assert not [word for word in without if word in example.user.habits]
 
 
-def test_the_placebo_is_somebody_elses_history(world: World) -> None:
+def test_the_placebo_is_somebody_elses_history(world: LossWorld) -> None:
     others = histories_of_others(world.test)
     assert all(other != example.history for other, example in zip(others, world.test, strict=True))
     assert sorted(others) == sorted(example.history for example in world.test)
 
 
 def test_a_seed_is_a_world() -> None:
-    first, again, other = (World(seed, dev_users=3, test_users=3) for seed in (5, 5, 6))
+    first, again, other = (LossWorld(seed, dev_users=3, test_users=3) for seed in (5, 5, 6))
     assert first.test == again.test
     assert first.training_examples(4, first.new_items) == again.training_examples(4, again.new_items)
     assert first.test != other.test

@@ -1,14 +1,16 @@
-"""The settings of a demo run, in one frozen record that is written beside its results."""
+"""The settings of the demo of losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
+from demos.kit.recipe import DemoRecipe
+from nextquill.errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LossRecipe(DemoRecipe):
     """How long each phase lasts and on whom it is evaluated.
 
     Phase C is evaluated after `steps` and again after `long_steps`, because one checkpoint would tell half the story.
@@ -22,8 +24,11 @@ class Recipe:
     in 500 for the sixth; at 2e-3 it took 150 to 250 for all six.
     """
 
-    seed: int = 0
-    seeds: int = 3
+    QUICK: ClassVar[dict[str, Any]] = {
+        "seeds": 1, "steps": 2, "long_steps": 4, "evaluate_every": 2, "reading_steps": 10, "bland_steps": 3,
+        "dev_users": 8, "test_users": 12, "quick": True,
+    }  # fmt: skip
+
     steps: int = 16
     long_steps: int = 28
     evaluate_every: int = 8
@@ -41,44 +46,21 @@ class Recipe:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seed", "seeds", "steps", "long_steps"):
-            _require_int(name, getattr(self, name))
-        for name in ("seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ArgumentError(f"seed: expected 0 or more, got {self.seed}")
+        super().__post_init__()
+        self.check("steps", least=1)
+        self.check("long_steps", least=1)
         if self.long_steps < self.steps:
             raise ArgumentError(f"long_steps: expected at least steps={self.steps}, got {self.long_steps}")
 
-    @property
-    def seed_values(self) -> range:
-        return range(self.seed, self.seed + self.seeds)
+    @classmethod
+    def of(cls, *, quick: bool = False, steps: Any = None, long_steps: int | None = None, **given: Any) -> LossRecipe:
+        """As of every demo; asked for more `steps` alone, one means to train for longer, not to get an error."""
+        if long_steps is None and isinstance(steps, int):
+            long_steps = max(steps, cls(**(cls.QUICK if quick else {})).long_steps)
+        return super().of(quick=quick, steps=steps, long_steps=long_steps, **given)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """The steps of phase C after which everything is evaluated; 0 is the common base."""
         regular = range(0, self.long_steps + 1, self.evaluate_every)
         return tuple(sorted({*regular, self.steps, self.long_steps}))
-
-
-def _require_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}: expected an int, got {value!r}")
-
-
-def make_recipe(*, seed: int, seeds: int | None, steps: int | None, long_steps: int | None, quick: bool) -> Recipe:
-    """The recipe of `run_demo`'s arguments. None means the default, which `quick` makes as small as it can be."""
-    default = Recipe(seeds=1, steps=2, long_steps=4) if quick else Recipe()
-    steps = default.steps if steps is None else steps
-    _require_int("steps", steps)
-    chosen = Recipe(
-        seed=seed,
-        seeds=default.seeds if seeds is None else seeds,
-        steps=steps,
-        # Asked for a larger `steps` alone, one means to train for longer, not to get an error.
-        long_steps=max(steps, default.long_steps) if long_steps is None else long_steps,
-    )
-    if not quick:
-        return chosen
-    return replace(chosen, evaluate_every=2, reading_steps=10, bland_steps=3, dev_users=8, test_users=12, quick=True)

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
+from demos.popi.recipe import PopiRecipe
 from nextquill.popi.users import Pair, User
 
 #: Aspect -> value -> its words.
@@ -67,31 +68,28 @@ Preferences = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class DemoUser:
+class KnownUser:
     """A user, and what only the world knows: the two values the user prefers."""
 
     user: User
     preferences: Preferences
 
 
-class World:
-    """Users drawn from one seed.
+class PreferenceWorld:
+    """Users drawn from one seed, as many and with as many pairs as the recipe says; combinations take turns."""
 
-    Args:
-        seed: decides everything.
-        train_users, test_users: how many; combinations of preferences take turns.
-        train_pairs, test_pairs: of each user.
-    """
-
-    def __init__(self, seed: int, *, train_users: int, test_users: int, train_pairs: int, test_pairs: int) -> None:
+    def __init__(self, seed: int, recipe: PopiRecipe) -> None:
         self._rng = random.Random(f"nextquill popi demo {seed}")
-        test, train = _split(self._rng)
-        self.train_preferences, self.test_preferences = train, test
-        self.train = [self._user(f"{seed}-train-{i}", train[i % len(train)], train_pairs) for i in range(train_users)]
-        self.test = [self._user(f"{seed}-test-{i}", test[i % len(test)], test_pairs) for i in range(test_users)]
+        test, train = self.test_preferences, self.train_preferences = _split(self._rng)
+        self.train = self._users(f"{seed}-train", train, recipe.train_users, recipe.train_pairs)
+        self.test = self._users(f"{seed}-test", test, recipe.test_users, recipe.test_pairs)
 
-    def _user(self, user_id: str, preferences: Preferences, count: int) -> DemoUser:
-        return DemoUser(User(user_id, tuple(draw_pairs(preferences, count, self._rng))), preferences)
+    def _users(self, name: str, preferences: Sequence[Preferences], count: int, pairs: int) -> list[KnownUser]:
+        chosen = [preferences[i % len(preferences)] for i in range(count)]
+        return [
+            KnownUser(User(f"{name}-{i}", tuple(draw_pairs(each, pairs, self._rng))), each)
+            for i, each in enumerate(chosen)
+        ]
 
 
 def draw_pairs(preferences: Preferences, count: int, rng: random.Random) -> list[Pair]:

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from nextquill.demo.findings import ANCHORED, DETACHED, OFFICIAL, SFT, SFT_FAST, compare, find, timing_note
-from nextquill.demo.recipe import Recipe
-from nextquill.demo.results import BASE, DemoRow, Finding, RowTable, SeedRun
+from demos.losses.findings import compare, find, timing_note
+from demos.losses.measuring import BASE, LossRow, LossRun, RowTable
+from demos.losses.recipe import LossRecipe
+from demos.losses.training import ANCHORED, DETACHED, OFFICIAL, SFT, SFT_FAST
+from nextquill.report.comparison.findings import Finding
 
-RECIPE = Recipe(seeds=2)
-READ = (SeedRun(0, 175, 1.0), SeedRun(1, 200, 0.99))
+RECIPE = LossRecipe(seeds=2)
+READ = (LossRun(0, 175, 1.0), LossRun(1, 200, 0.99))
 METHODS = (SFT, SFT_FAST, "PerCE", OFFICIAL, DETACHED, ANCHORED)
 
 
-def row(method: str, step: int, seed: int, **figures: float) -> DemoRow:
+def row(method: str, step: int, seed: int, **figures: float) -> LossRow:
     """A row in which nothing differs from SFT but what is given."""
     usual = {
         "personal_nll": 0.3,
@@ -30,10 +32,10 @@ def row(method: str, step: int, seed: int, **figures: float) -> DemoRow:
         "time_vs_sft": 1.2,
     }
     rate = None if method == BASE else 4e-4
-    return DemoRow(seed=seed, method=method, learning_rate=rate, step=step, **(usual | figures))
+    return LossRow(seed=seed, method=method, learning_rate=rate, step=step, **(usual | figures))
 
 
-def findings(changes: dict[str, dict[str, float]], seeds: tuple[SeedRun, ...] = READ) -> dict[str, Finding]:
+def findings(changes: dict[str, dict[str, float]], seeds: tuple[LossRun, ...] = READ) -> dict[str, Finding]:
     rows = [row(BASE, 0, seed) for seed in (0, 1)]
     rows += [row(m, step, seed, **changes.get(m, {})) for m in METHODS for step in (16, 28) for seed in (0, 1)]
     return {finding.heading: finding for finding in find(RowTable(rows), RECIPE, seeds)}
@@ -91,7 +93,7 @@ def test_sft_at_twice_the_rate(personal: float, heading: str) -> None:
 
 
 def test_a_base_that_cannot_read_compares_nothing() -> None:
-    found = findings({OFFICIAL: {"generic_nll_none": 9.0}}, (READ[0], SeedRun(1, 500, 0.6)))
+    found = findings({OFFICIAL: {"generic_nll_none": 9.0}}, (READ[0], LossRun(1, 500, 0.6)))
     assert len(found) == 2
     assert has(found, "this run compares nothing")
 

@@ -8,23 +8,15 @@ is "no clear difference".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from nextquill.evaluation.bootstrap import Interval, PairedResult
-from nextquill.popi.demo.measuring import BEFORE, NONE, PLACEBO, SIGNALS, SUMMARY, TRUTH, UNUSED, Measured
-from nextquill.popi.demo.recipe import Recipe
+from demos.popi.measuring import BEFORE, NONE, PLACEBO, SIGNALS, SUMMARY, TRUTH, UNUSED, PopiFigures, Share
+from demos.popi.recipe import PopiRecipe
+from nextquill.evaluation.bootstrap import PairedResult
+from nextquill.report.comparison.findings import Finding, join
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"
 #: The base's generator is taken to read summaries where it judges so many pairs rightly by the true preferences.
 READS = 0.8
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A heading and the figures it follows from."""
-
-    heading: str
-    text: str
 
 
 def verdict(own: Sequence[float], other: Sequence[float], difference: PairedResult) -> str:
@@ -37,7 +29,7 @@ def verdict(own: Sequence[float], other: Sequence[float], difference: PairedResu
     return UNCLEAR
 
 
-def find(measured: Measured, recipe: Recipe) -> tuple[Finding, ...]:
+def find(measured: PopiFigures, recipe: PopiRecipe) -> tuple[Finding, ...]:
     """All findings of a run, in reading order. A generator that reads no summary leaves only that to be said."""
     if recipe.quick:
         return (Finding("This run compares nothing", "It is the quick run, a smoke test of the machinery."),)
@@ -51,7 +43,7 @@ def find(measured: Measured, recipe: Recipe) -> tuple[Finding, ...]:
     return (_stated(measured), _told(measured), _raw(measured), _lost(measured), _scope())
 
 
-def _stated(measured: Measured) -> Finding:
+def _stated(measured: PopiFigures) -> Finding:
     before, after, other = (measured.stated[name] for name in (BEFORE, SUMMARY, PLACEBO))
     heading = {
         BETTER: "Training on preferences alone makes summaries state what the user prefers",
@@ -59,32 +51,28 @@ def _stated(measured: Measured) -> Finding:
         UNCLEAR: "Summaries state no clearly different share of the preferences after training",
     }[verdict(after.by_seed, before.by_seed, measured.stated_gain)]
     text = (
-        f"Share of an unseen user's two hidden preferences that the summary states: {shown(before.all)} before, "
-        f"{shown(after.all)} after; by seed {_each(before.by_seed)} before and {_each(after.by_seed)} after. "
-        f"Another user's summary states {shown(other.all)}. No training data of this phase hold a summary."
+        f"Share of an unseen user's two hidden preferences that the summary states: {shown(before)} before, "
+        f"{shown(after)} after; by seed {_each(before.by_seed)} before and {_each(after.by_seed)} after. "
+        f"Another user's summary states {shown(other)}. No training data of this phase hold a summary."
     )
     return Finding(heading, text)
 
 
-def _told(measured: Measured) -> Finding:
+def _told(measured: PopiFigures) -> Finding:
     verdicts = {name: _verdict(measured, name) for name in (NONE, PLACEBO, BEFORE)}
     ahead = [name for name, found in verdicts.items() if found == BETTER]
     if len(ahead) == len(verdicts):
         heading = "A summary tells the generator what the user would choose, and another user's does not"
     elif ahead:
-        heading = f"A summary is ahead of {_join(ahead)} only"
+        heading = f"A summary is ahead of {join(ahead)} only"
     else:
         heading = "A summary is clearly ahead of nothing else that costs as little"
-    others = [
-        f"with {name} {shown(measured.contexts[name].accuracy.all)} ({_difference(measured, name)})"
-        for name in verdicts
-    ]
-    own = shown(measured.contexts[SUMMARY].accuracy.all)
-    text = f"Pairs judged rightly with the user's summary: {own}; {'; '.join(others)}."
+    others = "; ".join(f"with {name} {_right(measured, name)} ({_difference(measured, name)})" for name in verdicts)
+    text = f"Pairs judged rightly with the user's summary: {_right(measured, SUMMARY)}; {others}."
     return Finding(heading, text)
 
 
-def _raw(measured: Measured) -> Finding:
+def _raw(measured: PopiFigures) -> Finding:
     summary, raw = measured.contexts[SUMMARY], measured.contexts[SIGNALS]
     heading = {
         BETTER: "With summaries more pairs are judged rightly than with raw signals",
@@ -95,17 +83,16 @@ def _raw(measured: Measured) -> Finding:
     cost = "" if ratio is None else f": {ratio:.0f} times as many"
     if ratio is not None and ratio > 1:
         heading += f", and the signals take {ratio:.0f} times the tokens"
-    unused = shown(measured.contexts[UNUSED].accuracy.all)
     text = (
-        f"A generator trained on the raw signals, on as many users and pairs, judges {shown(raw.accuracy.all)} "
-        f"rightly ({_difference(measured, SIGNALS)}); POPI's own, which was trained on summaries alone, {unused} when "
-        f"given the signals. They add {raw.context_tokens:.0f} tokens to a prompt, the summary "
-        f"{summary.context_tokens:.0f}{cost}."
+        f"A generator trained on the raw signals, on as many users and pairs, judges "
+        f"{_right(measured, SIGNALS)} rightly ({_difference(measured, SIGNALS)}); POPI's own, which was trained on "
+        f"summaries alone, {_right(measured, UNUSED)} when given the signals. They add {raw.context_tokens:.0f} tokens "
+        f"to a prompt, the summary {summary.context_tokens:.0f}{cost}."
     )
     return Finding(heading, text)
 
 
-def _lost(measured: Measured) -> Finding:
+def _lost(measured: PopiFigures) -> Finding:
     heading = {
         WORSE: "Better summaries would bring more: the generator follows the truth where it is told it",
         BETTER: "Summaries serve better than the true preferences in the same words",
@@ -113,7 +100,7 @@ def _lost(measured: Measured) -> Finding:
     }[_verdict(measured, TRUTH)]
     text = (
         f"Given the true preferences in a summary's words, the same generator judges "
-        f"{shown(measured.contexts[TRUTH].accuracy.all)} of the pairs rightly ({_difference(measured, TRUTH)})."
+        f"{_right(measured, TRUTH)} of the pairs rightly ({_difference(measured, TRUTH)})."
     )
     return Finding(heading, text)
 
@@ -127,17 +114,21 @@ def _scope() -> Finding:
     )
 
 
-def shown(interval: Interval) -> str:
+def shown(share: Share) -> str:
     """`0.87 [0.83, 0.90]`."""
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]"
 
 
-def _verdict(measured: Measured, name: str) -> str:
+def _right(measured: PopiFigures, name: str) -> str:
+    return shown(measured.contexts[name].accuracy)
+
+
+def _verdict(measured: PopiFigures, name: str) -> str:
     own, other = measured.contexts[SUMMARY].accuracy.by_seed, measured.contexts[name].accuracy.by_seed
     return verdict(own, other, measured.summary_minus[name])
 
 
-def _difference(measured: Measured, name: str) -> str:
+def _difference(measured: PopiFigures, name: str) -> str:
     found = measured.summary_minus[name]
     clear = "" if _verdict(measured, name) != UNCLEAR else ", no clear difference"
     return f"the summary's lead {found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{clear}"
@@ -145,7 +136,3 @@ def _difference(measured: Measured, name: str) -> str:
 
 def _each(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in values)
-
-
-def _join(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -22,49 +22,47 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 SHOW_PROBABILITY = 0.6
 PAST_REVIEWS = 3
 
+
+def _lists(**words: str) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(text.split()) for name, text in words.items()}
+
+
 # Slot -> its words. The first is the plain word; the other eleven are habits.
-SLOTS: dict[str, tuple[str, ...]] = {
-    slot: tuple(words.split())
-    for slot, words in {
-        "greeting": "hello hi hey howdy greetings ahoy yo welcome salutations morning evening friends",
-        "unit": "days hours weeks months nights mornings weekends lunches trips seasons commutes parties",
-        "intensifier": "quite very really extremely insanely truly remarkably super utterly awfully seriously so",
-        "adjective": "good great lovely superb solid charming brilliant splendid neat fantastic wicked decent",
-        "connector": "and plus yet but though while besides meanwhile also still however because",
-        "topic": "quality price comfort weight finish packaging sound battery smell texture design warranty",
-        "audience": "family kids wife husband cat dog mum dad boss neighbour roommate grandma",
-        "sign_off": "thanks cheers regards bye ciao hugs best kisses sincerely later adieu respectfully",
-    }.items()
-}
-
+SLOTS = _lists(
+    greeting="hello hi hey howdy greetings ahoy yo welcome salutations morning evening friends",
+    unit="days hours weeks months nights mornings weekends lunches trips seasons commutes parties",
+    intensifier="quite very really extremely insanely truly remarkably super utterly awfully seriously so",
+    adjective="good great lovely superb solid charming brilliant splendid neat fantastic wicked decent",
+    connector="and plus yet but though while besides meanwhile also still however because",
+    topic="quality price comfort weight finish packaging sound battery smell texture design warranty",
+    audience="family kids wife husband cat dog mum dad boss neighbour roommate grandma",
+    sign_off="thanks cheers regards bye ciao hugs best kisses sincerely later adieu respectfully",
+)
 # Fact -> its possible words.
-FACTS: dict[str, tuple[str, ...]] = {
-    fact: tuple(words.split())
-    for fact, words in {
-        "maker": "acme borealis cobalt dynamo everest fulcrum granite halcyon indigo juniper kestrel lumen",
-        "colour": "red teal amber ivory navy olive coral violet beige crimson silver black",
-        "material": "oak steel glass bamboo ceramic leather copper wool marble linen rubber cork",
-        "place": "oslo lima cairo kyoto quito porto delhi turin accra perth leeds hanoi",
-    }.items()
-}
+FACTS = _lists(
+    maker="acme borealis cobalt dynamo everest fulcrum granite halcyon indigo juniper kestrel lumen",
+    colour="red teal amber ivory navy olive coral violet beige crimson silver black",
+    material="oak steel glass bamboo ceramic leather copper wool marble linen rubber cork",
+    place="oslo lima cairo kyoto quito porto delhi turin accra perth leeds hanoi",
+)
 
-_OLD_ITEMS = """
+OLD_ITEMS, NEW_ITEMS = _lists(
+    old="""
     kettle lamp chair table blanket pillow teapot skillet radio camera backpack umbrella jacket scarf mug bottle clock
     mirror rug vase basket broom bucket candle curtain desk drawer fan fork funnel grater hammer iron jar kite ladder
     mat mixer nail notebook opener paddle pan pen piano plate pot rack razor ruler saddle saw shelf shovel sofa spoon
     stool tent toaster tray
-"""
-_NEW_ITEMS = """
+    """,
+    new="""
     violin telescope sledge hammock lantern compass drone anvil easel globe harmonica keyboard loom microscope necklace
     oven printer quilt router sandal tripod ukulele visor wagon
-"""
-OLD_ITEMS: tuple[str, ...] = tuple(_OLD_ITEMS.split())
-NEW_ITEMS: tuple[str, ...] = tuple(_NEW_ITEMS.split())
+    """,
+).values()
 
 # In braces: a slot, a fact, or the item.
 _TEMPLATE = """
@@ -78,7 +76,7 @@ _PROMPT_WORDS = (PAD, BOS, EOS, "item", "past", "reviews", "review", "none", ":"
 
 
 @dataclass(frozen=True)
-class User:
+class Reviewer:
     """One habit for each slot, in the order of `SLOTS`."""
 
     habits: tuple[str, ...]
@@ -99,36 +97,30 @@ class Example:
     `personal` marks the tokens of `response` that are a habit of the user: the ground truth of every effect here.
     """
 
-    user: User
+    user: Reviewer
     item: Item
     history: tuple[str, ...]
     response: tuple[str, ...]
     personal: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Words to ids and back; one token is one word."""
-
-    words: tuple[str, ...]
-    ids: dict[str, int] = field(repr=False)
-
-    @classmethod
-    def build(cls) -> Vocabulary:
-        """Every word of the world once, special tokens first, so that padding is id 0."""
-        template = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
-        groups: list[Iterable[str]] = [_PROMPT_WORDS, template, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS]
-        words = tuple(dict.fromkeys(word for group in groups for word in group))
-        return cls(words, {word: index for index, word in enumerate(words)})
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, words: Iterable[str]) -> list[int]:
-        return [self.ids[word] for word in words]
+def _vocabulary() -> dict[str, int]:
+    template = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
+    groups: list[Iterable[str]] = [_PROMPT_WORDS, template, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS]
+    words = dict.fromkeys(word for group in groups for word in group)
+    return {word: index for index, word in enumerate(words)}
 
 
-class World:
+#: Every word of the world and its token id; one token is one word. Padding is 0.
+VOCABULARY = _vocabulary()
+
+
+def encode(words: Iterable[str]) -> list[int]:
+    """The words' token ids."""
+    return [VOCABULARY[word] for word in words]
+
+
+class LossWorld:
     """Users, items and reviews drawn from one seed.
 
     Dev and test users are drawn first, and no later user may have the same combination of habits: a good result on them
@@ -137,8 +129,7 @@ class World:
 
     def __init__(self, seed: int, *, dev_users: int = 64, test_users: int = 200) -> None:
         self._rng = random.Random(f"nextquill demo {seed}")
-        self._taken: set[User] = set()
-        self.vocabulary = Vocabulary.build()
+        self._taken: set[Reviewer] = set()
         self.old_items = tuple(_draw_item(name, self._rng) for name in OLD_ITEMS)
         self.new_items = tuple(_draw_item(name, self._rng) for name in NEW_ITEMS)
         dev, test = self._reserve_users(dev_users), self._reserve_users(test_users)
@@ -147,23 +138,24 @@ class World:
 
     def training_examples(self, count: int, items: Sequence[Item], *, habit_probability: float = 1.0) -> list[Example]:
         """`count` examples of fresh users; with `habit_probability` < 1 their responses often use the plain word."""
-        users: list[User] = []
-        while len(users) < count:
-            user = _draw_user(self._rng)
-            if user not in self._taken:
-                users.append(user)
+        users = [self._new_user() for _ in range(count)]
         return [self._example(user, items, habit_probability) for user in users]
 
-    def _reserve_users(self, count: int) -> list[User]:
-        users: list[User] = []
-        while len(users) < count:
-            user = _draw_user(self._rng)
-            if user not in self._taken:
-                self._taken.add(user)
-                users.append(user)
+    def _reserve_users(self, count: int) -> list[Reviewer]:
+        users = list[Reviewer]()
+        for _ in range(count):
+            users.append(self._new_user())
+            self._taken.add(users[-1])
         return users
 
-    def _example(self, user: User, items: Sequence[Item], habit_probability: float = 1.0) -> Example:
+    def _new_user(self) -> Reviewer:
+        """A user whose combination of habits no dev or test user has."""
+        while True:
+            user = Reviewer(tuple(self._rng.choice(words[1:]) for words in SLOTS.values()))
+            if user not in self._taken:
+                return user
+
+    def _example(self, user: Reviewer, items: Sequence[Item], habit_probability: float = 1.0) -> Example:
         item = self._rng.choice(items)
         history = _draw_history(user, self._rng)
         response, personal = _write_response(user, item, habit_probability, self._rng)
@@ -182,15 +174,11 @@ def histories_of_others(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     return histories[1:] + histories[:1]
 
 
-def _draw_user(rng: random.Random) -> User:
-    return User(tuple(rng.choice(words[1:]) for words in SLOTS.values()))
-
-
 def _draw_item(name: str, rng: random.Random) -> Item:
     return Item(name, tuple(rng.choice(words) for words in FACTS.values()))
 
 
-def _draw_history(user: User, rng: random.Random) -> tuple[str, ...]:
+def _draw_history(user: Reviewer, rng: random.Random) -> tuple[str, ...]:
     """Three past reviews, `item : habit habit … ;`, each habit in each with probability 0.6 and in at least one."""
     shown = [[rng.random() < SHOW_PROBABILITY for _ in user.habits] for _ in range(PAST_REVIEWS)]
     for slot in range(len(user.habits)):
@@ -205,7 +193,7 @@ def _draw_history(user: User, rng: random.Random) -> tuple[str, ...]:
 
 
 def _write_response(
-    user: User, item: Item, habit_probability: float, rng: random.Random
+    user: Reviewer, item: Item, habit_probability: float, rng: random.Random
 ) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     fills = {"{item}": item.name} | {f"{{{name}}}": word for name, word in zip(FACTS, item.facts, strict=True)}
     personal_fills = {}

@@ -5,15 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -21,23 +16,27 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from nextquill.demo import DemoResult, run_demo
-from nextquill.demo.evaluation import TestSet, exact_match, f1_score
-from nextquill.demo.recipe import Recipe, make_recipe
-from nextquill.demo.results import BASE
-from nextquill.demo.training import build_model, hidden_states, make_batch, make_contestants
-from nextquill.demo.world import World
+from demos.kit.run import DemoResult
+from demos.losses.measuring import BASE, LossRow, UnseenUsers, exact_match, f1_score
+from demos.losses.recipe import LossRecipe
+from demos.losses.run import run_demo
+from demos.losses.training import build_model, hidden_states, make_batch, make_contestants, with_own_histories
+from demos.losses.world import LossWorld, encode
 
 FILES = {"demo.png", "demo.html", "results.json", "results.csv"}
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str, list[tuple[str, int, int]]]:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult[Any, Any], str, list[tuple[str, int, int]]]:
     printed, calls = io.StringIO(), []
     folder = tmp_path_factory.mktemp("demo") / "made" / "by run_demo"
     console = Console(file=printed, width=80)
     result = run_demo(folder, seed=7, seeds=2, quick=True, console=console, progress=lambda *call: calls.append(call))
     return result, printed.getvalue(), calls
+
+
+def rows_of(result: DemoResult[Any, Any]) -> list[LossRow]:
+    return [row for run in result.runs for row in run.rows]
 
 
 def without_seconds(record: dict[str, Any]) -> dict[str, Any]:
@@ -55,15 +54,15 @@ def test_quick_run_writes_exactly_its_files(quick: Any) -> None:
     assert html.count('class="variant"') == 9
     assert "&lt;eos&gt;" in html
     rows = list(csv.DictReader(io.StringIO(result.paths["results.csv"].read_text(encoding="utf-8"))))
-    assert len(rows) == len(result.rows) == 2 * (1 + 6 * 2)
-    assert float(rows[-1]["personal_nll"]) == result.rows[-1].personal_nll
+    assert len(rows) == len(rows_of(result)) == 2 * (1 + 6 * 2)
+    assert float(rows[-1]["personal_nll"]) == rows_of(result)[-1].personal_nll
     assert max(len(line) for line in printed.splitlines() if "Written" not in line) <= 80
 
 
 def test_quick_run_says_that_it_compares_nothing(quick: Any) -> None:
     result, printed, _ = quick
-    assert "compares nothing" in result.findings[0].heading
-    assert "smoke test" in result.findings[0].text
+    assert "compares nothing" in result.report.findings[0].heading
+    assert "smoke test" in result.report.findings[0].text
     assert "compares nothing" in printed
 
 
@@ -94,69 +93,45 @@ def test_same_seed_same_figures_whatever_the_threads_and_global_seed(quick: Any)
 
 def test_each_seed_is_another_draw(quick: Any) -> None:
     result, _, _ = quick
-    bases = [row for row in result.rows if row.method == BASE]
-    assert [row.seed for row in bases] == [7, 8] == [run.seed for run in result.seed_runs]
+    bases = [row for row in rows_of(result) if row.method == BASE]
+    assert [row.seed for row in bases] == [7, 8] == [run.seed for run in result.runs]
     assert bases[0].personal_nll != bases[1].personal_nll
 
 
 def test_rows_hold_each_method_at_each_checkpoint(quick: Any) -> None:
     result, _, _ = quick
-    compared = [row for row in result.rows if row.method != BASE]
-    assert {row.learning_rate for row in result.rows if row.method == BASE} == {None}
+    compared = [row for row in rows_of(result) if row.method != BASE]
+    assert {row.learning_rate for row in rows_of(result) if row.method == BASE} == {None}
     assert {row.step for row in compared} == {2, 4}
     rates = {row.method: row.learning_rate for row in compared}
     assert rates.pop("SFT, 2× LR") == pytest.approx(8e-4)
     assert set(rates.values()) == {4e-4}
     assert len(rates) == 5
     assert all(row.seconds_per_step > 0 and row.time_vs_sft > 0 for row in compared)
-    assert {row.time_vs_sft for row in result.rows if row.method == "SFT"} == {1.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"steps": 0}, ArgumentError, "steps: expected at least 1, got 0"),
-        ({"seeds": 0}, ArgumentError, "seeds: expected at least 1, got 0"),
-        ({"seed": -1}, ArgumentError, "seed: expected 0 or more, got -1"),
-        ({"steps": 9, "long_steps": 8}, ArgumentError, "long_steps: expected at least steps=9, got 8"),
-        ({"seed": 1.5}, ArgumentTypeError, "seed: expected an int, got 1.5"),
-        ({"steps": "9"}, ArgumentTypeError, "steps: expected an int, got '9'"),
-    ],
-)
-def test_bad_arguments_are_refused_before_anything_is_made(
-    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        run_demo(tmp_path / "new", **arguments)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(OutputExistsError, match="output_dir: expected a folder"):
-        run_demo(tmp_path / "file", quick=True)
+    assert {row.time_vs_sft for row in rows_of(result) if row.method == "SFT"} == {1.0}
 
 
 def test_defaults_of_the_recipe() -> None:
-    assert make_recipe(seed=0, seeds=None, steps=None, long_steps=None, quick=False) == Recipe()
-    assert make_recipe(seed=0, seeds=None, steps=40, long_steps=None, quick=False).long_steps == 40
-    assert Recipe().checkpoints == (0, 8, 16, 24, 28)
+    assert LossRecipe.of(seed=0, seeds=None, steps=None, long_steps=None) == LossRecipe()
+    assert LossRecipe.of(steps=40).long_steps == 40
+    assert LossRecipe.of(steps=3, quick=True).long_steps == 4
+    assert LossRecipe().checkpoints == (0, 8, 16, 24, 28)
 
 
 def test_exact_match_is_what_greedy_decoding_reproduces() -> None:
     """Against real decoding, on a model trained just enough to get some responses right and some wrong."""
-    world = World(0, dev_users=1, test_users=6)
-    model = build_model(len(world.vocabulary), 0)
+    world = LossWorld(0, dev_users=1, test_users=6)
+    model = build_model(0)
     contestant = make_contestants(model, 4e-3)[0]
-    batch = make_batch(world.vocabulary, world.test[:3], [example.history for example in world.test[:3]])
+    batch = with_own_histories(world.test[:3])
     for _ in range(40):
         contestant.step(batch, None)
-    test = TestSet(world)
+    test = UnseenUsers(world.test)
     with torch.no_grad():
         logits = hidden_states(contestant.model, test.own) @ contestant.model.lm_head.weight.T
     decoded = 0
     for index, example in enumerate(world.test):
-        reference = world.vocabulary.encode(example.response)
+        reference = encode(example.response)
         start = int(test.own.rows[test.own.sequence_ids == index][0]) - index * test.own.input_ids.shape[1] + 1
         ids = test.own.input_ids[index : index + 1, :start]
         for _ in reference:
@@ -168,11 +143,11 @@ def test_exact_match_is_what_greedy_decoding_reproduces() -> None:
 
 
 def test_batch_rows_predict_their_labels_and_ignore_padding() -> None:
-    world = World(1, dev_users=1, test_users=3)
-    batch = make_batch(world.vocabulary, world.test, [example.history for example in world.test])
+    world = LossWorld(1, dev_users=1, test_users=3)
+    batch = with_own_histories(world.test)
     assert torch.equal(batch.input_ids.flatten()[batch.rows + 1], batch.labels)
-    model = build_model(len(world.vocabulary), 1)
-    alone = make_batch(world.vocabulary, world.test[1:2], [world.test[1].history])
+    model = build_model(1)
+    alone = make_batch(world.test[1:2], [world.test[1].history])
     with torch.no_grad():
         together = hidden_states(model, batch, chunk=2)[batch.sequence_ids == 1]
         torch.testing.assert_close(together, hidden_states(model, alone), rtol=1e-5, atol=1e-5)
@@ -184,12 +159,3 @@ def test_f1_counts_over_all_tokens() -> None:
     assert f1_score(torch.tensor([True, False, True, False]), truth) == 0.5
     assert f1_score(~truth, truth) == 0.0
     assert f1_score(torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)) == 0.0
-
-
-def test_importing_the_package_imports_neither_transformers_nor_matplotlib() -> None:
-    code = (
-        "import sys, nextquill.demo, nextquill.report\n"
-        "loaded = {'transformers', 'matplotlib', 'rich', 'nextquill.demo.run'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError
-from nextquill.evaluation.bootstrap import Interval, PairedResult
+from nextquill.evaluation.bootstrap import PairedResult
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
@@ -20,9 +19,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from nextquill.popi.demo import DemoResult, run_demo
-from nextquill.popi.demo.findings import BETTER, UNCLEAR, WORSE, find, verdict
-from nextquill.popi.demo.measuring import (
+from demos.kit.run import DemoResult
+from demos.popi.findings import BETTER, UNCLEAR, WORSE, find, verdict
+from demos.popi.measuring import (
     BEFORE,
     CONTEXTS,
     NONE,
@@ -32,17 +31,19 @@ from nextquill.popi.demo.measuring import (
     TRUTH,
     WRITTEN,
     ContextResult,
-    Measured,
+    PopiFigures,
     Share,
+    figures,
 )
-from nextquill.popi.demo.recipe import Recipe, make_recipe
-from nextquill.popi.demo.training import Prompts, own_randomness
-from nextquill.popi.demo.world import (
+from demos.popi.recipe import PopiRecipe
+from demos.popi.run import run_demo
+from demos.popi.training import Prompts, own_randomness
+from demos.popi.world import (
     ASPECT_OF,
     ASPECTS,
     BLAND,
     VALUES,
-    World,
+    PreferenceWorld,
     all_texts,
     draw_pairs,
     most_shown,
@@ -60,18 +61,11 @@ PREFERENCES = {"tone": "formal", "image": "music"}
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    recipe = Recipe()
-    return World(
-        3,
-        train_users=recipe.train_users,
-        test_users=recipe.test_users,
-        train_pairs=recipe.train_pairs,
-        test_pairs=recipe.test_pairs,
-    )
+def world() -> PreferenceWorld:
+    return PreferenceWorld(3, PopiRecipe())
 
 
-def test_test_users_have_preferences_that_no_training_user_has(world: World) -> None:
+def test_test_users_have_preferences_that_no_training_user_has(world: PreferenceWorld) -> None:
     train, test = ({tuple(each.preferences.items()) for each in users} for users in (world.train, world.test))
     assert len(train) == 36
     assert len(test) == 12
@@ -80,7 +74,7 @@ def test_test_users_have_preferences_that_no_training_user_has(world: World) -> 
         assert {value for each in users for value in each.preferences.values()} == set(VALUES)
 
 
-def test_a_chosen_answer_has_both_preferred_values_and_the_rejected_lacks_one(world: World) -> None:
+def test_a_chosen_answer_has_both_preferred_values_and_the_rejected_lacks_one(world: PreferenceWorld) -> None:
     for each in world.test:
         wanted = set(each.preferences.values())
         for pair in each.user.pairs:
@@ -88,8 +82,8 @@ def test_a_chosen_answer_has_both_preferred_values_and_the_rejected_lacks_one(wo
             assert not wanted <= set(shown_values(pair.rejected))
 
 
-def test_signals_give_no_pair_away_and_none_is_dropped(world: World) -> None:
-    recipe = Recipe()
+def test_signals_give_no_pair_away_and_none_is_dropped(world: PreferenceWorld) -> None:
+    recipe = PopiRecipe()
     for each in world.train[:20]:
         drawn = draw(each.user, num_pairs=recipe.pairs_per_user, num_signals=recipe.signals, seed=1)
         assert (len(drawn.pairs), len(drawn.signals)) == (recipe.pairs_per_user, recipe.signals)
@@ -145,7 +139,7 @@ def test_words_show_one_value_each_and_every_text_reads_back() -> None:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str, list[tuple[str, int, int]]]:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult[Any, Any], str, list[tuple[str, int, int]]]:
     printed, calls = io.StringIO(), list[tuple[str, int, int]]()
     folder = tmp_path_factory.mktemp("demo") / "made" / "by run_demo"
     console = Console(file=printed, width=80)
@@ -169,11 +163,11 @@ def test_quick_run_writes_exactly_its_files_and_says_that_it_compares_nothing(qu
 def test_results_hold_every_context_on_the_same_pairs(quick: Any) -> None:
     result, _, _ = quick
     run = result.runs[0]
-    assert tuple(run.scores) == CONTEXTS == tuple(result.measured.contexts)
+    assert tuple(run.scores) == CONTEXTS == tuple(figures(result.runs).contexts)
     places = [[(score.user_id, score.index) for score in scores] for scores in run.scores.values()]
     assert all(each == places[0] for each in places)
     assert len(run.history) == result.recipe.steps
-    contexts = result.measured.contexts
+    contexts = figures(result.runs).contexts
     assert contexts[NONE].context_tokens == 0
     assert contexts[SIGNALS].context_tokens > 10 * contexts[TRUTH].context_tokens
     record = json.loads(result.paths["results.json"].read_text(encoding="utf-8"))
@@ -190,7 +184,7 @@ def test_same_seed_same_figures_whatever_the_global_state(quick: Any, tmp_path: 
     random.seed(5)
     states = torch.random.get_rng_state(), random.getstate()
     again = run_demo(tmp_path, seed=7, quick=True, quiet=True)
-    assert again.measured == result.measured
+    assert figures(again.runs) == figures(result.runs)
     assert [run.users for run in again.runs] == [run.users for run in result.runs]
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), states[0])
@@ -209,28 +203,6 @@ def test_randomness_comes_back_after_an_error() -> None:
     assert random.getstate() == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"seeds": 0}, ArgumentError, "seeds: expected at least 1, got 0"),
-        ({"seed": -1}, ArgumentError, "seed: expected 0 or more, got -1"),
-        ({"seed": 1.5}, ArgumentTypeError, "seed: expected an int, got 1.5"),
-    ],
-)
-def test_bad_numbers_are_refused_before_any_work(
-    arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(error, match=message):
-        run_demo(tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputExistsError, match="output_dir: expected a folder"):
-        run_demo(tmp_path / "out", quick=True)
-
-
 # ---- what follows -----------------------------------------------------------------------------------
 
 
@@ -240,13 +212,13 @@ def difference(value: float, half: float = 0.05) -> PairedResult:
 
 def share(*by_seed: float) -> Share:
     mean = sum(by_seed) / len(by_seed)
-    return Share(Interval(mean, mean - 0.03, mean + 0.03), by_seed)
+    return Share(mean, mean - 0.03, mean + 0.03, by_seed)
 
 
-def measured(*, summary: float, signals: float, truth: float = 0.99, stated: float = 0.8) -> Measured:
+def measured(*, summary: float, signals: float, truth: float = 0.99, stated: float = 0.8) -> PopiFigures:
     values = dict.fromkeys(CONTEXTS, 0.5) | {SUMMARY: summary, SIGNALS: signals, TRUTH: truth}
     tokens = dict.fromkeys(CONTEXTS, 5.0) | {NONE: 0.0, SIGNALS: 100.0}
-    return Measured(
+    return PopiFigures(
         {name: ContextResult(share(value, value), tokens[name]) for name, value in values.items()},
         {name: difference(summary - value) for name, value in values.items() if name != SUMMARY},
         {BEFORE: share(0.1, 0.1), SUMMARY: share(stated, stated), PLACEBO: share(0.15, 0.15)},
@@ -270,26 +242,26 @@ def test_a_difference_counts_with_one_sign_in_every_seed_and_an_interval_without
 
 
 def test_findings_say_what_the_figures_say() -> None:
-    good = find(measured(summary=0.85, signals=0.97), Recipe())
+    good = find(measured(summary=0.85, signals=0.97), PopiRecipe())
     assert good[0].heading.startswith("Training on preferences alone makes summaries state")
     assert good[1].heading.startswith("A summary tells the generator")
     assert good[2].heading.startswith("With raw signals more pairs are judged rightly than with summaries")
     assert good[2].heading.endswith("the signals take 20 times the tokens")
     assert good[3].heading.startswith("Better summaries would bring more")
-    bad = find(measured(summary=0.5, signals=0.4, stated=0.1), Recipe())
+    bad = find(measured(summary=0.5, signals=0.4, stated=0.1), PopiRecipe())
     assert "no clearly different share" in bad[0].heading
     assert "clearly ahead of nothing" in bad[1].heading
     assert bad[2].heading.startswith("With summaries more pairs are judged rightly")
 
 
 def test_a_generator_that_reads_nothing_leaves_only_that_to_be_said() -> None:
-    found = find(measured(summary=0.85, signals=0.97, truth=0.6), Recipe())
+    found = find(measured(summary=0.85, signals=0.97, truth=0.6), PopiRecipe())
     assert "did not learn to read summaries" in found[0].heading
     assert len(found) == 2
 
 
 def test_quick_recipe_is_small_and_says_so() -> None:
-    recipe = make_recipe(seed=2, seeds=None, quick=True)
+    recipe = PopiRecipe.of(seed=2, seeds=None, quick=True)
     assert recipe.quick
     assert recipe.seed_values == range(2, 3)
-    assert make_recipe(seed=0, seeds=None, quick=False) == Recipe()
+    assert PopiRecipe.of(seed=0, seeds=None) == PopiRecipe()

@@ -1,0 +1,41 @@
+"""Values over seeds as curves with a band, and curves as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextquill.report.data import Panel, Picture, Series
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, lowest and highest value over the seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """That of one value a seed."""
+        return cls(statistics.fmean(values), min(values), max(values))
+
+
+def curve(label: str, x: Sequence[float], values: Sequence[Sequence[float]], **options: Any) -> Series:
+    """The means of `values`, which hold for each x a value a seed, and a band over several seeds."""
+    spreads = [Spread.of(each) for each in values]
+    low, high = ([getattr(each, end) for each in spreads] for end in ("low", "high"))
+    if len(values[0]) > 1:
+        options |= {"low": low, "high": high}
+    return Series(label, x, [each.mean for each in spreads], **options)
+
+
+def picture(panels: Sequence[Panel], x_label: str, *, alt: str, caption: str) -> Picture:
+    """The panels drawn for light and for dark pages, with a text that stands for them."""
+    from nextquill.report.plots import draw_panels
+
+    light, dark = (draw_panels(panels, x_label=x_label, theme=theme) for theme in ("light", "dark"))
+    return Picture(png=light, dark_png=dark, alt=alt, caption=caption)
