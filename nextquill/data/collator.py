@@ -20,7 +20,6 @@ branches hold each token. Nothing is ever shifted: at the end of a branch the ne
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
+from nextquill.storage.fingerprints import seed_of
 from nextquill.tree import PrefixTree, TreeLayout
 from nextquill.tree.packing import pack_sorted
 from nextquill.tree.prefix_tree import SortedBranches, sort_branches
@@ -215,14 +215,9 @@ def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[d
 def _batch(examples: Sequence[EncodedExample], parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "example_index": torch.tensor([example.index for example in examples], dtype=torch.long),
-        "users": torch.tensor([_user_number(example.user_id) for example in examples], dtype=torch.long),
+        "users": torch.tensor([seed_of(example.user_id) for example in examples], dtype=torch.long),
         "parts": parts,
     }
-
-
-def _user_number(user_id: str) -> int:
-    """63 bits of a hash: the same number on every rank."""
-    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _predicting(branch: Branch) -> Tensor:

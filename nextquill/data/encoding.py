@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any
 
 from nextquill.data._checks import check_integer
-from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.placebo import (
     COUNTERFACTUAL,
     EVALUATION,
@@ -39,8 +39,6 @@ from nextquill.data.rendering import PromptRenderer, Tokenizer
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import BatchTokenizer, Ids
 from nextquill.errors import ArgumentError, BudgetError, RecordError
-
-__all__ = ["Branch", "EncodedExample", "EncodingStats", "ExampleEncoder"]
 
 Progress = Callable[..., Iterable[Any]]
 #: A record's place, the record, and the histories of its placebo and its counterfactual branch.

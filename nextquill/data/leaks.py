@@ -125,12 +125,12 @@ class _Search:
             self._look_up(item.text, f"history[{position}] of {where}")
         if self._split == "users" and record.user_id in self._users:
             tested = self._users.pop(record.user_id)
-            self._report("user", f"{tested}: expected a user who is not trained on, got that of {where}")
+            self.leaks.append(Leak("user", f"{tested}: expected a user who is not trained on, got that of {where}"))
         if self._split == "time":
             time = _timestamp(record, where)
             earliest, tested = self._earliest.get(record.user_id, (float("inf"), ""))
             if earliest < time:
-                self._report("time", f"{tested}, at {earliest}, is earlier than {where}, at {time}")
+                self.leaks.append(Leak("time", f"{tested}, at {earliest}, is earlier than {where}, at {time}"))
                 del self._earliest[record.user_id]
 
     def _look_up(self, text: str, place: str) -> None:
@@ -141,10 +141,10 @@ class _Search:
         whole = normalised(text)
         for where, response in self._answers.pop(whole, ()):
             same = "word for word" if text == response else "but for case and space"
-            self._report("answer", f"{where}: its response is {place}, {same}")
+            self.leaks.append(Leak("answer", f"{where}: its response is {place}, {same}"))
         for answer in self._inside(whole):
             for where, _ in self._answers.pop(answer, ()):
-                self._report("answer", f"{where}: its response stands in {place}")
+                self.leaks.append(Leak("answer", f"{where}: its response stands in {place}"))
 
     def _inside(self, text: str) -> Iterator[str]:
         """The long test responses that are a part of a text."""
@@ -163,11 +163,8 @@ class _Search:
             text = normalised(item.text)
             if text == wanted or (_is_long(wanted) and wanted in text):
                 verb = "is" if text == wanted else "stands in"
-                self._report("itself", f"{where}: its own response {verb} its history[{position}]")
+                self.leaks.append(Leak("itself", f"{where}: its own response {verb} its history[{position}]"))
                 return
-
-    def _report(self, kind: str, message: str) -> None:
-        self.leaks.append(Leak(kind, message))
 
 
 @functools.lru_cache(maxsize=16_384)  # the same texts stand in most records of a user

@@ -36,12 +36,8 @@ from nextquill.data.prepared import (
 )
 from nextquill.data.records import Record
 from nextquill.errors import CheckpointError, OutputExistsError, RecordError
-from nextquill.storage.atomic_files import write_whole
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs into one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
+from nextquill.storage.atomic_files import move_into_place, write_whole
+from nextquill.storage.locks import try_lock
 
 _PROGRESS = "progress.json"
 _LOCK = "lock"
@@ -152,9 +148,11 @@ class _Shards:
         self._target, self._folder = target, target.with_name(f"{target.name}.partial")
         self._settings = settings
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._folder / _LOCK)
+        self._lock = (self._folder / _LOCK).open("wb")
         self.done: list[dict[str, Any]] = []
         try:
+            if not try_lock(self._lock):
+                raise OutputExistsError(f"{self._folder}: another process is writing it")
             self.done = self._read_back(overwrite)
         except BaseException:
             self._lock.close()
@@ -226,11 +224,7 @@ class _Shards:
         write_whole(self._folder / HEADER, self._header(complete=True))
         (self._folder / _PROGRESS).unlink()
         (self._folder / _LOCK).unlink()
-        replaced = self._target.with_name(f".{self._target.name}.{os.getpid()}.replaced")
-        if self._target.exists():
-            os.replace(self._target, replaced)
-        os.replace(self._folder, self._target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        move_into_place(self._folder, self._target)
 
     def _clear(self) -> None:
         self._tokens, self._index, self._users = array("i"), array("q"), list[str]()
@@ -295,17 +289,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _is_ours(name: str) -> bool:
     return name == _LOCK or name.startswith((".", "shard-"))
-
-
-def _locked(path: Path) -> Any:
-    """An open file that only one process can have."""
-    file = path.open("wb")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise OutputExistsError(f"{path.parent}: another process is writing it") from error
-        except OSError:  # a file system without locks
-            pass
-    return file

@@ -22,8 +22,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from nextquill.data.lines import MAX_LINE_BYTES, json_lines
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.errors import ArgumentError, ArgumentTypeError
 
 _RECORD_FIELDS = frozenset({"user_id", "query", "response", "history", "timestamp"})
 
@@ -133,17 +133,8 @@ def iter_jsonl(
         RecordError: the file is missing, unreadable or holds no record; a line is too long, not UTF-8, not JSON or not
             a valid record, and the message names the file and the line; or, with `skipped`, too many records are bad.
     """
-    found = False
-    for where, raw in json_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
-        found = True
-        record = _parsed_or_skipped(raw, where, skipped)
-        if record is not None:
-            yield record
-    name = os.fspath(path)
-    if skipped is not None:
-        skipped.check(name)
-    if not found:
-        raise RecordError(f"{name}: no records, the file is empty")
+    lines = json_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
+    return each_good(lines, _record, skipped, os.fspath(path), "no records, the file is empty")
 
 
 def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> list[Record]:
@@ -174,31 +165,19 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         raise ArgumentTypeError(
             f"source: expected a path or an iterable of records (of one split), got {_type_name(source)}"
         )
-    parsed = (_parsed_or_skipped(raw, f"record {position}", skipped) for position, raw in enumerate(source))
-    records = [record for record in parsed if record is not None]
-    if skipped is not None:
-        skipped.check("source")
-    if not records:
-        raise RecordError("source: no records, the iterable is empty")
-    return records
+    items = ((f"record {position}", raw) for position, raw in enumerate(source))
+    return list(each_good(items, _record, skipped, "source", "no records, the iterable is empty"))
 
 
-def _parsed_or_skipped(raw: object, where: str, skipped: SkippedRecords | None) -> Record | None:
-    try:
-        record = raw if isinstance(raw, Record) else parse_record(raw, where)
-    except RecordError as error:
-        skip_or_raise(error, skipped)
-        return None
-    if skipped is not None:
-        skipped.accept()
-    return record
+def _record(where: str, raw: object) -> Record:
+    return raw if isinstance(raw, Record) else parse_record(raw, where)
 
 
-def _required(raw: Mapping[Any, Any], name: str, where: str) -> object:
+def _required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
     value = raw.get(name)
     if value is None:
         state = "null" if name in raw else "missing"
-        raise PlacedError(where, f"required, but {state}", name)
+        raise PlacedError(where, f"required, but {state}", path + name)
     return value
 
 
@@ -285,11 +264,9 @@ def _history_item(raw: object, where: str, name: str) -> HistoryItem:
         return HistoryItem(check_text(raw, where, name))
     if not isinstance(raw, Mapping):
         raise unexpected(where, name, "a string or an object with 'text'", raw)
-    if raw.get("text") is None:
-        raise PlacedError(where, f"required, but {'null' if 'text' in raw else 'missing'}", f"{name}.text")
     title = raw.get("title")
     return HistoryItem(
-        text=check_text(raw["text"], where, f"{name}.text"),
+        text=check_text(_required(raw, "text", where, f"{name}."), where, f"{name}.text"),
         title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )

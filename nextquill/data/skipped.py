@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from nextquill.errors import ArgumentError, RecordError
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 class PlacedError(RecordError):
@@ -98,3 +102,40 @@ def skip_or_raise(error: RecordError, skipped: SkippedRecords | None) -> None:
     if skipped is None:
         raise error
     skipped.skip(error)
+
+
+def converted(
+    items: Iterable[tuple[str, _T]], convert: Callable[[str, _T], _U], skipped: SkippedRecords | None
+) -> Iterator[tuple[str, _U]]:
+    """Yield each item's place and the result of `convert(place, item)`; a `RecordError` skips the item or is raised."""
+    for where, item in items:
+        try:
+            result = convert(where, item)
+        except RecordError as error:
+            skip_or_raise(error, skipped)
+        else:
+            yield where, result
+
+
+def each_good(
+    items: Iterable[tuple[str, _T]],
+    convert: Callable[[str, _T], _U],
+    skipped: SkippedRecords | None,
+    source: str,
+    empty: str = "no records",
+) -> Iterator[_U]:
+    """Yield the results of `converted`, count them as good, and check the source at its end.
+
+    Raises:
+        RecordError: an item is bad and nothing is skipped, too many are bad, or there is none.
+    """
+    count = 0
+    for _, result in converted(items, convert, skipped):
+        count += 1
+        if skipped is not None:
+            skipped.accept()
+        yield result
+    if skipped is not None:
+        skipped.check(source)
+    if not count:
+        raise RecordError(f"{source}: {empty}")

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ from typing import Literal
 from nextquill.data._checks import check_integer
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.storage.fingerprints import digest_of
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,7 @@ def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> I
 
 def _lot(user_id: str, seed: int) -> float:
     """A number in [0, 1) that a user draws, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed} {user_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int.from_bytes(digest_of(f"{seed} {user_id}"), "big") / 2**64
 
 
 def _all_dated(records: Sequence[Record]) -> bool:

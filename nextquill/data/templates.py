@@ -18,7 +18,7 @@ response, and `newest_first=True` gives the published order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta, timezone
 from typing import Literal
 
@@ -32,15 +32,6 @@ BRANCHES = ("factual", "counterfactual", "placebo")
 
 _ORDERS = ("official", "history_first")
 _COUNTERFACTUALS = ("none", "removal", "placebo")
-_TEXT_FIELDS = (
-    "history_heading",
-    "query_heading",
-    "closing_cue",
-    "title_label",
-    "text_label",
-    "date_label",
-    "empty_history",
-)
 _SECTION_BREAK = "\n\n"
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -96,10 +87,11 @@ class PromptTemplate:
                 check_instance(name, getattr(self, name), str, "a string or None")
         if self.chat is not None:
             check_instance("chat", self.chat, bool, "True, False or None")
-        for name in ("newest_first", "show_dates"):
-            check_instance(name, getattr(self, name), bool, "True or False")
-        for name in _TEXT_FIELDS:
-            check_instance(name, getattr(self, name), str, "a string")
+        for each in fields(self):
+            if each.type == "bool":
+                check_instance(each.name, getattr(self, each.name), bool, "True or False")
+            elif each.type == "str":
+                check_instance(each.name, getattr(self, each.name), str, "a string")
         if self.prompt_jinja is not None:
             check_jinja(self.prompt_jinja, _day)
 

@@ -31,6 +31,7 @@ _GUARD = "a"
 # Digits are left out, as some tokenizers split before them, and "/", which o200k's pattern takes with line breaks.
 _BREAK = r"\n"
 _CUT_BEFORE = "!-.:-~"
+_SPANNING = re.compile(rf"\n[{_CUT_BEFORE}]")
 #: Characters. Each piece costs what some ten tokens cost, so texts are cut where past texts begin and end: at blank
 #: lines and headings; and at every line only where there are none for long, as in prompts of one's own.
 _LONG_PARAGRAPH = 8_000
@@ -193,8 +194,7 @@ def cut_pattern(backend: Any) -> re.Pattern[str] | None:
     # A special token ends the text before it, for which a guard cannot stand; and it may take white space with it.
     special = {re.escape(content[:3]) for content in added}
     before = f"(?!{'|'.join(sorted(special))})" if special else ""
-    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
-    if any(spanning.search(content) or content.startswith(_GUARD) for content in added):
+    if any(_SPANNING.search(content) or content.startswith(_GUARD) for content in added):
         return None
     if len(backend.encode(_GUARD, add_special_tokens=False).ids) != 1:
         return None
@@ -204,10 +204,7 @@ def cut_pattern(backend: Any) -> re.Pattern[str] | None:
 def _splits_safely(backend: Any) -> bool:
     """Whether the text is split into words by known patterns, at every cut among other places."""
     stages = _stages(_state(backend.pre_tokenizer))
-    if _state(backend.normalizer).get("type") not in (
-        None,
-        "NFC",
-    ):  # which never joins an ASCII letter to what precedes
+    if _state(backend.normalizer).get("type") not in (None, "NFC"):  # NFC never joins an ASCII letter to its left
         return False
     kinds = [_split_kind(stage) for stage in stages]
     return None not in kinds and "spaces" in kinds
@@ -243,8 +240,7 @@ def _never_spans(backend: Any) -> bool:
         return False
     if model.fuse_unk or model.ignore_merges or model.end_of_word_suffix or model.continuing_subword_prefix:
         return False
-    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
-    return not any(spanning.search(token) for token in backend.get_vocab())
+    return not any(_SPANNING.search(token) for token in backend.get_vocab())
 
 
 def _stages(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,21 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import CheckpointError
+from nextquill.storage.atomic_files import move_into_place
 
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
-
-
-def move_into_place(source: Path, target: Path) -> None:
-    """Rename a finished folder to `target`, replacing an older folder of that name."""
-    if target.exists():
-        retired = source.with_name(f"{target.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        os.replace(target, retired)
-        os.replace(source, target)
-        shutil.rmtree(retired)
-    else:
-        os.replace(source, target)
 
 
 @contextmanager

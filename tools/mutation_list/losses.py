@@ -191,19 +191,8 @@ MUTATIONS = (
     Mutation(
         "files-half-written",
         "nextquill/storage/atomic_files.py",
-        """\
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-""",
-        """\
-        with path.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-""",
+        'temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]',
+        "temporary = list(paths)",
         "an error while a file is written leaves half of it in the place of the old one",
     ),
 )

@@ -160,9 +160,9 @@ MUTATIONS = (
     Mutation(
         "cli-convert-half-written",
         "nextquill/cli/convert.py",
-        'temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in paths.items()}',
-        "temporary = dict(paths)",
-        "a bad record deletes the output file, or leaves half of it",
+        "with written_together(list(targets.values())) as opened:",
+        'with contextmanager(lambda: ([p.open("wb") for p in targets.values()] for _ in "1"))() as opened:',
+        "a bad record leaves half of the output file",
     ),
     Mutation(
         "cli-final-metrics",

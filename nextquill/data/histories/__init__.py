@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nextquill.data._checks import check_integer, check_one_of
-from nextquill.data.histories.base import Selector, TokenBudget
+from nextquill.data.histories.base import RandomSelector, RecencySelector, Selector, TokenBudget
 from nextquill.data.histories.bm25 import BM25Selector
 from nextquill.data.histories.dense import DenseSelector, TextEncoder
 from nextquill.data.histories.fixed import FixedSelector
-from nextquill.data.histories.simple import RandomSelector, RecencySelector
 from nextquill.errors import ArgumentError
 
 SELECTORS = ("all", "recency", "bm25", "dense", "fixed", "random")

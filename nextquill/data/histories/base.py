@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nextquill.data.records import HistoryItem, Record
 from nextquill.errors import RecordError
+from nextquill.storage.fingerprints import digest_of
 
 History = Sequence[HistoryItem]
 
@@ -99,6 +101,28 @@ class RankedSelector(Selector):
     @abstractmethod
     def _ranked(self, record: Record, history: History) -> Sequence[int]:
         """Positions in `history`, which is not empty and runs from the oldest on; the best first."""
+
+
+class RecencySelector(RankedSelector):
+    """The newest items; without any limit all of them."""
+
+    contiguous = True
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        return range(len(history) - 1, -1, -1)
+
+
+class RandomSelector(RankedSelector):
+    """Items drawn at random, from a seed and the record itself: no order of records changes what one of them gets."""
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None, seed: int) -> None:
+        super().__init__(num_items, budget)
+        self.seed = seed
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        key = repr((self.seed, record.user_id, record.query, record.response, record.timestamp))
+        rng = random.Random(digest_of(key))
+        return rng.sample(range(len(history)), len(history))
 
 
 def in_time_order(history: History) -> History:

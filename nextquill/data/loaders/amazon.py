@@ -41,18 +41,14 @@ def load_amazon(
     if metadata is None:
         raise ArgumentError("metadata: required by format 'amazon', the items' titles and descriptions")
     items = _items(source.other("metadata", metadata, metadata_split))
-
-    def convert(row: Row) -> Record:
-        return _record(row, items)
-
-    return source.each(convert)
+    return source.each(lambda row: _record(row, items))
 
 
 def _items(metadata: Source) -> dict[str, _Item]:
     def convert(row: Row) -> tuple[str, _Item]:
         return row.user_id("asin", "parent_asin"), _Item(row.optional_text("title") or "", _description(row))
 
-    return {asin: item for _, (asin, item) in metadata.each(convert)}
+    return dict(item for _, item in metadata.each(convert))
 
 
 def _description(row: Row) -> str:

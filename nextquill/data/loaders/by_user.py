@@ -1,17 +1,25 @@
-"""Brings a log's entries together by user, in the order of time, in a temporary database that grows on disk.
+"""From the entries of a log, in any order, to records whose histories are the user's earlier entries.
 
-A log is in any order and may be larger than memory. SQLite's private database `""` keeps what fits its cache in memory
-and the rest in a file that is gone when the connection is; its ORDER BY merges sorted runs from disk.
+A log may be larger than memory, so a temporary database sorts it by user and time. SQLite's private database `""` keeps
+in memory only as much as its cache holds. The rest goes into a file that disappears with the connection, and ORDER BY
+merges sorted runs from it.
+
+An entry that a log holds twice, with the same time, stands once in histories.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
 from typing import Any, NamedTuple
+
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.source import Source
+from nextquill.data.records import HistoryItem, Record
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 
 
 class Entry(NamedTuple):
@@ -21,13 +29,31 @@ class Entry(NamedTuple):
         user_id: whose it is.
         timestamp: seconds since the epoch, or None where the log has no times.
         where: the place it comes from, for errors.
-        content: whatever the loader needs of it, as JSON can hold it.
+        content: `text`, `query`, `response`, `extra` and optionally `title`, ready for JSON.
     """
 
     user_id: str
     timestamp: float | None
     where: str
     content: Mapping[str, Any]
+
+
+def records_of(
+    source: Source, convert: Callable[[Row], Entry], *, min_history: int = 0, max_history: int | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yield a record for every entry that has enough earlier entries by its user.
+
+    Args:
+        source: the log. Its `skipped` also counts entries that cannot be placed in time.
+        convert: makes an entry from a row.
+        min_history: the fewest earlier entries that a record needs. Other entries still become history.
+        max_history: the most earlier entries, the latest ones; None takes all.
+
+    Raises:
+        RecordError: some entries of a user have a timestamp and others have none, and nothing is skipped.
+    """
+    for entries in by_user(entry for _, entry in source.each(convert)):
+        yield from _of_one(_placed(entries, source.skipped), source.skipped, min_history, max_history)
 
 
 def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -57,3 +83,42 @@ def _grouped(log: sqlite3.Connection, entries: Iterable[Entry]) -> Iterator[list
     rows = log.execute("SELECT user, time, place, content FROM log ORDER BY user, time, position")
     for _, group in groupby(rows, key=lambda row: row[0]):
         yield [Entry(user, time, place, json.loads(content)) for user, time, place, content in group]
+
+
+def _placed(entries: list[Entry], skipped: SkippedRecords | None) -> list[Entry]:
+    """The entries that can be ordered: all, or, of a user with and without times, those with."""
+    dated = [entry for entry in entries if entry.timestamp is not None]
+    if not dated or len(dated) == len(entries):
+        return entries
+    for entry in entries:
+        if entry.timestamp is None:
+            problem = f"required, as user {entry.user_id!r} has one in {dated[0].where}, but missing"
+            skip_or_raise(PlacedError(entry.where, problem, "timestamp"), skipped)
+    return dated
+
+
+def _of_one(
+    entries: list[Entry], skipped: SkippedRecords | None, min_history: int, max_history: int | None
+) -> Iterator[tuple[str, Record]]:
+    items: list[HistoryItem] = []
+    before, moment = 0, None  # how many items are strictly earlier than this moment
+    for entry in entries:
+        if entry.timestamp is None or entry.timestamp != moment:
+            before, moment = len(items), entry.timestamp  # entries of one moment share the past of the first of them
+        item = HistoryItem(entry.content["text"], entry.content.get("title"), entry.timestamp)
+        if moment is None or item not in items[before:]:
+            items.append(item)
+        if before < min_history:
+            if skipped is not None:
+                skipped.accept()  # it is good, or the share of bad ones would be one of few
+            continue
+        first = 0 if max_history is None else max(0, before - max_history)
+        record = Record(
+            user_id=entry.user_id,
+            query=entry.content["query"],
+            response=entry.content["response"],
+            history=tuple(items[first:before]),
+            timestamp=entry.timestamp,
+            extra=entry.content["extra"],
+        )
+        yield entry.where, record

@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nextquill.data._checks import check_integer, check_one_of
-from nextquill.data.loaders.by_user import Entry, by_user
-from nextquill.data.loaders.past import records_of
+from nextquill.data.loaders.by_user import Entry, records_of
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, check_text, unexpected
@@ -58,12 +57,7 @@ def load_chat(
     check_one_of("respond_as", respond_as, ("assistant", "user"))
     if max_history is not None:
         check_integer("max_history", max_history, 0)
-
-    def convert(row: Row) -> Entry:
-        return _entry(row, respond_as)
-
-    entries = (entry for _, entry in source.each(convert))
-    return records_of(by_user(entries), source.skipped, max_history=max_history)
+    return records_of(source, lambda row: _entry(row, respond_as), max_history=max_history)
 
 
 def _entry(row: Row, respond_as: str) -> Entry:

@@ -11,8 +11,7 @@ import string
 from collections.abc import Iterator
 
 from nextquill.data._checks import check_integer
-from nextquill.data.loaders.by_user import Entry, by_user
-from nextquill.data.loaders.past import records_of
+from nextquill.data.loaders.by_user import Entry, records_of
 from nextquill.data.loaders.row import Row, json_ready
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record
@@ -41,12 +40,7 @@ def load_events(
     check_integer("min_history", min_history, 0)
     if max_history is not None:
         check_integer("max_history", max_history, min_history)
-
-    def convert(row: Row) -> Entry:
-        return _entry(row, parts)
-
-    entries = (entry for _, entry in source.each(convert))
-    return records_of(by_user(entries), source.skipped, min_history=min_history, max_history=max_history)
+    return records_of(source, lambda row: _entry(row, parts), min_history=min_history, max_history=max_history)
 
 
 def _entry(row: Row, parts: list[tuple[str, str | None]] | None) -> Entry:

@@ -47,11 +47,7 @@ def load_lamp(source: Source, *, outputs: Place | None = None, task: str | None 
     if outputs is not None:
         found, golds = _golds(outputs)
         task = task or found
-
-    def convert(row: Row) -> Record:
-        return _record(row, golds, task)
-
-    return source.each(convert)
+    return source.each(lambda row: _record(row, golds, task))
 
 
 def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Record:

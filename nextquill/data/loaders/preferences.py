@@ -17,7 +17,6 @@ out, as it would give the answer away.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -27,12 +26,10 @@ from nextquill.data._checks import check_integer
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, parse_record
+from nextquill.storage.fingerprints import digest_of
 
-_CONTENT, _FEEDBACK, _PERSON = (
-    "User-Generated Content",
-    "Pair-wise Comparative Feedback",
-    "Demographic Information",
-)
+_CONTENT, _FEEDBACK = "User-Generated Content", "Pair-wise Comparative Feedback"
+_PERSON = "Demographic Information"
 
 
 class _Pair(NamedTuple):
@@ -105,7 +102,7 @@ def _name(row: Row, pair: _Pair) -> str:
     """The same in every file for rows of which the same is known; a row of which nothing is stands alone."""
     known = [row.values.get(name) for name in (_CONTENT, _FEEDBACK, _PERSON)]
     text = json.dumps(known if any(known[:2]) else [*known, *pair], sort_keys=True, default=str)
-    return f"row-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=6).hexdigest()}"
+    return f"row-{digest_of(text, 6).hex()}"
 
 
 def _own(row: Row, answer: _Pair) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,9 @@ from nextquill.data.loaders.source import Rows, Source
 from nextquill.data.loaders.tables import load_table
 from nextquill.data.loaders.times import Clock
 from nextquill.data.records import Record
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.errors import ArgumentError
+from nextquill.storage.fingerprints import digest_of
 
 
 @dataclass(frozen=True)
@@ -130,34 +130,16 @@ def load(
     rows = Source(source, split, dict(columns or {}), clock, max_line_bytes, skipped)
     rows.check()
     found = chosen.load(rows, **options)
-    return _checked(found, rows.name, skipped, None if keep_duplicates else _Seen(), require_history)
+    seen = _Seen()
 
+    def checked(where: str, record: Record) -> Record:
+        if require_history and not record.history:
+            raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
+        if not keep_duplicates:
+            seen.check(record, where)
+        return record
 
-def _checked(
-    found: Iterator[tuple[str, Record]],
-    name: str,
-    skipped: SkippedRecords | None,
-    seen: _Seen | None,
-    require_history: bool,
-) -> Iterator[Record]:
-    count = 0
-    for where, record in found:
-        try:
-            if require_history and not record.history:
-                raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
-            if seen is not None:
-                seen.check(record, where)
-        except RecordError as error:
-            skip_or_raise(error, skipped)
-            continue
-        if skipped is not None:
-            skipped.accept()
-        count += 1
-        yield record
-    if skipped is not None:
-        skipped.check(name)
-    if not count:
-        raise RecordError(f"{name}: no records")
+    return each_good(found, checked, skipped, rows.name)
 
 
 class _Seen:
@@ -170,7 +152,7 @@ class _Seen:
     def check(self, record: Record, where: str) -> None:
         # One preferred response may stand in pairs with several others.
         key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
-        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = digest_of(repr(key), 16)
         start, _, number = where.rpartition(" ")
         place = (self._shared.setdefault(start, start), number)
         first = self._first.setdefault(digest, place)

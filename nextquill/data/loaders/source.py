@@ -13,7 +13,7 @@ from nextquill.data.loaders.csv_rows import csv_rows
 from nextquill.data.loaders.json_list import json_list
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.times import Clock
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.data.skipped import PlacedError, SkippedRecords, converted
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 Place = str | os.PathLike[str]
@@ -83,23 +83,9 @@ class Source:
 
     def each(self, convert: Callable[[Row], _T]) -> Iterator[tuple[str, _T]]:
         """Yield where each good row stands and what `convert` makes of it; a `RecordError` it raises skips the row."""
-        for row in self.rows():
-            try:
-                converted = convert(row)
-            except RecordError as error:
-                skip_or_raise(error, self.skipped)
-                continue
-            yield row.where, converted
-
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows, their columns renamed."""
-        for where, values in self._raw():
-            try:
-                row = Row(self._renamed(values, where), where, self.clock)
-            except RecordError as error:
-                skip_or_raise(error, self.skipped)
-                continue
-            yield row
+        return converted(
+            self._raw(), lambda where, raw: convert(Row(self._renamed(raw, where), where, self.clock)), self.skipped
+        )
 
     def other(self, argument: str, place: Place, split: str) -> Source:
         """A second file, or configuration on the hub, that goes with this one; nothing in it may be skipped."""
