@@ -5,7 +5,7 @@
     examples = encoder.encode_all(records)
     batch = TreeCollator()(examples[:8])
 
-Nothing here imports Hugging Face packages: tokenizers and data sets are used by their shape alone.
+No module here imports Hugging Face packages when it is imported; tokenizers and data sets are used by their interface.
 `nextquill.data.loaders` reads public data sets, logs and tables as records.
 """
 

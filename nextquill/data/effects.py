@@ -1,7 +1,7 @@
-"""Effects that a model has measured once, kept beside the examples they belong to.
+"""Effects that a model has measured once, stored with the examples they belong to.
 
-`nextquill score` writes a line per record. Training with the effects of a frozen model takes its token weights from
-them, so that no counterfactual pass is made for weights alone.
+`nextquill score` writes one line per record. Training takes its token weights from these lines, and so needs no
+counterfactual pass for the weights alone.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _FIELDS = ("nll_factual", "nll_counterfactual")
 
 
 def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The examples with the effects that a file of `nextquill score` holds for them.
+    """The examples, with the effects from a file written by `nextquill score`.
 
-    Every example needs a line with its index, user and response tokens. Lines may stand in any order, and lines of
-    other indices are skipped. What the prompt said is not compared: another model may have been given more history.
+    Every example needs a line with its index, user and response tokens. Lines may stand in any order, and lines with
+    other indices are skipped. Prompts are not compared, as another model may have seen more history.
 
     Args:
         path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats.
         examples: encoded examples whose indices differ.
 
     Returns:
-        Copies of the examples, in their order, whose `effects` are set.
+        Copies of the examples, in their order, with their `effects`.
 
     Raises:
-        RecordError: the file cannot be read, a line is malformed or of another example, or an example has none; the
-            message names file, line and field.
+        RecordError: the file cannot be read, a line is malformed or belongs to another example, or an example has no
+            line; the message names file, line and field.
         ArgumentError: two examples have the same index.
     """
     wanted = {example.index: example for example in examples}
     if len(wanted) < len(examples):
-        raise ArgumentError("examples: expected an index of its own for each, got some twice")
+        raise ArgumentError("examples: expected a different index for each, got some index twice")
     found: dict[int, Tensor] = {}
     for where, raw in json_lines(Path(path)):
         if not isinstance(raw, Mapping):
@@ -58,7 +58,7 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
     if missing is not None:
         raise RecordError(
             f"{os.fspath(path)}: expected a line for every example, got none with index {missing.index} "
-            f"(user {missing.user_id!r}); score the training file whole"
+            f"(user {missing.user_id!r}); score the whole training file"
         )
     return [dataclasses.replace(example, effects=found[example.index]) for example in examples]
 

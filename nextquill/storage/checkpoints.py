@@ -1,8 +1,8 @@
-"""Checkpoints that exist completely or not at all, and the identity of a run.
+"""Checkpoints that exist completely or not at all, and the identity of the run they belong to.
 
-A checkpoint is written into `<output_dir>/.incomplete/` and renamed to its place when everything is in it; a process
-killed while saving leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint says which
-model and loss it belongs to; the same file beside them marks the folder as a run's.
+A checkpoint is written into `<output_dir>/.incomplete/` and renamed when it is complete. A process that is killed while
+it saves leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint names its model and loss.
+The same file beside the checkpoints marks the folder as a run's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN_FILE = "nextquill_run.json"
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files are renamed into `folder` when the block ends without an exception."""
+    """Yield a temporary folder whose files are renamed into `folder` when the block ends without an exception."""
     staging = folder / STAGING / "files"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -41,15 +41,15 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def remove_staging(folder: Path) -> None:
-    """Delete what an interrupted save left."""
+    """Delete the files that an interrupted save left."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -> Path | None:
-    """The checkpoint to resume from: the one named, or `folder`'s last for True; None to start anew.
+    """The checkpoint to resume from: the named one, the last in `folder` for True, or None to start from the beginning.
 
     Raises:
-        CheckpointError: it is not there, or not complete.
+        CheckpointError: the checkpoint is missing or incomplete.
     """
     if given is None or given is False:
         return None
@@ -60,12 +60,14 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
     else:
         path = Path(given)
     if not (path / "trainer_state.json").is_file():
-        raise CheckpointError(f"resume_from_checkpoint: {path} is no complete checkpoint: no trainer_state.json in it")
+        raise CheckpointError(
+            f"resume_from_checkpoint: {path} is not a complete checkpoint: it has no trainer_state.json"
+        )
     return path
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The folder's `checkpoint-N` of the largest N."""
+    """The folder's `checkpoint-N` with the largest N."""
     return max(_checkpoints(folder), key=_step, default=None)
 
 
@@ -91,12 +93,12 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint was written by another model or loss."""
+    """Raise CheckpointError if another model or loss wrote the checkpoint."""
     path = checkpoint / RUN_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (no {RUN_FILE} in it); "
-            "its model can be loaded with from_pretrained and trained anew"
+            f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (it has no {RUN_FILE}); "
+            "load its model with from_pretrained and start a new training"
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -207,10 +207,10 @@ def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained,
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)
     assert result.code == 1
     assert (
-        f"--output_dir: {tmp_path / 'evaluation.json.partial'} was begun with another seed: there 42, here 1"
+        f"--output_dir: {tmp_path / 'evaluation.json.partial'} was started with another seed: there 42, here 1"
         in result.err
     )
-    assert "give --overwrite to start anew" in result.err
+    assert "give --overwrite to start over" in result.err
     words = (*SMALL, "--output_dir", tmp_path, "--seed", 1, "--overwrite", "--generate", "false")
     assert evaluate(nextquill, trained, data, *words).code == 0
 

@@ -203,7 +203,7 @@ def test_a_process_that_is_killed_leaves_what_it_wrote(prepare, trained, tmp_pat
     assert [shard["records"] for shard in progress["shards"]] == [8, 16, 24]
     result = prepare(tmp_path / "p", "--train_file", file, "--max_length", 77)
     assert result.code == 1
-    assert "was begun with another max_length: there 1024, here 77" in result.err
+    assert "was started with another max_length: there 1024, here 77" in result.err
     assert prepare(tmp_path / "p", "--train_file", file).code == 0
     assert not (tmp_path / "p.partial").exists()
     assert list(PreparedDataset(tmp_path / "p").examples) == list(PreparedDataset(tmp_path / "whole").examples)

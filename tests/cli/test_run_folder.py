@@ -46,7 +46,7 @@ def test_no_checkpoint_to_resume_from(run_folder, tmp_path):
         resume_point(tmp_path / "absent", "true")
     with pytest.raises(CheckpointError, match="expected a checkpoint in"):
         resume_point(tmp_path, "true")
-    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         resume_point(run_folder, str(run_folder / "checkpoint-2"))
 
 

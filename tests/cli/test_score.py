@@ -249,7 +249,7 @@ def test_lines_of_another_run_are_refused_by_name(score, cut, tmp_path, what):
     before = (tmp_path / "s.jsonl.partial").read_bytes()
     result = score(tmp_path / "s.jsonl", "--batch_size", 2, *words)
     assert result.code == 1
-    assert f"was begun with another {message}" in result.err
+    assert f"was started with another {message}" in result.err
     assert (tmp_path / "s.jsonl.partial").read_bytes() == before
     assert score(tmp_path / "s.jsonl", "--batch_size", 2, "--overwrite", *words).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
@@ -263,7 +263,7 @@ def test_lines_of_another_model_are_refused(score, cut, trained, tmp_path):
     torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight, std=0.1)
     model.save_pretrained(other)
     result = score(tmp_path / "s.jsonl", "--model_name_or_path", other)
-    assert "was begun with another model: there" in result.err
+    assert "was started with another model: there" in result.err
     shutil.rmtree(other)
     shutil.copytree(trained, other)
     assert score(tmp_path / "s.jsonl", "--model_name_or_path", other).code == 0, "the same model in another folder"
@@ -272,7 +272,7 @@ def test_lines_of_another_model_are_refused(score, cut, trained, tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(score, tmp_path):
     (tmp_path / "s.jsonl.partial").write_text("precious\n")
     result = score(tmp_path / "s.jsonl")
-    assert "is in the way, and nothing that nextquill began" in result.err
+    assert "exists, and nextquill did not start it" in result.err
     assert (tmp_path / "s.jsonl.partial").read_text() == "precious\n"
 
 

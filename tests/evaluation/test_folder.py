@@ -112,7 +112,7 @@ def test_another_evaluation_is_refused_by_name(model, tmp_path, what):
         evaluate(model, tmp_path, **ALL, progress=killed_after(8))
     before = contents(tmp_path)
     given = {"model": model, "records": RECORDS, **ALL, **changed}
-    with pytest.raises(CheckpointError, match=f"folder: .* was begun with another {message}"):
+    with pytest.raises(CheckpointError, match=f"folder: .* was started with another {message}"):
         evaluate(given.pop("model"), tmp_path, given.pop("records"), **given)
     assert contents(tmp_path) == before
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path],
         make_trainer(tmp_path, {"beta": 0.2}).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="another users"):
         make_trainer(tmp_path, train_dataset=make_users(5)).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     assert log.read_text() == '{"step": 9}\n', "what a refused resume found there is lost"
 

@@ -174,7 +174,7 @@ def test_a_loss_with_a_function_can_be_resumed(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "found none"),
-        (lambda folder: (folder / "trainer_state.json").unlink(), "no complete checkpoint"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "not a complete checkpoint"),
         (lambda folder: (folder / RUN_FILE).unlink(), "not written by NextQuillTrainer"),
         (lambda folder: (folder / RUN_FILE).write_text("{"), "not a run's description"),
         (lambda folder: (folder / RUN_FILE).write_text("[]"), "not a run's description"),
