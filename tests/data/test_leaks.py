@@ -30,8 +30,10 @@ LEAKS: dict[str, tuple[list[Record], list[Record], dict[str, Any], str]] = {
     ),
     "normalised": (
         [record("eve", "x", "a  SLOW\nsea. ")], TEST, {},
-        "test record 0 (user 'ann'): its response is history[0] of train record 0 (user 'eve'), ignoring case and "
-        "white space",
+        (
+            "test record 0 (user 'ann'): its response is history[0] of train record 0 (user 'eve'), "
+            "ignoring case and white space"
+        ),
     ),
     "own-history-of-test": (
         CLEAN, [record("ann", "Good.", "x", " good. ")], {},

@@ -26,9 +26,9 @@ class Entry(NamedTuple):
     """One entry of a log.
 
     Args:
-        user_id: whose it is.
-        timestamp: seconds since the epoch, or None where the log has no times.
-        where: the place it comes from, for errors.
+        user_id: the entry's user.
+        timestamp: seconds since the epoch, or None if the log has no times.
+        where: the entry's place in the source, for errors.
         content: `text`, `query`, `response`, `extra` and optionally `title`, ready for JSON.
     """
 
@@ -57,9 +57,9 @@ def records_of(
 
 
 def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Yield each user's entries: by timestamp, and those with the same one, or none, in the order they came in.
+    """Yield each user's entries by timestamp; entries with equal timestamps, or none, keep their order.
 
-    Users come in the order of their names. Of one user everything is in memory at a time: 300 MiB of texts by 20,000
+    Users come in the order of their names. Only one user's entries are in memory at a time: 300 MiB of texts by 20,000
     users take 7 MiB.
 
     Raises:
@@ -69,7 +69,7 @@ def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         try:
             yield from _grouped(log, entries)
         except sqlite3.OperationalError as error:
-            raise OSError(f"the temporary file that sorts a log: {error}; TMPDIR says where it is") from error
+            raise OSError(f"the temporary file that sorts a log: {error}; TMPDIR names its folder") from error
 
 
 def _grouped(log: sqlite3.Connection, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -86,7 +86,7 @@ def _grouped(log: sqlite3.Connection, entries: Iterable[Entry]) -> Iterator[list
 
 
 def _placed(entries: list[Entry], skipped: SkippedRecords | None) -> list[Entry]:
-    """The entries that can be ordered: all, or, of a user with and without times, those with."""
+    """The entries that can be ordered: all, or only those with a time if some have one and others do not."""
     dated = [entry for entry in entries if entry.timestamp is not None]
     if not dated or len(dated) == len(entries):
         return entries
@@ -101,16 +101,16 @@ def _of_one(
     entries: list[Entry], skipped: SkippedRecords | None, min_history: int, max_history: int | None
 ) -> Iterator[tuple[str, Record]]:
     items: list[HistoryItem] = []
-    before, moment = 0, None  # how many items are strictly earlier than this moment
+    before, moment = 0, None  # the number of items strictly before this moment
     for entry in entries:
         if entry.timestamp is None or entry.timestamp != moment:
-            before, moment = len(items), entry.timestamp  # entries of one moment share the past of the first of them
+            before, moment = len(items), entry.timestamp  # all entries of one moment share the same past
         item = HistoryItem(entry.content["text"], entry.content.get("title"), entry.timestamp)
         if moment is None or item not in items[before:]:
             items.append(item)
         if before < min_history:
             if skipped is not None:
-                skipped.accept()  # it is good, or the share of bad ones would be one of few
+                skipped.accept()  # it is good, and counts in the share of bad entries
             continue
         first = 0 if max_history is None else max(0, before - max_history)
         record = Record(

@@ -1,14 +1,13 @@
-"""Chat logs: rows {user_id, messages: [{role, content}], timestamp}, one conversation each.
+"""Reads chat logs: rows {user_id, messages: [{role, content}], timestamp}, one conversation each.
 
-What is personal in a chat is either what the assistant should answer this user or what the user would write, and the
-two make different records:
+A record can ask for the assistant's answer to this user, or for the user's own words:
 
     respond_as="assistant"   response: the assistant's last turn     past texts: the user's earlier conversations
     respond_as="user"        response: the user's last turn          past texts: the user's own turns in those
 
-The query is the conversation up to the response. A single turn of the other side stands as it is; of several, each is
-preceded by who speaks. What follows the response is left out. Conversations are earlier by `timestamp`, those of the
-same moment not being each other's past; where a log has no times, by their order in the file.
+The query is the conversation before the response; later turns are left out. If the query is a single turn, it stands
+alone; otherwise the speaker's name precedes each turn. Conversations are ordered by `timestamp`, and those of the same
+moment are not each other's past. In a log without times, the order of the file counts.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ def load_chat(
 
     Args:
         source: the conversations, in any order.
-        respond_as: "assistant" or "user": whose last turn is the response.
-        max_history: most earlier conversations, the latest; None takes all.
+        respond_as: the role whose last turn is the response, "assistant" or "user".
+        max_history: the most earlier conversations, the latest ones; None takes all.
 
     Raises:
-        ArgumentError: `respond_as` is neither, or `max_history` is negative.
+        ArgumentError: `respond_as` has another value, or `max_history` is negative.
         RecordError: a row is malformed and nothing is skipped.
     """
     check_one_of("respond_as", respond_as, ("assistant", "user"))
@@ -96,7 +95,7 @@ def _turn(message: Row) -> _Turn:
 
 
 def _shown(turns: Sequence[_Turn]) -> str:
-    """Turns as one text; a single one without its speaker's name."""
+    """The turns as one text; a single turn stands without its speaker's name."""
     turns = [turn for turn in turns if turn.text.strip()]
     if len(turns) == 1 and turns[0].role != "system":
         return turns[0].text

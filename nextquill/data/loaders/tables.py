@@ -1,8 +1,8 @@
-"""Rows that are records already, but for the names of their columns: JSONL, JSON lists, CSV, Parquet, the hub.
+"""Reads rows that are records already, except for the names of columns: JSONL, JSON lists, CSV, Parquet, the hub.
 
-A row has `user_id`, `query`, `response` and `history`, optionally `timestamp`, and anything else, which becomes
-`extra`; `columns` says what they are called. `history` is a list of strings or of {text, title, timestamp}; in a CSV
-cell it is written as JSON. A table without histories is a log: format "events" makes the histories.
+A row has `user_id`, `query`, `response`, `history` and optionally `timestamp`. All other columns become `extra`.
+`columns` renames columns. `history` is a list of strings or of {text, title, timestamp}; a CSV cell holds it as JSON. A
+table without histories is a log, and format "events" makes its histories.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _history(row: Row) -> object:
         except (ValueError, RecursionError) as error:
             raise row.error("history", f"not valid JSON: {error}") from error
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        return value  # `parse_record` says what is wrong with it
+        return value  # `parse_record` refuses it
     if all(isinstance(item, str) for item in value):
         return value
     items = Row({"history": value}, row.where, row.clock).rows("history")

@@ -221,9 +221,9 @@ def test_fixed_reports_users_for_whom_nothing_precedes_all() -> None:
 def test_fixed_refuses_records_it_was_not_fitted_on() -> None:
     fixed = selector("fixed", 2)
     fixed.fit(growing(1.0, 2.0))
-    with pytest.raises(RecordError, match=r"user 'bob'.*expected a user of the records that `fit` was given"):
+    with pytest.raises(RecordError, match=r"user 'bob'.*expected a user from the records given to `fit`"):
         fixed.select(record(user_id="bob"))
-    with pytest.raises(RecordError, match="the user's fixed history does not precede"):
+    with pytest.raises(RecordError, match="a text of the user's fixed history does not precede"):
         fixed.select(record(timestamp=0.05))
     assert texts(fixed.select(record(timestamp=9.0))) == ["start 1", "start 2"], "a later record of a known user"
 
