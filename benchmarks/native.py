@@ -1,8 +1,8 @@
 """Suite `native`: the C++ extension against its plain PyTorch twin. The results justify the choice of `impl="auto"`.
 
-First the chunk kernels run on given logits, for a pair and for one stream. The twin also works in place and in row blocks
-of the cache's size, so the comparison is about passes over memory and exponentials. Then whole losses run with their
-matrix products, over a grid of sizes. A ratio above 1 would be a reason for "auto" to choose the twin at that size.
+First the chunk kernels run on given logits, for a pair and for one stream. The twin also works in place and in row
+blocks of the cache's size, so the comparison is about passes over memory and exponentials. Then whole losses run with
+their matrix products, over a grid of sizes. A ratio above 1 would be a reason for "auto" to choose the twin there.
 """
 
 from __future__ import annotations

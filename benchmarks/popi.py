@@ -1,8 +1,8 @@
 """Suite `popi`: a step of POPI without sampling, with shared prefixes against a padded row per prompt.
 
-A step computes rewards, KL and both gradients. Every pair is scored under every summary of its user's group, so the same
-prompts are read K · P times. In trees, a user's signals are computed once for a group, and a summary once for all pairs.
-The summaries are given, as the speed of sampling depends on transformers or vLLM.
+A step computes rewards, KL and both gradients. Every pair is scored under every summary of its user's group, so the
+same prompts are read K · P times. In trees, a user's signals are computed once for a group, and a summary once for all
+pairs. The summaries are given, as the speed of sampling depends on transformers or vLLM.
 """
 
 from __future__ import annotations

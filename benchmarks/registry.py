@@ -1,7 +1,7 @@
-"""Providers: who can compute which loss, whether it can run here, and a callable that runs it.
+"""Providers: the losses that each can compute, whether it can run here, and a callable that runs it.
 
-A provider is one file in `benchmarks/peers` that imports nothing optional until it is called. It names its losses; a
-loss takes `Inputs` (and a variant's options) and returns a scalar, or for the scoring operators a tuple of [N] nll's.
+A provider is one file in `benchmarks/peers` that imports no optional package until it is called. It lists its losses. A
+loss takes `Inputs` and a variant's options, and returns a scalar, or, for the scoring operators, a tuple of NLLs [N].
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Provider:
     """One implementation.
 
     Args:
-        name: as it stands in the CSV.
+        name: its name in the CSV.
         losses: by the names of `benchmarks.cases.PRODUCTS`.
-        missing: why it cannot run on a device, or None; imports nothing heavy where the answer is no.
-        unsupported: why it cannot do a task on these inputs, or None.
-        variants: options to choose the fastest from; the choice is written beside the figures.
-        ours: held to plain PyTorch's accuracy, and a failure of it fails the run.
-        forward_gradients: bytes of the finished gradients, by name, that a task's forward keeps for its backward; they
-            are not counted as transient memory, unlike whatever else it keeps.
+        missing: returns why it cannot run on a device, or None; imports a large package only if it can run.
+        unsupported: returns why it cannot do a task on these inputs, or None.
+        variants: options of which the fastest are chosen; the choice is stored with the figures.
+        ours: must be as accurate as plain PyTorch, and its failure fails the run.
+        forward_gradients: bytes of the finished gradients, by name, that a task's forward keeps for its backward. They
+            do not count as transient memory; everything else that it keeps does.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Provider:
         return self.missing(inputs.h1.device) or self.unsupported(task, inputs)
 
     def bind(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None = None) -> Call:
-        """A callable without arguments: the outputs, or the loss and its gradients.
+        """A callable without arguments that returns the outputs, or the loss and its gradients.
 
         Raises (when called):
-            ProviderError: whatever went wrong.
+            ProviderError: the provider failed in any way.
         """
         forward, wanted = self._forward(task, inputs, options), tuple(inputs.wanted.values())
 
@@ -75,7 +75,7 @@ class Provider:
         return self._guarded(compute)
 
     def bind_forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None = None) -> Call:
-        """As `bind`, but the outputs alone, which hold what the forward keeps for a training task's backward."""
+        """A callable that runs only the forward. Its outputs hold what the forward keeps for a training's backward."""
         return self._guarded(self._forward(task, inputs, options))
 
     def _forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None) -> Call:
@@ -110,12 +110,12 @@ def providers() -> tuple[Provider, ...]:
 
 
 def not_installed(package: str, distribution: str) -> str | None:
-    """The reason for a package that is not there."""
+    """The reason why a package is missing, or None if it is installed."""
     return None if importlib.util.find_spec(package) else f"{distribution} is not installed"
 
 
 def version(distribution: str) -> str:
-    """The installed version, or an empty text."""
+    """The installed version, or an empty string."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

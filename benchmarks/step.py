@@ -1,9 +1,9 @@
 """Suite `step`: whole optimiser steps of the published scheme, of a composition of fused losses, of ours, and of SFT.
 
-For each case (`benchmarks.step_cases`), every provider (`benchmarks.step_peers`) is first compared with separate unpadded
-passes in plain PyTorch: the loss and every gradient on a small model in float32, and the loss at full size. Then
-zero_grad, forwards, backwards and AdamW are timed in turns on one model. All metrics are per example, so that steps with
-different numbers of examples can be compared:
+For each case (`benchmarks.step_cases`), every provider (`benchmarks.step_peers`) is first compared with separate
+unpadded passes in plain PyTorch: the loss and every gradient on a small model in float32, and the loss at full size.
+Then zero_grad, forwards, backwards and AdamW are timed in turns on one model. All metrics are per example, so that
+steps with different numbers of examples can be compared:
 
     seconds     s     one example's share of a step
     time        x     seconds over those of plain SFT on unpadded examples, round by round

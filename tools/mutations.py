@@ -3,7 +3,7 @@
     python -m tools.mutations FOLDER                    # all of tools/mutation_list; run it from this project's root
     python -m tools.mutations FOLDER --only tree- data- # mutations whose names begin like this
 
-FOLDER is a checkout of this project, of any age. It is not changed. Its tests use the running interpreter's environment.
+FOLDER is a checkout of this project, of any age. It is not changed. Tests use the running interpreter's environment.
 For each mutation, the tests that execute its lines run in a mutated copy until one fails: first the fast tests, as in
 `make test`, then the slow ones. The first run for a content maps lines to tests, by running both suites under coverage.
 Every verdict is written at once and is final for this content. An interrupted run resumes; `--again` judges again.
