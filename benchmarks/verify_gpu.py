@@ -153,9 +153,7 @@ def _allocator() -> dict[str, str]:
     import torch
 
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return {
-        names[0] if release >= (2, 9) else names[1]: "expandable_segments:True"
-    }  # 2.9 warns about the old name
+    return {names[0] if release >= (2, 9) else names[1]: "expandable_segments:True"}  # 2.9 warns about the old name
 
 
 def _run(command: Sequence[str], log: Path, seconds: float, extra: Mapping[str, str] | None = None) -> int | None:
