@@ -5,8 +5,10 @@ from __future__ import annotations
 from nextquill.errors import ArgumentError, ArgumentTypeError
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raise unless `value` is an integer, not a bool, and at least `least`."""
+def check_integer(name: str, value: object, least: int, *, or_none: bool = False) -> None:
+    """Raise unless `value` is an integer, not a bool, and at least `least`, or None if `or_none`."""
+    if value is None and or_none:
+        return
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:

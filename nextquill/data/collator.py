@@ -64,8 +64,7 @@ class TreeCollator:
 
     def __post_init__(self) -> None:
         _check_forwards(self.forwards)
-        if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens, least=1)
+        check_integer("max_tokens", self.max_tokens, least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """The batch of these examples.
@@ -99,18 +98,8 @@ class TreeCollator:
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
         zero, one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
-        none = torch.empty(0, dtype=torch.long)
         tree = {"input_ids": zero, "position_ids": zero, "subtree_end": one, "multiplicity": one}
-        forwards = [
-            {
-                **tree,
-                "layout": TreeLayout.of(zero[0], one[0]),
-                "rows": dict.fromkeys(names, none),
-                "num_branch_tokens": 0,
-            }
-            for names in self.forwards
-        ]
-        return _assemble(none, none, 0, forwards)
+        return _empty_part([{**tree, "layout": TreeLayout.of(zero[0], one[0])} for _ in self.forwards], self.forwards)
 
 
 @dataclass
@@ -134,8 +123,7 @@ class PaddedCollator:
     def __post_init__(self) -> None:
         check_integer("pad_token_id", self.pad_token_id, least=0)
         _check_forwards(self.forwards)
-        if self.pad_to_multiple_of is not None:
-            check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1)
+        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """The batch of these examples, in one part.
@@ -149,13 +137,10 @@ class PaddedCollator:
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
-        none, ids = torch.empty(0, dtype=torch.long), torch.full((1, 1), self.pad_token_id)
-        forwards = [
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": dict.fromkeys(names, none),
-             "num_branch_tokens": 0}
-            for names in self.forwards
-        ]  # fmt: skip
-        return _assemble(none, none, 0, forwards)
+        ids = torch.full((1, 1), self.pad_token_id)
+        return _empty_part(
+            [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in self.forwards], self.forwards
+        )
 
     def _forward(self, examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
         branches = [branch_of(example, name) for name in names for example in examples]
@@ -199,6 +184,15 @@ def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: l
     part = _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
     effects = [stored for index in chosen if (stored := examples[index].effects) is not None]
     return {**part, "effects": torch.cat(effects, dim=1)} if len(effects) == len(responses) else part
+
+
+def _empty_part(inputs: Sequence[dict[str, Any]], forwards: Forwards) -> dict[str, Any]:
+    none = torch.empty(0, dtype=torch.long)
+    made = [
+        {**each, "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
+        for each, names in zip(inputs, forwards, strict=True)
+    ]
+    return _assemble(none, none, 0, made)
 
 
 def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -80,8 +80,7 @@ class ExampleEncoder:
         max_response_length: int | None = None,
     ) -> None:
         check_integer("max_length", max_length, least=1)
-        if max_response_length is not None:
-            check_integer("max_response_length", max_response_length, least=1)
+        check_integer("max_response_length", max_response_length, least=1, or_none=True)
         self.template = PromptTemplate() if template is None else template
         self.renderer = PromptRenderer(self.template, tokenizer)
         self.max_length = max_length

@@ -58,8 +58,7 @@ def make_selector(
     """
     check_one_of("name", name, SELECTORS)
     for argument, value in (("num_items", num_items), ("max_tokens", max_tokens)):
-        if value is not None:
-            check_integer(argument, value, least=1)
+        check_integer(argument, value, least=1, or_none=True)
     if max_tokens is not None and count_tokens is None:
         raise ArgumentError("count_tokens: expected a function that counts a text's tokens with max_tokens, got None")
     if name == "all" and num_items is not None:

@@ -124,8 +124,7 @@ class RandomSelector(RankedSelector):
 
     def _ranked(self, record: Record, history: History) -> Sequence[int]:
         key = repr((self.seed, record.user_id, record.query, record.response, record.timestamp))
-        rng = random.Random(digest_of(key))
-        return rng.sample(range(len(history)), len(history))
+        return random.Random(digest_of(key)).sample(range(len(history)), len(history))
 
 
 def in_time_order(history: History) -> History:

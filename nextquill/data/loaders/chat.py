@@ -21,17 +21,10 @@ from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, check_text, unexpected
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
 _SPEAKS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+_ROLES = {role: role for role in _SPEAKS} | {
+    "developer": "system", "human": "user", "gpt": "assistant", "function": "tool",
+}  # fmt: skip
 
 
 class _Turn(NamedTuple):
@@ -54,8 +47,7 @@ def load_chat(
         RecordError: a row is malformed and nothing is skipped.
     """
     check_one_of("respond_as", respond_as, ("assistant", "user"))
-    if max_history is not None:
-        check_integer("max_history", max_history, 0)
+    check_integer("max_history", max_history, 0, or_none=True)
     return records_of(source, lambda row: _entry(row, respond_as), max_history=max_history)
 
 

@@ -51,10 +51,9 @@ def csv_rows(
             elif cells:
                 row = _row(header, cells, lines.where)
                 yield lines.where, row
-        except csv.Error as error:
-            bad = PlacedError(lines.where, f"not valid CSV: {error}", kind="csv")
-            skip_or_raise(bad, None if header is None or lines.lost else skipped)
-        except RecordError as error:
+        except (csv.Error, RecordError) as error:
+            if isinstance(error, csv.Error):
+                error = PlacedError(lines.where, f"not valid CSV: {error}", kind="csv")
             skip_or_raise(error, None if header is None or lines.lost else skipped)
     if header is None:
         raise RecordError(f"{name}: no records, the file is empty")

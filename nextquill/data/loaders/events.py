@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from nextquill.data._checks import check_integer
 from nextquill.data.loaders.by_user import Entry, records_of
-from nextquill.data.loaders.row import Row, json_ready
+from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError
@@ -38,8 +38,7 @@ def load_events(
     """
     parts = None if query is None else _parsed(query)
     check_integer("min_history", min_history, 0)
-    if max_history is not None:
-        check_integer("max_history", max_history, min_history)
+    check_integer("max_history", max_history, min_history, or_none=True)
     return records_of(source, lambda row: _entry(row, parts), min_history=min_history, max_history=max_history)
 
 
@@ -60,11 +59,7 @@ def _entry(row: Row, parts: list[tuple[str, str | None]] | None) -> Entry:
         "response": text,
         "query": asked,
         "title": row.optional_text("title"),
-        "extra": {
-            str(name): json_ready(value, row.where, str(name))
-            for name, value in row.values.items()
-            if name not in _FIELDS
-        },
+        "extra": row.others(_FIELDS),
     }
     return Entry(user, time, row.where, content)
 

@@ -45,19 +45,13 @@ FORMATS: Mapping[str, Format] = {
     "lamp": Format(
         "LaMP 1 to 7: a file of questions, and one of outputs",
         load_lamp,
-        {
-            "outputs": "the file with the outputs",
-            "task": "the task's name in the records; else as in the outputs",
-        },
+        {"outputs": "the file with the outputs", "task": "the task's name in the records; else as in outputs"},
     ),
     "longlamp": Format("LongLaMP: abstracts, product reviews and topics", load_longlamp),
     "amazon": Format(
         "Amazon reviews as NextQuill uses them (DPL-main with DPL-meta)",
         load_amazon,
-        {
-            "metadata": "the items' titles and descriptions",
-            "metadata_split": "their split on the hub; 'full' by default",
-        },
+        {"metadata": "the items' titles and descriptions", "metadata_split": "their split on the hub; else 'full'"},
         time_unit="ms",
     ),
     "preferences": Format(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -90,6 +90,11 @@ class Row:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise unexpected(self.where, self.path + name, "a list of objects", value)
         return [self._inside(item, f"{name}[{position}]") for position, item in enumerate(value)]
+
+    def others(self, names: Collection[str]) -> dict[str, object]:
+        """All fields but these, converted for JSON."""
+        found = {str(name): value for name, value in self.values.items() if name not in names}
+        return {name: json_ready(value, self.where, name) for name, value in found.items()}
 
     def error(self, name: str | None, problem: str, kind: str = "field") -> PlacedError:
         """The error for a field, or for the whole row if `name` is None."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from nextquill.data.loaders.row import Row, json_ready
+from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, parse_record
 
@@ -27,11 +27,8 @@ def load_table(source: Source) -> Iterator[tuple[str, Record]]:
 
 
 def _record(row: Row) -> Record:
-    extra = {
-        str(name): json_ready(value, row.where, str(name)) for name, value in row.values.items() if name not in _FIELDS
-    }
     raw = {
-        **extra,
+        **row.others(_FIELDS),
         "user_id": row.values.get("user_id"),
         "query": row.values.get("query"),
         "response": row.values.get("response"),
