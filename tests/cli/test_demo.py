@@ -1,4 +1,4 @@
-"""`nextquill demo`: its flags; what it computes is tested with the demo."""
+"""`nextquill demo`: its flags. The results are tested with the demo."""
 
 import pytest
 

@@ -29,7 +29,7 @@ def score(nextquill, trained, data):
 
 @pytest.fixture(scope="module")
 def scored(score, tmp_path_factory):
-    """The lines of one output file, and what was printed."""
+    """The lines of one output file, and the printed output."""
     file = tmp_path_factory.mktemp("score") / "scores.jsonl"
     result = score(file, "--show", 2, "--batch_size", 2)
     assert result.code == 0, result.err
@@ -110,12 +110,12 @@ def test_an_existing_file_is_not_replaced_unasked(score, tmp_path):
 
 
 class Killed(BaseException):
-    """What no command catches."""
+    """An exception that no command catches."""
 
 
 @pytest.fixture
 def cut(score, monkeypatch):
-    """Score until so many lines are written."""
+    """Stop scoring after this many lines."""
 
     def call(output_file, lines, *words, error=Killed):
         calls, own = [], scoring.effect_line
@@ -211,7 +211,7 @@ def test_a_run_that_wrote_nothing_leaves_nothing(cut, tmp_path):
 
 @pytest.mark.slow  # `test_evaluation_resume` stops one within this process
 def test_a_process_that_is_killed_leaves_what_it_wrote(trained, data, whole, score, tmp_path):
-    """SIGKILL, which nothing in the process can answer."""
+    """SIGKILL, which a process cannot handle."""
     file, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
     code = (
         "import os, signal; from nextquill.cli import main; from nextquill.evaluation import scoring as c\n"
@@ -293,7 +293,7 @@ def test_a_file_that_misses_a_record_is_not_finished(tmp_path):
 
 
 def test_lines_stand_in_the_records_order(score, make_records, tmp_path, monkeypatch):
-    """They are computed user by user."""
+    """Scoring runs user by user."""
     computed, own = [], scoring.effect_line
     monkeypatch.setattr(scoring, "effect_line", lambda s, t: computed.append(s.example.index) or own(s, t))
     file = make_records(tmp_path / "r.jsonl", 7)  # four users in turn

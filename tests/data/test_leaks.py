@@ -1,4 +1,4 @@
-"""Every way from a test record into training is found and named, and nothing else is."""
+"""Every leak from a test record to the training is found and named, and nothing else is."""
 
 from __future__ import annotations
 

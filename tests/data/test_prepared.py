@@ -1,4 +1,4 @@
-"""A prepared folder holds what encoding gives, goes on where it was stopped, and says what is wrong with it."""
+"""A prepared folder holds the encoder's examples, resumes after a stop, and names damage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(records: list[Record], encoder: ExampleEncoder, tmp_path: Path) -> Make
 
 
 class Killed(BaseException):
-    """Stands for a process that ends in the midst of it."""
+    """Stands for the sudden end of the process."""
 
 
 def cut(records: list[Record], after: int) -> Iterator[Record]:
