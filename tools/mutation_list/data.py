@@ -127,7 +127,7 @@ MUTATIONS = (
         "nextquill/data/leaks.py",
         'unicodedata.normalize("NFKC", text).casefold().split()',
         'unicodedata.normalize("NFKC", text).split()',
-        "an answer in capitals is no leak",
+        "an answer in capitals is not found as a leak",
     ),
     Mutation(
         "data-selection-order",

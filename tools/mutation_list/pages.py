@@ -29,7 +29,7 @@ MUTATIONS = (
         "nextquill/report/measures.py",
         "sign = 1 if metric.higher_is_better else -1",
         "sign = 1",
-        "the run with the highest nll is marked as the best",
+        "the run with the highest NLL is marked as the best",
     ),
     Mutation(
         "report-choice",
@@ -148,7 +148,7 @@ MUTATIONS = (
         "nextquill/cli/score.py",
         'for name in ("seed", "batch_size", "attention", "max_tokens")',
         'for name in ("batch_size", "attention", "max_tokens")',
-        "a scoring goes on with other placebos than it began with",
+        "a stopped scoring resumes with other placebos",
     ),
     Mutation(
         "cli-convert-limit",
