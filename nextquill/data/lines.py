@@ -93,11 +93,13 @@ def json_lines(
             text = decoded(line, where)
             if not text.strip():
                 continue
-            value = _parsed(text, where)
-        except RecordError as error:
+            value: object = json.loads(text)
+        except (ValueError, RecursionError) as error:  # `decoded` raises a RecordError, which is a ValueError
+            if not isinstance(error, RecordError):
+                error = PlacedError(where, f"not valid JSON: {error}", kind="json")
             skip_or_raise(error, skipped)
-            continue
-        yield where, value
+        else:
+            yield where, value
 
 
 def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
@@ -111,11 +113,3 @@ def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
         return line.decode("utf-8-sig" if byte_order_mark else "utf-8")
     except UnicodeDecodeError as error:
         raise PlacedError(where, f"not UTF-8: {error.reason} at byte {error.start}", kind="utf-8") from error
-
-
-def _parsed(text: str, where: str) -> object:
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlacedError(where, f"not valid JSON: {error}", kind="json") from error
-    return value

@@ -83,16 +83,25 @@ def prepare(
     target = Path(folder)
     _check_target(target, overwrite)
     settings = {**encoder_settings(encoder), "placebo": placebo, "seed": seed, "skip_bad": skip_bad}
-    report = progress or (lambda count: None)
     with _Shards(target, settings, overwrite) as shards:
-        source = _Followed(records, shards.done)
+        source, told = _Followed(records, shards.done), 0
+
+        def report(read: int) -> None:
+            nonlocal told
+            if progress is not None:
+                progress(read - told)
+            told = read
+
         report(shards.records)
         examples = encoder.encode_iter(source, placebo, seed, shards.skip if skip_bad else None, skip=shards.records)
         for example in examples:
-            report(shards.add(example))
+            shards.add(example)
+            report(example.index + 1)
             if len(shards) == shard_examples:
                 shards.write(*source.until(example.index))
-        report(shards.write(*source.until(None)))
+        read, digest = source.until(None)
+        shards.write(read, digest)
+        report(read)
         shards.finish()
     return PreparedDataset(target, verify=False)
 
@@ -160,7 +169,6 @@ class _Shards:
             self._lock.close()
             raise
         self.skipped: list[dict[str, Any]] = []
-        self._read = 0
         self._clear()
 
     def __enter__(self) -> _Shards:
@@ -179,8 +187,8 @@ class _Shards:
         """The number of records in the complete shards, left-out ones included."""
         return int(self.done[-1]["records"]) if self.done else 0
 
-    def add(self, example: EncodedExample) -> int:
-        """Add an example to the current shard, and return the number of records since the previous example."""
+    def add(self, example: EncodedExample) -> None:
+        """Add an example to the current shard."""
         branches = (example.factual, example.counterfactual, example.placebo)
         prompts = [array("i") if branch is None else branch.to_arrays()[0] for branch in branches]
         lengths = [-1 if branch is None else branch.prompt_length for branch in branches]
@@ -190,24 +198,15 @@ class _Shards:
         for ids in (*prompts, response):
             self._tokens.extend(ids)
         self._users.append(example.user_id)
-        newly = example.index + 1 - self._read
-        self._read += newly
-        return newly
 
     def skip(self, index: int, record: Record, error: Exception) -> None:
         """List a record that is left out."""
         self.skipped.append({"index": index, "user_id": record.user_id, "error": str(error)})
 
-    def write(self, records: int, digest: str) -> int:
-        """Write the current shard, and return how many of its records `add` has not counted.
-
-        Args:
-            records: the number of records up to the end of the shard.
-            digest: of these records.
-        """
-        behind = records - self._read
+    def write(self, records: int, digest: str) -> None:
+        """Write the current shard, which ends after this number of records, and their digest."""
         if not self._users and not self.skipped:
-            return behind
+            return
         if self._users or not self.done:
             self.done.append(self._written(f"shard-{len(self.done):05d}"))
         last = self.done[-1]
@@ -216,7 +215,6 @@ class _Shards:
         self.skipped = self.skipped[len(ready) :]
         write_whole(self._folder / _PROGRESS, self._header(complete=False))
         self._clear()
-        return behind
 
     def finish(self) -> None:
         """Rename the partial folder to its final name.
@@ -235,7 +233,6 @@ class _Shards:
 
     def _clear(self) -> None:
         self._tokens, self._index, self._users = array("i"), array("q"), list[str]()
-        self._read = self.records
 
     def _written(self, name: str) -> dict[str, Any]:
         contents = (self._tokens.tobytes(), self._index.tobytes(), json.dumps(self._users).encode())
@@ -262,7 +259,8 @@ class _Shards:
             unfinished.unlink()
         path = self._folder / _PROGRESS
         if not path.is_file():
-            if unknown := [each.name for each in self._folder.iterdir() if not _is_ours(each.name)]:
+            names = sorted(each.name for each in self._folder.iterdir())
+            if unknown := [name for name in names if name != _LOCK and not name.startswith((".", "shard-"))]:
                 raise OutputExistsError(
                     f"{self._folder}: exists and holds {unknown[0]}, which is not part of a prepared folder"
                 )
@@ -294,7 +292,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if any(target.iterdir()) and not (overwrite and is_prepared(target)):
         what = "overwrite it, or choose another name" if is_prepared(target) else "it is not a prepared folder"
         raise OutputExistsError(f"{target}: exists and is not empty; {what}")
-
-
-def _is_ours(name: str) -> bool:
-    return name == _LOCK or name.startswith((".", "shard-"))

@@ -48,8 +48,11 @@ def csv_rows(
                 raise lines.bad
             if header is None:
                 header = _header(cells, lines.where)
+            elif cells and len(cells) != len(header):
+                problem = f"expected {len(header)} cells as in the header, got {len(cells)}"
+                raise PlacedError(lines.where, problem, kind="csv")
             elif cells:
-                row = _row(header, cells, lines.where)
+                row = dict(zip(header, cells, strict=True))
                 yield lines.where, row
         except (csv.Error, RecordError) as error:
             if isinstance(error, csv.Error):
@@ -115,9 +118,3 @@ def _header(cells: list[str], where: str) -> list[str]:
     if twice is not None:
         raise PlacedError(where, f"expected every column once, got {twice!r} twice", kind="csv")
     return cells
-
-
-def _row(header: list[str], cells: list[str], where: str) -> dict[str, str]:
-    if len(cells) != len(header):
-        raise PlacedError(where, f"expected {len(header)} cells as in the header, got {len(cells)}", kind="csv")
-    return dict(zip(header, cells, strict=True))

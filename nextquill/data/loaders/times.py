@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfo
 
 from nextquill.data.records import unexpected
 from nextquill.data.skipped import PlacedError
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError
 
 TIME_UNITS = ("s", "ms")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -132,14 +132,11 @@ class Clock:
         elif self._zone is not None:
             moment = moment.replace(tzinfo=self._zone)
         else:
-            raise self._no_zone(where, name)
+            problem = "expected a time with a zone, got one without; give timezone"
+            if self._zoned_at is not None:
+                problem = f"got a time without a zone, but {self._zoned_at} has one; give timezone"
+            raise PlacedError(where, problem, name, kind="time zone")
         return (moment - _EPOCH).total_seconds()
-
-    def _no_zone(self, where: str, name: str) -> RecordError:
-        problem = "expected a time with a zone, got one without; give timezone"
-        if self._zoned_at is not None:
-            problem = f"got a time without a zone, but {self._zoned_at} has one; give timezone"
-        return PlacedError(where, problem, name, kind="time zone")
 
 
 def _zone(text: str | None) -> timezone | None:
