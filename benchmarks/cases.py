@@ -136,8 +136,8 @@ def plan(device: torch.device, quick: bool = False) -> tuple[Step, ...]:
 def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
     """The cases for a device.
 
-    On a GPU the real sizes, with fewer rows where less than 100 GiB must hold plain PyTorch's logits. On a CPU D/4 and
-    V/16 with 512 rows, so that the suite ends within minutes on two cores; the label states what was used.
+    On a GPU they have real sizes, but fewer rows if plain PyTorch's logits must fit into less than 100 GiB. On a CPU they
+    have D/4, V/16 and 512 rows, so that the suite takes minutes on two cores. The label states the sizes.
     """
     if quick:
         return (Shape("tiny", 64, 32, 512), Shape("tiny capped", 64, 48, 384, softcap=30.0))
@@ -152,7 +152,7 @@ def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
 
 
 def tasks(device: torch.device, quick: bool = False) -> tuple[Task, ...]:
-    """What is measured at every shape, the most wanted first."""
+    """The tasks at every shape, the most important first."""
     if quick:
         return (
             Task("NextQuill", TRAINING, TRAINABLE),

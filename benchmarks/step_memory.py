@@ -78,7 +78,7 @@ def cuda_peak(model: torch.nn.Module, optimiser: torch.optim.Optimizer, case: Ca
 
 
 def cpu_peaks(case: Case, labels: Sequence[str], timeout: float = 600) -> dict[str, Peak]:
-    """Peaks of providers, each in a process of its own; without those of which none was read in time."""
+    """The peaks of providers, each measured in its own process. Those without a peak in time are left out."""
     if not sys.platform.startswith("linux"):
         return {}
     order = json.dumps({"case": case.to_json(), "labels": list(labels), "threads": torch.get_num_threads()})
@@ -87,7 +87,7 @@ def cpu_peaks(case: Case, labels: Sequence[str], timeout: float = 600) -> dict[s
 
 
 def _ask(order: str, timeout: float) -> str:
-    """What the measuring process has written when it ends or time is up; nothing of it is left."""
+    """The output of the measuring process at its end or at the timeout, after which the process is killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.step_memory"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,

@@ -1,4 +1,4 @@
-"""From records of users' writing to batches with a factual and a counterfactual branch.
+"""Turns records of users' writing into batches with a factual and a counterfactual branch.
 
     records = load_records("train.jsonl")
     encoder = ExampleEncoder(tokenizer, PromptTemplate(), max_length=2048)

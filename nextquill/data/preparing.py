@@ -145,7 +145,7 @@ class _Followed:
 
 
 def _contents(record: Record) -> bytes:
-    """Everything in a record that its example depends on. `repr` would take three times as long."""
+    """All values in a record that its example depends on. `repr` would take three times as long."""
     parts = [record.user_id, record.query, record.response, repr(record.timestamp)]
     for item in record.history:
         parts += (item.text, repr(item.title), repr(item.timestamp))

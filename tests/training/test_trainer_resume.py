@@ -98,7 +98,7 @@ TREES = {"attention": "auto", "max_tokens": 60, "examples_per_user": 2}
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     tmp_path: Path, make: Callable[[], nn.Module], loss_name: str, options: dict[str, Any]
 ) -> None:
-    """In the middle of an epoch of 5 steps, or 3 with two batches per step, and with dropout if rows are padded."""
+    """It stops within an epoch of 5 steps, or 3 with two batches per step, and uses dropout if rows are padded."""
     loss = loss_cases()[loss_name].loss
     whole = trainer_in(tmp_path / "whole", make(), loss, **options)
     whole.train()

@@ -1,4 +1,4 @@
-"""From the entries of a log, in any order, to records whose histories are the user's earlier entries.
+"""Makes records from the entries of a log, in any order; histories are the user's earlier entries.
 
 A log may be larger than memory, so a temporary database sorts it by user and time. SQLite's private database `""` keeps
 in memory only as much as its cache holds. The rest goes into a file that disappears with the connection, and ORDER BY
