@@ -136,8 +136,8 @@ def plan(device: torch.device, quick: bool = False) -> tuple[Step, ...]:
 def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
     """The cases for a device.
 
-    On a GPU they have real sizes, but fewer rows if plain PyTorch's logits must fit into less than 100 GiB. On a CPU they
-    have D/4, V/16 and 512 rows, so that the suite takes minutes on two cores. The label states the sizes.
+    On a GPU they have real sizes, but fewer rows if plain PyTorch's logits must fit into less than 100 GiB. On a CPU
+    they have D/4, V/16 and 512 rows, so that the suite takes minutes on two cores. The label states the sizes.
     """
     if quick:
         return (Shape("tiny", 64, 32, 512), Shape("tiny capped", 64, 48, 384, softcap=30.0))
