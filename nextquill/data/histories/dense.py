@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -75,9 +76,4 @@ def _load(name: str) -> TextEncoder:
             f"name: 'dense' needs sentence-transformers, which is not installed ({error}); "
             "pip install 'nextquill[dense]'"
         ) from error
-    model = SentenceTransformer(name)
-
-    def encode(texts: list[str]) -> Any:
-        return model.encode(texts, show_progress_bar=False)
-
-    return encode
+    return functools.partial(SentenceTransformer(name).encode, show_progress_bar=False)

@@ -67,22 +67,18 @@ def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """
     with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as log:
         try:
-            yield from _grouped(log, entries)
+            log.execute("PRAGMA journal_mode = OFF")
+            log.execute("CREATE TABLE log (id INTEGER PRIMARY KEY, user TEXT, time REAL, place TEXT, content TEXT)")
+            log.execute("BEGIN")
+            log.executemany(
+                "INSERT INTO log (user, time, place, content) VALUES (?, ?, ?, ?)",
+                ((*entry[:3], json.dumps(entry.content, ensure_ascii=False)) for entry in entries),
+            )
+            rows = log.execute("SELECT user, time, place, content FROM log ORDER BY user, time, id")
+            for _, group in groupby(rows, key=lambda row: row[0]):
+                yield [Entry(user, time, place, json.loads(content)) for user, time, place, content in group]
         except sqlite3.OperationalError as error:
             raise OSError(f"the temporary file that sorts a log: {error}; TMPDIR names its folder") from error
-
-
-def _grouped(log: sqlite3.Connection, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    log.execute("PRAGMA journal_mode = OFF")
-    log.execute("CREATE TABLE log (position INTEGER PRIMARY KEY, user TEXT, time REAL, place TEXT, content TEXT)")
-    log.execute("BEGIN")
-    log.executemany(
-        "INSERT INTO log (user, time, place, content) VALUES (?, ?, ?, ?)",
-        ((*entry[:3], json.dumps(entry.content, ensure_ascii=False)) for entry in entries),
-    )
-    rows = log.execute("SELECT user, time, place, content FROM log ORDER BY user, time, position")
-    for _, group in groupby(rows, key=lambda row: row[0]):
-        yield [Entry(user, time, place, json.loads(content)) for user, time, place, content in group]
 
 
 def _placed(entries: list[Entry], skipped: SkippedRecords | None) -> list[Entry]:
