@@ -10,4 +10,5 @@ python -m benchmarks.run --suite popi            a step of POPI with shared pref
 python -m benchmarks.verify_gpu --out DIR        the kernels' tests and suite `head` on a GPU, within eight minutes
 python -m benchmarks.table                       write the README's tables from benchmarks/results
 python -m benchmarks.plot                        draw docs/bench-head.png from benchmarks/results
+python -m benchmarks.step_picture                draw docs/step.svg, the README's picture, from benchmarks/results
 """

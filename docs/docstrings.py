@@ -1,4 +1,4 @@
-"""Docstrings are prose for a terminal; what Markdown would take for a link between pages is kept as it was written."""
+"""Keeps in docstrings, which are prose for a terminal, what Markdown would read as a link between pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the site has that its sources do not: the commands' flags, the tasks' measures, and links to files beside it.
+"""Adds to the site's pages: the commands' flags, the tasks' measures, and links that stay inside the site.
 
 mkdocs calls `on_page_markdown` for each page before it is rendered.
 """
@@ -40,13 +40,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def _tasks() -> Iterator[str]:
     """Every task with its measures."""
-    yield from ("| task | of | measures |", "|---|---|---|")
+    yield from ("| task | what it is | measures |", "|---|---|---|")
     for task in TASKS.values():
         yield f"| `{task.name}` | {task.label} | {', '.join(METRICS[name].label for name in task.metrics)} |"
 
 
 def commands() -> dict[str, str]:
-    """What each command does; one that chooses among others stands for those."""
+    """Each command with a line on what it does; `popi` is replaced by its subcommands."""
     found = dict[str, str]()
     for name, text in COMMANDS.items():
         found |= {f"{name} {each}": does for each, does in SUBCOMMANDS.items()} if name == "popi" else {name: text}
@@ -57,7 +57,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser that `nextquill COMMAND --help` prints.
 
     Raises:
-        PluginError: the command does not get as far as printing it.
+        PluginError: the command printed no help.
     """
     with mock.patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help:
         code = main([*command.split(), "--help"])
@@ -83,7 +83,7 @@ def _command(name: str) -> Iterator[str]:
         own = {name: actions.pop(name) for name in names if name in actions}
         if kind.__name__ == "TrainingArguments":
             own = {name: action for name, action in own.items() if name in required}
-            about = f"Every field of [TrainingArguments]({_TRAINING_ARGUMENTS}) is a flag; needed is:"
+            about = f"Every field of [TrainingArguments]({_TRAINING_ARGUMENTS}) is a flag. Required:"
         else:
             about = f"**{_text((inspect.getdoc(kind) or '').split(chr(10) * 2)[0])}**"
         yield from (about, "", *_flags(own, required), "")
@@ -91,14 +91,14 @@ def _command(name: str) -> Iterator[str]:
 
 
 def _flags(actions: dict[str, argparse.Action], required: Any) -> Iterator[str]:
-    """A definition list: each flag with its value, and what it does."""
+    """A definition list: each flag with its value and its help."""
     for name, action in actions.items():
         default = getattr(action.default, "value", action.default)
         text = _text(action.help or "")
         if action.choices is not None:
             text += " One of " + ", ".join(f"`{choice}`" for choice in action.choices) + "."
         if name in required:
-            text = f"**Needed.** {text}"
+            text = f"**Required.** {text}"
         elif default not in (None, False, "", [], argparse.SUPPRESS) and "default" not in text:
             text += f" Default: `{default}`."
         spelling = action.option_strings[0] if action.option_strings else name
@@ -106,7 +106,7 @@ def _flags(actions: dict[str, argparse.Action], required: Any) -> Iterator[str]:
 
 
 def _value(action: argparse.Action) -> list[str]:
-    """What stands for a flag's value, if it takes one."""
+    """The placeholder for a flag's value, if it takes one."""
     if action.nargs == 0:
         return []
     if action.const is True:

@@ -47,7 +47,8 @@ def linear_token_nll(
         impl: "auto", "triton", "native" or "torch".
 
     Returns:
-        float32 (float64 for float64 inputs), labels' shape. Differentiable in hidden_states, lm_head_weight and bias.
+        float32 (float64 for float64 inputs), labels' shape, in nats. Differentiable in hidden_states, lm_head_weight
+        and bias.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -86,9 +87,9 @@ def linear_pair_nll(
         lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl: as in `linear_token_nll`.
 
     Returns:
-        PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, each
-        differentiable in both hidden states, the weight and the bias. To mask part of the vocabulary give it a large
-        negative finite bias: with -inf the difference of the logits is NaN.
+        PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, in
+        nats, and differentiable in both hidden states, the weight and the bias. To mask part of the vocabulary give it
+        a large negative finite bias: with -inf the difference of the logits is NaN.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -121,7 +122,8 @@ def linear_pair_stats(
             as in `linear_pair_nll`.
 
     Returns:
-        PairStats(pair_nll, kl, entropy), float32 (float64 for float64 inputs) in the labels' shape, 0 in ignored rows.
+        PairStats(pair_nll, kl, entropy), float32 (float64 for float64 inputs) in the labels' shape, in nats, and 0 in
+        ignored rows.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.

@@ -133,6 +133,7 @@ class PairLoss(nn.Module):
 
     @property
     def reduction(self) -> str:
+        """The objective's reduction: "sequence", "token" or "micro_batch"."""
         return self.objective.reduction
 
     @property
@@ -156,7 +157,7 @@ class PairLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch, a float32 (float64) scalar.
+        """The loss of a batch, a float32 (float64) scalar in nats.
 
         Args:
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and
@@ -168,8 +169,8 @@ class PairLoss(nn.Module):
             sequence_ids: labels' shape; rows with equal ids form one sequence wherever they stand. By default each row
                 of [B, T] is one sequence, and an [N] batch is a single one.
             num_items_in_batch: what the reduction divides by when this call is one part of a larger batch: sequences
-                ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch. Default: those of
-                this call.
+                ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch; a number or a scalar
+                tensor. Default: those of this call.
             token_weights: labels' shape, floating, finite and at least 0 where labels count: constants in place of
                 what the weighting would make of this call's nll's, for effects that another model has measured. They
                 are normalised as the weighting's are.
@@ -197,7 +198,7 @@ class PairLoss(nn.Module):
         *,
         effect_nll: bool = True,
     ) -> PreferenceLossOutput:
-        """As `forward`, with the diagnostics of `PreferenceLossOutput`.
+        """As `forward`, with the diagnostics of `PreferenceLossOutput`: scalars and per-token values of one dtype.
 
         Args:
             effect_nll: compute `pair_nll.effect` also where the loss has no effect term; False saves that pass over the
@@ -212,6 +213,7 @@ class PairLoss(nn.Module):
         return self._output(loss, results, call.inputs, *counts.tolist())
 
     def extra_repr(self) -> str:
+        """What `repr` shows of the settings."""
         objective = self.objective
         return (
             f"weighting={objective.weighting}, alpha={objective.alpha}, weighted_effect={objective.weighted_effect}, "

@@ -11,8 +11,8 @@ from torch import Tensor
 class PairNLL(NamedTuple):
     """Per-token negative log-likelihoods of a factual / counterfactual pair of passes.
 
-    With logits `z1` (with the user's history), `z0` (without) and label `y`, in float32 or float64 and in the shape of
-    the labels, exactly 0 where the label is ignored:
+    In nats, with logits `z1` (with the user's history), `z0` (without) and label `y`; float32 or float64, in the shape
+    of the labels, exactly 0 where the label is ignored:
 
         factual        = logsumexp(z1) - z1[y]
         counterfactual = logsumexp(z0) - z0[y]
@@ -28,12 +28,12 @@ class PairNLL(NamedTuple):
 
     @property
     def effect_logprob(self) -> Tensor:
-        """log p(y | history) - log p(y), the pointwise information PerCE calls PIR; in nats."""
+        """log p(y | history) - log p(y), the pointwise information PerCE calls PIR; labels' shape, in nats."""
         return self._counterfactual() - self.factual
 
     @property
     def effect_prob(self) -> Tensor:
-        """p(y | history) - p(y), NextQuill's causal effect of the history on the token; in [-1, 1]."""
+        """p(y | history) - p(y), NextQuill's causal effect of the history on the token; labels' shape, in [-1, 1]."""
         return (-self.factual).exp() - (-self._counterfactual()).exp()
 
     def _counterfactual(self) -> Tensor:
@@ -45,7 +45,9 @@ class PairNLL(NamedTuple):
 class PairStats(NamedTuple):
     """Per token: the pair's likelihoods, how far the history moves the distribution, and how sure the model is.
 
-    kl = KL(p1 ‖ p0)        entropy = - Σ p1 log p1        (nats, in the labels' shape, 0 where ignored)
+    kl = KL(p1 ‖ p0)        entropy = - Σ p1 log p1        (nats)
+
+    All are float32 or float64, in the labels' shape, and 0 where the label is ignored.
     """
 
     pair_nll: PairNLL
@@ -57,17 +59,18 @@ class PairStats(NamedTuple):
 class PreferenceLossOutput:
     """A loss and what a person watches while it falls.
 
-    Only `loss` carries a gradient. The terms add up under the loss's own reduction:
+    Tensors are float32, or float64 for float64 inputs. Only `loss` carries a gradient. The terms add up under the
+    loss's own reduction:
 
         loss = factual + alpha * effect + anchor * counterfactual
 
     Attributes:
-        loss: scalar, the training objective.
+        loss: scalar, the training objective, in nats like every term of it.
         factual: scalar, the (weighted) cross-entropy with the history.
         effect: scalar, the cross-entropy of the effect logits before `alpha`; 0 when the loss has no such term.
         counterfactual: scalar, the mean nll without history before `anchor`. It rising during training means the
             no-history pass is being made wrong; 0 when there is no counterfactual.
-        token_weights: the weights, labels' shape, 0 where ignored, no gradient.
+        token_weights: the weights, labels' shape, 0 where ignored, no gradient; no unit.
         token_loss: each token's share of `loss`, labels' shape; sums to `loss`.
         pair_nll: per-token nll's, labels' shape.
         mean_effect_logprob: scalar, mean of `effect_logprob` over supervised tokens, in nats.

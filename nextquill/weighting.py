@@ -1,6 +1,6 @@
 """Token weights from per-token likelihoods: the published schemes, and the contract for your own.
 
-A weighting is any callable that takes a `PairNLL` of 1-D tensors and returns weights of the same length. It runs
+A weighting is any callable that takes a `PairNLL` of tensors [n] and returns weights [n], floating. It runs
 without gradient. Unless it declares `elementwise = True` it is called with the supervised rows of exactly one sequence
 (of the whole micro-batch under `reduction="micro_batch"`), so a result never depends on how a batch was split. With
 `reads_effect = False` it promises not to read `pair.effect`, which then is None where the loss has no effect term.
@@ -38,7 +38,7 @@ def check_number(name: str, value: object, *, low: float | None = None, above: f
 
 @dataclass(frozen=True)
 class UniformWeighting:
-    """Weight 1 on every token: plain supervised fine-tuning."""
+    """Weight 1 on every token: plain supervised fine-tuning. [n] from a pair of nll's [n], in their dtype."""
 
     elementwise: ClassVar[bool] = True
     reads_effect: ClassVar[bool] = False
@@ -49,7 +49,10 @@ class UniformWeighting:
 
 @dataclass(frozen=True)
 class ThresholdWeighting:
-    """`high` where effect_prob > threshold, else `low` (NextQuill, arXiv 2506.02368)."""
+    """`high` where effect_prob > threshold, else `low` (NextQuill, arXiv 2506.02368).
+
+    Called with a pair of nll's [n], it returns weights [n] in their dtype.
+    """
 
     threshold: float = 0.05
     high: float = 0.9
@@ -76,7 +79,10 @@ class ThresholdWeighting:
 
 @dataclass(frozen=True)
 class ClipWeighting:
-    """clip(effect_logprob, minimum, maximum) (PerCE, arXiv 2603.06595)."""
+    """clip(effect_logprob, minimum, maximum) (PerCE, arXiv 2603.06595).
+
+    Called with a pair of nll's [n] in nats, it returns weights [n] in their dtype.
+    """
 
     minimum: float = 0.8
     maximum: float = 5.0
@@ -95,7 +101,10 @@ class ClipWeighting:
 
 @dataclass(frozen=True)
 class ExpClipWeighting:
-    """min(exp(effect_logprob), maximum) (LongCE, arXiv 2410.23771)."""
+    """min(exp(effect_logprob), maximum) (LongCE, arXiv 2410.23771).
+
+    Called with a pair of nll's [n] in nats, it returns weights [n] in their dtype.
+    """
 
     maximum: float = 5.0
     elementwise: ClassVar[bool] = True

@@ -45,7 +45,8 @@ def pytest_runtest_protocol(item):
     Another worker replaces it, and the test is reported as the one that crashed its worker.
     """
     marker = item.get_closest_marker("timeout")
-    faulthandler.dump_traceback_later((marker.args[0] if marker else 180) + 60, exit=True)  # as pyproject.toml says
+    seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + 60, exit=True)
     try:
         return (yield)
     finally:

@@ -193,6 +193,25 @@ def test_kernels_folder_is_not_importable_under_that_name() -> None:
     assert (ROOT / "kernels" / "nextquill_kernels" / "__init__.py").exists()
 
 
+def classes_below(root: Path) -> dict[str, list[str]]:
+    """Where each class name is defined in `root/nextquill` and `root/kernels`; the demos have worlds of their own."""
+    found: dict[str, list[str]] = {}
+    for path in sorted([*root.glob("nextquill/**/*.py"), *root.glob("kernels/**/*.py")]):
+        place = path.relative_to(root).as_posix()
+        if place.startswith(("nextquill/demo/", "nextquill/popi/demo/")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(f"{place}:{node.lineno}")
+    return found
+
+
+def test_no_class_name_has_two_meanings() -> None:
+    found = classes_below(ROOT)
+    assert {"PerCELoss", "Evaluation", "Tile"} <= found.keys()
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
 PLANTED = {
     "losses-uses-transformers": ("nextquill/losses.py", "import transformers", "losses must not use transformers"),
     "ops-points-up": ("nextquill/ops/x.py", "from nextquill.losses import PerCELoss", "ops must not import losses"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import re
@@ -27,6 +28,7 @@ from nextquill.comparison.arms import ARMS, BASE
 from nextquill.data import parse_record, read_jsonl
 from nextquill.data.loaders import FORMATS
 from nextquill.evaluation.results import read_evaluation, read_item_effects
+from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -173,6 +175,28 @@ def test_figures_of_the_guide_are_the_ones_that_were_measured():
 @pytest.mark.parametrize("block", [param for param in all_blocks("json") if param.values[0].title is None])
 def test_records_are_records(block):
     parse_record(json.loads(block.text), block.id)
+
+
+def test_the_picture_of_the_parts_names_packages_and_commands():
+    picture = (DOCS / "parts.svg").read_text(encoding="utf-8")
+    names = re.findall(r'class="name"[^>]*>(\w+)<', picture)
+    assert len(names) > 10
+    assert [name for name in names if importlib.util.find_spec(f"nextquill.{name}") is None] == []
+    commands = re.search(r">nextquill ([a-z· ]+)<", picture)
+    assert commands is not None
+    assert sorted(commands[1].split(" · ")) == sorted(COMMANDS)
+
+
+def test_the_map_of_imports_is_that_of_the_architecture():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## Who imports whom") : text.index("## How a result is believed")]
+    arrows = re.findall(r"(\w+) ─► (?=(\w+))", section)
+    assert len(arrows) > 10
+    assert [(a, b) for a, b in arrows if a in MAY_IMPORT and b in MAY_IMPORT and b not in MAY_IMPORT[a]] == []
+    parts = {name for arrow in arrows for name in arrow} | {"nextquill_ext", "reference"}
+    assert parts <= {*MAY_IMPORT, "nextquill_ext", "triton", "torch"}
+    packages = {path.parent.name for path in (ROOT / "nextquill").glob("*/__init__.py")} - {"integrations"}
+    assert [name for name in packages if not re.search(rf"\b{name}\b", section)] == []
 
 
 # ---- code ----------------------------------------------------------------------------------------------

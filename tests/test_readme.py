@@ -7,15 +7,9 @@ import json
 import re
 from pathlib import Path
 
-import torch
-from torch.nn import functional
-from torch.utils.data import DataLoader
-
-import nextquill.data
-from nextquill import NextQuillLoss, reference
+from nextquill import NextQuillLoss
 from nextquill.cli.main import COMMANDS, main
-from nextquill.data import PaddedCollator
-from tests.models.model_helpers import make_args, make_records, random_examples, tiny_model
+from tests.models.model_helpers import make_args, make_records, tiny_model
 from tests.models.model_helpers import word_tokenizer as make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -23,48 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def code(position: int) -> tuple[str, str]:
-    """The parts of a block before and after its `# after` line."""
-    before, _, after = BLOCKS[position].partition("# after")
-    return before, "# after" + after
-
-
-def test_the_loop_before_and_after_runs_and_is_the_loss_it_says():
-    model, examples = tiny_model(), random_examples(3)
-    part = PaddedCollator(0, (("counterfactual",), ("factual",)))(examples)["parts"][0]
-    counterfactual, factual = part["forwards"]
-
-    def rows(forward, name):
-        selected = torch.zeros_like(forward["input_ids"], dtype=torch.bool)
-        selected.view(-1)[forward["rows"][name]] = True
-        return selected
-
-    names = {
-        "torch": torch,
-        "F": functional,
-        "model": model,
-        "input_ids": factual["input_ids"],
-        "mask": factual["attention_mask"],
-        "rows": rows(factual, "factual"),
-        "input_ids_0": counterfactual["input_ids"],
-        "mask_0": counterfactual["attention_mask"],
-        "rows_0": rows(counterfactual, "counterfactual"),
-        "labels": part["labels"],
-        "ids": part["sequence_ids"],
-    }
-    before, after = code(0)
-    exec(before, names)
+def test_the_five_lines_run_with_torch_alone():
+    names = {}
+    exec(BLOCKS[0], names)
     assert names["loss"].isfinite()
-    exec(after, names)
-    names["loss"].backward()
-    assert model.model.layers[0].mlp.up_proj.weight.grad.norm() > 0
-    pair = reference.linear_pair_nll(names["h1"], names["h0"], model.lm_head.weight, names["labels"])
-    expected = reference.pair_loss(
-        names["h1"], names["h0"], model.lm_head.weight, names["labels"],
-        token_weights=reference.threshold_weights(pair, 0.05, 0.9, 0.1), normalize_weights=True, alpha=0.1,
-        detach_counterfactual=True, sequence_ids=names["ids"],
-    )  # fmt: skip
-    torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=0)
+    assert names["head"].weight.grad.norm() > 0
+    assert len([line for line in BLOCKS[0].splitlines() if line and not line.startswith("import")]) == 5
 
 
 def test_the_trainer_runs_as_printed(tmp_path, monkeypatch):
@@ -73,23 +31,7 @@ def test_the_trainer_runs_as_printed(tmp_path, monkeypatch):
         lines = [json.dumps(record) for record in make_records(8)]
         Path(f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     names = {"model": tiny_model(max_position_embeddings=512), "tokenizer": make_tokenizer()}
-    exec(code(1)[1], names | {"args": make_args(tmp_path / "out", max_steps=1)})
-
-
-def test_the_loop_over_trees_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("train.jsonl").write_text("\n".join(json.dumps(record) for record in make_records(8)), encoding="utf-8")
-    model = tiny_model(max_position_embeddings=2048)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    names = {
-        "nq": nextquill, "model": model, "tokenizer": make_tokenizer(), "DataLoader": DataLoader,
-        "loss_fn": NextQuillLoss(detach_counterfactual=True), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        **{name: getattr(nextquill.data, name) for name in nextquill.data.__all__},
-    }  # fmt: skip
-    exec(BLOCKS[2], names)
-    assert names["loss"].isfinite()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert model.config._attn_implementation == "sdpa"
+    exec(BLOCKS[1][BLOCKS[1].index("# after") :], names | {"args": make_args(tmp_path / "out", max_steps=1)})
 
 
 def test_defaults_are_the_numbers_in_the_table_of_losses():

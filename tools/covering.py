@@ -41,19 +41,19 @@ class Test:
 
 
 class Covering:
-    """The map of a checkout, made once per content in a subfolder of `cache`."""
+    """The map of a checkout, made once per content in a subfolder of `cache`. `words` go to pytest."""
 
-    def __init__(self, folder: Path, cache: Path, paths: Sequence[str], workers: int) -> None:
-        self.store = cache / fingerprint(folder, *paths)
+    def __init__(self, folder: Path, cache: Path, words: Sequence[str], workers: int) -> None:
+        self.store = cache / fingerprint(folder, *words)
         self.root = self.store / "checkout"
         if not (self.store / "tests.json").exists():
-            self._make(folder, paths, workers)
+            self._make(folder, words, workers)
         tests = json.loads((self.store / "tests.json").read_text(encoding="utf-8"))
         self.tests = [Test(**each) for each in tests]
         self._data = coverage.CoverageData(str(self.store / "coverage"))
         self._data.read()
 
-    def _make(self, folder: Path, paths: Sequence[str], workers: int) -> None:
+    def _make(self, folder: Path, words: Sequence[str], workers: int) -> None:
         shutil.rmtree(self.store, ignore_errors=True)
         parts, settings = self.store / "parts", self.store / "settings.ini"
         parts.mkdir(parents=True)
@@ -62,7 +62,7 @@ class Covering:
         settings.write_text(_SETTINGS.format(parts=parts, sources=sources, variable=CONTEXT_VARIABLE), encoding="utf-8")
         print(f"Mapping lines to tests, once for this content: {self.store}", flush=True)
         # Coverage makes tests slower, so their time limits are raised.
-        words = ["-o", "timeout=3600", *paths]
+        words = ["-o", "timeout=3600", *words]
         told = {"COVERAGE_PROCESS_START": str(settings), CONTEXT_VARIABLE: ""}
         passed, failed = _outcomes(run_pytest(self.root, words, workers=workers, show=True, **told))
         if not passed:

@@ -69,6 +69,8 @@ def pytest_runtest_logreport(report: Any) -> None:
     """Write each report once, as a worker's report also reaches its controller."""
     if "PYTEST_XDIST_WORKER" in os.environ or REPORT_VARIABLE not in os.environ:
         return
-    names = ("nodeid", "when", "outcome", "duration", "fixtures", "is_slow")
+    found = {name: getattr(report, name) for name in ("nodeid", "when", "outcome", "duration")}
+    # The report of a worker that crashed has neither.
+    found |= {"fixtures": getattr(report, "fixtures", []), "is_slow": getattr(report, "is_slow", False)}
     with Path(os.environ[REPORT_VARIABLE]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({name: getattr(report, name) for name in names}) + "\n")
+        file.write(json.dumps(found) + "\n")

@@ -1,8 +1,10 @@
 #include "thread_pool.hpp"
 
+#ifndef _WIN32  // which has neither forks nor signals to threads, and no OpenMP runtime with GOMP_parallel
 #include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -54,16 +56,20 @@ public:
 private:
     void start_threads(int wanted) {
         if (started_ >= wanted) return;
+#ifndef _WIN32
         // Only the threads that Python knows may receive signals.
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
         try {
             for (; started_ < wanted; ++started_) std::thread([this] { serve(); }).detach();
         } catch (const std::system_error&) {
             // The system gives no more threads, so the existing ones do the work.
         }
+#ifndef _WIN32
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
     }
 
     void serve() {
@@ -106,6 +112,7 @@ void openmp_body(void* argument) {
     work(shared.job, shared.next);
 }
 
+#ifndef _WIN32
 // A fork copies neither the pool's nor OpenMP's threads, and may copy locked mutexes. So the child uses neither.
 void forget_threads() {
     current_pool.store(nullptr);
@@ -116,6 +123,9 @@ void watch_forks() {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
     static_cast<void>(registered);
 }
+#else
+void watch_forks() {}
+#endif
 
 Pool& pool() {
     if (Pool* existing = current_pool.load()) return *existing;
@@ -143,6 +153,9 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads,
     }
 }
 
+#ifdef _WIN32
+bool use_openmp(const char*) { return false; }
+#else
 bool use_openmp(const char* path) {
     void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) return false;
@@ -152,5 +165,6 @@ bool use_openmp(const char* path) {
     openmp.store(found);
     return true;
 }
+#endif
 
 }  // namespace nextquill

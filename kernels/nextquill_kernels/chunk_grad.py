@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
-from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, jit, on_device
+from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
 # loaded while one is worked on, so each of these programs has 16 KiB under way, and at 64 registers four of them share
 # a multiprocessor.
-TOKEN_GRAD = Tile(block_v=4096, num_warps=8)
-PAIR_GRAD = Tile(block_v=2048, num_warps=8)
+TOKEN_GRAD = RowTile(block_v=4096, num_warps=8)
+PAIR_GRAD = RowTile(block_v=2048, num_warps=8)
 
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -128,7 +128,7 @@ def token_grad_(
         logits: z [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [3, n] float32, what `token_stats` found of these logits; last stride 1.
-        grad_nll: g [n] float32.
+        grad_nll: g [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
         dtype: of the result: float32, bfloat16 or float16.
@@ -291,12 +291,12 @@ def pair_grad_(
 
     Args:
         logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
-        logits_counterfactual: z0, likewise; in other memory than z1.
+        logits_counterfactual: z0 [n, V], likewise; in other memory than z1.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [9, n] float32, what `pair_stats` found of these logits; last stride 1.
-        grad_factual: g_f [n] float32.
-        grad_counterfactual: g_c [n] float32; None is 0 and spares its exponentials.
-        grad_effect: g_e [n] float32.
+        grad_factual: g_f [n] float32, per nat.
+        grad_counterfactual: g_c [n] float32, per nat; None is 0 and spares its exponentials.
+        grad_effect: g_e [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
         dtype: of the results: float32, bfloat16 or float16.
@@ -390,7 +390,7 @@ def compile_cases() -> list[CompileCase]:
     pair = {**detached, "grad0_ptr": "*fp32", "out0_stride": "i32"}
     left_out = {"out0_ptr": None, "out0_stride": 0, "grad0_ptr": None}
 
-    def case(name: str, kernel: Any, tile: Tile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
+    def case(name: str, kernel: Any, tile: RowTile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
         return CompileCase(
             name=name,
             kernel=kernel,

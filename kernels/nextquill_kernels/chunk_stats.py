@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
-from nextquill_kernels.launch import Tile, check_logits, check_rows, check_tensor, check_together, jit, on_device
+from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # Start of a running maximum: finite, so that a lane which has only seen -inf never computes (-inf) - (-inf).
 _LOWEST = tl.constexpr(-3.4e38)
@@ -25,9 +25,9 @@ _LOWEST = tl.constexpr(-3.4e38)
 # 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
 # loaded while one is worked on: each of these programs has 16 KiB under way (8 with the moments). The lanes' state is
 # two numbers per column and logsumexp: 8 columns a thread are 100 registers, and two programs fit on a multiprocessor.
-TOKEN_STATS = Tile(block_v=4096, num_warps=8)
-PAIR_STATS = Tile(block_v=2048, num_warps=8)
-PAIR_MOMENTS = Tile(block_v=1024, num_warps=8)  # at 2048 columns it spills
+TOKEN_STATS = RowTile(block_v=4096, num_warps=8)
+PAIR_STATS = RowTile(block_v=2048, num_warps=8)
+PAIR_MOMENTS = RowTile(block_v=1024, num_warps=8)  # at 2048 columns it spills
 
 
 @jit()
@@ -116,7 +116,7 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     Args:
         logits: [n, V] float32, last stride 1, any row stride.
         labels: [n] int64; negative is ignored.
-        out: [3, n] float32, last stride 1: receives max, sum, nll.
+        out: [3, n] float32, last stride 1: receives max, sum, nll (nats).
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -231,9 +231,9 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
 
     Args:
         logits_factual: z1 [n, V] float32, last stride 1, any row stride.
-        logits_counterfactual: z0, likewise.
+        logits_counterfactual: z0 [n, V], likewise.
         labels: [n] int64; negative is ignored.
-        out: [9, n] float32, last stride 1: receives max, sum, nll of z1, then of z0, then of z1 - z0. With [11, n] also
+        out: [9, n] float32, last stride 1: receives max, sum, nll (nats) of z1, of z0, of z1 - z0. With [11, n] also
             KL(p1 || p0) and the entropy of p1, in nats.
 
     Raises:
@@ -272,7 +272,7 @@ def compile_cases() -> list[CompileCase]:
     token = {**common, "z_ptr": "*fp32", "z_stride": "i32"}
     pair = {**common, "z1_ptr": "*fp32", "z0_ptr": "*fp32", "z1_stride": "i32", "z0_stride": "i32"}
 
-    def case(name: str, kernel: Any, tile: Tile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
+    def case(name: str, kernel: Any, tile: RowTile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
         return CompileCase(
             name=name,
             kernel=kernel,

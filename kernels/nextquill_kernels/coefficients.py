@@ -126,8 +126,8 @@ def row_coefficients(
     """Per row: its weight w, w / (Z · items) and 1 / (n · items).
 
     Args:
-        nll_factual: [n] float32, rows of one sequence after those of the other.
-        nll_counterfactual: [n] float32; None for the uniform scheme only.
+        nll_factual: [n] float32, nats, rows of one sequence after those of the other.
+        nll_counterfactual: [n] float32, nats; None for the uniform scheme only.
         offsets: [S + 1] int64; sequence s has the rows offsets[s] - offsets[0] up to offsets[s + 1] - offsets[0]. They
             ascend and cover the n rows: values are on the device and cannot be checked here.
         scheme: "uniform", "threshold", "clip" or "exp_clip".
@@ -136,8 +136,8 @@ def row_coefficients(
         threshold: of effect_prob = exp(-nll_factual) - exp(-nll_counterfactual).
         normalize: Z is the sum of w in the sequence, rather than its number of rows.
         per_token: n and Z are 1.
-        num_items: what the loss averages over: a number, or a tensor of one on the same device.
-        out: [3, n] float32, last stride 1.
+        num_items: what the loss averages over: a number, or a scalar tensor on the same device.
+        out: [3, n] float32, last stride 1: receives the three, which have no unit.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.

@@ -78,6 +78,7 @@ class CompileCase:
     targets: Sequence[str] = TARGETS
 
     def compile(self, target: str) -> Resources:
+        """Compile for a target such as "sm_90" and return what the kernel uses there."""
         return compile_for(
             self.kernel,
             target,

@@ -23,7 +23,7 @@ _INTERPRETED = not isinstance(tl.sum, JITFunction)
 _NVIDIA_TARGETS = ((100, "sm_100"), (90, "sm_90"), (80, "sm_80"))
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Columns per step and warps per program of a kernel that walks along rows."""
 
     block_v: int
@@ -61,7 +61,7 @@ def jit(
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Raise RuntimeError unless the kernels can run where `tensor` lives."""
+    """Raise RuntimeError unless the kernels can run where `tensor`, of any shape and dtype, lives."""
     if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _INTERPRETED):
         return
     raise RuntimeError(
@@ -81,7 +81,7 @@ def check_together(**tensors: Tensor | None) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, dense: bool = True) -> None:
-    """Raise TypeError on another dtype, ValueError on another shape or (if `dense`) a last stride that is not 1."""
+    """Raise TypeError if `tensor` has another dtype, ValueError on another shape or (if `dense`) last stride than 1."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.shape != shape:
@@ -109,8 +109,8 @@ def check_logits(name: str, logits: Tensor) -> tuple[int, int]:
 def on_device(tensor: Tensor) -> Iterator[None]:
     """The context in which to launch: Triton launches on the current device, whatever its arguments' device is.
 
-    Under the interpreter it silences NumPy: its warnings of arithmetic with infinities, which a GPU does not give, and
-    of a deprecated conversion in the interpreter of triton 3.6.
+    Of `tensor` only the device counts, not its shape or dtype. Under the interpreter this silences NumPy: its warnings
+    of arithmetic with infinities, which a GPU does not give, and of a deprecated conversion in triton 3.6.
     """
     if _INTERPRETED:
         with warnings.catch_warnings(), triton.knobs.runtime.scope():

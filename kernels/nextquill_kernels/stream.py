@@ -68,7 +68,7 @@ def token_stats(
         tile: tile sizes; by default those of the table for this GPU.
 
     Returns:
-        [2, N] float32: logsumexp, nll. Non-finite where a logit of the row is not finite.
+        [2, N] float32: logsumexp, nll, in nats. Non-finite where a logit of the row is not finite.
 
     Raises:
         TypeError, ValueError: a dtype, shape or value other than the above.
@@ -91,11 +91,12 @@ def pair_stats(
     """The logsumexps of z1, z0 and z1 - z0 and the nlls of the label under each; no logits are stored.
 
     Args:
-        hidden_factual: h1 [N, D], as `hidden` of `token_stats`, which describes the other arguments as well.
+        hidden_factual: h1 [N, D], as `hidden` of `token_stats`.
         hidden_counterfactual: h0 [N, D], same dtype.
+        weight, labels, bias, softcap, logit_scale, tile: as in `token_stats`.
 
     Returns:
-        [6, N] float32: logsumexp of z1, z0, z1 - z0; nll factual, counterfactual, effect.
+        [6, N] float32, nats: logsumexp of z1, z0, z1 - z0; nll factual, counterfactual, effect.
     """
     return _stats((hidden_factual, hidden_counterfactual), weight, labels, bias, softcap, logit_scale, tile)
 

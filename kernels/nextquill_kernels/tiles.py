@@ -83,7 +83,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One line of the table: what it is for, the tile, and where the tile comes from."""
 
     family: str
@@ -95,6 +95,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
+        """Kernel family, target, class of dtypes and bucket of hidden sizes: one entry each."""
         return self.family, self.target, self.dtype_class, self.bucket
 
 
@@ -136,15 +137,15 @@ def nearest_target(target: str) -> str:
     raise ValueError(f"target: expected one of {', '.join(TABLE_TARGETS)}, sm_* or gfx*, got {target!r}")
 
 
-def entries(path: Path = TABLE_PATH) -> list[Entry]:
+def entries(path: Path = TABLE_PATH) -> list[TableEntry]:
     """All entries of a table file, checked.
 
     Raises:
         ValueError: a key twice, or a name the table's format does not have.
     """
-    found: dict[tuple[str, ...], Entry] = {}
+    found: dict[tuple[str, ...], TableEntry] = {}
     for record in json.loads(path.read_text(encoding="utf-8"))["entries"]:
-        entry = Entry(**{**record, "tile": Tile(**record["tile"])})
+        entry = TableEntry(**{**record, "tile": Tile(**record["tile"])})
         known = (FAMILIES, TABLE_TARGETS, DTYPE_CLASSES.values(), BUCKETS)
         if any(value not in values for value, values in zip(entry.key, known, strict=True)):
             raise ValueError(f"{path}: expected names of the table's format, got {entry.key}")
@@ -154,7 +155,7 @@ def entries(path: Path = TABLE_PATH) -> list[Entry]:
     return list(found.values())
 
 
-def write_entries(path: Path, new: list[Entry]) -> None:
+def write_entries(path: Path, new: list[TableEntry]) -> None:
     """Put `new` into the table at `path`, in the place of entries with the same keys; the file need not exist.
 
     It is replaced in one step, so that it is never half-written.
@@ -181,5 +182,5 @@ def _position(key: tuple[str, str, str, str]) -> tuple[int, int, str, int]:
 
 
 @functools.cache
-def _table() -> dict[tuple[str, str, str, str], Entry]:
+def _table() -> dict[tuple[str, str, str, str], TableEntry]:
     return {entry.key: entry for entry in entries()}

@@ -27,7 +27,7 @@ from torch import Tensor
 from nextquill_kernels import stream
 from nextquill_kernels.crosscompile import refuse
 from nextquill_kernels.launch import shared_memory_of, target_of
-from nextquill_kernels.tiles import DTYPE_CLASSES, FAMILIES, TABLE_PATH, Entry, Tile, bucket_of, entries, lookup
+from nextquill_kernels.tiles import DTYPE_CLASSES, FAMILIES, TABLE_PATH, TableEntry, Tile, bucket_of, entries, lookup
 from nextquill_kernels.tiles import write_entries as write_table
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,10 +49,12 @@ class Problem:
 
     @property
     def streams(self) -> int:
+        """Streams of hidden states that the kernel reads: 1 or 2."""
         return 1 if self.family == "token" else 2
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of its matrix products."""
         return 2.0 * self.streams * self.n * self.d * self.v
 
 
@@ -244,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         _say(str(error))
         return 1
-    entry = Entry(
+    entry = TableEntry(
         problem.family,
         target,
         DTYPE_CLASSES[problem.dtype],
@@ -257,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def update(path: Path, entry: Entry) -> None:
+def update(path: Path, entry: TableEntry) -> None:
     """Put `entry` into the table at `path`, which starts as a copy of the package's own if there is none."""
     write_table(path, [entry] if path.exists() else [*entries(), entry])
 

@@ -9,5 +9,5 @@ from tqdm.auto import tqdm
 
 
 def bar(iterable: Any = None, **options: Any) -> Any:
-    """A progress bar on stderr, so that stdout stays a command's result; none where stderr is no terminal."""
+    """A progress bar on stderr, as stdout holds a command's result; hidden where stderr is not a terminal."""
     return tqdm(iterable, file=sys.stderr, disable=options.pop("disable", False) or None, dynamic_ncols=True, **options)

@@ -1,4 +1,4 @@
-"""`nextquill compare`: several losses from the same start on the same data, and what sets them apart."""
+"""`nextquill compare`: trains several losses from the same start on the same data, and reports how they differ."""
 
 from __future__ import annotations
 
@@ -15,50 +15,62 @@ from nextquill.cli.compare_options import EVALUATION_SEED, CompareEvaluation, Co
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
-from nextquill.cli.parsing import UsageError, one_line, parse
+from nextquill.cli.parsing import UsageError, parse, refusals
 from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.comparison.arms import choose_arms
 from nextquill.comparison.folder import RunRecord, check_settings, opened
-from nextquill.comparison.running import Setup, Task, check_trainable, finished, perform, remaining_seconds, tasks
+from nextquill.comparison.running import (
+    PlannedRun,
+    Setup,
+    check_trainable,
+    finished,
+    perform,
+    planned_runs,
+    remaining_seconds,
+)
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
-from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
-from nextquill.evaluation.evaluating import EvaluationOptions, evaluate_model
+from nextquill.errors import ArgumentError, OutputExistsError
+from nextquill.evaluation.evaluate import evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.task_measures import TaskTexts
+from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
-from nextquill.report.comparison import reporting
+from nextquill.report.comparison.findings import find
+from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
+from nextquill.report.comparison.tables import tables
 from nextquill.report.terminal import results_table
 
 DESCRIPTION = (
     "Train several losses from the same start on the same records in the same order, evaluate each, and report paired "
-    "differences: with SFT at twice the learning rate and SFT for as long as a causal loss took beside plain SFT, as a "
-    "loss may win by larger steps or more time alone. Besides these flags, every field of transformers' "
-    "TrainingArguments is one. A comparison that was stopped goes on with the same command; arms and "
-    "seeds may be added."
+    "differences. A loss may win merely by larger steps or more time, so SFT at twice the learning rate and SFT for as "
+    "long as a causal loss took are arms too. Every field of transformers' TrainingArguments is a flag too. The same "
+    "command resumes a stopped comparison; arms and seeds may be added."
 )
-# What a comparison decides itself: the flag's value where it was not given, and what to do instead.
+# Flags that a comparison decides itself: the value where it was not given, and the reason.
 _NOT_FOR_COMPARISONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "seed": ((None,), "every run has a seed of --seeds"),
-    "data_seed": ((None,), "the order follows from each run's seed"),
+    "seed": ((None,), "each run has one of --seeds"),
+    "data_seed": ((None,), "each run's seed decides the order"),
     "run_name": ((None,), "runs are named by arm and seed"),
-    "resume_from_checkpoint": ((None,), "the same command goes on by itself"),
-    "load_best_model_at_end": ((False,), "it would choose each model on the records it is compared on"),
+    "resume_from_checkpoint": ((None,), "the same command resumes"),
+    "load_best_model_at_end": ((False,), "it would choose each model on the records that it is compared on"),
     "push_to_hub": ((False,), "the runs would overwrite each other"),
 }
-# Fields of TrainingArguments that change nothing in what is learnt, or differ between runs.
+# Fields of TrainingArguments that do not change what is learnt, or that differ between runs.
 _NO_SETTINGS = (
     "output_dir", "run_name", "seed", "data_seed", "disable_tqdm", "report_to", "debug", "project", "trackio",
     "log", "save", "hub", "push", "dataloader",
 )  # fmt: skip
+OPTIONS = (
+    TrainModelOptions, CompareFiles, CompareOptions, CompareEvaluation, PromptOptions, BatchOptions, LoraOptions,
+    TrainingArguments,
+)  # fmt: skip
+FLAGS = {"names": "arms", "folder": "output_dir", "overwrite": "overwrite_output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    own = (CompareFiles, CompareOptions, CompareEvaluation)
-    kinds = (TrainModelOptions, *own, PromptOptions, BatchOptions, LoraOptions, TrainingArguments)
     defaults = {**DEFAULTS, "seed": None}
-    parsed = parse("compare", DESCRIPTION, kinds, arguments, defaults=defaults, required=["output_dir"])
+    parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
     from nextquill.cli import progress
 
@@ -71,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     measured = evaluation.options(batches, args.per_device_eval_batch_size)
     records = {"train": read_records("train_file", files.train_file)}
     records["eval"] = read_records("eval_file", files.eval_file)[: evaluation.eval_limit]
-    check_task(records["eval"], measured)
+    TaskTexts.of(records["eval"], measured)  # refuses records without what the task scores
     quieten(args)
 
     def loaded(seed: int) -> tuple[Any, Any, PromptSettings]:
@@ -124,12 +136,13 @@ def run(arguments: Sequence[str]) -> int:
         save_models=options.save_models,
         **encoded(tokenizer, settings, records, args),
     )
-    check_trainers(setup, model, tokenizer)
+    with refusals():
+        check_trainable(setup, model, tokenizer)
     del model
     with opened(folder, shared, overwrite=files.overwrite_output_dir):
         if not run_all(setup):
             return INTERRUPTED
-        comparison = reporting.report(
+        comparison = write_report(
             setup,
             model=model_options.model_name_or_path,
             baseline=options.baseline,
@@ -142,61 +155,39 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ArgumentError for seeds that no comparison can be made from."""
+    """Raise ArgumentError unless the seeds are different whole numbers that can seed every library."""
     if not seeds:
-        raise ArgumentError("--seeds: expected at least one")
+        raise ArgumentError("seeds: expected at least one, got none")
     for seed in seeds:
         if not 0 <= seed < 2**32:
-            raise ArgumentError(f"--seeds: expected whole numbers from 0 to 4294967295, got {seed}")
+            raise ArgumentError(f"seeds: expected whole numbers from 0 to 4294967295, got {seed}")
         if list(seeds).count(seed) > 1:
-            raise ArgumentError(f"--seeds: {seed} is given twice")
+            raise ArgumentError(f"seeds: {seed} is given twice")
 
 
 def check_training(args: TrainingArguments) -> None:
-    """Raise UsageError or ArgumentError for training flags that do not fit, or that a comparison sets itself."""
+    """Raise UsageError or ArgumentError for training flags that do not fit, or that a comparison decides itself."""
     for name, (unset, reason) in _NOT_FOR_COMPARISONS.items():
         if getattr(args, name) not in unset:
-            raise UsageError(f"--{name}: not for comparisons: {reason}")
+            raise UsageError(f"{name}: not for comparisons: {reason}")
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
-        raise UsageError(
-            "--save_strategy best: not for comparisons: it would choose on the records that are compared on"
-        )
+        raise UsageError("save_strategy: not for comparisons: best would choose on the records that are compared on")
     if args.world_size > 1:
-        raise UsageError(f"compare: expected one process, got {args.world_size}; train and evaluate arms one by one")
+        raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
     check_arguments(args, has_eval_file=True)
 
 
-def check_task(records: Sequence[Record], options: EvaluationOptions) -> None:
-    """Raise RecordError where a record lacks what the task scores."""
-    try:
-        TaskTexts.of(records, options)
-    except RecordError as error:
-        raise RecordError(f"--eval_file: {error}") from error
-
-
-def check_trainers(setup: Setup, model: Any, tokenizer: Any) -> None:
-    """Find what a trainer or transformers refuses before the first run."""
-    try:
-        check_trainable(setup, model, tokenizer)
-    except NextQuillError:
-        raise
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise UsageError(one_line(error)) from error
-
-
 def check_inputs(folder: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
-    """Raise OutputExistsError where overwriting would delete what is read."""
+    """Raise OutputExistsError where overwriting would delete a file that the runs read."""
     for path in map(Path, inputs if overwrite else ()):
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise OutputExistsError(f"--overwrite_output_dir: {path}, which the runs read, lies in {folder}")
+            raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which the runs read")
 
 
 def encoded(
     tokenizer: Any, settings: PromptSettings, records: dict[str, list[Record]], args: TrainingArguments
 ) -> dict[str, Any]:
-    """Both files encoded, so that what does not fit is found before any training; the second is kept if needed."""
+    """Both files encoded, so that a record that does not fit is found before training; the second is kept if needed."""
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
     hidden = bool(args.disable_tqdm)
     train = encode_records("train_file", encoder, records["train"], placebo=False, seed=EVALUATION_SEED, hidden=hidden)
@@ -209,40 +200,40 @@ def encoded(
 
 
 def run_all(setup: Setup) -> bool:
-    """Make every run that is not finished; False where one was stopped."""
-    planned = tasks(setup)
-    records = [finished(setup, task) for task in planned]
+    """Make every run that is not finished; return False if one was stopped."""
+    runs = planned_runs(setup)
+    records = [finished(setup, each) for each in runs]
     done = [record for record in records if record is not None]
     if done:
-        say(f"{len(done)} of {len(planned)} runs are finished in {setup.folder}")
-    left = [task for task, record in zip(planned, records, strict=True) if record is None]
-    for number, task in enumerate(left):
-        place = len(planned) - len(left) + number + 1
-        say(heading(task, place, len(planned), remaining_seconds(done, left[number:])))
-        record = perform(setup, task)
+        say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
+    left = [each for each, record in zip(runs, records, strict=True) if record is None]
+    for number, planned in enumerate(left):
+        place = len(runs) - len(left) + number + 1
+        say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
+        record = perform(setup, planned)
         if record is None:
-            say("stopped; the same command goes on from here")
+            say("stopped; the same command resumes")
             return False
         say(outcome(record))
         done.append(record)
     return True
 
 
-def heading(task: Task, number: int, count: int, seconds: float | None) -> str:
-    """Which run of how many begins, and about how long all that are left take."""
-    what = "the model before training" if task.arm is None else task.arm.label
+def heading(planned: PlannedRun, number: int, count: int, seconds: float | None) -> str:
+    """The run's number, name and seed, and about how long the remaining runs take."""
+    what = "the model before training" if planned.arm is None else planned.arm.label
     rest = "" if seconds is None else f" (about {duration(seconds)} left)"
-    return f"run {number} of {count}: {what}, seed {task.seed}{rest}"
+    return f"run {number} of {count}: {what}, seed {planned.seed}{rest}"
 
 
 def outcome(record: RunRecord) -> str:
-    """What a run took."""
+    """The steps and the time of a run."""
     steps = "" if record.order is None and not record.steps else f"{record.steps} steps in {duration(record.seconds)}, "
-    return f"  {steps}{duration(record.wall_seconds)} in all"
+    return f"  {steps}{duration(record.wall_seconds)} in total"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours in a few characters."""
+    """A time in seconds, minutes or hours, in a few characters."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -258,14 +249,14 @@ def say(text: str) -> None:
 
 
 def show(comparison: Any, folder: Path) -> None:
-    """The tables, what was found, and where the rest is."""
+    """Print the tables, the findings, and the names of the files."""
     from rich.console import Console
 
     console = Console()
-    for table in reporting.tables(comparison):
+    for table in tables(comparison):
         console.print(results_table(table))
         console.print()
-    for finding in reporting.find(comparison):
+    for finding in find(comparison):
         console.print(f"- {finding.heading}", markup=False, highlight=False)
-    names = (reporting.RESULT_FILE, reporting.MARKDOWN_FILE, reporting.PAGE_FILE)
+    names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)
     say(f"wrote {', '.join(str(folder / name) for name in names)}")

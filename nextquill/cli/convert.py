@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from itertools import islice
@@ -22,97 +21,99 @@ from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load
 from nextquill.data.loaders.times import TIME_UNITS
 from nextquill.data.skipped import PlacedError
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, RecordError
 from nextquill.storage.atomic_files import written_together
 
 DESCRIPTION = (
     "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
     "and score read. Formats: "
     + "; ".join(f"{name}, {form.summary}" for name, form in FORMATS.items())
-    + ". Rows are read one at a time, a bad one is named by file, line and field, and OUTPUT appears when it is whole."
+    + ". Rows are read one at a time; the error of a bad one names file, line and field. OUTPUT appears when complete."
 )
-_SHOWN = 10  # messages of skipped records on the screen; --skipped_file has them all
+_SHOWN = 10  # messages of skipped records on the screen; --skipped_file holds all
 
 
 @dataclass
 class ConvertInput:
-    """What goes in."""
+    """Data: what is read."""
 
     input: list[str] = field(
         metadata={
-            "help": "Files (.jsonl, .json, .csv, .tsv, .parquet; all but the last may be gzipped), or "
-            "hf://OWNER/NAME[/CONFIG].",
+            "help": "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG].",
             "metavar": "PATH",
         }
     )
-    format: str = option("What the rows are.", choices=list(FORMATS))
+    format: str = option("The format of the rows.", choices=list(FORMATS))
     split: str | None = option("The split on the hub (train).", None)
     columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Fields by the columns that hold them, such as user_id=author response=body.",
+            "help": "Columns with other names than their fields, such as user_id=author response=body.",
             "metavar": "FIELD=COLUMN",
         },
     )
-    timezone: str | None = option("What times without a zone mean, such as Europe/Berlin; else they are errors.", None)
-    time_unit: str | None = option("What times count that are numbers (amazon: ms; else: s).", None, choices=TIME_UNITS)
-    limit: int | None = option("Only the first so many records.", None)
+    timezone: str | None = option("Zone of times without one, such as Europe/Berlin; by default they are errors.", None)
+    time_unit: str | None = option("Unit of times that are numbers (amazon: ms; others: s).", None, choices=TIME_UNITS)
+    limit: int | None = option("Use only this many records, the first ones.", None)
 
 
 @dataclass
 class ConvertFormat:
-    """What single formats ask for."""
+    """Options of single formats."""
 
-    outputs: str | None = option("lamp: the file of the outputs.", None, metavar="FILE")
-    task: str | None = option("lamp: what the task is called in the records.", None)
-    metadata: str | None = option("amazon: the items, a file or hf://OWNER/NAME/CONFIG.", None, metavar="PATH")
+    outputs: str | None = option("lamp: the file with the outputs.", None, metavar="FILE")
+    task: str | None = option("lamp: the task's name in the records.", None)
+    metadata: str | None = option("amazon: the items: a file, or hf://OWNER/NAME/CONFIG.", None, metavar="PATH")
     metadata_split: str | None = option("amazon: their split on the hub (full).", None)
-    max_pairs: int | None = option("preferences: most earlier pairs that become the history (8).", None)
+    max_pairs: int | None = option("preferences: most earlier pairs in the history (8).", None)
     respond_as: str | None = option(
-        "chat: whose last turn is the response (assistant).", None, choices=["assistant", "user"]
+        "chat: the role whose last turn is the response (assistant).", None, choices=["assistant", "user"]
     )
-    query: str | None = option("events: what is asked, such as 'Write the next post titled {title}'.", None)
+    query: str | None = option("events: the query, such as 'Write the next post titled {title}'.", None)
     min_history: int | None = option("events: earlier texts that a record needs (0).", None)
-    max_history: int | None = option("events, chat: most earlier texts, the latest (all).", None)
+    max_history: int | None = option("events, chat: most earlier texts, the newest ones (all).", None)
 
 
 @dataclass
 class ConvertRows:
-    """What becomes of bad rows."""
+    """Bad rows."""
 
-    skip_bad: bool = option("Leave bad records out, count them, and name the first.", False)
-    max_skipped: float = option("With --skip_bad: the largest share of bad records that is no error.", 0.1)
-    skipped_file: str | None = option("With --skip_bad: what was left out and why, JSONL.", None, metavar="FILE")
-    require_history: bool = option("A record without history is a bad one.", False)
-    keep_duplicates: bool = option("Keep records whose user, query, response and time are another's.", False)
-    max_line_bytes: int = option("Longest line, CSV record, or item of a JSON list.", MAX_LINE_BYTES)
+    skip_bad: bool = option("Leave out and count bad records, and show the first.", False)
+    max_skipped: float = option("With --skip_bad: the largest share of bad records that is not an error.", 0.1)
+    skipped_file: str | None = option("With --skip_bad: where to list what was left out, JSONL.", None, metavar="FILE")
+    require_history: bool = option("Treat a record without history as bad.", False)
+    keep_duplicates: bool = option("Keep records with the same user, query, response and time as another.", False)
+    max_line_bytes: int = option("Most bytes of a line, a CSV record, or an item of a JSON list.", MAX_LINE_BYTES)
 
 
 @dataclass
 class ConvertOutput:
-    """What comes out."""
+    """Output: the files that are written."""
 
-    output_file: str = option("The records, JSONL.", metavar="OUTPUT")
+    output_file: str = option("Where to write the records, JSONL.", metavar="OUTPUT")
     overwrite: bool = option("Replace existing output files.", False)
     select: str = option(
-        "Which of the history stays: all of it, the newest, what shares words with the query (bm25), what means "
-        "something alike (dense), or the same for all records of a user (fixed).", "all",
+        "History to keep: all, the newest items, those with the query's words (bm25) or its meaning (dense), or the "
+        "same items for all records of a user (fixed).", "all",
         choices=["all", "recency", "bm25", "dense", "fixed"],
     )  # fmt: skip
-    num_items: int | None = option("With --select: how many history items stay.", None)
+    num_items: int | None = option("With --select: history items to keep.", None)
     split_by: str | None = option(
-        "Also split: each user's last record to --test_file and the one before to --eval_file (last), or a share of "
-        "the users to each (users). The records are held in memory.", None, choices=["last", "users"],
+        "Split the records. last: each user's last record goes to --test_file, the one before to --eval_file. users: "
+        "a share of the users goes to each. The records are held in memory.", None, choices=["last", "users"],
     )  # fmt: skip
-    eval_file: str | None = option("With --split_by: the records for evaluation while training.", None, metavar="FILE")
-    test_file: str | None = option("With --split_by: the records for the test.", None, metavar="FILE")
-    share: float = option("With --split_by users: the share of users in each of the two.", 0.1)
-    seed: int = option("With --split_by users: decides which.", 0)
+    eval_file: str | None = option("With --split_by: records for evaluation during training.", None, metavar="FILE")
+    test_file: str | None = option("With --split_by: records for the test.", None, metavar="FILE")
+    share: float = option("With --split_by users: the share of users in each of the two files.", 0.1)
+    seed: int = option("With --split_by users: decides which users.", 0)
+
+
+OPTIONS = (ConvertInput, ConvertFormat, ConvertRows, ConvertOutput)
+FLAGS = {"source": "input", "records": "input", "name": "select", "max_share": "max_skipped"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (ConvertInput, ConvertFormat, ConvertRows, ConvertOutput)
-    source, form, rows, output = parse("convert", DESCRIPTION, kinds, arguments)
+    source, form, rows, output = parse("convert", DESCRIPTION, OPTIONS, arguments)
     check_positive(source, ("limit",))
     check_positive(rows, ("max_line_bytes",))
     _check_together(rows, output)
@@ -128,9 +129,9 @@ def run(arguments: Sequence[str]) -> int:
             shown = bar(records, total=source.limit, desc="Converting", unit=" records")
             summaries = _convert(shown, selector, output, targets)
             if skipped is not None:
-                skipped.check("--input")
+                skipped.check("input")
         except RecordError as error:
-            failure = error  # what was left out is written all the same: it says why
+            failure = error  # raised after the list of skipped records is written, which explains it
     if skipped is not None:
         _print_skipped(skipped)
     if failure is not None:
@@ -143,7 +144,7 @@ def run(arguments: Sequence[str]) -> int:
 def _convert(
     records: Iterable[Record], selector: Any, output: ConvertOutput, targets: Mapping[str, Path]
 ) -> dict[str, _Summary]:
-    """Write the records where they belong."""
+    """Write each record to its file."""
     summaries = {name: _Summary() for name in targets}
     with written_together(list(targets.values())) as opened:
         streams = dict(zip(targets, opened, strict=True))
@@ -159,20 +160,19 @@ def _records(
 ) -> Iterator[Record]:
     """The records of the input; arguments are checked at once."""
     given = {each.name: getattr(form, each.name) for each in fields(form)}
-    with _naming_flags(source="input"):
-        found = load(
-            source.format,
-            source.input,
-            split=source.split,
-            columns=_columns(source.columns or []),
-            timezone=source.timezone,
-            time_unit=source.time_unit,
-            max_line_bytes=rows.max_line_bytes,
-            skipped=skipped,
-            require_history=rows.require_history,
-            keep_duplicates=rows.keep_duplicates,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+    found = load(
+        source.format,
+        source.input,
+        split=source.split,
+        columns=_columns(source.columns or []),
+        timezone=source.timezone,
+        time_unit=source.time_unit,
+        max_line_bytes=rows.max_line_bytes,
+        skipped=skipped,
+        require_history=rows.require_history,
+        keep_duplicates=rows.keep_duplicates,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     return islice(found, source.limit)
 
 
@@ -189,20 +189,19 @@ def _columns(given: Sequence[str]) -> dict[str, str]:
 
 
 def _selector(output: ConvertOutput, records: Callable[[], Iterable[Record]]) -> Any:
-    """What chooses the history, or None where all of it stays; "fixed" reads the records once beforehand."""
+    """The selector of the history, or None to keep all of it; "fixed" reads the records once beforehand."""
     if output.select == "all" and output.num_items is None:
         return None
     from nextquill.data.histories import FixedSelector, make_selector
 
-    with _naming_flags(name="select"):
-        selector = make_selector(output.select, num_items=output.num_items)
+    selector = make_selector(output.select, num_items=output.num_items)
     if isinstance(selector, FixedSelector):
         selector.fit(bar(records(), desc="Reading", unit=" records"))
         if selector.users_without_history:
             print(
                 f"nextquill: --select fixed: {selector.records_without_history:,} records of "
                 f"{len(selector.users_without_history):,} users get no history, as no text precedes all of a user's "
-                "records; with events, --min_history leaves the first ones out",
+                "records; with events, --min_history leaves out the first records",
                 file=sys.stderr,
             )
     return selector
@@ -215,13 +214,12 @@ def _parted(records: Iterable[Record], output: ConvertOutput) -> Iterator[tuple[
         return
     from nextquill.data.splits import hold_out_users, leave_last_out
 
-    with _naming_flags():
-        if output.split_by == "last":
-            splits = leave_last_out(list(records))
-            if splits.order == "file order":
-                print("nextquill: no record has a time: a user's last record is the last of the input", file=sys.stderr)
-        else:
-            splits = hold_out_users(list(records), output.share, output.seed, validation_share=output.share)
+    if output.split_by == "last":
+        splits = leave_last_out(list(records))
+        if splits.order == "file order":
+            print("nextquill: no record has a time, so a user's last record is the last in the input", file=sys.stderr)
+    else:
+        splits = hold_out_users(list(records), output.share, output.seed, validation_share=output.share)
     parts = {"output_file": splits.train, "eval_file": splits.validation, "test_file": splits.test}
     for name, part in parts.items():
         yield from ((name, record) for record in part)
@@ -229,24 +227,24 @@ def _parted(records: Iterable[Record], output: ConvertOutput) -> Iterator[tuple[
 
 def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
     if not rows.skip_bad and rows.skipped_file is not None:
-        raise ArgumentError("--skipped_file: expected --skip_bad with it; without, the first bad record is an error")
+        raise ArgumentError("skipped_file: expected --skip_bad with it; without, the first bad record is an error")
     if not rows.skip_bad and rows.max_skipped != ConvertRows.max_skipped:
-        raise ArgumentError("--max_skipped: expected --skip_bad with it; without, the first bad record is an error")
+        raise ArgumentError("max_skipped: expected --skip_bad with it; without, the first bad record is an error")
     if not 0 < output.share < 0.5:
-        raise ArgumentError(f"--share: expected a share above 0 and below 0.5, as two are taken, got {output.share}")
+        raise ArgumentError(f"share: expected a share above 0 and below 0.5, as it is taken twice, got {output.share}")
     for name in ("share", "seed"):
         if output.split_by != "users" and getattr(output, name) != getattr(ConvertOutput, name):
-            raise ArgumentError(f"--{name}: expected together with --split_by users")
+            raise ArgumentError(f"{name}: expected together with --split_by users")
     files = {"eval_file": output.eval_file, "test_file": output.test_file}
     for name, file in files.items():
         if (file is None) != (output.split_by is None):
-            raise ArgumentError(f"--{name}: expected together with --split_by, which fills it")
+            raise ArgumentError(f"{name}: expected together with --split_by, which fills it")
 
 
 def _claimed(
     source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput
 ) -> tuple[dict[str, Path], list[Path]]:
-    """The files of records and of what is skipped, by flag, which can be written and are no input."""
+    """The output files of records by flag, and those of skipped records; each can be written and is not read."""
     given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
     paths: dict[str, Path] = {}
     taken_by = {Path(path).resolve(): "--input" for path in source.input}
@@ -257,27 +255,14 @@ def _claimed(
         path = claim_output_file(word, overwrite=output.overwrite, flag=name)
         taken = taken_by.setdefault(path.resolve(), f"--{name}")
         if taken != f"--{name}":
-            raise ArgumentError(f"--{name}: expected a file of its own, got {path}, which is that of {taken}")
+            raise ArgumentError(f"{name}: expected a file of its own, got {path}, which is that of {taken}")
         paths[name] = path
     notes = [paths.pop(name) for name in ("skipped_file",) if name in paths]
     return paths, notes
 
 
-@contextmanager
-def _naming_flags(**others: str) -> Iterator[None]:
-    """Errors of arguments begin with the flag; `others` are the flags of arguments with another name."""
-    try:
-        yield
-    except (ArgumentError, ArgumentTypeError) as error:
-        name, colon, problem = str(error).partition(":")
-        raise type(error)(f"--{others.get(name, name)}{colon}{problem}") from error
-
-
 def _skipped(rows: ConvertRows) -> SkippedRecords | None:
-    if not rows.skip_bad:
-        return None
-    with _naming_flags(max_share="max_skipped"):
-        return SkippedRecords(_SHOWN, rows.max_skipped)
+    return SkippedRecords(_SHOWN, rows.max_skipped) if rows.skip_bad else None
 
 
 def _line(record: Record) -> bytes:
@@ -306,7 +291,7 @@ def _print_skipped(skipped: SkippedRecords) -> None:
 
 
 class _Summary:
-    """What a file of records holds, in a line."""
+    """The contents of a file of records, in a line."""
 
     def __init__(self) -> None:
         self._records = self._items = self._without = 0
@@ -338,5 +323,5 @@ class _Summary:
 def _day(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds, timezone.utc).date().isoformat()
-    except (ValueError, OverflowError, OSError):  # a year that calendars do not have
+    except (ValueError, OverflowError, OSError):  # a year outside the calendar
         return f"{seconds:.0f} s"

@@ -1,11 +1,11 @@
-"""`nextquill evaluate`: does the model use the history, of the right user, and does its text get closer?"""
+"""`nextquill evaluate`: measures how a model uses the history, and how close its texts are to the references."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from nextquill.cli.parsing import parse
 from nextquill.data import Record
 from nextquill.data.skipped import SkippedRecords
 from nextquill.data.templates import BRANCHES
-from nextquill.errors import ArgumentError, NextQuillError, RecordError
+from nextquill.errors import RecordError, naming
 from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.folder import check_folder
 from nextquill.evaluation.generation import ENGINES, check_engine
@@ -32,99 +32,89 @@ from nextquill.evaluation.tasks import TASKS
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
-    "Measure a model on records: nll of the responses with the user's history, without it and under another user's "
-    "(placebo), the effects between them, and generated texts in the measures of the task; of records with chosen and "
-    "rejected, which of both it prefers. Intervals are over users. With --output_dir an evaluation that was stopped "
-    "goes on where it was when the same command is given again."
+    "Measure a model on records: the nll of the responses with the user's history, without it and under another "
+    "user's (placebo), the effects between them, and generated texts in the measures of the task. For records with "
+    "chosen and rejected, also which of the two the model prefers. Intervals are over users. With --output_dir the "
+    "same command resumes a stopped evaluation."
 )
-# What errors of the library call things, and the flags they were given by.
-_FLAGS = {
-    "folder: ": "--output_dir: ",
-    "record ": "--eval_file: record ",
-    "engine: ": "--engine: ",
-    "branch: ": "--generate_branches: ",
-    "max_tokens: ": "--max_tokens: ",
-    "attention: ": "--attention: ",
-}
 
 
 @dataclass
 class EvaluateOptions:
-    """What is measured besides, and where the figures go."""
+    """Measures and output."""
 
     output_dir: str | None = option(
-        "Keep everything here: evaluation.json, examples.jsonl, effects.jsonl, what report and compare read.", None
+        "Write everything here: evaluation.json, examples.jsonl, effects.jsonl. report and --baseline read it.", None
     )
     output_file: str | None = option("Also write the metrics here, as JSON.", None, metavar="FILE")
-    overwrite: bool = option("Replace an existing output file, and the evaluation that --output_dir holds.", False)
+    overwrite: bool = option("Replace an existing output file, and the evaluation in --output_dir.", False)
     baseline: str | None = option(
-        "Another evaluation's --output_dir, of the same records: show the paired differences to it.", None,
+        "The --output_dir of another evaluation of the same records; paired differences to it are shown.", None,
         metavar="DIR",
     )  # fmt: skip
-    task: str = option("Which task the records are of: what texts are scored in.", "text", choices=list(TASKS))
+    task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
     metrics: list[str] | None = field(
         default=None,
-        metadata={"help": f"Measures of the generated texts, instead of the task's, of {', '.join(METRICS)}."},
+        metadata={"help": f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}."},
     )
     generate: bool = option("Generate responses and score them.", True)
     generate_branches: list[str] = field(
         default_factory=lambda: ["factual"],
         metadata={
-            "help": "The prompts to generate for: with history, without, and under another user's.",
+            "help": "Prompts to generate for: with history, without, with another user's.",
             "choices": list(BRANCHES),
         },
     )
-    max_new_tokens: int = option("Bound on a generated response.", 128)
-    generate_limit: int | None = option("Generate for only the first so many records.", None)
-    temperature: float = option("Of sampling; 0: greedy.", 0.0)
-    top_p: float = option("Sample from the likeliest tokens with this share of the probability.", 1.0)
-    engine: str = option("What generates: transformers, or vLLM.", "hf", choices=list(ENGINES))
-    item_effects: int = option("Measure for so many records what leaving out each history item does to every token.", 0)
+    max_new_tokens: int = option("Most tokens of a generated response.", 128)
+    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
+    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
+    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
+    engine: str = option("Generate with transformers (hf) or vLLM.", "hf", choices=list(ENGINES))
+    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
-    resamples: int = option("Draws of each interval.", 2000)
-    skip_bad: bool = option("Leave out records that cannot be read, and count them.", False)
+    resamples: int = option("Resamples of each interval.", 2000)
+    skip_bad: bool = option("Leave out and count records that cannot be read.", False)
 
     def build(self, files: ScoreFiles) -> EvaluationOptions:
-        """What is measured, as these flags say.
+        """These flags as the options of `evaluate_model`.
 
         Raises:
-            ArgumentError: a value it refuses.
+            ArgumentError: a value that does not fit.
         """
-        try:
-            return EvaluationOptions(
-                task=self.task,
-                metrics=None if self.metrics is None else tuple(self.metrics),
-                generate_branches=tuple(self.generate_branches) if self.generate else (),
-                max_new_tokens=self.max_new_tokens,
-                batch_size=files.batch_size,
-                generate_limit=self.generate_limit,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                engine=self.engine,
-                item_effects=self.item_effects,
-                seed=files.seed,
-                resamples=self.resamples,
-                level=self.level,
-                attention=files.attention,
-                max_tokens=files.max_tokens,
-                overwrite=self.overwrite,
-            )
-        except ArgumentError as error:  # its message begins with the argument's name
-            raise ArgumentError(f"--{error}") from error
+        return EvaluationOptions(
+            task=self.task,
+            metrics=None if self.metrics is None else tuple(self.metrics),
+            generate_branches=tuple(self.generate_branches) if self.generate else (),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=files.batch_size,
+            generate_limit=self.generate_limit,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            engine=self.engine,
+            item_effects=self.item_effects,
+            seed=files.seed,
+            resamples=self.resamples,
+            level=self.level,
+            attention=files.attention,
+            max_tokens=files.max_tokens,
+            overwrite=self.overwrite,
+        )
+
+
+OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
+FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_branches"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
-    model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, kinds, arguments)
+    model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
     check_files(files)
     measured = options.build(files)
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
-    with _flags_in_errors():
-        check_engine(measured.generation())
-        if options.output_dir is not None:
-            check_folder(Path(options.output_dir), overwrite=options.overwrite)
+    check_engine(measured.generation())
+    if options.output_dir is not None:
+        check_folder(Path(options.output_dir), overwrite=options.overwrite)
     skipped = SkippedRecords() if options.skip_bad else None
     records = eval_records(files, skipped)
     _report_skipped(skipped)
@@ -157,31 +147,28 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
-    from nextquill.evaluation.evaluating import evaluate_model
+    from nextquill.evaluation.evaluate import evaluate_model
 
     try:
-        with _flags_in_errors():
-            return evaluate_model(
-                loaded.model, loaded.tokenizer, loaded.records, loaded.settings, options, folder,
-                model_name=name, progress=bar,
-            )  # fmt: skip
+        return evaluate_model(
+            loaded.model, loaded.tokenizer, loaded.records, loaded.settings, options, folder,
+            model_name=name, progress=bar,
+        )  # fmt: skip
     except KeyboardInterrupt:
         if kept:
-            print(f"nextquill: what is done is in {folder}; the same command goes on from there", file=sys.stderr)
+            print(f"nextquill: the finished part is in {folder}; the same command resumes", file=sys.stderr)
         raise
 
 
 def _check_baseline(folder: Path, records: list[Record]) -> None:
-    """Raise RecordError unless the folder holds a whole evaluation of these records."""
-    try:
+    """Raise RecordError unless the folder holds a complete evaluation of these records."""
+    with naming("baseline"):
         other = read_evaluation(folder)
         read_examples(folder)
-    except RecordError as error:
-        raise RecordError(f"--baseline: {error}") from error
     if other.records != records_digest(records):
         raise RecordError(
-            f"--baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
-            f"({len(records)}), so that nothing can be paired"
+            f"baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
+            f"({len(records)}), so they cannot be paired"
         )
 
 
@@ -191,17 +178,3 @@ def _report_skipped(skipped: SkippedRecords | None) -> None:
         print(f"nextquill: left out {skipped.total} bad records ({kinds}):", file=sys.stderr)
         for message in skipped.messages:
             print(f"  {message}", file=sys.stderr)
-
-
-@contextmanager
-def _flags_in_errors() -> Iterator[None]:
-    """Name the flag instead of the argument it became."""
-    try:
-        yield
-    except NextQuillError as error:
-        text = str(error)
-        for argument, flag in _FLAGS.items():
-            if text.startswith(argument):
-                message = f"{flag}{text.removeprefix(argument)}".replace("overwrite=True", "--overwrite")
-                raise type(error)(message) from error
-        raise

@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nextquill.evaluation.bootstrap import PairedResult
-from nextquill.evaluation.results import Evaluation, MetricValue, finite
+from nextquill.evaluation.measure_names import COUNTS, place_of
+from nextquill.evaluation.results import Evaluation, MetricValue
+from nextquill.report.numbers import p_value, with_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
-# Columns beyond which an interval goes below its value, to fit 80 characters.
+# With more columns than this, an interval goes below its value, to fit 80 characters.
 _MOST_BESIDE = 1
-# Settings that change no score, or only which there are.
-_NO_MATTER = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
+# Settings that change no score, or only which scores there are.
+_IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Every measure with its interval: of the records' responses, of pairs, of generated texts."""
-    from nextquill.evaluation.measures import place_of
-
+    """Print every measure with its interval: of the records' responses, of pairs, of generated texts."""
     tables: dict[str, dict[str, dict[str, MetricValue]]] = {}
     for name, metric in evaluation.metrics.items():
         place = place_of(name)
@@ -32,13 +32,14 @@ def print_evaluation(evaluation: Evaluation) -> None:
         table = new_table(_HEADINGS[kind], *columns)
         between = " " if len(columns) <= _MOST_BESIDE else "\n"
         for label, row in rows.items():
-            table.add_row(label, *(_measured(row.get(column), between) for column in columns))
+            cells = [row.get(column) for column in columns]
+            table.add_row(label, *("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells))
         show(table)
-    counts = {name: f"{evaluation.metrics[name].value:.0f}" for name in ("examples", "users", "tokens")}
-    show(f"{counts['examples']} examples of {counts['users']} users, {counts['tokens']} response tokens.")
-    show(f"[low, high]: {evaluation.level:.0%} intervals over users. Nll and effects are in nats per token.")
+    examples, users, tokens = (f"{evaluation.metrics[name].value:.0f}" for name in COUNTS)
+    show(f"{examples} examples of {users} users, {tokens} response tokens.")
+    show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
     show("Effect of the history: nll without it minus nll with it.")
-    if (evaluation.settings.get("template") or {}).get("counterfactual") == "placebo":
+    if evaluation.template.get("counterfactual") == "placebo":
         show("Without history: under another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
@@ -47,49 +48,26 @@ def print_evaluation(evaluation: Evaluation) -> None:
 def print_differences(
     differences: Mapping[str, PairedResult], evaluation: Evaluation, baseline: Evaluation, folder: str
 ) -> None:
-    """What an evaluation has more than its baseline, example by example, and what else differs between the two."""
-    from nextquill.evaluation.measures import place_of
-
+    """Print an evaluation's paired differences to its baseline, and in which settings the two differ."""
     table = new_table(f"this - {folder}", "difference", "p")
     for name, found in differences.items():
         if place_of(name) is not None:
-            label = evaluation.metrics[name].label
-            table.add_row(
-                label,
-                bounded(found.difference, found.low, found.high, sign="+"),
-                "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}",
-            )
+            bounded = with_interval(found.difference, found.low, found.high, sign="+")
+            table.add_row(evaluation.metrics[name].label, bounded, p_value(found.p_value))
     show(table)
-    show("Paired, on the examples that both have. p: exchanging the two within users; not corrected for several.")
+    show("Paired, on the examples that both have. p: permutation within users, not corrected for several measures.")
     own, theirs = _comparable(evaluation), _comparable(baseline)
     unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
     if unlike:
         named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
-        show(f"They were not measured alike, and that is in the differences too: {named}.")
+        show(f"These settings differ too, and add to the differences: {named}.")
 
 
 def _comparable(evaluation: Evaluation) -> dict[str, Any]:
-    """The settings that decide what the examples' scores are."""
-    settings = {name: value for name, value in evaluation.settings.items() if name not in _NO_MATTER}
-    template = settings.pop("template", None) or {}
-    return {**settings, **{f"template {name}": value for name, value in template.items()}}
-
-
-def _measured(metric: MetricValue | None, between: str) -> str:
-    return "" if metric is None else bounded(metric.value, metric.low, metric.high, between)
-
-
-def bounded(
-    value: float, low: float | None, high: float | None, between: str = " ", sign: str = "", digits: int = 4
-) -> str:
-    """A number with its interval, where that is known."""
-    number = f"{_rounded(value, digits):{sign}.{digits}f}"
-    known = [f"{_rounded(bound, digits):.{digits}f}" for bound in (finite(low), finite(high)) if bound is not None]
-    return f"{number}{between}[{known[0]}, {known[1]}]" if len(known) == 2 else number
-
-
-def _rounded(value: float, digits: int) -> float:
-    return round(value, digits) + 0.0  # never -0.0000
+    """The settings that decide the examples' scores."""
+    ignored = (*_IRRELEVANT, "template")
+    settings = {name: value for name, value in evaluation.settings.items() if name not in ignored}
+    return {**settings, **{f"template {name}": value for name, value in evaluation.template.items()}}
 
 
 def new_table(first: str, *others: str) -> Table:
@@ -106,7 +84,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def show(what: Table | str) -> None:
-    """Print to stdout; nothing in a text is markup."""
+    """Print to stdout, a text as it is, without markup."""
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(what)

@@ -1,4 +1,4 @@
-"""What every command's flags are made of, and checked with; light, so that a command loads no more than it needs."""
+"""How a command declares and checks its flags; light, so that a command loads no more than it needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from nextquill.errors import ArgumentError, OutputExistsError
+from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are what argparse's `add_argument` takes."""
+    """A field whose metadata are arguments of argparse's `add_argument`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -21,24 +21,37 @@ def check_positive(options: Any, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ArgumentError(f"--{name}: expected a positive number, got {value}")
+            raise ArgumentError(f"{name}: expected a positive number, got {value}")
+
+
+def check_token_budget(options: Any) -> None:
+    """Raise ArgumentError for a `max_tokens` below 1, or beside `attention` padded."""
+    check_positive(options, ("max_tokens",))
+    if options.max_tokens is not None and options.attention == "padded":
+        raise ArgumentError("max_tokens: expected none with attention='padded', which has no token budget")
+
+
+def check_file(flag: str, path: str) -> None:
+    """Raise RecordError where there is no such file."""
+    if not Path(path).is_file():
+        raise RecordError(f"{flag}: {path} is not a file")
 
 
 def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
     """Make sure, before any work, that a file can be written, and make its folder.
 
     Raises:
-        OutputExistsError: something is there, or the folder is no folder.
+        OutputExistsError: the name is taken, or its folder is not a folder.
     """
     target = Path(path)
     if target.is_dir():
-        raise OutputExistsError(f"--{flag}: {target} is a folder")
+        raise OutputExistsError(f"{flag}: {target} is a folder")
     if target.exists() and not target.is_file():  # /dev/null would be replaced by a file of that name
-        raise OutputExistsError(f"--{flag}: {target} is no file that can be replaced")
+        raise OutputExistsError(f"{flag}: {target} is not a file that can be replaced")
     if target.exists() and not overwrite:
-        raise OutputExistsError(f"--{flag}: {target} exists; give another name or --overwrite")
+        raise OutputExistsError(f"{flag}: {target} exists; give another name or --overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise OutputExistsError(f"--{flag}: {target.parent} is a file") from error
+        raise OutputExistsError(f"{flag}: {target.parent} is a file") from error
     return target

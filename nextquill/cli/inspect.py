@@ -1,4 +1,4 @@
-"""`nextquill inspect`: what training would see of a record, token by token."""
+"""`nextquill inspect`: shows a record token by token, as training would see it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from nextquill.tree import PrefixTree
 
 DESCRIPTION = (
-    "Show records as training sees them: which tokens the prompts with and without history share, in which they "
-    "differ, what is supervised, which history items the token budget drops, and what sharing prefixes saves. Needs "
-    "a tokenizer only, no weights."
+    "Show records as training sees them: the tokens that the prompts with and without history share, those that "
+    "differ, those that are supervised, the history items that the token budget drops, and what sharing prefixes "
+    "saves. Needs only a tokenizer, no weights."
 )
 DEFAULT_LENGTH = 2048
 _DROPPED_SHOWN = 5
-# Of each kind of section: the mark of its lines, its colour on a terminal, and what it is.
+# Each kind of section: the mark of its lines, their colour on a terminal, and its heading.
 _SECTIONS = {
     "shared": ("=", "dim", "shared by both prompts"),
     "factual": ("+", "green", "with history only"),
@@ -41,33 +41,33 @@ _SECTIONS = {
 
 @dataclass
 class InspectFiles:
-    """What is shown."""
+    """Data: the records, and a tokenizer."""
 
-    train_file: str = option("Records, as for train.", metavar="FILE")
+    train_file: str = option("Records, in the form that train takes.", metavar="FILE")
     model_name_or_path: str = option(
-        "Whose tokenizer and prompt settings: a model folder, a folder with a tokenizer alone, a name on the Hugging "
-        "Face hub, or 'tiny' / 'small' for the tokenizer that train would build from the records.",
+        "The source of the tokenizer and the prompt settings: a model folder, a folder with only a tokenizer, a name "
+        "on the Hugging Face hub, or 'tiny' / 'small' for the tokenizer that train would build from the records.",
         metavar="MODEL",
     )
     index: list[int] | None = dataclasses.field(
-        default=None, metadata={"help": "Which records, counted from 0 (the first one)."}
+        default=None, metadata={"help": "Records to show, counted from 0 (only the first)."}
     )
-    user_id: str | None = option("The records of this user instead, the first --limit of them.", None)
+    user_id: str | None = option("Show the records of this user instead, at most --limit.", None)
     limit: int = option("Most records of --user_id.", 4)
 
 
 @dataclass
 class InspectOptions:
-    """How it is shown."""
+    """Output: its form and length."""
 
-    format: str = option("For people or for programs.", "text", choices=["text", "json"])
-    max_shown: int = option("Most tokens shown of a section, of which the middle is left out; 0 shows all.", 160)
-    seed: int = option("Decides whose history --counterfactual placebo draws; train's own default is 42.", 42)
+    format: str = option("text for people, json for programs.", "text", choices=["text", "json"])
+    max_shown: int = option("Most tokens of a section; a longer one is shown without its middle. 0 shows all.", 160)
+    seed: int = option("Decides whose history --counterfactual placebo takes; the default is that of train.", 42)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A run of tokens that belongs to one kind of `_SECTIONS`."""
+    """Tokens in a row that are of one kind of `_SECTIONS`."""
 
     name: str
     token_ids: list[int]
@@ -83,15 +83,17 @@ class Inspected:
     dropped: list[tuple[str, int]]
 
 
+OPTIONS = (InspectFiles, PromptOptions, InspectOptions)
+
+
 def run(arguments: Sequence[str]) -> int:
-    kinds = (InspectFiles, PromptOptions, InspectOptions)
-    files, prompt_options, options = parse("inspect", DESCRIPTION, kinds, arguments)
+    files, prompt_options, options = parse("inspect", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
     from nextquill.tree import build_prefix_tree
 
     check_positive(files, ("limit",))
     if options.max_shown < 0:
-        raise ArgumentError(f"--max_shown: expected 0 or more, got {options.max_shown}")
+        raise ArgumentError(f"max_shown: expected 0 or more, got {options.max_shown}")
     records = read_records("train_file", files.train_file)
     chosen = choose(records, files)
     tokenizer, settings = prepare(files.model_name_or_path, prompt_options, records)
@@ -109,27 +111,27 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
-    """The positions of the records that were asked for.
+    """The positions of the records to show.
 
     Raises:
-        ArgumentError: there is none such, or both a position and a user were given.
+        ArgumentError: there are no such records, or both positions and a user were given.
     """
     if files.index is not None and files.user_id is not None:
-        raise ArgumentError("--user_id: expected none beside --index")
+        raise ArgumentError("user_id: expected none beside --index")
     if files.user_id is not None:
         found = [position for position, record in enumerate(records) if record.user_id == files.user_id]
         if not found:
-            raise ArgumentError(f"--user_id: expected a user of {files.train_file}, got {files.user_id!r}")
+            raise ArgumentError(f"user_id: expected a user of {files.train_file}, got {files.user_id!r}")
         return found[: files.limit]
     chosen = [0] if files.index is None else files.index
     for index in chosen:
         if not 0 <= index < len(records):
-            raise ArgumentError(f"--index: expected 0 to {len(records) - 1}, got {index}")
+            raise ArgumentError(f"index: expected 0 to {len(records) - 1}, got {index}")
     return chosen
 
 
 def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record]) -> tuple[Any, PromptSettings]:
-    """The tokenizer, and how train would make the prompts."""
+    """The tokenizer, and the prompt settings that train would use."""
     if name in SCRATCH_SIZES:
         from nextquill.cli.train import SCRATCH_MAX_LENGTH
 
@@ -141,7 +143,7 @@ def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record])
 
 
 def _context(name: str) -> int | None:
-    """The most positions the model has, if its config is there."""
+    """The model's number of positions, if there is a config."""
     from transformers import AutoConfig
 
     @dataclass
@@ -150,18 +152,18 @@ def _context(name: str) -> int | None:
 
     try:
         return context_length(Configured(AutoConfig.from_pretrained(name, local_files_only=True)))
-    # A folder with a tokenizer alone has no config, and one of an unknown architecture has one that says nothing here.
+    # A folder with only a tokenizer has no config, and that of an unknown architecture cannot be read.
     except (OSError, ValueError, KeyError):
         return None
 
 
 def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> Inspected:
-    """Encode a record and say what its tokens are.
+    """Encode a record and divide its tokens into sections.
 
     Args:
-        encoder: as train has it.
+        encoder: the encoder of train.
         record, index: the record and its position.
-        other: the other user's history that stands for none, where the template asks for one.
+        other: another user's history, if the template's prompt without history takes one.
     """
     from nextquill.evaluation.scoring import token_texts
     from nextquill.tree import build_prefix_tree
@@ -178,7 +180,7 @@ def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> 
         ("response", example.factual.response_ids, 0, example.factual.response_length),
     )
     tokenizer: Any = encoder.renderer.tokenizer
-    # Pieces of the whole, cut afterwards: a character may lie across the joint.
+    # Decoded as a whole and cut afterwards, as a character may span two sections.
     sections = [
         Section(name, ids[start:stop], token_texts(tokenizer, ids)[start:stop]) for name, ids, start, stop in parts
     ]
@@ -199,7 +201,7 @@ def _branches(example: EncodedExample) -> tuple[list[int], list[int]]:
 def as_json(
     found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, settings: PromptSettings
 ) -> dict[str, Any]:
-    """Everything that is shown, in full."""
+    """Everything that is shown, without abbreviation."""
     return {
         "settings": dataclasses.asdict(settings),
         "examples": [
@@ -225,7 +227,7 @@ def as_json(
 
 
 def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, max_shown: int) -> None:
-    """Print the sections: marked by the first character of their lines, on a terminal by colour too."""
+    """Print the sections, marked by the first character of their lines and, on a terminal, by colour."""
     from rich.console import Console
     from rich.text import Text
 
@@ -275,8 +277,8 @@ def _summary(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncod
     changed = encoder.renderer.user_text.changed
     if changed:
         yield (
-            f"{_count(changed, 'text')} held a control token's literal or a line like the prompt's own, "
-            "now broken or quoted"
+            f"{_count(changed, 'text')} contained a control token or a line like those of the prompt, now split or "
+            "quoted"
         )
 
 
@@ -287,12 +289,12 @@ def _lines(tokens: Sequence[str], most: int, width: int) -> Iterator[str]:
         return
     half = max(1, most // 2)
     yield from _wrapped(tokens[:half], width)
-    yield f"... {len(tokens) - 2 * half:,} tokens more ..."
+    yield f"... {len(tokens) - 2 * half:,} more tokens ..."
     yield from _wrapped(tokens[len(tokens) - half :], width)
 
 
 def _wrapped(tokens: Sequence[str], width: int) -> Iterator[str]:
-    """Lines of tokens with spaces between them; a token that ends a line of the prompt ends one here."""
+    """Lines of tokens with spaces between them; a line of the prompt ends a line here too."""
     from rich.cells import cell_len, chop_cells
 
     line = ""
@@ -312,7 +314,7 @@ def _wrapped(tokens: Sequence[str], width: int) -> Iterator[str]:
 
 
 def _visible(token: str) -> str:
-    """A token in one word: its spaces as dots; an empty one, which is a part of a character, as a small square."""
+    """A token as one word: spaces become dots, and an empty token, which is part of a character, a small square."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     shown = (marks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in token)
     return "".join(shown) or "▫"

@@ -1,17 +1,26 @@
 """The `nextquill` command: chooses a subcommand, and turns a user's mistake into one line and an exit code.
 
 Exit codes: 0 done; 1 the run failed for a reason the message names; 2 a flag, a config key or a value is wrong;
-130 interrupted. `--debug` shows the traceback of an error. What is nobody's mistake but ours always shows it.
+130 interrupted. `--debug` shows the traceback of an error. An error that no user can fix always shows it.
+
+A command's module has `run(arguments)`, and `OPTIONS`, the dataclasses whose fields are its flags. An error names an
+argument, and the user reads the flag of that name. `FLAGS` maps arguments to flags with other names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nextquill.errors import NextQuillError
 
 COMMANDS = {
     "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, a minute or two).",
@@ -23,28 +32,37 @@ COMMANDS = {
     "score": "Write every response token's effect, and show some in colour.",
     "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
     "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
-    "compare": "Train several losses from the same start and report what sets them apart.",
+    "compare": "Train several losses from the same start and report how they differ.",
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
+DESCRIPTION = "Causal personalisation training of language models."
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PACKAGES = "pip install 'nextquill[cli]'"
+#: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
+_GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    program, description, commands = "nextquill", DESCRIPTION, COMMANDS
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["popi"]:
+        from nextquill.cli import popi
+
+        program, description, commands, arguments = "nextquill popi", popi.DESCRIPTION, popi.SUBCOMMANDS, arguments[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        print(_help(program, description, commands), file=sys.stdout if arguments else sys.stderr)
         return OK if arguments else USAGE
     if arguments[0] == "--version":
         from nextquill import __version__
 
         print(f"nextquill {__version__}")
         return OK
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+    name, rest = arguments[0], arguments[1:]
+    command = f"{program} {name}".removeprefix("nextquill ")
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(commands)}"
         return _fail(f"unknown command {command!r}; {hint}", USAGE)
     arguments, debug = _take_debug(rest)
     try:
@@ -66,20 +84,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str], debug: bool) -> int:
     with warnings.catch_warnings():
         if not debug:
-            warnings.simplefilter("ignore")  # third-party deprecations are not the user's to mend
-        code: int = importlib.import_module(f"nextquill.cli.{command}").run(arguments)
+            warnings.simplefilter("ignore")  # users cannot fix deprecations in other packages
+        code: int = importlib.import_module(_module(command)).run(arguments)
     return code
+
+
+def _module(command: str) -> str:
+    return f"nextquill.cli.{command.replace(' ', '_')}"
 
 
 def _explain(command: str, error: Exception) -> tuple[str | None, int]:
     """One line for an error that a user can do something about, and the exit code; None for any other error."""
     from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
 
-    text = " ".join(str(error).split())
     if isinstance(error, NextQuillError):
+        text = _with_flags(command, error)
         if type(error).__name__ == "UsageError":
             return f"{text}; see nextquill {command} --help", USAGE
         return text, USAGE if isinstance(error, (ArgumentError, ArgumentTypeError)) else FAILED
+    text = " ".join(str(error).split())
     if isinstance(error, ImportError):
         return f"{command} needs a package that is not installed: {text}; {_PACKAGES}", FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
@@ -87,6 +110,19 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
     if isinstance(error, (OSError, MemoryError, ValueError)) or _is_connection_error(error):
         return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
     return None, FAILED
+
+
+def _with_flags(command: str, error: NextQuillError) -> str:
+    """The error's message in one line, with the command's flags in place of the library's arguments."""
+    module = sys.modules.get(_module(command))
+    flags = {field.name: field.name for kind in getattr(module, "OPTIONS", ()) for field in dataclasses.fields(kind)}
+    flags |= getattr(module, "FLAGS", {})
+
+    def given(found: re.Match[str]) -> str:
+        return found[0] if found[1] not in flags else " ".join(filter(None, (f"--{flags[found[1]]}", found[2])))
+
+    text = f"--{flags[error.argument]}: {error.message}" if error.argument in flags else str(error)
+    return " ".join(_GIVEN.sub(given, text).split())
 
 
 def _is_connection_error(error: Exception) -> bool:
@@ -109,18 +145,18 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+def _help(program: str, description: str, commands: dict[str, str]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
     return "\n".join(
         [
-            "usage: nextquill COMMAND [options]",
+            f"usage: {program} COMMAND [options]",
             "",
-            "Causal personalisation training of language models.",
+            description,
             "",
             *lines,
             "",
-            "nextquill COMMAND --help lists a command's options; --config FILE.yaml gives them from a file.",
+            f"{program} COMMAND --help lists a command's options; --config FILE.yaml gives them from a file.",
         ]
     )
 

@@ -1,6 +1,6 @@
 """Turning a command line and a YAML file into dataclasses, with transformers' `HfArgumentParser`.
 
-A `--config` file holds the same names as the flags; what is on the command line wins.
+A `--config` file holds the same names as the flags; the command line wins.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -20,8 +21,14 @@ from transformers.hf_argparser import string_to_bool
 from nextquill.cli.help import help_text
 from nextquill.errors import NextQuillError
 
-#: Flags that are no booleans and take "true".
+#: Flags that are not booleans and take "true".
 _BARE_MEANS_TRUE = ("resume_from_checkpoint",)
+
+
+#: Errors of transformers and PEFT about values they do not take.
+REFUSALS = (ValueError, TypeError, ImportError, RuntimeError)
+#: The same, with the errors of their lookups by name and of their dataclasses.
+WIDE_REFUSALS = (*REFUSALS, KeyError, IndexError, AttributeError)
 
 
 class UsageError(NextQuillError, ValueError):
@@ -29,7 +36,7 @@ class UsageError(NextQuillError, ValueError):
 
 
 class Parser(HfArgumentParser):
-    """An HfArgumentParser that raises one line instead of printing two hundred flags, and knows which are required.
+    """An HfArgumentParser that raises an error of one line instead of printing two hundred flags.
 
     Args:
         command, description: for --help.
@@ -54,7 +61,7 @@ class Parser(HfArgumentParser):
             name for kind in option_types for name, hint in get_type_hints(kind).items() if "dict" in str(hint)
         }
         for action in self._actions:
-            action.required = False  # asked for at the end, when the config file and the flags are together
+            action.required = False  # checked at the end, over the config file and the flags together
             if action.nargs is None and (action.type is string_to_bool or action.dest in _BARE_MEANS_TRUE):
                 action.nargs, action.const = "?", True if action.type is string_to_bool else "true"
 
@@ -118,15 +125,30 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def refusals(flag: str | None = None, *, kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
+    """Turn other packages' errors about a value into UsageError, which names the flag if it is given.
+
+    nextquill's own errors pass.
+    """
+    try:
+        yield
+    except NextQuillError:
+        raise
+    except kinds as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UsageError(one_line(error), argument=flag) from error
+
+
 def _instantiate(kind: type, values: dict[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(kind) if f.init}
     try:
         return kind(**{name: value for name, value in values.items() if name in names})
-    # What transformers and accelerate raise for values they do not like.
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError) as error:
+    except (*WIDE_REFUSALS, OSError) as error:
         file = getattr(error, "filename", None)
-        flag = next((f"--{name}: " for name, value in values.items() if file is not None and value == file), "")
-        raise UsageError(f"{flag}{one_line(error)}") from error
+        flag = next((name for name, value in values.items() if file is not None and value == file), None)
+        raise UsageError(one_line(error), argument=flag) from error
 
 
 def _check_json(name: str, value: Any) -> None:

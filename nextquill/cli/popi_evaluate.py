@@ -1,16 +1,15 @@
-"""`nextquill popi evaluate`: is the generator on its user's side, and is it the summary that makes it so?"""
+"""`nextquill popi evaluate`: measures how often the generator prefers its user's choice, and what the summary adds."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.bars import bar
-from nextquill.cli.evaluation_tables import bounded, new_table, show
-from nextquill.cli.flags import check_positive, claim_output_file, option
+from nextquill.cli.evaluation_tables import new_table, show
+from nextquill.cli.flags import check_file, check_positive, check_token_budget, claim_output_file, option
 from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
@@ -20,79 +19,80 @@ from nextquill.cli.popi_options import (
     PopiSignals,
     check_not_read,
     loaded_run,
-    naming,
     read_settings,
 )
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.models import ATTENTIONS
 from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import Draw
+from nextquill.report.numbers import number, p_value, with_interval
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
-    from nextquill.popi.measures import Evaluation, Measured
+    from nextquill.popi.measures import PairEvaluation, PairMeasures
     from nextquill.popi.roles import Role
     from nextquill.popi.saved_run import SavedRun
 
 DESCRIPTION = (
-    "Measure on held-out pairs whether the generator prefers what its user chose: without context, with the user's raw "
-    "signals, with the user's summary and, as placebo, with another user's. The first of a user's pairs are the "
-    "signals, the others are judged. Intervals draw users."
+    "Measure on held-out pairs how often the generator prefers the user's choice: without context, with the user's "
+    "signals, with the user's summary and, as placebo, with another user's. A user's first pairs are the signals, the "
+    "others are held out. Intervals are over users."
 )
-#: Measures that are shown with their intervals, which go below the values to fit 80 characters.
+#: Measures with intervals, which go below the values to fit 80 characters.
 _HEADINGS = {"accuracy": "accuracy", "logprob_accuracy": "of log p", "margin": "margin r"}
 
 
 @dataclass
 class PopiPairs:
-    """What is measured on."""
+    """Data: pairs and summaries."""
 
-    test_file: list[str] = field(
-        metadata={"help": "Pairs of users, none of whom should be in training.", "metavar": "PATH"}
-    )
+    test_file: list[str] = field(metadata={"help": "Pairs of users who were not trained on.", "metavar": "PATH"})
     summaries: str | None = option(
-        "Summaries by summarize --held_out, perhaps edited (by default, the model writes them now).", None,
-        metavar="FILE",
-    )  # fmt: skip
+        "Summaries from summarize --held_out, edited or not; by default the model writes them.", None, metavar="FILE"
+    )
 
 
 @dataclass
 class PopiEvaluateOptions:
-    """What is measured besides, and where it goes."""
+    """Measures and output."""
 
     transfer_model: list[str] | None = field(
         default=None,
-        metadata={"help": "Other generators, untrained, that are given the same contexts.", "metavar": "MODEL"},
+        metadata={"help": "Other, untrained generators to measure with the same contexts.", "metavar": "MODEL"},
     )
     reference_model: str | None = option(
-        "The generator before training, where it was a model of its own (adapters: their base).", None, metavar="MODEL"
+        "The generator before training, if it was a whole model (for adapters: their base).", None, metavar="MODEL"
     )
-    output_file: str | None = option("Also write everything here, as JSON.", None, metavar="FILE")
+    output_file: str | None = option("Also write the results here, as JSON.", None, metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
-    batch_size: int = option("Summaries that are written side by side.", 16)
-    attention: str = option("How branches that share a prefix are attended.", "auto", choices=list(ATTENTIONS))
-    max_tokens: int | None = option("Most tokens of a forward, what branches share counted once.", None)
-    seed: int = option("Decides whose summary serves as placebo, and the draws of the intervals.", 0)
+    batch_size: int = option("Summaries that are written at once.", 16)
+    attention: str = option(
+        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
+        choices=list(ATTENTIONS),
+    )  # fmt: skip
+    max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
+    seed: int = option("Decides whose summary is the placebo, and the resamples of the intervals.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
-    resamples: int = option("Draws of each interval.", 2000)
+    resamples: int = option("Resamples of each interval.", 2000)
 
     def check(self) -> None:
-        """Raise ArgumentError for values that cannot be."""
-        check_positive(self, ("batch_size", "max_tokens", "resamples"))
+        """Raise ArgumentError for values that do not fit."""
+        check_positive(self, ("batch_size", "resamples"))
+        check_token_budget(self)
         if not 0 < self.level < 1:
-            raise ArgumentError(f"--level: expected a share between 0 and 1, got {self.level}")
+            raise ArgumentError(f"level: expected a share between 0 and 1, got {self.level}")
         if self.seed < 0:
-            raise ArgumentError(f"--seed: expected at least 0, got {self.seed}")
-        if self.max_tokens is not None and self.attention == "padded":
-            raise ArgumentError("--max_tokens: expected none with --attention padded, which has no token budget")
+            raise ArgumentError(f"seed: expected at least 0, got {self.seed}")
+
+
+OPTIONS = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
-    models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, kinds, arguments)
-    from nextquill.popi.measures import Evaluation
+    models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
+    from nextquill.popi.measures import PairEvaluation
 
     options.check()
     shown.check()
@@ -116,13 +116,13 @@ def run(arguments: Sequence[str]) -> int:
         generator = generator.against(reference)
     if generator.is_what_it_was and not config.freeze_generator:
         print(
-            "nextquill: the generator before training is not in the folder: the trained one without context stands in "
-            "for it; --reference_model names it",
+            "nextquill: the folder lacks the generator before training, so the reference is the trained one without "
+            "context; --reference_model names it",
             file=sys.stderr,
         )
     sees = config.reference_sees_summary
     found = _measured(saved, generator, saved.generator_prompts, held.draws, summaries, options, sees=sees)
-    evaluation = Evaluation(
+    evaluation = PairEvaluation(
         model=models.model,
         generator=found,
         transfer={name: _transferred(name, saved, held.draws, summaries, options, models) for name in _others(options)},
@@ -152,9 +152,8 @@ def _others(options: PopiEvaluateOptions) -> list[str]:
 
 
 def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
-    """Summaries of these very signals: one of more signals may have seen a pair that is judged."""
-    if not Path(path).is_file():
-        raise RecordError(f"--summaries: there is no file {path}")
+    """Summaries of exactly these signals, as a summary of more signals may have seen a held-out pair."""
+    check_file("summaries", path)
     with naming("summaries"):
         known = SummaryFile(path).read()
     other = [
@@ -162,8 +161,8 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
     ]
     if other:
         raise RecordError(
-            f"--summaries: {len(other)} of {len(draws)} users have no summary of just the signals that are held out, "
-            f"such as {other[0]!r}; write them by summarize --held_out, with the same --signals_per_user, --max_pairs"
+            f"summaries: {len(other)} of {len(draws)} users have no summary of exactly these signals, such as "
+            f"{other[0]!r}; write them with summarize --held_out and the same --signals_per_user and --max_pairs"
         )
     return {draw.user_id: known[draw.user_id] for draw in draws}
 
@@ -175,36 +174,36 @@ def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
     both = [draw.user_id for draw in draws if draw.user_id in trained]
     if both:
         print(
-            f"nextquill: {len(both)} of {len(draws)} users were trained on, if the same go by the same ids, such as "
-            f"{both[0]!r}: their pairs are not held out",
+            f"nextquill: {len(both)} of {len(draws)} users were trained on, if the same id is the same user, such as "
+            f"{both[0]!r}; their pairs are not held out",
             file=sys.stderr,
         )
 
 
 def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> None:
-    """Say so where summaries are judged as this model's that another one wrote; those of people are meant."""
+    """Print a warning where another model wrote summaries; edited ones are meant to differ."""
     other = [user for user, summary in known.items() if not summary.edited and not summary.is_by(saved.writer())]
     if other:
         print(
-            f"nextquill: summaries by another model than {saved.writer()}, or written otherwise: {len(other)}, such as "
-            f"that of {other[0]!r}, by {known[other[0]].model}",
+            f"nextquill: summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such "
+            f"as that of {other[0]!r}, by {known[other[0]].model}",
             file=sys.stderr,
         )
 
 
 def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluateOptions, summary_tokens: int) -> None:
-    """Find a model that is not there, and a pair that does not fit, before anything is written or scored."""
-    prompts = {"test_file": saved.generator_prompts}
+    """Find a missing model, and a pair that does not fit, before anything is written or scored."""
+    prompts = [("test_file", "", saved.generator_prompts)]
     for name in _others(options):
-        with naming("transfer_model"):
-            prompts[f"transfer_model {name}"] = GeneratorPrompts(
-                find_tokenizer(name), saved.templates, max_length=saved.config.max_length
-            )
-    for flag, each in prompts.items():
+        with naming("transfer_model", "model_name_or_path"):
+            tokenizer = find_tokenizer(name)
+        each = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
+        prompts.append(("transfer_model", f"{name}: ", each))
+    for flag, name, each in prompts:
         with naming(flag):
             for draw in draws:
                 for pair in draw.pairs:
-                    each.check(pair, summary_tokens, f"user {draw.user_id!r}")
+                    each.check(pair, summary_tokens, f"{name}user {draw.user_id!r}")
 
 
 def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[str, str]:
@@ -227,7 +226,7 @@ def _reference(options: PopiEvaluateOptions, models: PopiRunOptions) -> Any:
 
 
 def _loaded(flag: str, name: str, dtype: str) -> tuple[Any, Any]:
-    with naming(flag):
+    with naming(flag, "model_name_or_path"):
         model, tokenizer = load_model(name, dtype=dtype)
     return model.to(device()), tokenizer
 
@@ -239,8 +238,8 @@ def _transferred(
     summaries: Mapping[str, str],
     options: PopiEvaluateOptions,
     models: PopiRunOptions,
-) -> Measured:
-    """The same on a model that was not trained, and is its own reference."""
+) -> PairMeasures:
+    """The same measures of an untrained model, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
     model, tokenizer = _loaded("transfer_model", name, models.dtype)
@@ -257,7 +256,7 @@ def _measured(
     options: PopiEvaluateOptions,
     *,
     sees: bool,
-) -> Measured:
+) -> PairMeasures:
     from nextquill.popi.evaluation import score_pairs
     from nextquill.popi.measures import measure
 
@@ -276,33 +275,33 @@ def _measured(
     return measure(scores, level=options.level, resamples=options.resamples, seed=options.seed)
 
 
-# ---- what is shown ---------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------
 
 
-def _print(evaluation: Evaluation, level: float) -> None:
+def _print(evaluation: PairEvaluation, level: float) -> None:
     found = evaluation.generator
     _print_contexts(evaluation.model, found)
     for name, each in evaluation.transfer.items():
         _print_contexts(f"transfer: {name}", each)
     show(f"{found.pairs} pairs of {found.users} users. [low, high]: {level:.0%} intervals over users.")
-    show("Accuracy: margin r above 0 (nats, against the reference); of log p: without the reference.")
+    show("Accuracy: share of pairs with margin r above 0 (nats, against the reference); of log p: without reference.")
     if evaluation.transfer:
-        show("A transfer model is its own reference: its r is what the context changed, and 0 without one.")
+        show("A transfer model is its own reference: its r is the context's effect, and 0 without context.")
     if found.token_ratio is not None:
         show(f"Signals take {found.token_ratio:.1f} times the tokens of summaries.")
     if "placebo" not in found.contexts:
-        show("No placebo: it takes two users with a summary.")
+        show("No placebo: it needs two users with a summary.")
     if evaluation.empty_summaries:
-        print(f"nextquill: empty summaries, which are no context: {evaluation.empty_summaries}", file=sys.stderr)
+        print(f"nextquill: empty summaries, which give no context: {evaluation.empty_summaries}", file=sys.stderr)
 
 
-def _print_contexts(title: str, found: Measured) -> None:
+def _print_contexts(title: str, found: PairMeasures) -> None:
     table = new_table("context", *_HEADINGS.values(), "loss", "tokens")
     table.columns[0].no_wrap = True
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before
     for name, each in found.contexts.items():
-        cells = [bounded(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
-        table.add_row(name, *cells, f"{each.measures['loss'].value:.4f}", f"{each.context_tokens:.1f}")
+        cells = [with_interval(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
+        table.add_row(name, *cells, number(each.measures["loss"].value), f"{each.context_tokens:.1f}")
     show(title)
     show(table)
     if not found.differences:
@@ -311,7 +310,7 @@ def _print_contexts(title: str, found: Measured) -> None:
     for name, differences in found.differences.items():
         cells = []
         for result in (differences["accuracy"], differences["margin"]):
-            cells.append(bounded(result.difference, result.low, result.high, "\n", "+", digits=3))
-            cells.append("< 0.001" if result.p_value < 0.001 else f"{result.p_value:.3f}")
+            cells.append(with_interval(result.difference, result.low, result.high, "\n", sign="+", digits=3))
+            cells.append(p_value(result.p_value))
         table.add_row(f"summary - {name}", *cells)
     show(table)

@@ -1,57 +1,58 @@
-"""`nextquill popi export`: prompts with summaries in them, for a generator behind an API."""
+"""`nextquill popi export`: writes prompts with summaries, for a generator behind an API."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from nextquill.cli.flags import claim_output_file, option
+from nextquill.cli.flags import check_file, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.popi_options import check_not_read, naming
+from nextquill.cli.popi_options import check_not_read
 from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text, check_user_id
-from nextquill.errors import RecordError
+from nextquill.errors import RecordError, naming
 from nextquill.popi.export import FORMATS, Query, write_export
 from nextquill.popi.summaries import Summary, SummaryFile
 
 DESCRIPTION = (
-    "Write a prompt for every query: chat messages, with the user's summary in the system message, or the plain text "
-    "that the generator was trained with. Who has no summary gets a prompt without one."
+    "Write a prompt for every query: chat messages with the user's summary in the system message, or the plain text "
+    "that the generator was trained with. A user without a summary gets a prompt without one."
 )
 
 
 @dataclass
 class PopiExportOptions:
-    """What is asked, with which summaries, and where it goes."""
+    """Options."""
 
     queries_file: list[str] = field(
-        metadata={"help": "Queries, JSONL: user_id and query; other fields are left aside.", "metavar": "PATH"}
+        metadata={"help": "Queries, JSONL: user_id and query; other fields are ignored.", "metavar": "PATH"}
     )
-    summaries: str = option("The file of summaries.", metavar="FILE")
-    output_file: str = option("Where the prompts go, JSONL.", metavar="FILE")
+    summaries: str = option("The file with the summaries.", metavar="FILE")
+    output_file: str = option("Where to write the prompts, JSONL.", metavar="FILE")
     format: str = option("Chat messages, or plain text.", "chat", choices=list(FORMATS))
     model: str | None = option(
-        "The output folder of popi train, whose wording is used (the library's).", None, metavar="DIR"
+        "An output folder of popi train, for its wording of prompts (nextquill's default).", None, metavar="DIR"
     )
     overwrite: bool = option("Replace an existing output file.", False)
 
 
+OPTIONS = (PopiExportOptions,)
+
+
 def run(arguments: Sequence[str]) -> int:
-    (options,) = parse("popi export", DESCRIPTION, (PopiExportOptions,), arguments)
+    (options,) = parse("popi export", DESCRIPTION, OPTIONS, arguments)
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     check_not_read(target, [options.summaries, *options.queries_file])
-    if not Path(options.summaries).is_file():
-        raise RecordError(f"--summaries: there is no file {options.summaries}")
+    check_file("summaries", options.summaries)
     with naming("summaries"):
         known = SummaryFile(options.summaries).read()
     templates = None
     if options.model is not None:
         from nextquill.popi.saved_run import saved_settings
 
-        with naming("model"):
+        with naming("model", "model_name_or_path"):
             templates = saved_settings(options.model).templates
     with naming("queries_file"):
         queries = list(_queries(options.queries_file, known))

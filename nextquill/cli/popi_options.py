@@ -1,10 +1,9 @@
-"""Flags that several `nextquill popi` commands share, and what they stand for."""
+"""Flags that several `nextquill popi` commands share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import device
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
-from nextquill.errors import ArgumentError, NextQuillError, RecordError
+from nextquill.errors import ArgumentError, naming
 from nextquill.popi.users import User, users_from_records
 
 if TYPE_CHECKING:
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
     from nextquill.popi.saved_run import SavedRun, SavedSettings
     from nextquill.popi.summarizing import HeldOut
 
-#: The library's own records, besides the data sets that `convert` knows.
+#: The format of nextquill's own records; the others are those of `convert`.
 RECORDS = "records"
 
 
 @dataclass
 class PopiRunOptions:
-    """Which trained models are used."""
+    """Models: those of a run."""
 
     model: str = option("The output folder of popi train, or a checkpoint in it.", metavar="DIR")
     dtype: str = option(
@@ -39,19 +38,19 @@ class PopiRunOptions:
 
 @dataclass
 class PopiFormat:
-    """What the rows of files are."""
+    """Rows: their format and number."""
 
     format: str = option(
-        "What the rows are: records of this library with chosen and rejected, or a format of convert, such as "
-        "preferences.", RECORDS, choices=[RECORDS, *FORMATS],
+        "The format of the rows: records (nextquill's own, with chosen and rejected), or one of convert.",
+        RECORDS, choices=[RECORDS, *FORMATS],
     )  # fmt: skip
-    limit: int | None = option("Only the first so many users.", None)
+    limit: int | None = option("Use only this many users, the first ones.", None)
 
     def users(self, flag: str, paths: list[str], *, need_pairs: bool = True) -> list[User]:
-        """The users of these files; a mistake in them names the flag.
+        """The users in these files; an error in them names the flag.
 
         Raises:
-            RecordError: a row is malformed, or there are no pairs where they are needed.
+            RecordError: a row is malformed, or there are no pairs although they are needed.
         """
         check_positive(self, ("limit",))
         with naming(flag):
@@ -65,37 +64,25 @@ class PopiFormat:
             yield from read_jsonl(path)
 
 
-@contextmanager
-def naming(flag: str) -> Iterator[None]:
-    """Name the flag that a mistake was given by."""
-    try:
-        yield
-    except NextQuillError as error:
-        kind = RecordError if isinstance(error, RecordError) else type(error)  # some of those take more arguments
-        raise kind(f"--{flag}: {str(error).removeprefix('model_name_or_path: ')}") from error
-
-
 def check_not_read(target: Path, inputs: Sequence[str]) -> None:
-    """Raise ArgumentError where the output file would take the place of a file that is read."""
+    """Raise ArgumentError where the output file would replace a file that is read."""
     if target.resolve() in {Path(path).resolve() for path in inputs}:
-        raise ArgumentError(f"--output_file: expected a file of its own, got {target}, which is read")
+        raise ArgumentError(f"output_file: expected a file of its own, got {target}, which is read")
 
 
 @dataclass
 class PopiSignals:
-    """What of a user is shown to the inference model."""
+    """Signals: the texts of a user that the inference model reads."""
 
-    signals_per_user: int | None = option("Most signals of a user, the newest (as in training).", None)
-    max_pairs: int | None = option(
-        "Most pairs of a user that are held out, the earliest after the signals (all).", None
-    )
+    signals_per_user: int | None = option("Most signals of a user, the newest ones (as in training).", None)
+    max_pairs: int | None = option("Most held-out pairs of a user, the first after the signals (all).", None)
 
     def check(self) -> None:
         """Raise ArgumentError for a number below 1."""
         check_positive(self, ("signals_per_user", "max_pairs"))
 
     def hold_out(self, flag: str, users: list[User], config: POPIConfig) -> HeldOut:
-        """First signals, then pairs of every user; who cannot be evaluated is named on stderr."""
+        """The signals and the held-out pairs of every user; users who cannot be evaluated are named on stderr."""
         from nextquill.popi.summarizing import hold_out
 
         with naming(flag):
@@ -107,20 +94,20 @@ class PopiSignals:
 
 
 def loaded_run(options: PopiRunOptions) -> SavedRun:
-    """The run, on its device; a mistake in its folder names the flag."""
+    """The run, on its device; an error in its folder names the flag."""
     from nextquill.popi.saved_run import SavedRun
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with naming("model"):
+    with naming("model", "model_name_or_path"):
         run = SavedRun(options.model, dtype=options.dtype)
     run.roles.to(device())
     return run
 
 
 def read_settings(options: PopiRunOptions) -> SavedSettings:
-    """How the run was trained, read before anything that takes time."""
+    """The settings of the run, read before anything that takes time."""
     from nextquill.popi.saved_run import saved_settings
 
-    with naming("model"):
+    with naming("model", "model_name_or_path"):
         return saved_settings(options.model)

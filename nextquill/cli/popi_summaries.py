@@ -1,56 +1,55 @@
-"""`nextquill popi summaries`: what is kept of users, to be read, corrected and deleted."""
+"""`nextquill popi summaries`: shows, edits and deletes the summaries of users."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from nextquill.cli.flags import option
+from nextquill.cli.flags import check_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import UsageError, parse
-from nextquill.cli.popi_options import naming
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError, naming
 from nextquill.popi.summaries import Summary, SummaryFile
 
 DESCRIPTION = (
-    "Show the summaries in a file, or one user's; or edit or delete it. An edited summary is used as it is, and "
-    "summarize leaves it alone."
+    "Show all summaries in a file, or show, edit or delete one user's. summarize does not replace an edited summary."
 )
 
 
 @dataclass
 class PopiSummariesOptions:
-    """Which summary, and what becomes of it."""
+    """Options."""
 
-    summaries: str = option("The file of summaries.", metavar="FILE")
-    show: str | None = option("Show this user's summary only.", None, metavar="USER")
+    summaries: str = option("The file with the summaries.", metavar="FILE")
+    show: str | None = option("Show only this user's summary.", None, metavar="USER")
     edit: list[str] | None = field(
         default=None,
-        metadata={"help": "Put this text, in quotation marks, in the place of the user's.", "metavar": "USER TEXT"},
+        metadata={"help": "Replace the user's summary with this text, in quotation marks.", "metavar": "USER TEXT"},
     )
     delete: str | None = option("Delete this user's summary.", None, metavar="USER")
 
 
+OPTIONS = (PopiSummariesOptions,)
+
+
 def run(arguments: Sequence[str]) -> int:
-    (options,) = parse("popi summaries", DESCRIPTION, (PopiSummariesOptions,), arguments)
+    (options,) = parse("popi summaries", DESCRIPTION, OPTIONS, arguments)
     asked = [name for name in ("show", "edit", "delete") if getattr(options, name) is not None]
     if len(asked) > 1:
         raise UsageError(
             f"expected one of --show, --edit and --delete, got {' and '.join(f'--{name}' for name in asked)}"
         )
     if options.edit is not None and len(options.edit) != 2:
-        raise UsageError(f"--edit: expected a user and a text in quotation marks, got {len(options.edit)} values")
-    if not Path(options.summaries).is_file():
-        raise RecordError(f"--summaries: there is no file {options.summaries}")
+        raise UsageError(f"edit: expected a user and a text in quotation marks, got {len(options.edit)} values")
+    check_file("summaries", options.summaries)
     file = SummaryFile(options.summaries)
     with naming("summaries"):
         known = file.read()
     named = {"show": options.show, "delete": options.delete, "edit": (options.edit or [None])[0]}
     for flag in asked:
         if named[flag] not in known:
-            raise ArgumentError(f"--{flag}: expected one of the {len(known)} users in {file.path}, got {named[flag]!r}")
+            raise ArgumentError(f"{flag}: expected one of the {len(known)} users in {file.path}, got {named[flag]!r}")
     if options.edit is not None:
         _print(file.edit(*options.edit))
     elif options.delete is not None:
@@ -71,5 +70,5 @@ def _print(summary: Summary) -> None:
 
 
 def _shown(text: str) -> str:
-    """A line with what a terminal would obey, or not show, as its escape: summaries are models' texts of users'."""
+    """A line with its control characters escaped, as a terminal would obey those in a model's text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

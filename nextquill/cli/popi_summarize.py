@@ -1,4 +1,4 @@
-"""`nextquill popi summarize`: one summary for every user, kept in a file that people can read and edit."""
+"""`nextquill popi summarize`: writes one summary for every user into a file that people can read and edit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from nextquill.cli.popi_options import (
     PopiRunOptions,
     PopiSignals,
     loaded_run,
-    naming,
     read_settings,
 )
 from nextquill.data import HistoryItem
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
 from nextquill.popi.users import User
 
@@ -29,55 +28,54 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Write one summary for every user into a JSONL file. A summary is written again only if the user's signals, the "
-    "model or how it writes have changed since; what a person has edited stays. Summaries are added as they are "
-    "written, and the same command goes on where it was stopped."
+    "model or its settings have changed; an edited one stays. Summaries are saved as they are written, and the same "
+    "command resumes a stopped run."
 )
-# Summaries that are written to the file at a time: the whole file is replaced.
+# Summaries per write, as each write replaces the whole file.
 _KEPT_TOGETHER = 64
 Signals = Mapping[str, tuple[HistoryItem, ...]]
 
 
 @dataclass
 class PopiSummarizeOptions:
-    """Which summaries are written, and where."""
+    """Summaries: which are written, how, and where."""
 
-    output_file: str = option("Where the summaries are kept, JSONL; may exist.", metavar="FILE")
-    held_out: bool = option(
-        "Take as signals the users' first pairs only, as evaluate does, which judges the summaries by the others.",
-        False,
-    )
-    again: bool = option("Write also those that are up to date.", False)
-    force: bool = option("Write also those that a person has edited.", False)
-    max_new_tokens: int | None = option("Longest summary (as in training).", None)
-    temperature: float = option("Of sampling; 0: the likeliest text.", 0.0)
-    seed: int = option("Of samples.", 0)
-    batch_size: int = option("Summaries that are written side by side.", 16)
+    output_file: str = option("The file of summaries, JSONL; may exist.", metavar="FILE")
+    held_out: bool = option("Read only the users' first pairs, as evaluate judges summaries by the others.", False)
+    again: bool = option("Also replace summaries that are up to date.", False)
+    force: bool = option("Also replace summaries that a person has edited.", False)
+    max_new_tokens: int | None = option("Most tokens of a summary (as in training).", None)
+    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
+    seed: int = option("Seed of sampling.", 0)
+    batch_size: int = option("Summaries that are written at once.", 16)
 
     def writer(self, saved: SavedRun) -> str:
-        """What summaries that are written like this call what wrote them."""
+        """The name of the model and its settings, which each summary holds."""
         return saved.writer(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
 
     def check(self) -> None:
-        """Raise ArgumentError for values that cannot be."""
+        """Raise ArgumentError for values that do not fit."""
         check_positive(self, ("max_new_tokens", "batch_size"))
         if not 0 <= self.temperature < float("inf"):
-            raise ArgumentError(f"--temperature: expected 0 (greedy) or more, got {self.temperature}")
+            raise ArgumentError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
 
 
 @dataclass
 class PopiSignalFiles:
-    """What is known of the users."""
+    """Data: the users' records."""
 
     signals_file: list[str] = field(metadata={"help": "Users' records: pairs and past texts.", "metavar": "PATH"})
 
 
+OPTIONS = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummarizeOptions)
+
+
 def run(arguments: Sequence[str]) -> int:
-    kinds = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummarizeOptions)
-    models, files, form, shown, options = parse("popi summarize", DESCRIPTION, kinds, arguments)
+    models, files, form, shown, options = parse("popi summarize", DESCRIPTION, OPTIONS, arguments)
     options.check()
     shown.check()
     if shown.max_pairs is not None and not options.held_out:
-        raise ArgumentError("--max_pairs: expected --held_out with it")
+        raise ArgumentError("max_pairs: expected --held_out with it")
     file = SummaryFile(claim_output_file(options.output_file, overwrite=True))
     with naming("output_file"):
         file.read()
@@ -99,21 +97,21 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _signals(users: Sequence[User], most: int) -> Signals:
-    """The signals of those who have enough; the others are counted on stderr."""
+    """The signals of users who have enough; the others are counted on stderr."""
     from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals
 
     found = {user.user_id: all_signals(user, num_signals=most) for user in users}
     least = min(LEAST_SIGNALS, most)
     few = [user for user, own in found.items() if len(own) < least]
     if len(few) == len(found):
-        raise RecordError(f"--signals_file: expected users with at least {least} signals, got none of {len(found)}")
+        raise RecordError(f"signals_file: expected users with at least {least} signals, got none of {len(found)}")
     if few:
         print(f"nextquill: users left out with too few signals: {len(few)}, such as {few[0]!r}", file=sys.stderr)
     return {user: own for user, own in found.items() if user not in set(few)}
 
 
 def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSummarizeOptions) -> None:
-    """Write the summaries of these users; those that are written when it is stopped are kept."""
+    """Write the summaries of these users; when it is stopped, the finished ones are saved."""
     from nextquill.popi.summarizing import summarize
 
     written = summarize(
@@ -148,6 +146,6 @@ def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: 
     if outdated:
         print(
             f"nextquill: edited summaries of other signals than now: {len(outdated)}, such as that of {outdated[0]!r}; "
-            "--force writes them anew",
+            "--force replaces them",
             file=sys.stderr,
         )

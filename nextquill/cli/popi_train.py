@@ -1,8 +1,7 @@
-"""`nextquill popi train`: preference pairs in, a model that writes summaries and one that reads them out."""
+"""`nextquill popi train`: trains a model that writes summaries, and one that reads them, on preference pairs."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.flags import check_positive, option
-from nextquill.cli.parsing import UsageError, one_line, parse
-from nextquill.cli.popi_options import PopiFormat, naming
+from nextquill.cli.flags import check_token_budget, option
+from nextquill.cli.parsing import UsageError, parse, refusals
+from nextquill.cli.popi_options import PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.train import DEFAULTS, end, quieten, say, train
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
-from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
+from nextquill.errors import ArgumentError, naming
 from nextquill.models import ATTENTIONS
 from nextquill.models.loading import is_adapter, load_model
 from nextquill.models.tiny_models import SCRATCH_SIZES
@@ -31,32 +30,32 @@ if TYPE_CHECKING:
     from nextquill.popi.trainer import POPITrainer
 
 DESCRIPTION = (
-    "Train POPI: an inference model that summarises a user's signals, and a generator that conditions on the summary, "
-    "under one preference loss. By default both are LoRA adapters of one model. Besides these flags every field of "
-    "transformers' TrainingArguments is one; a batch's size is in users. The output folder holds popi.json, both "
-    "adapters, the sampled summaries, the metrics and the checkpoints."
+    "Train POPI: an inference model that summarises a user's signals, and a generator that reads the summary, with one "
+    "preference loss. By default both are LoRA adapters of one model. Every field of transformers' TrainingArguments "
+    "is a flag too; batch sizes are in users. The output folder holds popi.json, both adapters, the sampled summaries, "
+    "the metrics and the checkpoints."
 )
-#: What --metric_for_best_model may name.
+#: Choices of --metric_for_best_model.
 METRICS = ("accuracy", "margin", "loss")
 
 
 @dataclass
 class PopiModelOptions:
-    """Which models are trained: one for both roles, or one for each."""
+    """Models: one for both roles, or one for each."""
 
     model_name_or_path: str | None = option(
-        "One model for both roles: a folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build one, and its "
-        "tokenizer, from the training text.", None, metavar="MODEL",
+        "One model for both roles: a folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and "
+        "its tokenizer from the training text.", None, metavar="MODEL",
     )  # fmt: skip
-    inference_model: str | None = option("Instead: the model that writes summaries …", None, metavar="MODEL")
-    generator_model: str | None = option("… and the one that reads them.", None, metavar="MODEL")
+    inference_model: str | None = option("Instead: the model that writes summaries.", None, metavar="MODEL")
+    generator_model: str | None = option("With --inference_model: the model that reads them.", None, metavar="MODEL")
     dtype: str = option(
-        "Precision of the weights: 'auto' as stored.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
+        "Precision of the weights; 'auto': as stored.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
     )
 
     @property
     def names(self) -> dict[str, str]:
-        """The given models, by the argument of POPITrainer they are for."""
+        """The given models, by the argument of POPITrainer."""
         given = {
             "model": self.model_name_or_path,
             "inference_model": self.inference_model,
@@ -72,67 +71,63 @@ class PopiModelOptions:
 
 @dataclass
 class PopiFiles:
-    """What goes in; --output_dir is TrainingArguments' own."""
+    """Data: the pairs, and the folder that a run writes."""
 
+    OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: list[str] = field(
         metadata={"help": "Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", "metavar": "PATH"}
     )
     eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Pairs of other users, for evaluation while training.", "metavar": "PATH"}
+        default=None, metadata={"help": "Pairs of other users, for evaluation during training.", "metavar": "PATH"}
     )
     overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
 
 
 @dataclass
 class PopiPromptOptions:
-    """How prompts are worded, and computed."""
+    """Prompts: their wording, and how they are computed."""
 
-    instruction: str | None = option("What the inference model is asked for, instead of the library's wording.", None)
+    instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
     attention: str = option(
-        "How rows of shared prefixes are attended (auto: by device), or padded for a row per prompt.", "auto",
+        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
         choices=list(ATTENTIONS),
     )  # fmt: skip
-    max_tokens: int | None = option("Most tokens of a forward, what prompts share counted once.", None)
+    max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
 
     def build(self) -> dict[str, Any]:
-        """The arguments of POPITrainer that they stand for.
+        """These flags as arguments of POPITrainer.
 
         Raises:
-            ArgumentError: a value that cannot be.
+            ArgumentError: a value that does not fit.
         """
-        check_positive(self, ("max_tokens",))
-        if self.attention == "padded" and self.max_tokens is not None:
-            raise ArgumentError("--max_tokens: expected none with --attention padded, which has no token budget")
-        try:
-            templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
-        except ArgumentError as error:  # its message begins with the argument's name
-            raise ArgumentError(f"--{error}") from error
+        check_token_budget(self)
+        templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
         return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
 
 
 @dataclass
 class PopiLoraOptions:
-    """Adapters."""
+    """LoRA: the adapters of both roles."""
 
     lora_r: int = option("Rank of the adapters; 0, with a model for each role, trains whole models.", 16)
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers but the head)."}
+        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers except the head)."}
     )
 
     def check(self, models: Mapping[str, str]) -> None:
-        """Raise ArgumentError for flags that do not go together, or not with these models."""
+        """Raise ArgumentError for flags that do not fit each other or the models."""
         shared = "model" in models
         if self.lora_r < 0 or (shared and self.lora_r == 0):
             least = "1, as both roles are adapters of --model_name_or_path" if shared else "0"
-            raise ArgumentError(f"--lora_r: expected at least {least}, got {self.lora_r}")
+            raise ArgumentError(f"lora_r: expected at least {least}, got {self.lora_r}")
         if self.lora_alpha is not None and self.lora_alpha < 1:
-            raise ArgumentError(f"--lora_alpha: expected a positive number, got {self.lora_alpha}")
+            raise ArgumentError(f"lora_alpha: expected a positive number, got {self.lora_alpha}")
         if not shared and self.lora_r and (new := [name for name in models.values() if name in SCRATCH_SIZES]):
-            raise ArgumentError(f"--lora_r: expected 0 with a new {new[0]!r} model for a role, got {self.lora_r}")
+            raise ArgumentError(f"lora_r: expected 0 with a new {new[0]!r} model for a role, got {self.lora_r}")
         for name in ("lora_alpha", "lora_target_modules"):
             if self.lora_r == 0 and getattr(self, name) is not None:
-                raise ArgumentError(f"--{name}: expected --lora_r above 0 with it")
+                raise ArgumentError(f"{name}: expected --lora_r above 0 with it")
 
     def config(self) -> Any:
         """PEFT's config of the adapters."""
@@ -146,9 +141,13 @@ class PopiLoraOptions:
         )
 
 
+OPTIONS = (PopiModelOptions, PopiFiles, PopiFormat, POPIConfig, PopiPromptOptions, PopiLoraOptions, TrainingArguments)
+FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
+
+
 def run(arguments: Sequence[str]) -> int:
-    kinds = (PopiModelOptions, PopiFiles, PopiFormat, POPIConfig, PopiPromptOptions, PopiLoraOptions, TrainingArguments)
-    models, files, form, config, prompts, lora, args = _parse(kinds, arguments)
+    parsed = parse("popi train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
+    models, files, form, config, prompts, lora, args = parsed
     models.check()
     lora.check(models.names)
     prompting = prompts.build()
@@ -167,9 +166,12 @@ def run(arguments: Sequence[str]) -> int:
         check_roles(resume)
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])
     data = {"train_dataset": users, "eval_dataset": eval_users}
-    trainer = _trainer(**loaded, **data, **prompting, args=args, config=config)
+    from nextquill.popi.trainer import POPITrainer
+
+    with refusals():
+        trainer = POPITrainer(**loaded, **data, **prompting, args=args, config=config)
     check_optimizer(args, trainer.model)
-    if resume is not None:  # before the output folder is touched
+    if resume is not None:  # before the output folder is changed
         checkpoints.check_identity(resume, trainer.run_identity())
     if args.should_save:
         open_output_dir(folder, resume)
@@ -179,20 +181,11 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _parse(kinds: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
-    try:
-        return parse("popi train", DESCRIPTION, kinds, arguments, defaults=DEFAULTS, required=["output_dir"])
-    except UsageError as error:
-        if isinstance(error.__cause__, (ArgumentError, ArgumentTypeError)):  # of POPIConfig, which names its field
-            raise UsageError(f"--{error}") from error
-        raise
-
-
 def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], seed: int) -> dict[str, Any]:
     """The models and tokenizers as POPITrainer takes them."""
     result, tokenizers = dict[str, Any](), list[Any]()
     for name, given in options.names.items():
-        with naming("model_name_or_path" if name == "model" else name):
+        with naming("model_name_or_path" if name == "model" else name, "model_name_or_path"):
             model, tokenizer = load_model(given, dtype=options.dtype, records=lambda: _as_records(users), seed=seed)
         if name != "model" and lora.lora_r and not is_adapter(model):
             model = _adapted(model, lora)
@@ -212,7 +205,7 @@ def _adapted(model: Any, lora: PopiLoraOptions) -> Any:
     try:
         return get_peft_model(model, lora.config())
     except ValueError as error:
-        raise ArgumentError(f"--lora_target_modules: {error}") from error
+        raise ArgumentError(f"lora_target_modules: {error}") from error
 
 
 def _as_records(users: Sequence[User]) -> list[Record]:
@@ -224,25 +217,8 @@ def _as_records(users: Sequence[User]) -> list[Record]:
     ]
 
 
-def _trainer(**options: Any) -> POPITrainer:
-    """The trainer; what is refused in its arguments is the user's to mend."""
-    from nextquill.popi.trainer import POPITrainer
-
-    try:
-        return POPITrainer(**options)
-    except NextQuillError as error:
-        argument, _, rest = str(error).partition(": ")
-        flag = {"train_dataset": "train_file", "eval_dataset": "eval_file"}.get(argument, argument)
-        known = flag != argument or argument in {each.name for each in dataclasses.fields(POPIConfig)}
-        raise type(error)(f"--{flag}: {rest}") if known else error from error
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise UsageError(one_line(error)) from error
-
-
 def _summary(trainer: POPITrainer, config: POPIConfig) -> str:
-    """What is about to be trained on, and who is left out."""
+    """A report before training: users, pairs, and users left out."""
     assert trainer.train_users is not None
     pairs = sum(len(user.pairs) for user in trainer.train_users.users)
     size = sum(p.numel() for role in trainer.roles for p in role.parameters()) / 1e6

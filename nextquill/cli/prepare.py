@@ -1,4 +1,4 @@
-"""`nextquill prepare`: records in, a folder of token ids out that training reads from disk."""
+"""`nextquill prepare`: turns records into a folder of token ids that training reads from disk."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging as transformers_logging
 
 from nextquill.cli.bars import bar
-from nextquill.cli.flags import option
+from nextquill.cli.flags import check_file, option
 from nextquill.cli.inspect import prepare as load_prompts
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.data import iter_jsonl
-from nextquill.errors import BudgetError, CheckpointError, OutputExistsError, RecordError
+from nextquill.errors import BudgetError, RecordError
 from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
     from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset
 
 DESCRIPTION = (
-    "Tokenise records once, into a folder that train takes as --train_file or --eval_file and reads from disk as it "
-    "needs it. Records are read one after another, so that the file may be larger than memory. Finished parts are "
-    "collected in DIR.partial, and DIR appears when all are there. A run that was stopped goes on where it was when "
-    "the same command is given again."
+    "Tokenise records once, into a folder that train takes as --train_file or --eval_file and reads from disk. The "
+    "file may be larger than memory. DIR appears when it is complete; until then finished parts are in DIR.partial, "
+    "and the same command resumes a stopped run."
 )
 _SHOWN = 10
 
 
 @dataclass
 class PrepareOptions:
-    """What goes in and comes out; no weights are loaded."""
+    """Output: what is read and written; no weights are loaded."""
 
     train_file: str = option("Records, JSONL, plain or gzipped.", metavar="FILE")
     model_name_or_path: str = option(
-        "Whose tokenizer and prompt settings: a model folder, a folder with a tokenizer alone, or a name on the "
-        "Hugging Face hub.",
+        "The source of the tokenizer and the prompt settings: a model folder, a folder with only a tokenizer, or a "
+        "name on the Hugging Face hub.",
         metavar="MODEL",
     )
     output_dir: str = option("The folder to make.", metavar="DIR")
     placebo: bool = option(
-        "Also the prompt with another user's history, which --eval_file needs for effect_placebo.", False
+        "Add the prompt with another user's history, which an --eval_file needs for effect_placebo.", False
     )
-    seed: int = option("Decides who that other user is.", 42)
-    skip_bad: bool = option(
-        "Leave out records that do not fit the budget, and list them, instead of stopping there.", False
-    )
-    overwrite: bool = option("Replace an earlier folder, or what a run with other flags has left.", False)
+    seed: int = option("Decides which other user.", 42)
+    skip_bad: bool = option("Leave out and list records that do not fit the budget, instead of stopping.", False)
+    overwrite: bool = option("Replace an earlier folder, or the parts of a run with other flags.", False)
+
+
+OPTIONS = (PrepareOptions, PromptOptions)
+FLAGS = {"folder": "output_dir", "records": "train_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    options, prompt_options = parse("prepare", DESCRIPTION, (PrepareOptions, PromptOptions), arguments)
+    options, prompt_options = parse("prepare", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
 
     name = options.model_name_or_path
     if name in SCRATCH_SIZES:
         raise UsageError(
-            f"--model_name_or_path: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
-            "model that has one"
+            f"model_name_or_path: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
+            "model that has a tokenizer"
         )
-    if not Path(options.train_file).is_file():
-        raise RecordError(f"--train_file: {options.train_file} is no file")
+    check_file("train_file", options.train_file)
     transformers_logging.set_verbosity_error()
     tokenizer, settings = load_prompts(name, prompt_options, ())
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
@@ -75,10 +75,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDataset:
-    """Encode with a bar; a mistake names the flag it came with."""
+    """Encode with a bar; when it stops early, say which part is done."""
     from nextquill.data import prepare
 
-    gc.freeze()  # what is imported by now stays: collecting over it took a tenth of the time
+    gc.freeze()  # imported modules stay in memory: scanning them again and again took a tenth of the time
     with bar(total=_lines(options.train_file), desc="Preparing", unit=" records") as shown:
         try:
             return prepare(
@@ -91,14 +91,9 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
                 overwrite=options.overwrite,
                 progress=shown.update,
             )
-        except BudgetError as error:
-            raise BudgetError(
-                f"--train_file: {error}; --skip_bad leaves such records out{_what_is_there(options)}"
-            ) from error
-        except RecordError as error:
-            raise RecordError(f"--train_file: {error}{_what_is_there(options)}") from error
-        except (CheckpointError, OutputExistsError) as error:
-            raise type(error)(f"--output_dir: {error} (--overwrite)") from error
+        except (BudgetError, RecordError) as error:
+            hint = "; --skip_bad leaves such records out" if isinstance(error, BudgetError) else ""
+            raise RecordError(f"train_file: {error.message}{hint}{_what_is_there(options)}") from error
         except KeyboardInterrupt:
             if there := _what_is_there(options):
                 print(f"nextquill: stopped{there}", file=sys.stderr)
@@ -109,11 +104,11 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
 
 def _what_is_there(options: PrepareOptions) -> str:
     partial = Path(f"{options.output_dir}.partial")
-    return f"; what is done is in {partial}, and the same command goes on from there" if partial.is_dir() else ""
+    return f"; the finished parts are in {partial}, and the same command resumes" if partial.is_dir() else ""
 
 
 def _lines(path: str) -> int | None:
-    """How many lines a file has, for the bar; None where nobody sees one, or the file is compressed."""
+    """The number of lines, for the bar; None where there is no terminal, or the file is compressed."""
     if not sys.stderr.isatty() or path.endswith(".gz"):
         return None
     with Path(path).open("rb") as file:
@@ -121,7 +116,7 @@ def _lines(path: str) -> int | None:
 
 
 def summary(prepared: PreparedDataset) -> str:
-    """What is in the folder, what the budget dropped, and what was left out."""
+    """A report: what is in the folder, what the budget dropped, and which records were left out."""
     stats: EncodingStats = prepared.stats
     settings: dict[str, Any] = prepared.settings
     tokens = f"{stats.prompt_tokens} prompt tokens, {stats.response_tokens} supervised tokens"
@@ -132,7 +127,7 @@ def summary(prepared: PreparedDataset) -> str:
             f"{settings['max_length']} tokens, in {stats.examples_truncated} examples"
         )
     if stats.examples_without_history:
-        lines.append(f"{stats.examples_without_history} examples have no history: both of their branches are equal")
+        lines.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
     if prepared.skipped:
         lines.append(f"{len(prepared.skipped)} records left out, listed in {prepared.folder / 'header.json'}:")
         lines += [f"  {skipped['error']}" for skipped in prepared.skipped[:_SHOWN]]

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and what Ctrl-C does."""
+"""Progress bars and log lines of training, and a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHOWN = (
 
 
 def log_line(step: int, total: int, logs: dict[str, Any]) -> str | None:
-    """One line of a log's most telling figures, or None where it has none."""
+    """One line with the main figures of a log, or None where it has fewer than two."""
     parts = [form.format(logs[name]) for name, form in _SHOWN if isinstance(logs.get(name), (int, float))]
     return f"step {step}/{total}  " + " · ".join(parts) if len(parts) > 1 else None
 
@@ -99,18 +99,18 @@ class SaveOnInterrupt(TrainerCallback):
         self.restore()
 
     def outcome(self, folder: Path, step: int) -> str:
-        """What an interrupted run left, for the user."""
+        """A line for the user: what an interrupted run has saved."""
         if (folder / f"checkpoint-{step}").is_dir():
-            return f"nextquill: saved checkpoint-{step}; go on with --resume_from_checkpoint true"
+            return f"nextquill: saved checkpoint-{step}; resume with --resume_from_checkpoint true"
         return "nextquill: interrupted; the last steps were not saved"
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the signal handlers that were there before."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 
     def _agreed(self, args: Any) -> bool:
-        """Whether any rank was interrupted: all must stop after the same step, or the others wait for ever."""
+        """Whether any rank was interrupted: if only one stopped, the others would wait for it for ever."""
         if args.world_size == 1:
             return self.requested
         flag = torch.tensor(float(self.requested), device=args.device)
@@ -127,7 +127,7 @@ class SaveOnInterrupt(TrainerCallback):
 
 @contextmanager
 def shown(trainer: Trainer) -> Iterator[SaveOnInterrupt]:
-    """Give a trainer the command line's progress and interruption, and the library's log a place above the bar."""
+    """Show a trainer's progress, let Ctrl-C save a checkpoint, and print the library's log above the bar."""
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
     interrupt, handler, logger = SaveOnInterrupt(), _AboveBar(), logging.getLogger("nextquill")

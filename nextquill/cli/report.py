@@ -20,45 +20,45 @@ from nextquill.storage.atomic_files import write_whole
 DESCRIPTION = (
     "Put runs side by side on one HTML page that needs no network: training curves, measures with intervals and paired "
     "differences, generated texts, response tokens coloured by effect, and the history items they depend on. Runs may "
-    "stand first, without --runs: nextquill report runs/a runs/b --output_file report.html"
+    "come first, without --runs: nextquill report runs/a runs/b --output_file report.html"
 )
 
 
 @dataclass
 class ReportOptions:
-    """What is shown, and where the page goes."""
+    """Runs and output."""
 
     runs: list[str] = field(
         metadata={
-            "help": "Folders of train, with an evaluation in RUN/evaluation or without, or folders of evaluate.",
+            "help": "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.",
             "metavar": "RUN ...",
         }
     )
-    output_file: str = option("Where the page goes, HTML.", "report.html", metavar="FILE")
+    output_file: str = option("Where to write the page, HTML.", "report.html", metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
-    title: str | None = option("The page's title; the runs' names by default.", None)
+    title: str | None = option("The page's title; by default the runs' names.", None)
     examples: int = option(
         "Examples to show: a third with the largest effects, a third near the median, a third with the smallest.",
         DEFAULT_EXAMPLES,
     )
     index: list[int] | None = field(
-        default=None, metadata={"help": "Show the examples of these indices instead.", "metavar": "INDEX ..."}
+        default=None, metadata={"help": "Show the examples with these indices instead.", "metavar": "INDEX ..."}
     )
     baseline: str | None = option(
-        "The run that the others are compared with; by default the first that was evaluated.", None, metavar="RUN"
+        "The run to compare the others with; by default the first that was evaluated.", None, metavar="RUN"
     )
+
+
+OPTIONS = (ReportOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
-    (options,) = parse("report", DESCRIPTION, (ReportOptions,), with_runs_flag(arguments))
+    (options,) = parse("report", DESCRIPTION, OPTIONS, with_runs_flag(arguments))
     if options.examples < 0:
-        raise ArgumentError(f"--examples: expected 0 or more, got {options.examples}")
+        raise ArgumentError(f"examples: expected 0 or more, got {options.examples}")
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     runs, baseline = read_runs(options.runs, options.baseline)
-    try:
-        page = runs_page(runs, title=options.title, baseline=baseline, examples=options.examples, indices=options.index)
-    except ArgumentError as error:  # its message begins with the argument's name
-        raise ArgumentError(f"--{error}") from error
+    page = runs_page(runs, title=options.title, baseline=baseline, examples=options.examples, indices=options.index)
     content = render_page(page).encode()
     write_whole(target, content)
     print(f"Written to {target} ({len(content) / 1e6:.1f} MB)", file=sys.stderr)
@@ -66,38 +66,35 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def with_runs_flag(arguments: Sequence[str]) -> list[str]:
-    """The words with `--runs` before those that stand first without a flag.
+    """The words, with `--runs` in front if they begin without a flag.
 
     Raises:
-        UsageError: there are runs in both places.
+        UsageError: `--runs` is given too.
     """
     first = list(takewhile(lambda word: not word.startswith("-"), arguments))
     if first and any(word == "--runs" or word.startswith("--runs=") for word in arguments):
-        raise UsageError("--runs: expected all runs in one place, got some before the flags and some here")
+        raise UsageError("runs: expected all runs in one place, got some before the flags and some here")
     return ["--runs", *arguments] if first else list(arguments)
 
 
 def read_runs(folders: Sequence[str], baseline: str | None) -> tuple[list[Run], Run | None]:
-    """The runs, each with a label of its own, and the one of them that is the baseline.
+    """The runs, each with its own label, and the one of them that is the baseline.
 
     Raises:
-        ArgumentError: a folder is no run, is given twice, or the baseline is none of them.
+        ArgumentError: a folder is not a run, or is given twice, or the baseline is not one of them.
         RecordError: a run is damaged.
     """
     paths = [Path(folder) for folder in folders]
     places = [path.resolve() for path in paths]
     for position, place in enumerate(places):
         if place in places[:position]:
-            raise ArgumentError(f"--runs: {paths[position]} is there twice")
+            raise ArgumentError(f"runs: {paths[position]} is given twice")
     names = labels(paths)
     chosen = None
     if baseline is not None:
         chosen = next((at for at in range(len(paths)) if Path(baseline).resolve() == places[at]), None)
         chosen = names.index(baseline) if chosen is None and baseline in names else chosen
         if chosen is None:
-            raise ArgumentError(f"--baseline: expected one of the runs, {', '.join(folders)}, got {baseline}")
-    try:
-        runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    except ArgumentError as error:
-        raise ArgumentError(f"--{error}") from error
+            raise ArgumentError(f"baseline: expected one of the runs, {', '.join(folders)}, got {baseline}")
+    runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     return runs, None if chosen is None else runs[chosen]

@@ -1,4 +1,4 @@
-"""What a training run may do with its output folder, and where it resumes from."""
+"""Checks of a training run's output folder, and of the checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def resume_point(folder: Path, given: str | None) -> Path | None:
     """The checkpoint folder to resume from, or None.
 
     Raises:
-        CheckpointError: one was asked for and is not there, or not complete.
+        CheckpointError: it does not exist, or is not complete.
     """
     word = "false" if given is None else given.lower()
     if word in ("false", "no", "0", ""):
@@ -30,32 +30,32 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
 
     Args:
         folder: where the run writes.
-        resume: the checkpoint it resumes from; a run goes on in its own folder.
-        overwrite: an earlier run there is to be replaced.
-        inputs: files and folders the run reads, which must not be what is replaced.
+        resume: the checkpoint it resumes from, which may be in this folder.
+        overwrite: replace an earlier run there.
+        inputs: files and folders the run reads, which must not be replaced.
 
     Raises:
         OutputExistsError: the folder holds something else, is a file, or cannot be written.
     """
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not place.is_dir():
-        raise OutputExistsError(f"--output_dir: {place} is a file")
+        raise OutputExistsError(f"output_dir: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputExistsError(f"--output_dir: {place} is not writable")
+        raise OutputExistsError(f"output_dir: {place} is not writable")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if resume is not None and resume.resolve().parent == folder.resolve():
         return
     if not (folder / checkpoints.RUN_FILE).is_file():
-        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a nextquill run; choose another")
+        raise OutputExistsError(f"output_dir: {folder} holds files, but not a nextquill run; choose another folder")
     if not overwrite:
         raise OutputExistsError(
-            f"--output_dir: {folder} holds another run; go on with it by --resume_from_checkpoint true, replace it by "
-            "--overwrite_output_dir, or choose another"
+            f"output_dir: {folder} holds another run; resume it with --resume_from_checkpoint true, replace it with "
+            "--overwrite_output_dir, or choose another folder"
         )
     for path in [*inputs, None if resume is None else str(resume)]:
         if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
-            raise OutputExistsError(f"--overwrite_output_dir: {path}, which this run reads, lies in {folder}")
+            raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which this run reads")
 
 
 def open_output_dir(folder: Path, resume: Path | None) -> None:
@@ -73,15 +73,15 @@ def open_output_dir(folder: Path, resume: Path | None) -> None:
 def check_tokenizer(resume: Path, tokenizer: Any) -> None:
     """Raise CheckpointError where a checkpoint was trained with another vocabulary.
 
-    The vocabulary of a new model follows from the training text, so another text would give its embeddings another
-    meaning.
+    The vocabulary of a new model is built from the training text: with another text, the same embedding would stand for
+    another token.
     """
     try:
         trained = load_tokenizer(str(resume))
     except UnsupportedModelError as error:
-        raise CheckpointError(f"--resume_from_checkpoint: {resume} is not a complete checkpoint: {error}") from error
+        raise CheckpointError(f"resume_from_checkpoint: {resume} is not a complete checkpoint: {error}") from error
     if trained.get_vocab() != tokenizer.get_vocab():
         raise CheckpointError(
-            f"--resume_from_checkpoint: {resume} was trained with another vocabulary than this model's; the vocabulary "
-            "of a new 'tiny' or 'small' model follows from --train_file"
+            f"resume_from_checkpoint: {resume} was trained with another vocabulary than this model has; a new 'tiny' "
+            "or 'small' model builds its vocabulary from --train_file"
         )

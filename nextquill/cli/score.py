@@ -20,15 +20,15 @@ from nextquill.storage.resumable_jsonl import PartialFile
 
 DESCRIPTION = (
     "Score records without gradient and write one JSON line per record: tokens, nll_factual, nll_counterfactual, "
-    "nll_placebo (nats), effect_logprob (nats) and effect_prob. Lines are collected in FILE.partial as they are "
-    "computed, and FILE appears, in the records' order, when all are there. A run that was stopped goes on where it "
-    "was when the same command is given again. Of the training records the file is what train takes as --effects_file."
+    "nll_placebo (nats), effect_logprob (nats) and effect_prob. FILE appears when all lines are there, in the records' "
+    "order; until then they are in FILE.partial, and the same command resumes a stopped run. train takes the file of "
+    "its training records as --effects_file."
 )
+OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
-    model_options, files, prompt_options, options = parse("score", DESCRIPTION, kinds, arguments)
+    model_options, files, prompt_options, options = parse("score", DESCRIPTION, OPTIONS, arguments)
     from nextquill.evaluation.scoring import effect_line
 
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
@@ -36,15 +36,14 @@ def run(arguments: Sequence[str]) -> int:
     total = len(scored.examples)
     with PartialFile(target, identity(scored, files), overwrite=options.overwrite) as partial:
         if len(partial):
-            print(f"nextquill: {len(partial)} of {total} records are in {partial.path} already", file=sys.stderr)
+            print(f"nextquill: {len(partial)} of {total} records are already in {partial.path}", file=sys.stderr)
         try:
             for scores in scored.scores(skip=len(partial)):
                 partial.write(effect_line(scores, scored.tokenizer))
         except KeyboardInterrupt:
             if len(partial):
                 print(
-                    f"nextquill: {len(partial)} of {total} records are in {partial.path}; the same command goes on "
-                    "from there",
+                    f"nextquill: {len(partial)} of {total} records are in {partial.path}; the same command resumes",
                     file=sys.stderr,
                 )
             raise
@@ -54,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def identity(scored: Scored, files: ScoreFiles) -> dict[str, Any]:
-    """What the figures depend on: a run goes on with another's lines only where all of it agrees."""
+    """Everything that the figures depend on: a run resumes from a partial file only if all of it agrees."""
     return {
         "content of --eval_file": records_digest(scored.records),
         **model_identity(scored.model, scored.tokenizer, scored.settings),

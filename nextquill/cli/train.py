@@ -1,4 +1,4 @@
-"""`nextquill train`: records in, a fine-tuned model folder out."""
+"""`nextquill train`: fine-tunes a model on records and writes its folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from nextquill.cli.flags import check_file
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
-from nextquill.cli.parsing import UsageError, one_line, parse
+from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
-from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, RecordError
+from nextquill.errors import ArgumentError, naming
 from nextquill.models.limits import default_max_length
 from nextquill.models.loading import (
     PROMPT_FILE,
@@ -39,20 +40,21 @@ if TYPE_CHECKING:
     from nextquill.training.trainer import NextQuillTrainer
 
 DESCRIPTION = (
-    "Fine-tune a causal language model on users' histories. Besides the flags of nextquill, every field of "
-    "transformers' TrainingArguments is one. The output folder holds the model, its tokenizer, the prompt settings, "
-    "the metrics and the checkpoints. Ctrl-C finishes the step and saves a checkpoint."
+    "Fine-tune a causal language model on users' histories. Every field of transformers' TrainingArguments is a flag "
+    "too. The output folder holds the model, its tokenizer, the prompt settings, the metrics and the checkpoints. "
+    "Ctrl-C finishes the step and saves a checkpoint."
 )
+OPTIONS = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
+FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
-#: Length of prompt and response for a new model, whose context is larger than a CPU wants to pay for.
+#: Length of prompt and response for a new model, whose whole context would be slow on a CPU.
 SCRATCH_MAX_LENGTH = 1024
-#: What --train_file and --eval_file can be.
+#: The contents of --train_file or --eval_file.
 Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
-    kinds = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
-    parsed = parse("train", DESCRIPTION, kinds, arguments, defaults=DEFAULTS, required=["output_dir"])
+    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
     lora.check(model_options.model_name_or_path)
@@ -63,9 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     if args.should_save:
         inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model_name_or_path)
         check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
-
-    if files.effects_file is not None and not Path(files.effects_file).is_file():
-        raise RecordError(f"--effects_file: {files.effects_file} is no file")
+    if files.effects_file is not None:
+        check_file("effects_file", files.effects_file)
     paths = {"train": files.train_file, "eval": files.eval_file}
     sources = {name: read_source(f"{name}_file", path) for name, path in paths.items() if path is not None}
     quieten(args)
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
         max_length=settings.max_length,
         max_response_length=settings.max_response_length,
     )
-    if resume is not None:  # before the output folder is touched; the trainer would notice later
+    if resume is not None:  # before the output folder is changed; the trainer would notice later
         checkpoints.check_identity(resume, trainer.run_identity())
     if args.should_save:
         open_output_dir(folder, resume)
@@ -128,7 +129,7 @@ def train(trainer: Trainer, folder: Path, resume: Path | None) -> int:
 
 
 def quieten(args: TrainingArguments) -> None:
-    """Bars on a terminal only, and none of transformers' own chatter."""
+    """Show bars on a terminal only, and hide transformers' own log and bars."""
     if args.disable_tqdm is not True and not sys.stderr.isatty():
         args.disable_tqdm = True
     args.log_level_replica = "error"
@@ -137,24 +138,22 @@ def quieten(args: TrainingArguments) -> None:
 
 
 def read_source(flag: str, path: str) -> Source:
-    """A file's records, or a folder of prepared examples; a mistake in them names the flag."""
+    """A file's records, or a folder of prepared examples; an error in them names the flag."""
     if not is_prepared(path):
         return read_records(flag, path)
-    try:
+    with naming(flag):
         return PreparedDataset(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"--{flag}: {error}") from error
 
 
 def load(
     model_options: TrainModelOptions, prompt_options: PromptOptions, source: Source, seed: int
 ) -> tuple[Any, Any, PromptSettings]:
-    """The model, its tokenizer and its prompts: as the flags say, else its folder, else the prepared examples."""
+    """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
     name, prepared = model_options.model_name_or_path, isinstance(source, PreparedDataset)
     is_new = name in SCRATCH_SIZES
     if is_new and prepared:
         raise ArgumentError(
-            f"--model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
+            f"model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
         )
     model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: _records(source), seed=seed)
@@ -179,10 +178,8 @@ def datasets(
     encoded: dict[str, EncodedDataset] = {}
     for name, source in sources.items():
         if isinstance(source, PreparedDataset):
-            try:
+            with naming(f"{name}_file"):
                 source.check(encoder)
-            except CheckpointError as error:
-                raise CheckpointError(f"--{name}_file: {error}") from error
             encoded[f"{name}_dataset"] = source
             continue
         options: dict[str, Any] = {"placebo": name == "eval", "seed": args.seed, "hidden": bool(args.disable_tqdm)}
@@ -191,23 +188,15 @@ def datasets(
 
 
 def build_trainer(**options: Any) -> NextQuillTrainer:
-    """The trainer; what transformers refuses in its arguments is the user's to mend."""
+    """The trainer; a value that transformers refuses is a usage error."""
     from nextquill.training.trainer import NextQuillTrainer
 
-    try:
+    with refusals():
         return NextQuillTrainer(**options)
-    except RecordError as error:  # the records are encoded by now, so it is of the effects file, and says so
-        raise RecordError(f"--{error}") from error
-    except NextQuillError:
-        raise
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise UsageError(one_line(error)) from error
 
 
 def summary(trainer: NextQuillTrainer, loss: str) -> str:
-    """What is about to be trained on, and what the token budget dropped."""
+    """A report before training: examples, parameters, and what the token budget dropped."""
     dataset: Any = trainer.train_dataset
     model: Any = trainer.model
     stats = dataset.stats
@@ -229,12 +218,12 @@ def summary(trainer: NextQuillTrainer, loss: str) -> str:
             "them"
         )
     if stats.examples_without_history:
-        lines.append(f"{stats.examples_without_history} examples have no history: both of their branches are equal")
+        lines.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
     return "\n".join(lines)
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The evaluation of the model that is saved; what the last step has measured already is not measured again."""
+    """The evaluation of the model that is saved, which is not repeated if the last step has measured it."""
     last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return {name: value for name, value in last.items() if name.startswith("eval_")}
@@ -251,7 +240,7 @@ def say(trainer: Trainer, text: str) -> None:
 def save(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> None:
     """Write the final model and its metrics into the output folder, each file complete or absent.
 
-    Every rank takes part in gathering a sharded model; one writes, and renames when all are through.
+    Every rank takes part in gathering a sharded model; one writes the files, and renames them when all are done.
     """
     wait = trainer.accelerator.wait_for_everyone
     place = checkpoints.staged_files(folder) if trainer.args.should_save else nullcontext(folder)

@@ -1,9 +1,9 @@
-"""Several losses on the same data, from the same start. `nextquill.report.comparison` presents what sets them apart.
+"""Trains several losses on the same data from the same start; `nextquill.report.comparison` presents the results.
 
-arms.py       what is compared: a loss, a factor of the learning rate, or another arm's time
-folder.py     what a comparison's folder holds, and which of its runs are finished
-measuring.py  what a run costs, and the order of its examples
-running.py    one arm from one seed: train, evaluate, keep
+arms.py       the arms: a loss each, perhaps with another learning rate or another arm's training time
+folder.py     a comparison's folder, and which of its runs are finished
+measuring.py  a run's time, memory and order of examples
+running.py    trains and evaluates one arm from one seed
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The arms of a comparison: every loss as its source has it, and SFT as it should be compared with.
+"""The arms of a comparison: every loss as its source has it, and SFT with its controls.
 
-A loss that beats SFT at SFT's own learning rate and number of steps may have done no more than take larger steps, or
-more of the machine's time. `sft_2lr` and `sft_time` are the controls for that; papers leave them out.
+A loss may beat SFT at SFT's own learning rate and number of steps only because it takes larger steps, or more time.
+`sft_2lr` and `sft_time` are the controls for that; papers leave them out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFT
 #: The row of the model as it was before any training; its folder has this name too.
 BASE = "base"
 BASE_LABEL = "no training"
-#: The arm whose training time `sft_time` gets, where nothing else is said.
+#: The arm whose training time `sft_time` gets by default.
 DEFAULT_TIME_REFERENCE = "nextquill_detached"
 
 
@@ -26,11 +26,11 @@ class Arm:
     """One way of training.
 
     Args:
-        name: on the command line, and of its folder.
-        label: in tables.
-        kind: class of the loss.
-        arguments: the loss's own arguments, where they are not its defaults.
-        learning_rate_factor: times the learning rate of the comparison.
+        name: its name on the command line, and its folder's.
+        label: its name in tables.
+        kind: the class of its loss.
+        arguments: the loss's arguments, without its defaults.
+        learning_rate_factor: multiplies the learning rate of the comparison.
         matches_time: train for as long as a reference arm took, rather than for as many steps.
     """
 
@@ -43,7 +43,7 @@ class Arm:
 
     @property
     def is_sft(self) -> bool:
-        """Whether this is plain fine-tuning, at whatever cost: the baseline and its controls."""
+        """Whether this is plain fine-tuning: the baseline and its controls."""
         return self.kind is SFTLoss
 
     def loss(self, **options: Any) -> PairLoss:
@@ -70,23 +70,23 @@ def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> lis
     """The named arms, in the order given.
 
     Args:
-        names: of `ARMS`, none twice.
-        baseline: one of `names`, which all are compared with.
+        names: names of `ARMS`, none twice.
+        baseline: one of `names`; the others are compared with it.
         time_reference: the arm whose training time an arm with `matches_time` gets.
 
     Raises:
-        ArgumentError: a name is unknown or given twice, the baseline is not among them, or an arm that matches the time
-            of another lacks what its steps follow from.
+        ArgumentError: a name is unknown or given twice, the baseline is not among them, or an arm that matches
+            another's time lacks an arm that it needs for that.
     """
     if not names:
-        raise ArgumentError("--arms: expected at least one")
+        raise ArgumentError("names: expected at least one, got none")
     for name in names:
         if name not in ARMS:
-            raise ArgumentError(f"--arms: no arm {name!r}; {_hint(name)}")
+            raise ArgumentError(f"names: no arm {name!r}; {_hint(name)}")
         if names.count(name) > 1:
-            raise ArgumentError(f"--arms: {name} is given twice")
+            raise ArgumentError(f"names: {name} is given twice")
     if baseline not in names:
-        raise ArgumentError(f"--baseline: expected one of the arms ({', '.join(names)}), got {baseline!r}")
+        raise ArgumentError(f"baseline: expected one of the arms ({', '.join(names)}), got {baseline!r}")
     arms = [ARMS[name] for name in names]
     for arm in arms:
         if arm.matches_time:
@@ -95,12 +95,12 @@ def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> lis
 
 
 def in_running_order(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms whose steps follow from another's time come last."""
+    """The arms, with those last whose number of steps depends on another's time."""
     return sorted(arms, key=lambda arm: arm.matches_time)
 
 
 def own_pace(arm: Arm) -> Arm:
-    """The arm that differs from one with `matches_time` in nothing but the number of steps."""
+    """The arm that differs from one with `matches_time` only in the number of steps."""
     return next(
         other
         for other in ARMS.values()
@@ -113,14 +113,14 @@ def own_pace(arm: Arm) -> Arm:
 def _check_time_reference(arm: Arm, names: Sequence[str], reference: str) -> None:
     if reference not in ARMS or ARMS[reference].matches_time:
         possible = [name for name, other in ARMS.items() if not other.matches_time]
-        raise ArgumentError(f"--time_reference: expected one of {', '.join(possible)}, got {reference!r}")
+        raise ArgumentError(f"time_reference: expected one of {', '.join(possible)}, got {reference!r}")
     pace = own_pace(arm).name
     for needed, reason in (
-        (reference, "whose time it gets (--time_reference)"),
+        (reference, "whose time it gets (time_reference)"),
         (pace, "which says how long its step takes"),
     ):
         if needed not in names:
-            raise ArgumentError(f"--arms: {arm.name} expects {needed} among them, {reason}")
+            raise ArgumentError(f"names: {arm.name} expects {needed} among them, {reason}")
 
 
 def _hint(name: str) -> str:

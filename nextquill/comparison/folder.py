@@ -1,6 +1,6 @@
-"""What a comparison's folder holds, and which of its runs are finished.
+"""A comparison's folder, and which of its runs are finished.
 
-nextquill_comparison.json    what every run shares; other settings may not go on in the folder
+nextquill_comparison.json    the settings of all runs; a comparison with other settings is refused
 <arm>/seed-<k>/              a run's folder: checkpoints while it trains, then metrics.json, and the model if asked for
 <arm>/seed-<k>/evaluation/   its evaluation
 <arm>/seed-<k>/run.json      a `RunRecord`, written last: the run is finished
@@ -19,33 +19,32 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation.results import EVALUATION_FILE
+from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.locks import try_lock
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
-EVALUATION_FOLDER = "evaluation"
 _LOCK_FILE = ".nextquill_comparison.lock"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a finished run was, and what it cost.
+    """A finished run and its costs.
 
     Args:
-        arm, seed: which.
-        start: digest of the weights it began from.
-        order: digest of the examples of its steps, in their order; None where nothing was trained. Of an arm that
-            matches another's time it covers as many steps as the arm of its own pace has.
+        arm, seed: the run's arm and seed.
+        start: digest of the weights it started from.
+        order: digest of the examples of its steps, in their order; None if nothing was trained. For an arm that matches
+            another's time it covers as many steps as the arm of its own pace has.
         loss: the loss with its arguments.
-        learning_rate: its highest.
+        learning_rate: the highest learning rate.
         steps, examples: optimiser steps, and examples in them.
-        seconds: of training, without evaluations and checkpoints on the way; see `RunMeter`.
-        wall_seconds: of training and evaluation in this process, to tell how long the others take.
-        peak_memory: bytes, or None where the system does not say.
-        sessions: processes it took; 1 unless it was interrupted.
-        machine: what the times depend on.
+        seconds: seconds of training, without evaluations and checkpoints; see `RunMeter`.
+        wall_seconds: seconds of training and evaluation in this process, for estimates of the time left.
+        peak_memory: bytes, or None if the system does not say.
+        sessions: the number of processes it took; 1 unless it was interrupted.
+        machine: the machine that the times depend on.
         matched: for an arm that matches another's time: `reference`, its `seconds`, and the `ratio` of steps.
     """
 
@@ -64,22 +63,14 @@ class RunRecord:
     machine: Mapping[str, Any] = field(default_factory=dict)
     matched: Mapping[str, Any] | None = None
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        return self.seconds / self.steps if self.steps else None
-
-    @property
-    def examples_per_second(self) -> float | None:
-        return self.examples / self.seconds if self.seconds else None
-
 
 def run_folder(folder: Path, arm: str, seed: int) -> Path:
-    """Where a run of the comparison in `folder` lies."""
+    """The folder of one run of the comparison in `folder`."""
     return folder / arm / f"seed-{seed}"
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """What a run's folder says about it; None where it is not finished.
+    """The record in a run's folder; None if the run is not finished.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -94,7 +85,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Say that a run is finished."""
+    """Write the record that marks a run as finished."""
     write_whole(folder / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
 
@@ -102,37 +93,37 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
     """Make sure that a comparison may use `folder`; nothing is changed yet.
 
     Args:
-        folder: new, empty, or of a comparison with the same settings.
-        settings: what every run shares, by flag; JSON.
-        overwrite: an earlier comparison there is to be replaced.
+        folder: a new or empty folder, or that of a comparison with the same settings.
+        settings: the settings of all runs, by flag; JSON.
+        overwrite: replace an earlier comparison.
 
     Raises:
-        OutputExistsError: it holds something else, or a comparison with other settings, which is named.
+        OutputExistsError: it holds something else, or a comparison with another setting, which the message names.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"--output_dir: {folder} is a file")
+        raise OutputExistsError(f"folder: {folder} is a file")
     if not folder.is_dir() or all(path.name == _LOCK_FILE for path in folder.iterdir()):
         return
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise OutputExistsError(f"--output_dir: {folder} holds files that are not of a comparison; choose another")
+        raise OutputExistsError(f"folder: {folder} holds files, but not a comparison; choose another folder")
     if overwrite:
         return
     try:
         saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise OutputExistsError(f"--output_dir: {path} is damaged: {error}; choose another folder") from error
+        raise OutputExistsError(f"folder: {path} is damaged: {error}; choose another folder") from error
     saved, given = _flat(saved), _flat(json.loads(json.dumps(dict(settings))))
     for name in {**saved, **given}:
         if saved.get(name) != given.get(name):
             raise OutputExistsError(
-                f"--output_dir: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
-                f"{given.get(name)!r}; choose another folder, or replace it by --overwrite_output_dir"
+                f"folder: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
+                f"{given.get(name)!r}; choose another folder, or replace it with overwrite=True"
             )
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings within settings by one name, such as "prompt template order"."""
+    """Nested settings under one name each, such as "prompt template order"."""
     found = dict[str, Any]()
     for name, value in settings.items():
         found |= _flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -141,15 +132,15 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 @contextmanager
 def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """Make `folder` this comparison's, and keep other processes out of it while the block runs.
+    """Claim `folder` for this comparison, and keep other processes out of it while the block runs.
 
     Raises:
-        OutputExistsError: another process compares in it.
+        OutputExistsError: another process is comparing in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
         if not try_lock(lock):
-            raise OutputExistsError(f"--output_dir: another process is comparing in {folder}")
+            raise OutputExistsError(f"folder: another process is comparing in {folder}")
         if overwrite:
             empty(folder, keep=_LOCK_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
@@ -157,7 +148,7 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
 
 
 def empty(folder: Path, keep: str | None = None) -> None:
-    """Delete what a folder holds; it may be a mount or a link, so it stays."""
+    """Delete the contents of a folder; the folder itself stays, as it may be a mount or a link."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name == keep:
             continue

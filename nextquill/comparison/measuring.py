@@ -1,4 +1,4 @@
-"""What a run costs, and the evidence that it began and went on as the others did."""
+"""Measures a run's time and memory, and the order of its examples, which shows that all runs saw the same."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ _DIGITS = 16
 class RunMeter(TrainerCallback, ExportableState):
     """Time, examples, memory and order of a run, kept in its checkpoints.
 
-    The time is that of the training steps with the making of their batches; evaluations, logs and checkpoints on the
-    way are left out. The first step of a process counts as much as the mean of the others: kernels are compiled and
-    memory is taken in it, which the runs that come later in the process are spared. Work that was lost with a killed
-    process is not counted twice.
+    The time is that of the training steps and the making of their batches, without evaluations, logs and checkpoints.
+    The first step of a process counts as the mean of the others: kernels are compiled and memory is allocated in it,
+    which later runs in the process do not repeat. Steps lost with a killed process are not counted twice.
 
     Args:
-        order_after: the order is that of the first so many optimiser steps; None for all.
+        order_after: the order covers the first so many optimiser steps; None for all.
     """
 
     def __init__(self, order_after: int | None = None) -> None:
         self.order_after = order_after
-        self.first_seconds = 0.0  # of the first step of each session
+        self.first_seconds = 0.0  # in the first steps of all sessions
         self.later_seconds, self.later_steps = 0.0, 0
         self.examples = 0
         self.steps = 0
@@ -43,18 +42,18 @@ class RunMeter(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Of all steps, at the pace of those that were not the first of their process, where there are any."""
+        """Seconds of all steps, at the pace of those that were not the first of their process, if there are any."""
         return self.later_seconds / self.later_steps * self.steps if self.later_steps else self.first_seconds
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         self.peak_memory = _larger(self.peak_memory, peak_memory())
         times = ("first_seconds", "later_seconds", "later_steps")
         names = (*times, "examples", "steps", "peak_memory", "order", "sessions")
         return {"args": {"order_after": self.order_after}, "attributes": {name: getattr(self, name) for name in names}}
 
     def see(self, batches: list[Any]) -> None:
-        """Take note of the examples of the step that begins."""
+        """Note the examples of the next step."""
         indices = [index for batch in batches for index in batch["example_index"].tolist()]
         self.examples += len(indices)
         self.steps += 1
@@ -62,7 +61,7 @@ class RunMeter(TrainerCallback, ExportableState):
             self.order = fingerprint([f"{self.order} {indices}"], digits=_DIGITS)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from where a checkpoint left off."""
+        """Resume from a checkpoint."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) and saved else saved
         if saved and state.global_step > 0:
@@ -77,7 +76,7 @@ class RunMeter(TrainerCallback, ExportableState):
         """Count the step."""
         turns = (control.should_save, control.should_evaluate, control.should_log, control.should_training_stop)
         if self._is_first or any(turns):
-            _wait_for_device()  # what is queued there is this step's, and must not count as the evaluation's
+            _wait_for_device()  # queued work belongs to this step, and must not count as the evaluation's
         now = time.perf_counter()
         if self._is_first:
             self.first_seconds += now - self._since
@@ -87,18 +86,18 @@ class RunMeter(TrainerCallback, ExportableState):
         self._since, self._is_first = now, False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave out what lay between the step and this."""
+        """Leave out the time since the last step."""
         self._since = time.perf_counter()
 
     on_evaluate = on_save = on_log
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the most memory there was."""
+        """Note the peak memory."""
         self.peak_memory = _larger(self.peak_memory, peak_memory())
 
 
 class ComparedTrainer(NextQuillTrainer):
-    """A `NextQuillTrainer` whose `RunMeter` sees every step's examples."""
+    """A `NextQuillTrainer` that shows its `RunMeter` every step's examples."""
 
     @property
     def run_meter(self) -> RunMeter:
@@ -108,6 +107,7 @@ class ComparedTrainer(NextQuillTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As the Trainer's, batches and a float32 scalar or None; the meter sees the batches."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.run_meter.see(batches)
@@ -115,20 +115,20 @@ class ComparedTrainer(NextQuillTrainer):
 
 
 def reset_peak_memory() -> None:
-    """Begin a new peak."""
+    """Start measuring a new peak."""
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
     elif _CLEAR_REFS.exists():
         try:
             _CLEAR_REFS.write_text("5", encoding="ascii")
-        except OSError:  # a sandbox may forbid it; the peak is then the process's
+        except OSError:  # a sandbox may forbid it; then the peak is that of the whole process
             return
 
 
 def peak_memory() -> int | None:
-    """Bytes allocated at most since `reset_peak_memory`: on an accelerator there, else of the whole process.
+    """The most bytes since `reset_peak_memory`: allocated on the accelerator or, without one, by the whole process.
 
-    None where the system does not say.
+    None if the system does not say.
     """
     if torch.accelerator.is_available():
         return int(torch.accelerator.max_memory_allocated())
@@ -140,7 +140,7 @@ def peak_memory() -> int | None:
 
 
 def machine() -> Mapping[str, Any]:
-    """What times depend on."""
+    """The machine that times depend on."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type == "cuda":
         return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

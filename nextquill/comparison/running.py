@@ -1,7 +1,7 @@
-"""One arm from one seed: train, evaluate, keep; and where it stands when it was stopped on the way.
+"""Runs one arm from one seed: trains, evaluates, and keeps the results.
 
-A run that is finished says so in its folder and is left alone. One that was stopped goes on from its last checkpoint, a
-trained one that was not yet evaluated from its final checkpoint; one without a checkpoint begins again.
+A finished run says so in its folder and is left alone. A stopped run resumes from its last checkpoint; if it was
+trained but not yet evaluated, that is its final checkpoint. A run without a checkpoint starts again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from transformers import TrainingArguments
 
 from nextquill.comparison.arms import BASE, Arm, in_running_order, own_pace
 from nextquill.comparison.folder import (
-    EVALUATION_FOLDER,
     RunRecord,
     empty,
     read_record,
@@ -36,7 +35,7 @@ from nextquill.comparison.folder import (
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.evaluation.results import EVALUATION_FILE, Evaluation
+from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Evaluation
 from nextquill.models.loading import PROMPT_FILE, PromptSettings
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
@@ -44,37 +43,35 @@ from nextquill.storage.atomic_files import write_whole
 if TYPE_CHECKING:
     from nextquill.comparison.measuring import ComparedTrainer
 
-METRICS_FILE = "metrics.json"
-
 
 class Evaluate(Protocol):
-    """Evaluates a model into a folder, and goes on with what is there; `evaluate_model` with its options given."""
+    """Evaluates a model into a folder, or resumes there; `evaluate_model` with its options given."""
 
     def __call__(self, model: Any, tokenizer: Any, settings: PromptSettings, folder: Path, name: str) -> Evaluation: ...
 
 
 class Attend(Protocol):
-    """Watches over a trainer; what it yields says whether the training was asked to stop."""
+    """Watches over a trainer; its context's value says whether the training was asked to stop."""
 
     def __call__(self, trainer: ComparedTrainer) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs of a comparison share.
+    """The settings that all runs of a comparison share.
 
     Args:
-        folder: the comparison's.
-        arms, seeds: what is run.
+        folder: the comparison's folder.
+        arms, seeds: every arm is run from every seed.
         start: seed → the model and its tokenizer; the same weights for the same seed.
-        shares_start: whether all seeds begin from one model, but for new adapters, so that one base stands for all.
+        shares_start: whether all seeds start from one model, apart from new adapters, so that one base stands for all.
         args: TrainingArguments; output folder, seed, learning rate and, to match times, steps are set for each run.
         train_dataset, eval_dataset: encoded; the second for evaluations while training, or None.
         settings: how prompts are made.
-        evaluate: what measures a model.
-        attend: what watches over a training.
-        loss_options: of every loss, such as `reduction`.
-        trainer_options: of `NextQuillTrainer`, such as `max_tokens`.
+        evaluate: evaluates a model.
+        attend: watches over a training.
+        loss_options: options of every loss, such as `reduction`.
+        trainer_options: options of `NextQuillTrainer`, such as `max_tokens`.
         time_reference: the arm whose time an arm with `matches_time` gets.
         save_models: keep the trained models.
     """
@@ -101,100 +98,101 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A run that is to be: `arm` is None for the base."""
+class PlannedRun:
+    """A run of a comparison, made or not; `arm` is None for the model before training."""
 
     arm: Arm | None
     seed: int
 
     @property
     def name(self) -> str:
+        """The arm's name, or that of the base model."""
         return BASE if self.arm is None else self.arm.name
 
 
-def tasks(setup: Setup) -> list[Task]:
-    """All runs in the order they are made: seed by seed, so that a comparison that is stopped has whole seeds."""
+def planned_runs(setup: Setup) -> list[PlannedRun]:
+    """All runs in their order: seed by seed, so that a stopped comparison has whole seeds."""
     found = []
     for seed in setup.seeds:
         if setup.base_seed(seed) == seed:
-            found.append(Task(None, seed))
-        found += [Task(arm, seed) for arm in in_running_order(setup.arms)]
+            found.append(PlannedRun(None, seed))
+        found += [PlannedRun(arm, seed) for arm in in_running_order(setup.arms)]
     return found
 
 
-def finished(setup: Setup, task: Task) -> RunRecord | None:
-    """The record of a run that need not be made again; None of one that is not finished.
+def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
+    """The record of a finished run, which need not be repeated; None if it is not finished.
 
     Raises:
-        CheckpointError: the folder's run is another one, or damaged.
+        CheckpointError: the folder holds another run, or a damaged one.
     """
-    folder = run_folder(setup.folder, task.name, task.seed)
+    folder = run_folder(setup.folder, planned.name, planned.seed)
     record = read_record(folder)
     if record is None:
         return None
-    expected: dict[str, Any] = {"arm": task.name, "seed": task.seed}
-    if task.arm is not None:
+    expected: dict[str, Any] = {"arm": planned.name, "seed": planned.seed}
+    if planned.arm is not None:
         expected |= {
-            "loss": repr(task.arm.loss(**setup.loss_options)),
-            "learning_rate": setup.args.learning_rate * task.arm.learning_rate_factor,
+            "loss": repr(planned.arm.loss(**setup.loss_options)),
+            "learning_rate": setup.args.learning_rate * planned.arm.learning_rate_factor,
         }
     for name, value in expected.items():
         if getattr(record, name) != value:
             raise CheckpointError(
-                f"--output_dir: the run in {folder} has another {name.replace('_', ' ')}: there "
-                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it by "
-                "--overwrite_output_dir"
+                f"folder: the run in {folder} has another {name.replace('_', ' ')}: there "
+                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it "
+                "with overwrite=True"
             )
     return record
 
 
-def remaining_seconds(done: Sequence[RunRecord], left: Sequence[Task]) -> float | None:
-    """About how long the runs that are left take, from those of the same arm or else all; None before the first."""
+def remaining_seconds(done: Sequence[RunRecord], left: Sequence[PlannedRun]) -> float | None:
+    """An estimate of the time left, from finished runs of the same arm or else of all; None before the first run."""
     known: dict[str, list[float]] = {}
     for record in done:
         known.setdefault(record.arm, []).append(record.wall_seconds)
     trained = [seconds for name, each in known.items() if name != BASE for seconds in each]
     if not trained:
         return None
-    return sum(statistics.mean(known.get(task.name, trained)) for task in left)
+    return sum(statistics.mean(known.get(planned.name, trained)) for planned in left)
 
 
-def perform(setup: Setup, task: Task) -> RunRecord | None:
-    """Make a run, or go on with it; None where it was asked to stop, and has saved what it has.
+def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
+    """Make a run, or resume it; None if it was asked to stop, after a checkpoint.
 
     Raises:
-        CheckpointError: the run began from other weights, or saw other examples, than the runs of its seed before it.
+        CheckpointError: the run started from other weights, or saw other examples, than the earlier runs of its seed.
     """
     from nextquill.comparison.measuring import machine
 
     began = time.perf_counter()
-    _release_memory()  # of the run before
-    folder = run_folder(setup.folder, task.name, task.seed)
-    model, tokenizer = setup.start(task.seed)
-    record = RunRecord(task.name, task.seed, model_digest(model), machine=machine())
-    _check_alike(setup, record, "start", "began from other weights")
-    if task.arm is None:
+    _release_memory()  # the last run's
+    folder = run_folder(setup.folder, planned.name, planned.seed)
+    model, tokenizer = setup.start(planned.seed)
+    record = RunRecord(planned.name, planned.seed, model_digest(model), machine=machine())
+    _check_alike(setup, record, "start", "started from other weights")
+    if planned.arm is None:
         folder.mkdir(parents=True, exist_ok=True)
         model.to(setup.args.device)
     else:
-        trained = _train(setup, task.arm, task.seed, folder, model, tokenizer, record)
+        trained = _train(setup, planned.arm, planned.seed, folder, model, tokenizer, record)
         if trained is None:
             return None
         record = trained
         _check_alike(setup, record, "order", "saw other examples, or in another order,")
-    _release_memory()  # of the optimiser
+    _release_memory()  # the optimiser's
     place = folder / EVALUATION_FOLDER
-    if not (place / EVALUATION_FILE).is_file():  # else it was stopped between its last two files
-        setup.evaluate(model, tokenizer, setup.settings, place, f"{task.name}/seed-{task.seed}")
+    if not (place / EVALUATION_FILE).is_file():  # if it is there, the run was stopped between its last two files
+        setup.evaluate(model, tokenizer, setup.settings, place, f"{planned.name}/seed-{planned.seed}")
     record = dataclasses.replace(record, wall_seconds=time.perf_counter() - began)
     write_record(folder, record)
-    for path in folder.glob("checkpoint-*"):  # the record says that nothing will go on from them
+    for path in folder.glob("checkpoint-*"):  # a finished run never resumes from them
         shutil.rmtree(path)
     return record
 
 
 def run_arguments(setup: Setup, arm: Arm, seed: int, folder: Path, matched: Mapping[str, Any] | None) -> Any:
-    """The TrainingArguments of a run: those of the comparison, with what is this run's own."""
+    """The TrainingArguments of a run: those of the comparison, with the run's own folder, seed, rate and steps."""
     args = copy.deepcopy(setup.args)
     args.output_dir = str(folder)
     args.run_name = f"{arm.name}-seed-{seed}"
@@ -202,20 +200,22 @@ def run_arguments(setup: Setup, arm: Arm, seed: int, folder: Path, matched: Mapp
     args.learning_rate = setup.args.learning_rate * arm.learning_rate_factor
     if matched is not None:
         args.max_steps = matched["steps"]
-        if args.warmup_steps >= 1:  # below, it is a share of the steps
+        if args.warmup_steps >= 1:  # below 1 it is a share of the steps
             args.warmup_steps = math.ceil(args.warmup_steps * matched["ratio"])
     return args
 
 
 def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
-    """The steps that take an arm as long as the reference took: ratio = its seconds / seconds at the arm's own pace.
+    """The number of steps that takes an arm as long as the reference took.
+
+        ratio = seconds of the reference / seconds of the arm at its own pace
 
     Returns:
         `reference`, its `seconds`, the `ratio`, `steps` = ceil(ratio · steps), over which the schedule is stretched,
         and `order_after`, the steps at the arm's own pace.
 
     Raises:
-        CheckpointError: a run it follows from is not finished.
+        CheckpointError: one of these two runs is not finished.
     """
     records = [read_record(run_folder(setup.folder, name, seed)) for name in (setup.time_reference, own_pace(arm).name)]
     reference, pace = records
@@ -234,7 +234,7 @@ def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def check_trainable(setup: Setup, model: Any, tokenizer: Any) -> None:
-    """Make the trainer of every arm once, so that what one refuses is known before the first run.
+    """Make the trainer of every arm once, so that a refusal is known before the first run.
 
     Raises:
         NextQuillError, ValueError, TypeError, ImportError, RuntimeError: as `NextQuillTrainer` and transformers do.
@@ -295,25 +295,25 @@ def _train(
 
 
 def _keep(trainer: ComparedTrainer, folder: Path, *, save_model: bool) -> None:
-    """Write what a run's folder holds, each file complete or absent."""
+    """Write the files of a trained run, each complete or absent."""
     last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     evaluated = {name: value for name, value in last.items() if name.startswith("eval_")}
     log = {"log_history": trainer.state.log_history, "eval": evaluated}
     with checkpoints.staged_files(folder) as staging:
         if save_model:
             trainer.save_model(str(staging))
-        (staging / METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+        (staging / checkpoints.METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
-    """Compare with the runs of the same seed that are finished."""
+    """Refuse a run that differs in this field from the finished runs of its seed."""
     value = getattr(record, name)
-    for task in tasks(setup):
-        other = read_record(run_folder(setup.folder, task.name, task.seed)) if task.seed == record.seed else None
+    for each in planned_runs(setup):
+        other = read_record(run_folder(setup.folder, each.name, each.seed)) if each.seed == record.seed else None
         theirs = None if other is None else getattr(other, name)
         if value is not None and theirs is not None and theirs != value:
             raise CheckpointError(
-                f"--output_dir: {record.arm} with seed {record.seed} {what} than {task.name} with seed {task.seed}, "
+                f"folder: {record.arm} with seed {record.seed} {what} than {each.name} with seed {each.seed}, "
                 f"which is finished in {setup.folder}; compare in another folder"
             )
 

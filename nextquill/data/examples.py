@@ -18,10 +18,10 @@ class Branch:
     An id takes four bytes here, and forty in a list; `prompt_ids` and `response_ids` make new lists.
 
     Args:
-        prompt_ids: everything before the response; never empty, as its last position predicts the first response token.
-        response_ids: the response and its end tokens, all supervised.
+        prompt_ids: everything before the response, [n] with n > 0: its last position predicts the first response token.
+        response_ids: the response and its end tokens, [m], all supervised.
 
-    Both can be lists, arrays of type "i" or int32 tensors [n]. Arrays and tensors are kept without a copy.
+    Both can be lists, arrays of type "i" or int32 tensors. Arrays and tensors are kept without a copy.
     """
 
     __slots__ = ("_prompt", "_response")

@@ -30,7 +30,7 @@ _PROBE_HISTORY = (HistoryItem(_TEXT, title=_TITLE, timestamp=0.0), HistoryItem(_
 _FILE_NAME = "<template>"  # Jinja's name, in tracebacks, for a template made from a string
 
 
-class _Item:
+class _PastText:
     """A past text as the template sees it; its day is computed only if the template asks for it."""
 
     def __init__(self, item: HistoryItem, day: Callable[[float], str]) -> None:
@@ -61,7 +61,7 @@ def render_jinja(
         ArgumentError: the template is malformed, or fails on these values; the message names the line.
         RecordError: it shows a timestamp that `day` refuses.
     """
-    items = tuple(_Item(item, day) for item in history)
+    items = tuple(_PastText(item, day) for item in history)
     template = _compiled(source)
     try:
         return str(template.render(query=query, history=items, counterfactual=not items, _clean=clean))

@@ -35,7 +35,7 @@ from nextquill.data.prepared import (
     read_header,
 )
 from nextquill.data.records import Record
-from nextquill.errors import CheckpointError, OutputExistsError, RecordError
+from nextquill.errors import CheckpointError, OutputExistsError, RecordError, naming
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.locks import try_lock
 
@@ -140,7 +140,7 @@ class _Followed:
         if shard["digest"] != self._digest.hexdigest()[:16]:
             raise CheckpointError(
                 f"records: one of the first {self._count} differs from the one that the stopped run read "
-                f"({shard['name']}); give the same records, or overwrite"
+                f"({shard['name']}); give the same records, or overwrite=True"
             )
 
 
@@ -163,7 +163,7 @@ class _Shards:
         self.done: list[dict[str, Any]] = []
         try:
             if not try_lock(self._lock):
-                raise OutputExistsError(f"{self._folder}: another process is writing it")
+                raise OutputExistsError(f"folder: another process is writing {self._folder}")
             self.done = self._read_back(overwrite)
         except BaseException:
             self._lock.close()
@@ -262,17 +262,19 @@ class _Shards:
             names = sorted(each.name for each in self._folder.iterdir())
             if unknown := [name for name in names if name != _LOCK and not name.startswith((".", "shard-"))]:
                 raise OutputExistsError(
-                    f"{self._folder}: exists and holds {unknown[0]}, which is not part of a prepared folder"
+                    f"folder: {self._folder} exists and holds {unknown[0]}, which is not part of a prepared folder"
                 )
             return []
         try:
-            header = read_header(self._folder, _PROGRESS)
-            if (difference := first_difference(header["settings"], self._settings)) is not None:
-                raise CheckpointError(
-                    f"{self._folder} was started with another {difference}; delete it, or overwrite to start over"
-                )
-            for shard in header["shards"]:
-                check_shard(self._folder, shard, verify=True)
+            with naming("folder"):
+                header = read_header(self._folder, _PROGRESS)
+                if (difference := first_difference(header["settings"], self._settings)) is not None:
+                    raise CheckpointError(
+                        f"{self._folder} was started with another {difference}; delete it, or start again with "
+                        "overwrite=True"
+                    )
+                for shard in header["shards"]:
+                    check_shard(self._folder, shard, verify=True)
         except CheckpointError:
             if not overwrite:
                 raise
@@ -288,7 +290,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise OutputExistsError(f"{target}: is a file")
+        raise OutputExistsError(f"folder: {target} is a file")
     if any(target.iterdir()) and not (overwrite and is_prepared(target)):
-        what = "overwrite it, or choose another name" if is_prepared(target) else "it is not a prepared folder"
-        raise OutputExistsError(f"{target}: exists and is not empty; {what}")
+        what = "choose another, or give overwrite=True" if is_prepared(target) else "it is not a prepared folder"
+        raise OutputExistsError(f"folder: {target} exists and is not empty; {what}")

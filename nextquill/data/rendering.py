@@ -35,7 +35,9 @@ _BRACKETED = re.compile(r"[<\[{][^\s<>\[\]{}]+[>\]}]")
 class Tokenizer(Protocol):
     """The method that every tokenizer needs; other attributes are looked up by name."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
 
 
 class PromptRenderer:

@@ -1,15 +1,23 @@
-"""Measures of generated text and of effects, with intervals and paired tests; nothing here runs a model.
+"""The evaluation of a model on records: scores, generated texts, measures with intervals, and paired tests.
 
-    metrics/       the measures: text overlap, labels, ratings, preferences; `compute` scores texts in any of them
-    tasks.py       which measures a public task is reported in
-    clusters.py    a user's examples added up, which is what is resampled
-    bootstrap.py   intervals, and the paired difference of two runs or of two methods with several seeds
-    permutation.py p-values by exchanging, and their correction for several comparisons
-    predictions.py the prediction files that other scorers read
-    results.py     what an evaluation's folder holds, as values
-    compare.py     two such folders, paired example by example
+Runs a model:
 
-It works on strings and numbers alone, so it may be used on any model's output.
+    evaluate.py      a whole evaluation, from records to a folder; options.py, folder.py and identity.py belong to it
+    scoring.py       the nll of every response token, with, without and under another user's history
+    preferences.py   chosen against rejected responses
+    item_effects.py  the effect of every single history item
+    generation/      responses, by transformers or by vLLM
+
+Works on numbers and texts alone, from whatever model:
+
+    metrics/         metrics of texts, labels, ratings and preferences
+    tasks.py         the public tasks; task_texts.py applies one to some records
+    measures.py      measures over all examples; measure_names.py names them
+    bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
+    permutation.py   p-values by exchanging, and their correction for several comparisons
+    results.py       the files of an evaluation's folder
+    compare.py       several evaluations, paired example by example
+    predictions.py   the prediction files that other scorers read
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The folder of an evaluation while it is being written: what is there of this very one is kept and gone on with.
+"""The folder of an evaluation while it is written. The same evaluation, started again, resumes from its lines.
 
-    evaluation.json.partial   says which evaluation has begun here, and is held by one process at a time
-    NAME.partial              lines of a stage that was cut short
-    NAME                      a stage that is done
+    evaluation.json.partial   says which evaluation writes here; one process at a time holds it
+    NAME.partial              lines of an unfinished stage
+    NAME                      a finished stage
     evaluation.json           appears last
 
-A stage is a file of JSON lines. Everything that is in the end written from them follows from them alone, so that an
-evaluation which was killed gives the same bytes as one which was not.
+A stage is a file of JSON lines. The results follow from these lines alone, so a killed and resumed evaluation gives the
+same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nextquill.evaluation.results import (
     ITEM_EFFECTS_FILE,
     EvaluatedExample,
     Evaluation,
-    json_objects,
 )
 from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.json_files import json_objects
 from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
 
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
-# Their content is in the examples' file in the end.
+# Stages whose content ends up in the examples' file.
 _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
 _STAGES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS)
 _RESULTS = (EXAMPLES_FILE, PREDICTIONS_FILE)
@@ -43,7 +43,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
     """Refuse a folder that cannot be written into, before any work.
 
     Raises:
-        OutputExistsError: a finished evaluation is there, or the folder is no folder.
+        OutputExistsError: it holds a finished evaluation, or is not a folder.
     """
     if (folder / EVALUATION_FILE).exists() and not overwrite:
         raise OutputExistsError(f"folder: {folder} holds a finished evaluation; give another, or overwrite=True")
@@ -53,16 +53,16 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 class EvaluationFolder:
-    """A folder that one evaluation is written into. A context manager; a folder without any line is left as it was.
+    """A folder that one evaluation writes into. A context manager; a folder without any line is left as it was.
 
     Args:
-        folder: made where it is missing.
-        run: what must agree for an evaluation to be gone on with, by name; JSON.
-        overwrite: delete the evaluation that is there, finished or another's.
+        folder: created if it is missing.
+        run: the settings that must agree for an evaluation to resume, by name; JSON.
+        overwrite: delete the evaluation that is there, finished or not.
 
     Raises:
-        OutputExistsError: a finished evaluation is there, a file that would be written over, or another process.
-        CheckpointError: what was begun there is another evaluation; the message names what differs.
+        OutputExistsError: the folder holds a finished evaluation or a file in the way, or another process writes there.
+        CheckpointError: another evaluation was started there; the message names the setting that differs.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -73,7 +73,7 @@ class EvaluationFolder:
         try:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)
             if self._begun.is_new:
-                self._clear(overwrite)  # first: what lies beside a file that is ours is taken for ours
+                self._clear(overwrite)  # first: files beside a partial file of ours would be taken for ours
                 self._begun.begin()
         except BaseException:
             self._begun.close(remove=self._begun.is_new)
@@ -94,13 +94,13 @@ class EvaluationFolder:
         desc: str,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """The lines of a stage: those that are there, and those that `make` yields.
+        """The lines of a stage: those already written, and those that `make` yields.
 
         Args:
             name: the stage's file.
-            indices: of all its lines, in the order they get in the file.
-            make: called with what is there already; yields the other lines, in any order.
-            desc: for the progress bar.
+            indices: the indices of all its lines, in the order of the file.
+            make: called with the lines already written; yields the other lines, in any order.
+            desc: the text of the progress bar.
             progress: `progress(lines, total=..., initial=..., desc=...)` is iterated instead of the lines; `tqdm` fits.
         """
         path = self.folder / name
@@ -115,7 +115,7 @@ class EvaluationFolder:
         return [value for _, value in json_objects(path)] if indices else []
 
     def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
-        """Write what the stages came to; the evaluation itself last."""
+        """Write the results; the evaluation itself last."""
         with written_whole(self.folder / EXAMPLES_FILE) as stream:
             for example in examples:
                 stream.write((json.dumps(example.to_dict(), ensure_ascii=False) + "\n").encode())
@@ -125,7 +125,7 @@ class EvaluationFolder:
             (self.folder / name).unlink(missing_ok=True)
 
     def _present(self) -> Iterator[Path]:
-        """What an evaluation has written here, but for its last file and the one that says whose it is."""
+        """The files an evaluation has written here, without `evaluation.json` and `evaluation.json.partial`."""
         for name in (*_STAGES, *_RESULTS):
             for path in (self.folder / name, self.folder / f"{name}.partial"):
                 if path.exists():

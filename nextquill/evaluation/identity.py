@@ -1,4 +1,4 @@
-"""What measured figures depend on: two runs that agree in it may share their results."""
+"""Digests of everything that an evaluation's results depend on; runs that agree in them may share results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.models.loading import PromptSettings
 from nextquill.storage.fingerprints import fingerprint
 
-# Values of each weight that tell models apart: of a trained one nearly all differ from what they were.
+# Values of each weight in a digest. A few tell models apart, because training changes nearly all values.
 _SAMPLED_VALUES = 64
 
 
@@ -21,7 +21,7 @@ def records_digest(records: Sequence[Record]) -> str:
 
 
 def model_digest(model: Any) -> str:
-    """A digest of a model's weights, from some values of each."""
+    """A digest of a model's weights, from some values of each weight."""
 
     def parts() -> Iterator[str]:
         for name, tensor in model.state_dict().items():
@@ -33,7 +33,7 @@ def model_digest(model: Any) -> str:
 
 
 def model_identity(model: Any, tokenizer: Any, settings: PromptSettings) -> dict[str, Any]:
-    """What tells a model, its precision, its tokenizer and its prompts from another's, by name; JSON."""
+    """What distinguishes a model, its precision, its tokenizer and its prompts from others, by name; JSON."""
     prompt = dataclasses.asdict(settings)
     template = prompt.pop("template")
     return {

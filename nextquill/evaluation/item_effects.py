@@ -1,10 +1,10 @@
-"""Which item of a history a response depends on: what leaving each one out does to every token.
+"""Which item of a history a response depends on: the effect of leaving each item out on every token.
 
     effect[item, token] = nll(token | history without the item) - nll(token | whole history)        (nats)
 
-It is the difference that one item makes while the others are there: two items that say the same have small effects
-each, although leaving both out would have a large one, so effects of items do not add up to that of the history. All
-n + 1 prompts share what comes before the item that is left out, and run in one forward where they fit.
+It is the difference that one item makes while the others stay. Two items that say the same have small effects each,
+although leaving out both would have a large one, so the effects of items do not add up to the effect of the history.
+All n + 1 prompts share the part before the item that is left out, and run in one forward if they fit.
 """
 
 from __future__ import annotations

@@ -1,59 +1,36 @@
-"""From what an evaluation has measured of each example to the measures over all, with intervals.
+"""Measures over all examples, with intervals, from the scores of each example.
 
-Effects and nll's are given twice: a mean over all response tokens, in which a long response weighs more, as training
-reports them; and a mean over examples of each one's own mean. Intervals resample users, not examples: those of one user
-are no independent evidence.
+NLLs and effects are given twice: as a mean over all response tokens, in which a long response weighs more, as training
+reports them; and as a mean over examples of each example's own mean. Intervals resample users, not examples, because
+the examples of one user are not independent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.bootstrap import bootstrap_interval
+from nextquill.evaluation.measure_names import PER_EXAMPLE, PREFERENCE_KINDS, PROMPTS, TOKEN_KINDS, TOKENS, measure_name
 from nextquill.evaluation.metrics import METRICS, MetricScores, compute
-from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import MetricValue, finite
 from nextquill.losses import DEFAULT_THRESHOLD
 
-PER_EXAMPLE = "_per_example"
-_NATS = "nats per token"
-# Name, label, unit and which way is better, of what is a number a token.
-_TOKEN_MEASURES: tuple[tuple[str, str, str, bool | None], ...] = (
-    ("nll_factual", "nll with history", _NATS, False),
-    ("nll_counterfactual", "nll without history", _NATS, None),
-    ("nll_placebo", "nll with another's history", _NATS, None),
-    ("effect_logprob", "effect of the history", _NATS, None),
-    ("effect_placebo", "effect against the placebo", _NATS, None),
-    ("effect_prob", "mean probability effect", "", None),
-    ("share_above_threshold", f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
-)
-_PROMPTS = {
-    "factual": "with history",
-    "counterfactual": "without history",
-    "placebo": "with another's history",
-}
-# Headings of columns in tables of 80 characters.
-_COLUMNS = {"factual": "with history", "counterfactual": "without", "placebo": "another's"}
-# Label, heading of its row, unit and which way is better.
-_PREFERENCES: dict[str, tuple[str, str, str, bool | None]] = {
-    "preference_accuracy": ("prefers the chosen", "prefers", "", True),
-    "preference_accuracy_per_token": ("prefers the chosen per token", "prefers/token", "", True),
-    "preference_margin": ("margin of the chosen", "margin", "nats", None),
-    "preference_margin_per_token": ("margin of the chosen per token", "margin/token", _NATS, None),
-}
+if TYPE_CHECKING:
+    from nextquill.evaluation.options import EvaluationOptions
 
 
 @dataclass(frozen=True)
-class Measure:
+class LabelledScores:
     """A measure before its interval is computed.
 
     Args:
         label, unit, higher_is_better, per_example: as in `MetricValue`.
-        scores: of the examples.
+        scores: the scores of some examples.
         members: the positions of those examples.
     """
 
@@ -69,7 +46,7 @@ class Measure:
 
         Args:
             users: the user of every example.
-            options: its `level`, `resamples` and `seed`.
+            options: the interval's `level`, `resamples` and `seed`.
         """
         groups = [users[index] for index in self.members]
         value, *bounds = bootstrap_interval(
@@ -79,37 +56,11 @@ class Measure:
         return MetricValue(self.label, value, low, high, self.unit, self.higher_is_better, self.per_example)
 
 
-def branch_suffix(branch: str) -> str:
-    """What names of measures under a prompt end in: nothing for the user's own history."""
-    return "" if branch == "factual" else f"_{branch}"
-
-
-class Place(NamedTuple):
-    """Where a measure stands in tables: "responses", "pairs" or "texts", and the headings of its row and column."""
-
-    table: str
-    row: str
-    column: str
-
-
-def place_of(name: str) -> Place | None:
-    """The place of the measure of that name, or None of what is no measure, such as a count."""
-    over_tokens = {row[0]: row[1] for row in _TOKEN_MEASURES}
-    base = name.removesuffix(PER_EXAMPLE)
-    if base in over_tokens:
-        return Place("responses", over_tokens[base], "per token" if base == name else "mean of examples")
-    branch = next((each for each in _PROMPTS if name.endswith(f"_{each}")), "factual")
-    kind = name.removesuffix(branch_suffix(branch))
-    if kind in _PREFERENCES:
-        return Place("pairs", _PREFERENCES[kind][1], _COLUMNS[branch])
-    return Place("texts", METRICS[kind].label, _COLUMNS[branch]) if kind in METRICS else None
-
-
 def token_values(line: Mapping[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Every measure of a response's tokens, [tokens] each, from the line of its nll's."""
+    """Every measure of a response's tokens, [tokens] each, from its line of `effects.jsonl`."""
     nll = {
         name: np.asarray(line[f"nll_{name}"], dtype=np.float64)
-        for name in _PROMPTS
+        for name in BRANCHES
         if line.get(f"nll_{name}") is not None
     }
     factual, counterfactual = nll["factual"], nll["counterfactual"]
@@ -123,75 +74,74 @@ def token_values(line: Mapping[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[
     return values
 
 
-def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Measure], list[dict[str, float]]]:
-    """The nll's and effects over all tokens and over examples, and every example's own means.
+def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, LabelledScores], list[dict[str, float]]]:
+    """NLLs and effects over all tokens and over examples, and every example's own means.
 
     Args:
-        lines: of `effect_line`, one an example.
+        lines: a line of `effect_line` for each example.
 
     Returns:
-        The measures by name, and for each example its scores by name, with `tokens`, their number.
+        The measures by name; and for each example its scores by name, with its number of `tokens`.
     """
     values = [token_values(line) for line in lines]
     sizes = [len(line["token_ids"]) for line in lines]
     scores = [
-        {"tokens": float(size), **{name: float(tokens.mean()) for name, tokens in each.items()}}
+        {TOKENS: float(size), **{name: float(tokens.mean()) for name, tokens in each.items()}}
         for size, each in zip(sizes, values, strict=True)
     ]
-    members = range(len(lines))
-    shown = [row for row in _TOKEN_MEASURES if all(row[0] in each for each in values)]
-    measures = dict[str, Measure]()
-    for name, label, unit, better in shown:
-        over_tokens = MetricScores.ratio_of([float(each[name].sum()) for each in values], sizes)
-        measures[name] = Measure(label, over_tokens, members, unit, better)
-    for name, label, unit, better in shown:
-        over_examples = MetricScores.mean_of([each[name] for each in scores], name)
-        measures[f"{name}{PER_EXAMPLE}"] = Measure(
-            f"{label}, mean of examples", over_examples, members, unit, better, name
-        )
-    return measures, scores
+    members, measures, means = range(len(lines)), dict[str, LabelledScores](), dict[str, LabelledScores]()
+    for name, (label, unit, better, _) in TOKEN_KINDS.items():
+        if all(name in each for each in values):
+            over_tokens = MetricScores.ratio_of([float(each[name].sum()) for each in values], sizes)
+            measures[name] = LabelledScores(label, over_tokens, members, unit, better)
+            over_examples = MetricScores.mean_of([each[name] for each in scores], name)
+            mean_label = f"{label}, mean of examples"
+            means[f"{name}{PER_EXAMPLE}"] = LabelledScores(mean_label, over_examples, members, unit, better, name)
+    return {**measures, **means}, scores
 
 
-def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, Measure]:
-    """Means over the examples that hold a pair.
+def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:
+    """Means over the examples that hold a pair of responses.
 
     Args:
-        scores: by the example's position, of `preference_scores`.
+        scores: the examples' `preference_scores`, by the example's position.
     """
-    members, measures = sorted(scores), dict[str, Measure]()
-    for branch, how in _PROMPTS.items():
-        for kind, (label, _, unit, better) in _PREFERENCES.items():
-            name = f"{kind}{branch_suffix(branch)}"
+    members, measures = sorted(scores), dict[str, LabelledScores]()
+    for branch, prompt in PROMPTS.items():
+        for kind, (label, unit, better, _) in PREFERENCE_KINDS.items():
+            name = measure_name(kind, branch)
             held = [index for index in members if name in scores[index]]
             if held:
                 mean = MetricScores.mean_of([scores[index][name] for index in held], name)
                 own = better if branch == "factual" else None
-                measures[name] = Measure(f"{label}, {how}", mean, held, unit, own, name)
+                measures[name] = LabelledScores(f"{label}, {prompt}", mean, held, unit, own, name)
     return measures
 
 
 def text_measures(
     names: Sequence[str],
-    branch: str,
+    branches: Sequence[str],
     references: Sequence[str],
-    texts: Mapping[int, str],
+    generated: Sequence[Mapping[str, str]],
     labels: Sequence[str] | None = None,
-) -> dict[str, Measure]:
-    """Measures of the texts generated from one prompt of each example.
+) -> dict[str, LabelledScores]:
+    """Measures of the generated texts, branch by branch.
 
     Args:
-        names: of measures that read texts.
-        branch: whose prompt it was.
-        references: the right texts, by the example's position.
-        texts: what was generated, by the example's position; not every example need have one.
-        labels: every answer there is, where the task has a list of them.
+        names: the names of metrics of texts.
+        branches: the branches whose prompts texts were generated from.
+        references: the right text of each example that texts were generated for.
+        generated: the texts of every example, by branch.
+        labels: every possible answer, if the task has a list of them.
     """
-    members, measures = sorted(texts), dict[str, Measure]()
-    found = compute(names, [references[index] for index in members], [texts[index] for index in members], labels=labels)
-    for kind, scores in found.items():
-        metric, name = METRICS[kind], f"{kind}{branch_suffix(branch)}"
-        label = f"{metric.label}, generated {_PROMPTS[branch]}"
-        better = metric.higher_is_better if branch == "factual" else None
-        own = None if scores.per_example is None else name
-        measures[name] = Measure(label, scores, members, metric.unit, better, own)
+    measures = dict[str, LabelledScores]()
+    for branch in branches:
+        members = [index for index, texts in enumerate(generated) if branch in texts]
+        right, texts = [references[index] for index in members], [generated[index][branch] for index in members]
+        for kind, scores in compute(names, right, texts, labels=labels).items():
+            metric, name = METRICS[kind], measure_name(kind, branch)
+            label = f"{metric.label}, generated {PROMPTS[branch]}"
+            better = metric.higher_is_better if branch == "factual" else None
+            own = None if scores.per_example is None else name
+            measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
     return measures

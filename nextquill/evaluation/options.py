@@ -1,4 +1,4 @@
-"""What an evaluation measures, and how; no model and no records in it."""
+"""The options of an evaluation: which measures it takes, and how. They hold neither a model nor records."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from typing import Any
 
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.evaluation.bootstrap import check_draws, check_integer
 from nextquill.evaluation.generation import GenerationOptions
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
 from nextquill.models import ATTENTIONS
 
-# Prompts at a time, where nobody says otherwise.
+# Prompts at a time by default.
 _GENERATED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured besides nll's and effects, which always are.
+    """Which measures are taken besides NLLs and effects, which always are, and how.
 
     Args:
-        task: name of a task of `nextquill.evaluation.TASKS`, which says what texts are scored in and what a record
+        task: name of a task in `nextquill.evaluation.tasks.TASKS`; it decides the metrics of texts and what a record
             needs.
-        metrics: of generated texts, instead of the task's.
-        generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; none
+        metrics: metrics of generated texts, instead of the task's.
+        generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; empty
             for no generation.
         max_new_tokens, temperature, top_p, engine: as in `GenerationOptions`.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
-        item_effects: measure what leaving out each history item does for the first so many records that have any.
-        seed: decides whose history is the placebo, what is sampled, and the draws of the intervals.
+        item_effects: measure the effect of each history item for the first so many records with a history.
+        seed: decides whose history is the placebo, the samples, and the draws of the intervals.
         resamples: draws of each interval.
         level: confidence level of the intervals.
         attention, max_tokens: as for `score_examples`.
         overwrite: delete an evaluation that the folder holds.
 
     Raises:
-        ArgumentError, ArgumentTypeError: a value that is none of these, or two that do not go together.
+        ArgumentError: a value is out of range, or two do not go together.
+        ArgumentTypeError: a value has the wrong type.
     """
 
     task: str = "text"
@@ -65,13 +67,11 @@ class EvaluationOptions:
         if self.metrics is not None:
             _check_names("metrics", self.metrics, METRICS)
         _check_name("attention", self.attention, ATTENTIONS)
-        for name, least in (("resamples", 1), ("item_effects", 0), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+        check_draws(self.level, self.resamples, self.seed)
+        check_integer("item_effects", self.item_effects, 0)
         for name in ("batch_size", "generate_limit", "max_tokens"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if not 0 < self.level < 1:
-            raise ArgumentError(f"level: expected a share between 0 and 1, got {self.level}")
+                check_integer(name, getattr(self, name), 1)
         if self.max_tokens is not None and self.attention == "padded":
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
@@ -85,23 +85,15 @@ class EvaluationOptions:
         return GenerationOptions(self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine)
 
     def text_metrics(self) -> tuple[str, ...]:
-        """The measures of generated texts: those asked for, or the task's."""
+        """The metrics of generated texts: those asked for, or the task's."""
         names = TASKS[self.task].metrics if self.metrics is None else self.metrics
         return tuple(name for name in names if METRICS[name].score is not None)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for one evaluation to go on with another's results, by name; JSON."""
+        """The settings that must agree for an evaluation to resume, by name; JSON."""
         values = dataclasses.asdict(self)
         values.pop("overwrite")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        expected = "a positive number" if least == 1 else f"at least {least}"
-        raise ArgumentError(f"{name}: expected {expected}, got {value}")
 
 
 def _check_names(argument: str, names: Any, known: Any) -> None:

@@ -1,9 +1,9 @@
-"""Tests that exchange what would be alike if there were no difference, and Holm's correction for several of them.
+"""Permutation tests of paired results, and Holm's correction for several of them.
 
 If two methods did not differ, it would not matter which of a user's two results is called a and which b. The p-value is
-the share of all such exchanges whose difference is at least as large as the one observed, of either sign:
+the share of all such exchanges whose difference, of either sign, is at least as large as the observed one:
 
-    exact        p = #{|T_π| ≥ |T|} / #π               every exchange, where there are few
+    exact        p = #{|T_π| ≥ |T|} / #π               every exchange, if there are few
     sampled      p = (1 + #{|T_π| ≥ |T|}) / (1 + R)     R random ones; the observed one counts, so p is never 0
 
 Sources: E. Pitman, Significance tests which may be applied to samples from any populations, 1937; B. Phipson and G.
@@ -20,7 +20,7 @@ import numpy as np
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.metrics.scores import Floats, finite_numbers
 
-#: Up to this many exchanges are all gone through: those of 12 users.
+#: Up to this many exchanges are all tried: those of 12 users.
 EXACT = 4096
 _BLOCK = 1 << 21
 
@@ -33,9 +33,9 @@ def sign_flip_p_value(
     For a mean it is the test that flips the sign of each user's difference.
 
     Args:
-        from_sums: f, the measure from statistics added up.
-        a, b: [users, columns].
-        resamples: exchanges drawn where there are more than `EXACT`.
+        from_sums: f, the measure as a function of summed statistics.
+        a, b: each user's statistics, [users, columns].
+        resamples: exchanges to draw if there are more than `EXACT`.
         rng: draws them.
     """
     users = len(a)
@@ -58,7 +58,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         p̃₍ᵢ₎ = max_{j ≤ i} min(1, (m − j + 1) p₍ⱼ₎)      p₍₁₎ ≤ … ≤ p₍ₘ₎
 
     Args:
-        p_values: of the comparisons that are looked at together.
+        p_values: the p-values of comparisons that are judged together.
 
     Returns:
         The adjusted values, in the order given.
@@ -81,6 +81,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _p_value(observed: float, exchanged: Floats, scale: float, exact: bool) -> float:
     sizes = np.abs(exchanged)
-    # The same sums in another order differ by rounding; a tie must not depend on that.
+    # The same sums in another order differ by rounding, which must not decide a tie.
     count = int((sizes >= abs(observed) - 1e-12 * max(scale, float(sizes.max()))).sum())
     return count / len(sizes) if exact else (1 + count) / (1 + len(sizes))

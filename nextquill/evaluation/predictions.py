@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.json_files import json_object
 
 #: The scorer compares ids as they are: "310" is not 310.
 Id = str | int
@@ -25,7 +26,7 @@ Id = str | int
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """What a file of predictions or of right answers holds.
+    """The content of a file of predictions or of right answers.
 
     Args:
         task: as the file names it.
@@ -39,23 +40,23 @@ class PredictionFile:
 def write_predictions(
     path: Path, task: Task | str, predictions: Iterable[tuple[Id, str]], *, ids: Sequence[Id] | None = None
 ) -> None:
-    """Write the file whole, or leave what was there.
+    """Write the file whole, or leave the one that was there.
 
     Args:
-        path: of the file; it is replaced.
+        path: the file, which is replaced.
         task: a task with such files, or the name to write.
         predictions: id and text of every example.
-        ids: those of all right answers, where known: each must have its prediction.
+        ids: the ids of all right answers, if known: each must have its prediction.
 
     Raises:
         ArgumentTypeError: an id or a text has the wrong type.
-        ArgumentError: an id comes twice, is missing or is not among `ids`; or the task has no such files.
+        ArgumentError: an id is given twice, is missing or is not among `ids`; or the task has no such files.
     """
     if isinstance(task, Task) and not task.file_names:
         raise ArgumentError(f"task: {task.name} has no prediction file of its own")
     outputs: dict[Id, str] = {}
     for k, (key, text) in enumerate(predictions):
-        if not isinstance(key, (str, int)) or isinstance(key, bool):
+        if not is_id(key):
             raise ArgumentTypeError(f"predictions[{k}]: expected a string or an integer as id, got {key!r}")
         if not isinstance(text, str):
             raise ArgumentTypeError(f"predictions[{k}]: expected a string as text, got {type(text).__name__}")
@@ -75,13 +76,8 @@ def read_predictions(path: Path) -> PredictionFile:
     Raises:
         RecordError: it cannot be read, does not have the form, or has an id twice; the message names file and entry.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecordError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("task"), str) or not isinstance(raw.get("golds"), list):
+    raw = json_object(path)
+    if not isinstance(raw.get("task"), str) or not isinstance(raw.get("golds"), list):
         raise RecordError(f"{path}: expected an object with a string 'task' and a list 'golds'")
     outputs: dict[Id, str] = {}
     for k, entry in enumerate(raw["golds"]):
@@ -93,15 +89,15 @@ def read_predictions(path: Path) -> PredictionFile:
 
 
 def score_predictions(predictions: Path, golds: Path, task: Task | None = None) -> dict[str, MetricScores]:
-    """The scores of a prediction file, in the measures of its task and in the order of the right answers.
+    """The scores of a prediction file, in its task's metrics and in the order of the right answers.
 
     Args:
         predictions, golds: the two files.
-        task: what to score it as, where that is not what the files call it.
+        task: the task to score it as, if it is not the one that the files name.
 
     Raises:
-        RecordError: a file is damaged, or they are of different tasks or ids.
-        ArgumentError: no task has the files' name, or a right answer is none of the task's.
+        RecordError: a file is damaged, or the files are of different tasks or ids.
+        ArgumentError: no task has the files' name, or a right answer is not one of the task's.
     """
     given, right = read_predictions(predictions), read_predictions(golds)
     if given.task != right.task:
@@ -115,6 +111,11 @@ def score_predictions(predictions: Path, golds: Path, task: Task | None = None) 
     return task.compute(references, [given.outputs[key] for key in right.outputs])
 
 
+def is_id(value: object) -> TypeGuard[Id]:
+    """Whether a value can be an example's id."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 def _entry(entry: Any, where: str) -> tuple[Id, str]:
     if not isinstance(entry, dict):
         raise RecordError(f"{where}: expected an object, got {type(entry).__name__}")
@@ -122,7 +123,7 @@ def _entry(entry: Any, where: str) -> tuple[Id, str]:
         if field not in entry:
             raise RecordError(f"{where}: field {field!r} is missing")
     key, text = entry["id"], entry["output"]
-    if not isinstance(key, (str, int)) or isinstance(key, bool):
+    if not is_id(key):
         raise RecordError(f"{where}: field 'id': expected a string or an integer, got {type(key).__name__}")
     # A rating may have been written as a number; LaMP's scorer turns it into a string as well.
     if not isinstance(text, (str, int, float)) or isinstance(text, bool):

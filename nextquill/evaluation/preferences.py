@@ -1,10 +1,10 @@
-"""Does the model prefer what the user chose to what the user rejected, and does the history make it?
+"""Whether the model prefers the response that the user chose to the rejected one, and whether the history decides it.
 
     margin = log p(chosen | prompt) - log p(rejected | prompt)                     (nats)
 
-A longer response has a smaller probability whatever it says, so the margin is reported as it is, which is what DPO's
-loss is made of, and per token, log p / tokens of each. Every prompt is tried: with the user's history, without, and
-with another user's. Both responses under all of them share what they can of one forward.
+A longer response has a smaller probability whatever it says. So the margin is reported twice: as it is, as in DPO's
+loss, and per token, from log p / tokens of each response. It is measured under every prompt: with the user's history,
+without, and with another user's. Both responses under all prompts share their common parts in one forward.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from nextquill.data import Branch, ExampleEncoder, Record
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError
+from nextquill.evaluation.measure_names import measure_name
 from nextquill.evaluation.scoring import BranchScorer
 
 PAIR = ("chosen", "rejected")
@@ -39,17 +40,18 @@ def has_pair(record: Record, index: int) -> bool:
     """Whether a record holds two responses to compare.
 
     Raises:
-        RecordError: it holds one of them only, or something that is no text.
+        RecordError: it holds only one of them, or something that is not a text.
     """
     given = [name for name in PAIR if record.extra.get(name) is not None]
     for name in given:
         value = record.extra[name]
         if not isinstance(value, str) or not value.strip():
             what = "a blank string" if isinstance(value, str) else type(value).__name__
-            raise RecordError(f"record {index}: field '{name}': expected some text, got {what}")
+            raise RecordError(f"record {index}: field '{name}': expected some text, got {what}", argument="records")
     if len(given) == 1:
         missing = next(name for name in PAIR if name not in given)
-        raise RecordError(f"record {index}: field '{missing}': expected it beside '{given[0]}', got none")
+        problem = f"expected it beside '{given[0]}', got none"
+        raise RecordError(f"record {index}: field '{missing}': {problem}", argument="records")
     return bool(given)
 
 
@@ -112,11 +114,10 @@ def preference_scores(scorer: BranchScorer, pair: PreferencePair) -> dict[str, f
     result = dict[str, float]()
     for name in pair.branches:
         chosen, rejected = next(nll).double(), next(nll).double()
-        suffix = "" if name == "factual" else f"_{name}"
         for kind, margin in (("", rejected.sum() - chosen.sum()), ("_per_token", rejected.mean() - chosen.mean())):
             value = round(float(margin), 6) + 0.0
-            result[f"preference_margin{kind}{suffix}"] = value
-            result[f"preference_accuracy{kind}{suffix}"] = 0.5 if value == 0 else float(value > 0)
+            result[measure_name(f"preference_margin{kind}", name)] = value
+            result[measure_name(f"preference_accuracy{kind}", name)] = 0.5 if value == 0 else float(value > 0)
     return result
 
 

@@ -1,12 +1,11 @@
-"""What an evaluation's folder holds, as values that go to JSON and back.
+"""The files of an evaluation's folder, as values that go to JSON and back.
 
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
-    examples.jsonl       an `EvaluatedExample` a line, in the records' order
-    effects.jsonl        every response token's effect, the lines of `nextquill score`
-    item_effects.jsonl   an `ItemEffects` a line, for the examples it was measured for
+    examples.jsonl       one `EvaluatedExample` a line, in the records' order
+    effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
-Whoever compares two evaluations needs the scores of each example, and whether the two saw the same ones: `records` is a
-digest of what was evaluated.
+Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nextquill.errors import RecordError
+from nextquill.storage.json_files import json_object, json_objects
 
+#: The folder of an evaluation within that of its run.
+EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "evaluation.json"
 EXAMPLES_FILE = "examples.jsonl"
 EFFECTS_FILE = "effects.jsonl"
@@ -32,12 +34,12 @@ class MetricValue:
     """One measure over all examples.
 
     Args:
-        label: what it is called in tables.
+        label: its name in tables.
         value: over all examples.
-        low, high: its bootstrap interval, or None where there is none, as for a count.
+        low, high: its bootstrap interval, or None without one, as for a count.
         unit: such as "nats per token"; empty for shares and scores.
-        higher_is_better: None where neither is, as for an effect.
-        per_example: the name of the examples' score it is the mean of, or None where it is no mean of scores.
+        higher_is_better: None where neither direction is better, as for an effect.
+        per_example: the examples' score that the measure is the mean of, by name; None for another kind of measure.
     """
 
     label: str
@@ -51,16 +53,16 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated, and what came out.
+    """What was evaluated, and the measures.
 
     Args:
         model: the model's name or folder as given.
         records: digest of the evaluated records, in their order.
-        num_examples: how many there were.
+        num_examples: the number of records.
         task: name of a task of `tasks.py`, or None.
         level: confidence level of the intervals.
         settings: prompt settings and generation options.
-        metrics: by name, in the order they are shown.
+        metrics: the measures by name, in the order in which tables show them.
     """
 
     model: str
@@ -71,21 +73,27 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, MetricValue] = field(default_factory=dict)
 
+    @property
+    def template(self) -> Mapping[str, Any]:
+        """The settings of the prompts' template; empty where they are unknown."""
+        return self.settings.get("template") or {}
+
     def to_json(self) -> str:
+        """Return the text of its file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class EvaluatedExample:
-    """One record, what was generated for it, and its scores.
+    """One record, the texts generated for it, and its scores.
 
     Args:
         index: the record's position.
         user_id, query, response: the record's own.
-        history_kept, history_total: items in the prompt, and in the record.
+        history_kept, history_total: the number of history items in the prompt, and in the record.
         generated: generated texts by branch: "factual", "counterfactual" and "placebo", as far as they were asked for.
-        scores: by name; `nll_*` and effects are means over the response's tokens, `tokens` is their number. Scores of
-            generated texts carry their branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
+        scores: scores by name; NLLs and effects are means over the response's tokens, `tokens` is their number. The
+            names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
     """
 
     index: int
@@ -98,12 +106,13 @@ class EvaluatedExample:
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return its line of the file, as JSON holds it."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class ItemEffects:
-    """Which item of the history a response depends on: what leaving each one out does to every token.
+    """Which items of the history a response depends on: what leaving each one out does to every token.
 
     Args:
         index: the record's position.
@@ -118,6 +127,7 @@ class ItemEffects:
     tokens: Sequence[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return its line of the file, as JSON holds it."""
         return dataclasses.asdict(self)
 
 
@@ -128,12 +138,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         RecordError: there is none, or it is damaged.
     """
     path = folder / EVALUATION_FILE
+    raw = json_object(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         metrics = {name: MetricValue(**value) for name, value in raw.pop("metrics").items()}
         return Evaluation(**raw, metrics=metrics)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecordError(f"{path}: not an evaluation: {error}") from error
 
@@ -144,45 +152,82 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
     Raises:
         RecordError: the file is missing, or a line of it is damaged.
     """
-    return [_built(EvaluatedExample, raw, where) for where, raw in json_objects(folder / EXAMPLES_FILE)]
+    examples = dict[int, EvaluatedExample]()
+    for where, raw in json_objects(folder / EXAMPLES_FILE):
+        example = _built(EvaluatedExample, raw, where)
+        if line_index(raw, where) in examples:
+            raise RecordError(f"{where}: field 'index': expected each index once, got {example.index} again")
+        for name in ("user_id", "query", "response"):
+            if not isinstance(raw[name], str):
+                raise RecordError(f"{where}: field '{name}': expected a string")
+        for name, kind, what in (("generated", str, "texts"), ("scores", (int, float, type(None)), "numbers")):
+            values = getattr(example, name)
+            if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
+                raise RecordError(f"{where}: field '{name}': expected an object of {what}")
+        examples[example.index] = example
+    return list(examples.values())
 
 
 def read_item_effects(folder: Path) -> list[ItemEffects]:
-    """The item effects of an evaluation's folder; none where the file is not there.
+    """The item effects of an evaluation's folder; an empty list where the file is missing.
 
     Raises:
         RecordError: a line is damaged.
     """
     path = folder / ITEM_EFFECTS_FILE
-    if not path.is_file():
-        return []
-    return [_built(ItemEffects, raw, where) for where, raw in json_objects(path)]
+    return [_item_effects(raw, where) for where, raw in json_objects(path)] if path.is_file() else []
 
 
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line of a JSONL file stands, and its object.
+def line_index(raw: Mapping[str, Any], where: str) -> int:
+    """The record's position that a line of JSON names.
 
     Raises:
-        RecordError: the file cannot be read, or a line is no JSON object.
+        RecordError: it names none.
     """
-    try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                where = f"{path} line {number}"
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise RecordError(f"{where}: not valid JSON: {error}") from error
-                if not isinstance(value, dict):
-                    raise RecordError(f"{where}: expected an object, got {type(value).__name__}")
-                yield where, value
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+    index = raw.get("index")
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise RecordError(f"{where}: field 'index': expected an integer, got {index!r}")
+    return index
+
+
+def line_tokens(raw: Mapping[str, Any], where: str) -> list[str]:
+    """The response's tokens as text that a line of JSON holds.
+
+    Raises:
+        RecordError: it holds something else.
+    """
+    texts = raw.get("tokens")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RecordError(f"{where}: field 'tokens': expected a list of strings")
+    return texts
+
+
+def are_numbers(values: Any, count: int) -> bool:
+    """Whether a value from JSON is a list of `count` numbers."""
+    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None for what JSON has no number for."""
+    """The value, or None if it is not finite, for which JSON has no number."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
+    line: ItemEffects = _built(ItemEffects, raw, where)
+    line_index(raw, where)
+    count = len(line_tokens(raw, where))
+    if not isinstance(line.items, list) or not all(isinstance(item, dict) for item in line.items):
+        raise RecordError(f"{where}: field 'items': expected a list of objects")
+    if not isinstance(line.effects, list) or len(line.effects) != len(line.items):
+        raise RecordError(f"{where}: field 'effects': expected a list for each of {len(line.items)} items")
+    if not all(are_numbers(row, count) for row in line.effects):
+        raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
+    return line
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:

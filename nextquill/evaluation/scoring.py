@@ -1,7 +1,7 @@
-"""Scoring a data set without gradient: every supervised token's nll with, without and under another user's history.
+"""Scores a data set without gradient: every response token's nll with, without and under another user's history.
 
-Records are taken user by user, so that a forward's tree holds a user's history once. What is computed together follows
-from the examples and the options alone: a run that is cut short goes on with the same forwards, and the same figures.
+Records are taken user by user, so that a forward's tree holds a user's history once. The examples and the options alone
+decide which records are computed together, so an interrupted run resumes with the same forwards and the same figures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nextquill.models.branch_passes import PairPasses
 from nextquill.models.probe import in_eval_mode
 from nextquill.tree import build_prefix_tree
 
-#: Tokens of one forward over trees, where nobody says otherwise. A CPU is no faster with more than some thousands (a
-#: fifth slower with 16384, at D=256), and a whole mask costs their square.
+#: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
+#: slower, at D=256), and a whole mask costs their square.
 DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
 # Records at a time: those that trees are packed from, and padded ones, of which each is a row.
 _PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
@@ -38,8 +38,8 @@ class ExampleScores:
     Attributes:
         example: what was scored.
         token_ids: the response's tokens, with what ends it.
-        nll_factual, nll_counterfactual: nll with and without the user's history.
-        nll_placebo: nll under another user's history, or None.
+        nll_factual, nll_counterfactual: [tokens], nll with and without the user's history.
+        nll_placebo: [tokens], nll under another user's history, or None.
     """
 
     example: EncodedExample
@@ -50,10 +50,12 @@ class ExampleScores:
 
     @property
     def effect_logprob(self) -> Tensor:
+        """log p(token | history) - log p(token), [tokens], in nats."""
         return self.nll_counterfactual - self.nll_factual
 
     @property
     def effect_prob(self) -> Tensor:
+        """p(token | history) - p(token), [tokens], in [-1, 1]."""
         return (-self.nll_factual).exp() - (-self.nll_counterfactual).exp()
 
 
@@ -174,13 +176,17 @@ class BranchScorer:
 
 
 def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
-    """The nll of each branch's response; `BranchScorer` for one call. `options` are its `attention`, `max_tokens`."""
+    """The nll of each branch's response: `BranchScorer` for one call. `options` are its `attention`, `max_tokens`.
+
+    Returns:
+        For each branch [tokens] on the CPU in nats, float32 or the model's own float64.
+    """
     with BranchScorer(model, pad_token_id, **options) as scorer:
         return scorer(branches)
 
 
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
-    """One record's scores as JSON: tokens, nll's (nats) and effects, rounded to six decimals."""
+    """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals."""
     result = {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
@@ -198,7 +204,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """Values as numbers of six decimals."""
+    """The `values`, floating [n], as numbers of six decimals."""
     return [round(value, 6) for value in values.tolist()]
 
 
@@ -209,7 +215,7 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def usual_max_tokens(model: Any, attention: str) -> int:
-    """Tokens of one forward over trees, where nobody says otherwise."""
+    """Tokens of one forward over trees by default."""
     small = next(model.parameters()).device.type == "cpu" or attention == "mask"
     return DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
 

@@ -1,4 +1,4 @@
-"""The public tasks: which measures each is reported in, and what a right answer looks like there."""
+"""The public tasks: the metrics that each is reported in, and the form of its right answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Task:
 
     Args:
         name: its key in `TASKS`.
-        label: what it is called in tables.
-        metrics: names of the measures it is reported in.
-        answer: what a reference is: free text, one of `labels`, a rating as text, or a pair of responses of which a
-            model scores both and writes neither.
-        labels: every answer there is, for a task of labels.
-        file_names: what its prediction files call it; the first is what is written. None for a task without such files.
-        source: where that is laid down.
+        label: its name in tables.
+        metrics: names of the metrics it is reported in.
+        answer: the form of a reference: free text, one of `labels`, a rating as text, or a pair of responses, which a
+            model scores and does not write.
+        labels: every possible answer, for a task of labels.
+        file_names: its names in prediction files, the first for writing; empty for a task without such files.
+        source: the paper and code that define the task.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Task:
 
     @property
     def generates(self) -> bool:
-        """Whether a model writes answers that are then compared with references."""
+        """Whether a model writes answers, which are compared with references."""
         return self.answer != "pair"
 
     def read_reference(self, response: str, where: str) -> str:
-        """The reference that a record's response is: without the white space round a label or rating, else as it is.
+        """A record's response as a reference: labels and ratings without surrounding white space, texts unchanged.
 
         Args:
-            response: of the record.
-            where: what an error calls the record.
+            response: the record's response.
+            where: the record's name in an error.
 
         Raises:
-            ArgumentError: it is no label of the task, or no rating.
+            ArgumentError: the response is not a label of the task, or not a rating.
         """
         expected = None
         if self.answer == "label" and response.strip() not in (self.labels or ()):
@@ -63,10 +63,10 @@ class Task:
     def compute(
         self, references: Sequence[Reference], predictions: Sequence[str], metrics: Sequence[str] | None = None
     ) -> dict[str, MetricScores]:
-        """Scores of the predictions in the task's measures, or in those named instead; see `metrics.compute`.
+        """Scores of the predictions in the task's metrics, or in those named instead; see `metrics.compute`.
 
         Raises:
-            ArgumentError: as of `metrics.compute`; or the task's model writes no answers.
+            ArgumentError: as in `metrics.compute`; or models write no answers in this task.
         """
         if not self.generates and metrics is None:
             raise ArgumentError(f"task: {self.name} is measured by the scores of pairs, not by texts")
@@ -89,14 +89,14 @@ _LONGLAMP = "LongLaMP, arXiv 2407.11016; README.md of github.com/LongLaMP-benchm
 _TASKS = (
     Task("lamp_1", "LaMP-1: citation", _LABELS, "label", ("[1]", "[2]"), ("LaMP_1",), _LAMP),
     Task("lamp_2", "LaMP-2: movie tag", _LABELS, "label", _MOVIE_TAGS, ("LaMP_2", "LaMP_2M"), _LAMP),
-    # The benchmark's first release had news in place of movies, under the same name.
+    # The benchmark's first release had news instead of movies, under the same name.
     Task("lamp_2_news", "LaMP-2: news category", _LABELS, "label", _NEWS_CATEGORIES, ("LaMP_2", "LaMP_2N"), _LAMP),
     Task("lamp_3", "LaMP-3: product rating", ("mae", "rmse"), "rating", None, ("LaMP_3",), _LAMP),
     Task("lamp_4", "LaMP-4: news headline", _ROUGE, file_names=("LaMP_4",), source=_LAMP),
     Task("lamp_5", "LaMP-5: scholarly title", _ROUGE, file_names=("LaMP_5",), source=_LAMP),
     Task("lamp_6", "LaMP-6: email subject", _ROUGE, file_names=("LaMP_6",), source=_LAMP),
     Task("lamp_7", "LaMP-7: tweet paraphrase", _ROUGE, file_names=("LaMP_7",), source=_LAMP),
-    # The hub's names: LongLaMP's evaluation scripts, and the names they expect, were never released.
+    # Names on the hub; LongLaMP's evaluation scripts, and the names they expect, were never released.
     Task("longlamp_abstract", "LongLaMP: abstract", _LONG, file_names=("abstract_generation",), source=_LONGLAMP),
     Task("longlamp_review", "LongLaMP: product review", _LONG, file_names=("product_review",), source=_LONGLAMP),
     Task("longlamp_topic", "LongLaMP: topic writing", _LONG, file_names=("topic_writing",), source=_LONGLAMP),
@@ -119,7 +119,7 @@ def task_named(name: str) -> Task:
 
 
 def task_of_file(name: str) -> Task:
-    """The task that a prediction file calls by that name; "LaMP_2" is the movie tags of the current release.
+    """The task that has that name in prediction files; "LaMP_2" is the movie tags of the current release.
 
     Raises:
         ArgumentError: there is none.

@@ -43,7 +43,13 @@ Part = Mapping[str, Any]
 
 
 class PartScores(NamedTuple):
-    """What an evaluation of a part leaves: the loss's output over its labels [n], and the placebo's nll or None."""
+    """What an evaluation of a part with n labels leaves.
+
+    Attributes:
+        output: the loss's output over the labels.
+        placebo_nll: float32 (float64 for a model in float64) [n], nats, under another user's history; or None.
+        sequence_ids: int64 [n], each label's example in the batch.
+    """
 
     output: PreferenceLossOutput
     placebo_nll: Tensor | None
@@ -139,8 +145,12 @@ class PairPasses:
 
         Args:
             batch: of `self.collator`.
-            num_items: what the reduction divides by; by default `count_items(batch)`. See `PairLoss.forward`.
+            num_items: what the reduction divides by, a number or a scalar; by default `count_items(batch)`. See
+                `PairLoss.forward`.
             call: the model in its DDP or FSDP wrapper.
+
+        Returns:
+            The loss, a scalar in nats, float32 (float64 for a model in float64), and one output per part.
         """
         items = self.count_items(batch) if num_items is None else num_items
         results = [self.part_loss(part, items, call) for part in batch["parts"]]
@@ -161,7 +171,7 @@ class PairPasses:
             backward: what is called with each part's loss, such as `accelerator.backward`.
 
         Returns:
-            The loss, without gradient.
+            The loss without gradient, a scalar of the dtype that `training_loss` returns.
         """
         items = self.count_items(batch) if num_items is None else num_items
         losses = []
@@ -198,8 +208,11 @@ class PairPasses:
 
         Args:
             part: with one forward, of a collator with `FACTUAL`.
-            token_weights: float [n], one a label, of either sign; constants.
+            token_weights: floating [n], one a label, of either sign; constants.
             call: the model in its DDP or FSDP wrapper.
+
+        Returns:
+            A float32 scalar (float64 for a model in float64), in nats times weight.
         """
         (forward,) = part["forwards"]
 

@@ -32,14 +32,23 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HeadState:
-    """What a head function sees: hidden states [B, T, D] and the effective weight [V, D] and bias [V] or None."""
+    """What a head function sees.
+
+    Attributes:
+        hidden_states: [B, T, D], what reaches the head, in the dtype of the model's forward.
+        weight: [V, D], the effective weight, in that dtype or a wider one.
+        bias: [V], in the weight's dtype, or None.
+    """
 
     hidden_states: Tensor
     weight: Tensor
     bias: Tensor | None
 
     def select(self, positions: Tensor) -> Tensor:
-        """Rows [n, D] of the flattened hidden states, in the weight's dtype unless autocast chooses it."""
+        """Rows [n, D] of the flattened hidden states at `positions` (int64 [n]), in the weight's dtype.
+
+        Under autocast they stay in their own dtype, which autocast then chooses.
+        """
         # Indexing, unlike index_select, has a backward without atomics on a GPU; branches may share a row.
         rows = self.hidden_states.flatten(0, 1)[positions]
         return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(self.weight.dtype)
@@ -85,7 +94,7 @@ class LossInHead:
             )
 
     def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
-        """Run the model on `inputs` and return the scalar that `function` computed in its head.
+        """Run the model on `inputs` and return the scalar, of any floating dtype, that `function` computed in its head.
 
         Args:
             function: maps `HeadState` to a scalar.
@@ -145,8 +154,8 @@ def find_head(model: Any) -> Any:
 def effective_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     """The weight and bias a head computes with, LoRA adapters included, differentiable in all of them.
 
-    W + Σ scaling · B A over the active adapters, in the widest dtype among them, so that a small adapter is not rounded
-    away by a half-precision base.
+    W + Σ scaling · B A over the active adapters, [V, D], in the widest dtype among them, so that a small adapter is not
+    rounded away by a half-precision base; the bias [V] in the same dtype, or None.
     """
     base = _base_layer(head)
     weight, bias = base.weight, base.bias

@@ -28,6 +28,7 @@ class PromptSettings:
     max_response_length: int | None = None
 
     def to_json(self) -> str:
+        """Return the text of the settings' file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 

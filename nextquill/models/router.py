@@ -69,7 +69,7 @@ class RouterLoss:
             self._logits = []
 
     def value(self, forward: Mapping[str, Any]) -> Tensor:
-        """The loss over what was recorded, to be called before the block ends; a float32 scalar.
+        """The loss over what was recorded, to be called before the block ends; a float32 scalar without a unit.
 
         Args:
             forward: of a batch; `multiplicity` or `attention_mask` says how many branches hold each token.

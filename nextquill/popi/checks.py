@@ -45,7 +45,7 @@ def check_args(args: TrainingArguments) -> None:
     check_arguments(args)
     for name, reason in _REFUSED.items():
         if getattr(args, name, None) not in (None, False, [], ""):
-            raise ArgumentError(f"args: {name} is not supported by POPITrainer: {reason}")
+            raise ArgumentError(f"args.{name}: not supported by POPITrainer: {reason}")
 
 
 def check_given_roles(roles: Roles, config: POPIConfig, others: dict[str, Any]) -> None:
@@ -87,11 +87,11 @@ def check_batches(args: TrainingArguments, users: int) -> None:
     """Raise ArgumentError where all users together are no batch."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and users < batch:
-        raise ArgumentError(f"args: dataloader_drop_last=True leaves no batch of {batch}, there are {users} users")
+        raise ArgumentError(f"args.dataloader_drop_last: True leaves no batch of {batch}, there are {users} users")
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Raise CheckpointError where a checkpoint lacks the optimiser's state, which would begin anew unsaid."""
+    """Raise CheckpointError where a checkpoint lacks the optimiser's state, which would be reset without a warning."""
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).is_file():
             raise CheckpointError(

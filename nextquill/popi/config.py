@@ -22,7 +22,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class POPIConfig:
-    """Settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
+    """POPI: settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
 
     Every field says what it is in its metadata, which is also the command line's help.
 
@@ -33,27 +33,27 @@ class POPIConfig:
     objective: str = _setting("dpo", "Preference loss of the generator: dpo or ipo.")
     beta: float = _setting(0.1, "β of DPO, τ of IPO.")
     reference_sees_summary: bool = _setting(
-        False, "Give the reference the summary too; without, a log-ratio holds the summary's causal effect."
+        False, "Give the reference the summary too. Without it, a log-ratio contains the summary's causal effect."
     )
     estimator: str = _setting("rloo", "Advantages within a group of summaries: rloo, grpo, or reinforce without any.")
-    group_size: int = _setting(4, "Summaries sampled for a user in a step.")
-    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over, none of them a signal.")
-    signals_per_user: int = _setting(8, "Most signals of a user that the inference model is shown.")
-    kl_coef: float = _setting(0.01, "Reward taken off for each nat of log φ(s) - log φ_initial(s).")
-    length_penalty: float = _setting(0.0, "Reward taken off for each token of a summary.")
-    unfinished_penalty: float = _setting(0.5, "Reward taken off where a summary did not end within its budget.")
-    max_summary_tokens: int = _setting(64, "Longest summary that is sampled.")
-    max_signal_tokens: int = _setting(2048, "Longest prompt of the inference model; the oldest signals are left out.")
-    max_length: int = _setting(2048, "Longest prompt and response of the generator.")
-    temperature: float = _setting(1.0, "Of sampling summaries; the gradient is that of the tempered distribution.")
+    group_size: int = _setting(4, "Summaries sampled per user and step.")
+    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over; none is a signal.")
+    signals_per_user: int = _setting(8, "Most signals of a user that the inference model reads.")
+    kl_coef: float = _setting(0.01, "Penalty on the reward for each nat of log φ(s) - log φ_initial(s).")
+    length_penalty: float = _setting(0.0, "Penalty on the reward for each token of a summary.")
+    unfinished_penalty: float = _setting(0.5, "Penalty on the reward for a summary that did not end within its budget.")
+    max_summary_tokens: int = _setting(64, "Most tokens of a sampled summary.")
+    max_signal_tokens: int = _setting(2048, "Most tokens of the inference model's prompt; oldest signals are left out.")
+    max_length: int = _setting(2048, "Most tokens of the generator's prompt and response.")
+    temperature: float = _setting(1.0, "Sampling temperature; the gradient is that of the tempered distribution.")
     update: str = _setting("joint", "joint: both models in every step; alternate: one after the other.")
     alternate_every: int = _setting(1, "Steps of one model before those of the other, the generator first.")
-    freeze_inference: bool = _setting(False, "Train the generator alone.")
-    freeze_generator: bool = _setting(False, "Train the inference model alone, for a generator as it is.")
-    warm_start_steps: int = _setting(0, "First steps in which the inference model is trained on summaries.")
-    warm_start: str = _setting("self", "given: on the users' own field `summary`; self: on each group's best.")
-    rollouts: str = _setting("hf", "What samples summaries: hf, the model's own generate, or vllm beside it.")
-    rollout_batch_size: int = _setting(32, "Summaries that are sampled side by side.")
+    freeze_inference: bool = _setting(False, "Train only the generator.")
+    freeze_generator: bool = _setting(False, "Train only the inference model, for a fixed generator.")
+    warm_start_steps: int = _setting(0, "Number of first steps that train the inference model on summaries.")
+    warm_start: str = _setting("self", "given: on the users' field `summary`; self: on the best summary of each group.")
+    rollouts: str = _setting("hf", "Sample summaries with transformers (hf) or with vllm.")
+    rollout_batch_size: int = _setting(32, "Summaries that are sampled at once.")
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -47,8 +47,11 @@ def advantages(rewards: Tensor, estimator: str = "rloo") -> Advantages:
     A reward that is no finite number takes no part: its weight is 0, and the others' baselines are made without it.
 
     Args:
-        rewards: [groups, K].
+        rewards: floating [groups, K], of any unit.
         estimator: "rloo", "grpo" or "reinforce".
+
+    Returns:
+        The weights, float64 [groups, K] in the unit of the rewards (without a unit for "grpo"), and what was wrong.
 
     Raises:
         ArgumentError: another estimator, or groups of one where a baseline is made of the others.

@@ -34,7 +34,7 @@ class ContextMeasures:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PairMeasures:
     """One generator on the pairs of some users.
 
     Args:
@@ -72,7 +72,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class PairEvaluation:
     """What `nextquill popi evaluate` found.
 
     Args:
@@ -85,8 +85,8 @@ class Evaluation:
     """
 
     model: str
-    generator: Measured
-    transfer: Mapping[str, Measured] = field(default_factory=dict)
+    generator: PairMeasures
+    transfer: Mapping[str, PairMeasures] = field(default_factory=dict)
     empty_summaries: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Evaluation:
 
 def measure(
     scores: Mapping[str, Sequence[PairScore]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Measured:
+) -> PairMeasures:
     """The measures of `score_pairs`' scores.
 
     Args:
@@ -137,7 +137,7 @@ def measure(
         for other in (BASELINES if "summary" in scores else ())
         if other in scores
     }
-    return Measured(len(users), len(set(users)), contexts, differences, _token_ratio(contexts))
+    return PairMeasures(len(users), len(set(users)), contexts, differences, _token_ratio(contexts))
 
 
 def _token_ratio(contexts: Mapping[str, ContextMeasures]) -> float | None:

@@ -44,10 +44,13 @@ KINDS = ("dpo", "ipo")
 
 
 class PairLosses(NamedTuple):
-    """Of each pair: loss, margin r (nats), and the loss's derivatives by the log-probabilities of y⁺ and y⁻.
+    """Each pair's loss, and what a forward with gradient needs of it. All float64 [pairs].
 
-    All float64 [pairs]. The two derivatives are what the log-probabilities of the responses are weighted with in a
-    forward with gradient, token by token: dL/dlog π(y) is the same for all tokens of y.
+    Attributes:
+        loss: [pairs], L; no unit.
+        margin: [pairs], r in nats.
+        chosen_slope, rejected_slope: [pairs], dL/dlog π of y⁺ and y⁻, per nat: what the log-probability of each of the
+            response's tokens is weighted with.
     """
 
     loss: Tensor
@@ -89,9 +92,9 @@ class PreferenceLoss:
         """The loss of each pair.
 
         Args:
-            policy: [pairs, 2], log π_θ(y⁺|x,s) and log π_θ(y⁻|x,s), sums over tokens in nats.
+            policy: floating [pairs, 2], log π_θ(y⁺|x,s) and log π_θ(y⁻|x,s), sums over tokens in nats.
             reference: [pairs, 2], the same of the reference.
-            lengths: [pairs, 2], tokens of y⁺ and y⁻.
+            lengths: integers [pairs, 2], tokens of y⁺ and y⁻.
         """
         scale = 1 / lengths.double() if self.averages else torch.ones_like(lengths, dtype=torch.float64)
         with torch.enable_grad():
@@ -108,7 +111,14 @@ class PreferenceLoss:
         return (margin - 1 / (2 * self.beta)).square()
 
     def log_choice(self, margin: Tensor) -> Tensor:
-        """log q(y⁺ ≻ y⁻) = log σ(β r), the Bradley-Terry probability of the user's choice; for IPO a reading of r."""
+        """log q(y⁺ ≻ y⁻) = log σ(β r), the Bradley-Terry probability of the user's choice; for IPO a reading of r.
+
+        Args:
+            margin: floating, any shape, r in nats.
+
+        Returns:
+            float64, in the shape of `margin`, in nats.
+        """
         return logsigmoid(self.beta * margin.double())
 
 
@@ -121,8 +131,11 @@ def informativeness(own: Tensor, others: Tensor) -> Tensor:
     summaries lead to the same choice. If q is the truth its mean is at least 0 and at most log(1 + number of others).
 
     Args:
-        own: [pairs], log q under a summary of the user's own.
-        others: [pairs, others], log q under summaries of other users.
+        own: floating [pairs], log q under a summary of the user's own, in nats.
+        others: floating [pairs, others], log q under summaries of other users, in nats.
+
+    Returns:
+        A float64 scalar, in nats per pair.
     """
     every = torch.cat((own[:, None], others), dim=1).double()
     mixture = every.logsumexp(1) - math.log(every.shape[1])
@@ -139,7 +152,7 @@ def generator_error(log_choice: Tensor) -> Tensor:
     use.
 
     Args:
-        log_choice: [pairs], log q of the user's choice.
+        log_choice: floating [pairs], log q of the user's choice, in nats.
     """
     log_q = log_choice.double().clamp(max=0)
     q = log_q.exp()

@@ -69,6 +69,7 @@ class BranchPasses:
 
     @property
     def temperature(self) -> float:
+        """What logits are divided by."""
         return self._temperature
 
     @temperature.setter
@@ -93,7 +94,7 @@ class BranchPasses:
 
         Args:
             branches: any number.
-            weights: one per branch; what each -log p(response | prompt) is multiplied with.
+            weights: floating [branches], or numbers; what each -log p(response | prompt), in nats, is multiplied with.
         """
         values = torch.as_tensor(weights, dtype=torch.float64)
         kept = values.nonzero().squeeze(1)
@@ -111,7 +112,7 @@ class BranchPasses:
         return parts
 
     def loss(self, part: dict[str, Any]) -> Tensor:
-        """Σ weight · -log p(response | prompt) over a part's branches, with its gradient."""
+        """Σ weight · -log p(response | prompt) over a part's branches, a scalar with gradient, float32 or float64."""
         part = to_device(part, next(self.model.parameters()).device)
         return self._passes.weighted_nll(part, part["token_weights"])
 

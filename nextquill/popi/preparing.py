@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nextquill.data import load_records
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.models.limits import check_vocabulary
 from nextquill.popi.checks import check_given_roles
 from nextquill.popi.config import POPIConfig
@@ -81,10 +81,8 @@ def usable_users(name: str, given: Any, config: POPIConfig, prompts: GeneratorPr
     found = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else None
     if found is None or not all(isinstance(each, User) for each in found):
         found = users_from_records(load_records(given))
-    try:
+    with naming(name):
         counts = check_users(found, num_pairs=1, num_signals=config.signals_per_user)
-    except (RecordError, ArgumentError) as error:
-        raise type(error)(f"{name}: {error}") from error
     if counts.skipped:
         warnings.warn(f"{name}: {counts}", UserWarning, stacklevel=4)
     for user in counts.users:

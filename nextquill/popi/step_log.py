@@ -14,7 +14,7 @@ from nextquill.popi.rollouts import Sample
 from nextquill.popi.users import Draw
 
 
-class Scored(NamedTuple):
+class LossesByUser(NamedTuple):
     """Per user the losses of its pairs, summary by summary, and those under another user's summary or None."""
 
     losses: list[PairLosses]
@@ -23,7 +23,7 @@ class Scored(NamedTuple):
 
 def split_by_user(
     losses: PairLosses, draws: Sequence[Draw], groups: Sequence[Sequence[object]], others: Sequence[int | None]
-) -> Scored:
+) -> LossesByUser:
     """Losses in the order of users, each with its own summaries and then another's, user by user."""
     own, swapped, start = list[PairLosses](), list[PairLosses | None](), 0
     for each, group, other in zip(draws, groups, others, strict=True):
@@ -36,14 +36,14 @@ def split_by_user(
         stop = start + len(each.pairs)
         swapped.append(PairLosses(*(values[start:stop] for values in losses)))
         start = stop
-    return Scored(own, swapped)
+    return LossesByUser(own, swapped)
 
 
 def sums_of(
     loss: PreferenceLoss,
     draws: Sequence[Draw],
     groups: Sequence[Sequence[Sample]],
-    scored: Scored,
+    scored: LossesByUser,
     rewards: Tensor,
     kl: Tensor | None,
     equal: int,
@@ -97,12 +97,12 @@ def sums_of(
 
 
 def sum_of_finite(values: Tensor) -> tuple[float, float]:
-    """The sum of the finite values, and how many they are."""
+    """The sum of the finite `values` (floating, any shape), and how many there are."""
     finite = values[values.isfinite()]
     return float(finite.sum()), float(finite.numel())
 
 
 def mean_of_finite(values: Tensor) -> float:
-    """The mean of the finite values; 0 of none."""
+    """The mean of the finite `values` (floating, any shape); 0 where there are none."""
     total, count = sum_of_finite(values)
     return total / max(1.0, count)

@@ -29,7 +29,7 @@ from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
 from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
 from nextquill.popi.rollouts import Rollouts, Sample
-from nextquill.popi.step_log import Scored, mean_of_finite, split_by_user, sums_of
+from nextquill.popi.step_log import LossesByUser, mean_of_finite, split_by_user, sums_of
 from nextquill.popi.users import Draw, Pair, User, check_draw, draw
 from nextquill.storage.fingerprints import seed_of
 
@@ -192,7 +192,7 @@ class StepMaker:
 
     def _score(
         self, draws: Sequence[Draw], texts: Sequence[Sequence[str]], read: Sequence[Sequence[list[Branch]]]
-    ) -> Scored:
+    ) -> LossesByUser:
         """Losses of every pair under every summary of its user's group, and under one of another user's."""
         others = _other_users(draws)
         branches, reference = list[Branch](), list[Branch]()
@@ -210,7 +210,7 @@ class StepMaker:
         lengths = torch.tensor([branch.response_length for branch in branches]).view(-1, 2)
         return split_by_user(self.config.loss(policy, initial, lengths), draws, texts, others)
 
-    def _rewards(self, draws: Sequence[Draw], scored: Scored) -> Tensor:
+    def _rewards(self, draws: Sequence[Draw], scored: LossesByUser) -> Tensor:
         """-mean loss over a user's pairs, float64 [users, K]."""
         return torch.stack(
             [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
@@ -234,7 +234,9 @@ class StepMaker:
 
     # ---- what is weighted --------------------------------------------------------------------------
 
-    def _weigh_pairs(self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: Scored) -> None:
+    def _weigh_pairs(
+        self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: LossesByUser
+    ) -> None:
         """∂(mean loss)/∂log p of every response, under every summary of the group."""
         for own, groups, losses in zip(work, read, scored.losses, strict=True):
             slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.popi.checks import (
     check_args,
     check_batches,
@@ -225,7 +225,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches with their users' work, and the number of users of the whole step."""
+        """The accumulation window's batches with their users' work, and the users of the whole step, as a scalar."""
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -245,7 +245,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch's branches, role by role; its share of the preference loss."""
+        """Forward and backward of a micro-batch's branches, role by role; its share of the loss, a float32 scalar."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
@@ -357,10 +357,8 @@ class POPITrainer(StagedCheckpoints, Trainer):
 
     def _held_out(self, counts: UserCounts) -> tuple[Draw, ...]:
         """What is evaluated, of whom `popi evaluate` would."""
-        try:
+        with naming("eval_dataset"):
             return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
-        except RecordError as error:
-            raise RecordError(f"eval_dataset: {error}") from error
 
     def _measure(self, draws: Sequence[Draw]) -> dict[str, float]:
         texts = self._summaries(draws)

@@ -24,7 +24,18 @@ def linear_logits(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """cap(scale * (h Wᵀ + b)) with float32 (float64) arithmetic from the inputs on; [N, V]."""
+    """cap(scale * (h Wᵀ + b)) with float32 (float64) arithmetic from the inputs on.
+
+    Args:
+        hidden_states: h [N, D], any floating dtype.
+        lm_head_weight: W [V, D], any floating dtype.
+        bias: b [V], any floating dtype, or None.
+        softcap: c > 0 of cap(x) = c·tanh(x/c), or None.
+        logit_scale: the scale.
+
+    Returns:
+        [N, V], float32 (float64 for float64 hidden states).
+    """
     dtype = compute_dtype(hidden_states.dtype)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).T
     if bias is not None:
@@ -34,7 +45,7 @@ def linear_logits(
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """logsumexp(z) - z[y] per row; [N].
+    """logsumexp(z) - z[y] of each row of `logits` ([N, V], float32 or float64) and `labels` ([N], int64); [N], nats.
 
     By log_softmax, whose gradient is right for logits of any size: that of logsumexp is exp(z - logsumexp), which is
     off by as much as the logsumexp is rounded.
@@ -43,7 +54,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scatter_rows(values: Tensor, keep: Tensor) -> Tensor:
-    """Put one value per kept row into a tensor of `keep`'s shape that is exactly 0 elsewhere."""
+    """Put `values` [n], any dtype, one per kept row, into a tensor of `keep`'s shape (bool) that is 0 elsewhere."""
     return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
 
 
@@ -57,7 +68,7 @@ def linear_token_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Reference of `nextquill.linear_token_nll`."""
+    """Reference of the public operator; shapes and dtypes as for `nextquill.linear_token_nll`."""
     keep = labels != ignore_index
     logits = linear_logits(hidden_states[keep], lm_head_weight, bias, softcap, logit_scale)
     return scatter_rows(token_nll(logits, labels[keep].long()), keep)
@@ -74,7 +85,7 @@ def linear_pair_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> PairNLL:
-    """Reference of `nextquill.linear_pair_nll`."""
+    """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_nll`."""
     keep = labels != ignore_index
     kept = labels[keep].long()
     z1 = linear_logits(hidden_factual[keep], lm_head_weight, bias, softcap, logit_scale)
@@ -97,7 +108,7 @@ def linear_pair_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> PairStats:
-    """Reference of `nextquill.linear_pair_stats`."""
+    """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_stats`."""
     keep = labels != ignore_index
     pair = linear_pair_nll(
         hidden_factual,

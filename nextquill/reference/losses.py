@@ -31,7 +31,7 @@ def pair_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The general objective for given `token_weights` (labels' shape, constants).
+    """The general objective for given `token_weights`.
 
     Per group of rows s, with w the weights, n_s the number of rows and Z_s = Σ w if `normalize_weights` else n_s:
 
@@ -39,6 +39,19 @@ def pair_loss(
 
     with `weighted_effect`, alpha Σ w nll_e / Z_s instead of the mean. "sequence": mean of L_s over sequences;
     "token": every denominator is the number of supervised tokens; "micro_batch": one group of all rows.
+
+    Args:
+        hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], any floating dtype.
+        lm_head_weight: [V, D], any floating dtype.
+        labels: [N] or [B, T], integers.
+        token_weights: labels' shape, floating; constants.
+        normalize_weights, alpha, weighted_effect, detach_counterfactual, anchor, reduction: as in `PairLoss`.
+        sequence_ids: labels' shape, integers; by default each row of [B, T] is a sequence, [N] a single one.
+        bias: [V], any floating dtype, or None.
+        ignore_index, softcap, logit_scale: as in `PairLoss`.
+
+    Returns:
+        A float32 (float64) scalar, in nats.
     """
     sequence_ids = _sequence_ids(labels, sequence_ids)
     keep = labels != ignore_index
@@ -67,18 +80,18 @@ def pair_loss(
 
 
 def threshold_weights(pair: PairNLL, threshold: float, high: float, low: float) -> Tensor:
-    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low."""
+    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low; in shape and dtype of the nll's."""
     effect = torch.exp(-pair.factual) - torch.exp(-_counterfactual(pair))
     return torch.where(effect > threshold, torch.full_like(effect, high), torch.full_like(effect, low)).detach()
 
 
 def clip_weights(pair: PairNLL, minimum: float, maximum: float) -> Tensor:
-    """PerCE's w: clip(nll_c - nll_f, minimum, maximum)."""
+    """PerCE's w: clip(nll_c - nll_f, minimum, maximum), in nats; the nll's shape and dtype."""
     return torch.clip(_counterfactual(pair) - pair.factual, minimum, maximum).detach()
 
 
 def exp_clip_weights(pair: PairNLL, maximum: float) -> Tensor:
-    """LongCE's w: min(exp(nll_c - nll_f), maximum)."""
+    """LongCE's w: min(exp(nll_c - nll_f), maximum); the nll's shape and dtype."""
     return torch.minimum(
         torch.exp(_counterfactual(pair) - pair.factual),
         pair.factual.new_tensor(maximum),

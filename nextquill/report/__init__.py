@@ -1,18 +1,25 @@
-"""Pictures, pages and terminal output, from plain data.
+"""Pages, tables and pictures, for a browser and for a terminal.
 
-    data.py      the records that the others render
-    terminal.py  rich: a table, and tokens coloured by effect
-    plots.py     matplotlib: curves as small multiples
-    html.py      one self-contained page: page.css, page.js; its parts in svg.py (curves), tokens.py and text.py
+Render plain data:
 
-and the page of some runs, which is made of these:
+    data.py        the values that the others render
+    numbers.py     figures, intervals and p-values as text
+    html.py        one self-contained page, of page.css and page.js; its parts in svg.py, tokens.py and text.py
+    plots.py       curves as a PNG, by matplotlib
+    terminal.py    tables, and tokens coloured by effect, by rich
+    progress.py    a progress bar for each phase of a run
 
-    runs.py      reading run folders
-    curves.py, measures.py, examples.py, choosing.py    what is shown of them
-    run_page.py  all of it as a page
+Make the page of some runs:
 
-Nothing here computes a loss or loads a model. It imports the standard library and `nextquill.evaluation`, and rich and
-matplotlib where they are used.
+    runs.py        reads the folders of runs
+    curves.py      the curves of their trainings
+    run_tables.py  their measures, and paired differences
+    examples.py    some of the evaluated examples
+    run_page.py    all of it as one page
+
+Make the report of a comparison of losses: comparison/.
+
+Nothing here computes a loss or loads a model. rich and matplotlib are imported only where they are used.
 """
 
 from __future__ import annotations

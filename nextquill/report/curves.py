@@ -1,4 +1,4 @@
-"""What a page draws of trainings: a panel for each quantity, a colour for each run."""
+"""The curves of trainings: a panel for each quantity, a colour for each run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nextquill.report.data import Charts, Panel, Series
 from nextquill.report.runs import Run, Training
 
 _EVAL = "eval_"
-# Heading, what it is and which way is good, and the trainer's name for it. Those of effects are read against 0.
+# Heading, unit or meaning and which way is good, and the trainer's name for it.
 _PANELS = (
     ("Loss", "the training objective", "loss"),
     ("nll with the user's history", "nats per token, lower is better", "nll_factual"),
@@ -17,11 +17,12 @@ _PANELS = (
     ("Share of tokens above the threshold", "of the effect in probability", "share_above_threshold"),
     ("Learning rate", "as scheduled", "learning_rate"),
 )
+# Effects and rates are read as distances from 0.
 _FROM_ZERO = ("effect_placebo", "share_above_threshold", "learning_rate")
 
 
 def training_charts(runs: Sequence[Run]) -> Charts | None:
-    """The curves of all runs that have any; None where none has."""
+    """The curves of all runs that have any; None if no run has."""
     trained = [(place, run) for place, run in enumerate(runs) if run.training is not None]
     panels = [
         Panel(title, hint, series, with_zero=name in _FROM_ZERO)
@@ -37,7 +38,7 @@ def training_charts(runs: Sequence[Run]) -> Charts | None:
         "steps",
         [(run.label, place) for place, run in trained],
         f"Lines are means over the training batches since the last log{dots}. "
-        "Losses of different objectives are not comparable; nll's are.",
+        "Losses of different objectives are not comparable; NLLs are.",
     )
 
 
@@ -55,7 +56,7 @@ def _series(run: Run, name: str, place: int, *, alone: bool) -> list[Series]:
 
 
 def _points(training: Training, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values; of several entries at one step, as after a resume, the last counts."""
+    """Steps and values; if a step has several entries, as after a resume, the last one counts."""
     points = {
         float(entry["step"]): float(entry[key]) for entry in training.log if isinstance(entry.get(key), (int, float))
     }

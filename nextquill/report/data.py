@@ -1,4 +1,4 @@
-"""The records that this package renders. They hold what to show, and nothing about where it came from."""
+"""The values that this package renders. They hold the content of a page, and nothing about its origin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class TokenEffect:
     """One response token with its probability with and without the user's history.
 
-    `p_placebo` is its probability under another user's history, where that was measured. `personal` is whether it truly
-    is a personal token, where that is known.
+    `p_placebo` is its probability under another user's history, if that was measured. `personal` is whether it truly is
+    a personal token, if that is known.
     """
 
     text: str
@@ -22,12 +22,13 @@ class TokenEffect:
 
     @property
     def effect_prob(self) -> float:
+        """How much the history raised the token's probability, in [-1, 1]."""
         return self.p_with - self.p_without
 
 
 @dataclass(frozen=True)
-class HistoryItem:
-    """An item of the history, and what leaving it out does to each token of a response.
+class LeftOutItem:
+    """An item of the history, and the effect of leaving it out on each token of a response.
 
     `effects` are in nats, one for each token: nll without the item minus nll with all items.
     """
@@ -41,19 +42,19 @@ class HistoryItem:
 class ResponseVariant:
     """One response as one model sees it.
 
-    `separator` stands between tokens that do not carry their own spaces. `items`, if they were measured, are the
-    history that the model read, oldest first.
+    `separator` goes between tokens that do not carry their own spaces. `items`, if they were measured, are the history
+    that the model read, oldest first.
     """
 
     label: str
     tokens: Sequence[TokenEffect]
     separator: str = " "
-    items: Sequence[HistoryItem] = ()
+    items: Sequence[LeftOutItem] = ()
 
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text beside others: whose it is, the text, and its scores in a few words."""
+    """A text among others: a label, the text, and its scores in a few words."""
 
     label: str
     text: str
@@ -62,7 +63,7 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class ResponseView:
-    """One response, what it was written after (`context`: name and text), its variants, and texts side by side."""
+    """One response, the `context` it was written in (names and texts), its variants, and texts side by side."""
 
     title: str
     context: Sequence[tuple[str, str]]
@@ -72,9 +73,9 @@ class ResponseView:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading, the heading above it that it shares with its neighbours, and a sentence of explanation.
+    """A column's heading, the `group` heading that it shares with its neighbours, and a sentence of explanation.
 
-    A `secondary` column is left out where there is little room, as in a terminal of 80 columns.
+    A `secondary` column is left out where space is short, as in a terminal of 80 columns.
     """
 
     heading: str
@@ -103,7 +104,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, if there is one a second for dark pages, and the text that stands for it."""
+    """A PNG, perhaps a second one for dark pages, and the text for readers who do not see it."""
 
     png: bytes
     alt: str
@@ -113,9 +114,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve, and the band between `low` and `high` around it if they are given.
+    """A curve, with a band between `low` and `high` if they are given.
 
-    `colour` is its place in the palette where that is not its place in the panel; `dots` marks its points.
+    `colour` is its place in the palette, by default its place in the panel; `dots` marks its points.
     """
 
     label: str
@@ -130,9 +131,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot. `hint` says in a few words which way is good; `x_ticks` default to what fits.
+    """One small plot. `hint` says in a few words which way is good; `x_ticks` are chosen to fit by default.
 
-    `with_zero` has the axis reach 0, where a distance from 0 is what one reads.
+    `with_zero` makes the axis reach 0, for quantities that are read as a distance from 0.
     """
 
     title: str
@@ -156,7 +157,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Page:
-    """A report from top to bottom. `findings` and `reading`, how to read it, are (heading, text)."""
+    """A report from top to bottom. `findings`, and `reading` on how to read it, are pairs of heading and text."""
 
     title: str
     lead: str

@@ -1,30 +1,72 @@
-"""The chosen examples of some runs, as a page shows them: tokens by effect, texts side by side, history items."""
+"""Chosen examples of some runs, as a page shows them: tokens by effect, texts side by side, history items."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, json_objects
-from nextquill.report.data import GeneratedText, HistoryItem, ResponseVariant, ResponseView, TokenEffect
-from nextquill.report.measures import same_records, scores_text
+from nextquill.evaluation.measure_names import PROMPTS
+from nextquill.evaluation.results import (
+    EFFECTS_FILE,
+    ITEM_EFFECTS_FILE,
+    EvaluatedExample,
+    finite,
+    read_item_effects,
+)
+from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
+from nextquill.report.run_tables import scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
-from nextquill.report.select_examples import choose
 
-_BRANCHES = {
-    "factual": "generated with history",
-    "counterfactual": "generated without history",
-    "placebo": "generated with another user's history",
-}
+LARGEST, MIDDLE, SMALLEST = "one of the largest effects", "an effect near the median", "one of the smallest effects"
+ITEMS = "its single items, whose effects were measured"
+MIX = "a third the largest, a third near the median, a third the smallest"
+
+
+def choose(effects: Mapping[int, float], count: int, with_items: Collection[int] = ()) -> dict[int, str]:
+    """A mix that does not flatter: a third with the largest effects, a third near the median, a third the smallest.
+
+    A quarter of the places, and at least one, goes to the largest effects among examples whose items were measured, if
+    there are any and the mix does not have as many already. The same effects give the same choice.
+
+    Args:
+        effects: the effect of each example, by index.
+        count: the number of examples to choose, 0 or more.
+        with_items: indices of the examples whose item effects were measured.
+
+    Returns:
+        The chosen indices and why each was chosen, from the largest effect to the smallest.
+    """
+    order = sorted(effects, key=lambda index: (-effects[index], index))
+    measured = [index for index in order if index in with_items]
+    wanted = min(len(measured), max(1, count // 4)) if count else 0
+    chosen = _mix(order, count)
+    if sum(index in with_items for index in chosen) < wanted:
+        reserved = measured[:wanted]
+        rest = [index for index in order if index not in reserved]
+        chosen = {**_mix(rest, count - wanted), **dict.fromkeys(reserved, ITEMS)}
+    return {index: chosen[index] for index in order if index in chosen}
+
+
+def _mix(order: list[int], count: int) -> dict[int, str]:
+    count = min(count, len(order))
+    top, bottom = -(-count // 3), count // 3
+    middle = count - top - bottom
+    between = order[top : len(order) - bottom]
+    start = (len(between) - middle) // 2
+    return {
+        **dict.fromkeys(order[:top], LARGEST),
+        **dict.fromkeys(between[start : start + middle], MIDDLE),
+        **dict.fromkeys(order[len(order) - bottom :], SMALLEST),
+    }
 
 
 def example_views(runs: Sequence[Run], count: int, indices: Sequence[int] | None = None) -> list[ResponseView]:
-    """Some examples of each set of records that runs were evaluated on, with what every such run made of them.
+    """Some examples of each set of records that runs were evaluated on, as every such run sees them.
 
     Args:
         runs: with or without an evaluation.
-        count: how many examples of each set of records; `choose` says which, by the effects of its first run.
+        count: the number of examples of each set of records; `choose` picks them by the effects of its first run.
         indices: these examples instead, in this order.
 
     Raises:
@@ -39,18 +81,19 @@ def example_views(runs: Sequence[Run], count: int, indices: Sequence[int] | None
         chosen = _chosen(group, count, indices)
         tokens = [read_tokens(run, chosen) for run in group]
         items = [read_items(run, chosen) for run in group]
+        examples = [{example.index: example for example in run.examples} for run in group]
         for index, why in chosen.items():
             parts = [
-                (run, example, own.get(index), with_items.get(index))
-                for run, own, with_items in zip(group, tokens, items, strict=True)
-                if (example := _by_index(run).get(index)) is not None
+                (run, own[index], its_tokens.get(index), its_items.get(index))
+                for run, own, its_tokens, its_items in zip(group, examples, tokens, items, strict=True)
+                if index in own
             ]
             where = f" of {', '.join(run.label for run in group)}" if several else ""
             views.append(_view(f"Example {index}{where}", why, parts, alone=len(group) == 1))
     return views
 
 
-_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, tuple[list[str], list[HistoryItem]] | None]
+_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, tuple[list[str], list[LeftOutItem]] | None]
 
 
 def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> ResponseView:
@@ -64,18 +107,20 @@ def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> Respo
         _variant(run, tokens, items) for run, _, tokens, items in parts if tokens is not None or items is not None
     ]
     texts = [
-        GeneratedText(name if alone else f"{run.label}: {name}", own.generated[branch], scores_text(own, branch))
+        GeneratedText(
+            f"{'' if alone else f'{run.label}: '}generated {prompt}", own.generated[branch], scores_text(own, branch)
+        )
         for run, own, _, _ in parts
-        for branch, name in _BRANCHES.items()
+        for branch, prompt in PROMPTS.items()
         if branch in own.generated
     ]
-    if texts or not variants:  # the coloured tokens are the response already, but beside other texts it is wanted too
+    if texts or not variants:  # the coloured tokens are the response already, but other texts are to be read beside it
         texts.insert(0, GeneratedText("the user's own response", example.response))
     return ResponseView(title, context, variants, texts)
 
 
 def _variant(
-    run: Run, tokens: list[TokenEffect] | None, items: tuple[list[str], list[HistoryItem]] | None
+    run: Run, tokens: list[TokenEffect] | None, items: tuple[list[str], list[LeftOutItem]] | None
 ) -> ResponseVariant:
     texts, history = items or ([], [])
     if tokens is None:
@@ -88,18 +133,10 @@ def _variant(
 
 
 def _by_records(runs: Iterable[Run]) -> list[list[Run]]:
-    groups: list[list[Run]] = []
+    groups: dict[str | None, list[Run]] = {}
     for run in runs:
-        group = next((group for group in groups if same_records(group[0], run)), None)
-        if group is None:
-            groups.append([run])
-        else:
-            group.append(run)
-    return groups
-
-
-def _by_index(run: Run) -> Mapping[int, EvaluatedExample]:
-    return {example.index: example for example in run.examples}
+        groups.setdefault(run.evaluation.records if run.evaluation else None, []).append(run)
+    return list(groups.values())
 
 
 def _chosen(group: Sequence[Run], count: int, indices: Sequence[int] | None) -> dict[int, str]:
@@ -108,25 +145,14 @@ def _chosen(group: Sequence[Run], count: int, indices: Sequence[int] | None) -> 
         known = {example.index for run in group for example in run.examples}
         return {index: "" for index in dict.fromkeys(indices) if index in known}
     first = group[0]
-    effects = {example.index: _effect(example) for example in first.examples}
-    measured = {
-        raw["index"]
-        for run in group
-        if run.evaluation_folder is not None and (run.evaluation_folder / ITEM_EFFECTS_FILE).is_file()
-        for _, raw in json_objects(run.evaluation_folder / ITEM_EFFECTS_FILE)
-        if isinstance(raw.get("index"), int)
-    }
-    of = f" in {first.label}" if len(group) > 1 else ""
+    effects = {example.index: finite(example.scores.get("effect_logprob")) or 0.0 for example in first.examples}
+    folders = [run.evaluation_folder for run in group if run.evaluation_folder is not None]
+    measured = {line.index for folder in folders for line in read_item_effects(folder)}
+    where = f" in {first.label}" if len(group) > 1 else ""
     return {
-        index: f"{why} (whole history {effects[index]:+.4f} nats per token{of})"
+        index: f"{why} (whole history {effects[index]:+.4f} nats per token{where})"
         for index, why in choose(effects, count, measured).items()
     }
-
-
-def _effect(example: EvaluatedExample) -> float:
-    """The mean effect of its history, as far as it was measured."""
-    value = example.scores.get("effect_logprob", math.nan)
-    return value if value is not None and math.isfinite(value) else 0.0
 
 
 def _check_indices(groups: Sequence[Sequence[Run]], indices: Sequence[int] | None) -> None:

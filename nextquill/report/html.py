@@ -1,8 +1,8 @@
 """One self-contained HTML page: findings, a picture or curves, tables, and responses with tokens coloured by effect.
 
-No network, no script that the page needs, light and dark by the reader's preference, printable. The page forbids itself
-all loading and every style and script but its own, which it names by their digests: what gets past the escaping of
-texts still cannot run.
+It loads nothing from a network, works without its script, follows the reader's preference for light or dark, and can
+be printed. Its policy forbids all loading and every style and script but its own, which it names by digest, so a text
+that got past the escaping still could not run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def render_page(page: Page) -> str:
             '<head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # An empty icon, or a browser asks the server for one.
+            # An empty icon, because a browser would ask the server for one.
             f'<link rel="icon" href="data:,"><title>{html(page.title)}</title>',
             f"<style>{style}</style></head>",
             "<body><main>",
@@ -56,7 +56,7 @@ def _own_file(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """What the page may do: show its pictures, and use this style and this script."""
+    """The page's content security policy: its own pictures, this style and this script."""
     style_digest, script_digest = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
     )
@@ -73,7 +73,7 @@ def _paragraph(text: str, css_class: str = "") -> str:
 
 
 def _contents(page: Page) -> str:
-    """Links to the sections, where there are enough of them."""
+    """Links to the sections, if the page is long enough to explain itself."""
     sections = [
         ("curves", "Curves", page.charts),
         ("measures", "Results", page.tables),
@@ -100,7 +100,7 @@ def _reading(parts: Sequence[tuple[str, str]]) -> str:
 
 def _picture(picture: Picture) -> str:
     light, dark = _data_uri(picture.png), picture.dark_png
-    # Printing prefers light whatever the screen does.
+    # Print is always light.
     source = f'<source srcset="{_data_uri(dark)}" media="screen and (prefers-color-scheme: dark)">' if dark else ""
     caption = f"<figcaption>{html(picture.caption)}</figcaption>" if picture.caption else ""
     image = f'<picture>{source}<img src="{light}" alt="{html(picture.alt)}"></picture>'
@@ -129,7 +129,7 @@ def _table(table: Table) -> str:
     head = _table_head(table.columns)
     rows = "".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
     caption = f"<caption><span>{html(table.title)}</span></caption>"
-    # A scrolling box has to be reachable by keyboard, and then needs a name.
+    # A scrolling box must be reachable by keyboard, and therefore needs a name.
     label = html(table.title)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">'

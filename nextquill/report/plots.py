@@ -1,7 +1,7 @@
 """Curves as small multiples, drawn by matplotlib without its global state.
 
 `matplotlib.pyplot` is never imported: a `Figure` with its own Agg canvas leaves no open figure, no chosen back end and
-no changed settings behind in a program that plots too.
+no changed settings behind in a program that also plots.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Look:
     colours: tuple[str, ...]
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, lightened on dark. The baselines are grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, lightened on dark pages. The baselines are grey.
 _LOOKS: dict[Theme, _Look] = {
     "light": _Look("#ffffff", "#1f2328", "#d8dde3", ("#6b7280", "#6b7280", "#009e73", "#d55e00", "#0072b2", "#b07aa1")),
     "dark": _Look("#0f1419", "#e6e9ed", "#343b44", ("#9aa3af", "#9aa3af", "#2fc79a", "#ff8a3c", "#5ab4ec", "#d3a3c6")),
@@ -115,6 +115,6 @@ def _draw_legend(figure: Figure, axis: Axes, look: _Look) -> None:
 
 def _to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without a fixed Software entry the bytes would change with matplotlib's version only for its name.
+    # A Software entry would make the bytes change with matplotlib's version.
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Progress of a run in phases: a bar for each, or whatever the caller does with it."""
+"""Progress of a run in phases: a bar for each phase, or the caller's own callback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: What is going on, steps done, steps at most.
+#: Takes the phase, the steps done, and the most steps.
 Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
 def phase_bars(progress: Progress | None, quiet: bool) -> Iterator[Progress]:
-    """The caller's callback, or a tqdm bar for each phase; a bar draws nothing where stderr is no terminal."""
+    """The caller's callback, or a tqdm bar for each phase, which draws nothing if stderr is not a terminal."""
     if progress is not None or quiet:
         yield progress or (lambda what, done, at_most: None)
         return

@@ -11,38 +11,37 @@ from collections.abc import Sequence
 from nextquill.errors import ArgumentError
 from nextquill.report.curves import training_charts
 from nextquill.report.data import Page, ResponseView, Table
-from nextquill.report.examples import example_views
-from nextquill.report.measures import evaluated, measures_tables, same_records
+from nextquill.report.examples import MIX, example_views
+from nextquill.report.run_tables import evaluated, measures_tables, same_records
 from nextquill.report.runs import Run
-from nextquill.report.select_examples import MIX
 
 DEFAULT_EXAMPLES = 20
 
 _READING = {
     "An effect is the model's own": (
         "A token's effect is the difference of two probabilities of one model: with the user's history in the prompt "
-        "and without it. It says what the model makes of the history, not what made the user write the token, and it "
-        "is only as good as the model."
+        "and without it. It shows how the model uses the history, not why the user wrote the token, and it is only as "
+        "good as the model."
     ),
-    "The placebo stands beside it": (
-        "Any history changes a prompt. The same response under another user's history shows how much of an effect any "
-        "history would have had; what is left over that is this user's. A model whose nll without history rises in "
-        "training shows large effects that are no gain: then only the effect against the placebo can be trusted."
+    "The placebo": (
+        "Any history changes a prompt. The same response under another user's history shows how large an effect any "
+        "history would have had; the rest is due to this user's. A model whose nll without history rises in training "
+        "shows large effects that are no gain. Then only the effect against the placebo can be trusted."
     ),
     "An interval is about users": (
-        "Users are drawn again and again, with replacement, and the measure is computed anew; the interval holds that "
-        "share of the results. It says what other users like these might have given. It does not cover another "
-        "training seed, and with few users it is too narrow. n is the number of examples that a figure is of."
+        "Users are drawn again and again, with replacement, and the measure is computed for each draw; the interval "
+        "holds that share of the results. It shows what other users like these might have given. It does not cover "
+        "another training seed, and with few users it is too narrow. n is the number of examples behind a figure."
     ),
     "A dot before a figure": (
-        "Among the measures, the best run is marked only where its paired difference to each other run is clear: its "
-        "interval excludes 0 and its p-value, from exchanging the two runs within users, says the same. Among the "
-        "differences, the clear ones are marked. Many are compared and none is corrected for that: at 95%, up to one "
-        "in twenty would be marked by chance."
+        "Among the measures, the best run is marked only if its paired difference to every other run is clear: its "
+        "interval excludes 0, and its p-value, from exchanging the two runs within users, is below 0.05 at a level of "
+        "95%. Among the differences, the clear ones are marked. None is corrected for the number of comparisons: at "
+        "95%, up to one in twenty would be marked by chance."
     ),
     "An item's effect": (
-        "It is what leaving out one item of the history does while all others stay. Two items that say the same each "
-        "seem to matter little, and the items' effects do not add up to the effect of the history."
+        "It is the effect of leaving out one item of the history while all others stay. Two items that say the same "
+        "each seem to matter little, and the items' effects do not add up to the effect of the history."
     ),
 }
 
@@ -58,19 +57,20 @@ def runs_page(
     findings: Sequence[tuple[str, str]] = (),
     tables: Sequence[Table] = (),
 ) -> Page:
-    """What some runs came to, on one page.
+    """The results of some runs, on one page.
 
     Args:
         runs: at least one, with labels of their own.
-        title: of the page; the runs' labels by default.
-        lead: a sentence or two below it.
-        baseline: the one of the runs that the others are compared with; the first evaluated one by default.
-        examples: how many examples to show of each set of records.
+        title: the page's title; the runs' labels by default.
+        lead: a sentence or two below the title.
+        baseline: the run that the others are compared with; the first evaluated one by default.
+        examples: the number of examples to show of each set of records.
         indices: these examples instead.
-        findings, tables: shown before all else, for who has more to say of the runs.
+        findings, tables: further findings and tables, which come first.
 
     Raises:
-        ArgumentError: no runs, a baseline that is none of them, fewer than 0 examples, or an index that no run has.
+        ArgumentError: there are no runs, the baseline is not one of them, `examples` is negative, or no run has an
+            index.
         RecordError: a file of an evaluation is damaged.
     """
     if not runs:
@@ -112,7 +112,7 @@ def _table_notes(measured: Sequence[Run]) -> list[str]:
     alone = [run.label for run in measured if len({example.user_id for example in run.examples}) == 1]
     if not alone:
         return []
-    return [f"{', '.join(alone)}: no intervals, as all records are of one user, who says nothing about others."]
+    return [f"{', '.join(alone)}: no intervals, because all records are of one user, who says nothing about others."]
 
 
 def _mixed_records(measured: Sequence[Run], baseline: Run | None) -> list[str]:
@@ -137,7 +137,7 @@ def _examples_lead(views: Sequence[ResponseView], measured: Sequence[Run], indic
 
 
 def _generation_note(views: Sequence[ResponseView], measured: Sequence[Run]) -> str:
-    """How long generated texts could get, as one that was cut off does not show it."""
+    """The limit of generated texts, because a text that was cut off does not show it."""
     bounds = {run.evaluation.settings.get("max_new_tokens") for run in measured if run.evaluation is not None}
     known = sorted(bound for bound in bounds if isinstance(bound, int))
     if not known or all(len(view.texts) < 2 for view in views):

@@ -1,7 +1,7 @@
 """Curves as inline SVG: crisp at any size, light and dark by the page's own colours, and small.
 
-Colours are classes of the page's style. Points carry what they stand for (`data-x`, `data-y`), so that the page's
-script can read the values out; without script, the title of each curve says where it begins and ends.
+Colours are classes of the page's style. Points carry their values (`data-x`, `data-y`), so that the page's script can
+read them out; without script, the title of each curve says where it begins and ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nextquill.report.data import Charts, Panel, Series
 from nextquill.report.text import html
 
 COLOURS = 8
-#: Points of a curve; a longer one is thinned to the least and the greatest of each stretch, so that no peak is lost.
+#: The most points of a curve; a longer one keeps the least and the greatest of each stretch, so that no peak is lost.
 MOST_POINTS = 400
 
 _WIDTH, _HEIGHT = 400, 216
@@ -35,7 +35,7 @@ def charts_html(charts: Charts) -> str:
 
 
 def panel_html(panel: Panel, x_label: str, x_range: tuple[float, float] | None = None) -> str:
-    """One plot with its heading; `x_range` is that of its own curves by default."""
+    """One plot with its heading; `x_range` is the range of its own curves by default."""
     drawn = [(index, _finite(series)) for index, series in enumerate(panel.series)]
     drawn = [(index, series) for index, series in drawn if series.y]
     first, last = x_range or (min(x for _, s in drawn for x in s.x), max(x for _, s in drawn for x in s.x))

@@ -1,4 +1,4 @@
-"""For the terminal: tokens coloured by effect, and a results table."""
+"""Tokens coloured by effect, and tables, for a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from nextquill.errors import ArgumentError
 from nextquill.report.data import Table
+from nextquill.report.text import plain
 
 if TYPE_CHECKING:
     import rich.table
     from rich.text import Text
 
-# From weak to strong, ink and ground both set: legible on light and dark terminals. Blue and orange stay apart for
-# colour-blind readers; strong effects are bold too, for terminals without colour.
+# From weak to strong. Text and ground are both set, to be legible on light and dark terminals. Colour-blind readers can
+# tell blue from orange; strong effects are bold too, for terminals without colour.
 _HELPS = ("black on #d6e8fa", "black on #9dc9f2", "bold black on #5aa5e8", "bold white on #1c62a8")
 _HURTS = ("black on #fbe6cf", "black on #f6c48c", "bold black on #ee9a3f", "bold white on #9c4a06")
 # |effect| from which each step applies; below the first a token is left plain.
@@ -21,18 +22,18 @@ _STEPS = (0.05, 0.2, 0.4, 0.7)
 
 
 def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: str = "") -> Text:
-    """Tokens on a ground of blue where the history raised their probability, of orange where it lowered it.
+    """Tokens on blue where the history raised their probability, on orange where it lowered it.
 
     Args:
-        tokens: The pieces of the response, as they should read when joined.
-        effects: effect_prob of each, in [-1, 1]. NaN (not measured) is left plain.
-        separator: Put between tokens, uncoloured; the empty string suits tokens that carry their own spaces.
+        tokens: the pieces of the response, as they read when joined.
+        effects: effect_prob of each token, in [-1, 1]; NaN (not measured) is left plain.
+        separator: goes between tokens, uncoloured; empty for tokens that carry their own spaces.
 
     Returns:
-        A `rich.text.Text`; `.plain` is the joined tokens.
+        A `rich.text.Text`; `.plain` is the joined tokens, with control characters named as `[U+001B]`.
 
     Raises:
-        ArgumentError: The two sequences differ in length.
+        ArgumentError: the two sequences differ in length.
     """
     from rich.text import Text
 
@@ -42,7 +43,7 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
     for index, (token, effect) in enumerate(zip(tokens, effects, strict=True)):
         if index and separator:
             text.append(separator)
-        text.append(token, effect_style(effect))
+        text.append(plain(token), effect_style(effect))  # an escape sequence would be obeyed
     return text
 
 
@@ -55,7 +56,7 @@ def effect_style(effect: float) -> str:
 
 
 def effect_legend() -> Text:
-    """One line that says what the colours mean."""
+    """One line that explains the colours."""
     from rich.text import Text
 
     values = [*(-step for step in reversed(_STEPS)), *_STEPS]
@@ -66,7 +67,7 @@ def effect_legend() -> Text:
 
 
 def results_table(table: Table) -> rich.table.Table:
-    """A report table that fits 80 columns: no secondary columns, no ranges (those are on the page)."""
+    """A report table that fits 80 columns, without secondary columns and details, which only the page shows."""
     from rich import box
     from rich.table import Table as RichTable
 
@@ -82,7 +83,7 @@ def results_table(table: Table) -> rich.table.Table:
     group = ""
     for index in shown:
         column = table.columns[index]
-        # rich has no headings over several columns: the first of a group carries its name.
+        # rich has no headings over several columns, so the first column of a group carries its name.
         above = column.group if column.group != group else ""
         group = column.group
         rendered.add_column(f"{above}\n{column.heading}", justify="left" if index == 0 else "right", no_wrap=True)

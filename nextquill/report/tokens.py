@@ -1,8 +1,8 @@
 """Responses whose tokens are coloured by effect, and the items of the history that they depend on.
 
 A page may hold a hundred thousand tokens, so a token is one element with a class for its colour and one attribute of
-numbers. Without script the style shows these numbers on hover; the page's script says them in words, on hover, on focus
-(one tab stop for each response, arrow keys inside it) and to screen readers.
+numbers. Without script the style shows these numbers on hover. The page's script puts them into words, on hover, on
+focus (one tab stop for each response, arrow keys inside it) and for screen readers.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nextquill.report.data import GeneratedText, HistoryItem, ResponseVariant, ResponseView, TokenEffect
+from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.text import html
 
-#: Steps of colour, each a tenth; what is below half a step is left plain: one can neither see it nor rely on it.
+#: Steps of colour, each a tenth; an effect below half a step is left plain, as it is neither visible nor reliable.
 STEPS = 10
 #: Characters shown of a query, an item or a generated text.
 LONGEST_CONTEXT, LONGEST_ITEM, LONGEST_TEXT = 1500, 400, 4000
-#: Nats at which a token, and the bar of a whole response, are filled at least: small effects are to look small.
+#: The least nats at which a token, and the bar of a whole response, are full, so that small effects look small.
 LEAST_FULL, LEAST_FULL_TOTAL = 0.5, 1.0
 #: Columns of the table of items and tokens.
 TABLE_TOKENS = 12
 
 
 def responses_html(responses: Sequence[ResponseView], lead: str = "") -> str:
-    """The section of all responses; nothing where there are none."""
+    """The section of all responses; empty if there are none."""
     if not responses:
         return ""
     tokens = [token for view in responses for variant in view.variants for token in variant.tokens]
@@ -49,8 +49,8 @@ def effect_class(effect: float, full: float = 1.0) -> str:
     """The class of an effect's colour, `p1` to `p10` or `n1` to `n10`; empty for a small one and for NaN.
 
     Args:
-        effect: in the unit of `full`.
-        full: the effect that has the strongest colour.
+        effect: the effect, in the unit of `full`.
+        full: the effect with the strongest colour.
     """
     if not math.isfinite(effect) or full <= 0:
         return ""
@@ -95,20 +95,20 @@ def _token(token: TokenEffect, *, first: bool) -> str:
     names = " ".join(filter(None, (effect_class(token.effect_prob), "personal" if token.personal else "")))
     css_class = f' class="{names}"' if names else ""
     stop = ' tabindex="0"' if first else ""
-    # A leading space stays outside: at the end of a line its colour would hang behind the word before.
+    # A leading space stays outside: at the end of a line its colour would trail the previous word.
     word = token.text.lstrip(" ") or token.text
     space = token.text[: len(token.text) - len(word)]
     return f'{space}<span{css_class}{stop} data-p="{_probabilities(token)}">{html(word)}</span>'
 
 
 def _probabilities(token: TokenEffect) -> str:
-    """Percentages with, without and under another's history, as far as they were measured."""
+    """Percentages with, without and under another's history; the last one only if it was measured."""
     measured = (token.p_with, token.p_without) + (() if token.p_placebo is None else (token.p_placebo,))
     return " ".join(f"{100 * p:.3g}" if math.isfinite(p) else "–" for p in measured)
 
 
 def _items(variant: ResponseVariant) -> str:
-    """The items with bars for what the response, or the token one points at, loses without each; then a table."""
+    """The items, with bars for what the response or the chosen token loses without each, and a table."""
     items = variant.items
     totals = [sum(item.effects) for item in items]
     longest = max(LEAST_FULL_TOTAL, *map(abs, totals))
@@ -123,7 +123,7 @@ def _items(variant: ResponseVariant) -> str:
     )
 
 
-def _item(at: int, item: HistoryItem, total: float, longest: float) -> str:
+def _item(at: int, item: LeftOutItem, total: float, longest: float) -> str:
     width = 50 * abs(total) / longest
     start = 50 if total >= 0 else 50 - width
     title = html(item.title, LONGEST_ITEM) if item.title else f"Item {at + 1}"
@@ -138,7 +138,7 @@ def _item(at: int, item: HistoryItem, total: float, longest: float) -> str:
 
 
 def _item_table(variant: ResponseVariant, full: float) -> str:
-    """Items by the tokens that depend most on any one of them: what the page shows where nothing can be pointed at."""
+    """A table of items and the tokens that depend most on a single one, for print and for pages without script."""
     strength = [max(map(abs, effects)) for effects in zip(*(item.effects for item in variant.items), strict=True)]
     chosen = sorted(sorted(range(len(strength)), key=lambda at: -strength[at])[:TABLE_TOKENS])
     if not chosen:

@@ -21,6 +21,8 @@ from nextquill.storage.atomic_files import move_into_place
 
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
+#: The trainer's log in a checkpoint, and in the folder of a finished run.
+STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 
 
 @contextmanager
@@ -59,10 +61,8 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
             raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint in {folder}, found none")
     else:
         path = Path(given)
-    if not (path / "trainer_state.json").is_file():
-        raise CheckpointError(
-            f"resume_from_checkpoint: {path} is not a complete checkpoint: it has no trainer_state.json"
-        )
+    if not (path / STATE_FILE).is_file():
+        raise CheckpointError(f"resume_from_checkpoint: {path} is not a complete checkpoint: it has no {STATE_FILE}")
     return path
 
 

@@ -27,7 +27,7 @@ class BegunFile:
         target: the file's name when it is complete.
         run: the settings that must be equal for a partial file to be resumed, by name; JSON.
         overwrite: start over if they differ.
-        argument: the flag or the argument that the file comes from, for errors.
+        argument: the argument that errors name.
 
     Attributes:
         path: the partial file.
@@ -39,7 +39,7 @@ class BegunFile:
     """
 
     def __init__(
-        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "--output_file"
+        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "output_file"
     ) -> None:
         self.target, self.path, self.argument = target, target.with_name(f"{target.name}.partial"), argument
         self._header = header = _encoded({_HEADER: dict(run)})
@@ -52,8 +52,7 @@ class BegunFile:
             reason = self._refusal(first, json.loads(header)[_HEADER])
             unfinished = header.startswith(first) and first != header  # new, or cut off within its first line
             if reason is not None and not unfinished and not overwrite:
-                overwriting = "--overwrite" if argument.startswith("--") else "overwrite=True"
-                raise CheckpointError(f"{argument}: {reason}; delete it, or give {overwriting} to start over")
+                raise CheckpointError(f"{argument}: {reason}; delete it, or start again with overwrite=True")
             self.is_new = unfinished or reason is not None
         except BaseException:
             self._stream.close()
@@ -95,7 +94,7 @@ class PartialFile(BegunFile):
     """
 
     def __init__(
-        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "--output_file"
+        self, target: Path, run: Mapping[str, Any], *, overwrite: bool = False, argument: str = "output_file"
     ) -> None:
         super().__init__(target, run, overwrite=overwrite, argument=argument)
         self._offsets: dict[int, int] = {}

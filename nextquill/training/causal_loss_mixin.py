@@ -52,7 +52,7 @@ class CausalLossMixin(_Base):
         check_batching(args, passes.loss, max_tokens, examples_per_user)
         if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
             raise ArgumentError(
-                "args: neftune_noise_alpha is not supported with trees, where a shared token has one noise for all "
+                "args.neftune_noise_alpha: not supported with trees, where a shared token has one noise for all "
                 "branches; leave it out or use attention='padded'"
             )
         self.passes, self.meter = passes, TrainingMeter()
@@ -124,7 +124,7 @@ class CausalLossMixin(_Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches, and what the reduction divides by over all of them and all ranks.
+        """The accumulation window's batches, and what the reduction divides by over all ranks, a float32 scalar.
 
         A batch over the token budget is several parts. Every rank gets as many as the one with most: each of them is a
         forward and a backward in which sharded and data-parallel engines meet.
@@ -155,7 +155,10 @@ class CausalLossMixin(_Base):
             self.passes.close()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone."""
+        """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone.
+
+        Takes `num_items_in_batch` as a scalar and returns the micro-batch's loss as one, both of any floating dtype.
+        """
         parts = inputs["parts"]
         if len(parts) == 1 or self.is_deepspeed_enabled:  # whose engine counts backwards to find its steps
             return super().training_step(model, inputs, num_items_in_batch)
@@ -174,7 +177,10 @@ class CausalLossMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the window's loss; with `return_outputs` also its parts' outputs."""
+        """This micro-batch's share of the window's loss; with `return_outputs` also its parts' outputs.
+
+        `num_items_in_batch` is a scalar of any dtype; the loss is a float32 or float64 scalar.
+        """
         loss, outputs = self.passes.training_loss(inputs, num_items_in_batch, model)
         for part, output in zip(inputs["parts"], outputs, strict=True):
             self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
@@ -213,7 +219,11 @@ class CausalLossMixin(_Base):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops what ranks saw twice."""
+        """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops what ranks saw twice.
+
+        Returns:
+            None, float32 [examples, columns], and int64 [examples], each example's index in the data set.
+        """
         inputs = self._prepare_inputs(inputs)
         count = len(inputs["example_index"])
         with self.compute_loss_context_manager():

@@ -1,4 +1,4 @@
-"""What a trainer refuses before any work: arguments that do not fit each other, or that it would silently ignore."""
+"""Checks of a trainer's arguments, before any work: they must fit each other, and none may be silently ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
 from nextquill.models.limits import check_vocabulary
 
-#: Options of transformers' Trainer that `NextQuillTrainer` fills itself.
+#: Options of transformers' Trainer that `NextQuillTrainer` sets itself.
 FILLED_OPTIONS = (
     "compute_loss_func",
     "compute_metrics",
@@ -19,47 +19,47 @@ FILLED_OPTIONS = (
     "model_init",
 )
 
-# Training arguments that would be ignored or break later, with the values that are accepted and the reason.
+# Training arguments that would be ignored or fail later, with the values that are accepted and the reason.
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0, 0.0), "the loss runs inside the model's head, where labels are not smoothed"),
     "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
     "eval_do_concat_batches": ((True,), "metrics are means over all tokens of an evaluation"),
-    "include_for_metrics": (([], None), "metrics are made of the loss's own results"),
-    "use_liger_kernel": ((False,), "it replaces the model's forward, which the loss runs inside"),
-    "train_sampling_strategy": (("random", "sequential"), "an example has two lengths, one a branch"),
+    "include_for_metrics": (([], None), "metrics are computed from the loss's results"),
+    "use_liger_kernel": ((False,), "it replaces the model's forward, and the loss runs inside that forward"),
+    "train_sampling_strategy": (("random", "sequential"), "an example has two lengths, one for each branch"),
 }
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ArgumentError where an option is given that the trainer fills itself."""
+    """Raise ArgumentError for an option that the trainer sets itself."""
     for name in FILLED_OPTIONS:
         if options.get(name) is not None:
-            raise ArgumentError(f"{name}: NextQuillTrainer fills this itself; subclass it to change it")
+            raise ArgumentError(f"{name}: NextQuillTrainer sets this itself; subclass it to change it")
 
 
 def check_arguments(args: Any) -> None:
-    """Raise ArgumentError for training arguments that would be ignored or break later."""
+    """Raise ArgumentError for training arguments that would be ignored or fail later."""
     for name, (accepted, reason) in _ARGUMENTS.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
-            raise ArgumentError(f"args: {name}={value!r} is not supported: {reason}")
+            raise ArgumentError(f"args.{name}: {value!r} is not supported: {reason}")
     metric = str(getattr(args, "metric_for_best_model", None) or "").removeprefix("eval_")
     if metric.startswith("nll_") and args.greater_is_better:
         raise ArgumentError(
-            f"args: greater_is_better=True would keep the checkpoint with the worst {metric}; set it to False "
-            "(TrainingArguments takes every metric whose name does not end in 'loss' for a score)"
+            f"args.greater_is_better: True would keep the checkpoint with the worst {metric}; set it to False "
+            "(by default TrainingArguments minimises only metrics whose name ends in 'loss')"
         )
     if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
         raise ArgumentError(
-            "args: accelerator_config.dispatch_batches=True is not supported: it cuts tensors along their first axis, "
-            "which is not that of examples in a batch of trees"
+            "args.accelerator_config: dispatch_batches=True is not supported: it cuts tensors along their first axis, "
+            "and in a batch of trees that axis is not examples"
         )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
     parallelism = getattr(args, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) not in (1, None):
-            raise ArgumentError(f"args: parallelism_config.{name} above 1 is not supported, only data parallelism")
+            raise ArgumentError(f"args.parallelism_config: {name} above 1 is not supported, only data parallelism")
 
 
 def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user: Any) -> None:
@@ -73,12 +73,12 @@ def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user
             raise ArgumentError(f"{name}: expected a positive number, got {value}")
     if max_tokens is not None and loss.reduction == "micro_batch":
         raise ArgumentError(
-            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
+            "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a forward"
         )
     if examples_per_user > 1 and getattr(args, "train_sampling_strategy", "random") == "sequential":
         raise ArgumentError(
-            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', as more of them stand in an "
-            "order of their own"
+            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', as a larger number changes "
+            "the order"
         )
     if args.per_device_train_batch_size % examples_per_user:
         raise ArgumentError(
@@ -91,7 +91,7 @@ def check_model(model: Any, processing_class: Any, loss: Any) -> None:
     """Raise unless these are a causal language model, its tokenizer, and a loss.
 
     Raises:
-        ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer is not the model's.
+        ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer does not fit the model.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")

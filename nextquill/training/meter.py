@@ -56,7 +56,7 @@ class TrainingMeter:
         """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count.
 
         Args:
-            users: different users in the step, over all ranks.
+            users: different users in the step, over all ranks; a number or an int64 scalar.
         """
         self._step_began = True
         self._step_users = users
@@ -117,7 +117,7 @@ EVAL_COLUMNS = (
 
 
 def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tensor:
-    """One row of `EVAL_COLUMNS` per example, float32; `nll_placebo` is NaN where no placebo was scored."""
+    """One row of `EVAL_COLUMNS` per example, float32 [examples, columns]; nll's in nats, NaN without a placebo."""
     output, ids = scores.output, scores.sequence_ids
     pair = output.pair_nll
     assert pair.counterfactual is not None
@@ -137,10 +137,11 @@ def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tens
 
 
 def eval_metrics(table: Tensor, *, token_mean_loss: bool) -> dict[str, float]:
-    """Reduce the per-example table [examples, columns] to an evaluation's metrics.
+    """Reduce the per-example `table`, floating [examples, columns], to an evaluation's metrics.
 
-    nll's and effects are means over tokens. `effect_placebo` is nll under another user's history minus nll under the
-    user's own: unlike `effect_logprob`, no loss can raise it by making the no-history pass wrong.
+    nll's and effects are means over tokens, in nats but for `effect_prob`. `effect_placebo` is nll under another user's
+    history minus nll under the user's own: unlike `effect_logprob`, no loss can raise it by making the no-history pass
+    wrong.
     """
     columns = dict(zip(EVAL_COLUMNS, table.double().unbind(1), strict=True))
     tokens = columns["num_tokens"]

@@ -24,7 +24,7 @@ from nextquill.data import (
     load_records,
 )
 from nextquill.data.prepared import PreparedDataset, is_prepared
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError, naming
 from nextquill.evaluation.scoring import ExampleScores, score_examples
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
@@ -198,10 +198,8 @@ class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
 def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] | None) -> EncodedDataset | None:
     if dataset is None or path is None:
         return dataset
-    try:
+    with naming("effects_file"):
         return EncodedDataset(load_effects(path, dataset.examples))
-    except RecordError as error:
-        raise RecordError(f"effects_file: {error}") from error
 
 
 def _with_watch(loss: PairLoss, callbacks: list[Any] | None) -> tuple[CounterfactualWatch, list[Any]]:

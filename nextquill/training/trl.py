@@ -66,7 +66,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         for name, accepted in _IGNORED.items():
             if getattr(args, name, accepted) != accepted:
                 raise ArgumentError(
-                    f"args: {name}={getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
+                    f"args.{name}: {getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
                     "trained on"
                 )
         for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -100,7 +100,7 @@ def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
     longest = max(dataset.num_branch_tokens(["factual"]), default=0)
     if longest > limit:
         raise ArgumentError(
-            f"args: max_length is {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
+            f"args.max_length: {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
             "encode with a smaller max_length, or set this one larger or to None"
         )
 

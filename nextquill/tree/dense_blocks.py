@@ -36,11 +36,17 @@ class Piece:
 
     @property
     def is_causal(self) -> bool:
+        """Whether the piece is a triangle."""
         return self.is_own and self.mask is None
 
 
 def pieces(segments: Tensor, window: int | None = None) -> Iterator[Piece]:
-    """The pieces of a layout's segments; `window` is the number of keys a query sees along its path, with itself."""
+    """The pieces of a layout.
+
+    Args:
+        segments: int64 [S, 5], as `TreeLayout.segments`.
+        window: keys a query sees along its path, itself included; None for all.
+    """
     rows = segments.tolist()
     depth = None if window is None else row_depths(segments)
     for row in rows:

@@ -39,6 +39,9 @@ def attend(
         query, key, value, layout, scale, window, softcap: as in `tree_attention`.
         kernel: "auto" or one of `TREE_KERNELS`.
 
+    Returns:
+        [1, H, T, D], in the dtype of `query`.
+
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit.
         BackendUnavailableError: the kernel named cannot run here.

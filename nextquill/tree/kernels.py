@@ -36,7 +36,12 @@ class PieceKernel(NamedTuple):
 
 
 def choose_kernel(query: Tensor, softcap: float | None) -> PieceKernel:
-    """The fastest kernel that is exact for these arguments."""
+    """The fastest kernel that is exact for these arguments.
+
+    Args:
+        query: [1, H, q, D], any floating dtype; only its device counts.
+        softcap: c of c · tanh(x / c) on the scores, or None.
+    """
     return FLASH if query.device.type == "cpu" and softcap is None and _HAS_FLASH else MATH
 
 

@@ -28,5 +28,13 @@ def visibility_mask(position_ids: Tensor, subtree_end: Tensor, window: int | Non
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible and the dtype's least finite number elsewhere, for attention that adds its mask to the scores."""
+    """0 where visible and the dtype's least finite number elsewhere, for attention that adds its mask to the scores.
+
+    Args:
+        visible: bool [T, T] or [B, T, T], of `visibility_mask`.
+        dtype: of the result, floating.
+
+    Returns:
+        The mask, in the shape of `visible`.
+    """
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)

@@ -19,7 +19,7 @@ def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens
     What counts is the row's size after sharing.
 
     Args:
-        groups: per group its branches, which stay together.
+        groups: per group its branches, which stay together; each a sequence of token ids or an integer tensor [length].
         max_tokens: most rows of a tree; None puts everything into one.
 
     Returns:
@@ -75,7 +75,7 @@ def split_by_gradient(
     """Two rows: the branches that need a gradient, and those that do not, which a forward without one computes.
 
     Args:
-        branches: as in `build_prefix_tree`.
+        branches: as in `build_prefix_tree`, integers [length] each.
         needs_grad: one per branch.
 
     Returns:

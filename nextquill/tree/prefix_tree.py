@@ -68,7 +68,7 @@ def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
     The order of siblings is that of their tokens, whatever the order of `branches`; equal branches share all rows.
 
     Args:
-        branches: at least one; each a sequence or 1-D integer tensor of token ids, at least one.
+        branches: at least one; each a sequence of token ids or an integer tensor [length], with at least one token.
 
     Returns:
         The tree, on the CPU.

@@ -80,14 +80,14 @@ class TreeLayout:
 
 
 def row_depths(segments: Tensor) -> Tensor:
-    """Depth of every row [T]."""
+    """Depth of every row, int64 [T]; `segments` as in `TreeLayout`."""
     lengths = segments[:, STOP] - segments[:, START]
     shift = segments[:, DEPTH] - segments[:, START]
     return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
 
 
 def row_ends(segments: Tensor) -> Tensor:
-    """One past the last row of every row's subtree [T]."""
+    """One past the last row of every row's subtree, int64 [T]; `segments` as in `TreeLayout`."""
     return segments[:, SUBTREE_STOP].repeat_interleave(segments[:, STOP] - segments[:, START])
 
 

@@ -241,6 +241,11 @@ _KERNELS = {
 def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKernel:
     """The kernel of that name, checked on this device.
 
+    Args:
+        name: "auto", a kernel's name or "emulated".
+        query: [1, H, T, D], float16 or bfloat16; any floating dtype for "emulated".
+        softcap: c of c · tanh(x / c) on the scores, or None.
+
     Raises:
         ArgumentTypeError: it does not take the query's dtype.
         BackendUnavailableError: it cannot run here, or computes something else.

@@ -50,7 +50,7 @@ class VarlenPlan(NamedTuple):
 
 
 def varlen_plan(segments: Tensor, window: int | None, device: torch.device) -> VarlenPlan:
-    """The plan of `TreeLayout.segments`, made once for all layers.
+    """The plan of `TreeLayout.segments` (`segments`, int64 [S, 5]), made once for all layers.
 
     It is looked up by their content, some kilobytes: a tensor's identity does not survive a compiled backward.
     """
@@ -84,11 +84,11 @@ def _plan_of(segments: bytes, window: int | None, device: torch.device) -> Varle
 
 
 def gather(tensor: Tensor, plan: VarlenPlan) -> Tensor:
-    """Rows of [1, H_kv, T, D] as [N, H_kv, D]."""
+    """Rows of `tensor`, [1, H_kv, T, D] of any dtype, as [N, H_kv, D]."""
     return tensor[0].transpose(0, 1).index_select(0, plan.rows)
 
 
 def sum_copies(grads: Tensor, plan: VarlenPlan) -> Tensor:
-    """[N, H_kv, D] summed to [T, H_kv, D]: a launch, no atomics, in float32 for half precision on GPUs too."""
+    """`grads` [N, H_kv, D] summed to [T, H_kv, D]: a launch, no atomics, in float32 for half precision on GPUs too."""
     total: Tensor = F.embedding_bag(plan.copies, grads.flatten(1), plan.first_copy, mode="sum")
     return total.view(-1, *grads.shape[1:])

@@ -163,20 +163,20 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, nextquill, dat
         patch.setattr(RunMeter, "on_step_end", on_step_end)
         stopped = nextquill(*words(data, folder, "--max_steps", 3))
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == "nextquill: stopped; the same command goes on from here"
+    assert stopped.err.splitlines()[-1] == "nextquill: stopped; the same command resumes"
     assert not (folder / "comparison.json").exists()
     assert list((folder / "perce" / "seed-0").glob("checkpoint-*"))
     resumed = nextquill(*words(data, folder, "--max_steps", 3))
     assert resumed.code == 0, resumed.err
     assert resumed.err.startswith(f"nextquill: 2 of 3 runs are finished in {folder}\n")
-    assert "Interrupted and gone on with" in (folder / "comparison.md").read_text()
+    assert "These runs were interrupted and resumed" in (folder / "comparison.md").read_text()
     assert_same_results(folder, uninterrupted)
 
 
 def test_ctrl_c_while_evaluating(uninterrupted, nextquill, data, tmp_path, monkeypatch):
-    from nextquill.evaluation import evaluating
+    from nextquill.evaluation import evaluate
 
-    scored, calls = evaluating.effect_line, []
+    scored, calls = evaluate.effect_line, []
 
     def effect_line(*args):
         calls.append(args)
@@ -186,7 +186,7 @@ def test_ctrl_c_while_evaluating(uninterrupted, nextquill, data, tmp_path, monke
 
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "effect_line", effect_line)
+        patch.setattr(evaluate, "effect_line", effect_line)
         stopped = nextquill(*words(data, folder, "--max_steps", 3))
     assert stopped.code == 130
     assert len((folder / "sft" / "seed-0" / "evaluation" / "effects.jsonl.partial").read_text().splitlines()) == 3
@@ -245,15 +245,15 @@ def test_equal_time(nextquill, data, tmp_path):
         (["--seeds", 0, 0], 2, "--seeds: 0 is given twice"),
         (["--seeds", -1], 2, "--seeds: expected whole numbers from 0"),
         (["--seeds", "x"], 2, "argument --seeds: invalid int value: 'x'"),
-        (["--seed", 42], 2, "--seed: not for comparisons: every run has a seed of --seeds"),
+        (["--seed", 42], 2, "--seed: not for comparisons: each run has one of --seeds"),
         (["--data_seed", 1], 2, "--data_seed: not for comparisons"),
         (["--run_name", "x"], 2, "--run_name: not for comparisons"),
-        (["--resume_from_checkpoint"], 2, "--resume_from_checkpoint: not for comparisons: the same command goes on"),
+        (["--resume_from_checkpoint"], 2, "--resume_from_checkpoint: not for comparisons: the same command resumes"),
         (["--load_best_model_at_end", "true", "--eval_strategy", "steps"], 2, "--load_best_model_at_end: not for"),
         (
             ["--save_strategy", "best", "--metric_for_best_model", "loss"],
             2,
-            "--save_strategy best: not for comparisons",
+            "--save_strategy: not for comparisons: best would",
         ),
         (["--push_to_hub", "true"], 2, "--push_to_hub: not for comparisons"),
         (["--per_device_train_batch_size", 0], 2, "--per_device_train_batch_size: expected a positive number"),
@@ -296,7 +296,7 @@ def test_overwriting_spares_what_the_runs_read(uninterrupted, nextquill, data, t
     more = ("--eval_file", folder / "eval.jsonl", "--overwrite_output_dir")
     result = nextquill(*words(data, folder, *more))
     assert result.code == 1
-    assert "eval.jsonl, which the runs read, lies in" in result.err
+    assert "eval.jsonl, which the runs read" in result.err
     assert (folder / "eval.jsonl").exists()
 
 

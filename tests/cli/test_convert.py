@@ -192,7 +192,7 @@ def test_an_output_that_is_there_is_kept(convert, tmp_path):
 def test_a_device_and_a_folder_are_not_replaced(nextquill, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name, problem in (("pipe", "is no file that can be replaced"), ("folder", "is a folder")):
+    for name, problem in (("pipe", "is not a file that can be replaced"), ("folder", "is a folder")):
         result = nextquill("convert", *EVENTS, "--output_file", tmp_path / name, "--overwrite")
         assert (result.code, result.err) == (1, f"nextquill: --output_file: {tmp_path / name} {problem}\n")
     assert (tmp_path / "pipe").is_fifo()

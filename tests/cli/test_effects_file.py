@@ -105,7 +105,7 @@ def test_effects_of_other_records_are_refused_by_line_and_field(train_student, e
 def test_a_file_that_is_not_there_is_refused_at_once(train_student, tmp_path):
     result, log = train_student("--loss", "perce", "--effects_file", tmp_path / "none.jsonl")
     assert (result.code, log) == (1, None)
-    assert f"--effects_file: {tmp_path / 'none.jsonl'} is no file" in result.err
+    assert f"--effects_file: {tmp_path / 'none.jsonl'} is not a file" in result.err
 
 
 def test_a_loss_without_weights_is_refused(train_student, effects):

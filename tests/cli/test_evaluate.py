@@ -128,10 +128,10 @@ def test_differences_to_a_baseline(nextquill, trained, data, finished):
     row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)
     assert "+0.0000" not in row
     assert "ROUGE-L, generated with history" in other.out
-    unlike = " ".join(other.out[other.out.index("not measured alike") :].split())
+    unlike = " ".join(other.out[other.out.index("These settings differ too") :].split())
     assert "template order 'history_first', there 'official'" in unlike
     again = evaluate(nextquill, trained, data, *SMALL, "--baseline", finished, "--resamples", 60)
-    assert "not measured alike" not in again.out
+    assert "These settings differ too" not in again.out
 
 
 def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loaded(nextquill, data, finished, tmp_path):
@@ -154,10 +154,10 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
 @pytest.mark.parametrize("name", ["effect_line", "decoded"])
 def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
     """SIGKILL, which a process cannot handle, while scoring and while generating."""
-    folder, place = tmp_path / "out", "evaluating" if name == "effect_line" else "generation.transformers_engine"
+    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation.engine"
     code = (
         "import os, signal; from nextquill.cli import main\n"
-        f"from nextquill.evaluation import evaluating; from nextquill.evaluation.{place} import {name} as own\n"
+        f"from nextquill.evaluation import evaluate; from nextquill.evaluation.{place} import {name} as own\n"
         f"import nextquill.evaluation.{place} as module\n"
         "calls = []\n"
         "def killing(*a):\n"
@@ -185,10 +185,10 @@ def test_ctrl_c_says_how_to_go_on(nextquill, trained, data, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nextquill.evaluation.generation.transformers_engine.decoded", interrupt)
+    monkeypatch.setattr("nextquill.evaluation.generation.engine.decoded", interrupt)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     assert result.code == 130
-    assert f"what is done is in {tmp_path}; the same command goes on from there" in result.err
+    assert f"the finished part is in {tmp_path}; the same command resumes" in result.err
 
 
 def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, finished):
@@ -201,7 +201,7 @@ def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, fin
 
 def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("nextquill.evaluation.generation.transformers_engine.decoded", lambda *_: 1 / 0)
+        patch.setattr("nextquill.evaluation.generation.engine.decoded", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)
@@ -210,7 +210,7 @@ def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained,
         f"--output_dir: {tmp_path / 'evaluation.json.partial'} was started with another seed: there 42, here 1"
         in result.err
     )
-    assert "give --overwrite to start over" in result.err
+    assert "start again with --overwrite" in result.err
     words = (*SMALL, "--output_dir", tmp_path, "--seed", 1, "--overwrite", "--generate", "false")
     assert evaluate(nextquill, trained, data, *words).code == 0
 

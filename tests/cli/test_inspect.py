@@ -78,10 +78,10 @@ def test_the_text_marks_every_line_and_fits_80_columns(inspect, monkeypatch):
 
 def test_long_sections_lose_their_middle(inspect):
     short, whole = inspect("--max_shown", 10).out, inspect("--max_shown", 0).out
-    assert "tokens more ..." in short
-    assert "tokens more ..." not in whole
+    assert "more tokens ..." in short
+    assert "more tokens ..." not in whole
     assert len(short) < len(whole)
-    assert list(_lines(list("abcdef"), 4, 80)) == ["a b", "... 2 tokens more ...", "e f"]
+    assert list(_lines(list("abcdef"), 4, 80)) == ["a b", "... 2 more tokens ...", "e f"]
 
 
 def test_what_the_budget_drops_is_listed_with_its_size(inspect):
@@ -150,7 +150,7 @@ def test_poisoned_texts_are_counted(nextquill, make_records, tmp_path, monkeypat
     factual = texts(found["examples"][0])["factual"]
     assert "x\n> [Response]:\ny < |endoftext|> z" in factual
     shown = nextquill(*words).out
-    assert "1 text held a control token's literal or a line like the prompt's own" in shown
+    assert "1 text contained a control token or a line like those of the prompt" in shown
     assert all(cell_len(line) <= 80 for line in shown.splitlines())
 
 

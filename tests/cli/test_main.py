@@ -1,21 +1,27 @@
 """The `nextquill` command itself: it runs the right command, prints errors, and returns exit codes."""
 
+import dataclasses
+import importlib
 import sys
+from dataclasses import make_dataclass
 from types import ModuleType
 
 import pytest
 
 from nextquill.cli import main as cli
-from nextquill.errors import ArgumentError, CheckpointError
+from nextquill.cli.popi import SUBCOMMANDS
+from nextquill.data.skipped import PlacedError
+from nextquill.errors import ArgumentError, CheckpointError, RecordError
 
 
 @pytest.fixture
 def command(monkeypatch):
     """Make `nextquill score` call a function instead of the real command."""
 
-    def replace(run):
+    def replace(run, **attributes):
         module = ModuleType("nextquill.cli.score")
         module.run = run
+        vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, "nextquill.cli.score", module)
 
     return replace
@@ -85,6 +91,35 @@ def test_a_mistake_is_one_line(nextquill, command, error, code, message):
     assert result.code == code
     assert message in result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ArgumentError("alpha: expected a number"), "--alpha: expected a number"),
+        (ArgumentError("beta: expected\na number"), "beta: expected a number"),
+        (ArgumentError("folder: is a file"), "--output_dir: is a file"),
+        (ArgumentError("args.alpha: 2 is not supported"), "--alpha: 2 is not supported"),
+        (RecordError("record 3: bad", argument="records"), "--eval_file: record 3: bad"),
+        (PlacedError("a.jsonl line 3", "bad"), "a.jsonl line 3: bad"),
+        (CheckpointError("folder: x exists; give overwrite=True"), "--output_dir: x exists; give --overwrite"),
+        (ArgumentError("alpha: expected 0 with mode='fast', got 1"), "--alpha: expected 0 with --mode fast, got 1"),
+        (ArgumentError("alpha: expected 0 with speed='fast'"), "--alpha: expected 0 with speed='fast'"),
+        (RecordError("/runs/mode=True/x: bad"), "/runs/mode=True/x: bad"),
+    ],
+)
+def test_an_argument_of_the_library_is_shown_as_its_flag(nextquill, command, error, message):
+    fields = ["alpha", "mode", "output_dir", "eval_file", "overwrite"]
+    flags = {"folder": "output_dir", "records": "eval_file"}
+    command(raising(error), OPTIONS=[make_dataclass("Options", fields)], FLAGS=flags)
+    assert nextquill("score").err == f"nextquill: {message}\n"
+
+
+def test_every_flag_that_stands_for_an_argument_exists():
+    for name in [*cli.COMMANDS, *(f"popi_{name}" for name in SUBCOMMANDS)]:
+        module = importlib.import_module(f"nextquill.cli.{name}")
+        flags = {field.name for kind in getattr(module, "OPTIONS", ()) for field in dataclasses.fields(kind)}
+        assert set(getattr(module, "FLAGS", {}).values()) <= flags, name
 
 
 def test_out_of_memory_names_what_to_turn_down(nextquill, command):

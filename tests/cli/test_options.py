@@ -32,11 +32,11 @@ def test_loss_flags_build_the_loss(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (LossOptions("sft", threshold=0.1), "--threshold: --loss sft has no such option"),
-        (LossOptions("perce", detach_counterfactual=False), "--detach_counterfactual: --loss perce has no such option"),
-        (LossOptions(alpha=-1.0), "--alpha: "),
-        (LossOptions(anchor=1.0, detach_counterfactual=True), "--anchor: "),
-        (LossOptions(chunk_bytes=0), "--chunk_bytes: "),
+        (LossOptions("sft", threshold=0.1), "threshold: --loss sft has no such option"),
+        (LossOptions("perce", detach_counterfactual=False), "detach_counterfactual: --loss perce has no such option"),
+        (LossOptions(alpha=-1.0), "alpha: "),
+        (LossOptions(anchor=1.0, detach_counterfactual=True), "anchor: "),
+        (LossOptions(chunk_bytes=0), "chunk_bytes: "),
     ],
 )
 def test_loss_flags_that_do_not_fit_are_named(options, message):
@@ -62,9 +62,9 @@ def test_prompt_flags_win_over_the_model_folder():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PromptOptions(max_length=0), "--max_length: expected a positive number, got 0"),
-        (PromptOptions(max_response_length=-1), "--max_response_length: expected a positive number"),
-        (PromptOptions(max_length=1025), "--max_length: expected at most the model's context of 1024 tokens, got 1025"),
+        (PromptOptions(max_length=0), "max_length: expected a positive number, got 0"),
+        (PromptOptions(max_response_length=-1), "max_response_length: expected a positive number"),
+        (PromptOptions(max_length=1025), "max_length: expected at most the model's context of 1024 tokens, got 1025"),
     ],
 )
 def test_prompt_lengths_that_cannot_be(options, message):
@@ -75,12 +75,12 @@ def test_prompt_lengths_that_cannot_be(options, message):
 @pytest.mark.parametrize(
     ("options", "model", "message"),
     [
-        (LoraOptions(lora_r=0), "a", "--lora_r: expected a positive number"),
-        (LoraOptions(lora_r=2, lora_alpha=0), "a", "--lora_alpha: expected a positive number"),
-        (LoraOptions(lora_r=2, lora_dropout=1.0), "a", "--lora_dropout: "),
-        (LoraOptions(lora_alpha=2), "a", "--lora_alpha: expected --lora_r with it"),
-        (LoraOptions(lora_target_modules=["q_proj"]), "a", "--lora_target_modules: expected --lora_r with it"),
-        (LoraOptions(lora_r=2), "tiny", "--lora_r: a new 'tiny' model has no trained weights to adapt"),
+        (LoraOptions(lora_r=0), "a", "lora_r: expected a positive number"),
+        (LoraOptions(lora_r=2, lora_alpha=0), "a", "lora_alpha: expected a positive number"),
+        (LoraOptions(lora_r=2, lora_dropout=1.0), "a", "lora_dropout: "),
+        (LoraOptions(lora_alpha=2), "a", "lora_alpha: expected --lora_r with it"),
+        (LoraOptions(lora_target_modules=["q_proj"]), "a", "lora_target_modules: expected --lora_r with it"),
+        (LoraOptions(lora_r=2), "tiny", "lora_r: a new 'tiny' model has no trained weights to adapt"),
     ],
 )
 def test_lora_flags_that_do_not_fit(options, model, message):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from nextquill.cli.flags import option
-from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.parsing import WIDE_REFUSALS, UsageError, parse, refusals
+from nextquill.errors import ArgumentError
 
 
 @dataclass
@@ -174,3 +175,21 @@ def test_train_help_puts_our_flags_before_those_of_transformers(nextquill):
     assert max(map(len, text.splitlines())) <= 110
     for flag in ("--loss", "--lora_r", "--output_dir", "--learning_rate", "--resume_from_checkpoint", "--config"):
         assert text.count(f"\n  {flag} ") == 1
+
+
+# ---- what other packages refuse ----------------------------------------------------------------------
+
+
+def test_a_refusal_of_another_package_becomes_a_usage_error_with_its_flag():
+    with pytest.raises(UsageError) as caught, refusals("optim"):
+        raise ValueError("no such\n  optimiser")
+    assert (str(caught.value), caught.value.argument) == ("no such optimiser", "optim")
+
+
+def test_our_own_errors_and_bugs_are_not_taken_for_refusals():
+    memory = type("OutOfMemoryError", (RuntimeError,), {})
+    for error in (ArgumentError("alpha: is wrong"), KeyError("x"), memory("full")):
+        with pytest.raises(type(error)), refusals():
+            raise error
+    with pytest.raises(UsageError), refusals(kinds=WIDE_REFUSALS):
+        raise KeyError("x")

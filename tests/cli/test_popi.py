@@ -159,7 +159,7 @@ def test_another_runs_folder_is_not_replaced_unasked(popi_train, tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     result = popi_train(tmp_path)
     assert result.code == 1
-    assert "files that are not of a nextquill run" in result.err
+    assert "files, but not a nextquill run" in result.err
 
 
 def test_public_pairs_are_read_by_format(popi_train, tmp_path):

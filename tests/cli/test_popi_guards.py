@@ -117,7 +117,7 @@ def test_summaries_of_another_writer_are_told_and_those_of_people_are_not(evalua
     summarize(file, "--held_out")
     assert "another model" not in evaluate("--summaries", file).err
     summarize(file, "--held_out", "--max_new_tokens", 2)
-    assert "or written otherwise: 3, such as that of 'u3'" in evaluate("--summaries", file).err
+    assert "or with other settings: 3, such as that of 'u3'" in evaluate("--summaries", file).err
     for user in ("u3", "u4", "u5"):
         SummaryFile(file).edit(user, "Likes tea.")
     assert "another model" not in evaluate("--summaries", file).err

@@ -148,7 +148,7 @@ WRONG_EDITS = {
     "text": (("--edit", "u3"), "--edit: expected a user and a text in quotation marks, got 1"),
     "words": (("--edit", "u3", "two", "words"), "got 3"),
     "both": (("--show", "u3", "--delete", "u3"), "expected one of --show, --edit and --delete"),
-    "file": (("--summaries", "no.jsonl"), "--summaries: there is no file no.jsonl"),
+    "file": (("--summaries", "no.jsonl"), "--summaries: no.jsonl is not a file"),
 }
 
 
@@ -258,7 +258,7 @@ def test_summaries_that_may_have_seen_a_judged_pair_are_refused(evaluate, summar
     SummaryFile(file).edit("u3", "Likes red hats.")  # an edit makes it no better
     result = evaluate("--summaries", file)
     assert (result.code, result.err.count("\n")) == (1, 2)
-    assert "3 of 3 users have no summary of just the signals that are held out, such as 'u3'" in result.err
+    assert "3 of 3 users have no summary of exactly these signals, such as 'u3'" in result.err
     users = users_from_records(read_jsonl(pairs / "test.jsonl"))
     summarize(tmp_path / "h.jsonl", "--held_out")
     for user in users:
@@ -274,14 +274,14 @@ def test_empty_summaries_are_counted(evaluate, told, tmp_path):
     SummaryFile(file).edit("u4", " ")
     result = evaluate("--summaries", file, "--output_file", tmp_path / "e.json")
     assert result.code == 0, result.err
-    assert "empty summaries, which are no context: 1" in result.err
+    assert "empty summaries, which give no context: 1" in result.err
     assert json.loads((tmp_path / "e.json").read_text())["empty_summaries"] == 1
 
 
 def test_one_user_has_no_placebo_and_no_interval(evaluate):
     result = evaluate("--limit", 1)
     assert result.code == 0, result.err
-    assert "No placebo: it takes two users with a summary." in result.out
+    assert "No placebo: it needs two users with a summary." in result.out
 
 
 def test_users_who_cannot_be_judged_are_counted(evaluate, make_records, tmp_path, pairs, write_pairs):
@@ -302,7 +302,7 @@ WRONG_EVALUATION = {
     "tokens": (("--max_tokens", 0), "--max_tokens: expected a positive number"),
     "padded": (("--max_tokens", 99, "--attention", "padded"), "--max_tokens: expected none"),
     "model": (("--model", "nowhere"), "--model: nowhere: expected a folder that POPI has written"),
-    "summaries": (("--summaries", "no.jsonl"), "--summaries: there is no file no.jsonl"),
+    "summaries": (("--summaries", "no.jsonl"), "--summaries: no.jsonl is not a file"),
     "transfer": (("--transfer_model", "./nothing"), "--transfer_model: there is no folder"),
     "reference": (("--reference_model", "./nothing"), "--reference_model: there is no folder"),
 }

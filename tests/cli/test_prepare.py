@@ -148,7 +148,7 @@ def test_a_record_over_budget_is_named_or_left_out(prepare, tmp_path, make_recor
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--train_file", "nowhere.jsonl"), 1, "--train_file: nowhere.jsonl is no file"),
+        (("--train_file", "nowhere.jsonl"), 1, "--train_file: nowhere.jsonl is not a file"),
         (("--max_length", 0), 2, "--max_length: expected a positive number, got 0"),
         (("--max_lenght", 9), 2, "did you mean --max_length?"),
         (("--model_name_or_path", "/nowhere"), 1, "model_name_or_path"),

@@ -114,7 +114,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(train, nextquill, data, 
     monkeypatch.setattr(progress, "TrainingProgress", lambda: InterruptAt(1))
     result = train(folder, *SCHEDULE, "--save_strategy", "no")
     assert result.code == 130
-    assert result.err.endswith("nextquill: saved checkpoint-2; go on with --resume_from_checkpoint true\n")
+    assert result.err.endswith("nextquill: saved checkpoint-2; resume with --resume_from_checkpoint true\n")
     assert not (folder / "model.safetensors").exists()
     words = ("--model_name_or_path", folder / "checkpoint-2", "--eval_file", data / "eval.jsonl", "--generate", "false")
     assert nextquill("evaluate", *words).code == 0, "an interrupted run's checkpoint has its prompt settings"
@@ -169,7 +169,7 @@ def test_ctrl_c_in_a_process_of_its_own(data, uninterrupted, tmp_path):
             if line.startswith("step 1/4"):
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130, "".join(seen)
-    assert "go on with --resume_from_checkpoint true" in seen[-1]
+    assert "resume with --resume_from_checkpoint true" in seen[-1]
     assert not (folder / "model.safetensors").exists()
     subprocess.run([*command, "--resume_from_checkpoint", "true"], check=True)
     assert same_weights(folder, uninterrupted)

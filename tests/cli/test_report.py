@@ -73,8 +73,8 @@ def test_an_existing_page_is_not_replaced_unasked(nextquill, runs, tmp_path):
 WRONG = {
     "no runs": (("--examples", "3"), "expected --runs"),
     "no folder": (("nowhere",), "--runs: expected a folder, nowhere is not there"),
-    "no run": (("{root}",), "is no run: it holds neither metrics.json of nextquill train nor evaluation.json of"),
-    "twice": (("{root}/a", "{root}/b/../a"), "a is there twice"),
+    "no run": (("{root}",), "is not a run: it holds neither metrics.json of nextquill train nor evaluation.json of"),
+    "twice": (("{root}/a", "{root}/b/../a"), "a is given twice"),
     "both places": (("{root}/a", "--runs", "{root}/b"), "--runs: expected all runs in one place"),
     "behind a flag": (("{root}/a", "--overwrite", "true", "{root}/b"), "unexpected argument"),
     "examples": (("{root}/a", "--examples", "-1"), "--examples: expected 0 or more, got -1"),

@@ -57,7 +57,7 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
 
 
 def test_another_run_is_refused(run_folder):
-    with pytest.raises(OutputExistsError, match="holds another run; go on with it by --resume_from_checkpoint true"):
+    with pytest.raises(OutputExistsError, match="holds another run; resume it with --resume_from_checkpoint true"):
         check(run_folder)
 
 
@@ -85,14 +85,14 @@ def test_overwriting_empties_the_folder_and_keeps_it(run_folder):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputExistsError, match="not of a nextquill run"):
+    with pytest.raises(OutputExistsError, match="holds files, but not a nextquill run"):
         check(tmp_path, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "checkpoint-2", "."])
 def test_overwriting_spares_what_the_run_reads(run_folder, name):
     (run_folder / "train.jsonl").write_text("")
-    with pytest.raises(OutputExistsError, match=r"--overwrite_output_dir: .*which this run reads"):
+    with pytest.raises(OutputExistsError, match=r"^overwrite_output_dir: .*which this run reads"):
         check(run_folder, overwrite=True, inputs=["Qwen/Qwen3-0.6B", run_folder / name])
 
 
@@ -106,7 +106,7 @@ def test_overwriting_spares_the_checkpoint_resumed_from(run_folder):
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/run"):
-        with pytest.raises(OutputExistsError, match=r"--output_dir: .*file is a file"):
+        with pytest.raises(OutputExistsError, match=r"^output_dir: .*file is a file"):
             check(tmp_path / place)
 
 

@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(score, cut, whole, tmp_pa
     count_forwards.clear()
     result = score(file, *flags)
     assert result.code == 0, result.err
-    assert f"{lines} of 5 records are in" in result.err
+    assert f"{lines} of 5 records are already in" in result.err
     assert file.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
     assert sum(count_forwards) < 5 + lines % 2, "records scored again"
@@ -201,7 +201,7 @@ def test_ctrl_c_says_how_to_go_on(cut, tmp_path):
     result = cut(tmp_path / "s.jsonl", 3, "--batch_size", 2, error=KeyboardInterrupt)
     assert result.code == 130
     assert "3 of 5 records are in" in result.err
-    assert "the same command goes on from there" in result.err
+    assert "the same command resumes" in result.err
 
 
 def test_a_run_that_wrote_nothing_leaves_nothing(cut, tmp_path):

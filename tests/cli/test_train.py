@@ -146,7 +146,7 @@ def test_half_precision_weights_are_warned_of(train, trained, tmp_path):
         ("--optim adamw_bnb_8bit", "--optim: "),
         ("--optim_args fast", "--optim_args: "),
         ("--eval_strategy steps", "--eval_strategy: expected --eval_file with it"),
-        ("--save_strategy best --metric_for_best_model loss", "--save_strategy best: expected --eval_file with it"),
+        ("--save_strategy best --metric_for_best_model loss", "--save_strategy: expected --eval_file with it"),
         ("--eval_file EVAL --load_best_model_at_end", "--load_best_model_at_end requires the save and eval strategy"),
         ("--eval_file EVAL --metric_for_best_model bleu", "--metric_for_best_model: expected one of loss, nll_factual"),
         ("--report_to nothing", "nothing is not supported, only"),
@@ -154,7 +154,7 @@ def test_half_precision_weights_are_warned_of(train, trained, tmp_path):
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size: expected a positive number, got 0"),
         ("--learning_rate -1", "--learning_rate: expected a number of at least 0, got -1.0"),
         ("--max_steps 0 --num_train_epochs 0", "--num_train_epochs: expected a positive number, got 0.0"),
-        ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1 is not supported"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor: 0.1 is not supported"),
         ("--loss sft --alpha 0.1", "--alpha: --loss sft has no such option"),
         ("--max_length 100000", "--max_length: expected at most the model's context of 4096 tokens"),
         ("--chat true", "chat: expected a tokenizer with a chat template"),
@@ -275,7 +275,7 @@ def test_adapters_train_and_are_measured_with_their_base(train, nextquill, train
         assert measured.code == 0, measured.err
     nested = train(tmp_path / "nested", "--model_name_or_path", folder, "--lora_r", 2)
     assert nested.code == 2
-    assert "the model has an adapter" in nested.err
+    assert "the model already has an adapter" in nested.err
 
 
 def test_adapters_on_modules_that_are_not_there(train, trained, tmp_path):

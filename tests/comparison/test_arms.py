@@ -45,16 +45,16 @@ def test_chosen_in_the_order_given_and_run_with_matched_times_last():
 @pytest.mark.parametrize(
     ("names", "baseline", "reference", "message"),
     [
-        ([], "sft", "perce", "--arms: expected at least one"),
-        (["sft", "nextqil"], "sft", "perce", "--arms: no arm 'nextqil'; did you mean nextquill?"),
+        ([], "sft", "perce", "names: expected at least one"),
+        (["sft", "nextqil"], "sft", "perce", "names: no arm 'nextqil'; did you mean nextquill?"),
         (["sft", "NextQuill-Detached"], "sft", "perce", "did you mean nextquill_detached?"),
-        (["sft", "zzz"], "sft", "perce", "--arms: no arm 'zzz'; expected some of sft, sft_2lr"),
-        (["sft", "perce", "sft"], "sft", "perce", "--arms: sft is given twice"),
-        (["perce"], "sft", "perce", r"--baseline: expected one of the arms \(perce\), got 'sft'"),
-        (["sft", "sft_time"], "sft", "perce", r"--arms: sft_time expects perce among them.*--time_reference"),
-        (["sft_time", "perce"], "perce", "perce", "--arms: sft_time expects sft among them"),
-        (["sft", "sft_time"], "sft", "sft_time", "--time_reference: expected one of sft, .* got 'sft_time'"),
-        (["sft", "sft_time"], "sft", "fast", "--time_reference: expected one of sft, .* got 'fast'"),
+        (["sft", "zzz"], "sft", "perce", "names: no arm 'zzz'; expected some of sft, sft_2lr"),
+        (["sft", "perce", "sft"], "sft", "perce", "names: sft is given twice"),
+        (["perce"], "sft", "perce", r"baseline: expected one of the arms \(perce\), got 'sft'"),
+        (["sft", "sft_time"], "sft", "perce", r"names: sft_time expects perce among them.*time_reference"),
+        (["sft_time", "perce"], "perce", "perce", "names: sft_time expects sft among them"),
+        (["sft", "sft_time"], "sft", "sft_time", "time_reference: expected one of sft, .* got 'sft_time'"),
+        (["sft", "sft_time"], "sft", "fast", "time_reference: expected one of sft, .* got 'fast'"),
     ],
 )
 def test_choices_that_cannot_be_compared(names, baseline, reference, message):

@@ -59,7 +59,7 @@ def test_overwriting_empties_the_folder(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_anything_else_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputExistsError, match="holds files that are not of a comparison"):
+    with pytest.raises(OutputExistsError, match="holds files, but not a comparison"):
         begin(tmp_path, overwrite=overwrite)
     with pytest.raises(OutputExistsError, match="is a file"):
         begin(tmp_path / "thesis.tex", overwrite=overwrite)
@@ -97,7 +97,6 @@ def test_a_run_is_finished_when_both_its_record_and_its_evaluation_are_there(tmp
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "evaluation.json").write_text("{}")
     assert read_record(folder) == record
-    assert (record.seconds_per_step, record.examples_per_second) == (0.5, 4.0)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"arm": "sft"}', '{"arm": "sft", "seed": 0, "start": "", "bogus": 1}'])

@@ -13,7 +13,15 @@ from nextquill.comparison import measuring, running
 from nextquill.comparison.arms import ARMS, BASE
 from nextquill.comparison.folder import RunRecord, read_record, run_folder, write_record
 from nextquill.comparison.measuring import ComparedTrainer, RunMeter
-from nextquill.comparison.running import Setup, Task, finished, match_time, perform, remaining_seconds, run_arguments
+from nextquill.comparison.running import (
+    PlannedRun,
+    Setup,
+    finished,
+    match_time,
+    perform,
+    remaining_seconds,
+    run_arguments,
+)
 from nextquill.data import EncodedDataset, ExampleEncoder, HistoryItem, PromptTemplate, Record
 from nextquill.errors import CheckpointError
 from nextquill.models.loading import PromptSettings, load_model
@@ -90,11 +98,11 @@ def same(one, other):
 
 def test_arms_of_a_seed_begin_alike_and_see_the_same_and_other_seeds_do_not(setup, seen):
     names = (None, "sft", "sft_2lr", "nextquill_detached")
-    records = [perform(setup, Task(None if name is None else ARMS[name], 0)) for name in names]
+    records = [perform(setup, PlannedRun(None if name is None else ARMS[name], 0)) for name in names]
     assert len({record.start for record in records}) == 1
     assert len({record.order for record in records[1:]}) == 1
     assert seen[0][0] == seen[1][0] == seen[2][0]
-    other = perform(setup, Task(ARMS["sft"], 1))
+    other = perform(setup, PlannedRun(ARMS["sft"], 1))
     assert other.start != records[0].start
     assert other.order != records[1].order
     assert seen[3][0] != seen[0][0]
@@ -116,26 +124,26 @@ def _first_rate(setup, name):
 
 
 def test_a_finished_run_leaves_its_files_and_no_checkpoints(setup):
-    record = perform(setup, Task(ARMS["sft"], 0))
+    record = perform(setup, PlannedRun(ARMS["sft"], 0))
     folder = run_folder(setup.folder, "sft", 0)
     names = {path.name for path in folder.iterdir()}
     assert names == {"evaluation", "metrics.json", "nextquill_prompt.json", "nextquill_run.json", "run.json"}
-    assert record == read_record(folder) == finished(setup, Task(ARMS["sft"], 0))
+    assert record == read_record(folder) == finished(setup, PlannedRun(ARMS["sft"], 0))
     assert (record.steps, record.examples, record.sessions) == (STEPS, 2 * STEPS, 1)
     assert 0 < record.seconds < record.wall_seconds
     assert record.peak_memory is None or record.peak_memory > 1e6
 
 
 def test_models_are_kept_where_asked_for(setup):
-    perform(dataclasses.replace(setup, save_models=True), Task(ARMS["sft"], 0))
+    perform(dataclasses.replace(setup, save_models=True), PlannedRun(ARMS["sft"], 0))
     model, _ = load_model(str(run_folder(setup.folder, "sft", 0)))
     assert same(model.state_dict(), weights(setup, "sft"))
 
 
 @pytest.mark.parametrize("step", [1, 2, STEPS])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(setup, seen, monkeypatch, step, tmp_path):
-    task, whole = Task(ARMS["nextquill_detached"], 0), dataclasses.replace(setup, folder=tmp_path / "whole")
-    expected = perform(whole, task)
+    planned, whole = PlannedRun(ARMS["nextquill_detached"], 0), dataclasses.replace(setup, folder=tmp_path / "whole")
+    expected = perform(whole, planned)
     stop = RunMeter.on_save
 
     def on_save(self, args, state, control, **kwargs):
@@ -146,10 +154,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(setup, seen, monkeypatch, st
     with monkeypatch.context() as patch:
         patch.setattr(RunMeter, "on_save", on_save)
         with pytest.raises(KilledError):
-            perform(setup, task)
-    assert finished(setup, task) is None
-    record = perform(setup, task)
-    assert same(weights(setup, task.name), weights(whole, task.name))
+            perform(setup, planned)
+    assert finished(setup, planned) is None
+    record = perform(setup, planned)
+    assert same(weights(setup, planned.name), weights(whole, planned.name))
     assert (record.order, record.start, record.steps) == (expected.order, expected.start, expected.steps)
     assert (record.examples, record.sessions) == (expected.examples, 2)
     assert record.seconds > 0
@@ -159,22 +167,22 @@ def test_a_run_killed_while_evaluating_is_not_trained_again(setup, seen):
     def killed(*args):
         raise KilledError
 
-    task = Task(ARMS["sft"], 0)
+    planned = PlannedRun(ARMS["sft"], 0)
     with pytest.raises(KilledError):
-        perform(dataclasses.replace(setup, evaluate=killed), task)
-    record = perform(setup, task)
+        perform(dataclasses.replace(setup, evaluate=killed), planned)
+    record = perform(setup, planned)
     assert (len(seen[0][0]), seen[1][0]) == (STEPS, [])
     assert (record.steps, record.examples, record.sessions) == (STEPS, 2 * STEPS, 2)
 
 
 def test_a_run_killed_after_its_evaluation_is_not_evaluated_again(setup, monkeypatch):
-    task = Task(ARMS["sft"], 0)
+    planned = PlannedRun(ARMS["sft"], 0)
     with monkeypatch.context() as patch:
         patch.setattr(running, "write_record", lambda *args: (_ for _ in ()).throw(KilledError))
         with pytest.raises(KilledError):
-            perform(setup, task)
-    record = perform(setup, task)  # `evaluate` would fail on the folder that is there
-    assert finished(setup, task) == record
+            perform(setup, planned)
+    record = perform(setup, planned)  # `evaluate` would fail on the folder that is there
+    assert finished(setup, planned) == record
 
 
 def test_a_run_without_a_checkpoint_begins_again_in_an_empty_folder(setup):
@@ -182,7 +190,7 @@ def test_a_run_without_a_checkpoint_begins_again_in_an_empty_folder(setup):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text("left")
     (folder / "leftover").write_text("left")
-    perform(setup, Task(ARMS["sft"], 0))
+    perform(setup, PlannedRun(ARMS["sft"], 0))
     assert not (folder / "leftover").exists()
 
 
@@ -191,28 +199,28 @@ def test_a_stopped_training_is_not_evaluated(setup):
     def stopped(trainer):
         yield SimpleNamespace(requested=True)
 
-    assert perform(dataclasses.replace(setup, attend=stopped), Task(ARMS["sft"], 0)) is None
+    assert perform(dataclasses.replace(setup, attend=stopped), PlannedRun(ARMS["sft"], 0)) is None
     assert not (run_folder(setup.folder, "sft", 0) / "evaluation").exists()
 
 
 def test_other_weights_or_another_order_than_the_finished_runs_are_refused(setup):
-    perform(setup, Task(ARMS["sft"], 0))
+    perform(setup, PlannedRun(ARMS["sft"], 0))
     changed = dataclasses.replace(setup, start=lambda seed: start(seed + 5))
-    with pytest.raises(CheckpointError, match="sft_2lr with seed 0 began from other weights than sft with seed 0"):
-        perform(changed, Task(ARMS["sft_2lr"], 0))
+    with pytest.raises(CheckpointError, match="sft_2lr with seed 0 started from other weights than sft with seed 0"):
+        perform(changed, PlannedRun(ARMS["sft_2lr"], 0))
     folder = run_folder(setup.folder, "sft", 0)
     write_record(folder, dataclasses.replace(read_record(folder), order="another"))
     with pytest.raises(CheckpointError, match="sft_2lr with seed 0 saw other examples"):
-        perform(setup, Task(ARMS["sft_2lr"], 0))
+        perform(setup, PlannedRun(ARMS["sft_2lr"], 0))
 
 
 def test_runs_in_their_order(setup):
     arms = [ARMS["sft_time"], *setup.arms]
-    planned = [(task.name, task.seed) for task in running.tasks(dataclasses.replace(setup, arms=arms))]
+    order = [(planned.name, planned.seed) for planned in running.planned_runs(dataclasses.replace(setup, arms=arms))]
     one = [BASE, "sft", "sft_2lr", "nextquill_detached", "sft_time"]
-    assert planned == [(name, seed) for seed in (0, 1) for name in one]
+    assert order == [(name, seed) for seed in (0, 1) for name in one]
     shared = dataclasses.replace(setup, shares_start=True)
-    assert [task.seed for task in running.tasks(shared) if task.arm is None] == [0]
+    assert [planned.seed for planned in running.planned_runs(shared) if planned.arm is None] == [0]
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", "PerCELoss()"), ("learning_rate", 0.5), ("seed", 9)])
@@ -222,10 +230,10 @@ def test_a_finished_run_of_something_else_is_not_taken_for_this_one(setup, name,
     (folder / "evaluation" / "evaluation.json").write_text("{}")
     fitting = RunRecord("sft", 0, "s", loss=repr(ARMS["sft"].loss()), learning_rate=1e-3)
     write_record(folder, fitting)
-    assert finished(setup, Task(ARMS["sft"], 0)) == fitting
+    assert finished(setup, PlannedRun(ARMS["sft"], 0)) == fitting
     write_record(folder, dataclasses.replace(fitting, **{name: value}))
     with pytest.raises(CheckpointError, match=f"has another {name.replace('_', ' ')}: there"):
-        finished(setup, Task(ARMS["sft"], 0))
+        finished(setup, PlannedRun(ARMS["sft"], 0))
 
 
 def step(meter, seconds, clock, **turns):
@@ -292,13 +300,13 @@ def test_the_schedule_is_stretched_and_not_cut(setup, tmp_path, warmup, stretche
 
 def test_an_arm_of_equal_time_sees_the_same_first_and_goes_on(setup, seen, monkeypatch):
     setup = dataclasses.replace(setup, time_reference="nextquill_detached")
-    sft = perform(setup, Task(ARMS["sft"], 0))
+    sft = perform(setup, PlannedRun(ARMS["sft"], 0))
     slow = dataclasses.replace(sft, arm="nextquill_detached", seconds=1.5 * sft.seconds)
     folder = run_folder(setup.folder, "nextquill_detached", 0)
     (folder / "evaluation").mkdir(parents=True)
     (folder / "evaluation" / "evaluation.json").write_text("{}")
     write_record(folder, slow)
-    record = perform(setup, Task(ARMS["sft_time"], 0))
+    record = perform(setup, PlannedRun(ARMS["sft_time"], 0))
     assert record.steps == 5 > sft.steps
     assert seen[1][0][:STEPS] == seen[0][0]
     assert record.order == sft.order
@@ -325,7 +333,7 @@ def test_only_steps_are_timed(monkeypatch):
 
 def test_the_rest_is_estimated_from_runs_of_the_same_arm():
     done = [RunRecord(BASE, 0, "", wall_seconds=1.0), RunRecord("sft", 0, "", wall_seconds=10.0)]
-    left = [Task(ARMS["perce"], 0), Task(None, 1), Task(ARMS["sft"], 1)]
+    left = [PlannedRun(ARMS["perce"], 0), PlannedRun(None, 1), PlannedRun(ARMS["sft"], 1)]
     assert remaining_seconds([], left) is None
     assert remaining_seconds(done[:1], left) is None
     assert remaining_seconds(done, left) == 10 + 1 + 10

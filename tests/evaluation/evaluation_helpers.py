@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nextquill.data import load_records
-from nextquill.evaluation.evaluating import EvaluationOptions, evaluate_model
+from nextquill.evaluation.evaluate import evaluate_model
+from nextquill.evaluation.options import EvaluationOptions
 from nextquill.models.loading import PromptSettings
 from tests.models.model_helpers import TEMPLATE, make_records, word_tokenizer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation import evaluating
 from nextquill.evaluation.folder import EvaluationFolder
+from nextquill.evaluation.results import Evaluation
 from nextquill.models.loading import PromptSettings
 from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
 from tests.models.model_helpers import TEMPLATE, tiny_model
@@ -83,7 +83,7 @@ def test_killed_between_its_last_files(model, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating.Evaluation, "to_json", kill)
+        patch.setattr(Evaluation, "to_json", kill)
         with pytest.raises(Killed):
             evaluate(model, tmp_path, **ALL)
     assert (tmp_path / "examples.jsonl").exists()

@@ -90,8 +90,8 @@ def entries(*golds):
 DAMAGED = {
     "no-json": ("{", "not valid JSON"),
     "no-utf-8": (b"\xff", "not valid JSON"),
-    "a-list": ("[]", "expected an object with a string 'task' and a list 'golds'"),
-    "no-task": ('{"golds": []}', "expected an object with a string 'task'"),
+    "a-list": ("[]", "expected an object, got list"),
+    "no-task": ('{"golds": []}', "expected an object with a string 'task' and a list 'golds'"),
     "no-golds": ('{"task": "LaMP_3"}', "expected an object with a string 'task'"),
     "text-as-entry": (entries("x"), r"golds\[0\]: expected an object, got str"),
     "no-output": (entries({"id": "a", "output": "1"}, {"id": "b"}), r"golds\[1\]: field 'output' is missing"),

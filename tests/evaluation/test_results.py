@@ -52,7 +52,7 @@ def test_item_effects_need_not_be_there(tmp_path):
         (EXAMPLES_FILE, "[]\n", "examples.jsonl line 1: expected an object, got list"),
         (EVALUATION_FILE, "{}", "evaluation.json: not an evaluation: 'metrics'"),
         (EVALUATION_FILE, '{"metrics": {"a": {"colour": 1}}}', "evaluation.json: not an evaluation: .*colour"),
-        (EVALUATION_FILE, "[", "evaluation.json: not an evaluation"),
+        (EVALUATION_FILE, "[", "evaluation.json: not valid JSON"),
     ],
 )
 def test_damage_is_named(tmp_path, name, content, message):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from nextquill_kernels import chunk, chunk_grad, chunk_stats
-from nextquill_kernels.launch import Tile
+from nextquill_kernels.launch import RowTile
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -31,7 +31,7 @@ def _tiles(request, monkeypatch):
             (chunk_grad, "TOKEN_GRAD PAIR_GRAD"),
         ):
             for name in names.split():
-                monkeypatch.setattr(module, name, Tile(block_v=128, num_warps=4))
+                monkeypatch.setattr(module, name, RowTile(block_v=128, num_warps=4))
 
 
 @dataclass

@@ -14,7 +14,16 @@ import sys
 import pytest
 import torch
 from nextquill_kernels import tiles, tune
-from nextquill_kernels.tiles import BUCKETS, DTYPE_CLASSES, FAMILIES, TABLE_PATH, TABLE_TARGETS, Entry, Tile, lookup
+from nextquill_kernels.tiles import (
+    BUCKETS,
+    DTYPE_CLASSES,
+    FAMILIES,
+    TABLE_PATH,
+    TABLE_TARGETS,
+    TableEntry,
+    Tile,
+    lookup,
+)
 
 GPU_TARGETS = [target for target in TABLE_TARGETS if target != "interpreter"]
 TILE = Tile(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, group_n=16, interleave=8)
@@ -193,7 +202,7 @@ def test_fewer_stages_where_shared_memory_is_short():
 
 def test_written_table_is_read_back_and_merged(tmp_path):
     path = tmp_path / "table.json"
-    first = Entry("pair", "sm_90", "half", "4096", TILE, {"kind": "resources"})
+    first = TableEntry("pair", "sm_90", "half", "4096", TILE, {"kind": "resources"})
     other = dataclasses.replace(first, target="sm_80")
     tiles.write_entries(path, [first, other])
     better = dataclasses.replace(first, tile=dataclasses.replace(TILE, num_stages=3), origin={"kind": "measured"})
@@ -205,7 +214,7 @@ def test_written_table_is_read_back_and_merged(tmp_path):
 
 def test_failed_write_leaves_the_table_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    entry = Entry("pair", "sm_90", "half", "4096", TILE, {"kind": "resources"})
+    entry = TableEntry("pair", "sm_90", "half", "4096", TILE, {"kind": "resources"})
     tiles.write_entries(path, [entry])
     before = path.read_bytes()
 
@@ -270,7 +279,7 @@ def test_fastest_skips_what_fails_and_stops_in_time():
 
 def test_tuned_entry_is_put_beside_the_others(tmp_path):
     problem = tune.Problem("pair", torch.bfloat16, 8192, 4096, 151936)
-    entry = Entry("pair", "sm_90", "half", "4096", TILE, tune.origin(problem, 30.0, "A GPU"))
+    entry = TableEntry("pair", "sm_90", "half", "4096", TILE, tune.origin(problem, 30.0, "A GPU"))
     assert entry.origin["tflops"] == pytest.approx(679.7, abs=0.1)
     path = tmp_path / "table.json"
     tune.update(path, entry)

@@ -31,11 +31,11 @@ def mixture() -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"auto_find_batch_size": True}, "args: auto_find_batch_size"),
-        ({"bf16_full_eval": True}, "args: bf16_full_eval"),
-        ({"torch_empty_cache_steps": 1}, "args: torch_empty_cache_steps"),
-        ({"push_to_hub": True}, "args: push_to_hub.*sampled_summaries"),
-        ({"label_smoothing_factor": 0.1}, "args: label_smoothing_factor"),
+        ({"auto_find_batch_size": True}, r"args\.auto_find_batch_size"),
+        ({"bf16_full_eval": True}, r"args\.bf16_full_eval"),
+        ({"torch_empty_cache_steps": 1}, r"args\.torch_empty_cache_steps"),
+        ({"push_to_hub": True}, r"args\.push_to_hub.*sampled_summaries"),
+        ({"label_smoothing_factor": 0.1}, r"args\.label_smoothing_factor"),
         ({"peft_config": IA3Config(target_modules=["q_proj"], feedforward_modules=[])}, "expected a LoraConfig"),
         ({"peft_config": lora(bias="lora_only")}, "bias='none'"),
         ({"peft_config": lora(init_lora_weights="pissa")}, "init_lora_weights True"),

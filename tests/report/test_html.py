@@ -15,7 +15,7 @@ from nextquill.report.data import (
     Charts,
     Column,
     GeneratedText,
-    HistoryItem,
+    LeftOutItem,
     Page,
     Panel,
     Picture,
@@ -66,7 +66,7 @@ def read(page: Page) -> _Reader:
 
 def full_page(word: str) -> Page:
     tokens = [TokenEffect(word, 0.9, 0.1, 0.2, True), TokenEffect("b", 0.2, 0.6), TokenEffect("c", 0.5, 0.5)]
-    items = [HistoryItem(word, word, [1.0, -0.5, 0.0]), HistoryItem("", word, [0.25, 0.0, 0.0])]
+    items = [LeftOutItem(word, word, [1.0, -0.5, 0.0]), LeftOutItem("", word, [0.25, 0.0, 0.0])]
     return Page(
         title=word,
         lead=word,
@@ -142,7 +142,7 @@ def test_items_carry_their_effects_and_totals() -> None:
 
 
 def test_small_effects_of_items_look_small() -> None:
-    items = [HistoryItem("a", "b", [0.06, -0.001]), HistoryItem("c", "d", [0.0, 0.0])]
+    items = [LeftOutItem("a", "b", [0.06, -0.001]), LeftOutItem("c", "d", [0.0, 0.0])]
     tokens = [TokenEffect("x", 0.5, 0.5)] * 2
     reader = read(Page("t", "l", responses=[ResponseView("r", [], [ResponseVariant("v", tokens, items=items)])]))
     assert [a["class"] for tag, a in reader.tags if tag == "td" and "class" in a] == ["p1", "", "", ""]

@@ -143,7 +143,7 @@ def test_own_findings_and_tables_come_first(runs: list[Run]) -> None:
 
 def test_one_user_alone_is_said(tmp_path: Path) -> None:
     page = runs_page([read_run(write_evaluation(tmp_path / "a", users=1))])
-    assert page.table_notes == ["a: no intervals, as all records are of one user, who says nothing about others."]
+    assert page.table_notes == ["a: no intervals, because all records are of one user, who says nothing about others."]
 
 
 def test_a_text_of_spaces_is_not_nothing(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ def test_effect_text_refuses_unequal_lengths() -> None:
         effect_text(["a", "b"], [0.1])
 
 
+def test_a_terminal_obeys_nothing_in_a_token() -> None:
+    assert effect_text(["a\x1b[2J", "b\n"], [0.5, 0.0]).plain == "a[U+001B][2Jb\n"
+
+
 def test_markup_in_tokens_is_text() -> None:
     assert effect_text(["[bold]"], [0.5]).plain == "[bold]"
 

@@ -95,9 +95,7 @@ def test_another_run_is_refused_by_name_unless_it_overwrites(
 ) -> None:
     path = stopped_after(tmp_path / "out.jsonl", 2)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=f"{message}; delete it, or give --overwrite to start over$"):
-        PartialFile(tmp_path / "out.jsonl", run)
-    with pytest.raises(CheckpointError, match=f"^folder: .*{message}; delete it, or give overwrite=True to"):
+    with pytest.raises(CheckpointError, match=f"^folder: .*{message}; delete it, or start again with overwrite=True$"):
         PartialFile(tmp_path / "out.jsonl", run, argument="folder")
     assert path.read_bytes() == before
     with PartialFile(tmp_path / "out.jsonl", run, overwrite=True) as partial:
@@ -139,7 +137,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None
     with PartialFile(target, RUN) as partial:
         partial.write(LINES[0])
         before = partial.path.read_bytes()
-        assert run_python(code, str(target)).strip() == f"--output_file: another process is writing {partial.path}"
+        assert run_python(code, str(target)).strip() == f"output_file: another process is writing {partial.path}"
         with pytest.raises(OutputExistsError):
             PartialFile(target, RUN)
         assert partial.path.read_bytes() == before

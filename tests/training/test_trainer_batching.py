@@ -264,8 +264,8 @@ def test_an_order_of_ones_own_is_not_shuffled_by_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported with trees"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches=True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not supported with trees"),
     ],
 )
 def test_arguments_that_would_change_shared_tokens(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -57,9 +57,9 @@ def test_it_trains_as_our_own_trainer_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"loss_type": "dft"}, ArgumentError, "args: loss_type='dft' would be ignored"),
-        ({"completion_only_loss": True}, ArgumentError, "args: completion_only_loss=True would be ignored"),
-        ({"max_length": 4}, ArgumentError, "args: max_length is 4, but examples were encoded to up to"),
+        ({"loss_type": "dft"}, ArgumentError, r"args\.loss_type: 'dft' would be ignored"),
+        ({"completion_only_loss": True}, ArgumentError, r"args\.completion_only_loss: True would be ignored"),
+        ({"max_length": 4}, ArgumentError, r"args\.max_length: 4, but examples were encoded to up to"),
         ({"train_dataset": make_records()}, ArgumentTypeError, "train_dataset: expected an EncodedDataset, got list"),
     ],
 )

@@ -40,7 +40,7 @@ MUTATIONS = (
     ),
     Mutation(
         "comparison-holm",
-        "nextquill/report/comparison/collecting.py",
+        "nextquill/report/comparison/collect.py",
         "pair.p_value, p_adjusted, p_runs)",
         "pair.p_value, pair.p_value, p_runs)",
         "p-values are not adjusted for the number of arms",

@@ -26,7 +26,7 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation-users-drawn",
-        "nextquill/evaluation/clusters.py",
+        "nextquill/evaluation/bootstrap.py",
         "    if groups is None:\n",
         "    if groups is None or len(groups) == len(statistics):\n",
         "intervals draw records instead of users",
@@ -55,8 +55,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-pairs-swapped",
         "nextquill/evaluation/compare.py",
-        "return sides[0], sides[1], [a[i].user_id for i in indices]",
-        "return sides[1], sides[0], [a[i].user_id for i in indices]",
+        "(scores_a, scores_b), users = paired",
+        "(scores_b, scores_a), users = paired",
         "paired differences have the wrong sign",
     ),
     Mutation(

@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(
         "checkpoints-incomplete",
         "nextquill/storage/checkpoints.py",
-        'if not (path / "trainer_state.json").is_file():',
+        "if not (path / STATE_FILE).is_file():",
         "if not path.is_dir():",
         "a checkpoint that was cut short is resumed from",
     ),

@@ -19,21 +19,21 @@ MUTATIONS = (
     ),
     Mutation(
         "report-negated-interval",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "low=-result.high, high=-result.low)",
         "low=-result.low, high=-result.high)",
         "intervals of differences are upside down",
     ),
     Mutation(
         "report-best",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "sign = 1 if metric.higher_is_better else -1",
         "sign = 1",
         "the run with the highest NLL is marked as the best",
     ),
     Mutation(
         "report-choice",
-        "nextquill/report/select_examples.py",
+        "nextquill/report/examples.py",
         "key=lambda index: (-effects[index], index)",
         "key=lambda index: (effects[index], index)",
         "the examples with the smallest effects are said to have the largest",
@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "report-other-records",
-        "nextquill/report/measures.py",
+        "nextquill/report/run_tables.py",
         "return a is not None and b is not None and a.records == b.records",
         "return a is not None and b is not None",
         "runs on different records are said to differ",
@@ -79,6 +79,13 @@ MUTATIONS = (
         "(_HELPS if effect > 0 else _HURTS)",
         "(_HURTS if effect > 0 else _HELPS)",
         "score shows effects in each other's colours",
+    ),
+    Mutation(
+        "terminal-escapes",
+        "nextquill/report/terminal.py",
+        "text.append(plain(token), ",
+        "text.append(token, ",
+        "a token's escape sequence clears the terminal",
     ),
     Mutation(
         "cli-config-first",
@@ -114,6 +121,20 @@ MUTATIONS = (
         'return _fail("interrupted", INTERRUPTED)',
         'return _fail("interrupted", FAILED)',
         "Ctrl-C looks like a failure to a script",
+    ),
+    Mutation(
+        "cli-flag-of-argument",
+        "nextquill/cli/main.py",
+        'flags |= getattr(module, "FLAGS", {})',
+        'flags = getattr(module, "FLAGS", {})',
+        "an error names the library's argument instead of the flag",
+    ),
+    Mutation(
+        "cli-error-argument",
+        "nextquill/errors.py",
+        "return self._argument or (found and found[1])",
+        "return found and found[1]",
+        "an error that is told its argument forgets it",
     ),
     Mutation(
         "cli-loss-names",

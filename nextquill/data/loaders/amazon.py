@@ -21,7 +21,7 @@ from nextquill.data.records import Record, check_text, parse_record, unexpected
 from nextquill.errors import ArgumentError
 
 
-class _Item(NamedTuple):
+class _Product(NamedTuple):
     title: str
     description: str
 
@@ -46,9 +46,9 @@ def load_amazon(
     return source.each(lambda row: _record(row, items))
 
 
-def _items(metadata: Source) -> dict[str, _Item]:
-    def convert(row: Row) -> tuple[str, _Item]:
-        return row.user_id("asin", "parent_asin"), _Item(row.optional_text("title") or "", _description(row))
+def _items(metadata: Source) -> dict[str, _Product]:
+    def convert(row: Row) -> tuple[str, _Product]:
+        return row.user_id("asin", "parent_asin"), _Product(row.optional_text("title") or "", _description(row))
 
     return dict(item for _, item in metadata.each(convert))
 
@@ -63,7 +63,7 @@ def _description(row: Row) -> str:
     return row.optional_text("description") or ""
 
 
-def _record(row: Row, items: Mapping[str, _Item]) -> Record:
+def _record(row: Row, items: Mapping[str, _Product]) -> Record:
     review = row.row("data")
     item = _item_of(review, items)
     query = (
@@ -81,7 +81,7 @@ def _record(row: Row, items: Mapping[str, _Item]) -> Record:
     return parse_record(raw, row.where)
 
 
-def _past(review: Row, items: Mapping[str, _Item]) -> dict[str, object]:
+def _past(review: Row, items: Mapping[str, _Product]) -> dict[str, object]:
     item = _item_of(review, items)
     text = (
         f"- [Item Title]: {item.title}\n- [Item Description]: {item.description}\n"
@@ -91,7 +91,7 @@ def _past(review: Row, items: Mapping[str, _Item]) -> dict[str, object]:
     return {"text": text, "timestamp": review.seconds("timestamp")}
 
 
-def _item_of(review: Row, items: Mapping[str, _Item]) -> _Item:
+def _item_of(review: Row, items: Mapping[str, _Product]) -> _Product:
     asin = review.user_id("asin")
     if asin not in items:
         raise review.error("asin", f"expected an item from the metadata, got {asin!r}", kind="metadata")

@@ -1,6 +1,7 @@
 """Responses by the model itself, greedy or sampled, behind one small interface.
 
-    options.py               what is generated, where it ends, and each example's own seed
+    options.py               options, prompts with a seed each, and where a response ends
+    engine.py                the interface, and the choice of an engine
     transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
     vllm_engine.py           vLLM, which batches by itself
 

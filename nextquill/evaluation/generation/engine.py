@@ -1,34 +1,47 @@
-"""The interface of what generates, and the choice of it."""
+"""The interface of an engine that generates responses, and the choice of one."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, stop_tokens
+from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, stop_tokens
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample
 
 
-class Engine(Protocol):
-    """What generates responses."""
+class Engine(ABC):
+    """Generates responses.
+
+    Args:
+        tokenizer: the model's.
+        stops: the tokens that end a response.
+        options: how responses are chosen.
+    """
+
+    def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
+        self._tokenizer, self._stops, self._options = tokenizer, stops, options
 
     def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
-        """Yield index and text of each prompt, in any order; what is computed together follows from `prompts` alone.
+        """Yield index and text of each response, in any order; `prompts` alone decide which are computed together.
 
         Args:
-            prompts: what to respond to.
-            done: indices that are not needed; what an engine computes with others' it may compute again.
+            prompts: the prompts to respond to.
+            done: indices to leave out; an engine may compute some of them again together with others.
         """
+        for index, ids in self.generate_ids(prompts, done):
+            yield index, decoded(self._tokenizer, ids, self._stops)
 
+    @abstractmethod
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
-        """As `generate`, with the tokens themselves; the last is a stop token where the response came to one."""
+        """As `generate`, but with token ids; the last one is a stop token if the response reached one."""
 
 
 def check_engine(options: GenerationOptions, model: Any = None, model_name: str | None = None) -> None:
-    """Raise before any work what `generation_engine` would raise; without a model, as far as that can be told."""
+    """Raise, before any work, the errors of `generation_engine`; without a model, those that do not depend on it."""
     if options.engine == "vllm":
         from nextquill.evaluation.generation.vllm_engine import check_installed, check_vllm
 
@@ -47,18 +60,18 @@ def generation_engine(
 ) -> Iterator[Engine]:
     """The engine that `options.engine` names, for the length of the block; the model is left as it was.
 
-    A response ends at what ended the training response, at the tokenizer's end token or at one of the generation
-    config's, after `max_new_tokens`, or where the model's context does.
+    A response ends at the token that ended the training responses, at the tokenizer's end token or one of the
+    generation config's, after `max_new_tokens`, or at the end of the model's context.
 
     Args:
         model, tokenizer: a causal language model, also a PEFT model, and its tokenizer.
-        examples: encoded examples, whose first says what ends a response.
+        examples: encoded examples; the first one shows which token ends a response.
         options: how responses are chosen.
         model_name: the folder or hub name that vLLM loads the model from.
 
     Raises:
-        BackendUnavailableError: `engine="vllm"` where vLLM is not installed.
-        ArgumentError: it has no name to load the model by, or does not run its adapter.
+        BackendUnavailableError: `engine="vllm"` and vLLM is not installed.
+        ArgumentError: vLLM has no name to load the model by, or does not run its adapter.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     stops = stop_tokens(base, tokenizer, examples)

@@ -1,4 +1,4 @@
-"""What is generated and where it ends."""
+"""Options of generation, prompts with their seeds, and where a response ends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ENGINES = ("hf", "vllm")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response is generated for.
+    """A prompt to respond to.
 
     Args:
-        index: names it; the engine hands it back with the text.
+        index: identifies the prompt; the engine returns it with the text.
         ids: the prompt's tokens.
-        seed: of its own samples.
+        seed: the seed of this prompt's samples.
     """
 
     index: int
@@ -36,20 +36,20 @@ class Prompt:
 class GenerationOptions:
     """How responses are chosen.
 
-    What the model's own generation config says of sampling and penalties is left out: a response is the most likely
-    token at each step, or, with a temperature above 0, a sample of softmax(logits / temperature) within the smallest
-    set of tokens whose probabilities add up to `top_p`.
+    The sampling and penalties of the model's own generation config are ignored. A response takes the most likely token
+    at each step or, with a temperature above 0, a sample of softmax(logits / temperature) from the smallest set of
+    tokens whose probabilities add up to `top_p`.
 
     Args:
-        max_new_tokens: bound on a response's length.
+        max_new_tokens: the most tokens of a response.
         batch_size: prompts at a time; vLLM takes as many as fit.
         temperature: 0 for greedy responses.
         top_p: in (0, 1].
-        seed: same seed, same example: same sample, on a device of the same kind.
+        seed: the same seed and example give the same sample, on a device of the same kind.
         engine: "hf" or "vllm".
 
     Raises:
-        ArgumentError: a value that is none of these.
+        ArgumentError: a value is out of range.
     """
 
     max_new_tokens: int = 128
@@ -79,7 +79,7 @@ def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], se
     A prompt's seed follows from `seed`, the example's index and the branch alone.
 
     Raises:
-        ArgumentError: no branch of that name, or an example does not have it.
+        ArgumentError: there is no branch of that name, or an example lacks it.
     """
     found = [_prompt_ids(example, branch) for branch in branches for example in examples]
     keys = [f"{seed} {example.index} {branch}" for branch in branches for example in examples]
@@ -87,7 +87,7 @@ def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], se
 
 
 def stop_tokens(model: Any, tokenizer: Any, examples: Sequence[EncodedExample]) -> set[int]:
-    """The ids a response ends at; a chat model's end of turn is often not its tokenizer's end token."""
+    """The token ids that end a response; a chat model's end of turn is often not its tokenizer's end token."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -96,18 +96,18 @@ def stop_tokens(model: Any, tokenizer: Any, examples: Sequence[EncodedExample]) 
 
 
 def token_limit(prompt: Prompt, options: GenerationOptions, context: int | None) -> int:
-    """Most tokens of a prompt's response: `max_new_tokens`, or what the model's context leaves."""
+    """The most tokens of a prompt's response: `max_new_tokens`, or fewer near the end of the model's context."""
     return options.max_new_tokens if context is None else max(0, min(options.max_new_tokens, context - len(prompt.ids)))
 
 
 def up_to_stop(ids: Sequence[int], stops: set[int]) -> list[int]:
-    """The tokens up to the first stop, and with it: what comes behind is padding."""
+    """The tokens up to and including the first stop; the rest is padding."""
     end = next((position for position, token in enumerate(ids, 1) if token in stops), len(ids))
     return list(ids[:end])
 
 
 def decoded(tokenizer: Any, ids: Sequence[int], stops: set[int]) -> str:
-    """The text of a response up to its end, without special tokens."""
+    """The text of a response before its first stop, without special tokens."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 

@@ -1,11 +1,11 @@
 """Generation by transformers' own `generate`, in left-padded batches of prompts of similar length.
 
-A sample is drawn as argmax(log p + g) with g Gumbel noise, which has the distribution p (E. J. Gumbel, Statistical
-Theory of Extreme Values, 1954). The noise of each prompt comes from a generator of its own, so that what is sampled for
-it does not depend on the prompts beside it, as it does with one generator for a batch. Padding changes the logits by
-rounding alone; only where two candidates come closer than that can another batch size give another token. The noise is
-drawn in double precision: on a GPU, float32 exponential variates begin at 6e-8, and the many tokens of a large
-vocabulary whose probabilities are below that would hardly ever be drawn.
+A sample is argmax(log p + g) with Gumbel noise g, which has the distribution p (E. J. Gumbel, Statistical Theory of
+Extreme Values, 1954). Each prompt has its own generator of noise. With one generator for a batch, a prompt's sample
+would depend on the prompts beside it. Padding changes the logits by rounding alone, so another batch size can give
+another token only if two candidates are closer than that. The noise is drawn in double precision: on a GPU, float32
+exponential variates begin at 6e-8, and the many tokens of a large vocabulary with smaller probabilities would hardly
+ever be drawn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
+from nextquill.evaluation.generation.engine import Engine
+from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.loading import context_length
 
 
@@ -33,9 +34,9 @@ from nextquill.models.loading import context_length
 def transformers_engine(
     model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions
 ) -> Iterator[TransformersEngine]:
-    """An engine around a model in eval mode, whose generation config says nothing but where to stop.
+    """An engine around a model in eval mode, whose generation config only says where to stop.
 
-    The config of a model that is trained with gradient checkpointing has no cache; generation has one all the same.
+    Generation uses a cache even if the model's own config has none, as in training with gradient checkpointing.
     """
     own, modes = model.generation_config, [(module, module.training) for module in model.modules()]
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
@@ -51,19 +52,14 @@ def transformers_engine(
             module.training = training
 
 
-class TransformersEngine:
-    """See `Engine`."""
+class TransformersEngine(Engine):
+    """See `Engine`; the longest prompts come first."""
 
     def __init__(self, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
-        self._model, self._tokenizer, self._stops, self._options = model, tokenizer, stops, options
-
-    def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
-        """Yield index and text of each prompt, those of the longest prompts first."""
-        for index, ids in self.generate_ids(prompts, done):
-            yield index, decoded(self._tokenizer, ids, self._stops)
+        super().__init__(tokenizer, stops, options)
+        self._model = model
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
-        """Yield index and tokens of each prompt, those of the longest prompts first."""
         for batch, limit in self._batches(prompts):
             wanted = [prompt.index not in done for prompt in batch]
             if not any(wanted):
@@ -73,10 +69,10 @@ class TransformersEngine:
                     yield prompt.index, up_to_stop(ids, self._stops)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
-        """Prompts to run together, longest first, and how many tokens each may get.
+        """Prompts to run together, longest first, and the most tokens that each may get.
 
-        Near the end of the model's context that number follows from a prompt's length, and only prompts with the same
-        one run together: the length of a response depends on its own prompt.
+        Near the end of the model's context that number depends on a prompt's length. Only prompts with the same number
+        run together, so that the length of a response depends on its own prompt alone.
         """
         context, size = context_length(self._model), self._options.batch_size
 
@@ -108,7 +104,7 @@ class TransformersEngine:
         return responses
 
     def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:
-        """What turns the most likely token into a sample; nothing for greedy responses."""
+        """The processors that turn the most likely token into a sample; none for greedy responses."""
         options, found = self._options, LogitsProcessorList()
         if options.temperature > 0:
             found.append(TemperatureLogitsWarper(float(options.temperature)))

@@ -1,8 +1,8 @@
 """Generation by vLLM (https://docs.vllm.ai), which schedules all prompts by itself and shares their prefixes.
 
-It loads the weights from the model's folder a second time, so the model in memory makes room for the length of the
-block: it waits on the CPU. Its kernels and its random numbers are not transformers': greedy texts agree up to rounding,
-samples do not.
+It loads the weights from the model's folder a second time, so the model in memory waits on the CPU for the length of
+the block. Its kernels and its random numbers differ from transformers': greedy texts agree up to rounding, samples do
+not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, token_limit, up_to_stop
+from nextquill.evaluation.generation.engine import Engine
+from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.loading import context_length, is_adapter
 
-# Prompts handed over at once: enough to fill its batches, few enough that a run that is cut short loses little.
+# Prompts handed over at once: enough to fill its batches, few enough that an interrupted run loses little.
 _AT_ONCE = 512
 # The ranks that vLLM has kernels for.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# What of an adapter's config vLLM refuses, or leaves out without a word: it scales all by one lora_alpha / r.
+# Settings of an adapter that vLLM refuses or silently ignores: it scales all by one lora_alpha / r.
 _NOT_RUN = (
     "use_dora", "modules_to_save", "bias", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
     "trainable_token_indices",
@@ -43,9 +44,10 @@ class Adapter(NamedTuple):
 def vllm_engine(
     model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions, model_name: str | None, longest: int
 ) -> Iterator[VLLMEngine]:
-    """An engine with the weights that `model_name` holds, in the model's dtype; a LoRA adapter is run as one.
+    """An engine with the weights in `model_name`, in the model's dtype; a LoRA adapter is run over its base.
 
-    It makes room for prompts of up to `longest` tokens: room for a whole context often does not fit beside the weights.
+    It reserves memory for prompts of up to `longest` tokens, because a whole context often does not fit beside the
+    weights.
 
     Raises:
         BackendUnavailableError, ArgumentError: see `check_vllm`.
@@ -73,14 +75,14 @@ def vllm_engine(
 def load_llm(
     name: str, *, dtype: torch.dtype, max_model_len: int, max_lora_rank: int | None = None, **options: Any
 ) -> Any:
-    """vLLM's `LLM`, with token ids in and out and nothing of the model's own generation config.
+    """vLLM's `LLM`, with token ids in and out, without the model's own generation config.
 
     Args:
         name: folder or hub name of the weights.
-        dtype: that of the weights.
-        max_model_len: most tokens of a prompt and its response.
-        max_lora_rank: of the adapters it is to run, if any.
-        options: any others of `LLM`.
+        dtype: the weights' dtype.
+        max_model_len: the most tokens of a prompt and its response together.
+        max_lora_rank: the highest rank of the adapters to run, if any.
+        options: other options of `LLM`.
     """
     import vllm
 
@@ -89,14 +91,14 @@ def load_llm(
         model=name,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=max_model_len,
-        generation_config="vllm",  # nothing of the model's own but what is asked for
+        generation_config="vllm",  # not the model's own
         skip_tokenizer_init=True,  # token ids in, token ids out
         **{"enable_prefix_caching": True, **lora, **options},
     )
 
 
 def lora_request(name: str, number: int, folder: str) -> Any:
-    """vLLM's name for the adapter in a folder; it reads the folder once for each `number`, which is from 1 on."""
+    """vLLM's request for the adapter in a folder; it reads the folder once for each `number`, from 1 on."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, number, folder)
@@ -111,11 +113,11 @@ def check_installed() -> None:
 
 
 def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
-    """The model's adapter, if it has one, where vLLM can run the model.
+    """The model's adapter, if it has one; refuses a model that vLLM cannot run.
 
     Raises:
         BackendUnavailableError: vLLM is not installed.
-        ArgumentError: there is no name to load the model from, or its adapter is one that vLLM does not run.
+        ArgumentError: there is no name to load the model by, or vLLM does not run its adapter.
     """
     check_installed()
     if model_name is None:
@@ -123,21 +125,16 @@ def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
     return plain_lora(model, model_name) if is_adapter(model) else None
 
 
-class VLLMEngine:
-    """See `Engine`."""
+class VLLMEngine(Engine):
+    """See `Engine`; responses come in the order of their prompts."""
 
     def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions, context: int | None) -> None:
+        super().__init__(tokenizer, stops, options)
         self.llm: Any = None
         self.lora: Any = None
-        self._tokenizer, self._stops, self._options, self._context = tokenizer, stops, options, context
-
-    def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
-        """Yield index and text of each prompt, in their order."""
-        for index, ids in self.generate_ids(prompts, done):
-            yield index, decoded(self._tokenizer, ids, self._stops)
+        self._context = context
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
-        """Yield index and tokens of each prompt, in their order."""
         wanted = [prompt for prompt in prompts if prompt.index not in done]
         for start in range(0, len(wanted), _AT_ONCE):
             batch = wanted[start : start + _AT_ONCE]
@@ -169,16 +166,16 @@ class VLLMEngine:
 
 
 def plain_lora(model: Any, folder: str, name: str | None = None, base: str | None = None) -> Adapter:
-    """What vLLM needs to run a PEFT model's adapter over its base.
+    """A PEFT model's adapter, as vLLM runs it over its base.
 
     Args:
         model: the PEFT model.
-        folder: where the adapter is saved.
-        name: the adapter's; by default the active one.
-        base: folder or hub name of the base model; by default what the adapter's config says.
+        folder: the folder that the adapter is saved in.
+        name: the adapter's name; by default that of the active one.
+        base: folder or hub name of the base model; by default as the adapter's config says.
 
     Raises:
-        ArgumentError: the adapter is no plain LoRA, or does not name its base model.
+        ArgumentError: the adapter is not a plain LoRA, or does not name its base model.
     """
     config = model.peft_config[model.active_adapter if name is None else name]
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -196,7 +193,7 @@ def plain_lora(model: Any, folder: str, name: str | None = None, base: str | Non
 
 
 def release() -> None:
-    """Give back the accelerator memory that nothing refers to any more."""
+    """Free the accelerator memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

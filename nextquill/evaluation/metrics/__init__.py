@@ -1,10 +1,10 @@
-"""The measures, by name, and `compute`, which scores texts in any of them.
+"""The metrics, by name, and `compute`, which scores texts in any of them.
 
     scores = compute(["rouge_l", "bleu"], references, predictions)
     scores["rouge_l"].value, scores["rouge_l"].per_example
 
-Empty texts are scored, not refused: they share nothing with any text, so every measure of overlap gives them 0, also
-against each other; only `exact_match` and `accuracy` call two empty texts equal.
+Empty texts are scored, not refused: they share nothing with any text, so every metric of overlap gives them 0, also
+against each other. Only `exact_match` and `accuracy` call two empty texts equal.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Scorer = Callable[[Sequence[str], Texts], dict[str, MetricScores]]
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure.
+    """A metric.
 
     Args:
         name: its key in `METRICS` and in results.
-        label: what it is called in tables.
-        score: the scores of several measures of a kind from texts, or None for one that reads no texts.
+        label: its name in tables.
+        score: computes the scores of several metrics of one kind from texts; None for a metric that reads no texts.
         unit: empty for shares and F1, which lie between 0 and 1.
         higher_is_better: which way is better.
-        per_example: whether it is the mean of scores of the examples.
+        per_example: whether it is the mean of the examples' scores.
     """
 
     name: str
@@ -79,20 +79,20 @@ def compute(
     """Score every prediction against its reference.
 
     Args:
-        names: of measures, in the order they are wanted.
+        names: names of metrics, in the order of the result.
         references: the right text of each example, or several of them.
         predictions: one text an example.
-        labels: every answer there is, for the measures of labels.
+        labels: every possible answer, for the metrics of labels.
 
     Returns:
-        The scores by name. METEOR is named for what could be computed here: asked for as "meteor", it is
-        "meteor_exact_stem" where nltk has no WordNet.
+        The scores by name. METEOR's name says what could be computed here: "meteor" becomes "meteor_exact_stem" if nltk
+        has no WordNet.
 
     Raises:
-        ArgumentError: an unknown measure or one that reads no texts, no examples, not as many of both, or a reference
-            that is no label or no rating where a measure needs one.
+        ArgumentError: a metric is unknown or reads no texts; there are no examples, or different numbers of references
+            and predictions; or a reference is not a label or not a rating where a metric needs one.
         ArgumentTypeError: a text is not a string.
-        BackendUnavailableError: the library that computes a measure is not installed.
+        BackendUnavailableError: the library that computes a metric is not installed.
     """
     scorers = {name: _scorer(name) for name in names}  # before anything is scored
     texts = Texts.checked(references, predictions, labels)
@@ -104,7 +104,7 @@ def compute(
 
 
 def metric_named(name: str) -> Metric:
-    """The measure of that name.
+    """The metric of that name.
 
     Raises:
         ArgumentError: there is none.

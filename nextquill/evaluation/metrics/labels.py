@@ -1,7 +1,7 @@
 """Answers that are right or wrong: accuracy and macro-F1 of labels, and exact match of texts.
 
 Labels are compared as LaMP's evaluation does (github.com/LaMP-Benchmark/LaMP, eval/evaluation.py): without the white
-space around them, and otherwise letter by letter. An answer that is no label of the task is wrong.
+space around them, and otherwise letter by letter. An answer that is not a label of the task is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SPACES = re.compile(r"\s+")
 
 
 def labels(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """Accuracy and macro-F1, as far as they are asked for.
+    """Accuracy and macro-F1, those of them that are asked for.
 
     Raises:
         ArgumentError: a reference is not among the task's labels.
@@ -47,10 +47,10 @@ def _accuracy(texts: Texts) -> MetricScores:
 
 
 def _f1_macro(texts: Texts) -> MetricScores:
-    """Mean over the labels of F1 = 2 tp / (predicted + true), 0 for a label that neither has.
+    """The mean over labels of F1 = 2 tp / (predicted + true), which is 0 for a label that does not occur.
 
-    LaMP averages over every label of the task, also over one that does not occur. Without a list of labels it is those
-    of the references; a resample keeps them all.
+    As in LaMP, the mean is over every label of the task. Without a list of labels it is over those of the references; a
+    resample keeps them all.
     """
     truth = [each.strip() for each in texts.single_references("f1_macro")]
     answers = [each.strip() for each in texts.predictions]

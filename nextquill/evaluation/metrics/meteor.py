@@ -1,15 +1,15 @@
-"""METEOR, by nltk: words matched by form, by stem and, where WordNet is at hand, by synonym.
+"""METEOR, by nltk: words matched by form, by stem and, if WordNet is installed, by synonym.
 
     score = (1 − γ (chunks / matches)^β) · P R / (α P + (1 − α) R),   α = 0.9, β = 3, γ = 0.5
 
-with P and R the matched shares of the prediction's and of the reference's words, and chunks the runs of adjacent
-matches. Of several references the one that scores highest counts; no match scores 0. A text of n words scores 1 − 0.5 /
-n³ against itself.
+P and R are the matched shares of the prediction's and of the reference's words; chunks are runs of adjacent matches. Of
+several references the one that scores highest counts. No match scores 0, and a text of n words scores 1 − 0.5 / n³
+against itself.
 
-`meteor` needs two of nltk's data sets, `wordnet` and `punkt_tab`, and is then what `evaluate.load("meteor")` gives.
-Without them it is another measure and goes by another name, `meteor_exact_stem`: no synonyms, and sentences end at ".",
-"!" or "?" before a space. Figures under one name agree between machines. In both, scripts without spaces between words
-count by the character, which nltk's tokenizer would leave as one word.
+`meteor` needs two of nltk's data sets, `wordnet` and `punkt_tab`, and then equals `evaluate.load("meteor")`. Without
+them another metric is computed under another name, `meteor_exact_stem`: no synonyms, and sentences end at ".", "!" or
+"?" before a space. So figures under one name agree between machines. In both, scripts without spaces between words
+count by the character; nltk's tokenizer would take a sentence of them for one word.
 
 Source: A. Lavie and A. Agarwal, Meteor: An Automatic Metric for MT Evaluation, 2007.
 """
@@ -35,7 +35,7 @@ class _NoSynonyms:
 
 
 def has_word_data() -> bool:
-    """Whether nltk finds WordNet and the sentence splitter on this machine; nothing is downloaded."""
+    """Whether nltk finds WordNet and its sentence splitter on this machine; nothing is downloaded."""
     nltk = required("nltk", "nltk")
     try:
         nltk.corpus.wordnet.synsets("word")
@@ -46,7 +46,7 @@ def has_word_data() -> bool:
 
 
 def resolve(name: str) -> str:
-    """The name under which METEOR can be computed here: "meteor" becomes "meteor_exact_stem" without nltk's data."""
+    """The metric that can be computed here: "meteor" becomes "meteor_exact_stem" without nltk's data."""
     return EXACT_STEM if name == FULL and not has_word_data() else name
 
 

@@ -14,11 +14,11 @@ def preference_accuracy(chosen: Sequence[float] | Floats, rejected: Sequence[flo
     """The share of pairs whose chosen response scores above the rejected one; a tie counts half.
 
     Args:
-        chosen, rejected: the model's score of each pair's two responses, such as log-probabilities in nats; −inf may
-            be.
+        chosen, rejected: the model's score of each pair's two responses, such as log-probabilities in nats; −inf is
+            allowed.
 
     Raises:
-        ArgumentError: there are no pairs, not as many of both, or a score is not a number.
+        ArgumentError: there are no pairs, different numbers of both, or a score is not a number.
     """
     better, worse = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     if better.shape != worse.shape or better.ndim != 1 or not len(better):

@@ -1,10 +1,10 @@
-"""Ratings from 1 to 5 that were written as text: their mean absolute error, and its quadratic counterpart.
+"""Ratings from 1 to 5, written as text: their mean absolute error and root mean square error.
 
     MAE = mean |ŷ − y|      RMSE = √ mean (ŷ − y)²
 
-A prediction that is no number counts as the rating farthest from the right one, 1 or 5, as in LaMP's evaluation
-(github.com/LaMP-Benchmark/LaMP, eval/evaluation.py); so does "nan" or "inf", which would leave no score there. A number
-beyond the scale is taken as it is, also as there.
+A prediction that is not a number counts as the rating farthest from the right one, 1 or 5, as in LaMP's evaluation
+(github.com/LaMP-Benchmark/LaMP, eval/evaluation.py). So do "nan" and "inf", for which LaMP's evaluation has no score. A
+number beyond the scale is taken as it is, as in LaMP's evaluation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LOWEST, HIGHEST = 1.0, 5.0
 
 
 def ratings(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """MAE and RMSE, as far as they are asked for.
+    """MAE and RMSE, those of them that are asked for.
 
     Raises:
-        ArgumentError: a reference is no number, or an example has several.
+        ArgumentError: a reference is not a number, or an example has several references.
     """
     errors = np.array(_errors(texts))
     compute = {
@@ -35,7 +35,7 @@ def ratings(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
 
 
 def read_rating(text: str) -> float | None:
-    """The number that a text is, or None."""
+    """The number that a text spells, or None."""
     try:
         rating = float(text)
     except ValueError:

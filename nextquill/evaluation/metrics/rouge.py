@@ -1,10 +1,12 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L, by rouge_score, over words of any script.
 
-With P and R the shares of the prediction's and the reference's n-grams (of their words in the longest common
-subsequence, for L) that the other has, the score is F1 = 2PR / (P + R); of several references the one that scores
-highest counts. LaMP, LongLaMP and the review data of DPL and NextQuill are reported in ROUGE without stemming, which is
-the default of `evaluate.load("rouge")`; that is `rouge_1`, `rouge_2` and `rouge_l` here. With Porter's stemmer they are
-`rouge_1_stem` and so on. `evaluate` reports the median of bootstrapped means; here it is the mean itself.
+    F1 = 2 P R / (P + R)
+
+P and R are the shares of the prediction's and of the reference's n-grams that the other text has too; ROUGE-L counts
+the words of their longest common subsequence instead. Of several references the one that scores highest counts.
+`rouge_1`, `rouge_2` and `rouge_l` do not stem, as `evaluate.load("rouge")` by default; LaMP, LongLaMP and the review
+data of DPL and NextQuill are reported so. `rouge_1_stem` and so on use Porter's stemmer. `evaluate` reports the median
+of bootstrapped means; here the score is the mean itself.
 
 Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004.
 """
@@ -26,7 +28,7 @@ _STEMMED = "_stem"
 class RougeWords:
     """Words of any script, for ROUGE: rouge_score's own tokenizer knows ASCII letters only and scores other text 0.
 
-    Scripts that do not put spaces between words count by the character. On ASCII text the words, and so the scores, are
+    Scripts without spaces between words count by the character. On ASCII text the words, and so the scores, equal
     rouge_score's.
 
     Args:
@@ -39,6 +41,7 @@ class RougeWords:
         self._stemmer = required("nltk.stem.porter", "nltk").PorterStemmer() if stem else None
 
     def tokenize(self, text: str) -> list[str]:
+        """Return the lower-case words of `text`, stemmed where asked for."""
         words = self._WORD.findall(text.lower())
         if self._stemmer is None:
             return words

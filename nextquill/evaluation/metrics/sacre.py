@@ -1,10 +1,12 @@
-"""BLEU and chrF of a whole corpus, from 0 to 100, by sacreBLEU, which also signs how it counted.
+"""BLEU and chrF of a whole corpus, from 0 to 100, by sacreBLEU, with its signature of how it counted.
 
-BLEU = min(1, e^(1 − r/c)) · exp(¼ Σₙ log pₙ), with pₙ the share of the predictions' n-grams that their references have,
-c and r the words of both; sacreBLEU's defaults (13a words, exponential smoothing). It takes a text without spaces for
-one word; chrF, the F2 of n-grams of one to six characters, is the one to read there.
+    BLEU = min(1, e^(1 − r/c)) · exp(¼ Σₙ log pₙ)
 
-Neither is a mean over examples. An example's statistics are its counts of n-grams, and the measure of any resample
+pₙ is the share of the predictions' n-grams that their references have, c and r are the numbers of words of both; with
+sacreBLEU's defaults (13a words, exponential smoothing). BLEU takes a text without spaces for one word. For such texts
+read chrF, the F2 of n-grams of one to six characters.
+
+Neither is a mean over examples. An example's statistics are its counts of n-grams, and the metric of any resample
 follows from their sums.
 
 Sources: K. Papineni et al., BLEU, 2002; M. Popović, chrF, 2015; M. Post, A Call for Clarity in Reporting BLEU, 2018.
@@ -21,7 +23,7 @@ from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, req
 
 
 def sacre(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """BLEU and chrF, as far as they are asked for."""
+    """BLEU and chrF, those of them that are asked for."""
     module = required("sacrebleu.metrics", "sacrebleu")
     # `force`: no warning about text that looks tokenized.
     metrics = {"bleu": lambda: module.BLEU(force=True), "chrf": lambda: module.CHRF()}
@@ -30,8 +32,7 @@ def sacre(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
 
 def _corpus_scores(metric: Any, texts: Texts) -> MetricScores:
     most = max(map(len, texts.references))
-    # As sacreBLEU has them: the first reference of every example, the second of every example, …; None where there is
-    # none.
+    # In sacreBLEU's form: the first reference of every example, the second of every example, …; None if it has fewer.
     streams = [[each[k] if k < len(each) else None for each in texts.references] for k in range(most)]
     # These two methods are what sacreBLEU's own significance tests are built on.
     statistics = np.asarray(metric._extract_corpus_statistics(list(texts.predictions), streams), dtype=np.float64)

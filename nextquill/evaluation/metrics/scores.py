@@ -1,8 +1,8 @@
-"""What a measure is given and what comes out: texts, and the scores of every example as sums that can be resampled.
+"""The input and the output of a metric: texts, and every example's scores as sums that can be resampled.
 
-Every measure here is a function of sums over examples: value = f(Σᵢ sᵢ), with a row of statistics sᵢ for each example.
-A mean has sᵢ = (xᵢ, 1) and f = a / b; BLEU sums its counts of n-grams. So a bootstrap or a permutation adds rows up
-again and never reads a text twice.
+Every metric here is a function of sums over examples: value = f(Σᵢ sᵢ), with a row of statistics sᵢ for each example.
+A mean has sᵢ = (xᵢ, 1) and f = a / b; BLEU sums its counts of n-grams. So a bootstrap or a permutation only adds up
+rows again and never reads a text twice.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 
 Floats = NDArray[np.float64]
-#: One text, or several that are all right.
+#: One right text, or several.
 Reference = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
 class MetricScores:
-    """One measure over some examples.
+    """One metric over some examples.
 
     Args:
         statistics: [examples, columns], a row an example.
-        from_sums: [..., columns] -> [...], the measure from rows added up.
-        per_example: [examples], each example's own score where the measure is their mean, else None.
-        signature: how it was computed, where the library that did says so (sacreBLEU).
+        from_sums: [..., columns] -> [...], the metric as a function of summed rows.
+        per_example: [examples], each example's own score if the metric is their mean, else None.
+        signature: how it was computed, if the library says so (sacreBLEU).
     """
 
     statistics: Floats
@@ -40,7 +40,7 @@ class MetricScores:
 
     @property
     def value(self) -> float:
-        """The measure over all examples."""
+        """The metric over all examples."""
         return float(self.from_sums(self.statistics.sum(axis=0)))
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class MetricScores:
 
         Args:
             values: finite numbers, one an example.
-            name: what an error calls them.
+            name: their name in an error.
 
         Raises:
             ArgumentError: there are none, or one is not finite.
@@ -62,14 +62,15 @@ class MetricScores:
 
     @classmethod
     def ratio_of(cls, sums: Sequence[float] | Floats, counts: Sequence[float] | Floats) -> MetricScores:
-        """Σ sums / Σ counts, as a mean over tokens is: an example weighs as much as it has tokens.
+        """Σ sums / Σ counts, such as a mean over tokens, in which examples weigh as much as they have tokens.
 
         Args:
             sums: each example's sum.
-            counts: what each is a sum of; none negative, and not all 0.
+            counts: the number of terms of each sum; none negative, and not all 0.
 
         Raises:
-            ArgumentError: a number is not finite, a count is negative, all are 0, or there are not as many of both.
+            ArgumentError: a number is not finite, a count is negative, all are 0, or `sums` and `counts` differ in
+                length.
         """
         totals, weights = finite_numbers("sums", sums), finite_numbers("counts", counts)
         if len(totals) != len(weights):
@@ -88,7 +89,7 @@ def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
     """The values as an array.
 
     Raises:
-        ArgumentTypeError: they are no numbers.
+        ArgumentTypeError: they are not numbers.
         ArgumentError: there are none, or one is not finite.
     """
     try:
@@ -105,12 +106,12 @@ def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Texts:
-    """Checked input of a measure of texts: `references[i]` are the right answers for `predictions[i]`.
+    """Checked input of a metric of texts: `references[i]` are the right answers for `predictions[i]`.
 
     Args:
         references: one or more an example.
         predictions: one an example.
-        labels: every answer there is, where the task has a list of them.
+        labels: every possible answer, if the task has a list of them.
     """
 
     references: tuple[tuple[str, ...], ...]
@@ -125,7 +126,7 @@ class Texts:
 
         Raises:
             ArgumentTypeError: something is not a string.
-            ArgumentError: there are no examples, not as many of both, or an example without a reference.
+            ArgumentError: there are no examples, different numbers of both, or an example without a reference.
         """
         for name, values in (("references", references), ("predictions", predictions), ("labels", labels)):
             if isinstance(values, str):
@@ -148,7 +149,7 @@ class Texts:
         """The one reference of each example.
 
         Raises:
-            ArgumentError: an example has several, and `metric` is not defined for that.
+            ArgumentError: an example has several, for which `metric` is not defined.
         """
         for i, each in enumerate(self.references):
             if len(each) > 1:

@@ -1,10 +1,10 @@
-"""What sets the arms of a comparison apart: figures, sentences, tables, a page.
+"""The results of a comparison of losses: figures, sentences, tables, a page.
 
-figures.py       means over seeds, paired differences, costs: what is reported
-collecting.py    the figures of finished runs
-findings.py      the sentences that follow from the figures
-presentation.py  tables for a page, a terminal and Markdown
-reporting.py     the files that all this goes into
+figures.py   the figures as values: means over seeds, paired differences, costs
+collect.py   computes them from finished runs
+findings.py  the sentences that follow from them
+tables.py    tables for a page, a terminal and Markdown
+page.py      the page, the Markdown, and the files
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a comparison reports, as values: means over seeds, paired differences, and what each arm cost.
+"""The figures of a comparison, as values: means over seeds, paired differences, and each arm's costs.
 
 A difference is paired: the same records under two arms, and with several seeds the same seeds. Its interval and its
-test are over users, and over seeds where there are several; with one seed they are of these trained models, and say
-nothing of the methods. p-values are Holm's over the arms that are compared with one
-reference in one measure. A measure that is no mean over examples, such as BLEU, has its values by seed and no test.
+test are over users, and over seeds if there are several. With one seed they are about these trained models and say
+nothing of the methods. p-values are Holm's, over the arms that are compared with one reference in one measure. A
+measure that is not a mean over examples, such as BLEU, has its values by seed and no test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OWN_HISTORY = ", generated with history"
 
 @dataclass(frozen=True)
 class Measure:
-    """What a figure is of; see `MetricValue`."""
+    """A measure's name and what tables say of it; see `MetricValue`."""
 
     name: str
     label: str
@@ -29,7 +29,7 @@ class Measure:
 
     @property
     def short_label(self) -> str:
-        """The label without what the labels of all measures of generated texts end in."""
+        """The label without the ending that the labels of all measures of generated texts share."""
         return self.label.removesuffix(_OWN_HISTORY)
 
 
@@ -52,7 +52,7 @@ class Difference:
         low, high: its interval, for this difference alone.
         p_value: of no difference: over users and seeds, or with one seed over users.
         p_adjusted: Holm's, over the arms compared with this reference in this measure.
-        p_runs: Holm's too, over users alone: of no difference between these very runs, whatever other seeds would give.
+        p_runs: Holm's too, over users alone: of no difference between these runs, whatever other seeds would give.
     """
 
     value: float
@@ -62,17 +62,21 @@ class Difference:
     p_adjusted: float
     p_runs: float
 
+    def is_clear(self, level: float) -> bool:
+        """Whether the interval excludes 0 and the adjusted p-value is below 1 - level."""
+        return (self.low > 0 or self.high < 0) and self.p_adjusted < 1 - level
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm's training took, a mean over seeds but for the peak, which is their greatest.
+    """The costs of an arm's training: means over seeds, but the largest peak memory.
 
     Args:
-        learning_rate: its highest.
+        learning_rate: the highest learning rate.
         steps, seconds: optimiser steps, and seconds of training.
-        seconds_per_step, examples_per_second: of them.
+        seconds_per_step, examples_per_second: over all steps of all seeds.
         peak_memory: bytes.
-        reference_seconds: what the arm whose time is matched took, where one is.
+        reference_seconds: the time that the arm was to match, if any.
     """
 
     learning_rate: float
@@ -98,20 +102,20 @@ class ArmFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is reported.
+    """All figures of a comparison.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         baseline: the arm that the tables compare with.
-        seeds: of the runs.
-        arms: the base first, then the arms in the order asked for.
+        seeds: the runs' seeds.
+        arms: the base first, then the arms in the order given.
         measures: by name, in the order shown.
         records: digest of the evaluated records.
-        num_examples, num_users: evaluated.
-        num_train_examples: trained on.
+        num_examples, num_users: the number of evaluated records, and of their users.
+        num_train_examples: the number of records trained on.
         level: confidence level of the intervals.
-        machines: what the runs were made on; times compare within one.
-        resumed: runs that were interrupted, whose times are sums of parts.
+        machines: the machines of the runs; times compare within one.
+        resumed: the runs that were interrupted, whose times are sums of parts.
         starts: digest of the weights by seed.
         counterfactual: what stands for no history in the prompts; see `PromptTemplate`.
     """
@@ -135,12 +139,18 @@ class Comparison:
         """The figures of an arm."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    def differences(self, measure: str, reference: str | None = None) -> list[tuple[ArmFigures, Difference]]:
+        """The arms with a difference to the reference, by default the baseline, in a measure; each with its own."""
+        found = [(arm, arm.against.get(reference or self.baseline, {}).get(measure)) for arm in self.arms]
+        return [(arm, difference) for arm, difference in found if difference is not None]
+
     def to_json(self) -> str:
+        """Return the text of the comparison's file of figures."""
         return json.dumps(_without_nan(dataclasses.asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no number for what is not finite."""
+    """The value with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _without_nan(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

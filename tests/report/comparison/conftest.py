@@ -7,8 +7,15 @@ import random
 import pytest
 
 from nextquill.comparison.arms import ARMS, BASE
-from nextquill.comparison.folder import EVALUATION_FOLDER, RunRecord, run_folder, write_record
-from nextquill.evaluation.results import EVALUATION_FILE, EXAMPLES_FILE, EvaluatedExample, Evaluation, MetricValue
+from nextquill.comparison.folder import RunRecord, run_folder, write_record
+from nextquill.evaluation.results import (
+    EVALUATION_FILE,
+    EVALUATION_FOLDER,
+    EXAMPLES_FILE,
+    EvaluatedExample,
+    Evaluation,
+    MetricValue,
+)
 
 NUM_EXAMPLES, NUM_USERS = 40, 20
 SCORES = {"nll_factual": 3.0, "nll_counterfactual": 3.5, "effect_logprob": 0.5, "effect_placebo": 0.2, "rouge_l": 0.3}

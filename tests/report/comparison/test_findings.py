@@ -2,8 +2,8 @@
 
 import pytest
 
-from nextquill.report.comparison.collecting import collect
-from nextquill.report.comparison.findings import LEAST_EFFECT, find, number, signed
+from nextquill.report.comparison.collect import collect
+from nextquill.report.comparison.findings import LEAST_EFFECT, find
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_better_and_worse_follow_from_the_direction_of_the_measure(found):
     findings = found({"perce": {"nll_factual": -0.2, "rouge_l": -0.1}, "longce": {"nll_factual": 0.2, "rouge_l": 0.1}})
     assert f"{NLL}: PerCE better, LongCE worse than SFT" in findings
     assert "label of rouge_l: LongCE better, PerCE worse than SFT" in findings
-    assert "−0.2" in findings[f"{NLL}: PerCE better, LongCE worse than SFT"].text
+    assert "-0.2" in findings[f"{NLL}: PerCE better, LongCE worse than SFT"].text
 
 
 @pytest.mark.parametrize(
@@ -108,23 +108,14 @@ def test_a_ruined_pass_is_warned_of_though_seeds_disagree_how_much(found):
 def test_too_few_users_for_any_test_are_said(found):
     findings = found({"perce": {"nll_factual": -0.5}}, users=4)
     assert f"{NLL}: no clear difference from SFT" in findings
-    assert "With 4 of them no test could give less than p = 0.12" in findings["How far it reaches"].text
+    assert "With 4 users no test could give less than p = 0.12" in findings["How far it reaches"].text
 
 
 @pytest.mark.parametrize(("seconds", "is_said"), [(7.2, False), (9.0, True), (5.0, True)])
 def test_times_that_are_not_equal_are_said(found, seconds, is_said):
     costs = {"sft_time": {"seconds": seconds, "matched": {"seconds": 7.0}}}
     findings = found({"sft_time": {}}, costs=costs)
-    assert ("The times that were to be equal are not" in findings) == is_said
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (-0.0, "0"), (-0.12345, "−0.123"), (0.5, "+0.500"), (-2e-5, "−2e−05"), (3e-4, "+3e−04")],
-)
-def test_a_difference_never_reads_as_nothing_unless_it_is(value, text):
-    assert signed(value) == text
-    assert number(value) == text.removeprefix("+")
+    assert ("The times that should be equal are not" in findings) == is_said
 
 
 def test_a_difference_that_seeds_disagree_about_is_not_clear(found):

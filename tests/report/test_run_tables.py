@@ -11,7 +11,7 @@ import pytest
 from nextquill.evaluation.bootstrap import paired_difference
 from nextquill.evaluation.results import EXAMPLES_FILE
 from nextquill.report.data import Cell, Table
-from nextquill.report.measures import Pairing, measures_tables, scores_text
+from nextquill.report.run_tables import Pairing, measures_tables, scores_text
 from nextquill.report.runs import Run, read_run
 from tests.report.example_runs import write_evaluation, write_training
 
@@ -69,7 +69,7 @@ def test_differences_are_those_of_the_scores(runs: list[Run]) -> None:
     assert Pairing()(c, a)["nll_factual"] == expected
     cell = table(measures_tables([a, c], a), "Difference")["nll with the user's history"][0]
     assert cell.text == f"{expected.difference:+.4f}"
-    assert cell.detail.startswith(f"{expected.low:.4f} to {expected.high:.4f}; p ")
+    assert cell.detail.startswith(f"[{expected.low:.4f}, {expected.high:.4f}]; p ")
 
 
 def test_a_pair_turned_round_has_the_other_sign(runs: list[Run]) -> None:
@@ -106,7 +106,7 @@ def test_counts_stand_with_the_runs_and_intervals_with_the_measures(runs: list[R
     ]  # fmt: skip
     rows = table(measures_tables(runs[:1], None), "Measures")
     assert "examples" not in rows
-    assert rows["BLEU, generated with history"] == [Cell("12.30", "11.00 to 13.40")]
+    assert rows["BLEU, generated with history"] == [Cell("12.30", "[11.00, 13.40]")]
 
 
 def test_small_figures_keep_two_digits(runs: list[Run]) -> None:
@@ -115,13 +115,13 @@ def test_small_figures_keep_two_digits(runs: list[Run]) -> None:
     metric = dataclasses.replace(runs[0].evaluation.metrics["nll_factual"], value=4.84e-5, low=1.2e-5, high=8.6e-4)
     run = dataclasses.replace(runs[0], evaluation=dataclasses.replace(runs[0].evaluation, metrics={"m": metric}))
     (row,) = table(measures_tables([run], None), "Measures").values()
-    assert row == [Cell("4.8e-05", "1.2e-05 to 0.00086")]
+    assert row == [Cell("4.8e-05", "[1.2e-05, 0.00086]")]
 
 
 def test_measures_of_few_texts_say_of_how_many(runs: list[Run]) -> None:
     few = [dataclasses.replace(each, generated=each.generated if each.index < 6 else {}) for each in runs[0].examples]
     rows = table(measures_tables([dataclasses.replace(runs[0], examples=few)], None), "Measures")
-    assert rows["BLEU, generated with history"][0].detail == "11.00 to 13.40; n 6"
+    assert rows["BLEU, generated with history"][0].detail == "[11.00, 13.40]; n 6"
     assert "n 6" not in rows["nll with the user's history"][0].detail
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_minus_zero(runs: list[Run]) -> None:
     metric = dataclasses.replace(runs[0].evaluation.metrics["nll_factual"], value=-1e-17, low=-2e-16, high=0.0)
     run = dataclasses.replace(runs[0], evaluation=dataclasses.replace(runs[0].evaluation, metrics={"m": metric}))
     (row,) = table(measures_tables([run], None), "Measures").values()
-    assert row == [Cell("0.0000", "0.0000 to 0.0000")]
+    assert row == [Cell("0.0000", "[0.0000, 0.0000]")]
 
 
 def test_the_trainer_s_own_measures_stand_in_for_an_evaluation(tmp_path: Path) -> None:

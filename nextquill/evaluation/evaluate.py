@@ -1,25 +1,24 @@
-"""One evaluation of one model, from records to a folder of results: the command line and comparisons call this.
+"""Evaluates one model, from records to a folder of results; the command line and comparisons call this.
 
-    1. every response's nll with, without and under another user's history     effects.jsonl
-    2. chosen against rejected responses, where records hold both              preferences
-    3. what each history item does, for a few examples                         item_effects.jsonl
-    4. texts the model generates                                               generated
+    1. each response's nll with, without and under another user's history      effects.jsonl
+    2. chosen against rejected responses, for records that hold both           preferences.jsonl, until 5
+    3. the effect of each history item, for a few examples                     item_effects.jsonl
+    4. texts that the model generates                                          generated.jsonl, until 5
     5. measures with intervals                                                 examples.jsonl, evaluation.json
 
-The model runs in 1 to 4, whose lines are kept as they are made. An evaluation that is stopped goes on where it was when
-it is called again with the same model, records and options, and gives the same files, to the byte.
+The model runs in stages 1 to 4, which keep each line as it is made. A stopped evaluation resumes when it is called
+again with the same model, records and options, and gives the same files, to the byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextquill.data import EncodedExample, ExampleEncoder, Record
-from nextquill.errors import BudgetError, RecordError
+from nextquill.data import ExampleEncoder, Record
+from nextquill.errors import BudgetError, RecordError, naming
 from nextquill.evaluation.folder import (
     GENERATED_FILE,
     PREDICTIONS_FILE,
@@ -27,22 +26,23 @@ from nextquill.evaluation.folder import (
     EvaluationFolder,
     Progress,
 )
-from nextquill.evaluation.generation import Prompt, check_engine, generation_engine, make_prompts
+from nextquill.evaluation.generation import check_engine, generation_engine, make_prompts
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
-from nextquill.evaluation.measures import Measure, effect_measures, preference_measures
+from nextquill.evaluation.measure_names import COUNTS, TOKENS
+from nextquill.evaluation.measures import LabelledScores, effect_measures, preference_measures
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_line
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
-from nextquill.evaluation.task_measures import TaskTexts
+from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.limits import check_vocabulary
 from nextquill.models.loading import PromptSettings
 from nextquill.storage.resumable_jsonl import PartialFile
 
-__all__ = ["EvaluationOptions", "evaluate_model"]
-
+# The lines of a stage: as they are made, and all of them.
 Lines = Iterator[Mapping[str, Any]]
+Stage = Sequence[Mapping[str, Any]]
 
 
 def evaluate_model(
@@ -56,30 +56,30 @@ def evaluate_model(
     model_name: str,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a model on records, and write what was measured into a folder.
+    """Measure a model on records, and write the results into a folder.
 
     Args:
-        model, tokenizer: a causal language model, also a PEFT model, and its tokenizer; used in eval mode where it is,
-            and left as it was.
+        model, tokenizer: a causal language model, also a PEFT model, and its tokenizer. It is used in eval mode and
+            left as it was.
         records: at least one.
         settings: how its prompts are made.
-        options: what is measured, and how.
-        folder: where the results go; made where it is missing.
-        model_name: what the results call it, and the name that vLLM loads it by.
-        progress: `progress(things, total=..., desc=..., initial=...)` is iterated instead of things that take their
-            time; `tqdm` fits.
+        options: which measures are taken, and how.
+        folder: the folder of the results; created if it is missing.
+        model_name: the model's name in the results, and the name that vLLM loads it by.
+        progress: `progress(things, total=..., desc=..., initial=...)` is iterated instead of things that take time;
+            `tqdm` fits.
 
     Returns:
-        What `read_evaluation` reads back from the folder.
+        The evaluation, as `read_evaluation` reads it back from the folder.
 
     Raises:
         OutputExistsError, CheckpointError: the folder holds something else; see `EvaluationFolder`.
-        RecordError, BudgetError: a record lacks what is to be measured, or does not fit.
-        ArgumentError, BackendUnavailableError, UnsupportedModelError: it cannot be measured like this.
+        RecordError, BudgetError: a record lacks something that a measure needs, or does not fit.
+        ArgumentError, BackendUnavailableError, UnsupportedModelError: the model cannot be measured with these options.
     """
     check_vocabulary(model, tokenizer)
     check_engine(options.generation(), model, model_name)
-    work = _Work.prepared(model, tokenizer, list(records), settings, options, progress)
+    work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
     with EvaluationFolder(Path(folder), {**run, **options.identity()}, overwrite=options.overwrite) as place:
 
@@ -89,54 +89,41 @@ def evaluate_model(
         effects = stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
         pairs = stage(PREFERENCES_FILE, (pair.index for pair in work.pairs), work.preference_lines, "Comparing pairs")
         stage(ITEM_EFFECTS_FILE, (each.index for each in work.itemised), work.item_lines, "Leaving items out")
-        texts = stage(
-            GENERATED_FILE, range(len(work.prompts)), lambda done: work.text_lines(done, model_name), "Generating"
-        )
-        evaluation, examples = work.results(effects, pairs, texts, model_name)
+        texts = stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
+        evaluation, examples = work.results(effects, pairs, texts)
         work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
         place.finish(evaluation, examples)
     return evaluation
 
 
-@dataclass(frozen=True)
 class _Work:
-    """What is to be measured of what, encoded and checked before anything runs."""
+    """The records, encoded and checked before anything runs; the lines of each stage; and the results."""
 
-    model: Any
-    tokenizer: Any
-    records: list[Record]
-    settings: PromptSettings
-    options: EvaluationOptions
-    encoder: ExampleEncoder
-    examples: list[EncodedExample]
-    pairs: list[PreferencePair]
-    itemised: list[EncodedExample]
-    prompts: list[Prompt]
-    texts: TaskTexts
-
-    @classmethod
-    def prepared(
-        cls,
+    def __init__(
+        self,
         model: Any,
         tokenizer: Any,
         records: list[Record],
         settings: PromptSettings,
         options: EvaluationOptions,
+        model_name: str,
         progress: Progress | None,
-    ) -> _Work:
+    ) -> None:
         if not records:
             raise RecordError("records: expected at least one, got none")
-        texts = TaskTexts.of(records, options)  # before anything is tokenised
-        encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-        pairs = encode_pairs(encoder, records, options.seed)
-        examples = encoder.encode_all(records, True, options.seed, progress)
-        for pair in pairs:
+        self.model, self.tokenizer, self.records, self.settings = model, tokenizer, records, settings
+        self.options, self.model_name = options, model_name
+        self.texts = TaskTexts.of(records, options)  # before anything is tokenised
+        self.encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+        with naming("records"):
+            self.pairs = encode_pairs(self.encoder, records, options.seed)
+            self.examples = self.encoder.encode_all(records, True, options.seed, progress)
+        for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
-        prompts = make_prompts(examples[: options.generate_limit], texts.branches, options.seed)
-        itemised = [example for example in examples if example.history_kept][: options.item_effects]
-        return cls(model, tokenizer, records, settings, options, encoder, examples, pairs, itemised, prompts, texts)
+        self.prompts = make_prompts(self.examples[: options.generate_limit], self.texts.branches, options.seed)
+        self.itemised = [example for example in self.examples if example.history_kept][: options.item_effects]
 
-    # ---- what the model does ---------------------------------------------------------------------
+    # ---- stages ----------------------------------------------------------------------------------
 
     def effect_lines(self, done: PartialFile) -> Lines:
         options, pad = self.options, pad_token(self.tokenizer)
@@ -159,9 +146,9 @@ class _Work:
                     record = self.records[each.index]
                     yield item_effects(scorer, self.encoder.renderer, self.tokenizer, record, each).to_dict()
 
-    def text_lines(self, done: PartialFile, model_name: str) -> Lines:
+    def text_lines(self, done: PartialFile) -> Lines:
         options = self.options.generation()
-        with generation_engine(self.model, self.tokenizer, self.examples, options, model_name) as engine:
+        with generation_engine(self.model, self.tokenizer, self.examples, options, self.model_name) as engine:
             for index, text in engine.generate(self.prompts, done):
                 yield {"index": index, "text": text}
 
@@ -169,16 +156,10 @@ class _Work:
         options, pad = self.options, pad_token(self.tokenizer)
         return BranchScorer(self.model, pad, attention=options.attention, max_tokens=options.max_tokens)
 
-    # ---- what it comes to ------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------
 
-    def results(
-        self,
-        effects: Sequence[Mapping[str, Any]],
-        pairs: Sequence[Mapping[str, Any]],
-        texts: Sequence[Mapping[str, Any]],
-        model_name: str,
-    ) -> tuple[Evaluation, list[EvaluatedExample]]:
-        """The evaluation and its examples, from the lines of all stages alone."""
+    def results(self, effects: Stage, pairs: Stage, texts: Stage) -> tuple[Evaluation, list[EvaluatedExample]]:
+        """The evaluation and its examples; they follow from the lines of the stages."""
         measures, scores = effect_measures(effects)
         compared = {line["index"]: line["scores"] for line in pairs}
         measures |= preference_measures(compared)
@@ -194,10 +175,10 @@ class _Work:
             )
             for index, (record, encoded, own) in enumerate(zip(self.records, self.examples, scores, strict=True))
         ]  # fmt: skip
-        return self._evaluation(measures, scores, model_name), examples
+        return self._evaluation(measures, scores), examples
 
-    def _generated(self, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """The texts of each example by branch; prompts stand branch by branch."""
+    def _generated(self, lines: Stage) -> list[dict[str, str]]:
+        """The texts of each example by branch; the prompts are in the order of the branches."""
         generated: list[dict[str, str]] = [{} for _ in self.examples]
         per_branch = len(self.examples[: self.options.generate_limit])
         for line in lines:
@@ -205,20 +186,17 @@ class _Work:
             generated[example][self.texts.branches[branch]] = line["text"]
         return generated
 
-    def _evaluation(
-        self, measures: Mapping[str, Measure], scores: Sequence[Mapping[str, float]], model_name: str
-    ) -> Evaluation:
+    def _evaluation(self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]]) -> Evaluation:
         options, users = self.options, [record.user_id for record in self.records]
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
-        counts = {
-            "examples": ("examples", len(users)),
-            "users": ("users", len(set(users))),
-            "tokens": ("response tokens", sum(own["tokens"] for own in scores)),
+        counts = (len(users), len(set(users)), sum(own[TOKENS] for own in scores))
+        labels = ("examples", "users", "response tokens")
+        metrics |= {
+            name: MetricValue(label, float(count)) for name, label, count in zip(COUNTS, labels, counts, strict=True)
         }
-        metrics |= {name: MetricValue(label, float(count)) for name, (label, count) in counts.items()}
         settings = {**dataclasses.asdict(self.settings), **options.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
-            model=model_name,
+            model=self.model_name,
             records=records_digest(self.records),
             num_examples=len(users),
             task=options.task,
@@ -228,8 +206,8 @@ class _Work:
         )
 
 
-def _add_own_scores(scores: Sequence[dict[str, float]], measures: Mapping[str, Measure]) -> None:
-    """Give every example its own score in each measure that is a mean of them."""
+def _add_own_scores(scores: Sequence[dict[str, float]], measures: Mapping[str, LabelledScores]) -> None:
+    """Give every example its own score in each measure that is a mean of such scores."""
     for measure in measures.values():
         if measure.per_example is not None and measure.scores.per_example is not None:
             for index, value in zip(measure.members, measure.scores.per_example.tolist(), strict=True):
@@ -237,7 +215,7 @@ def _add_own_scores(scores: Sequence[dict[str, float]], measures: Mapping[str, M
 
 
 def _check_budget(pair: PreferencePair, max_tokens: int | None) -> None:
-    """Refuse a pair that no forward has room for before anything is computed."""
+    """Refuse a pair that does not fit into one forward, before anything is computed."""
     longest = max(len(branch.input_ids) for both in pair.branches.values() for branch in both)
     if max_tokens is not None and longest > max_tokens:
         raise BudgetError(

@@ -20,8 +20,9 @@ from nextquill.errors import (
 )
 from nextquill.evaluation import measures
 from nextquill.evaluation.bootstrap import bootstrap_interval
-from nextquill.evaluation.evaluating import EvaluationOptions
+from nextquill.evaluation.measure_names import place_of
 from nextquill.evaluation.metrics import MetricScores, compute
+from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.predictions import read_predictions
 from nextquill.evaluation.results import read_evaluation, read_examples, read_item_effects
 from nextquill.evaluation.scoring import score_examples
@@ -214,11 +215,11 @@ def test_an_adapter_is_measured_with_its_base(tmp_path):
 
 def test_places_of_measures_cover_all(whole):
     evaluation, _ = whole
-    without = [name for name in evaluation.metrics if measures.place_of(name) is None]
+    without = [name for name in evaluation.metrics if place_of(name) is None]
     assert without == ["examples", "users", "tokens"]
-    places = [measures.place_of(name) for name in evaluation.metrics if name not in without]
+    places = [place_of(name) for name in evaluation.metrics if name not in without]
     assert len(set(places)) == len(places)
-    assert measures.place_of("rouge_l_placebo") == ("texts", "ROUGE-L", "another's")
+    assert place_of("rouge_l_placebo") == ("texts", "ROUGE-L", "another's")
 
 
 # ---- what is refused ---------------------------------------------------------------------------

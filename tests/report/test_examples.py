@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextquill.report.select_examples import ITEMS, LARGEST, MIDDLE, SMALLEST, choose
+from nextquill.report.examples import ITEMS, LARGEST, MIDDLE, SMALLEST, choose
 
 EFFECTS = {index: float(index) for index in range(100)}
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from nextquill.report.comparison.collecting import collect
+from nextquill.report.comparison.collect import collect
 from nextquill.report.comparison.findings import find
-from nextquill.report.comparison.presentation import markdown, notes, page, tables
+from nextquill.report.comparison.page import markdown, page
+from nextquill.report.comparison.tables import notes, tables
 from nextquill.report.html import render_page
 
 
@@ -41,7 +42,7 @@ def test_a_star_marks_what_is_clear_and_nothing_else(comparison):
     row = cells(tables(comparison)[1])["PerCE"]
     assert row["nll ↓"].text.endswith("*")
     assert row["nll ↓"].marked
-    assert re.fullmatch(r"\[−0\.\d+, −0\.\d+\] p 0\.004", row["nll ↓"].detail)
+    assert re.fullmatch(r"\[-0\.\d+, -0\.\d+\] p = 0\.004", row["nll ↓"].detail)
     assert not row["label of rouge_l ↑"].text.endswith("*")
     assert not row["label of rouge_l ↑"].marked
 
@@ -62,7 +63,7 @@ def test_notes_say_what_stands_for_no_history(comparison):
 def test_notes_name_machines_and_interruptions(comparison):
     text = " ".join(notes(comparison))
     assert "made on different machines" in text
-    assert "Interrupted and gone on with, their times are sums of parts: perce/seed-0, perce/seed-1." in text
+    assert "interrupted and resumed, so their times are sums of parts: perce/seed-0, perce/seed-1." in text
 
 
 def test_markdown_tables_are_whole_and_texts_are_escaped(comparison):

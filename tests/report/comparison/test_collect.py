@@ -10,7 +10,7 @@ from nextquill.comparison.arms import BASE
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import read_examples
-from nextquill.report.comparison.collecting import collect
+from nextquill.report.comparison.collect import collect
 
 
 def collected(folder, arms, seeds=(0, 1), baseline="sft", **options):

@@ -1,0 +1,138 @@
+"""A finished comparison as a page, as Markdown, and as the files that both are written to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nextquill.comparison.arms import BASE, BASE_LABEL
+from nextquill.comparison.folder import run_folder
+from nextquill.report.comparison.collect import collect
+from nextquill.report.comparison.figures import Comparison
+from nextquill.report.comparison.findings import Finding, find
+from nextquill.report.comparison.tables import machine_text, notes, tables
+from nextquill.report.curves import training_charts
+from nextquill.report.data import Page, Table
+from nextquill.report.examples import example_views
+from nextquill.report.html import render_page
+from nextquill.report.runs import read_run
+from nextquill.storage.atomic_files import write_whole
+
+if TYPE_CHECKING:
+    from nextquill.comparison.running import Setup
+
+RESULT_FILE, MARKDOWN_FILE, PAGE_FILE = "comparison.json", "comparison.md", "report.html"
+
+_RESPONSES = (
+    "Some of the evaluated records, as every model of the first seed sees them. A blue token was more likely with the "
+    "user's history than without, an orange, dotted one less. Hover, tap or use Tab and the arrow keys."
+)
+_READING = {
+    "The controls": (
+        "A loss may beat SFT only because it took larger steps, or more time. Two controls show how far that alone "
+        "goes: SFT at twice the learning rate, and SFT for as long as a causal loss took. A gain that they reach too "
+        "is not due to the loss."
+    ),
+    "An effect is the model's own": (
+        "It is the difference of two predictions of one model: with the user's history and without. A model that got "
+        "worse without a history shows large effects that are no gain. The placebo, another user's history, tells the "
+        "two apart."
+    ),
+    "Intervals and p-values": (
+        "An interval shows what other users like these might have given, and with several seeds also what other seeds "
+        "might have. With few users it is too narrow. With two or three seeds it is wide, because they tell little of "
+        "other seeds. With one seed it is about these trained models alone. p-values are corrected for the number of "
+        "arms, not of measures."
+    ),
+}
+
+
+def write_report(setup: Setup, *, model: str, baseline: str, level: float, resamples: int, examples: int) -> Comparison:
+    """Compare the finished runs and write three files: figures, Markdown, and a page that shows the first seed's runs.
+
+    Args:
+        setup: the comparison; all its runs are finished.
+        model: the model's name as given.
+        baseline: the arm that the others are compared with.
+        level, resamples: settings of the intervals.
+        examples: the number of responses on the page.
+
+    Raises:
+        CheckpointError, RecordError: a run is missing or damaged, or was evaluated on other records.
+    """
+    comparison = collect(
+        setup.folder,
+        setup.arms,
+        setup.seeds,
+        baseline=baseline,
+        model=model,
+        num_train_examples=len(setup.train_dataset),
+        level=level,
+        resamples=resamples,
+    )
+    findings, seed = find(comparison), setup.seeds[0]
+    labels = {BASE: BASE_LABEL, **{arm.name: arm.label for arm in setup.arms}}
+    runs = [read_run(run_folder(setup.folder, name, seed), label) for name, label in labels.items()]
+    charts = training_charts(runs[1:])
+    if charts is not None and len(setup.seeds) > 1:
+        charts = dataclasses.replace(charts, lead=f"The runs of seed {seed}. {charts.lead}")
+    responses = example_views(runs, examples) if examples else ()
+    whole = dataclasses.replace(page(comparison, findings), charts=charts, responses=responses)
+    write_whole(setup.folder / MARKDOWN_FILE, markdown(comparison, findings))
+    write_whole(setup.folder / PAGE_FILE, render_page(whole))
+    write_whole(setup.folder / RESULT_FILE, comparison.to_json())
+    return comparison
+
+
+def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
+    """The comparison as one page, without the runs' curves and responses."""
+    machine = machine_text(comparison.machines[0]) if comparison.machines else ""
+    return Page(
+        title=_title(comparison),
+        lead=_lead(comparison),
+        findings=[(each.heading, each.text) for each in findings if not each.is_warning],
+        notices=[f"{each.heading}. {each.text}" for each in findings if each.is_warning],
+        tables=tables(comparison),
+        table_notes=notes(comparison),
+        responses_lead=_RESPONSES,
+        reading=tuple(_READING.items()),
+        footer="All sentences follow from the figures of these runs. "
+        f"Evaluated records {comparison.records}; machine: {machine}.",
+    )
+
+
+def markdown(comparison: Comparison, findings: Sequence[Finding]) -> str:
+    """The findings and tables as Markdown."""
+    parts = [f"# {_escaped(_title(comparison))}", _escaped(_lead(comparison))]
+    parts.append("\n".join(f"- **{_escaped(each.heading)}.** {_escaped(each.text)}" for each in findings))
+    for table in tables(comparison):
+        parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
+    return "\n\n".join([*parts, *map(_escaped, notes(comparison))]) + "\n"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"Losses compared: {comparison.model}"
+
+
+def _lead(comparison: Comparison) -> str:
+    count = len(comparison.arms) - 1
+    return (
+        f"{count} {'way' if count == 1 else 'ways'} of training {comparison.model} on the same "
+        f"{comparison.num_train_examples} records, from the same start and in the same order, and the model before "
+        f"training. Compared with {comparison.arm(comparison.baseline).label}."
+    )
+
+
+def _markdown_table(table: Table) -> str:
+    head = [_escaped(column.heading) for column in table.columns]
+    rule = ["---", *("---:" for _ in head[1:])]
+    rows = [[_escaped(f"{cell.text} {cell.detail}".strip()) for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _escaped(text: str) -> str:
+    """Text whose stars, bars and the like are themselves in Markdown."""
+    for mark in "\\`*_[]<>|#":
+        text = text.replace(mark, f"\\{mark}")
+    return text

@@ -1,0 +1,164 @@
+"""The tables of a comparison, and the notes below them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nextquill.comparison.arms import BASE
+from nextquill.report.comparison.figures import ArmFigures, Comparison, Difference, Measure
+from nextquill.report.data import Cell, Column, Table
+from nextquill.report.numbers import interval, number, p_text
+
+# Short headings of the measures that every evaluation has; the others keep their labels.
+_HEADINGS = {
+    "nll_factual": "nll",
+    "nll_counterfactual": "nll, no history",
+    "nll_placebo": "nll, another's history",
+    "effect_logprob": "effect of history",
+    "effect_placebo": "effect vs placebo",
+}
+# A terminal of 80 columns has room for these, and for the first measure of generated texts or preferences.
+_FIRST = ("nll_factual", "nll_counterfactual", "effect_placebo")
+# In the file of figures only.
+_UNSHOWN = ("effect_prob", "share_above_threshold")
+_ABSENT = Cell("")
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The arms' measures, their differences from the baseline, and their costs."""
+    return [_measures(comparison), _differences(comparison), _costs(comparison)]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How the tables' figures were computed."""
+    several = len(comparison.seeds) > 1
+    over = "users and seeds" if several else "users alone"
+    seeds = f"Means over seeds {', '.join(map(str, comparison.seeds))}" if several else f"Seed {comparison.seeds[0]}"
+    drawn = "users (bootstrap) and seeds (t distribution)" if several else f"{over} (bootstrap)"
+    what = (
+        f"{seeds}, on {comparison.num_examples} records of {comparison.num_users} users. Brackets: "
+        f"{comparison.level:.0%} interval over {drawn}."
+    )
+    effects = (
+        "NLLs and effects in nats per token. Effect of the history: nll without it minus nll with it. Effect against "
+        "placebo: nll under another user's history minus nll under the user's own, which no loss trains on."
+    )
+    if comparison.counterfactual == "placebo":
+        effects += " Without history: under another user's history, which these prompts put in its place."
+    tests = (
+        f"Differences are paired: the same records{' and seeds' if several else ''}. p: over {over}, Holm's correction "
+        f"over the arms. *: p is below {1 - comparison.level:.2g} and the interval excludes 0"
+        f"{'.' if several else ', for these trained models; another seed may give other marks.'}"
+    )
+    costs = (
+        "Time: the training steps and the making of their batches, without evaluations and checkpoints. The first step "
+        "of a process, in which kernels are compiled, counts as the mean of the others. Peak memory: "
+        f"{_memory_note(comparison)}"
+    )
+    found = [what, effects, tests, costs]
+    if len(comparison.machines) > 1:
+        machines = "; ".join(map(machine_text, comparison.machines))
+        found.append(f"The runs were made on different machines, so their times do not compare: {machines}.")
+    if comparison.resumed:
+        resumed = ", ".join(comparison.resumed)
+        found.append(f"These runs were interrupted and resumed, so their times are sums of parts: {resumed}.")
+    return found
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """A machine in one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+def _shown(comparison: Comparison) -> list[Measure]:
+    known = [measure for measure in comparison.measures.values() if measure.name not in _UNSHOWN]
+    return [each for each in known if each.name in _HEADINGS or each.higher_is_better is not None]
+
+
+def _columns(measures: Sequence[Measure]) -> list[Column]:
+    others = [measure.name for measure in measures if measure.name not in _HEADINGS]
+    first = (*_FIRST, *others[:1])
+    return [Column("arm"), *(_column(measure, is_first=measure.name in first) for measure in measures)]
+
+
+def _column(measure: Measure, *, is_first: bool) -> Column:
+    unit = f", {measure.unit}" if measure.unit else ""
+    better = {True: "; higher is better", False: "; lower is better", None: ""}[measure.higher_is_better]
+    arrow = {True: " ↑", False: " ↓", None: ""}[measure.higher_is_better]
+    heading = _HEADINGS.get(measure.name, measure.short_label)
+    return Column(f"{heading}{arrow}", explanation=f"{measure.label}{unit}{better}", secondary=not is_first)
+
+
+def _measures(comparison: Comparison) -> Table:
+    shown = _shown(comparison)
+    rows = []
+    for arm in comparison.arms:
+        estimates = [arm.estimates[measure.name] for measure in shown]
+        cells = [Cell(number(e.value, digits=3), interval(e.low, e.high, digits=3)) for e in estimates]
+        rows.append([Cell(arm.label), *cells])
+    return Table("What they reach", _columns(shown), rows)
+
+
+def _differences(comparison: Comparison) -> Table:
+    baseline = comparison.arm(comparison.baseline)
+    shown = [measure for measure in _shown(comparison) if comparison.differences(measure.name)]
+    rows = [
+        [Cell(arm.label), *(_difference(comparison, arm.against[baseline.name].get(m.name)) for m in shown)]
+        for arm in comparison.arms
+        if baseline.name in arm.against
+    ]
+    return Table(f"Difference from {baseline.label}", _columns(shown), rows)
+
+
+def _difference(comparison: Comparison, difference: Difference | None) -> Cell:
+    if difference is None:
+        return _ABSENT
+    marked = difference.is_clear(comparison.level)
+    bounds = interval(difference.low, difference.high, digits=3)
+    return Cell(
+        f"{number(difference.value, sign='+', digits=3)}{'*' if marked else ''}",
+        f"{bounds} {p_text(difference.p_adjusted)}".strip(),
+        marked,
+    )
+
+
+def _costs(comparison: Comparison) -> Table:
+    columns = (
+        Column("arm"),
+        Column("LR", explanation="highest learning rate"),
+        Column("steps", explanation="optimiser steps"),
+        Column("s", explanation="seconds of training"),
+        Column("× s", explanation="time of training as a multiple of the baseline's"),
+        Column("ms/step"),
+        Column("examples/s"),
+        Column("peak MiB", explanation="peak memory"),
+    )
+    base = comparison.arm(comparison.baseline).cost
+    rows = [
+        _cost_row(arm, base.seconds if base is not None else math.nan) for arm in comparison.arms if arm.name != BASE
+    ]
+    return Table("What they cost", columns, rows)
+
+
+def _cost_row(arm: ArmFigures, baseline_seconds: float) -> list[Cell]:
+    cost = arm.cost
+    if cost is None:
+        return [Cell(arm.label), *[_ABSENT] * 7]
+    wanted = "" if cost.reference_seconds is None else f"to match {cost.reference_seconds:.1f}"
+    return [
+        Cell(arm.label),
+        Cell(f"{cost.learning_rate:.3g}"),
+        Cell(f"{cost.steps:g}"),
+        Cell(f"{cost.seconds:.1f}", wanted),
+        Cell(f"{cost.seconds / baseline_seconds:.2f}" if baseline_seconds else ""),
+        Cell(f"{1000 * cost.seconds_per_step:.0f}"),
+        Cell(f"{cost.examples_per_second:.3g}"),
+        Cell("" if cost.peak_memory is None else f"{cost.peak_memory / 2**20:.0f}"),
+    ]
+
+
+def _memory_note(comparison: Comparison) -> str:
+    on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
+    return "of the whole process." if on_cpu else "allocated on the device."

@@ -1,0 +1,47 @@
+"""Reads JSON files; damage is an error that names the file, and the line where there are several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nextquill.errors import RecordError
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        RecordError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        return _object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line's place, for errors, and the object that it holds.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                where = f"{path} line {number}"
+                yield where, _object(line, where)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:  # also text that is not UTF-8
+        raise RecordError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: expected an object, got {type(value).__name__}")
+    return value
