@@ -1,7 +1,7 @@
-"""What suite `head` measures: head shapes of real models scaled to the machine, losses, modes and inputs.
+"""The cases of suite `head`: head shapes of real models scaled to the machine, losses, modes and inputs.
 
-A product U is N·D·V multiply-adds. `Task.products` counts what the mathematics needs (both streams' logits, and per
-stream with gradient one product each for dh and dW), so that a provider that recomputes logits is not paid for it.
+A product U is N·D·V multiply-adds. `Task.products` counts the products that the mathematics needs: the logits of each
+stream, and dh and dW for each stream with a gradient. So recomputed logits do not raise a provider's TFLOP/s.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
 TRAINABLE, FROZEN = "trainable", "frozen"
-#: Of 512 tokens at 8192 rows, a typical response. The chunked engine takes whole sequences: 662 rows of two
-#: streams fit its default buffer at V = 151936, and the logits of a longer sequence are partly computed twice.
+#: At 8192 rows each sequence has 512 tokens, a typical response. The chunked engine takes whole sequences: 662 rows of
+#: two streams fit its default buffer at V = 151936, and the logits of a longer sequence are partly computed twice.
 SEQUENCES = 16
-#: Tokens per sequence of the extra case in which that happens.
+#: Tokens per sequence in an extra case, in which logits are computed twice.
 LONG = 1024
 
-#: Useful products: forward, forward and backward with a trainable head, and with a frozen one.
+#: Useful products: of the forward, and of forward and backward with a trainable and with a frozen head.
 PRODUCTS = {
     "NextQuill": (2, 6, 4),
     "NextQuill detached": (2, 4, 3),
@@ -35,7 +35,7 @@ SCORING = ("pair nll", "token nll")
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` supervised tokens in equally long sequences, hidden size D, vocabulary V, and the head's soft-cap."""
+    """The number of supervised tokens, in equally long sequences, and the head's D, V and soft-cap."""
 
     name: str
     rows: int
@@ -50,7 +50,8 @@ class Shape:
         return f"{self.name}: N={self.rows}, D={self.hidden}, V={self.vocabulary}{cap}{layout}"
 
 
-#: Where fused losses were compared in public (an H100, N=8192); first on a GPU, so that a run cut short has it.
+#: The shape of public comparisons of fused losses (on an H100, N=8192). It comes first on a GPU, so that a stopped run
+#: has it.
 TARGET = Shape("Qwen3-8B", 8192, 4096, 151936)
 MODELS = (
     Shape("Qwen2.5-0.5B", 8192, 896, 151936),
@@ -62,7 +63,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One loss in one mode; `head` says whether W takes a gradient and is empty where none is asked for."""
+    """One loss in one mode. `head` says whether W has a gradient, and is empty for a forward."""
 
     loss: str
     mode: str
@@ -79,7 +80,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hidden states of both streams [N, D], W [V, D], labels [N] and each row's sequence [N]."""
+    """Hidden states of both streams [N, D], W [V, D], labels [N] and the sequence of each row [N]."""
 
     h1: Tensor
     h0: Tensor
@@ -90,21 +91,21 @@ class Inputs:
 
     @property
     def wanted(self) -> dict[str, Tensor]:
-        """The tensors whose gradient is asked for."""
+        """The tensors that need a gradient, by name."""
         named = {"factual": self.h1, "counterfactual": self.h0, "weight": self.weight}
         return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A task at a shape, and its share of the time relative to others'."""
+    """A task at a shape, and its weight when time is divided."""
 
     shape: Shape
     task: Task
     weight: float = 1.0
 
 
-#: Measured at `TARGET` before anything else, with more rounds where time is short.
+#: Measured at `TARGET` before everything else, and with more rounds if time is short.
 FIRST = (
     Task("NextQuill", TRAINING, TRAINABLE),
     Task("NextQuill detached", TRAINING, TRAINABLE),
@@ -113,12 +114,12 @@ FIRST = (
     Task("pair nll", FORWARD),
 )
 _FIRST_WEIGHT = 6.0
-#: At the target with long sequences.
+#: The tasks at the target with long sequences.
 _LONG_TASKS = FIRST[:3]
 
 
 def plan(device: torch.device, quick: bool = False) -> tuple[Step, ...]:
-    """What is measured on a device, the most wanted first; all of a shape's tasks stand together."""
+    """The steps for a device, the most important first. All tasks of a shape stand together."""
     sizes, todo = shapes(device, quick), tasks(device, quick)
     if quick or device.type != "cuda":
         return tuple(Step(shape, task) for shape in sizes for task in todo)
@@ -135,8 +136,8 @@ def plan(device: torch.device, quick: bool = False) -> tuple[Step, ...]:
 def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
     """The cases for a device.
 
-    On a GPU the real sizes, with fewer rows where less than 100 GiB must hold plain PyTorch's logits. On a CPU D/4 and
-    V/16 with 512 rows, so that the suite ends within minutes on two cores; the label states what was used.
+    On a GPU they have real sizes, but fewer rows if plain PyTorch's logits must fit into less than 100 GiB. On a CPU
+    they have D/4, V/16 and 512 rows, so that the suite takes minutes on two cores. The label states the sizes.
     """
     if quick:
         return (Shape("tiny", 64, 32, 512), Shape("tiny capped", 64, 48, 384, softcap=30.0))
@@ -151,7 +152,7 @@ def shapes(device: torch.device, quick: bool = False) -> tuple[Shape, ...]:
 
 
 def tasks(device: torch.device, quick: bool = False) -> tuple[Task, ...]:
-    """What is measured at every shape, the most wanted first."""
+    """The tasks at every shape, the most important first."""
     if quick:
         return (
             Task("NextQuill", TRAINING, TRAINABLE),
@@ -174,10 +175,10 @@ def tasks(device: torch.device, quick: bool = False) -> tuple[Task, ...]:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Inputs:
-    """The same inputs every time; logits spread by about 2.
+    """Inputs that are equal in every call; logits have a standard deviation of about 2.
 
-    Half of the labels stand out in the factual stream only (by 24 before a cap), so that both of NextQuill's weights
-    occur, and no probability lies near the threshold of .05, where rounding would decide.
+    Half of the labels have a logit that is larger by 24, before a cap, in the factual stream only. So both of
+    NextQuill's weights occur, and no probability lies near the threshold of 0.05, where rounding would decide.
     """
     n, generator = rows or shape.rows, torch.Generator(device).manual_seed(0)
 
@@ -196,7 +197,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, rows: in
 
 
 def for_task(inputs: Inputs, task: Task, dtype: torch.dtype | None = None) -> Inputs:
-    """The same values as leaves that require the gradients of a task, in `dtype` if given."""
+    """The same values as leaves that require the gradients of the task, in `dtype` if given."""
     training, both = task.mode == TRAINING, task.loss == "NextQuill"
     needs = {"h1": training, "h0": training and both, "weight": training and task.head == TRAINABLE}
     tensors = {name: getattr(inputs, name).detach().to(dtype or inputs.h1.dtype) for name in needs}
@@ -204,7 +205,7 @@ def for_task(inputs: Inputs, task: Task, dtype: torch.dtype | None = None) -> In
 
 
 def output_names(inputs: Inputs, task: Task) -> Sequence[str]:
-    """What a provider's results are called, in order."""
+    """The names of a provider's results, in order."""
     if task.loss == "pair nll":
         return ("nll_factual", "nll_counterfactual", "nll_effect")
     if task.loss == "token nll":

@@ -1,4 +1,4 @@
-"""What a GPU's figures depend on besides the code, for the head of a log."""
+"""Describes what a GPU's figures depend on besides the code, for the head of a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe(device: torch.device) -> list[str]:
-    """Versions, the device, and what its half-precision products can do, one line each."""
+    """Versions, the device, and the abilities of its half-precision products, one line each."""
     return [
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton_version() or 'not installed'}",
         f"device: {device_name(device.type)}, driver: {_driver()}",
@@ -29,12 +29,15 @@ def _driver() -> str:
 
 
 def _wide(device: torch.device, dtype: torch.dtype) -> str:
-    """Without the first a product is widened afterwards; without the second dW is added slice by slice."""
+    """Whether products have float32 results, and can be accumulated in place.
+
+    Without the first, a product is widened afterwards. Without the second, dW is added slice by slice.
+    """
     from nextquill.ops import mixed_precision_mm as wide
 
     try:
         there = wide.has_wide_mm(device, dtype)
         in_place = there and wide._works(wide._probe_addmm, device, dtype)
-    except Exception as error:  # noqa: BLE001 - a line in a log must not cost the figures
+    except Exception as error:  # noqa: BLE001 - an error in a log line must not end the run
         return f"{dtype} products into float32: cannot be asked ({type(error).__name__}: {error})"
     return f"{dtype} products into float32: {there}, accumulated in place: {in_place}"

@@ -1,12 +1,13 @@
-"""The correctness gate: nothing is timed whose results are wrong, and the errors are written down beside the times.
+"""The correctness gate: providers with wrong results are not timed, and errors are stored with the times.
 
-Two checks, both as ‖result − truth‖ / ‖truth‖ per output:
+The error of an output is ‖result − truth‖ / ‖truth‖. There are two checks:
 
 1. On a slice of 96 rows with the full D and V, against the plain formula in float64 on the same (rounded) inputs. Ours
-   may have at most twice plain PyTorch's error in the same dtype, plus a slack (1e-3 in half precision, 1e-5 in
-   float32). A peer's loss may have ten times plain PyTorch's plus that slack, which a mean of half-precision losses
-   exceeds, and its gradients and nll's 5e-2 in half precision, 1e-3 in float32.
-2. At full size, where chunks begin and end, against the first provider that ran, with 5e-2 and 1e-3 for every output.
+   may have twice the error of plain PyTorch in the same dtype, plus a slack (1e-3 in half precision, 1e-5 in float32).
+   A peer's loss may have ten times plain PyTorch's error plus that slack, as a mean of half-precision losses has a
+   larger error. A peer's gradients and NLLs may have an error of 5e-2 in half precision and 1e-3 in float32.
+2. At full size, where results are made from several chunks, against the first provider that ran. Every output may have
+   an error of 5e-2 in half precision and 1e-3 in float32.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Errors = dict[str, float]
 
 
 def truth(task: Task, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The outputs of a task in float64, by the plain formula."""
+    """The outputs of a task from the plain formula in float64."""
     return plain.PROVIDER.bind(task, for_task(inputs, task, torch.float64))()
 
 
 def errors(names: Sequence[str], results: Sequence[Tensor], expected: Sequence[Tensor]) -> Errors:
-    """Relative error per output; a shape that differs or a value that is not finite counts as infinite."""
+    """The relative error of each output; infinite for another shape or a value that is not finite."""
     return {name: _error(*pair) for name, *pair in zip(names, results, expected, strict=True)}
 
 
@@ -46,7 +47,7 @@ def _error(result: Tensor, expected: Tensor) -> float:
 
 
 def limits(names: Sequence[str], dtype: torch.dtype, ours: bool, baseline: Mapping[str, float]) -> Errors:
-    """The largest error allowed per output, given plain PyTorch's own (empty where it did not run)."""
+    """The largest error allowed for each output, given plain PyTorch's errors (empty if it did not run)."""
     half = dtype in _HALF
     slack, most = (1e-3, 5e-2) if half else (1e-5, 1e-3)
     if ours and baseline:
@@ -58,7 +59,7 @@ def limits(names: Sequence[str], dtype: torch.dtype, ours: bool, baseline: Mappi
 
 
 def verdict(found: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
-    """The first output that is too far off, or None."""
+    """The first output whose error is too large, in words, or None."""
     for name, error in found.items():
         if not error <= allowed[name]:
             return f"{name} off by {error:.1e}, allowed {allowed[name]:.1e}"
@@ -68,7 +69,7 @@ def verdict(found: Mapping[str, float], allowed: Mapping[str, float]) -> str | N
 def check_slice(
     entrants: Sequence[Provider], task: Task, inputs: Inputs, options: Mapping[str, Mapping[str, object]]
 ) -> tuple[dict[str, Errors], dict[str, str]]:
-    """Errors of every entrant (the baseline first) against float64, and the reasons of those that fail."""
+    """The errors of all entrants (the baseline first) against float64, and the reasons of those that fail."""
     mine = for_task(inputs, task)
     names, expected = output_names(mine, task), truth(task, inputs)
     found: dict[str, Errors] = {}
@@ -90,7 +91,7 @@ def check_slice(
 def check_full_size(
     calls: Mapping[str, Call], names: Sequence[str], dtype: torch.dtype
 ) -> tuple[str, dict[str, float], dict[str, str]]:
-    """Who runs first, the largest difference of each other from it, and the reasons of those that fail."""
+    """The first provider that ran, the largest difference of each other one from it, and the reasons of failures."""
     first, reference = "", tuple[Tensor, ...]()
     found: dict[str, float] = {}
     refused: dict[str, str] = {}

@@ -1,17 +1,17 @@
-"""Suite `head`: the loss alone at real models' head shapes, against plain PyTorch and the fused losses one can install.
+"""Suite `head`: the loss alone at real models' head shapes, against plain PyTorch and other fused losses.
 
-Per shape and task every provider that can take part is checked (`benchmarks.gate`), then timed in turns. Metrics:
+For each shape and task, every available provider is checked (`benchmarks.gate`), then timed in turns. Metrics:
 
     seconds            s        one call
-    time               x        the same over plain PyTorch's, round by round
+    time               x        seconds over those of plain PyTorch, round by round
     tflops             TFLOP/s  the task's useful products (`Task.products`) over the time
-    gemm_fraction      x        that over the device's own rate, round by round: `torch.mm` takes its turn with
+    gemm_fraction      x        tflops over the device's own rate, round by round: `torch.mm` takes turns, with
                                 [N, D] by [D, 32768] in the same dtype
-    peak               MiB      `benchmarks.memory`: the whole call, forward and backward, beyond its inputs
+    peak               MiB      the whole call, forward and backward, beyond its inputs (`benchmarks.memory`)
     forward_peak       MiB      the forward alone
-    transient          MiB      the forward's peak less the finished gradients that it keeps; `note` names these
-    error_*, full_size x        `benchmarks.gate`
-    status                      no figure: `note` says why (not installed, out of memory, refused by the gate …)
+    transient          MiB      the forward's peak minus the finished gradients that it keeps; `note` names these
+    error_*, full_size x        see `benchmarks.gate`
+    status                      no figure; `note` gives the reason (not installed, out of memory, refused by the gate …)
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from benchmarks.registry import PROVIDERS
 
 GEMM = "torch.mm"
 _GEMM_COLUMNS = 32768
-#: Of a task's time; the rest is for what follows it.
+#: The share of a task's time for timing; the rest is for memory.
 _TIMED_SHARE = 0.8
 
 
 def run(options: Options, entrants: Sequence[Provider] | None = None) -> list[Row]:
-    """Check, time and weigh every task at every shape.
+    """Check every task at every shape, then measure its time and memory.
 
     Raises:
-        GateError: at the end, if an implementation of ours failed or is wrong; every other figure has been saved.
+        GateError: an implementation of ours failed or is wrong. It is raised at the end, after all other figures are
+            saved.
     """
     device = torch.device(options.device or default_device())
     suite = _Suite(options, device, tuple(entrants or PROVIDERS))
@@ -70,7 +71,7 @@ def run(options: Options, entrants: Sequence[Provider] | None = None) -> list[Ro
 
 
 class _Suite:
-    """The rows so far, and the inputs of the shape at hand."""
+    """The rows so far, and the inputs of the current shape."""
 
     def __init__(self, options: Options, device: torch.device, entrants: tuple[Provider, ...]) -> None:
         self.options, self.device, self.entrants = options, device, entrants
@@ -86,7 +87,7 @@ class _Suite:
         self.chosen: dict[tuple[str, str, str], Mapping[str, Any]] = {}
 
     def measure(self, shape: Shape, task: Task, share: float | None) -> None:
-        """One task at one shape, in about `share` seconds."""
+        """Check and measure one task at one shape, in about `share` seconds."""
         begun = time.perf_counter()
         if share is not None and share <= 0:
             self._note(shape, task, "", "out of time")
@@ -103,10 +104,10 @@ class _Suite:
             return
         calls[GEMM] = self.gemm
         left = None if share is None else _TIMED_SHARE * (share - (time.perf_counter() - begun))
-        warmup = 1 if self.device.type == "cuda" else 0  # one more call than the check at full size
+        warmup = 1 if self.device.type == "cuda" else 0  # a second call, after the check at full size
         try:
             seconds = time_in_turns(calls, self.options.rounds, warmup, left)
-        except ProviderError as failure:  # it ran before, so a machine short of memory, not a provider's fault
+        except ProviderError as failure:  # it ran before, so memory is short, and the provider is not at fault
             self._note(shape, task, "", str(failure))
             return
         self._times(shape, task, seconds, settings)
@@ -124,7 +125,7 @@ class _Suite:
 
     def _prepare(self, shape: Shape) -> None:
         self.shape = None
-        self.inputs = self.slice = self.gemm = None  # free the last shape's before making these
+        self.inputs = self.slice = self.gemm = None  # frees the last shape's tensors before making new ones
         _release()
         self.inputs = make_inputs(shape, self.dtype, self.device)
         self.slice = make_inputs(shape, self.dtype, self.device, min(shape.rows, gate.ROWS))
@@ -135,7 +136,7 @@ class _Suite:
         self.shape = shape
 
     def weigh(self, shape: Shape) -> None:
-        """On a CPU: the peak memory of everything that ran at a shape."""
+        """Measure, on a CPU, the peak memory of all providers that ran at a shape."""
         requests = [Request(task, provider.name, part) for part in (False, True) for task, provider in self.ran]
         peaks = cpu_peaks(shape, requests)
         for (task, provider), whole, forward in zip(
@@ -146,7 +147,7 @@ class _Suite:
         self.ran = []
 
     def _choose(self, provider: Provider, shape: Shape, task: Task) -> Mapping[str, Any]:
-        """The fastest variant, found once per size and loss: the choice costs as much as a round or two."""
+        """The fastest variant, found once per size and loss, as the choice takes as long as a round or two."""
         key = provider.name, str(replace(shape, sequences=1)), task.loss.removesuffix(" detached")
         if key not in self.chosen:
             self.chosen[key] = _fastest(provider, task, self.inputs)
@@ -239,7 +240,7 @@ class _Suite:
 
 
 def _fastest(provider: Provider, task: Task, inputs: Inputs) -> Mapping[str, Any]:
-    """The fastest of a provider's variants at full size, after one call to warm up; one that fails is the slowest."""
+    """The fastest of a provider's variants at full size, after one warm-up call. A variant that fails comes last."""
     variants = provider.variants()
     if len(variants) == 1:
         return variants[0]

@@ -1,4 +1,4 @@
-"""Measuring on a machine that is never quiet: providers take turns, and what counts is the ratio within a turn."""
+"""Measures on a machine with other load: providers take turns, and figures are ratios within a turn."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-#: A median of fewer rounds says little.
+#: The fewest rounds for a useful median.
 LEAST_ROUNDS = 3
 
 
 class GateError(RuntimeError):
-    """Something of ours, or plain PyTorch, is wrong and was not timed."""
+    """A result of ours, or of plain PyTorch, is wrong and was not timed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: `value` is the median over rounds, p20 and p80 their spread; `note` says why there is none (nan)."""
+    """One figure: `value` is the median over rounds, p20 and p80 its spread. If it is nan, `note` gives the reason."""
 
     suite: str
     case: str
@@ -61,15 +61,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """How a suite is run.
+    """Options of a suite's run.
 
     Args:
-        rounds: turns that each provider takes at most.
-        quick: tiny shapes, to see that it runs.
-        device: "cpu" or "cuda"; by default a GPU where there is one.
-        budget: seconds in which to end; fewer rounds are taken, never below three, and what does not fit is left out.
-        save: called with all rows so far whenever there are more.
-        full: the largest size, however long it takes, where a suite has one.
+        rounds: the most turns that each provider takes.
+        quick: tiny shapes, as a test run.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
+        budget: the seconds for the suite. If time is short, fewer rounds run, but at least three, and the last cases
+            are left out.
+        save: called with all rows so far after every new one.
+        full: the largest size, however long it takes, if a suite has one.
     """
 
     rounds: int = 7
@@ -83,13 +84,13 @@ class Options:
 def time_in_turns(
     providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, budget: float | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each provider in each round; in every round each runs once, in rotating order.
+    """Seconds of each provider in each round. In every round each provider runs once, in rotating order.
 
-    With a `budget` in seconds no round begins that would outlast it, judging by the round before, but three are run
-    (or `rounds`, if fewer).
+    With a `budget` in seconds, no round starts that would exceed it, judging by the round before. At least three rounds
+    run, or `rounds` if that is fewer.
     """
     gc.collect()
-    gc.freeze()  # with torch's compiler imported a collection took 180 ms, most of a small suite
+    gc.freeze()  # with torch's compiler imported, one garbage collection takes 180 ms, most of a small suite
     try:
         return _take_turns(providers, rounds, warmup, budget)
     finally:
@@ -143,7 +144,7 @@ def make_row(
     note: str = "",
     device: str | None = None,
 ) -> Row:
-    """Summarise the rounds of one figure, to five significant digits; no values make a row that only has a note."""
+    """Summarise the rounds of one figure, to five significant digits. Without values, the row only holds a note."""
     own = values or [math.nan]
     cuts = quantiles(own, n=5, method="inclusive") if len(own) > 1 else own * 4
     value, p20, p80 = (float(f"{number:.5g}") for number in (median(own), cuts[0], cuts[-1]))
@@ -174,7 +175,7 @@ def make_row(
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Write the rows through a temporary name."""
+    """Write the rows to a temporary file, and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as stream:
@@ -185,7 +186,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def default_device() -> str:
-    """A GPU where there is one."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -203,7 +204,7 @@ def device_name(kind: str | None = None) -> str:
 
 
 def short_name(device: str) -> str:
-    """A device's name without trademarks, cores and clock: "Intel(R) Xeon(R) Processor" is "Intel Xeon"."""
+    """A device's name without trademarks, cores and clock: "Intel(R) Xeon(R) Processor" becomes "Intel Xeon"."""
     return " ".join(re.sub(r"\((R|TM)\)|\b\d+-Core\b|\b(CPU|Processor)\b|@.*", " ", device).split()) or device
 
 
@@ -219,7 +220,7 @@ def _commit() -> str:
 
 @lru_cache
 def triton_version() -> str:
-    """The installed version, or an empty text."""
+    """The installed version, or an empty string."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -227,6 +228,6 @@ def triton_version() -> str:
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

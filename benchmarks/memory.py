@@ -1,12 +1,13 @@
 """Peak memory of one call beyond its inputs.
 
-On a GPU the caching allocator counts it. On a CPU (Linux) each call runs in a forked child of a fresh process that has
-run every provider on tiny inputs only, on one thread so that there are no others to lose. The child does so again,
-makes the inputs, resets the high-water mark of its resident memory, and reads it after the call.
+On a GPU, the caching allocator counts it. On a CPU (Linux), each call runs in a forked child of a fresh process. That
+process has only run every provider on tiny inputs, on one thread, as a fork would lose other threads. The child runs
+the provider on tiny inputs again, makes the inputs, resets the high-water mark of its resident memory, and reads it
+after the call.
 
-A call is measured as a whole, and its forward alone. `transient` is the forward's peak less the finished gradients
-that it keeps: whatever else it keeps for the backward counts. The whole's peak would not do for it: a float32 dW is
-narrowed to W's dtype only in the backward, when the buffers of the forward are gone.
+A whole call is measured, and its forward alone. `transient` is the forward's peak minus the finished gradients that it
+keeps; everything else that it keeps for the backward counts. The peak of the whole call cannot replace it, because a
+float32 dW is narrowed to W's dtype only in the backward, when the buffers of the forward are gone.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from benchmarks.provider import Call
 from benchmarks.registry import PROVIDERS
 
 MIB = 2**20
-#: Every block of 128 KiB or more comes from the kernel and goes back at once, so that the mark shows what is in use.
+#: Blocks of 128 KiB or more come from the kernel and go back at once, so that the mark shows the memory in use.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 class Request(NamedTuple):
-    """A provider's call for a task, whole or its forward alone."""
+    """A provider's call for a task, either whole or only its forward."""
 
     task: Task
     provider: str
@@ -41,7 +42,7 @@ class Request(NamedTuple):
 
 
 def cuda_peak(call: Call) -> int:
-    """Bytes allocated at the call's peak, its results among them, beyond those allocated before it."""
+    """Bytes allocated at the call's peak, with its results, beyond the memory allocated before it."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -52,7 +53,7 @@ def cuda_peak(call: Call) -> int:
 
 
 def cpu_peaks(shape: Shape, requests: Sequence[Request], timeout: float = 300) -> list[int | None]:
-    """Peak bytes of requests at a shape, each in a process of its own; None where none was read."""
+    """Peak bytes of requests at a shape, each in its own process; None if a peak could not be read."""
     if not sys.platform.startswith("linux"):
         return [None] * len(requests)
     order = json.dumps([asdict(shape), [[asdict(task), *rest] for task, *rest in requests], torch.get_num_threads()])
@@ -76,13 +77,13 @@ def cpu_peaks(shape: Shape, requests: Sequence[Request], timeout: float = 300) -
 
 
 def _serve(order: str) -> None:
-    """Answer every request with a line; -1 for a child that died."""
+    """Print a line for every request; -1 if its child died."""
     shape, requests, threads = json.loads(order)
     shape, asked = Shape(**shape), [Request(Task(**task), *rest) for task, *rest in requests]
     torch.set_num_threads(1)
     for request in asked:
         _bind(_tiny(shape), request)()
-    gc.freeze()  # a collection in a child would copy every page it shares
+    gc.freeze()  # garbage collection in a child would copy every shared page
     for request in asked:
         child = os.fork()
         if child == 0:
@@ -104,7 +105,7 @@ def _bind(shape: Shape, request: Request) -> Call:
 
 
 def _measure(shape: Shape, request: Request) -> int:
-    _bind(_tiny(shape), request)()  # a child's pages of library code count once they are touched
+    _bind(_tiny(shape), request)()  # pages of library code count in a child as soon as they are used
     call = _bind(shape, request)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")

@@ -1,8 +1,8 @@
-"""Suite `native`: the C++ extension against its plain PyTorch twin, by which `impl="auto"` is decided on a CPU.
+"""Suite `native`: the C++ extension against its plain PyTorch twin. The results justify the choice of `impl="auto"`.
 
-First the two chunk kernels of a pair, and of one stream, on given logits: the twin works in place and in cache-sized
-row blocks, so what is compared is passes over memory and exponentials. Then whole losses with their matrix products,
-over a grid of sizes: a ratio above 1 anywhere would be a reason for "auto" to choose the twin there.
+First the chunk kernels run on given logits, for a pair and for one stream. The twin also works in place and in row
+blocks of the cache's size, so the comparison is about passes over memory and exponentials. Then whole losses run with
+their matrix products, over a grid of sizes. A ratio above 1 would be a reason for "auto" to choose the twin there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nextquill.ops.dispatch import ChunkKernels, resolve_impl, why_not
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = ("native", "torch")
 BASELINE = "torch"
-#: N, V of the chunk kernels alone; the first is the requirement's.
+#: N and V of the chunk kernels alone; the first pair is a requirement of the project.
 CHUNKS = ((512, 32768), (4096, 1031), (1024, 8192), (110, 151936))
-#: N, D, V of whole losses.
+#: N, D and V of whole losses.
 GRID = tuple((n, d, v) for v in (1031, 8192, 32768) for d in (64, 256, 896) for n in (16, 512))
 LOSSES: dict[str, Callable[..., nq.PairLoss]] = {
     "NextQuill": nq.NextQuillLoss,
@@ -35,7 +35,7 @@ LOSSES: dict[str, Callable[..., nq.PairLoss]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row of figures: its labels, and one callable per implementation."""
+    """A case: its labels, and one callable per implementation."""
 
     name: str
     loss: str
@@ -44,7 +44,7 @@ class Case:
 
 
 def run(options: Options) -> list[Row]:
-    """Time every case on one thread and on all."""
+    """Time every case on one thread and on all threads."""
     if reason := why_not("native", CPU, torch.float32):
         raise GateError(f"native: {reason}")
     rows: list[Row] = []
@@ -83,7 +83,7 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def _chunk_call(kernels: ChunkKernels, streams: int, n: int, v: int) -> Callable[[], Tensor]:
-    """Statistics, then the gradient in place: each call overwrites what the call before left."""
+    """Compute statistics, then the gradient in place, which overwrites the logits of the call before."""
     generator = torch.Generator().manual_seed(0)
     logits = [torch.empty(n, v) for _ in range(streams)]
     for each in logits:
@@ -121,7 +121,7 @@ def _loss_call(loss_fn: nq.PairLoss, n: int, d: int, v: int) -> Callable[[], Ten
 
 
 def _gate(case: Case) -> None:
-    """Refuse to time what does not agree."""
+    """Raise GateError if the two implementations differ."""
     native, twin = (case.providers[impl]() for impl in IMPLEMENTATIONS)
     assert isinstance(native, Tensor)
     assert isinstance(twin, Tensor)

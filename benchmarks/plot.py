@@ -1,8 +1,8 @@
 """Draw suite `head` as a picture: `python -m benchmarks.plot [--csv FILE] [--out FILE]`; needs matplotlib.
 
-One panel for time and one for memory, a group of bars per shape and loss (forward and backward, trainable head), a
-bar per provider, all as multiples of plain PyTorch's in the same run. What ran out of memory is named where its bar
-would be.
+One panel shows time, and one shows memory. Each shape and loss (forward and backward, trainable head) has a group of
+bars, with a bar per provider. All values are multiples of plain PyTorch's in the same run. A provider that ran out of
+memory is named in place of its bar.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.measure import RESULTS
 PICTURE = RESULTS.parent.parent / "docs" / "bench-head.png"
 BASELINE, OUT_OF_MEMORY = "plain", "out of memory"
 LOSSES = ("NextQuill", "NextQuill detached")
-# Okabe and Ito's colours, told apart by every kind of colour vision; ours are the two blues and the green.
+# Okabe and Ito's colours, which people with any colour vision can tell apart. Ours are the two blues and the green.
 _COLOURS = {
     "ours, torch": "#56B4E9",
     "ours, native": "#009E73",
@@ -31,11 +31,11 @@ _COLOURS = {
 }
 _PANELS = {"time": "Time of forward and backward", "peak": "Peak memory beyond the inputs"}
 _WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-_MOST = 4.0  # a bar that is longer ends here, with its number
+_MOST = 4.0  # a longer bar ends here, with its number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, draw, write."""
+    """Read the figures, draw the picture, and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw suite `head`.")
     parser.add_argument("--csv", type=Path, help="by default a GPU's file in benchmarks/results, else the CPU's")
     parser.add_argument("--out", type=Path, default=PICTURE)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Write the picture of a file's rows.
+    """Draw the rows of a file and write the picture.
 
     Raises:
         ValueError: the rows hold no training step with a trainable head.
@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 
 class _Layout:
-    """Where everything stands, from the top down in units of a bar: titles, names of losses, and bars."""
+    """The vertical places of titles, names of losses and bars, from the top down in units of a bar."""
 
     def __init__(self, rows: list[dict[str, str]], ratios: dict[Any, float], failed: dict[Any, str]) -> None:
         self.titles: dict[float, str] = {}
@@ -114,7 +114,7 @@ class _Layout:
 
 
 def relative(rows: list[dict[str, str]]) -> dict[tuple[str, str, str, str], float]:
-    """(case, loss, provider, metric) -> multiple of plain PyTorch's, for time and peak."""
+    """Time and peak as multiples of plain PyTorch's, by (case, loss, provider, metric)."""
     values = {
         (row["case"], row["loss"], row["provider"], row["metric"]): float(row["value"])
         for row in rows
@@ -129,7 +129,7 @@ def relative(rows: list[dict[str, str]]) -> dict[tuple[str, str, str, str], floa
 
 
 def _failed(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], str]:
-    """What should have a bar and has none because memory ran out."""
+    """The providers without a bar because memory ran out, with their notes."""
     notes = {(row["case"], row["loss"], row["provider"]): row["note"] for row in rows if row["metric"] == "status"}
     return {key: note for key, note in notes.items() if note == OUT_OF_MEMORY}
 

@@ -1,8 +1,8 @@
-"""A step of POPI, sampling aside: rewards, KL and both gradients, with shared prefixes against a padded row per prompt.
+"""Suite `popi`: a step of POPI without sampling, with shared prefixes against a padded row per prompt.
 
-Every pair is scored under every summary of its user's group, so the same prompts are read K · P times over. As trees a
-user's signals are computed once for a group, and a summary once for all pairs. The summaries are given: how fast they
-are sampled is transformers' or vLLM's affair.
+A step computes rewards, KL and both gradients. Every pair is scored under every summary of its user's group, so the
+same prompts are read K · P times. In trees, a user's signals are computed once for a group, and a summary once for all
+pairs. The summaries are given, as the speed of sampling depends on transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nextquill.popi.rollouts import Sample
 from nextquill.popi.steps import StepMaker
 
 BASELINE, TREES = "a row per prompt", "shared prefixes"
-#: Users of a step, summaries and pairs of each, signals, and words of a query, a response, a summary.
+#: Users per step; summaries, pairs and signals per user; words in a query, a response and a summary.
 SHAPES = {
     "K=4, P=4": (2, 4, 4, 6, (8, 20, 12)),
     "K=8, P=4": (2, 8, 4, 6, (8, 20, 12)),
@@ -33,7 +33,7 @@ _TOLERANCE = 1e-3
 
 
 class Given:
-    """Rollouts that are there already."""
+    """Rollouts that return given summaries."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -47,7 +47,7 @@ class Given:
 
 
 class PopiStep:
-    """One step on one layout; a call runs it and leaves its gradients."""
+    """One step with one layout; a call runs it and keeps its gradients."""
 
     def __init__(self, roles: Roles, steps: StepMaker, passes: RolePasses, users: Sequence[User]) -> None:
         self.roles, self._steps, self._passes, self._users = roles, steps, passes, users
@@ -72,7 +72,7 @@ class PopiStep:
 
 
 def run(options: Options) -> list[Row]:
-    """Check that both layouts give one gradient, then time them."""
+    """Check that both layouts give the same gradients, then time them."""
     rows: list[Row] = []
     for case, shape in (QUICK if options.quick else SHAPES).items():
         steps = make_steps(*shape, quick=options.quick)
@@ -89,7 +89,7 @@ def run(options: Options) -> list[Row]:
 def make_steps(
     users: int, summaries: int, pairs: int, signals: int, words: tuple[int, int, int], *, quick: bool = False
 ) -> dict[str, PopiStep]:
-    """The same step on both layouts, with the same models."""
+    """The same step with both layouts and the same models."""
     from peft import LoraConfig
 
     tokenizer, rng = make_tokenizer(300 if quick else 2000), random.Random(0)

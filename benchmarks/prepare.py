@@ -1,14 +1,14 @@
-"""Preparing records against the tokenizer's own speed: rendering, tokenising, fitting and writing, on the same cores.
+"""Suite `prepare`: preparing records (render, tokenise, fit, write) against the tokenizer alone, on the same cores.
 
-The peer is the fast tokenizer's batch call over the very prompts and responses that come out, and nothing else: what a
-perfect preparation would take. It goes second, with the words that the tokenizer remembers by then. Every round has new
-records, and the ratio is taken within it. Two kinds of records of about 2,000 tokens:
+The peer is only the fast tokenizer's batch call over the resulting prompts and responses, which is the time of a
+perfect preparation. It runs second, when the tokenizer's cache of words is warm. Every round has new records, and gives
+one ratio. There are two kinds of records, of about 2,000 tokens:
 
-    new texts        no text occurs twice: 13 past texts a record, of which 9 or 10 fit
-    ten a user       ten records a user, each with the ten texts before it, as logs of users have it
+    new texts        no text occurs twice; 13 past texts per record, of which 9 or 10 fit
+    ten a user       ten records per user, each with the ten texts before it, as in logs
 
-`packed` adds what a data loader does: examples read from the folder, merged into prefix trees under a token budget.
-Memory is measured in a process of its own that prepares records from an iterator.
+`packed` adds the work of a data loader: examples are read from the folder and merged into prefix trees under a token
+budget. Memory is measured in a separate process that prepares records from an iterator.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nextquill.data import ExampleEncoder, HistoryItem, PreparedDataset, Record,
 MAX_LENGTH = 2048
 VOCABULARY = 32_000
 WORDS = 60_000
-#: Records of a round, and the rounds: by default, with --quick, and with --full, which makes 100,000.
+#: The records of a round and the number of rounds: by default, with --quick, and with --full (100,000 records).
 SIZES = {"default": (500, None), "quick": (24, 2), "full": (5_000, 20)}
 CASES = ("new texts", "ten a user")
 BATCH_SIZE, MAX_TOKENS = 8, 16_384
@@ -40,7 +40,7 @@ _CLOSED = ("", "", "n", "s", "r", "t")
 
 
 def run(options: Options) -> list[Row]:
-    """Check that what is prepared is what encoding record by record gives, then time and weigh it."""
+    """Check that prepared examples equal those encoded one by one, then measure time and memory."""
     count, rounds = SIZES["full" if options.full else "quick" if options.quick else "default"]
     rows: list[Row] = []
     tokenizer = make_tokenizer(300 if options.quick else VOCABULARY)
@@ -91,7 +91,7 @@ def _timed(case: str, tokenizer: Any, count: int, rounds: int, until: float | No
 
 
 def _weighed(count: int, options: Options) -> list[Row]:
-    """Peak memory of a process that prepares a tenth of the records, and all of them."""
+    """Peak memory of a process that prepares a tenth of the records, and of one that prepares all."""
     rows = list[Row]()
     if not sys.platform.startswith("linux"):
         return rows
@@ -109,7 +109,7 @@ def _weighed(count: int, options: Options) -> list[Row]:
 
 
 def weigh(count: int, vocabulary: int) -> tuple[float, float]:
-    """Peak memory in MiB of this process before and after preparing so many records from an iterator."""
+    """Peak memory in MiB of this process, before and after preparing `count` records from an iterator."""
     encoder = ExampleEncoder(make_tokenizer(vocabulary), max_length=MAX_LENGTH)
     encoder.encode(next(make_records(CASES[0], 1, seed=0)))
     before = _peak_mebibytes()
@@ -125,7 +125,7 @@ def _peak_mebibytes() -> float:
 
 
 def make_records(case: str, count: int, seed: int) -> Iterator[Record]:
-    """Records of about 2,000 tokens at the vocabulary of 32,000."""
+    """Records of about 2,000 tokens, with a vocabulary of 32,000."""
     rng = random.Random(f"{case}/{seed}")
     for number in range(count):
         if case == "new texts":
@@ -143,7 +143,7 @@ def _item(rng: random.Random, day: int) -> HistoryItem:
 
 
 def _text(rng: random.Random, words: int) -> str:
-    """Words by Zipf's law, in sentences and now and then a new line."""
+    """Random words by Zipf's law, in sentences, some of which end with a line break."""
     vocabulary, weights = _words()
     found = rng.choices(vocabulary, cum_weights=weights, k=words)
     for at in range(0, words, 11):
@@ -165,7 +165,7 @@ def _words() -> tuple[list[str], list[float]]:
 
 @lru_cache
 def make_tokenizer(vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer in the manner of GPT-2, trained on the same kind of text."""
+    """A byte-level BPE tokenizer like GPT-2's, trained on the same kind of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -183,7 +183,7 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 
 def _gate(case: str, encoder: ExampleEncoder, records: list[Record], prepared: PreparedDataset) -> None:
-    """Refuse figures of something else than what encoding record by record gives."""
+    """Raise GateError if prepared examples differ from those encoded one by one."""
     for index in range(0, len(records), max(1, len(records) // 20)):
         if prepared[index] != encoder.encode(records[index], index):
             raise GateError(f"prepare: {case}: record {index} differs from the record encoded alone")
@@ -199,7 +199,7 @@ def _pack(prepared: PreparedDataset, collate: TreeCollator) -> None:
 
 
 class Took(NamedTuple):
-    """What a call took: by the clock, and of all cores together, which a busy machine changes less."""
+    """The time of a call: by the clock, and summed over all cores, on which other load has less influence."""
 
     seconds: float
     cpu_seconds: float
@@ -210,7 +210,7 @@ class Took(NamedTuple):
 
 def _clock(call: Callable[[], Any]) -> tuple[Any, Took]:
     gc.collect()
-    gc.freeze()  # a collection over what is imported takes 50 ms
+    gc.freeze()  # garbage collection over all imported modules takes 50 ms
     try:
         start, cpu = time.perf_counter(), time.process_time()
         result = call()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, short_name, write_csv
 
-#: Modules with a `run(options)`; imported when asked for, because `step` needs transformers and `head` only torch.
+#: Modules with a function `run(options)`, imported on use because `step` needs transformers and `head` only torch.
 SUITES = {
     "step": "benchmarks.step",
     "head": "benchmarks.head",
@@ -24,13 +24,13 @@ SUITES = {
 def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog=prog, description="Check, then time, the losses.", allow_abbrev=False)
-    parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="which to run; all by default")
-    parser.add_argument("--rounds", type=_positive(int), default=7, help="turns that each provider takes at most")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--full", action="store_true", help="the largest size, where a suite has one (prepare)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU where there is one")
+    parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="suites to run; all by default")
+    parser.add_argument("--rounds", type=_positive(int), default=7, help="the most turns that each provider takes")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, as a test run")
+    parser.add_argument("--full", action="store_true", help="the largest size, if a suite has one (prepare)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU if there is one")
     parser.add_argument(
-        "--budget", type=_positive(float), default=330.0, help="seconds per suite: fewer rounds where time is short"
+        "--budget", type=_positive(float), default=330.0, help="seconds per suite; fewer rounds run if time is short"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--csv", type=Path, help="the CSV file itself, with one --suite")
@@ -38,7 +38,7 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
 
 
 def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
-    """Parse the flags, run, print, write; 1 if something of ours was wrong."""
+    """Parse the flags, then run, print and write the suites; return 1 if one of our results was wrong."""
     parser = parser or make_parser()
     chosen = parser.parse_args(arguments)
     names = chosen.suite or sorted(SUITES)
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
     return code
 
 
-#: Whose ratios to other people's code differ from one processor to the next: a file for each.
+#: Suites whose ratios to other code depend on the processor, so that each processor has its own file.
 _PER_PROCESSOR = ("step",)
 
 
 def file_name(suite: str, device: str) -> str:
-    """`head.csv` for any CPU, `step-cpu-amd-epyc.csv` for this one, `head-nvidia-h200.csv` for a GPU: side by side."""
+    """The CSV's name: `head.csv` for all CPUs, `step-cpu-amd-epyc.csv` for one, `head-nvidia-h200.csv` for a GPU."""
     if device != "cuda" and suite not in _PER_PROCESSOR:
         return f"{suite}.csv"
     slug = re.sub(r"[^a-z0-9]+", "-", short_name(device_name(device)).lower()).strip("-")
@@ -78,7 +78,7 @@ def file_name(suite: str, device: str) -> str:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the figures, a case at a time, and what took no part."""
+    """Print the figures, case by case, and the reasons for missing ones."""
     group = None
     for row in rows:
         if (row.case, row.loss, row.mode, row.head) != group:
@@ -100,7 +100,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it where `kind` itself fails
+    convert.__name__ = kind.__name__  # argparse shows this name if `kind` itself fails
     return convert
 
 

@@ -1,18 +1,18 @@
-"""Suite `step`: whole optimiser steps of the published scheme, of what one composes today, of ours and of plain SFT.
+"""Suite `step`: whole optimiser steps of the published scheme, of a composition of fused losses, of ours, and of SFT.
 
-Per case (`benchmarks.step_cases`) every provider (`benchmarks.step_peers`) is first held to separate unpadded passes in
-plain PyTorch: in loss and every gradient on a shrunken model in float32, and in loss at full size. Then zero_grad,
-forwards, backwards and AdamW are timed in turns on one model. Metrics, all per example, so that steps over more
-examples compare:
+For each case (`benchmarks.step_cases`), every provider (`benchmarks.step_peers`) is first compared with separate
+unpadded passes in plain PyTorch: the loss and every gradient on a small model in float32, and the loss at full size.
+Then zero_grad, forwards, backwards and AdamW are timed in turns on one model. All metrics are per example, so that
+steps with different numbers of examples can be compared:
 
     seconds     s     one example's share of a step
-    time        x     the same over plain SFT's on unpadded examples, round by round
-    examples    x     examples per second over the published scheme's, round by round
+    time        x     seconds over those of plain SFT on unpadded examples, round by round
+    examples    x     examples per second over those of the published scheme, round by round
     rate        1/s   examples per second
-    tokens      1/s   tokens per second; an example has those of the branches its loss needs, unpadded and unshared
+    tokens      1/s   tokens per second; counts the branches that the loss needs, unpadded and unshared
     computed          tokens per example that go through the model
-    peak, step_peak   MiB, `benchmarks.step_memory`
-    status            no figure: `note` says why
+    peak, step_peak   MiB, see `benchmarks.step_memory`
+    status            no figure; `note` gives the reason
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from benchmarks.step_peers import (
     step,
 )
 
-#: Relative error of a loss, and of a gradient's norm; wider where the model itself is in half precision.
+#: Relative error allowed in a loss and in a gradient's norm, and in both if the model is in half precision.
 _LOSS, _GRADIENT, _HALF = 1e-5, 1e-4, 2e-2
 
 
 def run(options: Options) -> list[Row]:
-    """Check, time and weigh every case.
+    """Check every case, then measure its time and memory.
 
     Raises:
-        GateError: a provider is wrong; nothing of its case is timed.
+        GateError: a provider is wrong; its case is not timed.
     """
     device = torch.device(options.device or default_device())
     todo, rows = cases(device, options.quick), list[Row]()
@@ -65,7 +65,7 @@ def run(options: Options) -> list[Row]:
 
 
 def measure(case: Case, device: torch.device, options: Options, rows: list[Row], budget: float | None) -> None:
-    """Everything of one case, appended to `rows`."""
+    """Check and measure one case, and append the results to `rows`."""
     deadline, begun = None if budget is None else time.perf_counter() + budget, len(rows)
     gate(shrunken(case), device)
     model = build_model(case.model, device)
@@ -76,7 +76,7 @@ def measure(case: Case, device: torch.device, options: Options, rows: list[Row],
     computed = check_full_size(model, case, entrants)
     calls = {label: partial(step, optimiser, bind(model, case, entrant)) for label, entrant in entrants.items()}
     left = None if deadline is None else max(0.0, deadline - time.perf_counter())
-    # Everyone has run forwards at this size by now, and on a GPU a step; what is left is AdamW's state.
+    # All providers have run forwards at this size by now, and on a GPU a step. Only AdamW's state is missing.
     short_step(model, optimiser, case, next(iter(entrants.values())))
     seconds = time_in_turns(calls, options.rounds, warmup=0, budget=left)
     rows += _time_rows(case, device, entrants, seconds, computed)
@@ -94,10 +94,10 @@ def measure(case: Case, device: torch.device, options: Options, rows: list[Row],
 
 
 def gate(case: Case, device: torch.device) -> None:
-    """Refuse to time anything unless every provider's loss and gradients are those of separate passes.
+    """Check that every provider has the loss and the gradients of separate passes.
 
     Raises:
-        GateError: one is wrong, or the examples do not show it because all their tokens weigh the same.
+        GateError: one of them is wrong, or the examples cannot show it because all their tokens have one weight.
     """
     model, examples = build_model(case.model, device), make_examples(case)
     expected = {loss: _loss_and_gradients(model, reference(model, loss, examples)) for loss in LOSSES}
@@ -115,10 +115,10 @@ def gate(case: Case, device: torch.device) -> None:
 
 
 def check_full_size(model: Any, case: Case, entrants: dict[str, StepProvider]) -> dict[str, float]:
-    """Check the losses where they are timed; tokens that went through the model per example and provider.
+    """Check the losses at full size, and return each provider's tokens per example that go through the model.
 
     Raises:
-        GateError: one is wrong.
+        GateError: a loss is wrong.
     """
     examples, allowed = make_examples(case), _LOSS if case.model.dtype == "float32" else _HALF
     computed, count, truths = dict[str, float](), [0], dict[tuple[str, int], float]()
@@ -144,7 +144,7 @@ def check_full_size(model: Any, case: Case, entrants: dict[str, StepProvider]) -
 def _cuda_peaks(
     model: Any, optimiser: torch.optim.Optimizer, case: Case, entrants: dict[str, StepProvider], rows: list[Row]
 ) -> dict[str, Peak]:
-    """Peaks; who does not fit leaves `entrants`."""
+    """The peaks of all providers; one that does not fit is removed from `entrants`."""
     peaks = dict[str, Peak]()
     for label, entrant in list(entrants.items()):
         try:
@@ -184,7 +184,7 @@ def _time_rows(
 
 
 def tokens_of(case: Case, loss: str) -> int:
-    """Tokens of the branches that one example needs for a loss."""
+    """The number of tokens in the branches that one example needs for a loss."""
     sizes = case.lengths
     factual = sizes.system + sizes.history + sizes.query + sizes.response
     return factual if loss == "SFT" else factual + factual - sizes.history + sizes.none
@@ -207,7 +207,7 @@ def _row(
 
 
 def _loss_and_gradients(model: Any, micros: Sequence[Micro]) -> tuple[Tensor, list[Tensor]]:
-    """Of the whole step; the model is left without gradients."""
+    """The loss and the gradients of the whole step; the model's own gradients are deleted."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     for micro in micros:

@@ -1,9 +1,9 @@
-"""What suite `step` measures: models with random weights, and the examples of one user over one history.
+"""The cases of suite `step`: models with random weights, and examples of one user with one history.
 
-On a CPU a Llama small enough for two cores whose vocabulary is a real one's; on a GPU the shapes of Qwen2.5. Every
-example is `system + history + query + response`, its counterfactual `system + none + query + response`; a user's
-examples differ in query and response. Lengths are a typical review's (history of 8 items, response of 300 tokens), and
-`padded` is what the published code pads every pass to.
+On a CPU the model is a Llama small enough for two cores, with a vocabulary of real size. On a GPU it has the shape of
+Qwen2.5. Every example is `system + history + query + response`, and its counterfactual is `system + none + query +
+response`. A user's examples differ in query and response. Lengths are those of a typical review, with a history of 8
+items and a response of 300 tokens. The published code pads every pass to `padded` tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nextquill.data import Branch, EncodedExample
 
 @dataclass(frozen=True)
 class StepModel:
-    """An architecture of transformers by its numbers."""
+    """The sizes of a model of transformers."""
 
     name: str
     architecture: str
@@ -38,7 +38,7 @@ class StepModel:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of an example's parts."""
+    """The number of tokens in each part of an example."""
 
     system: int
     history: int
@@ -50,7 +50,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the lengths, how many examples an optimiser step covers, and how many of them share a row."""
+    """A model, the lengths, the examples per optimiser step, and the numbers of examples that share a row."""
 
     model: StepModel
     lengths: Lengths
@@ -73,7 +73,7 @@ class Case:
 REVIEWS = Lengths(system=50, history=1750, none=2, query=160, response=300, padded=4097)
 SHORT = Lengths(system=4, history=24, none=2, query=6, response=10, padded=64)
 
-#: Intermediate size 8/3 of D, rounded up to a multiple of 64, as Llama's.
+#: The intermediate size is 8/3 of D, rounded up to a multiple of 64, as in Llama.
 LLAMA = StepModel("Llama", "llama", 4, 256, 8, 8, 704, 32000)
 QWEN = (
     StepModel("Qwen2.5-0.5B", "qwen2", 24, 896, 14, 2, 4864, 151936, "bfloat16", tied=True),
@@ -88,9 +88,9 @@ def cases(device: torch.device, quick: bool = False) -> tuple[Case, ...]:
 
 
 def shrunken(case: Case) -> Case:
-    """The same architecture at a size for gradients in seconds, in float32.
+    """The same architecture in float32, so small that gradients take seconds.
 
-    Large weights and few tokens make some labels likely with the history and not without, so that both of NextQuill's
+    Large weights and a small vocabulary make some labels likely only with the history, so that both of NextQuill's
     weights occur.
     """
     grouped = case.model.heads // case.model.kv_heads
@@ -102,7 +102,7 @@ def shrunken(case: Case) -> Case:
 
 
 def build_model(model: StepModel, device: torch.device) -> Any:
-    """The model with random weights, the same every time."""
+    """The model with random weights, which are equal in every call."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[model.architecture](
@@ -125,7 +125,7 @@ def build_model(model: StepModel, device: torch.device) -> Any:
 
 
 def make_examples(case: Case) -> list[EncodedExample]:
-    """One user's examples: random tokens, the same every time."""
+    """One user's examples with random tokens, which are equal in every call."""
     generator, sizes = torch.Generator().manual_seed(0), case.lengths
 
     def ids(length: int) -> list[int]:

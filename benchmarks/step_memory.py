@@ -1,14 +1,14 @@
 """Peak memory of a training step.
 
-    peak        everything: on a CPU the process with its libraries, on a GPU what its allocator holds
-    step_peak   beyond what stays between steps: libraries, the model's weights and AdamW's state
+    peak        everything: on a CPU the process with its libraries, on a GPU all memory of the allocator
+    step_peak   without the memory that stays between steps: libraries, the model's weights and AdamW's state
 
-On a GPU the caching allocator counts. On a CPU (Linux) each provider runs in a forked child of a fresh process that has
-only imported. The child makes model and optimiser, takes a short step, so that AdamW's state and the libraries' pages
-are there, resets the high-water mark of its resident memory and takes the step that is measured. That mark is
-`VmHWM`; `ru_maxrss` cannot be reset, and begins with the parent's.
+On a GPU, the caching allocator counts. On a CPU (Linux), each provider runs in a forked child of a fresh process that
+has only imported modules. The child makes model and optimiser, and takes a short step, so that AdamW's state and the
+libraries' pages exist. Then it resets the high-water mark of its resident memory, and takes the measured step. The mark
+is `VmHWM`, because `ru_maxrss` cannot be reset and starts at the parent's value.
 
-At most two micro-batches are run: the second one, over gradients of the first, has the peak of all that follow.
+At most two micro-batches run. The second one, which adds to the gradients of the first, has the peak of all later ones.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _MICROS = 2
 
 
 class Peak(NamedTuple):
-    """Bytes: all of it, and that of the step alone."""
+    """Peak memory in bytes: in total, and of the step alone."""
 
     total: int
     of_step: int
 
 
 def make_optimiser(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the published rate, at which the weights hardly move while steps are timed."""
+    """AdamW with the published learning rate, which hardly changes the weights while steps are timed."""
     return torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.025)
 
 
@@ -53,17 +53,17 @@ def bind(model: torch.nn.Module, case: Case, provider: StepProvider) -> list[Cal
 
 
 def short_step(model: torch.nn.Module, optimiser: torch.optim.Optimizer, case: Case, provider: StepProvider) -> None:
-    """A step of the same model on a few tokens, after which AdamW's state exists and no gradient does."""
+    """Take a step on a few tokens, which leaves AdamW's state but no gradients."""
     step(optimiser, bind(model, replace(case, lengths=SHORT), provider)[:_MICROS])
     optimiser.zero_grad(set_to_none=True)
     gc.collect()
 
 
 def cuda_peak(model: torch.nn.Module, optimiser: torch.optim.Optimizer, case: Case, provider: StepProvider) -> Peak:
-    """Allocated by this process at the step's peak.
+    """The memory that this process has allocated at the step's peak.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the step does not fit.
     """
     short_step(model, optimiser, case, provider)
     micros = bind(model, case, provider)[:_MICROS]
@@ -78,7 +78,7 @@ def cuda_peak(model: torch.nn.Module, optimiser: torch.optim.Optimizer, case: Ca
 
 
 def cpu_peaks(case: Case, labels: Sequence[str], timeout: float = 600) -> dict[str, Peak]:
-    """Peaks of providers, each in a process of its own; without those of which none was read in time."""
+    """The peaks of providers, each measured in its own process. Those without a peak in time are left out."""
     if not sys.platform.startswith("linux"):
         return {}
     order = json.dumps({"case": case.to_json(), "labels": list(labels), "threads": torch.get_num_threads()})
@@ -87,7 +87,7 @@ def cpu_peaks(case: Case, labels: Sequence[str], timeout: float = 600) -> dict[s
 
 
 def _ask(order: str, timeout: float) -> str:
-    """What the measuring process has written when it ends or time is up; nothing of it is left."""
+    """The output of the measuring process at its end or at the timeout, after which the process is killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.step_memory"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -108,12 +108,12 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _serve(order: str) -> None:
-    """Answer every provider with a line; null for a child that died."""
+    """Print a line for every provider; null if its child died."""
     values = json.loads(order)
     case, entrants = Case.from_json(values["case"]), providers(Case.from_json(values["case"]))
     torch.set_num_threads(1)
     importlib.import_module(f"transformers.models.{case.model.architecture}.modeling_{case.model.architecture}")
-    gc.freeze()  # a collection in a child would copy every page it shares
+    gc.freeze()  # garbage collection in a child would copy every shared page
     for label in values["labels"]:
         child = os.fork()
         if child == 0:

@@ -1,16 +1,16 @@
-"""Who takes part in suite `step`: how a step's examples become losses to call backward on.
+"""The providers of suite `step`: each turns the examples of a step into losses to call backward on.
 
     official            the published scheme: both passes padded to 4097 tokens, one example at a time, through the
                         model's own forward; float32 softmaxes over the vocabulary at every position
-    two passes          what one composes today: both passes unpadded, one example at a time, and three calls of a
-                        fused cross-entropy of one stream: nll_f, nll_c (a constant, it only enters the weights), and
-                        the effect's on h1 - h0
-    ours, K=…           K examples of the user a row of trees, through the passes of NextQuillTrainer
+    two passes          a composition of today's parts: both passes unpadded, one example at a time, and three calls of
+                        a fused cross-entropy for one stream: nll_f, nll_c (a constant, used only in the weights), and
+                        the effect's NLL on h1 - h0
+    ours, K=…           K examples of the user in a row of trees, through the passes of NextQuillTrainer
     unpadded            SFT: the factual pass unpadded, one example at a time, and a fused cross-entropy
 
-A step covers the same examples for all, in micro-batches whose gradients add up to the gradient of their mean. The
-official one is timed on one example a step: it is slow, and more would only take AdamW's small share from it. It does
-what the published code does with its logits, discarded cross-entropies included, but in float32.
+All providers take the same examples, in micro-batches whose gradients add up to the gradient of the mean. The official
+scheme is timed with one example per step, because it is slow; more examples would only reduce AdamW's small share. It
+treats its logits as the published code does, including the discarded cross-entropies, but in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.step_cases import Case
 from nextquill.data import Branch, EncodedExample
 from nextquill.models.branch_passes import PairPasses
 
-#: A micro-batch's share of the step's loss.
+#: Computes a micro-batch's share of the step's loss.
 Micro = Callable[[], Tensor]
 Build = Callable[[Any, Case, Sequence[EncodedExample]], list[Micro]]
 
@@ -47,10 +47,10 @@ class StepProvider:
     """One way to do a step.
 
     Args:
-        loss: what it minimises, one of `LOSSES`.
-        name: as it stands in the CSV.
-        build: micro-batches of a model's step on some examples.
-        examples: how many of the case's examples a timed step covers; None for all.
+        loss: the loss that it minimises, one of `LOSSES`.
+        name: its name in the CSV.
+        build: returns the micro-batches of a step.
+        examples: the number of the case's examples in a timed step; None for all.
     """
 
     loss: str
@@ -67,7 +67,7 @@ class StepProvider:
 
 
 def providers(case: Case) -> dict[str, StepProvider]:
-    """By label; the slowest first, so that what does not fit in memory is known early."""
+    """The providers by label, the slowest first, so that a lack of memory shows early."""
     entrants = [
         StepProvider("NextQuill", "official", official, examples=1),
         StepProvider("NextQuill", "two passes", two_passes),
@@ -92,11 +92,11 @@ def step(optimiser: torch.optim.Optimizer, micros: Sequence[Micro]) -> None:
 
 
 def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
-    """Padded on the left to a fixed length, as the published collation does, which aligns both responses."""
+    """The published scheme: padded on the left to a fixed length, which aligns both responses."""
 
     def micro(factual: dict[str, Tensor], counterfactual: dict[str, Tensor], labels: Tensor) -> Tensor:
-        # As published: labels go into both forwards, whose own cross-entropies are computed and thrown away, the first
-        # with its output at the end; softmaxes over the vocabulary are part of the graph.
+        # As published: labels go into both forwards, which compute cross-entropies that are then discarded, the first
+        # one's with its output at the end. Softmaxes over the vocabulary are part of the graph.
         unshifted = torch.nn.functional.pad(labels, (1, 0), value=-100)[None]
         first = model(**factual, labels=unshifted, use_cache=False)
         second = model(**counterfactual, labels=unshifted, use_cache=False)
@@ -117,7 +117,7 @@ def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
         return {"input_ids": ids[:1], "attention_mask": ids[1:]}
 
     def labels(branch: Branch) -> Tensor:
-        ignored = case.lengths.padded - 1 - branch.response_length  # the last position predicts nothing
+        ignored = case.lengths.padded - 1 - branch.response_length  # no label for the last position
         return torch.tensor([-100] * ignored + branch.response_ids, device=model.device)
 
     return [
@@ -129,8 +129,10 @@ def official(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
 
 
 def two_passes(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
-    """8 products of the head's size, as from Liger: 1 for nll_c, 4 for nll_f, whose weights are known only after its
-    forward, and 3 for the mean of nll_e, whose gradient its forward finishes.
+    """A composition of fused losses, which takes 8 products of the head's size, as with Liger.
+
+    nll_c takes 1 product. nll_f takes 4, as its weights are known only after its forward. The mean of nll_e takes 3, as
+    its forward finishes the gradient.
     """
     mean = nq.SFTLoss()
 
@@ -145,7 +147,7 @@ def two_passes(model: Any, case: Case, examples: Sequence[EncodedExample]) -> li
 
 
 def unpadded(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
-    """SFT as one writes it."""
+    """SFT as users usually write it."""
     loss = nq.SFTLoss()
 
     def micro(h1: Tensor, _: Tensor | None, labels: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def unpadded(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list
 
 
 def reference(model: Any, loss: str, examples: Sequence[EncodedExample]) -> list[Micro]:
-    """What a loss must equal: separate unpadded passes and plain PyTorch over full logits of the responses."""
+    """The reference for a loss: separate unpadded passes, and plain PyTorch over full logits of the responses."""
 
     def micro(h1: Tensor, h0: Tensor, labels: Tensor) -> Tensor:
         weight, ids = model.lm_head.weight, torch.zeros_like(labels)
@@ -212,14 +214,14 @@ def _per_example(
 
 
 def shared(loss: str, group: int) -> Build:
-    """`group` examples a row of trees, whose passes share what they begin with; batches are the loader's work."""
+    """Rows of trees with `group` examples each, which share their common beginnings. Collation is not timed."""
 
     def build(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
         passes = PairPasses(model, LOSSES[loss]())
         collate = passes.collator()
 
         def micro(batch: Any) -> Tensor:
-            with passes:  # left before the backward, which runs no layer again: others use the same model
+            with passes:  # closed before the backward, which runs no layer again, as others use the same model
                 return passes.training_loss(batch, float(len(examples)))[0]
 
         starts = range(0, len(examples), group)

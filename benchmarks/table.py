@@ -1,6 +1,6 @@
 """Write the tables of the README and of docs/benchmarks.md: `python -m benchmarks.table` (`--check` only compares).
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is typed.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is written by hand.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DO
 
 NOT_ON_A_GPU = "Not measured on a GPU yet."
 
-#: Left out of the README, where K = 1 and 8 tell enough.
+#: Left out of the README, where K = 1 and K = 8 are enough.
 _STEP_DETAILS = ("ours, K=4",)
 
 
 def step_table(left_out: Sequence[str] = _STEP_DETAILS) -> str:
-    """Whole optimiser steps: one table for each model, over all processors or GPUs that have a file with it."""
+    """Whole optimiser steps: one table per model, with all processors or GPUs that have figures for it."""
     cpus = sorted(RESULTS.glob("step-cpu-*.csv"))
     gpus = sorted(set(RESULTS.glob("step-*.csv")) - set(cpus))
     rows = [row for path in (*cpus, *gpus) for row in read(path.name) if row["provider"] not in left_out]
@@ -40,7 +40,7 @@ def step_table(left_out: Sequence[str] = _STEP_DETAILS) -> str:
 
 
 def _step_part(case: str, rows: list[dict[str, str]]) -> str:
-    """What one machine tells about another comes first; the ratio to the official scheme, which does not, last."""
+    """One model's table. Ratios that hold on other machines come first, the ratio to the official scheme last."""
     devices = list(dict.fromkeys(row["device"] for row in rows))
     cells = {(row["device"], row["loss"], row["provider"], row["metric"]): row for row in rows}
     first, *others = map(short_name, devices)
@@ -67,7 +67,7 @@ _STEP_NOTE = (
 
 
 def _factor(status: dict[str, str] | None, ratio: dict[str, str] | None) -> str:
-    """A ratio, or why there is none."""
+    """A ratio, or the reason why it is missing."""
     if status is not None:
         return status["note"]
     return "–" if ratio is None else f"{float(ratio['value']):.3g}×"
@@ -77,12 +77,12 @@ def _number(row: dict[str, str] | None) -> str:
     return "–" if row is None else f"{float(row['value']):.0f}"
 
 
-#: What the README shows of suite `head`: the losses, forward and backward, with a trainable head.
+#: The losses of suite `head` in the README, forward and backward, with a trainable head.
 HEAD_LOSSES = ("NextQuill",)
 
 
 def head_table() -> str:
-    """The loss alone: one table for the CPU, and one for each GPU that has a file."""
+    """The loss alone: one table for the CPU, and one for each GPU with figures."""
     gpus = sorted(RESULTS.glob("head-*.csv"))
     parts = [_head_part(read("head.csv")), *(_head_part(read(path.name), rates=True) for path in gpus)]
     return "\n\n".join(parts if gpus else [*parts, NOT_ON_A_GPU])
@@ -133,7 +133,7 @@ def _mebibytes(cells: dict[Any, dict[str, str]], *key: str, metric: str = "peak"
 
 
 def native_table() -> str:
-    """The C++ extension's speed-up over its plain PyTorch twin: chunk kernels in rows, whole losses in a line."""
+    """The C++ extension's speed-up over its plain PyTorch twin: chunk kernels in rows, whole losses in one sentence."""
     rows = [row for row in read("native.csv") if row["metric"] == "time"]
     chunks = [row for row in rows if row["mode"] == "chunk kernels"]
     losses = [row for row in rows if row["mode"] != "chunk kernels"]
@@ -163,7 +163,7 @@ def _whole_losses(rows: list[dict[str, str]]) -> str:
 
 
 def prepare_table() -> str:
-    """Records prepared, and packed into batches, against the tokenizer alone; and the memory of a stream of them."""
+    """Preparing and packing records against the tokenizer alone, and the memory for a stream of records."""
     rows = read("prepare.csv")
     rates = [row for row in rows if row["unit"] == "x"]
     cells = {(row["case"], row["provider"], row["metric"]): _ratio(row) for row in rates}
@@ -236,7 +236,7 @@ def _machine(row: dict[str, str], threads: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the pages, or say whether they are up to date."""
+    """Rewrite the pages, or print whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     check, stale = parser.parse_args().check, 0

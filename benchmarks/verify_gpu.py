@@ -1,13 +1,14 @@
-"""The whole verification on a GPU in one command: `python -m benchmarks.verify_gpu --out DIR`.
+"""Verify everything on a GPU with one command: `python -m benchmarks.verify_gpu --out DIR`.
 
-It runs the kernels' tests on the GPU and then suite `head`, within eight minutes, from a checkout, with nothing
-installed but torch, triton and pytest (with pytest-xdist the tests run side by side). DIR gets:
+It runs the kernels' tests on the GPU and then suite `head`, from a checkout, within eight minutes. It needs only torch,
+triton and pytest; with pytest-xdist the tests run in parallel. DIR gets:
 
     junit.xml      every test
-    head.csv       every figure, rewritten after each task, so that a run cut short leaves what it measured
+    head.csv       every figure, rewritten after each task, so that a stopped run keeps its figures
     tests.log, head.log
 
-Exit codes: 0 all well; 1 a test failed, no test passed, or a figure was refused; 2 no GPU, or a wrong flag.
+Exit codes: 0 if all is well; 1 if a test failed, no test passed, or a figure was refused; 2 without a GPU, or for a
+wrong flag.
 """
 
 from __future__ import annotations
@@ -33,35 +34,33 @@ TESTS = (
     "tests/test_large_logits.py",
     *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),
 )
-#: Of all the time; the suite gets the rest, and what the tests leave.
+#: The tests' share of the time. The suite gets the rest, and the time that the tests leave.
 _TESTS_SHARE = 0.5
-#: Seconds for imports and for ending, kept out of the suite's budget.
+#: Seconds for imports and for the end, which are not part of the suite's budget.
 _MARGIN = 30
 _GRACE = 10
-#: Processes that test, where pytest-xdist is there: most of a kernel's first test is its compilation on one core, and
-#: Triton's cache on disk is shared.
+#: Test processes, if pytest-xdist is installed. Most of a kernel's first test is its compilation on one core, and the
+#: processes share Triton's cache on disk.
 _WORKERS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Test, measure, sum up."""
+    """Run the tests, measure, and print a summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify_gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of junit.xml and head.csv")
-    parser.add_argument("--seconds", type=float, default=480, help="for everything")
+    parser.add_argument("--out", type=Path, required=True, help="folder for junit.xml and head.csv")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit for everything")
     parser.add_argument("--quick", action="store_true", help="tiny shapes in the suite")
     parser.add_argument("--stop-on-failure", action="store_true", help="do not measure after a failed test")
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files or folders of tests")
     parser.add_argument(
-        "--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes on the CPU"
+        "--dry-run", action="store_true", help="run without a GPU: interpreted kernels, and tiny shapes on the CPU"
     )
     options = parser.parse_args(arguments)
     if options.seconds <= 0:
         parser.error(f"--seconds: expected a positive number, got {options.seconds}")
     reason = _no_gpu()
     if reason and not options.dry_run:
-        print(
-            f"verify_gpu: {reason}; this command needs an NVIDIA or AMD GPU (--dry-run goes without)", file=sys.stderr
-        )
+        print(f"verify_gpu: {reason}; this command needs an NVIDIA or AMD GPU (--dry-run needs none)", file=sys.stderr)
         return 2
     begun = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def _no_gpu() -> str | None:
 
 
 class Part:
-    """How one part ended: its line in the summary, and whether it passed."""
+    """The result of one part: whether it passed, and its line in the summary."""
 
     def __init__(self, passed: bool, line: str) -> None:
         self.passed, self.line = passed, line
@@ -106,7 +105,7 @@ def _run_tests(out: Path, tests: Sequence[str], seconds: float) -> Part:
 
 
 def _plugins() -> list[str]:
-    """Flags that load the plugins that are of use; whatever else a machine has installed stays out."""
+    """Flags that load the useful plugins; other installed plugins are not loaded."""
     flags = ["-p", "pytest_timeout"] if importlib.util.find_spec("pytest_timeout") else []
     workers = min(_WORKERS, os.cpu_count() or 1)
     if workers > 1 and importlib.util.find_spec("xdist"):
@@ -115,7 +114,7 @@ def _plugins() -> list[str]:
 
 
 def _judge_tests(junit: Path, code: int | None, seconds: float) -> Part:
-    """From the JUnit file as well as the exit code: a run in which everything was skipped has verified nothing."""
+    """Judge by the JUnit file and the exit code, as a run in which all tests were skipped verifies nothing."""
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     if junit.is_file():
         for suite in ElementTree.parse(junit).getroot().iter("testsuite"):
@@ -147,18 +146,18 @@ def _run_suite(out: Path, seconds: float, device: str, quick: bool) -> Part:
 
 
 def _allocator() -> dict[str, str]:
-    """Segments that grow: sizes differ from task to task, and fixed segments would run out of memory early."""
+    """Use segments that grow. Sizes differ between tasks, so fixed segments would run out of memory early."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if any(name in os.environ for name in names):
         return {}
     import torch
 
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return {names[0] if release >= (2, 9) else names[1]: "expandable_segments:True"}  # 2.9 warns of the older name
+    return {names[0] if release >= (2, 9) else names[1]: "expandable_segments:True"}  # 2.9 warns about the old name
 
 
 def _run(command: Sequence[str], log: Path, seconds: float, extra: Mapping[str, str] | None = None) -> int | None:
-    """Exit code of a command in a process group of its own; None if time ran out, and then nothing of it is left."""
+    """Run a command in its own process group; return its exit code, or None after a timeout, which kills the group."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     environment.update(extra or {})
@@ -169,7 +168,7 @@ def _run(command: Sequence[str], log: Path, seconds: float, extra: Mapping[str, 
         try:
             return process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # on which pytest still writes its JUnit file
+            os.killpg(process.pid, signal.SIGINT)  # pytest then still writes its JUnit file
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
             return None
@@ -187,7 +186,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _summarise(path: Path) -> None:
-    """The training steps' times over plain PyTorch's, and whatever was refused."""
+    """Print the training steps' times over plain PyTorch's, and what was refused."""
     group = None
     for row in _rows(path):
         if row["metric"] not in ("time", "gemm_fraction", "peak", "transient") or row["mode"] != "forward+backward":

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--batch_size", type=int, default=8, help="examples per process")
+    parser.add_argument("--batch_size", type=int, default=8, help="examples per process and step")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()
 
@@ -30,7 +30,7 @@ def main() -> None:
     examples = encoder.encode_all(load_records(options.train_file))
     sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)
 
-    # Made of the bare model, before Accelerator() may split it; the wrapped one is what is called.
+    # PairPasses needs the bare model, before accelerate may shard it; training then calls the wrapped one.
     with nq.PairPasses(model, nq.NextQuillLoss(detach_counterfactual=True)) as passes:
         accelerator = Accelerator()
         collate = passes.collator(tokenizer.pad_token_id)
@@ -38,7 +38,7 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         for step, batch in enumerate(loader):
-            # The loss is a mean over the examples of all processes, whose gradients are averaged afterwards.
+            # The loss is a mean over the examples of all processes. Their gradients are averaged afterwards.
             own = torch.tensor(float(passes.count_items(batch)), device=accelerator.device)
             items = accelerator.reduce(own, reduction="sum") / accelerator.num_processes
             loss = passes.backward(batch, items, wrapped, accelerator.backward)
@@ -51,7 +51,7 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.unwrap_model(wrapped).save_pretrained(options.output_dir, state_dict=state)
         tokenizer.save_pretrained(options.output_dir)
-    del wrapped  # before its process group: DDP's destructor, when the group's last owner, may wait for ever (gloo)
+    del wrapped  # before its process group ends; otherwise DDP's destructor may wait forever (with gloo)
     accelerator.free_memory()
     accelerator.end_training()
 

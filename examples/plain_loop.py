@@ -28,7 +28,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
 
-    # History before query: four examples of a user share what comes first, and it is computed once.
+    # With the history before the query, four examples of a user share their beginning, which is computed once.
     encoder = ExampleEncoder(tokenizer, PromptTemplate(order="history_first"), options.max_length)
     examples = encoder.encode_all(load_records(options.train_file))
     sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)

@@ -16,10 +16,10 @@ from nextquill.training.trl import CausalSFTTrainer
 
 @dataclass
 class Options:
-    """What SFTConfig has no field for."""
+    """The flags that are not fields of SFTConfig."""
 
-    model: str = field(metadata={"help": "A model folder, or a name on the hub."})
-    train_file: str = field(metadata={"help": "Records, JSONL."})
+    model: str = field(metadata={"help": "The model's folder, or its name on the hub."})
+    train_file: str = field(metadata={"help": "The training records, JSONL."})
 
 
 def main() -> None:

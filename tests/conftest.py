@@ -1,4 +1,4 @@
-"""Shared by every test: a fixed seed, so that a failure repeats, and one thread, so that small tensors stay fast."""
+"""Settings for all tests: a fixed seed, so that failures repeat, and one thread, which is fast for small tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import combinations
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch here, and of every process that a test starts
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_DISABLED", "true")  # trainers report to whatever is installed unless told
+os.environ.setdefault("WANDB_DISABLED", "true")  # otherwise trainers report to every installed service
 
 import pytest
 import torch
@@ -32,17 +32,17 @@ def _seed():
 
 
 def pytest_collection_finish():
-    """Leaves what was imported out of collections of garbage: each training makes one, of a third of a second."""
+    """Exclude imported modules from garbage collection, which each training runs, in a third of a second."""
     gc.collect()
     gc.freeze()
-    gc.unfreeze = lambda: None  # `nextquill prepare` ends with it, and would undo this for all tests that follow
+    gc.unfreeze = lambda: None  # `nextquill prepare` calls it at its end, which would undo this for all later tests
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Ends the process when a test hangs outside Python, where pytest-timeout's signal is not seen.
+    """End the process if a test hangs outside Python, where pytest-timeout's signal has no effect.
 
-    Its place is taken by another worker, and the test is reported as the one that the worker crashed in.
+    Another worker replaces it, and the test is reported as the one that crashed its worker.
     """
     marker = item.get_closest_marker("timeout")
     seconds = marker.args[0] if marker else float(item.config.getini("timeout"))
@@ -68,8 +68,8 @@ def pytest_collection_modifyitems(items):
 
 
 def _repeats(cases, strength):
-    """The cases of one test that are not needed for every `strength` values of different parameters to meet once."""
-    # The identity of a value: not every value has a hash, and all cases of a test hold the same objects.
+    """The cases that can be left out while any `strength` values of different parameters still occur together."""
+    # By identity, because some values have no hash, and all cases of a test hold the same objects.
     values = {item: sorted((name, id(value)) for name, value in item.callspec.params.items()) for item in cases}
     meetings = {item: set(combinations(values[item], strength)) for item in cases}
     unseen = set().union(*meetings.values())
@@ -81,6 +81,6 @@ def _repeats(cases, strength):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """A worker takes seconds to start: a few files are done sooner without one."""
+    """Use no workers for a few files, because a worker takes seconds to start."""
     files = [argument for argument in config.args if argument.partition("::")[0].endswith(".py")]
     return 0 if len(files) == len(config.args) <= 3 else None

@@ -1,4 +1,4 @@
-"""Inputs, comparisons and probes shared by the tests of the operators and losses."""
+"""Inputs, comparisons and probes for the tests of operators and losses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HeadCase:
         return self.factual, self.counterfactual, self.weight, self.labels
 
     def leaves(self, *names: str, dtype: torch.dtype | None = None) -> HeadCase:
-        """Fresh leaves of the same values (in `dtype`), requiring grad where named (everywhere by default)."""
+        """Fresh leaves with the same values, in `dtype` if given. The named ones require gradients, by default all."""
         names = names or tuple(self.tensors)
         new = {
             name: tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(name in names)
@@ -93,7 +93,7 @@ def make_case(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest expected magnitude; NaN or a shape that differs is infinite."""
+    """The largest absolute difference over the largest expected magnitude; infinite for NaN or another shape."""
     if actual.shape != expected.shape:
         return float("inf")
     if expected.numel() == 0:
@@ -110,12 +110,13 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = FLOAT32_REL
 
 
 def assert_rounds_like(actual: Tensor, plain: Tensor, truth: Tensor, terms: int, what: str = "value") -> None:
-    """Error of `actual` at most √terms times that of `plain`, both against `truth` in float64, or one rounding.
+    """Assert that the error of `actual` is at most √terms times that of `plain`, or of one rounding.
 
-    For calls that are equal on paper only. A sum of k terms is rounded by one unit at best (in one block, or fused) and
-    by about √k units when its terms are added one by one, with errors of random sign (Higham, Accuracy and Stability of
-    Numerical Algorithms, section 2.8). Which order a library takes depends on processor, shape and alignment; so the
-    errors of two right computations differ by at most √k on any machine. k is the longest sum that makes up a result.
+    Both errors are against `truth` in float64. This is for calls that are equal on paper only. A sum of k terms is
+    rounded by one unit at best (in one block, or fused). It is rounded by about √k units if its terms are added one by
+    one, with errors of random sign (Higham, Accuracy and Stability of Numerical Algorithms, section 2.8). The order of
+    summation depends on processor, shape and alignment. So the errors of two correct computations differ by a factor of
+    at most √k on any machine. k is the length of the longest sum in a result.
     """
     exact = truth.detach().double()
     ours, theirs = (float((t.detach().double() - exact).norm()) for t in (actual, plain))
@@ -124,14 +125,14 @@ def assert_rounds_like(actual: Tensor, plain: Tensor, truth: Tensor, terms: int,
 
 
 def assert_gradients_round_like(actual: HeadCase, plain: HeadCase, truth: HeadCase, terms: int) -> None:
-    """The gradients of `truth`, no others, each as exact as `assert_rounds_like` asks."""
+    """Assert that the gradients are those of `truth` and no others, each within `assert_rounds_like`."""
     assert actual.gradients().keys() == truth.gradients().keys()
     for name, exact in truth.gradients().items():
         assert_rounds_like(actual.gradients()[name], plain.gradients()[name], exact, terms, f"gradient of {name}")
 
 
 def assert_same_gradients(actual: HeadCase, expected: HeadCase, relative: float = FLOAT32_RELATIVE) -> None:
-    """Gradients of the inputs' dtypes and close to the expected ones, where a missing gradient means exactly zero."""
+    """Assert that gradients have the inputs' dtypes and the expected values; a missing gradient means exactly zero."""
     got, wanted = actual.gradients(), expected.gradients()
     for name in got.keys() | wanted.keys():
         zero = torch.zeros_like(actual.tensors[name])
@@ -146,10 +147,10 @@ def named(cls: type, /, **options: Any) -> str:
 
 
 class ProductCounter(TorchDispatchMode):
-    """Counts multiply-adds of every matrix product that runs inside, whoever makes it.
+    """Counts the multiply-adds of every matrix product that runs inside.
 
-    torch's own FlopCounterMode does not see `addmm_`. A dispatch mode is off inside an operator, so ours are entered by
-    running their functions under the mode again.
+    torch's own FlopCounterMode does not see `addmm_`. A dispatch mode is off inside an operator, so the functions of
+    our operators are run again under the mode.
     """
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class ProductCounter(TorchDispatchMode):
 
 
 def run_python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> str:
-    """Run `code` in a fresh interpreter and return what it prints."""
+    """Run `code` in a fresh interpreter and return its output."""
     command = [sys.executable, "-c", code, *arguments]
     told = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=told)

@@ -1,6 +1,6 @@
-"""The published objectives, written from the papers' equations: shares no code with nextquill or its reference.
+"""The published objectives, written from the papers' equations, without code from nextquill or its reference.
 
-Softmax probabilities are formed explicitly and sequences are visited in a loop. Inputs are float64.
+Softmax probabilities are computed explicitly, and sequences in a loop. Inputs are float64.
 """
 
 from __future__ import annotations

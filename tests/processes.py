@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which end with all they started."""
+"""Runs commands in separate processes, which end together with all processes that they start."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 
 def run_to_end(words: list[str], *, timeout: float, cwd: Path | None = None, **environment: str) -> str:
-    """What a command printed.
+    """Run a command and return its output.
 
-    One that does not end in time fails the test with the stacks of every process it started. Launchers put workers into
-    sessions of their own, so killing the command's group would leave them, and with them the open pipe.
+    After a timeout the test fails with the stacks of every process that the command has started. Launchers put workers
+    into separate sessions, so killing only the command's group would leave these processes, and the open pipe.
     """
     told = {"PYTHONFAULTHANDLER": "1", "WANDB_DISABLED": "true", **environment}
     with subprocess.Popen(
@@ -32,7 +32,7 @@ def run_to_end(words: list[str], *, timeout: float, cwd: Path | None = None, **e
 
 
 def _end(pid: int) -> None:
-    """Kill a process and its descendants; faulthandler prints each one's stacks at the abort signal."""
+    """Kill a process and its descendants. At the abort signal, faulthandler prints the stacks of each."""
     parent = psutil.Process(pid)
     family = [*parent.children(recursive=True), parent]
     for number in (signal.SIGABRT, signal.SIGKILL):
@@ -41,4 +41,4 @@ def _end(pid: int) -> None:
                 member.send_signal(number)
             except psutil.NoSuchProcess:
                 continue
-            psutil.wait_procs([member], timeout=1)  # one at a time, or their stacks are printed into one another
+            psutil.wait_procs([member], timeout=1)  # one at a time, so that their stacks are not mixed

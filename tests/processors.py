@@ -1,8 +1,8 @@
-"""Processors that this one can stand for: settings of the environment that act when a process starts.
+"""Imitates other processors, by environment variables that take effect when a process starts.
 
-Intel's MKL, PyTorch's own kernels and oneDNN each choose their code by the processor; these settings make them choose
-as on an older one. AMD's processors and ARM's ignore some of them. `python tests/processors.py avx2 COMMAND…` runs a
-command so.
+Intel's MKL, PyTorch's own kernels and oneDNN choose their code by the processor. These settings make them choose the
+code for an older one. AMD's and ARM's processors ignore some of the settings. `python tests/processors.py avx2 3
+COMMAND…` runs a command with AVX2 and three threads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PROCESSORS = {
 
 
 def environment(processor: str, threads: int) -> dict[str, str]:
-    """What to add to the environment of a process."""
-    # More threads than cores must not wait for one another by spinning.
+    """The variables to add to the environment of a process."""
+    # With more threads than cores, waiting threads must not spin.
     return {**PROCESSORS[processor], "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 

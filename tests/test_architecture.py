@@ -1,4 +1,4 @@
-"""Who imports whom, read from the syntax of every module. `MAY_IMPORT` is the whole graph, bottom first."""
+"""Parts import only what `MAY_IMPORT` allows, as read from the syntax of every module. It is sorted bottom first."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ HUGGING_FACE_ON_USE = frozenset({"data"})
 
 @dataclass(frozen=True)
 class Import:
-    """`target`, a dotted name, imported on a line of a file that belongs to the part `importer`."""
+    """An import of `target`, a dotted name, on a line of a file of the part `importer`."""
 
     importer: str
     target: str
@@ -95,7 +95,7 @@ class Import:
 
 
 class _Imports(ast.NodeVisitor):
-    """Every import of a module: statements, and `import_module` or `__import__` with a literal name."""
+    """Finds every import of a module: statements, and `import_module` or `__import__` with a literal name."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -182,7 +182,7 @@ def circle_below(root: Path) -> list[str]:
 
 
 def violation(found: Import) -> str | None:
-    """What is wrong with an import, or None."""
+    """The rule that an import breaks, or None."""
     here, part = found.importer, found.part
     if here not in MAY_IMPORT:
         return f"{found.place}: {here} has no entry in MAY_IMPORT"

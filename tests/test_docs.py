@@ -1,4 +1,4 @@
-"""The documentation says what is so: its names, links, figures, code and commands are checked against the package."""
+"""The documentation is true: names, links, figures, code and commands are checked against the package."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INTERNAL = {"nextquill.ops", "nextquill.reference"}
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
+    """A fenced block on a page."""
 
     page: Path
     line: int
@@ -66,7 +66,7 @@ def all_blocks(*languages: str) -> list:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each line of a shell block, a line with a trailing backslash joined to the next."""
+    """The words of each line of a shell block; a line that ends with a backslash is joined to the next."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
@@ -77,7 +77,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def documented() -> dict[str, set[str]]:
-    """The names that the reference shows, by the module they are defined in."""
+    """The names that the reference shows, by the module that defines them."""
     shown: dict[str, set[str]] = {}
     for page in (DOCS / "reference").glob("*.md"):
         for found in re.finditer(
@@ -91,7 +91,7 @@ def documented() -> dict[str, set[str]]:
 
 
 def public_names(module: str, *, constants: bool = True) -> set[str]:
-    """What a module defines at its top level, private names left out; constants are shown where they are asked for."""
+    """The public names that a module defines at its top level. Constants are only shown on request."""
     path = ROOT.joinpath(*module.split("."))
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
     names = set()
@@ -146,7 +146,7 @@ def test_a_name_that_is_left_out_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_links_lead_to_files(page):
-    """As they are read on GitHub; the site's build checks them and their anchors once more."""
+    """Links as GitHub reads them; the site's build also checks them and their anchors."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -165,7 +165,7 @@ def test_lines_are_not_long(page):
 
 
 def test_figures_of_the_guide_are_the_ones_that_were_measured():
-    """Each number with a decimal point in it is in the README or among the benchmarks' tables."""
+    """Each number with a decimal point is in the README or in the benchmarks' tables."""
     sources = (ROOT / "README.md").read_text(encoding="utf-8") + (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     measured = {float(number) for number in re.findall(r"\d*\.\d+", sources)}
     guide = (DOCS / "guides" / "choosing-a-loss.md").read_text(encoding="utf-8")
@@ -208,7 +208,7 @@ def test_python_is_valid(block):
 
 
 def test_every_example_program_is_shown():
-    """In a form that ruff's formatter leaves alone: it took the one on a single line for Python, and spaced it."""
+    """Programs are shown in a form that ruff's formatter does not change, as it would take a single line for Python."""
     shown = re.findall(r"^--8<--\nexamples/(\w+\.py)\n--8<--$", (DOCS / "examples.md").read_text("utf-8"), re.MULTILINE)
     assert sorted(shown) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
@@ -229,14 +229,14 @@ def test_the_worked_example_prints_what_its_comments_say():
 
 
 class Parsed(BaseException):
-    """The words of a command were taken; it goes no further."""
+    """Stops a command after its words are parsed."""
 
 
 def check_command(words: list[str]) -> None:
-    """Let nextquill parse a command as far as its flags go, and nothing more.
+    """Let nextquill parse a command's flags without running it.
 
     Raises:
-        AssertionError: it refuses them; the message is its own.
+        AssertionError: nextquill refuses them; the message is its own.
     """
     with (
         mock.patch.object(parsing, "_instantiate", side_effect=Parsed),
@@ -274,7 +274,7 @@ def test_a_wrong_command_is_noticed(words):
 
 
 def run(words: list[str]) -> None:
-    """`nextquill` in this process.
+    """Run `nextquill` in this process.
 
     Raises:
         AssertionError: it fails.

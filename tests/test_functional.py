@@ -32,7 +32,7 @@ FIELDS = ("factual", "counterfactual", "effect")
 
 
 def upstream(case, seed=1):
-    """Different upstream gradients for each token and each output, of both signs."""
+    """Upstream gradients of both signs that differ for each token and output."""
     rng = torch.Generator().manual_seed(seed)
     return [torch.randn(case.labels.shape, generator=rng, dtype=torch.float64) for _ in FIELDS]
 
@@ -46,7 +46,7 @@ def backward_pair(function, case, grads, fields=FIELDS, **kwargs):
 
 
 def check_pair(case, fields=FIELDS, leaves=(), relative=FLOAT32_RELATIVE, **kwargs):
-    """Values and gradients of a case equal the float64 reference's."""
+    """Assert that values and gradients of a case equal the float64 reference's."""
     actual, exact, grads = case.leaves(*leaves), case.leaves(*leaves, dtype=torch.float64), upstream(case)
     pair = backward_pair(nq.linear_pair_nll, actual, grads, fields, **kwargs)
     truth = backward_pair(reference.linear_pair_nll, exact, grads, fields, **kwargs)
@@ -206,7 +206,7 @@ def test_strided_inputs_read_as_their_values(name):
 
 
 def test_expanded_inputs_read_as_their_values():
-    """Stride 0: one hidden state for all rows, one label for all rows."""
+    """With stride 0, all rows share one hidden state and one label."""
     row, weight = torch.randn(1, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     label = torch.tensor([4])
     nll = nq.linear_token_nll(row.expand(6, 8), weight, label.expand(6))
@@ -220,7 +220,7 @@ def test_expanded_inputs_read_as_their_values():
 
 
 def test_upstream_gradients_are_taken_per_token():
-    """Not those of the first token for all (Liger-Kernel #968), and from any memory layout."""
+    """Each token has its own gradient (Liger-Kernel #968 took the first for all), from any memory layout."""
     case = make_case(16, 8, 11, ignored=0.0)
     strided = torch.stack([torch.randn(16), torch.full((16,), torch.nan)], 1)[:, 0]
     expanded = torch.tensor(0.5).expand(16)
@@ -303,7 +303,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_many_chunks_equal_one(monkeypatch):
-    """The operators have no chunk_bytes argument; the budget of 128 MiB is reached only by large vocabularies."""
+    """The operators have no chunk_bytes argument, and only large vocabularies reach the budget of 128 MiB."""
     case = make_case(41, 8, 11).leaves()
     whole = backward_pair(nq.linear_pair_nll, case, upstream(case))
     monkeypatch.setattr("nextquill.ops.chunks.ChunkedHead.max_rows", lambda *_: 3)

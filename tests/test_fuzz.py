@@ -1,4 +1,4 @@
-"""Anything goes in: random shapes, strides, masks, dtypes and options, every implementation against float64."""
+"""Random shapes, strides, masks, dtypes and options: every implementation against float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @st.composite
 def calls(draw):
-    """(tensors, options) of one operator call; every tensor may be a strided view into garbage."""
+    """The tensors and options of one operator call. Every tensor may be a strided view into garbage."""
     n, d, v = draw(st.integers(0, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 150))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))

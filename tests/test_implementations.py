@@ -1,6 +1,6 @@
 """Every implementation gives the same results through the public names: triton ≡ native ≡ torch ≡ float64 reference.
 
-Runs on the GPU where there is one; on a CPU, Triton's interpreter runs the kernels. Needs torch and pytest only.
+They run on a GPU if there is one; on a CPU, Triton's interpreter runs the kernels. Only torch and pytest are needed.
 """
 
 import pytest
@@ -131,7 +131,7 @@ def test_a_subset_of_gradients(impl, needs):
 
 
 def test_strided_and_stride_0_inputs(impl):
-    """Slices of wider tensors, a transposed weight, one row for all (TransformerEngine #2734 read them wrongly)."""
+    """Slices of wider tensors, a transposed weight, and one row for all (TransformerEngine #2734 read them wrongly)."""
     wide = torch.randn(11, 2, 24, device=DEVICE)
     hidden, counterfactual = wide[:, 0, 3:12], wide[:, 1, 12:21]
     weight = torch.randn(9, 40, device=DEVICE)[:, 5:36].T
@@ -183,7 +183,7 @@ def test_two_runs_are_bitwise_equal(impl, name):
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "softcap"])
 def test_non_finite_hidden_states_are_never_silently_finite(impl, softcap):
-    """A cap turns an infinite logit into a finite one, but not the hidden state it came from."""
+    """A cap makes an infinite logit finite, but its hidden state stays infinite."""
     for bad in (torch.nan, torch.inf, -torch.inf):
         for stream in ("factual", "counterfactual"):
             case = placed(make_case(13, 9, 31, ignored=0.0), "none")
@@ -197,7 +197,7 @@ def test_non_finite_hidden_states_are_never_silently_finite(impl, softcap):
 
 
 def test_half_precision_is_no_worse_than_plain_pytorch(impl):
-    """float16 everywhere; bfloat16 too, except under Triton's interpreter, which multiplies it wrongly."""
+    """float16 runs everywhere. bfloat16 does not run under Triton's interpreter, which multiplies it wrongly."""
     dtypes = [torch.float16] + [torch.bfloat16] * (impl != "triton" or DEVICE.type == "cuda")
     for dtype in dtypes:
         case = placed(make_case(29, 24, 301, dtype=dtype))
@@ -240,7 +240,7 @@ def test_nothing_waits_for_the_device_once_rows_are_planned(name, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_a_model_sized_head_in_bfloat16(softcap):
-    """Many tiles in each direction, several chunks, products of half precision into float32."""
+    """Many tiles in each direction, several chunks, and half-precision products with float32 results."""
     case = placed(make_case(700, 1000, 50257, dtype=torch.bfloat16, bias=False))
     exact, ids = case.double(), torch.arange(700, device=DEVICE) // 70
     loss = nq.NextQuillLoss(impl="triton", softcap=softcap, chunk_bytes=2**27)

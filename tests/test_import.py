@@ -1,4 +1,4 @@
-"""`import nextquill` costs next to nothing, and what it names needs torch and nothing else."""
+"""`import nextquill` takes almost no time, and its names need only torch."""
 
 import importlib
 import json

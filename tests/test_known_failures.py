@@ -1,4 +1,4 @@
-"""What users of other fused losses ran into, each named after its report, under every implementation."""
+"""Bugs that users of other fused losses have reported, with every implementation."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["torch", "native", "triton"], autouse=True)
 def _impl(request, monkeypatch):
-    """What "auto" means here; float64 is plain PyTorch's in any case."""
+    """The implementation that "auto" chooses here; float64 always uses plain PyTorch."""
     if reason := dispatch.why_not(request.param, CPU, torch.float32):
         pytest.skip(reason)
     monkeypatch.setitem(dispatch._PREFERRED, "cpu", request.param)
@@ -36,7 +36,7 @@ losses = pytest.mark.parametrize("loss_fn", LOSSES, ids=["NextQuill", "detached"
 @losses
 @pytest.mark.parametrize("poison", [NAN, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 def test_what_an_ignored_row_holds_is_inert(loss_fn, poison):
-    """0 · NaN is NaN: masking a loss after it was computed lets padding poison the gradient of W."""
+    """0 · NaN is NaN, so masking a computed loss would let padding put NaN into the gradient of W."""
     clean = make_case(30, 6, 11)
     dirty = clean.leaves()
     ignored = clean.labels == -100
@@ -106,7 +106,7 @@ def test_the_tail_of_the_vocabulary_counts_once(vocabulary):
 
 
 def test_columns_masked_by_minus_infinity_stay_masked():
-    """exp(-inf) is 0 in the sum, and 0 · finite in the gradient (unsloth #10616 un-masked them)."""
+    """exp(-inf) is 0 in the sum, and 0 · finite in the gradient (unsloth #10616 lost the mask)."""
     case = make_case(20, 8, 16, ignored=0.0)
     case.labels %= 13
     padded, short = case.leaves("factual", "weight"), case.leaves("factual", "weight")
@@ -121,7 +121,7 @@ def test_columns_masked_by_minus_infinity_stay_masked():
 
 
 def test_effect_nll_with_softcap_is_not_that_of_the_difference_of_hidden_states():
-    """Without a cap nll_e needs one product of h1 - h0; with it the shortcut is wrong, and must not be taken."""
+    """Without a cap, nll_e needs one product of h1 - h0. With a cap that shortcut is wrong and must not be used."""
     case = make_case(20, 8, 16, ignored=0.0, dtype=torch.float64)
     difference = lambda **o: nq.linear_token_nll(  # noqa: E731
         case.factual - case.counterfactual, case.weight, case.labels, **o
@@ -134,7 +134,7 @@ def test_effect_nll_with_softcap_is_not_that_of_the_difference_of_hidden_states(
 
 
 def test_extreme_logits_are_finite():
-    """logsumexp and softmax without overflow, in values and gradients, up to where float32 itself ends."""
+    """logsumexp and softmax do not overflow, in values and gradients, up to the limit of float32."""
     case = make_case(20, 8, 16, ignored=0.0)
     case.factual *= 1e4
     own, exact = case.leaves(), case.double()
@@ -144,7 +144,7 @@ def test_extreme_logits_are_finite():
 
 
 def test_a_shared_stream_gets_both_gradients():
-    """The same tensor as both passes: the effect term's gradients cancel, uniform nll_e is log V."""
+    """One tensor is used for both passes: the effect term's gradients cancel, and the uniform nll_e is log V."""
     case = make_case(20, 8, 16, ignored=0.0, dtype=torch.float64).leaves("factual", "weight")
     pair = nq.linear_pair_nll(case.factual, case.factual, case.weight, case.labels)
     assert_close(pair.effect, torch.full_like(pair.effect, 16.0).log(), 1e-14)
@@ -153,7 +153,7 @@ def test_a_shared_stream_gets_both_gradients():
 
 
 def test_a_tied_head_gets_the_sum_of_both_gradients():
-    """Embedding and lm_head share one parameter: autograd must add our dW to the embedding's own."""
+    """Embedding and lm_head share one parameter, so autograd must add our dW to the embedding's gradient."""
     tied, tokens = nn.Embedding(16, 8).double(), torch.randint(16, (20,))
     labels = torch.randint(16, (20,))
     loss = nq.SFTLoss()(tied(tokens).tanh(), None, tied.weight, labels)
@@ -193,7 +193,7 @@ def check_compiled(backend, ignored_counts):
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_model_with_ignored_rows_has_the_eager_loss():
-    """Liger-Kernel #1338: silently another loss under torch.compile. A graph break is fine, another number is not."""
+    """Liger-Kernel #1338 silently changed the loss under torch.compile. A graph break is allowed, a change is not."""
     torch._dynamo.reset()
     check_compiled("eager", (4,))
 

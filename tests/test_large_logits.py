@@ -1,13 +1,13 @@
-"""Logits of any size: what a head adds to all logits of a row changes no probability, and must not cost precision.
+"""Logits of any size: a number added to all logits of a row changes no probability, and must not reduce precision.
 
-Every value and gradient is compared with what the plain PyTorch composition (float32 logits, log_softmax, autograd)
-makes of the same inputs on the same machine, both against float64.
+Every value and gradient is compared with the plain PyTorch composition (float32 logits, log_softmax, autograd) on the
+same inputs and machine, both against float64.
 
-Inputs are small multiples of powers of two, so the logits are exact in float32 whatever multiplies them: measured is
-the softmax and what follows, not the rounding of the logits, which at 1e4 is 1e-3 for everyone.
+Inputs are small multiples of powers of two, so that any product gives exact logits in float32. So these tests measure
+the softmax and later steps, but not the rounding of the logits, which at 1e4 is 1e-3 for every implementation.
 
 The longest sum in a result is over the vocabulary, so its error may be √77 = 9 times plain PyTorch's on any processor
-(`assert_rounds_like`; 1 to 2 times were measured). With a rounded logsumexp it is 200 times at logits of 1e3.
+(see `assert_rounds_like`; 1 to 2 times were measured). With a rounded logsumexp it is 200 times at logits of 1e3.
 """
 
 import pytest
@@ -50,7 +50,7 @@ heads = pytest.mark.parametrize(
 
 
 def make_case(size, dtype=torch.float32):
-    """Logits of a spread of about 2 around `size`, -size / 2 and 3 size / 2 (z1, z0, z1 - z0)."""
+    """Logits with a standard deviation of about 2 around `size`, -size / 2 and 3 size / 2 (z1, z0, z1 - z0)."""
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randint(-4, 5, shape, generator=rng) / 4  # noqa: E731
     weight, factual = draw(VOCABULARY, WIDTH), draw(ROWS, WIDTH)
@@ -64,12 +64,12 @@ def make_case(size, dtype=torch.float32):
 
 
 def measured(case):
-    """Gradients without column 0, which holds the size: its own, zero or `size` times the bias's, says no more."""
+    """Gradients without column 0, which holds the size. Its gradient, zero or `size` times the bias's, adds nothing."""
     return {name: grad[:, 1:] if grad.dim() == 2 else grad for name, grad in case.gradients().items()}
 
 
 def compare(run_ours, run_plain, size, dtype=torch.float32):
-    """Run both, and the plain one in float64; compare values and those gradients that are float32."""
+    """Run both, and the plain one in float64, and compare values and float32 gradients."""
     ours, plain = make_case(size, dtype), make_case(size, dtype)
     exact = ours.double()
     upstream = torch.rand(3, ROWS, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -108,7 +108,7 @@ def test_single_stream_operator(impl, head, size):
 
 
 def loss_runs(impl, name, autocast=None):
-    """The loss and its plain twin with given token weights: a threshold that rounding may cross is not measured."""
+    """The loss and its plain twin with given token weights, as rounding could cross a threshold."""
     options = {"normalize_weights": True, **LOSSES[name]}
     loss_fn = nq.PairLoss(lambda pair: pair.factual, impl=impl, chunk_bytes=CHUNK_BYTES, **options)
 
@@ -132,7 +132,7 @@ def test_losses(impl, name, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs(impl, dtype):
-    """Under autocast: hidden states in half precision, whose gradients rounding hides, and a float32 head."""
+    """Under autocast: a float32 head, and half-precision hidden states, whose gradients are too coarse here."""
     if dtype == torch.bfloat16 and DEVICE.type == "cuda":
         pytest.skip("dz enters its products in bfloat16 there, which costs more than the softmax")
     compare(*loss_runs(impl, "both-passes", autocast=dtype), 10240, dtype)

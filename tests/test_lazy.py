@@ -1,4 +1,4 @@
-"""Packages whose names are imported on first use: nothing before, and everything that an ordinary package can do."""
+"""Packages whose names are imported on first use import nothing before, and behave like ordinary packages."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ LAZY = sorted(
 
 
 def typed_names(package):
-    """Each name that type checkers see in a lazy package, with the module that they see it come from."""
+    """Each name of a lazy package that type checkers see, with its module."""
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     blocks = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = (node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom))
@@ -40,7 +40,7 @@ def test_what_type_checkers_see_is_what_there_is(name):
 
 @pytest.fixture
 def lazy_package(tmp_path, monkeypatch):
-    """A package with a light module, and one that imports what is not there."""
+    """A package with a small module, and one that imports a missing module."""
     folder = tmp_path / "lazily"
     folder.mkdir()
     (folder / "light.py").write_text("class Light: pass\nhidden = 1\n")

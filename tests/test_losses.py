@@ -58,7 +58,7 @@ TERMS = 40
 
 
 def loss_case(**options):
-    """Forty rows of five interleaved sequences of different lengths, one of them wholly ignored."""
+    """Forty rows of five interleaved sequences of different lengths, one of which is entirely ignored."""
     case = make_case(40, 12, 29, **options)
     ids = torch.tensor([9, 2, 2, 5, 2, 9, 7, 4]).repeat(5)
     case.labels[ids == 4] = -100
@@ -72,7 +72,7 @@ def run(loss_fn, case, ids, **kwargs):
 
 
 def reference_loss(loss_fn, case, ids):
-    """`loss_fn` by nextquill.reference, its weights computed from the float64 nll's."""
+    """`loss_fn` by nextquill.reference, with weights from the float64 NLLs."""
     objective = loss_fn.objective
     head = {"bias": case.bias, "softcap": loss_fn.softcap, "logit_scale": loss_fn.logit_scale}
     pair = reference.linear_pair_nll(*case.pair_args, **head)
@@ -92,7 +92,7 @@ def reference_loss(loss_fn, case, ids):
 
 
 def assert_is_the_loss(loss, own, loss_fn, ids):
-    """`loss`, and the gradients in `own`, are as exact as plain PyTorch's in the same dtype."""
+    """Assert that `loss` and the gradients in `own` are as exact as plain PyTorch's in the same dtype."""
     plain, exact = own.leaves(), own.double()
     values = [reference_loss(loss_fn, case, ids) for case in (plain, exact)]
     for value in values:
@@ -103,7 +103,7 @@ def assert_is_the_loss(loss, own, loss_fn, ids):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_loss_is_the_published_formula(name):
-    """Against the tests' own writing of the equations, in float64, value and every gradient."""
+    """Value and every gradient equal the tests' own version of the equations, in float64."""
     loss_fn, sequence_loss, options = ORACLES[name]
     case, ids = loss_case(dtype=torch.float64)
     actual, exact = case.leaves(), case.leaves()

@@ -1,4 +1,4 @@
-"""What must not change a loss: the order of rows, their layout, the chunk size, how a batch is split."""
+"""A loss does not depend on the order of rows, their layout, the chunk size, or the division of a batch."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ property_test = settings(max_examples=12, deadline=None, derandomize=True, datab
 
 @st.composite
 def batches(draw, min_sequences=1):
-    """(case, sequence ids): sequences of 0 to 9 rows, any of them ignored, ids in any order and with gaps."""
+    """A case and sequence ids: sequences of 0 to 9 rows, some ignored, with ids in any order and with gaps."""
     lengths = draw(st.lists(st.integers(0, 9), min_size=min_sequences, max_size=6))
     names = draw(st.lists(st.integers(-50, 50), min_size=len(lengths), max_size=len(lengths), unique=True))
     case = make_case(sum(lengths), HIDDEN, VOCABULARY, dtype=torch.float64, ignored=0.0, seed=draw(st.integers(0, 999)))
@@ -87,7 +87,7 @@ def count_items(case, ids, reduction):
 @property_test
 @given(batch=batches(min_sequences=2), data=st.data())
 def test_any_split_into_micro_batches_gives_the_same_loss(name, reduction, batch, data):
-    """Sequences are dealt to up to four micro-batches, some of them empty; losses and gradients add up."""
+    """Sequences go to up to four micro-batches, some of them empty. Losses and gradients add up."""
     case, ids = batch
     items = max(1, count_items(case, ids, reduction))
     distinct = ids.unique().tolist()
@@ -132,7 +132,7 @@ def test_batched_rows_are_sequences(name, reduction):
 
 @losses
 def test_packed_rows_take_their_ids_from_sequence_ids(name):
-    """[B, T] with ids of its own, as a packed batch has them."""
+    """[B, T] has its own ids, as in a packed batch."""
     flat = make_case(24, HIDDEN, VOCABULARY, dtype=torch.float64)
     ids = torch.tensor([3, 1, 1, 2]).repeat_interleave(6)
     expected, _ = run(FACTORIES[name](), flat, ids)
@@ -154,7 +154,7 @@ def test_micro_batch_reduction_is_one_sequence_of_all_rows(name):
 
 
 def test_sequence_reduction_is_the_mean_of_single_sequences():
-    """The official code's value at its micro-batch of one."""
+    """It equals the official code's value with a micro-batch of one."""
     case, ids = make_case(24, HIDDEN, VOCABULARY, dtype=torch.float64), torch.arange(24) // 5
     singles = [nq.NextQuillLoss()(*case.take((ids == i).nonzero().flatten()).leaves().pair_args) for i in range(5)]
     actual = nq.NextQuillLoss()(*case.pair_args, None, ids)

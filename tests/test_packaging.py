@@ -1,4 +1,4 @@
-"""What is shipped: the sdist, the wheel built from it, their metadata, and the installed package at work elsewhere."""
+"""The shipped sdist and wheel, their metadata, and the installed package in another folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _requirements(metadata: Message) -> list[Requirement]:
 
 
 def _extra(metadata: Message, name: str) -> set[str]:
-    """What an extra adds, with the extras inside it written out."""
+    """The requirements of an extra, with nested extras resolved."""
     adds = (each for each in _requirements(metadata) if each.marker and not each.marker.evaluate({"extra": ""}))
     linux = {"extra": name, "platform_system": "Linux"}
     return {each.name for each in adds if each.marker and each.marker.evaluate(linux)}

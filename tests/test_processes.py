@@ -1,4 +1,4 @@
-"""The helper that other tests start processes with: a hang fails soon, and says where it was."""
+"""The helper that starts processes for other tests: after a hang, the test fails soon and prints the stacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's code runs as printed, its commands and files exist, and it stays short."""
+"""The README's code runs as printed, its commands and files exist, and it is short."""
 
 from __future__ import annotations
 

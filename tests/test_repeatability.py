@@ -1,4 +1,4 @@
-"""The same call with the same inputs, threads and machine gives the same bits, in processes of their own."""
+"""The same call with the same inputs, threads and machine gives the same bits in separate processes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LOSSES = [
 
 
 def results() -> dict[str, list[torch.Tensor]]:
-    """Values and gradients of every loss, both operators and the attention of trees, by what can run here.
+    """Values and gradients of every loss, both operators and the attention of trees, for all implementations here.
 
-    Large enough that the products of matrices are shared by the threads, and that a loss takes several chunks.
+    Inputs are so large that threads share the matrix products, and that a loss takes several chunks.
     """
     found = {}
     ids = torch.arange(301) // 43
@@ -59,7 +59,7 @@ def results() -> dict[str, list[torch.Tensor]]:
 
 
 def digests() -> str:
-    """One line a computation: what it is, and a digest of the bits of its results."""
+    """One line per computation: its name, and a digest of the bits of its results."""
     torch.manual_seed(0)
     lines = []
     for name, tensors in results().items():

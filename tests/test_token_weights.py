@@ -1,4 +1,4 @@
-"""Token weights that are given: against float64, every implementation, split batches, compiled, and what is refused."""
+"""Given token weights: every implementation against float64, divided batches, compilation, and refusals."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def weighted_case(dtype=torch.float32):
-    """Interleaved sequences with ignored rows, whose weights are NaN there; one sequence weighs nothing."""
+    """Interleaved sequences with ignored rows, whose weights are NaN. One sequence has only weights of 0."""
     case = make_case(40, 12, 29, dtype=dtype)
     ids = torch.tensor([9, 2, 2, 5, 2, 9, 7, 4]).repeat(5)
     case.labels[ids == 4] = -100
@@ -60,7 +60,7 @@ def reference_loss(loss_fn, case, ids, weights):
 
 
 def without_empty_sequence(case, ids, weights):
-    """The reference divides by Σw, which it cannot where that is 0."""
+    """The case without the sequence whose Σw is 0, as the reference divides by it."""
     keep = ids != 7
     return case.take(keep), ids[keep], weights[keep]
 
@@ -133,7 +133,7 @@ def test_the_weightings_own_weights_given_change_nothing(name, reduction):
 @losses
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 def test_any_split_of_the_batch_gives_the_same_loss(name, reduction):
-    """Sequence by sequence, and in another order of the rows."""
+    """The batch is divided by sequence, and its rows stand in another order."""
     loss_fn = LOSSES[name](reduction=reduction)
     case, ids, weights = weighted_case(torch.float64)
     whole, split = case.leaves(), case.leaves()
@@ -151,7 +151,7 @@ def test_any_split_of_the_batch_gives_the_same_loss(name, reduction):
 
 
 def test_given_weights_need_neither_effects_nor_whole_sequences(monkeypatch):
-    """Of a weighting that reads both."""
+    """The weighting reads both."""
     engines, own = [], loss_operator.PairLossEngine
     monkeypatch.setattr(loss_operator, "PairLossEngine", lambda *a, **k: engines.append(own(*a, **k)) or engines[-1])
     loss_fn = nq.PairLoss(lambda p: p.effect / p.effect.max())

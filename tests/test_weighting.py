@@ -1,4 +1,4 @@
-"""The published weightings as functions of the nll's, and user weightings inside PairLoss."""
+"""The published weightings as functions of the NLLs, and user weightings inside PairLoss."""
 
 import math
 
@@ -99,7 +99,7 @@ IDS = torch.tensor([9, 2, 2, 5, 2, 9, 7, 4]).repeat(5)
 @pytest.mark.parametrize("normalize", [False, True], ids=["mean", "normalized"])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**28], ids=["row-chunks", "one-chunk"])
 def test_user_weighting_sees_exactly_one_sequence(weighting, reduction, normalize, chunk_bytes):
-    """Whatever the chunks: the weights equal those computed from each sequence's own float64 nll's."""
+    """With any chunks, the weights equal those computed from each sequence's own float64 NLLs."""
     case = make_case(40, 12, 29, dtype=torch.float64)
     loss_fn = nq.PairLoss(
         weighting, alpha=0.2, normalize_weights=normalize, reduction=reduction, chunk_bytes=chunk_bytes
@@ -145,7 +145,7 @@ def test_integer_weights_are_accepted():
 
 
 def test_weights_carry_no_gradient():
-    """The gradient is that of constant weights, also when the weighting itself is differentiable."""
+    """The gradient is that of constant weights, even if the weighting is differentiable."""
     case = make_case(12, 4, 5, dtype=torch.float64)
     free, fixed = case.leaves(), case.leaves()
     output = nq.PairLoss(relative_to_best)(*free.pair_args)
@@ -157,7 +157,7 @@ def test_weights_carry_no_gradient():
 
 @pytest.mark.parametrize("weighted_effect", [False, True])
 def test_sequence_whose_weights_sum_to_zero_is_zero_not_nan(weighted_effect):
-    """With low_weight=0 a sequence without a personal token has Σω = 0."""
+    """With low_weight=0, a sequence without a personal token has Σω = 0."""
     case = make_case(20, 6, 7, ignored=0.0)
     case.counterfactual[:10] = case.factual[:10]  # no effect, so no personal token
     ids = torch.arange(2).repeat_interleave(10)

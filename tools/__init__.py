@@ -1,1 +1,1 @@
-"""What contributors run on the project itself; no part of the package."""
+"""Tools that contributors run on the project itself; they are not part of the package."""

@@ -1,4 +1,4 @@
-"""Copies of a checkout, and pytest in them: what is imported is the copy, never the checkout or what is installed."""
+"""Copies a checkout and runs pytest in the copy, which never imports the checkout or an installed nextquill."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import psutil
 from tools.record_tests import OWN, REPORT_VARIABLE
 
 TOOLS = Path(__file__).resolve().parent
-#: Where a copy's own build of `csrc` goes, in front of the installed one.
+#: The folder of a copy's own build of `csrc`, which precedes the installed one.
 NATIVE = ".native"
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a run of pytest ended: its exit code (None: it hung), what it reported of tests, its output."""
+    """The end of a run of pytest: its exit code (None if it hung), its reports on tests, and its output."""
 
     code: int | None
     reports: list[dict[str, Any]]
@@ -38,10 +38,10 @@ class Run:
 
 
 def tracked(folder: Path) -> list[str]:
-    """The files of a checkout that git knows, as they are now.
+    """The files of a checkout that git tracks and that exist now.
 
     Raises:
-        SystemExit: the folder is not a checkout.
+        SystemExit: the folder is not a git checkout.
     """
     done = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -50,7 +50,7 @@ def tracked(folder: Path) -> list[str]:
 
 
 def fingerprint(folder: Path, *more: str) -> str:
-    """What names a checkout's content and `more`."""
+    """A digest of a checkout's content and of `more`."""
     digest = hashlib.sha256("\0".join(more).encode())
     for name in tracked(folder):
         digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
@@ -58,20 +58,20 @@ def fingerprint(folder: Path, *more: str) -> str:
 
 
 def copy(folder: Path, target: Path) -> None:
-    """Copy what git tracks."""
+    """Copy the files that git tracks."""
     for name in tracked(folder):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / name, target / name)
 
 
 def write_source(path: Path, text: str) -> None:
-    """Write a module, and forget what was compiled of it: Python tells versions apart by second and size only."""
+    """Write a module and delete its compiled file, as Python tells versions apart only by second and size."""
     path.write_text(text, encoding="utf-8")
     Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
 def build_native(root: Path) -> str:
-    """Build a copy's `csrc` for that copy alone; what went wrong, or ""."""
+    """Build a copy's `csrc` for that copy alone, and return the error, or "" if there is none."""
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run([*pip, "--target", str(root / NATIVE), str(root / "csrc")], capture_output=True, text=True)
     return done.stderr[-2000:] if done.returncode else ""
@@ -86,15 +86,15 @@ def run_pytest(
     show: bool = False,
     **environment: str,
 ) -> Run:
-    """Run tests of a copy, with a timeout after which all that the run started is killed.
+    """Run tests of a copy. After a timeout, every process that the run has started is killed.
 
     Args:
         root: the copy.
         arguments: paths or ids of tests.
-        workers: processes, where pytest-xdist is installed; 0 for none.
-        seconds: until it counts as hung.
+        workers: worker processes, if pytest-xdist is installed; 0 for none.
+        seconds: the timeout.
         show: let pytest write to the terminal.
-        environment: further variables.
+        environment: further environment variables.
     """
     words, report, printed = (root.with_name(root.name + suffix) for suffix in (".words", ".jsonl", ".txt"))
     words.write_text("".join(f"{word}\n" for word in arguments), encoding="utf-8")
@@ -103,7 +103,7 @@ def run_pytest(
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(workers)]
     path = (root / NATIVE, root, root / "kernels", TOOLS)
-    # Of a pytest that this one may run in, and of an outer map.
+    # Without the variables of an outer pytest, and of an outer map.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", OWN))}
     inherited |= {"PYTHONPATH": os.pathsep.join(map(str, path)), REPORT_VARIABLE: str(report), "OMP_NUM_THREADS": "1"}
     code = None
@@ -129,7 +129,7 @@ def run_pytest(
 
 
 def _kill(pid: int) -> None:
-    """Kill a process and its descendants, some of which may have sessions of their own."""
+    """Kill a process and its descendants, which may belong to other sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for each in [*parent.children(recursive=True), parent]:

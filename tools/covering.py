@@ -1,4 +1,4 @@
-"""Which tests execute a line: one run of the suite under coverage, kept for the next time."""
+"""Maps lines to the tests that execute them, by one run of the suite under coverage, which is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tools.record_tests import CONTEXT_VARIABLE, FIXTURE
 
 SOURCES = ("nextquill", "kernels", "demos")
 
-# `context` is the test in a process that a test starts; in pytest's own it is empty, and the plugin switches contexts.
-# Warnings would go to the standard error that tests of commands read.
+# `context` names the test in a process that a test starts. In pytest's own process it is empty, and the plugin switches
+# contexts. Warnings are off because they would go to the standard error that tests of commands read.
 _SETTINGS = """
 [run]
 core = ctrace
@@ -41,7 +41,7 @@ class Test:
 
 
 class Covering:
-    """The map of a checkout: made once per content, in a folder of `cache`. `words` go to pytest."""
+    """The map of a checkout, made once per content in a subfolder of `cache`. `words` go to pytest."""
 
     def __init__(self, folder: Path, cache: Path, words: Sequence[str], workers: int) -> None:
         self.store = cache / fingerprint(folder, *words)
@@ -61,19 +61,19 @@ class Covering:
         sources = "\n    ".join(str(self.root / name) for name in SOURCES)
         settings.write_text(_SETTINGS.format(parts=parts, sources=sources, variable=CONTEXT_VARIABLE), encoding="utf-8")
         print(f"Mapping lines to tests, once for this content: {self.store}", flush=True)
-        # Tests have their own limits of time, which must not fall to what coverage costs.
+        # Coverage makes tests slower, so their time limits are raised.
         words = ["-o", "timeout=3600", *words]
         told = {"COVERAGE_PROCESS_START": str(settings), CONTEXT_VARIABLE: ""}
         passed, failed = _outcomes(run_pytest(self.root, words, workers=workers, show=True, **told))
         if not passed:
             raise SystemExit(f"no test passed in {self.root}")
         if failed:
-            # Some look at tracing, or at what a process prints.
-            print(f"{len(failed)} failed under coverage, and are tried without it", flush=True)
+            # Some tests depend on tracing, or on the output of a process.
+            print(f"{len(failed)} tests failed under coverage; running them without it", flush=True)
             again, still = _outcomes(run_pytest(self.root, sorted(failed), show=True))
             passed |= again
             for name in sorted(still):
-                print(f"left out, it fails without a mutation: {name}", flush=True)
+                print(f"left out, as it fails without a mutation: {name}", flush=True)
         combined = coverage.Coverage(data_file=str(self.store / "coverage"), config_file=False)
         combined.combine([str(parts)])
         combined.save()
@@ -81,7 +81,7 @@ class Covering:
         (self.store / "tests.json").write_text(tests, encoding="utf-8")
 
     def tests_of(self, file: str, lines: range, more: Iterable[str] = ()) -> list[Test]:
-        """The tests that execute these lines, and those whose ids begin with one of `more`; the likeliest first."""
+        """The tests that execute these lines or whose ids begin with one of `more`, the most likely to fail first."""
         names = self._contexts(file, lines) if file.endswith(".py") else set()
         fixtures = [name.removeprefix(FIXTURE).split(" ", 1) for name in names if name.startswith(FIXTURE)]
         found = [
@@ -119,10 +119,10 @@ def _outcomes(run: Run) -> tuple[dict[str, Test], set[str]]:
 
 
 def _executed(source: str, lines: range) -> list[set[int]]:
-    """Lines whose tests are those of `lines`: their statements, or else the function around them.
+    """Sets of lines whose tests count for `lines`: their statements, or else the function around them.
 
-    Nothing for what runs on import, or once for a cache: its first test is a coincidence, and all tests of the file
-    depend on it.
+    The list is empty for code that runs on import, or once for a cache. Which test runs it first is a coincidence, and
+    all tests of the file depend on it.
     """
     around = [
         node

@@ -1,4 +1,4 @@
-"""One mutation: a defect that a user would notice, as a replacement of text in one file."""
+"""A mutation: a defect that a user would notice, written as a replacement of text in one file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class DoesNotApply(Exception):  # noqa: N818 - a verdict, not an error of this program
-    """The text to replace is not there, or not once."""
+    """The text to replace does not occur exactly once."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class Mutation:
     """A defect to plant.
 
     Attributes:
-        name: unique, beginning with the part of the project.
-        file: path from the checkout's root.
-        old: text that occurs exactly once in the file.
-        new: what takes its place.
-        why: what a user would see of it.
-        tests: beginnings of ids of tests to run besides those that execute the line, where coverage cannot see them.
+        name: unique, and begins with the part of the project.
+        file: the path from the checkout's root.
+        old: a text that occurs exactly once in the file.
+        new: its replacement.
+        why: the effect that a user would see.
+        tests: beginnings of test ids, to be run besides the tests that execute the line, if coverage cannot see them.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """What identifies the defect, however it is named or explained."""
+        """A digest that identifies the defect, whatever its name and explanation."""
         return hashlib.sha256(repr((self.file, self.old, self.new, self.tests)).encode()).hexdigest()[:12]
 
     def source(self, root: Path) -> str:
-        """The file as it is in a checkout.
+        """The text of the file in a checkout.
 
         Raises:
             DoesNotApply: it does not hold the text exactly once.
@@ -51,7 +51,7 @@ class Mutation:
         return source
 
     def lines(self, source: str) -> range:
-        """The numbers of the lines that change; of a line that is only added to, the one before."""
+        """The numbers of the lines that change; if lines are only added, the line before them."""
         old, new = self.old.split("\n"), self.new.split("\n")
         shorter = min(len(old), len(new))
         before = next((i for i in range(shorter) if old[i] != new[i]), shorter)

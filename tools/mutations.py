@@ -1,22 +1,21 @@
 """Plant defects in copies of a checkout, and report which suite of tests catches each.
 
     python -m tools.mutations FOLDER                    # all of tools/mutation_list; run it from this project's root
-    python -m tools.mutations FOLDER --only tree- data- # those whose names begin so
-    python -m tools.mutations FOLDER --fast             # with the tests of `make test` alone: a map takes minutes
+    python -m tools.mutations FOLDER --only tree- data- # mutations whose names begin like this
+    python -m tools.mutations FOLDER --fast             # only with the tests of `make test`; the map takes minutes
 
-FOLDER is a checkout of this project, of any age, whose environment is the running interpreter's; it is not touched.
-For each mutation the tests that execute its lines run in a mutated copy, the fast ones (those `make test` runs) first
-and the slow ones if none of them failed, until one fails. The first run of a content maps lines to tests: a whole run
-of both suites under coverage. Every verdict is written when it is there, and is final for this content: an interrupted
-run resumes, and `--again` judges anew.
+FOLDER is a checkout of this project, of any age. It is not changed. Tests use the running interpreter's environment.
+For each mutation, the tests that execute its lines run in a mutated copy until one fails: first the fast tests, as in
+`make test`, then the slow ones. The first run for a content maps lines to tests, by running both suites under coverage.
+Every verdict is written at once and is final for this content. An interrupted run resumes; `--again` judges again.
 
     fast, slow      a test of that suite failed or, only with the mutation, hung
-    survived        all tests that execute it passed
-    unfinished      so did those that `--seconds` left time for
-    inapplicable    the text to replace is not in this checkout, or it does not build
+    survived        all tests that execute the lines passed
+    unfinished      all tests passed for which `--seconds` left time
+    inapplicable    the text to replace is not in this checkout, or the mutated extension does not build
     broken          pytest could not run the tests that it ran without the mutation
 
-Exit codes: 0 all were caught; 1 not all; 2 a wrong flag; 130 interrupted.
+Exit codes: 0 if all were caught, 1 if not, 2 for a wrong flag, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -42,27 +41,30 @@ from tools.mutation_list import MUTATIONS
 
 CAUGHT = ("fast", "slow")
 VERDICTS = (*CAUGHT, "survived", "unfinished", "inapplicable", "broken")
-#: Seconds of tests in the first run of pytest, and how much more each next one takes: starting it costs some seconds.
+#: Seconds of tests in the first run of pytest, and the growth of each further run, as every start costs some seconds.
 _FIRST, _GROWTH = 10.0, 4.0
-#: What pytest exits with where a test is not there.
+#: The exit code of pytest if a test does not exist.
 _NOT_FOUND = 4
-#: A run has hung after so many seconds and so many times what its tests took: fixtures are set up again, cores shared.
+#: A run has hung after this many seconds, plus this multiple of its tests' time, as fixtures run again and cores are
+#: shared.
 _HUNG, _TIMES = 120.0, 5.0
 
 
 def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] = MUTATIONS) -> int:
-    """Parse the flags, map, plant, report."""
+    """Parse the flags, map lines to tests, plant the defects, and report."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutations", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a checkout")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations whose names begin so")
-    parser.add_argument("--again", action="store_true", help="also those whose verdicts are there")
-    parser.add_argument("--list", action="store_true", help="list the mutations and end")
-    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="only tests of these files or folders")
-    parser.add_argument("--fast", action="store_true", help="leave the slow tests out, also of the map")
-    parser.add_argument("--workers", type=int, default=2, help="mutations at a time, and processes that map")
-    parser.add_argument("--seconds", type=float, default=900.0, help="for one mutation")
-    parser.add_argument("--out", type=Path, help="the verdicts, lines of JSON; by default beside the map")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "nextquill-mutations", help="of maps")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations whose names begin like this")
+    parser.add_argument("--again", action="store_true", help="also judge mutations that have a verdict")
+    parser.add_argument("--list", action="store_true", help="list the mutations and stop")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="only tests in these files or folders")
+    parser.add_argument("--fast", action="store_true", help="leave out the slow tests, also in the map")
+    parser.add_argument("--workers", type=int, default=2, help="mutations at a time, and processes for the map")
+    parser.add_argument("--seconds", type=float, default=900.0, help="time limit for one mutation")
+    parser.add_argument("--out", type=Path, help="file of verdicts, JSONL; by default with the map")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "nextquill-mutations", help="folder of maps"
+    )
     options = parser.parse_args(arguments)
     chosen = [each for each in mutations if not options.only or each.name.startswith(tuple(options.only))]
     if not chosen:
@@ -120,7 +122,7 @@ def _judge_all(todo: Sequence[Mutation], covering: Covering, workers: int, secon
 
 
 def _judge(mutation: Mutation, covering: Covering, root: Path, seconds: float) -> dict[str, Any]:
-    """The verdict of one mutation in its copy, which is as before afterwards."""
+    """Judge one mutation in its copy, which is restored afterwards."""
     try:
         source = mutation.source(root)
     except DoesNotApply as error:
@@ -158,7 +160,7 @@ def _run(tests: Sequence[Test], root: Path, end: float) -> dict[str, Any]:
 
 
 def _chunks(tests: Sequence[Test]) -> Iterator[tuple[str, list[Test]]]:
-    """Runs of pytest: the fast tests, then the slow ones, in few that grow."""
+    """Divide the tests into runs of pytest: fast tests, then slow ones, in a few runs of growing length."""
     for suite in CAUGHT:
         chunk: list[Test] = []
         room = budget = _FIRST

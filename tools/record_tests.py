@@ -1,8 +1,8 @@
-"""A pytest plugin: reports every test as a line of JSON, and tells coverage which test is running.
+"""A pytest plugin that reports every test as a line of JSON, and tells coverage which test is running.
 
-It is loaded by name (`-p record_tests`) into the pytest of any checkout, so it imports nothing of this one. Coverage,
-where it runs, was started by its own `.pth` file, in pytest's workers and in the processes that tests start too: those
-take the test's name from `CONTEXT_VARIABLE`.
+It is loaded by name (`-p record_tests`) into the pytest of any checkout, so it imports nothing from this one. Coverage
+starts by its own `.pth` file, also in pytest's workers and in processes that tests start. These processes take the
+test's name from `CONTEXT_VARIABLE`.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def _switch(name: str) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """What runs now belongs to this test."""
+    """Assign the lines that run now to this test."""
     with _context(item.nodeid):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_fixture_setup(fixturedef: Any, request: Any) -> Iterator[None]:
-    """What a fixture of several tests runs belongs to all of them."""
+    """Assign the lines of a fixture shared by several tests to all of them."""
     if fixturedef.scope == "function":
         return (yield)
-    # It is set up once, for whichever test comes first.
+    # It is set up only once, for the first test that needs it.
     with _context(f"{FIXTURE}{fixturedef.argname} {request.node.nodeid}"):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Add what the map needs to know of a test."""
+    """Add the data on a test that the map needs."""
     report = yield
     report.fixtures = list(getattr(item, "fixturenames", ()))
     report.is_slow = item.get_closest_marker("slow") is not None
@@ -66,7 +66,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Write a report, once: a worker's comes to its controller as well."""
+    """Write each report once, as a worker's report also reaches its controller."""
     if "PYTEST_XDIST_WORKER" in os.environ or REPORT_VARIABLE not in os.environ:
         return
     found = {name: getattr(report, name) for name in ("nodeid", "when", "outcome", "duration")}

@@ -1,7 +1,7 @@
 """Apple's cut-cross-entropy with its gradient filter off.
 
-The filter drops small soft-max entries. The effect's soft-max, of z1 - z0, is close to uniform, so all of its entries
-are small, and filtering them is no rounding but a wrong gradient. Versions differ in how it is switched off.
+The filter drops small soft-max entries. The effect's soft-max, of z1 - z0, is close to uniform, so all its entries are
+small, and dropping them gives a wrong gradient. Versions switch it off in different ways.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _fused(
 
 
 def _exact(parameters: Any) -> dict[str, Any]:
-    """25.1.1 has a threshold only; later versions have named presets, and refuse a preset's option beside it."""
+    """Options without filter: a threshold in 25.1.1, a preset in later versions, which refuse a threshold with it."""
     return {"impl": "cce_exact"} if "accum_e_fp32" in parameters else {"impl": "cce", "filter_eps": None}
 
 

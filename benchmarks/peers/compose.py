@@ -1,11 +1,12 @@
-"""The paper's losses from a fused cross-entropy that knows one stream only.
+"""Composes the papers' losses from a fused cross-entropy for one stream.
 
-Three calls: per-token nll's of both streams (the second without gradient, it only enters the weights), and the mean of
-the effect's on h1 - h0, which stands for the difference of the logits because (h1 - h0) Wᵀ = z1 - z0. That identity
+There are three calls: the per-token NLLs of both streams, the second without gradient because it only enters the
+weights, and the mean NLL of the effect on h1 - h0. The last one works because (h1 - h0) Wᵀ = z1 - z0. That identity
 fails for a soft-capped head. It also fails for a detached counterfactual with a trainable head: W's gradient through
-the effect is then dzᵀ h1, and a call on h1 - h0 gives dzᵀ (h1 - h0).
+the effect is then dzᵀ h1, but a call on h1 - h0 gives dzᵀ (h1 - h0).
 
-Per-token nll's come with recomputed logits in the peers' backward: 8U / 6U for NextQuill, 5U / 4U for PerCE.
+For per-token NLLs, the peers recompute logits in their backward: 8U instead of 6U for NextQuill, 5U instead of 4U for
+PerCE.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def compose(fused: FusedCrossEntropy) -> dict[str, Loss]:
 
     def nextquill(x: Inputs, **options: Any) -> Tensor:
         nll_c = constant_nll(x.h0, x, **options)
-        # One mean over all tokens is the mean of the sequences' means: they are equally long.
+        # The mean over all tokens equals the mean over sequences, as they are equally long.
         effect = fused(x.h1 - x.h0, x.weight, x.labels, None, "mean", **options).float()
         return nextquill_objective(token_nll(x.h1, x, **options), nll_c, effect, x.ids)
 
@@ -68,8 +69,10 @@ def compose(fused: FusedCrossEntropy) -> dict[str, Loss]:
 
 
 def mean_gradients(least_weight_bytes: int, task: Task, inputs: Inputs) -> dict[str, int]:
-    """What the forward keeps of a peer that finishes the gradients of a "mean" there, and of no "none": those of one
-    stream (or the effect's) in its dtype, and dW in W's dtype or one of `least_weight_bytes`, the wider.
+    """The gradients that the forward of a peer keeps, if it finishes them for "mean" only.
+
+    These are the gradient of one stream, or of the effect, in its dtype, and dW in W's dtype or in one with
+    `least_weight_bytes`, whichever is wider.
     """
     if task.mode != TRAINING or task.loss not in _WITH_MEAN:
         return {}
@@ -80,7 +83,7 @@ def mean_gradients(least_weight_bytes: int, task: Task, inputs: Inputs) -> dict[
 
 
 def unsupported(task: Task, inputs: Inputs, softcap: bool = True) -> str | None:
-    """Why a composition cannot express a task, or None; `softcap` is whether the peer knows one."""
+    """Why a composition cannot express a task, or None; `softcap` says whether the peer supports one."""
     if inputs.softcap is not None and not softcap:
         return "has no softcap"
     if inputs.softcap is not None and task.loss in _WITH_EFFECT:

@@ -1,9 +1,9 @@
-"""Liger-Kernel's fused linear cross-entropy: the composition that its users write, with dW accumulated in float32.
+"""Liger-Kernel's fused linear cross-entropy, composed as its users do, with dW accumulated in float32.
 
-`reduction="none"` keeps no gradients and recomputes the logits in its backward, where the per-token gradients are
-known; `"mean"` finishes them in its forward. `chunk_mem_const` bounds the transient logits by that multiple of the
-hidden states' size: at 1, a vocabulary of 151936 over D = 4096 is cut into 32 chunks of 256 rows, so larger ones are
-tried and the fastest is kept.
+`reduction="none"` keeps no gradients. It recomputes the logits in its backward, when the per-token gradients are
+known. `"mean"` finishes the gradients in its forward. `chunk_mem_const` limits the transient logits to a multiple of
+the hidden states' size. With 1, a vocabulary of 151936 at D = 4096 needs 32 chunks of 256 rows, so larger values are
+tried too, and the fastest is used.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def _token_nll(x: Inputs, impl: str) -> tuple[Tensor, ...]:
 
 @lru_cache
 def missing(impl: str, device: torch.device) -> str | None:
-    """Why an implementation cannot run on a device: what it says itself on one row."""
+    """Why an implementation cannot run on a device: its own error on one row, or None."""
     if impl == "triton" and device.type != "cuda":
-        return "needs a GPU"  # Triton's interpreter would answer, thousands of times slower
+        return "needs a GPU"  # Triton's interpreter would work, but thousands of times slower
     if impl == "native" and device.type != "cpu":
         return "runs on a CPU"
     one, label = torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -50,13 +50,13 @@ def missing(impl: str, device: torch.device) -> str | None:
         nq.linear_token_nll(one, torch.zeros(64, 64, device=device), label, impl=impl)
     except BackendUnavailableError as error:
         return str(error)
-    except Exception:  # noqa: BLE001 - it is there and fails, which the gate reports as the failure that it is
+    except Exception:  # noqa: BLE001 - it can run but fails, which the gate reports
         return None
     return None
 
 
 def forward_gradients(task: Task, inputs: Inputs) -> dict[str, int]:
-    """Every gradient is finished in the forward: the hidden states' in their dtype, dW in float32."""
+    """All gradients, as the forward finishes them: for hidden states in their dtype, for W in float32."""
     sizes = {name: tensor.element_size() for name, tensor in inputs.wanted.items()}
     if "weight" in sizes:
         sizes["weight"] = max(4, sizes["weight"])

@@ -1,8 +1,8 @@
-"""Plain PyTorch: what one writes today, over full [N, V] logits with ordinary autograd.
+"""Plain PyTorch: the usual code, over full [N, V] logits with ordinary autograd.
 
-The product runs in the inputs' dtype, as in the published code, and its result becomes float32; float64 inputs stay
-float64, which makes these functions the gate's truth. The published code takes p from a second soft-max over the
-vocabulary; exp(-nll) is the same number without that pass, so the baseline here is the faster one.
+The product runs in the inputs' dtype, as in the published code, and its result becomes float32. float64 inputs stay
+float64, so these functions are also the gate's truth. The published code takes p from a second soft-max over the
+vocabulary. exp(-nll) is the same number without that pass, so the baseline here is faster than the published code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def nextquill_plain(
 
 
 def nextquill_objective(nll_f: Tensor, nll_c: Tensor, effect: Tensor, ids: Tensor) -> Tensor:
-    """From the nll's per token [N] and the mean effect nll per sequence, or over sequences of equal length."""
+    """The objective from the NLLs per token [N] and the mean effect NLL, per sequence or over equal lengths."""
     omega = torch.where((-nll_f.detach()).exp() - (-nll_c.detach()).exp() > 0.05, 0.9, 0.1).to(nll_f.dtype)
     return (mean_over(omega * nll_f, ids) / mean_over(omega, ids)).mean() + 0.1 * effect.mean()
 
@@ -56,7 +56,7 @@ def perce_plain(
 
 
 def perce_objective(nll_f: Tensor, nll_c: Tensor, ids: Tensor) -> Tensor:
-    """From the nll's per token [N]."""
+    """The objective from the NLLs per token [N]."""
     return mean_over((nll_c.detach() - nll_f.detach()).clamp(0.8, 5.0) * nll_f, ids).mean()
 
 
@@ -68,14 +68,14 @@ def sft_plain(h1: Tensor, weight: Tensor, labels: Tensor, ids: Tensor, softcap: 
 def pair_nll_plain(
     h1: Tensor, h0: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The nll's of the label with history, without it, and under the difference of the logits."""
+    """The label's NLLs with history, without history, and under the difference of the logits."""
     z1, z0 = logits(h1, weight, softcap), logits(h0, weight, softcap)
     first, second, third = (cross_entropy(z, labels, reduction="none") for z in (z1, z0, z1 - z0))
     return first, second, third
 
 
 def mean_over(values: Tensor, ids: Tensor) -> Tensor:
-    """Mean of each sequence; ids are 0 … S-1."""
+    """The mean of each sequence; ids are 0 … S-1."""
     count = int(ids.max()) + 1
     ones = torch.ones_like(values)
     return values.new_zeros(count).index_add(0, ids, values) / values.new_zeros(count).index_add(0, ids, ones)

@@ -1,4 +1,4 @@
-"""torch.nn.functional.linear_cross_entropy (torch 2.13 and later), chunked, with its own choice of chunks."""
+"""torch.nn.functional.linear_cross_entropy (torch 2.13 and later) in chunks, whose size it chooses itself."""
 
 from __future__ import annotations
 

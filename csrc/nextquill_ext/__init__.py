@@ -1,10 +1,10 @@
 """Native CPU kernels for nextquill: label statistics and gradients of chunks of logits, through DLPack.
 
 The four kernels take float32 tensors on the CPU, or their DLPack capsules, and write into the tensors they are given.
-`nextquill.ops.chunk_native` is their caller and documents what they compute.
+`nextquill.ops.chunk_native` calls them and documents their results.
 
-`NEXTQUILL_ISA` in the environment (one of `available_isas()`), read once on import, or `set_isa` fixes the instruction
-set; otherwise the best that the machine has is used.
+The best instruction set of the machine is used. `NEXTQUILL_ISA` in the environment, which is read once on import, or
+`set_isa` chooses another one of `available_isas()`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nextquill_ext._core import (
 
 __version__ = "0.1.0"
 
-# Raised when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
+# Goes up when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
 INTERFACE_VERSION = 3
 
 __all__ = [

@@ -1,16 +1,16 @@
-"""The compiled part. A tensor is anything with `__dlpack__`, or a DLPack capsule, on the CPU."""
+"""The compiled part. A tensor is an object with `__dlpack__`, or a DLPack capsule, on the CPU."""
 
 from typing import Any, TypeAlias
 
 _Tensor: TypeAlias = Any
 
 def token_stats(logits: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1) -> None:
-    """Write max, the sum of exp(z - max), and nll of float32 [n, V] into the rows of `out` [3, n]."""
+    """Write the max, the sum of exp(z - max), and the NLL of float32 [n, V] into the rows of `out` [3, n]."""
 
 def pair_stats(
     logits_factual: _Tensor, logits_counterfactual: _Tensor, labels: _Tensor, out: _Tensor, threads: int = 1
 ) -> None:
-    """Write max, sum, nll of z1, of z0, of z1 - z0 into `out` [9, n]; with [11, n] also KL(p1 || p0), entropy of p1."""
+    """Write max, sum and NLL of z1, z0 and z1 - z0 into `out` [9, n]; [11, n] adds KL(p1 || p0) and p1's entropy."""
 
 def token_grad_(
     logits: _Tensor,
@@ -21,7 +21,7 @@ def token_grad_(
     logit_scale: float,
     threads: int = 1,
 ) -> None:
-    """Overwrite z with the gradient of grad_nll · nll before cap and scale."""
+    """Replace z by the gradient of grad_nll · nll with respect to the logits before cap and scale."""
 
 def pair_grad_(
     logits_factual: _Tensor,
@@ -36,16 +36,16 @@ def pair_grad_(
     detach_counterfactual: bool = False,
     threads: int = 1,
 ) -> None:
-    """Overwrite z1, z0 with the gradients of the three nll before cap and scale."""
+    """Replace z1 and z0 by the gradients of the three NLLs with respect to the logits before cap and scale."""
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets this machine can run, best first."""
+    """The instruction sets that this machine can run, best first."""
 
 def current_isa() -> str:
     """The instruction set in use."""
 
 def set_isa(name: str) -> None:
-    """Use this instruction set from now on; ValueError if the machine cannot."""
+    """Use this instruction set from now on; ValueError if this machine cannot run it."""
 
 def use_openmp(path: str) -> bool:
-    """Share the threads of the OpenMP runtime loaded from `path`; False if none is, or it has no GOMP_parallel."""
+    """Use the threads of the OpenMP runtime loaded from `path`; False if none is loaded or it lacks GOMP_parallel."""

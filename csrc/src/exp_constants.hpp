@@ -1,14 +1,15 @@
 // Coefficients of the vectorised exponentials.
 //
-// 2^r = 1 + r·q(r) on |r| <= 1/2, a minimax fit of the relative error; 1 is exact, so that exp(0) = 1. The same
-// polynomial in r·ln 2 serves where there is no fused multiply-add. There are two of each:
+// 2^r = 1 + r·q(r) on |r| <= 1/2 is a minimax fit of the relative error. The 1 is exact, so that exp(0) = 1. Without a
+// fused multiply-add, the same polynomial is used in r·ln 2. There are two of each:
 //
-// - kPrecise, for gradients: six coefficients, error 2.0e-9, so that the result is within 2 units in the last place.
-// - kSum, for sums of terms up to 1: five, error 9.1e-8 of either sign. Arguments above 0 may give anything.
+// - kPrecise, for gradients, has six coefficients and an error of 2.0e-9, so results are within 2 units in the last
+//   place.
+// - kSum, for sums of terms up to 1, has five coefficients and an error of 9.1e-8 of either sign. Results for arguments
+//   above 0 are undefined.
 //
-// One exponential is a chain of some 13 dependent operations. Compilers leave them in the order written and a core
-// looks ahead by a few chains only, so each `exp` takes several vectors through the chain together: NQ_EACH is its
-// loop.
+// One exponential is a chain of some 13 dependent operations. Compilers keep their order, and a core looks ahead by
+// only a few chains. So each `exp` takes several vectors through the chain together, in the loop NQ_EACH.
 #pragma once
 
 #define NQ_INLINE inline __attribute__((always_inline))
@@ -28,14 +29,14 @@ constexpr float kExpPoly[2][6] = {
     {0x1.fffff6p-1f, 0x1.fffdc6p-2f, 0x1.555a6ap-3f, 0x1.573a54p-5f, 0x1.0fa832p-7f}};
 
 constexpr float kLog2E = 0x1.715476p+0f;
-constexpr float kLog2ELow = 0x1.4ae0c0p-26f;  // log2(e) - kLog2E; in sums not worth its 1.3e-8·|x|
-// ln 2 in two parts; the first has nine bits, so its product with an exponent is exact.
+constexpr float kLog2ELow = 0x1.4ae0c0p-26f;  // log2(e) - kLog2E; left out in sums, where it adds only 1.3e-8·|x|
+// ln 2 in two parts. The first has nine bits, so that its product with an exponent is exact.
 constexpr float kLn2High = 0x1.63p-1f;
 constexpr float kLn2Low = -0x1.bd0106p-13f;
 
 constexpr float kRounding = 0x1.8p23f;  // adding this leaves the nearest integer in the low bits of the sum
-constexpr float kLowest = -87.33654f;   // exp of less is flushed to zero, the smallest normal number being 1.2e-38
-constexpr float kHighest = 89.0f;       // exp of more is infinite
+constexpr float kLowest = -87.33654f;   // below, exp is set to 0, as the smallest normal number is 1.2e-38
+constexpr float kHighest = 89.0f;       // above, exp is infinite
 
 }  // namespace
 }  // namespace nextquill

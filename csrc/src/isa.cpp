@@ -9,7 +9,7 @@ namespace {
 std::vector<const KernelTable*> detect() {
     std::vector<const KernelTable*> found;
 #ifdef NEXTQUILL_X86_64
-    // These ask the operating system too, which has to save the wider registers.
+    // These functions also ask the operating system, which has to save the wider registers.
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f")) found.push_back(&kAvx512Kernels);

@@ -1,4 +1,4 @@
-// Which level of the kernels this process uses.
+// The instruction-set level of the kernels that this process uses.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace nextquill {
 
-// The levels this machine can run, best first.
+// The levels that this machine can run, best first.
 const std::vector<const KernelTable*>& available_kernels();
 
 // The level in use: the best one, unless `use_kernels` chose another.
 const KernelTable& current_kernels();
 
-// Throws std::invalid_argument if this machine cannot run the level or there is none of that name.
+// Throws std::invalid_argument if the name is unknown or this machine cannot run the level.
 void use_kernels(const std::string& name);
 
 }  // namespace nextquill

@@ -1,14 +1,15 @@
-// What the instruction-set levels share: the arguments of a call and the table of functions that a level offers.
+// The arguments of a call and the table of functions, which all instruction-set levels share.
 //
-// Plain structs and C headers only. The files behind a table are compiled with instructions that the machine may lack;
-// an inline function of the standard library, compiled there, could be the copy that the linker keeps for everyone.
+// Only plain structs and C headers belong here. The files behind a table are compiled with instructions that the
+// machine may lack. If one of them compiled an inline function of the standard library, the linker could keep that copy
+// for all callers.
 #pragma once
 
 #include <stdint.h>
 
 namespace nextquill {
 
-// One or two dimensions of a tensor that somebody else owns; strides in elements.
+// A view of one or two dimensions of a tensor; strides count elements.
 template <class T>
 struct Strided {
     T* data;
@@ -19,7 +20,7 @@ struct Strided {
     T& at(int64_t row, int64_t i) const { return data[row * row_stride + i * stride]; }
 };
 
-// Rows [n, V] of logits; the elements of a row lie next to each other.
+// Rows [n, V] of logits; the elements of a row are contiguous.
 struct Rows {
     float* data;
     int64_t row_stride;
@@ -27,8 +28,8 @@ struct Rows {
     float* row(int64_t i) const { return data + i * row_stride; }
 };
 
-// The statistics of a row are its largest logit, the sum of exp(z - max), and the nll. With them p = exp(z - max) / sum;
-// a logsumexp in float32 would be off by 2^-25 of itself, which at |z| = 1e4 is 5e-4 of every probability.
+// The statistics of a row are its largest logit, the sum of exp(z - max), and the NLL. So p = exp(z - max) / sum. A
+// logsumexp in float32 would have a relative error of 2^-25, which at |z| = 1e4 changes every probability by 5e-4.
 
 struct TokenStatsArgs {
     Rows logits;
@@ -49,8 +50,8 @@ struct TokenGradArgs {
     Rows logits;
     int64_t vocabulary;
     Strided<const int64_t> labels;
-    Strided<const float> stats, grad_nll;  // `stats` as token_stats wrote them
-    double softcap;  // 0: none
+    Strided<const float> stats, grad_nll;  // `stats` are written by token_stats
+    double softcap;  // 0 for none
     double logit_scale;
 };
 
@@ -58,15 +59,15 @@ struct PairGradArgs {
     Rows factual, counterfactual;
     int64_t vocabulary;
     Strided<const int64_t> labels;
-    Strided<const float> stats;  // as pair_stats wrote them
-    Strided<const float> grad_factual, grad_counterfactual, grad_effect;  // grad_counterfactual.data: null for zero
-    double softcap;  // 0: none
+    Strided<const float> stats;  // written by pair_stats
+    Strided<const float> grad_factual, grad_counterfactual, grad_effect;  // grad_counterfactual.data is null for zero
+    double softcap;  // 0 for none
     double logit_scale;
     bool detach_counterfactual;
 };
 
-// Each function works on rows [begin, end). A row is computed from its start to its end by one call, so how the rows
-// are shared among threads cannot be seen in the result.
+// Each function works on rows [begin, end). One call computes a row from start to end, so the result does not depend on
+// the division of rows among threads.
 struct KernelTable {
     const char* name;
     void (*token_stats)(const TokenStatsArgs&, int64_t begin, int64_t end);

@@ -36,7 +36,7 @@ struct Vec {
         constexpr int kTop = kCoefficients[kPrecision] - 1;
         Reg n[K], r[K], q[K], kept[K];
         NQ_EACH {
-            kept[k] = _mm256_cmp_ps(x[k], set1(kLowest), _CMP_NLT_UQ);  // holds for NaN
+            kept[k] = _mm256_cmp_ps(x[k], set1(kLowest), _CMP_NLT_UQ);  // true for NaN
             if (kPrecision == kPrecise) x[k] = _mm256_min_ps(set1(kHighest), x[k]);
         }
         NQ_EACH n[k] = fma(x[k], set1(kLog2E), set1(kRounding));

@@ -33,7 +33,7 @@ struct Vec {
         Reg n[K], r[K], q[K];
         __mmask16 kept[K];
         NQ_EACH {
-            // "Not less than" holds for NaN, which thus stays; what is flushed to zero may have any q.
+            // "Not less than" is true for NaN, so NaN is kept. Where the result is set to 0, q may be anything.
             kept[k] = _mm512_cmp_ps_mask(x[k], set1(kLowest), _CMP_NLT_UQ);
             if (kPrecision == kPrecise) x[k] = _mm512_min_ps(set1(kHighest), x[k]);
         }

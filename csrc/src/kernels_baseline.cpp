@@ -1,5 +1,5 @@
-// The kernels without machine-specific instructions, in GCC's and Clang's vector extension: SSE2 on x86-64, NEON on
-// aarch64, plain scalar code where there are no vectors.
+// The kernels in GCC's and Clang's portable vectors: SSE2 on x86-64, NEON on aarch64, and scalar code on machines
+// without vectors.
 #include <stdint.h>
 #include <string.h>
 
@@ -46,7 +46,7 @@ struct Vec {
         Reg n[K], r[K], q[K];
         Bits kept[K];
         NQ_EACH {
-            kept[k] = ~(x[k] < set1(kLowest));  // holds for NaN
+            kept[k] = ~(x[k] < set1(kLowest));  // true for NaN
             if (kPrecision == kPrecise) x[k] = x[k] > set1(kHighest) ? set1(kHighest) : x[k];
         }
         NQ_EACH n[k] = x[k] * set1(kLog2E) + set1(kRounding);
@@ -61,10 +61,6 @@ struct Vec {
         }
     }
 
-private:
-    static Reg select(Bits mask, Reg yes, Reg no) {
-        return reinterpret_cast<Reg>((mask & reinterpret_cast<Bits>(yes)) | (~mask & reinterpret_cast<Bits>(no)));
-    }
 };
 
 }  // namespace

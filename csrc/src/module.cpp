@@ -1,4 +1,4 @@
-// The Python module: checks the tensors of a call, lets go of the GIL, and shares the rows among threads.
+// The Python module: checks the tensors of a call, releases the GIL, and shares the rows among threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -48,7 +48,7 @@ std::string dtype_of(const Array& array) {
     throw nb::value_error((std::string(name) + ": expected " + expected + ", got " + got).c_str());
 }
 
-// `object` as a CPU tensor of the element type T; what else it has to be is checked by the callers below.
+// Returns `object` as a CPU tensor with elements of type T. The callers below check the shape.
 template <class T>
 Array import(const char* name, nb::handle object) {
     Array array;
@@ -61,10 +61,10 @@ Array import(const char* name, nb::handle object) {
     return array;
 }
 
-// A call's tensors. They are released when this is destroyed, which needs the GIL.
+// The tensors of a call. The destructor releases them, so it needs the GIL.
 class Tensors {
 public:
-    // [n, V] with adjacent elements; the first one sets the shape of the call.
+    // A tensor [n, V] whose rows are contiguous. The first one sets the shape of the call.
     Rows rows(const char* name, nb::handle object, bool written) {
         const Array& array = keep(import<float>(name, object));
         if (array.ndim() != 2) bad_value(name, "[n, V]", shape_of(array));
@@ -81,7 +81,7 @@ public:
         return {static_cast<float*>(array.data()), array.stride(0)};
     }
 
-    // int64 [n], every one of them in [0, V).
+    // An int64 tensor [n] with all values in [0, V).
     Strided<const int64_t> labels(nb::handle object) {
         const Array& array = vector("labels", import<int64_t>("labels", object));
         const Strided<const int64_t> labels{static_cast<const int64_t*>(array.data()), 0, array.stride(0)};
@@ -97,7 +97,7 @@ public:
         return {static_cast<const float*>(array.data()), 0, array.stride(0)};
     }
 
-    // [count, n] for one of the two counts.
+    // A tensor [height, n] with one of the two heights.
     Strided<float> per_row(const char* name, nb::handle object, int64_t height, int64_t other_height = -1) {
         const Array& array = keep(import<float>(name, object));
         if (!has_shape(array, height, count_) && !has_shape(array, other_height, count_))

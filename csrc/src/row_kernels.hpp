@@ -1,12 +1,12 @@
-// The four chunk kernels, once, in terms of a vector type `Vec` that the including file defines before.
+// The four chunk kernels, written once for a vector type `Vec`, which the including file defines first.
 //
-// `Vec` offers: Reg, kLanes, load, store, load_tail (lanes past the tail are filled), store_tail, keep_tail, set1, add,
-// sub, mul, max, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab, and exp<precision> of K vectors in place. Everything
-// here has internal linkage, see kernels.hpp.
+// `Vec` offers Reg, kLanes, load, store, load_tail (lanes past the tail are filled), store_tail, keep_tail, set1, add,
+// sub, mul, max, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab, and exp<precision> for K vectors in place. Everything
+// here has internal linkage, for the reason in kernels.hpp.
 //
-// Statistics read memory once. A row is cut into blocks that fit the L1 cache; a block's maximum is found first, then
-// its exponentials are summed relative to the largest logit so far, while the next block is prefetched. Within a block
-// a lane adds up 16 (AVX-512) to 128 (baseline) terms in float32, which costs about 1e-7; blocks are added in double.
+// Statistics read memory once. A row is cut into blocks that fit the L1 cache. The kernel finds a block's maximum, then
+// sums its exponentials relative to the largest logit so far, while the next block is prefetched. Within a block, a
+// lane adds 16 (AVX-512) to 128 (baseline) terms in float32, with an error of about 1e-7. Blocks are added in double.
 #pragma once
 
 #include <float.h>
@@ -21,8 +21,8 @@ namespace {
 
 using Reg = Vec::Reg;
 constexpr int64_t kLanes = Vec::kLanes;
-constexpr int64_t kBlock = 1024;  // 4 KiB a stream
-constexpr int64_t kAhead = 512;   // how far the gradients prefetch: 2 KiB
+constexpr int64_t kBlock = 1024;  // 4 KiB per stream
+constexpr int64_t kAhead = 512;   // the gradients prefetch 2 KiB ahead
 constexpr float kInfinity = __builtin_inff();
 
 NQ_INLINE void prefetch(const float* address) { __builtin_prefetch(address); }
@@ -35,8 +35,8 @@ NQ_INLINE float horizontal_max(Reg x) {
     return lanes[0];
 }
 
-// The largest of `count` numbers, whole vectors of them, and of `last`. Several at a time, for each maximum waits for
-// the one before.
+// The largest of `last` and `count` numbers, which fill whole vectors. Several maxima run side by side, because each
+// step of one waits for the step before.
 NQ_INLINE float block_max(const float* z, int64_t count, Reg last) {
     constexpr int K = 4;
     Reg top[K] = {last, last, last, last};
@@ -66,7 +66,7 @@ NQ_INLINE PairMax block_max(const float* z1, const float* z0, int64_t count, Reg
             horizontal_max(Vec::max(top_e[0], top_e[1]))};
 }
 
-// A sum over a row: one double a lane.
+// A sum over a row, with one double per lane.
 struct RowSum {
     double lanes[kLanes] = {};
 
@@ -92,12 +92,12 @@ struct RowSum {
 };
 
 // The sum of exp(z - reference) over a row, where `reference` is the largest logit of the blocks so far. It starts at
-// the lowest finite number, so that a block of -inf gives zeros and no NaN.
+// the lowest finite number, so that a block of -inf gives zeros instead of NaN.
 struct ExpSum {
     float reference = -FLT_MAX;
     RowSum sum;
 
-    // Returns by how much the reference rises; `factor` is what sums relative to the old one are to be multiplied by.
+    // Returns the rise of the reference. Sums relative to the old reference must be multiplied by `factor`.
     NQ_INLINE double rise(float block_max, double* factor) {
         *factor = 1;
         if (!(block_max > reference)) return 0;
@@ -110,7 +110,7 @@ struct ExpSum {
         double factor;
         if (rise(block_max, &factor) != 0) sum.scale(factor);
     }
-    // Writes the three statistics into rows of `out` from `first` on, where z is the label's logit.
+    // Writes the three statistics into the rows of `out` from `first` on; z is the label's logit.
     void write(const Strided<float>& out, int64_t first, int64_t row, float z) const {
         const double total = sum.total();
         out.at(first, row) = reference;
@@ -119,9 +119,9 @@ struct ExpSum {
     }
 };
 
-// How many vectors go through the exponential together.
-constexpr int kTogether = 4;      // tokens: one exponential each
-constexpr int kPairsTogether = 2;  // pairs: three each
+// The number of vectors that go through the exponential together.
+constexpr int kTogether = 4;      // for tokens, one exponential each
+constexpr int kPairsTogether = 2;  // for pairs, three exponentials each
 
 // The sums of exp(z - reference) over a block.
 struct TokenBlock {
@@ -171,8 +171,8 @@ void token_stats(const TokenStatsArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-// The sums over a block of a pair of rows: of the three exponentials, and for KL and entropy of exp(x1)·x1 and
-// exp(x1)·xe where x = z - reference.
+// The sums over a block of a pair of rows: the three exponentials, and, for KL and entropy, exp(x1)·x1 and exp(x1)·xe,
+// where x = z - reference.
 template <bool kDivergence>
 struct PairBlock {
     Reg reference1, reference0, reference_e;
@@ -204,7 +204,7 @@ struct PairBlock {
             sum_e[k] = Vec::add(sum_e[k], x[2 * K + k]);
         }
         if (!kDivergence) return;
-        // 0 · -inf is to be 0: a masked entry contributes nothing.
+        // 0 · -inf must be 0, as a masked entry contributes nothing.
         const Reg lowest = Vec::set1(-FLT_MAX);
         NQ_EACH {
             weighted1[k] = Vec::fma(x[k], Vec::max(lowest, x1[k]), weighted1[k]);
@@ -263,7 +263,7 @@ struct PairSums {
         counterfactual.write(out, 3, row, z0);
         effect.write(out, 6, row, z1 - z0);
         if (!kDivergence) return;
-        // KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], the means over p1.
+        // KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], with expectations under p1.
         const double mass = factual.sum.total(), mass0 = counterfactual.sum.total();
         const double rise = static_cast<double>(effect.reference) - factual.reference + counterfactual.reference;
         out.at(9, row) = static_cast<float>(weighted_e.total() / mass + rise + ::log(mass0 / mass));
@@ -312,20 +312,20 @@ void pair_stats(const PairStatsArgs& args, int64_t begin, int64_t end) {
     (args.with_divergence ? pair_stats_rows<true> : pair_stats_rows<false>)(args, begin, end);
 }
 
-// A row's softmax, from the statistics in rows from `first` on: p = exp(z - max) / sum, and p = exp(-nll) at the label.
+// A row's softmax, from the statistics in rows from `first` on: p = exp(z - max) / sum; at the label, p = exp(-nll).
 struct Softmax {
     float max;
     double sum, nll;
 
     Softmax(const Strided<const float>& stats, int64_t first, int64_t row)
         : max(stats.at(first, row)), sum(stats.at(first + 1, row)), nll(stats.at(first + 2, row)) {}
-    // What exp(z - max) is to be multiplied by for `grad` · p.
+    // The factor that turns exp(z - max) into `grad` · p.
     Reg weight(double grad) const { return Vec::set1(static_cast<float>(grad / sum)); }
-    // p - 1 at the label, exact also where p is near 1.
+    // p - 1 at the label, which stays exact if p is near 1.
     double label_minus_one() const { return ::expm1(-nll); }
 };
 
-// Gradients have no sums, so a label's entry is computed by itself.
+// The entry at the label, which is computed separately.
 struct LabelGrad {
     double softcap, logit_scale;
 
@@ -347,7 +347,7 @@ template <bool kCap>
 struct TokenGrad {
     Reg max, weight, inverse_cap;
 
-    // Overwrites logits with their gradients.
+    // Replaces logits by their gradients.
     template <int K>
     NQ_INLINE void apply(Reg (&z)[K]) const {
         Reg x[K];
@@ -404,7 +404,7 @@ template <bool kCap, Counterfactual kMode>
 struct PairGrad {
     Reg max1, max0, max_e, weight1, weight0, weight_e, inverse_cap;
 
-    // Overwrites both logits with their gradients; a detached z0 stays.
+    // Replaces both logits by their gradients; a detached z0 stays as it is.
     template <int K>
     NQ_INLINE void apply(Reg (&z1)[K], Reg (&z0)[K]) const {
         constexpr int kExps = kMode == Counterfactual::kOwnGrad ? 3 : 2;

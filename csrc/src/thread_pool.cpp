@@ -30,10 +30,10 @@ void work(const Job& job, std::atomic<std::int64_t>& next) {
     }
 }
 
-// Never destroyed: its threads sleep until the process ends.
+// Never destroyed, as its threads sleep until the process ends.
 class Pool {
 public:
-    // False if the threads are at work for somebody else.
+    // Returns false if another call is using the threads.
     bool run(const Job& job, int helpers) {
         std::unique_lock<std::mutex> in_use(in_use_, std::try_to_lock);
         if (!in_use) return false;
@@ -47,7 +47,7 @@ public:
         for (int i = 0; i < std::min(helpers, started_); ++i) wake_.notify_one();
         work(job, next_);
         std::unique_lock<std::mutex> lock(mutex_);
-        seats_ = 0;  // who has not woken yet is no longer needed
+        seats_ = 0;  // a thread that has not woken yet is not needed any more
         idle_.wait(lock, [this] { return working_ == 0; });
         job_ = nullptr;
         return true;
@@ -57,7 +57,7 @@ private:
     void start_threads(int wanted) {
         if (started_ >= wanted) return;
 #ifndef _WIN32
-        // Signals belong to the threads that Python knows.
+        // Only the threads that Python knows may receive signals.
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -65,7 +65,7 @@ private:
         try {
             for (; started_ < wanted; ++started_) std::thread([this] { serve(); }).detach();
         } catch (const std::system_error&) {
-            // No more threads to be had; those that are there do the work.
+            // The system gives no more threads, so the existing ones do the work.
         }
 #ifndef _WIN32
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -98,7 +98,7 @@ private:
 
 std::atomic<Pool*> current_pool{nullptr};
 
-// What GCC compiles `#pragma omp parallel` to; LLVM's and Intel's runtimes have it as well.
+// GCC compiles `#pragma omp parallel` to a call of this function. LLVM's and Intel's runtimes have it as well.
 using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<OpenMPParallel> openmp{nullptr};
 
@@ -113,7 +113,7 @@ void openmp_body(void* argument) {
 }
 
 #ifndef _WIN32
-// A fork copies neither the pool's threads nor OpenMP's, and mutexes perhaps locked: the child leaves both alone.
+// A fork copies neither the pool's nor OpenMP's threads, and may copy locked mutexes. So the child uses neither.
 void forget_threads() {
     current_pool.store(nullptr);
     openmp.store(nullptr);

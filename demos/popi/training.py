@@ -47,10 +47,10 @@ from nextquill.models.tiny_models import ScratchSize
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Roles
-from nextquill.popi.steps import seed_of
 from nextquill.popi.trainer import POPITrainer
 from nextquill.popi.users import Pair, draw
 from nextquill.report.progress import Progress
+from nextquill.storage.fingerprints import seed_of
 
 TEMPLATES = PopiTemplates(
     instruction="what does this person like ?",

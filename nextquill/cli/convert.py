@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, claim_output_file, option
@@ -24,6 +22,7 @@ from nextquill.data.loaders import FORMATS, load
 from nextquill.data.loaders.times import TIME_UNITS
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.storage.atomic_files import written_together
 
 DESCRIPTION = (
     "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
@@ -123,9 +122,9 @@ def run(arguments: Sequence[str]) -> int:
     records = _records(source, form, rows, skipped)
     selector = _selector(output, lambda: _records(source, form, rows, _skipped(rows)))
     failure = None
-    with _whole(notes) as streams:
+    with written_together(notes) as streams:
         if skipped is not None and streams:
-            skipped.on_skip = _Notes(streams["skipped_file"])
+            skipped.on_skip = _Notes(streams[0])
         try:
             shown = bar(records, total=source.limit, desc="Converting", unit=" records")
             summaries = _convert(shown, selector, output, targets)
@@ -147,7 +146,8 @@ def _convert(
 ) -> dict[str, _Summary]:
     """Write each record to its file."""
     summaries = {name: _Summary() for name in targets}
-    with _whole(targets) as streams:
+    with written_together(list(targets.values())) as opened:
+        streams = dict(zip(targets, opened, strict=True))
         for name, record in _parted(records, output):
             chosen = record if selector is None else selector.select(record)
             streams[name].write(_line(chosen))
@@ -243,8 +243,8 @@ def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
 
 def _claimed(
     source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput
-) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The output files by flag, those of records and that of skipped ones; each can be written and is not read."""
+) -> tuple[dict[str, Path], list[Path]]:
+    """The output files of records by flag, and those of skipped records; each can be written and is not read."""
     given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
     paths: dict[str, Path] = {}
     taken_by = {Path(path).resolve(): "--input" for path in source.input}
@@ -257,49 +257,28 @@ def _claimed(
         if taken != f"--{name}":
             raise ArgumentError(f"{name}: expected a file of its own, got {path}, which is that of {taken}")
         paths[name] = path
-    notes = {name: paths.pop(name) for name in ("skipped_file",) if name in paths}
+    notes = [paths.pop(name) for name in ("skipped_file",) if name in paths]
     return paths, notes
-
-
-@contextmanager
-def _whole(paths: Mapping[str, Path]) -> Iterator[Mapping[str, TextIO]]:
-    """Files to write: they get their names when all are complete, and are deleted when anything goes wrong."""
-    temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in paths.items()}
-    try:
-        with ExitStack() as files:
-            streams = {
-                name: files.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-                for name, path in temporary.items()
-            }
-            yield streams
-            for stream in streams.values():
-                stream.flush()
-                os.fsync(stream.fileno())
-        for name, path in temporary.items():
-            os.replace(path, paths[name])
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _skipped(rows: ConvertRows) -> SkippedRecords | None:
     return SkippedRecords(_SHOWN, rows.max_skipped) if rows.skip_bad else None
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+def _line(record: Record) -> bytes:
+    return (json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 class _Notes:
     """Writes each skipped record's error as a line."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def __call__(self, error: RecordError) -> None:
         placed = error if isinstance(error, PlacedError) else None
         note = {name: getattr(placed, name, None) for name in ("where", "field", "kind")}
-        self._stream.write(json.dumps(note | {"message": str(error)}) + "\n")
+        self._stream.write((json.dumps(note | {"message": str(error)}) + "\n").encode())
 
 
 def _print_skipped(skipped: SkippedRecords) -> None:

@@ -1,11 +1,11 @@
-"""From records of users' writing to batches with a factual and a counterfactual branch.
+"""Turns records of users' writing into batches with a factual and a counterfactual branch.
 
     records = load_records("train.jsonl")
     encoder = ExampleEncoder(tokenizer, PromptTemplate(), max_length=2048)
     examples = encoder.encode_all(records)
     batch = TreeCollator()(examples[:8])
 
-Nothing here imports Hugging Face packages: tokenizers and data sets are used by their shape alone.
+No module here imports Hugging Face packages when it is imported; tokenizers and data sets are used by their interface.
 `nextquill.data.loaders` reads public data sets, logs and tables as records.
 """
 

@@ -1,12 +1,14 @@
-"""Checks of arguments that several files here share."""
+"""Checks of arguments, shared by the files of this folder."""
 
 from __future__ import annotations
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raise unless `value` is an integer (no bool) of at least `least`."""
+def check_integer(name: str, value: object, least: int, *, or_none: bool = False) -> None:
+    """Raise unless `value` is an integer, not a bool, and at least `least`, or None if `or_none`."""
+    if value is None and or_none:
+        return
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
     if value < least:
@@ -20,6 +22,6 @@ def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_instance(name: str, value: object, kind: type, expected: str) -> None:
-    """Raise unless `value` is a `kind`; `expected` says in words what that is."""
+    """Raise unless `value` is an instance of `kind`, which `expected` names in words."""
     if not isinstance(value, kind):
         raise ArgumentTypeError(f"{name}: expected {expected}, got {value!r}")

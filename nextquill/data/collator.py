@@ -1,26 +1,26 @@
-"""From encoded examples to what a model runs on and a loss reads, in one of two layouts.
+"""Collates encoded examples into batches that a model runs on and a loss reads, in one of two layouts.
 
     trees    branches merged by common prefix, one row without padding (`TreeCollator`)
     padded   a row per branch, filled on the right (`PaddedCollator`)
 
-Both yield the same *batch*: `{"example_index": int64 [B], "users": int64 [B], "parts": [part, …]}`, where `users` tells
-users apart. A part is computed in one go,
+Both give the same *batch*: `{"example_index": int64 [B], "users": int64 [B], "parts": [part, …]}`. Equal numbers in
+`users` mean the same user. The model computes one part at a time. A part holds
 
     labels          int64 [n]   the supervised tokens of its examples, example by example
-    sequence_ids    int64 [n]   each one's example, as a position in the batch
-    num_labels, num_sequences       how many, and of how many examples
-    num_tokens, num_branch_tokens   tokens that are computed, and tokens of the branches on their own
+    sequence_ids    int64 [n]   the example of each label, as a position in the batch
+    num_labels, num_sequences       the number of labels, and of examples
+    num_tokens, num_branch_tokens   the tokens that are computed, and the tokens of all branches without sharing
     forwards        the forwards of the model, in order; the last one carries the loss and its gradient
-    effects         float32 [2, n]  the labels' stored nll's, where every example has them
+    effects         float32 [2, n]  the stored NLLs of the labels, if every example has them
 
-and a forward holds inputs [rows, T] and, under `rows`, for each branch it runs the n positions, counted over all rows,
-whose hidden states predict the labels; for trees also `layout`, which stays on the host, and `multiplicity`, how many
-branches hold each token. Nothing is ever shifted: at the end of a branch the next row of a tree is another branch's.
+A forward holds inputs [rows, T]. Its `rows` give, for each branch, the n positions, counted over all rows, whose hidden
+states predict the labels. For trees it also holds `layout`, which stays on the host, and `multiplicity`, the number of
+branches that share each token. Nothing is ever shifted: the row after the end of a branch in a tree belongs to another
+branch.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +32,14 @@ from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
+from nextquill.storage.fingerprints import seed_of
 from nextquill.tree import PrefixTree, TreeLayout
 from nextquill.tree.packing import pack_sorted
 from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
-#: No label of a batch; token ids are not negative.
+#: Never a label of a batch, as token ids are not negative.
 IGNORE_INDEX = -100
-#: The branches of each forward; a counterfactual that is a constant has its own, which needs no gradient.
+#: The branches of each forward. A constant counterfactual has its own forward, which needs no gradient.
 Forwards = tuple[tuple[str, ...], ...]
 FACTUAL: Forwards = (("factual",),)
 CONSTANT_COUNTERFACTUAL: Forwards = (("counterfactual",), ("factual",))
@@ -50,9 +51,9 @@ class TreeCollator:
     """Merges the branches of a batch by common prefix.
 
     Args:
-        forwards: the branches of each of a part's forwards.
-        max_tokens: most tokens of the forward that carries the loss, after sharing; a batch that takes more becomes
-            several parts. None puts a batch into one part.
+        forwards: the branches of each forward of a part.
+        max_tokens: the most tokens, after sharing, in the forward that carries the loss. A batch that needs more is
+            split into several parts; None always gives one part.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument has an unusable value.
@@ -63,15 +64,14 @@ class TreeCollator:
 
     def __post_init__(self) -> None:
         _check_forwards(self.forwards)
-        if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens, least=1)
+        check_integer("max_tokens", self.max_tokens, least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """The batch of these examples.
 
         Raises:
-            ArgumentError: no examples, an example without a branch that is asked for, or a branch without a prompt.
-            BudgetError: an example alone takes more than `max_tokens`.
+            ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
+            BudgetError: a single example needs more than `max_tokens`.
         """
         _check_examples(examples, self.forwards)
         count = len(examples)
@@ -96,28 +96,18 @@ class TreeCollator:
         return _part(examples, chosen, forwards)
 
     def empty_part(self) -> dict[str, Any]:
-        """A part without labels, for a rank that has none where others have: one token per forward."""
+        """A part without labels, one token per forward, for a rank that has no part left while others have."""
         zero, one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
-        none = torch.empty(0, dtype=torch.long)
         tree = {"input_ids": zero, "position_ids": zero, "subtree_end": one, "multiplicity": one}
-        forwards = [
-            {
-                **tree,
-                "layout": TreeLayout.of(zero[0], one[0]),
-                "rows": dict.fromkeys(names, none),
-                "num_branch_tokens": 0,
-            }
-            for names in self.forwards
-        ]
-        return _assemble(none, none, 0, forwards)
+        return _empty_part([{**tree, "layout": TreeLayout.of(zero[0], one[0])} for _ in self.forwards], self.forwards)
 
 
 @dataclass
 class PaddedCollator:
-    """Gives every branch a row of its own, padded on the right to the forward's longest.
+    """Gives every branch a row of its own, padded on the right to the longest row of the forward.
 
     Args:
-        pad_token_id: fills `input_ids`; it is never attended and never a label.
+        pad_token_id: fills `input_ids`; it is never attended to and never a label.
         forwards: the branches of each forward.
         pad_to_multiple_of: round each forward's length up to a multiple of this.
 
@@ -133,28 +123,24 @@ class PaddedCollator:
     def __post_init__(self) -> None:
         check_integer("pad_token_id", self.pad_token_id, least=0)
         _check_forwards(self.forwards)
-        if self.pad_to_multiple_of is not None:
-            check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1)
+        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """The batch of these examples, in one part.
 
         Raises:
-            ArgumentError: no examples, an example without a branch that is asked for, or a branch without a prompt.
+            ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
         """
         _check_examples(examples, self.forwards)
         forwards = [self._forward(examples, names) for names in self.forwards]
         return _batch(examples, [_part(examples, range(len(examples)), forwards)])
 
     def empty_part(self) -> dict[str, Any]:
-        """A part without labels, for a rank that has none where others have: one token per forward."""
-        none, ids = torch.empty(0, dtype=torch.long), torch.full((1, 1), self.pad_token_id)
-        forwards = [
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": dict.fromkeys(names, none),
-             "num_branch_tokens": 0}
-            for names in self.forwards
-        ]  # fmt: skip
-        return _assemble(none, none, 0, forwards)
+        """A part without labels, one token per forward, for a rank that has no part left while others have."""
+        ids = torch.full((1, 1), self.pad_token_id)
+        return _empty_part(
+            [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in self.forwards], self.forwards
+        )
 
     def _forward(self, examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
         branches = [branch_of(example, name) for name in names for example in examples]
@@ -172,7 +158,7 @@ class PaddedCollator:
 
 
 def _indices(chosen: Sequence[int], count: int, names: Sequence[str]) -> list[int]:
-    """Where examples' branches stand in a forward's list of branches, which has all of one name together."""
+    """The positions of the chosen examples' branches in a forward's list, which is sorted by branch name first."""
     return [position * count + index for position in range(len(names)) for index in chosen]
 
 
@@ -200,6 +186,15 @@ def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: l
     return {**part, "effects": torch.cat(effects, dim=1)} if len(effects) == len(responses) else part
 
 
+def _empty_part(inputs: Sequence[dict[str, Any]], forwards: Forwards) -> dict[str, Any]:
+    none = torch.empty(0, dtype=torch.long)
+    made = [
+        {**each, "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
+        for each, names in zip(inputs, forwards, strict=True)
+    ]
+    return _assemble(none, none, 0, made)
+
+
 def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "labels": labels,
@@ -215,24 +210,19 @@ def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[d
 def _batch(examples: Sequence[EncodedExample], parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "example_index": torch.tensor([example.index for example in examples], dtype=torch.long),
-        "users": torch.tensor([_user_number(example.user_id) for example in examples], dtype=torch.long),
+        "users": torch.tensor([seed_of(example.user_id) for example in examples], dtype=torch.long),
         "parts": parts,
     }
 
 
-def _user_number(user_id: str) -> int:
-    """63 bits of a hash: the same number on every rank."""
-    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def _predicting(branch: Branch) -> Tensor:
-    """Positions in the branch whose next token is one of the response."""
+    """The positions in the branch that predict a token of the response."""
     first = branch.prompt_length - 1
     return torch.arange(first, first + branch.response_length)
 
 
 def empty_like(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part without labels, of the same forwards and on the same device."""
+    """A part without labels, with the same forwards and on the same device."""
     forwards: Forwards = tuple(tuple(forward["rows"]) for forward in part["forwards"])
     in_trees = "layout" in part["forwards"][-1]
     collator = TreeCollator(forwards) if in_trees else PaddedCollator(0, forwards)
@@ -241,7 +231,7 @@ def empty_like(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """A batch, or a part of one, with its tensors on a device; what attention reads on the host stays there."""
+    """A batch, or a part of one, with its tensors on a device. The layouts of trees stay on the host."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, dict):
@@ -250,7 +240,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def branch_of(example: EncodedExample, name: str) -> Branch:
-    """The named branch of an example, which must have it."""
+    """The branch of an example with this name, which must exist."""
     branch: Branch | None = getattr(example, name)
     assert branch is not None
     return branch

@@ -1,4 +1,4 @@
-"""Encoded examples as what a data loader reads."""
+"""Encoded examples as a data set that a data loader can read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class EncodedDataset(Dataset[EncodedExample]):
     """Encoded examples as a map-style data set.
 
     Args:
-        examples: in the order in which the data set has them.
+        examples: the examples, in the order of the data set.
     """
 
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
@@ -32,15 +32,15 @@ class EncodedDataset(Dataset[EncodedExample]):
 
     @property
     def user_ids(self) -> list[str]:
-        """Whose each example is."""
+        """The user of each example."""
         return [example.user_id for example in self.examples]
 
     @property
     def stats(self) -> EncodingStats:
-        """What encoding kept and dropped."""
+        """Counts of what encoding kept and dropped."""
         return EncodingStats.from_examples(self.examples)
 
     def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
-        """For each example the tokens of its branches of these names, each on its own; a missing branch has none."""
+        """The tokens of each example's branches with these names, counted separately; 0 for a missing branch."""
         branches = ([getattr(example, name) for name in names] for example in self.examples)
         return [sum(b.prompt_length + b.response_length for b in found if b is not None) for found in branches]

@@ -1,7 +1,7 @@
-"""Effects that a model has measured once, kept beside the examples they belong to.
+"""Effects that a model has measured once, stored with the examples they belong to.
 
-`nextquill score` writes a line per record. Training with the effects of a frozen model takes its token weights from
-them, so that no counterfactual pass is made for weights alone.
+`nextquill score` writes one line per record. Training takes its token weights from these lines, and so needs no
+counterfactual pass for the weights alone.
 """
 
 from __future__ import annotations
@@ -15,48 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.data.encoding import EncodedExample
+from nextquill.data.examples import EncodedExample
 from nextquill.data.lines import json_lines
+from nextquill.data.records import unexpected
+from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, RecordError
 
 _FIELDS = ("nll_factual", "nll_counterfactual")
 
 
 def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The examples with the effects that a file of `nextquill score` holds for them.
+    """The examples, with the effects from a file written by `nextquill score`.
 
-    Every example needs a line with its index, user and response tokens. Lines may stand in any order, and lines of
-    other indices are skipped. What the prompt said is not compared: another model may have been given more history.
+    Every example needs a line with its index, user and response tokens. Lines may stand in any order, and lines with
+    other indices are skipped. Prompts are not compared, as another model may have seen more history.
 
     Args:
         path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats.
         examples: encoded examples whose indices differ.
 
     Returns:
-        Copies of the examples, in their order, whose `effects` are set.
+        Copies of the examples, in their order, with their `effects`.
 
     Raises:
-        RecordError: the file cannot be read, a line is malformed or of another example, or an example has none; the
-            message names file, line and field.
+        RecordError: the file cannot be read, a line is malformed or belongs to another example, or an example has no
+            line; the message names file, line and field.
         ArgumentError: two examples have the same index.
     """
     wanted = {example.index: example for example in examples}
     if len(wanted) < len(examples):
-        raise ArgumentError("examples: expected an index of its own for each, got some twice")
+        raise ArgumentError("examples: expected a different index for each, got some index twice")
     found: dict[int, Tensor] = {}
     for where, raw in json_lines(Path(path)):
         if not isinstance(raw, Mapping):
-            raise RecordError(f"{where}: expected an object with named fields, got {type(raw).__name__}")
+            raise PlacedError(where, f"expected an object with named fields, got {type(raw).__name__}")
         index = _field(raw, "index", where, int)
         if index in wanted:
             if index in found:
-                raise RecordError(f"{where}: field 'index': expected each index once, got {index} again")
+                raise PlacedError(where, f"expected each index once, got {index} again", "index")
             found[index] = _effects(raw, wanted[index], where)
     missing = next((example for example in examples if example.index not in found), None)
     if missing is not None:
         raise RecordError(
             f"{os.fspath(path)}: expected a line for every example, got none with index {missing.index} "
-            f"(user {missing.user_id!r}); score the training file whole"
+            f"(user {missing.user_id!r}); score the whole training file"
         )
     return [dataclasses.replace(example, effects=found[example.index]) for example in examples]
 
@@ -64,15 +66,15 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
 def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Tensor:
     user, ids = _field(raw, "user_id", where, str), _field(raw, "token_ids", where, list)
     if user != example.user_id:
-        raise RecordError(
-            f"{where}: field 'user_id': expected {example.user_id!r}, whose example has index {example.index}, "
-            f"got {user!r}; the file was made of other records"
-        )
+        expected = f"{example.user_id!r}, whose example has index {example.index}"
+        raise PlacedError(where, f"expected {expected}, got {user!r}; the file was made from other records", "user_id")
     if ids != example.factual.response_ids:
-        raise RecordError(
-            f"{where}: field 'token_ids': expected the response of example {example.index}, which begins "
-            f"{example.factual.response_ids[:5]} and has {example.factual.response_length} tokens, got {ids[:5]} and "
-            f"{len(ids)}; the file was made of other records or with another tokenizer"
+        raise PlacedError(
+            where,
+            f"expected the response of example {example.index}, which begins {example.factual.response_ids[:5]} and "
+            f"has {example.factual.response_length} tokens, got {ids[:5]} and {len(ids)} tokens; the file was made "
+            "from other records or with another tokenizer",
+            "token_ids",
         )
     return torch.stack([_numbers(raw, name, where, len(ids)) for name in _FIELDS])
 
@@ -80,19 +82,19 @@ def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Ten
 def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tensor:
     values = _field(raw, name, where, list)
     if len(values) != count:
-        raise RecordError(f"{where}: field '{name}': expected {count} numbers, one a token, got {len(values)}")
+        raise PlacedError(where, f"expected {count} numbers, one a token, got {len(values)}", name)
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
-        raise RecordError(f"{where}: field '{name}': expected numbers only")
+        raise PlacedError(where, "expected numbers only", name)
     numbers = torch.tensor(values, dtype=torch.float32)
     if not bool(numbers.isfinite().all()):
-        raise RecordError(f"{where}: field '{name}': expected finite numbers")
+        raise PlacedError(where, "expected finite numbers", name)
     return numbers
 
 
 def _field(raw: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
     if name not in raw:
-        raise RecordError(f"{where}: field '{name}': required, but missing")
+        raise PlacedError(where, "required, but missing", name)
     value = raw[name]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecordError(f"{where}: field '{name}': expected {kind.__name__}, got {type(value).__name__}")
+        raise unexpected(where, name, kind.__name__, value)
     return value

@@ -1,18 +1,18 @@
-"""From records to token ids under a budget.
+"""Encodes records to token ids within a budget.
 
-Each record becomes two branches, or three, that share the response and differ in the history:
+Each record becomes two or three branches, which share the response and differ in the history:
 
     factual          the user's own history
-    counterfactual   none, or another user's where the template says so
+    counterfactual   no history, or another user's if the template says so
     placebo          another user's history
 
-The budget is `prompt + response <= max_length` for every branch. What does not fit is dropped as whole history items,
-oldest first; the query and the response are never cut, because a response without its end or a query without its
-beginning trains something nobody asked for. What cannot fit is a `BudgetError`.
+The budget is `prompt + response <= max_length` for every branch. If a prompt is too long, whole history items are
+dropped, the oldest first. The query and the response are never cut, because a response without its end, or a query
+without its beginning, would teach the wrong thing. If they alone do not fit, that is a `BudgetError`.
 
-Encoding a record is a conversation: it asks for the token ids of some texts, sees what fits, and asks for more. Many
-records are led side by side, so that what they ask for is tokenised in one call on all cores, and a second batch is led
-meanwhile. One record alone is the same conversation, with the same outcome.
+Encoding a record takes several steps: it asks for the token ids of some texts, sees what fits, and asks for more. Many
+records take their steps together, so that one call tokenises all their texts on all cores. Meanwhile a second batch
+takes its own steps. A single record takes the same steps and gives the same result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any
 
 from nextquill.data._checks import check_integer
-from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.placebo import (
     COUNTERFACTUAL,
     EVALUATION,
@@ -40,20 +40,18 @@ from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import BatchTokenizer, Ids
 from nextquill.errors import ArgumentError, BudgetError, RecordError
 
-__all__ = ["Branch", "EncodedExample", "EncodingStats", "ExampleEncoder"]
-
 Progress = Callable[..., Iterable[Any]]
-#: A record's place, the record, and the histories of its placebo and its counterfactual branch.
+#: A record's index, the record, and the histories of its placebo and its counterfactual branch.
 Job = tuple[int, Record, Sequence[HistoryItem] | None, Sequence[HistoryItem] | None]
-#: Asks for the token ids of texts, is sent them, and returns the example.
+#: Yields texts, is sent their token ids, and returns the example.
 Steps = Generator[list[str], list[Ids], EncodedExample]
 
 _CACHED_COUNTS = 200_000
-#: Records led side by side; of 2,000 tokens each they keep all cores busy for 100 ms and more.
+#: Records encoded together. With 2,000 tokens each, they keep all cores busy for 100 ms or longer.
 _BATCH_SIZE = 128
-# Batches under way: one or two are tokenised while another is rendered, and one is ready.
+# Batches in progress: one or two are tokenised, another is rendered, and one is ready.
 _WORKERS, _AHEAD = 3, 4
-# How far a length estimated from the response's tokens per character is trusted before items are counted.
+# Safety factor on lengths estimated from the response's tokens per character; if they do not fit, items are counted.
 _CLEARLY = 1.3
 # Characters of an item besides its title and text.
 _LABELS = 20
@@ -63,13 +61,14 @@ class ExampleEncoder:
     """Encodes records with one tokenizer, one template and one budget.
 
     Args:
-        tokenizer: a Hugging Face tokenizer or its like.
+        tokenizer: a Hugging Face tokenizer, or an object with its interface.
         template: wording and order of the prompt.
-        max_length: most tokens of prompt and response together, in every branch.
-        max_response_length: most tokens of a response with what ends it; None for no limit but `max_length`.
+        max_length: the most tokens of prompt and response together, in every branch.
+        max_response_length: the most tokens of a response with its end tokens; None for no other limit than
+            `max_length`.
 
     Raises:
-        ArgumentError: a length below 1, or a tokenizer that the template cannot be used with.
+        ArgumentError: a length below 1, or a tokenizer that does not work with the template.
         ArgumentTypeError: a length that is not an integer.
     """
 
@@ -81,8 +80,7 @@ class ExampleEncoder:
         max_response_length: int | None = None,
     ) -> None:
         check_integer("max_length", max_length, least=1)
-        if max_response_length is not None:
-            check_integer("max_response_length", max_response_length, least=1)
+        check_integer("max_response_length", max_response_length, least=1, or_none=True)
         self.template = PromptTemplate() if template is None else template
         self.renderer = PromptRenderer(self.template, tokenizer)
         self.max_length = max_length
@@ -101,15 +99,15 @@ class ExampleEncoder:
 
         Args:
             record: the record.
-            index: kept in the example, and named in errors.
-            placebo_history: another user's history, oldest first, held to the same budget; None for no placebo branch.
-            counterfactual_history: another user's history for the counterfactual branch, which a template with
-                `counterfactual="placebo"` needs and no other takes.
+            index: stored in the example, and named in errors.
+            placebo_history: another user's history, oldest first, within the same budget; None for no placebo branch.
+            counterfactual_history: another user's history for the counterfactual branch, which only a template with
+                `counterfactual="placebo"` takes, and needs.
 
         Raises:
-            BudgetError: the response, or the prompt without history together with it, exceeds the budget.
-            RecordError: the template cannot show the record.
-            ArgumentError: `counterfactual_history` does not go with the template.
+            BudgetError: the response, or the prompt without history plus the response, exceeds the budget.
+            RecordError: the template cannot render the record.
+            ArgumentError: `counterfactual_history` does not fit the template.
         """
         (found,) = self._encode_jobs([(index, record, placebo_history, counterfactual_history)])
         if isinstance(found, Exception):
@@ -123,14 +121,14 @@ class ExampleEncoder:
 
         Args:
             records: the records.
-            placebo: also encode each response under another user's history, drawn by `assign_placebo_histories`; the
-                branch stays None if all records are of one user.
-            seed: decides who that other user is.
-            progress: called as `progress(examples, total=..., desc=...)` and iterated instead of them; `tqdm` fits.
+            placebo: also encode each response with another user's history, drawn by `assign_placebo_histories`; the
+                branch stays None if all records are from one user.
+            seed: decides which other user that is.
+            progress: wraps the examples as `progress(examples, total=..., desc=...)`; `tqdm` fits.
 
         Raises:
-            BudgetError, RecordError: see `encode`; the first record at fault.
-            ArgumentError: the template's counterfactual is another user's history, and there is one user.
+            BudgetError, RecordError: see `encode`; raised for the first bad record.
+            ArgumentError: the template's counterfactual needs another user's history, and there is one user.
         """
         records = list(records)
         nobody: list[History | None] = [None] * len(records)
@@ -154,17 +152,17 @@ class ExampleEncoder:
         """Encode records one after another, holding only a few thousand of them.
 
         Args:
-            records: read once, in order, and numbered so.
-            placebo: also encode each response under another user's history, drawn by `stream_placebo_histories`.
-            seed: decides who that other user is.
+            records: read once, and numbered in their order.
+            placebo: also encode each response with another user's history, drawn by `stream_placebo_histories`.
+            seed: decides which other user that is.
             on_bad: called with the number, the record and the error of a record that cannot be encoded, which is then
                 left out; None raises the error.
-            skip: read so many records first without encoding them; the others' examples are those of a call without it.
+            skip: the number of first records to read without encoding. The other examples do not depend on it.
 
         Raises:
-            BudgetError, RecordError: see `encode`, after the examples before it were yielded.
-            RecordError: a history is to be drawn, and the first records are all of one user.
-            ArgumentError: the template's counterfactual is another user's history, and there is one user.
+            BudgetError, RecordError: see `encode`; raised after all earlier examples were yielded.
+            RecordError: a history is needed from another user, and the first records are all from one user.
+            ArgumentError: the template's counterfactual needs another user's history, and there is one user.
         """
         purposes = (EVALUATION,) * placebo + (COUNTERFACTUAL,) * self._needs_other
         drawn = stream_placebo_histories(records, seed, purposes) if purposes else ((record, ()) for record in records)
@@ -183,7 +181,7 @@ class ExampleEncoder:
     def _stream(
         self, jobs: Iterable[Job], on_bad: Callable[[int, Record, Exception], None] | None = None
     ) -> Iterator[EncodedExample]:
-        """The examples in order. Threads suffice: a fast tokenizer lets the other one run."""
+        """The examples in order. Threads are enough, as a fast tokenizer lets other threads run."""
         jobs, pending = iter(jobs), deque[tuple[list[Job], Future[list[EncodedExample | Exception]]]]()
         with ThreadPoolExecutor(_WORKERS if self._tokenizer.is_parallel else 1) as pool:
             try:
@@ -204,7 +202,7 @@ class ExampleEncoder:
                 pool.shutdown(cancel_futures=True)
 
     def _encode_jobs(self, jobs: Sequence[Job]) -> list[EncodedExample | Exception]:
-        """The example of each job, or what is wrong with its record."""
+        """The example of each job, or the error of its record."""
         outcomes: dict[int, EncodedExample | Exception] = {}
         waiting: list[tuple[int, Steps, list[str]]] = []
 
@@ -287,11 +285,11 @@ class ExampleEncoder:
     def _fit(
         self, fitting: _Fitting, history: Sequence[HistoryItem]
     ) -> Generator[list[str], list[Ids], tuple[Ids, int]]:
-        """Return the prompt with the most of the newest items that fits, and their number.
+        """Return the prompt with as many of the newest items as fit, and their number.
 
-        Token counts of single items do not add up exactly, as tokens may form across a joint, so they only say where to
-        look. The answer is found by tokenising whole prompts around that point, in widening steps: two of them as a
-        rule. One more item is taken never to shorten a prompt.
+        Token counts of single items do not add up exactly, as tokens may form across a joint, so they only give a first
+        guess. From there whole prompts are tokenised, in widening steps, usually two of them. The search assumes that
+        one more item never makes a prompt shorter.
         """
         prompt, fits, too_many = fitting.bare, 0, len(history) + 1
         if not history:
@@ -309,7 +307,7 @@ class ExampleEncoder:
         return prompt, fits
 
     def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], int]:
-        """About how many items fit: all, if that is clear from their characters, else as their token counts add up."""
+        """Estimate the number of items that fit, from their characters if all clearly fit, else from token counts."""
         density = _CLEARLY * fitting.tokens_per_character
         lengths = [density * (len(item.text) + len(item.title or "") + _LABELS) for item in reversed(history)]
         if len(fitting.bare) + sum(lengths) <= fitting.room:
@@ -333,8 +331,8 @@ class ExampleEncoder:
         counts = {key: self._item_tokens.get(key) for key in keys}
         missing = {key: item for key, item in zip(keys, items, strict=True) if counts[key] is None}
         if missing:
-            # With the break and a first letter of what follows, as items stand in prompts: so the pieces are the same,
-            # but where the renderer changes a text, which is seldom and costs more than it would save here.
+            # With the blank line and a first letter of the next item, as in prompts, so that the cached pieces are the
+            # same. The renderer's changes to texts are left out: they are rare, and cost more time than they save.
             found = yield [f"{self.template.render_item(item)}\n\na" for item in missing.values()]
             fresh = {key: len(ids) - 1 for key, ids in zip(missing, found, strict=True)}
             if len(self._item_tokens) >= _CACHED_COUNTS:
@@ -346,7 +344,7 @@ class ExampleEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """What histories are fitted into: a query's prompt without history, and the tokens there are for one with it."""
+    """A query with its prompt without history, and the tokens available for a prompt with history."""
 
     query: str
     bare: Ids

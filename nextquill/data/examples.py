@@ -1,4 +1,4 @@
-"""A record as token ids, and what a list of them holds."""
+"""A record as token ids, and the counts of a list of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from nextquill.data.tokenizing import Ids
 class Branch:
     """One prompt and the response to it, as token ids.
 
-    They are kept in four bytes each, where a list takes forty; `prompt_ids` and `response_ids` make lists of them.
+    An id takes four bytes here, and forty in a list; `prompt_ids` and `response_ids` make new lists.
 
     Args:
         prompt_ids: everything before the response, [n] with n > 0: its last position predicts the first response token.
-        response_ids: the response and what ends it, [m]; all supervised. Both are lists, arrays of type "i" or int32
-            tensors, of which the last two are kept as they are.
+        response_ids: the response and its end tokens, [m], all supervised.
+
+    Both can be lists, arrays of type "i" or int32 tensors. Arrays and tensors are kept without a copy.
     """
 
     __slots__ = ("_prompt", "_response")
@@ -35,7 +36,7 @@ class Branch:
 
     @property
     def response_ids(self) -> list[int]:
-        """The response and what ends it."""
+        """The response and its end tokens."""
         return self._response.tolist()
 
     @property
@@ -45,12 +46,12 @@ class Branch:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return len(self._prompt)
 
     @property
     def response_length(self) -> int:
-        """Tokens of the response."""
+        """The number of tokens of the response."""
         return len(self._response)
 
     def input_tensor(self) -> Tensor:
@@ -74,7 +75,7 @@ class Branch:
         return f"Branch(prompt_ids={self.prompt_ids}, response_ids={self.response_ids})"
 
     def __reduce__(self) -> tuple[type[Branch], tuple[Ids, Ids]]:
-        return Branch, self.to_arrays()  # a tensor would take the whole file that it is mapped from along
+        return Branch, self.to_arrays()  # a tensor would be pickled with the whole file that it is mapped from
 
 
 def _compact(ids: Ids | Tensor | Sequence[int]) -> Ids | Tensor:
@@ -96,14 +97,14 @@ class EncodedExample:
     """One record as token ids.
 
     Args:
-        user_id: whose record it is.
+        user_id: the record's user.
         index: the record's position among the records it was encoded with.
         factual, counterfactual: the branches with and without the user's history; equal if no item was kept.
         placebo: the branch with another user's history, or None.
-        history_kept: how many of the user's own history items are in the factual branch.
-        history_total: how many the record has.
-        effects: float32 [2, n], nll_factual and nll_counterfactual of the response as some model has measured them, in
-            nats, or None; see `load_effects`.
+        history_kept: the number of the user's own history items in the factual branch.
+        history_total: the number of items in the record's history.
+        effects: float32 [2, n], nll_factual and nll_counterfactual of the response in nats, measured by some model, or
+            None; see `load_effects`.
     """
 
     user_id: str
@@ -118,12 +119,12 @@ class EncodedExample:
 
 @dataclass(frozen=True, slots=True)
 class EncodingStats:
-    """What encoding kept and dropped.
+    """Counts of what encoding kept and dropped.
 
     Args:
-        examples: number of examples.
+        examples: examples.
         history_items: history items of all records.
-        history_items_dropped: those that did not fit the budget.
+        history_items_dropped: history items that did not fit the budget.
         examples_truncated: examples that lost at least one item.
         examples_without_history: examples with no item left, whose factual and counterfactual branches are equal.
         prompt_tokens: tokens of all factual prompts.
@@ -140,7 +141,7 @@ class EncodingStats:
 
     @classmethod
     def from_examples(cls, examples: Sequence[EncodedExample]) -> EncodingStats:
-        """Count over `examples`."""
+        """The counts over `examples`."""
         return cls(
             examples=len(examples),
             history_items=sum(example.history_total for example in examples),

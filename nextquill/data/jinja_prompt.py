@@ -1,18 +1,17 @@
-"""Prompts worded by a Jinja template of the user's own.
+"""Words prompts with a Jinja template.
 
 The template gets
 
-    query            what is asked
-    history          the past texts, each with `text`, `title` (None where it has none) and `timestamp` (its day as
-                     2024-03-31, or None)
-    counterfactual   true where there is no history to show
+    query            the request
+    history          the past texts, each with `text`, `title` (or None) and `timestamp` (as 2024-03-31, or None)
+    counterfactual   true if there is no history to show
 
-and yields the prompt without system message and chat markers. Labels belong outside of `{{ }}`: whatever an expression
-or a macro makes is taken for a user's text whole, so a line in it that begins like one of the template's is quoted, and
-a control token broken (see `user_text`); and labels made there are not known as the template's own.
+and gives the prompt without system message and chat markers. Labels belong outside of `{{ }}`. The whole value of an
+expression or a macro counts as a user's text: its control tokens are broken, and its lines are quoted if they begin
+like the template's (see `user_text`). Labels inside would not be known as the template's own.
 
-It runs in Jinja's sandbox, since it travels with a model's folder: it sees nothing but these values, and changes none
-of them.
+The template is stored in a model's folder, so it may come from someone else. It runs in Jinja's sandbox, where it sees
+only these values and cannot change them.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from nextquill.errors import ArgumentError, BackendUnavailableError, RecordError
 # Lower-case letters, which most filters leave alone.
 _PROBES = _QUERY, _TITLE, _TEXT, _OTHER_TEXT = "nqprobequery", "nqprobetitle", "nqprobetext", "nqprobeother"
 _PROBE_HISTORY = (HistoryItem(_TEXT, title=_TITLE, timestamp=0.0), HistoryItem(_OTHER_TEXT))
-_FILE_NAME = "<template>"  # what Jinja calls a template made from a string, in tracebacks too
+_FILE_NAME = "<template>"  # Jinja's name, in tracebacks, for a template made from a string
 
 
 class _PastText:
-    """A past text as the template sees it; its day is worked out where the template asks for it."""
+    """A past text as the template sees it; its day is computed only if the template asks for it."""
 
     def __init__(self, item: HistoryItem, day: Callable[[float], str]) -> None:
         self.text, self.title = item.text, item.title
@@ -54,32 +53,31 @@ def render_jinja(
 
     Args:
         source: the template.
-        query, history: as `PromptTemplate.render` takes them.
-        day: a timestamp as the template shows it.
-        clean: applied to all that the template inserts, after its own filters.
+        query, history: see `PromptTemplate.render`.
+        day: returns a timestamp as the template shows it.
+        clean: applied to everything that the template inserts, after the template's own filters.
 
     Raises:
-        ArgumentError: the template is wrong, or fails on these values; the message names the line.
+        ArgumentError: the template is malformed, or fails on these values; the message names the line.
         RecordError: it shows a timestamp that `day` refuses.
     """
     items = tuple(_PastText(item, day) for item in history)
     template = _compiled(source)
     try:
         return str(template.render(query=query, history=items, counterfactual=not items, _clean=clean))
-    except RecordError:  # of a timestamp that is no day
+    except RecordError:  # from a timestamp without a day
         raise
-    # A template is a program of its author's, and fails as it likes.
-    except Exception as error:
+    except Exception as error:  # a template is a program that can raise any error
         message = f"{_line(error.__traceback__)}{' '.join(str(error).split()) or type(error).__name__}"
         raise ArgumentError(f"prompt_jinja: {message}") from error
 
 
 def check_jinja(source: str, day: Callable[[float], str]) -> None:
-    """Render a template with probes, and refuse one that leaves out what a prompt has to hold.
+    """Render a template with probes, and refuse one without the necessary parts of a prompt.
 
     Raises:
-        ArgumentError: it is wrong or fails, does not show the query, does not change with the history, or puts two
-            texts side by side with nothing between them.
+        ArgumentError: it is malformed or fails, does not show the query, does not change with the history, or puts two
+            texts next to each other.
     """
     bare, one, two = (
         render_jinja(source, _QUERY, items, day, str) for items in ((), _PROBE_HISTORY[:1], _PROBE_HISTORY)
@@ -92,7 +90,7 @@ def check_jinja(source: str, day: Callable[[float], str]) -> None:
     for first in _PROBES:
         for second in _PROBES:
             if first + second in two + "\0" + one:
-                # Two users' texts could make a control token between them that neither of them holds.
+                # Two texts together could form a control token that neither of them holds.
                 raise ArgumentError(
                     "prompt_jinja: expected a space, a line break or words between the texts, got "
                     f"{_SPOKEN[first]} followed by {_SPOKEN[second]} at once"
@@ -116,7 +114,7 @@ def _compiled(source: str) -> Any:
     def cleaned(context: Any, value: object) -> str:
         return str(context["_clean"](str(value)))
 
-    # White space as in the chat templates of tokenizers: a line that holds a tag only leaves nothing behind.
+    # White space as in the chat templates of tokenizers: a line with only a tag leaves no empty line.
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=cleaned
     )

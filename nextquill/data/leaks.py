@@ -1,16 +1,16 @@
-"""Does a test record's answer stand where training can read it?
+"""Finds test answers that the training data give away.
 
-    answers     a test response is a training response, or stands in a training history, of whatever user: word for
-                word, or but for case and white space
-    itself      a record has its own response in its own history
-    users       a user is on both sides, where users were to be held out
-    time        a test record is earlier than a training record of its user, where the division is by time
+    answer      a test response is a training response, or stands in a training history of any user, if case and white
+                space are ignored
+    itself      a record's own response stands in its own history
+    user        a user is in both training and test, although the division is by user
+    time        a test record is earlier than a training record of its user, although the division is by time
 
-A response of nine words or more is found inside a longer text too, as past texts often carry a title or a rating around
-what the user wrote; a shorter one, or one in a script without spaces, has to be the whole text.
+A response of nine words or more is also found inside a longer text, as past texts often have a title or a rating around
+the user's own words. A shorter response, or one in a script without spaces, must be the whole text.
 
-Only the test records are held; the training records pass by once, and every different text of theirs is looked up in a
-table. 100,000 records with 20 past texts each take seconds.
+Only the test records are held. The training records are read once, and each different text is looked up in a table, so
+100,000 records with 20 past texts each take seconds.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from nextquill.errors import RecordError
 
 _KINDS = ("users", "time")
 _SHOWN = 5
-#: A response that is searched inside texts is looked up by its inner words, as its first may have a quotation mark
-#: before it there, and its last one after it; and first by so many of them.
+#: The number of words that a long response is looked up by. These are inner words, because inside a text the first
+#: word may follow a quotation mark and the last may precede one.
 _KEY_WORDS = 7
 _LEAST_WORDS = _KEY_WORDS + 2
 
 
 @dataclass(frozen=True)
 class Leak:
-    """One way from the test into the training.
+    """One test record that training gives away.
 
     Args:
         kind: "answer", "itself", "user" or "time".
-        message: which records, and what they share.
+        message: the records, and what they share.
     """
 
     kind: str
@@ -48,17 +48,17 @@ class Leak:
 def check_no_leaks(
     train: Iterable[Record], test: Sequence[Record], *, split: str | None = None, least_characters: int = 1
 ) -> None:
-    """Raise where a test record is given away by the training records.
+    """Raise if the training records give away a test record.
 
     Args:
         train: the training records; an iterator is used up.
-        test: the records that are measured on; validation is checked by a second call.
-        split: what the division promises beyond that: "users" that no user is on both sides, "time" that each user's
-            test records are no earlier than the training records, None neither.
-        least_characters: shorter responses are not looked up; a data set of one-word answers repeats them rightly.
+        test: the test records. Check validation records with a second call.
+        split: a further promise of the division: "users" if no user is in both parts, "time" if no user's test record
+            is earlier than a training record, None for neither.
+        least_characters: shorter responses are not looked up, as a data set of one-word answers has to repeat them.
 
     Raises:
-        RecordError: something leaks; the message names the first records and says how many leaks there are.
+        RecordError: there is a leak; the message names the first records and the number of leaks.
         ArgumentError: an unknown `split`.
     """
     leaks = find_leaks(train, test, split=split, least_characters=least_characters)
@@ -71,7 +71,7 @@ def check_no_leaks(
 def find_leaks(
     train: Iterable[Record], test: Sequence[Record], *, split: str | None = None, least_characters: int = 1
 ) -> list[Leak]:
-    """All leaks, in the order in which the training records are found to hold them; see `check_no_leaks`.
+    """Return all leaks, in the order of the training records; see `check_no_leaks`.
 
     Each test response is reported once, with the first place where it stands.
 
@@ -92,11 +92,11 @@ class _Search:
     def __init__(self, test: Sequence[Record], split: str | None, least_characters: int) -> None:
         self.leaks: list[Leak] = []
         self._split, self._least = split, least_characters
-        self._answers: dict[str, list[tuple[str, str]]] = {}  # normalised response: where it stands, and as what
-        # Normalised responses by their first inner words, by how many these are, and by all of them: many responses
-        # begin alike, and comparing a text with each of those would take the square of their number.
+        self._answers: dict[str, list[tuple[str, str]]] = {}  # by normalised response: place and original
+        # Normalised responses by their first inner words, by the number of inner words, and by all inner words. Many
+        # responses begin alike, and comparing a text with each of those would take quadratic time.
         self._keys: dict[tuple[str, ...], dict[int, dict[str, list[str]]]] = {}
-        self._users: dict[str, str] = {}  # where the first record of each test user stands
+        self._users: dict[str, str] = {}  # the place of each test user's first record
         self._earliest: dict[str, tuple[float, str]] = {}
         self._seen: set[str] = set()
         for position, record in enumerate(test):
@@ -125,29 +125,29 @@ class _Search:
             self._look_up(item.text, f"history[{position}] of {where}")
         if self._split == "users" and record.user_id in self._users:
             tested = self._users.pop(record.user_id)
-            self._report("user", f"{tested}: expected a user who is not trained on, got that of {where}")
+            self.leaks.append(Leak("user", f"{tested}: expected a user who is not trained on, got that of {where}"))
         if self._split == "time":
             time = _timestamp(record, where)
             earliest, tested = self._earliest.get(record.user_id, (float("inf"), ""))
             if earliest < time:
-                self._report("time", f"{tested}, at {earliest}, is earlier than {where}, at {time}")
+                self.leaks.append(Leak("time", f"{tested}, at {earliest}, is earlier than {where}, at {time}"))
                 del self._earliest[record.user_id]
 
     def _look_up(self, text: str, place: str) -> None:
-        # Histories repeat: the same text stands in most later records of its user.
+        # Histories repeat: a text also stands in most later records of its user.
         if text in self._seen:
             return
         self._seen.add(text)
         whole = normalised(text)
         for where, response in self._answers.pop(whole, ()):
-            same = "word for word" if text == response else "but for case and space"
-            self._report("answer", f"{where}: its response is {place}, {same}")
+            same = "word for word" if text == response else "ignoring case and white space"
+            self.leaks.append(Leak("answer", f"{where}: its response is {place}, {same}"))
         for answer in self._inside(whole):
             for where, _ in self._answers.pop(answer, ()):
-                self._report("answer", f"{where}: its response stands in {place}")
+                self.leaks.append(Leak("answer", f"{where}: its response stands in {place}"))
 
     def _inside(self, text: str) -> Iterator[str]:
-        """The long test responses that are a part of a text."""
+        """The long test responses that stand inside a text."""
         words = text.split(" ") if self._keys else []
         for start in range(len(words) - _KEY_WORDS + 1):
             for size, known in self._keys.get(tuple(words[start : start + _KEY_WORDS]), {}).items():
@@ -163,21 +163,18 @@ class _Search:
             text = normalised(item.text)
             if text == wanted or (_is_long(wanted) and wanted in text):
                 verb = "is" if text == wanted else "stands in"
-                self._report("itself", f"{where}: its own response {verb} its history[{position}]")
+                self.leaks.append(Leak("itself", f"{where}: its own response {verb} its history[{position}]"))
                 return
-
-    def _report(self, kind: str, message: str) -> None:
-        self.leaks.append(Leak(kind, message))
 
 
 @functools.lru_cache(maxsize=16_384)  # the same texts stand in most records of a user
 def normalised(text: str) -> str:
-    """The text without differences of case, of white space and of how its characters are composed."""
+    """The text with case, white space and the composition of characters (NFKC) made uniform."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _is_long(answer: str) -> bool:
-    """Whether a normalised response has words enough to be searched inside texts."""
+    """Whether a normalised response has enough words to be searched inside texts."""
     return answer.count(" ") + 1 >= _LEAST_WORDS
 
 

@@ -1,7 +1,7 @@
-"""The lines of a file, however long: plain or gzipped, and as JSON.
+"""Reads files line by line, plain or gzipped, as bytes or as JSON.
 
-A reader never holds more than `max_line_bytes` of a line. The rest of a longer one is read past, so that one broken
-line, or a file that is no text at all, costs an error message and no memory.
+A reader never holds more than `max_line_bytes` of a line, and skips the rest of a longer one. So a broken line, or a
+file that is not text, costs an error message and no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 from nextquill.errors import RecordError
 
-#: Longest line read. The longest histories of the public data sets stay below a tenth of it.
+#: The longest line that is read. Lines of the public data sets stay below a tenth of it.
 MAX_LINE_BYTES = 32 * 2**20
 _GZIP = b"\x1f\x8b"
 _CHUNK = 2**20
@@ -26,10 +26,10 @@ _CHUNK = 2**20
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file for its bytes; one that begins as gzip does is decompressed, whatever its name.
+    """Open a file for reading bytes. Gzipped contents are decompressed, whatever the file's name.
 
     Raises:
-        RecordError: the file cannot be opened or, while it is open, read.
+        RecordError: the file cannot be opened or read.
     """
     name = os.fspath(path)
     try:
@@ -52,7 +52,7 @@ def numbered_lines(
     Args:
         path: a file, plain or gzipped.
         max_line_bytes: a longer line is an error.
-        skipped: takes note of lines that are too long instead.
+        skipped: counts lines that are too long, which are then left out; None makes them errors.
 
     Raises:
         RecordError: the file cannot be read, or a line is too long.
@@ -77,12 +77,12 @@ def numbered_lines(
 def json_lines(
     path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
 ) -> Iterator[tuple[str, object]]:
-    """Yield where each line of a JSONL file stands, and what it holds; blank lines are passed over.
+    """Yield the place and the value of each line of a JSONL file, without blank lines.
 
     Args:
         path: a file, plain or gzipped.
         max_line_bytes: a longer line is an error.
-        skipped: takes note of lines that are too long, not UTF-8 or not JSON instead.
+        skipped: counts lines that are too long, not UTF-8 or not JSON, which are then left out; None makes them errors.
 
     Raises:
         RecordError: the file cannot be read, or a line is too long, not UTF-8 or not JSON.
@@ -93,29 +93,23 @@ def json_lines(
             text = decoded(line, where)
             if not text.strip():
                 continue
-            value = _parsed(text, where)
-        except RecordError as error:
+            value: object = json.loads(text)
+        except (ValueError, RecursionError) as error:  # `decoded` raises a RecordError, which is a ValueError
+            if not isinstance(error, RecordError):
+                error = PlacedError(where, f"not valid JSON: {error}", kind="json")
             skip_or_raise(error, skipped)
-            continue
-        yield where, value
+        else:
+            yield where, value
 
 
 def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
-    """A line as text, without the byte-order mark it may begin with.
+    """A line as text, without a byte-order mark.
 
     Raises:
         RecordError: it is not UTF-8.
     """
     try:
-        # Editors on Windows begin a file with a byte-order mark, which no JSON parser accepts.
+        # Editors on Windows write a byte-order mark at the start of a file, and JSON parsers refuse it.
         return line.decode("utf-8-sig" if byte_order_mark else "utf-8")
     except UnicodeDecodeError as error:
         raise PlacedError(where, f"not UTF-8: {error.reason} at byte {error.start}", kind="utf-8") from error
-
-
-def _parsed(text: str, where: str) -> object:
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlacedError(where, f"not valid JSON: {error}", kind="json") from error
-    return value

@@ -1,8 +1,7 @@
-"""Which other user's history each record is scored against.
+"""Draws another user's history for each record, as a placebo.
 
 A loss that trains through the counterfactual can make `nll without - nll with` large by spoiling the pass without
-history. The same response under *another user's* history is trained on by no loss, so the difference to it can be
-believed.
+history. No loss trains on the response under *another user's* history, so the difference to that NLL can be trusted.
 """
 
 from __future__ import annotations
@@ -18,35 +17,35 @@ from nextquill.data.records import HistoryItem, Record
 from nextquill.errors import RecordError
 
 History = tuple[HistoryItem, ...]
-#: What histories are drawn for; each has random numbers of its own, so that the two seldom agree on a donor.
+#: The purposes of a draw. Each has its own random numbers, so that the two seldom agree on a donor.
 EVALUATION, COUNTERFACTUAL = "evaluation", "counterfactual"
 
-# Rejections of a random donor before all are searched. With two users of equal size one draw in two is rejected, so
-# the search is reached about once in 10^19 records; it is there for data in which one user owns nearly everything.
+# Rejected draws before all donors are searched. With two users of equal size one draw in two is rejected, so the search
+# is reached about once in 10^19 records. It is meant for data in which one user owns nearly everything.
 _DRAWS = 64
 
 
-#: Records that donors of a stream are drawn from, and most that are read ahead.
+#: The most records that donors of a stream are drawn from, and that are read ahead.
 POOL_SIZE = 2048
 
 
 def assign_placebo_histories(
     records: Sequence[Record], seed: int, purpose: str = EVALUATION
 ) -> list[tuple[HistoryItem, ...] | None]:
-    """Draw for every record the history of a record of another user.
+    """Draw another user's history for every record.
 
     Donors are drawn uniformly and independently. A donor whose newest history item is no later than the record is
-    preferred, since a text from after the record's time would differ by its period as well as by its author; undated
-    histories and records count as fitting. If no such donor exists (typically for the earliest records), any other
-    user's history is drawn. Empty histories are donated only if all other users' are empty.
+    preferred: a later text would differ in its period as well as in its author. Undated histories and records always
+    fit. If no donor fits, as for the earliest records, any other user's history is drawn. An empty history is drawn
+    only if the histories of all other users are empty.
 
     Args:
-        records: the records, of one or more users.
-        seed: same seed, same records: same histories.
-        purpose: what they are drawn for, `EVALUATION` or `COUNTERFACTUAL`; each draws on its own.
+        records: the records of one or more users.
+        seed: decides the histories, together with the records.
+        purpose: `EVALUATION` or `COUNTERFACTUAL`; each has its own random numbers.
 
     Returns:
-        One history per record, never of its own user; None for every record if there is only one user.
+        One history per record, never its own user's; None for every record if there is only one user.
     """
     if len({record.user_id for record in records}) < 2:
         return [None] * len(records)
@@ -59,23 +58,23 @@ def assign_placebo_histories(
 def stream_placebo_histories(
     records: Iterable[Record], seed: int, purposes: Sequence[str] = (EVALUATION,), pool_size: int = POOL_SIZE
 ) -> Iterator[tuple[Record, tuple[History | None, ...]]]:
-    """Draw as `assign_placebo_histories` does, from a sample of the records, for a source too large to be held.
+    """Draw as `assign_placebo_histories` does, but from a sample of the records, for sources larger than memory.
 
-    Donors are a uniform sample of the records read so far, which run `pool_size` records ahead. They follow from the
-    seed and the records alone; they are not those of `assign_placebo_histories`.
+    Donors are a uniform sample of the records read so far, with `pool_size` records read ahead. They depend only on
+    the seed and the records, and differ from those of `assign_placebo_histories`.
 
     Args:
         records: read once, in order.
-        seed: same seed, same records: same histories.
-        purposes: what histories are drawn for, as many as each record gets.
-        pool_size: most donors, and most records read ahead.
+        seed: decides the histories, together with the records.
+        purposes: the purposes of the draws; each record gets one history for each.
+        pool_size: the most donors, and the most records read ahead.
 
     Yields:
-        Every record, with a history for each purpose, never of its own user; None if there is only one user.
+        Every record, with a history for each purpose, never its own user's; None if there is only one user.
 
     Raises:
-        RecordError: there is no other user among the donors, though not all records were read: the source is sorted by
-            user, and the first has more records than the pool.
+        RecordError: all donors belong to one user, and records are left. Then the source is sorted by user, and the
+            first user has more records than the pool.
     """
     source, pool = iter(records), _DonorPool(pool_size, random.Random(f"{seed}/pool"))
     draws = [_random(seed, purpose) for purpose in purposes]
@@ -90,8 +89,9 @@ def stream_placebo_histories(
         if not pool.has_several_users:
             if (later := next(source, None)) is not None:
                 raise RecordError(
-                    f"records: expected a second user among the first {pool_size}, whose history could stand in, got "
-                    f"{record.user_id!r} only and more records (the next is of {later.user_id!r}); shuffle them"
+                    f"records: expected a second user among the first {pool_size}, as each record needs another "
+                    f"user's history, got only {record.user_id!r}; shuffle the records, the next is by "
+                    f"{later.user_id!r}"
                 )
             yield record, (None,) * len(draws)
             continue
@@ -99,9 +99,10 @@ def stream_placebo_histories(
 
 
 class _DonorPool:
-    """A uniform sample of records with a history (reservoir sampling), in the order of their newest item.
+    """A uniform sample of records with a history (reservoir sampling), sorted by their newest item.
 
-    Two users, once there, stay: the last record of one of the last two is kept, however many the other has.
+    Once the sample holds two users, it always does: if only two are left, the last record of either is never replaced
+    by one of the other.
     """
 
     def __init__(self, size: int, rng: random.Random) -> None:
@@ -113,7 +114,7 @@ class _DonorPool:
         self.has_several_users = False
 
     def add(self, record: Record) -> None:
-        """Take the record into the sample, or leave it out."""
+        """Add the record to the sample, or leave it out."""
         self._first_user = self._first_user or record.user_id
         self.has_several_users |= record.user_id != self._first_user
         if not record.history:

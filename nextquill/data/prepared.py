@@ -1,14 +1,14 @@
-"""Examples that were encoded once and are read from disk, a page at a time: see `prepare`.
+"""Examples that `prepare` has encoded once, read from disk a page at a time.
 
 A prepared folder holds
 
-    header.json               settings, and for each shard its counts and its files' check sums
+    header.json               settings, and the counts and check sums of each shard
     shard-00000.tokens        int32, every example's factual, counterfactual and placebo prompt and its response
-    shard-00000.index         int64 [examples, 8], where an example's tokens begin, and the rest of `_COLUMNS`
-    shard-00000.users         JSON, whose each example is
+    shard-00000.index         int64 [examples, 8], the columns `_COLUMNS`; `start` is an example's first token
+    shard-00000.users         JSON, the user of each example
 
-The first two of each shard are mapped into memory, so that a data set larger than it can be read in any order, and
-workers of a data loader share what one of them has read.
+Tokens and index are mapped into memory. So a data set larger than the memory can be read in any order, and the workers
+of a data loader share the pages that one of them has read.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ PARTS = ("tokens", "index", "users")
 _BYTES = {"tokens": 4, "index": 8}
 _COLUMNS = ("start", "factual", "counterfactual", "placebo", "response", "index", "history_kept", "history_total")
 _START, _FACTUAL, _COUNTERFACTUAL, _PLACEBO, _RESPONSE, _INDEX, _KEPT, _TOTAL = range(len(_COLUMNS))
-#: In the place of a placebo prompt's length, where there is none.
+#: Stands for the length of a missing placebo prompt.
 _NONE = -1
 
 
 class PreparedDataset(EncodedDataset):
-    """The examples of a prepared folder; what is read of them is what is looked at.
+    """The examples of a prepared folder, each read when it is asked for.
 
-    It can be given wherever an `EncodedDataset` can, and be sent to other processes, which map the files themselves.
+    It replaces an `EncodedDataset` everywhere. It can be sent to other processes, which map the files themselves.
 
     Args:
-        folder: what `prepare` or `nextquill prepare` has written.
-        verify: read all files once and compare their check sums. Sizes are compared in any case.
+        folder: written by `prepare` or `nextquill prepare`.
+        verify: read all files once and compare their check sums. Sizes are always compared.
 
     Raises:
-        CheckpointError: the folder is no prepared one, not finished, or damaged; the message names the file.
+        CheckpointError: the folder is not a prepared folder, not finished, or damaged; the message names the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], verify: bool = True) -> None:
@@ -66,12 +66,12 @@ class PreparedDataset(EncodedDataset):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the examples were encoded with, by name."""
+        """The settings that the examples were encoded with, by name."""
         return dict(self.header["settings"])
 
     @property
     def template(self) -> PromptTemplate:
-        """How the prompts are worded."""
+        """The template of the prompts."""
         return PromptTemplate(**self.settings["template"])
 
     @property
@@ -81,12 +81,12 @@ class PreparedDataset(EncodedDataset):
 
     @property
     def user_ids(self) -> list[str]:
-        """Whose each example is."""
+        """The user of each example."""
         return [user for shard in range(len(self.header["shards"])) for user in self._stored.users(shard)]
 
     @property
     def stats(self) -> EncodingStats:
-        """What encoding kept and dropped."""
+        """Counts of what encoding kept and dropped."""
         sums = torch.zeros(len(_COLUMNS), dtype=torch.long)
         truncated = without = 0
         for index in self._stored.indices():
@@ -105,11 +105,11 @@ class PreparedDataset(EncodedDataset):
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """The records that were left out: `index`, `user_id` and `error` of each."""
+        """The records that were left out, each with `index`, `user_id` and `error`."""
         return [dict(skipped) for shard in self.header["shards"] for skipped in shard["skipped"]]
 
     def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
-        """For each example the tokens of its branches of these names, each on its own; a missing branch has none."""
+        """The tokens of each example's branches with these names, counted separately; 0 for a missing branch."""
         found = list[int]()
         for index in self._stored.indices():
             prompts = index[:, [_COLUMNS.index(name) for name in names]]
@@ -117,20 +117,20 @@ class PreparedDataset(EncodedDataset):
         return found
 
     def check(self, encoder: ExampleEncoder) -> None:
-        """Make sure that these examples are what an encoder would make.
+        """Check that an encoder would give these examples.
 
         Raises:
-            CheckpointError: they were encoded with another tokenizer, template or budget; the message says which.
+            CheckpointError: they were encoded with another tokenizer, template or budget; the message names it.
         """
         here = encoder_settings(encoder)
-        if encoder.max_response_length is None:  # a bound that nothing here is held to
+        if encoder.max_response_length is None:  # no limit, so any limit of the folder's fits
             here["max_response_length"] = self.settings["max_response_length"]
         if (difference := first_difference(self.settings, here)) is not None:
-            raise CheckpointError(f"{self.folder} was prepared with another {difference}; prepare the records anew")
+            raise CheckpointError(f"{self.folder} was prepared with another {difference}; prepare the records again")
 
 
 class _StoredExamples(Sequence[EncodedExample]):
-    """The examples of all shards, mapped into memory when first looked at."""
+    """The examples of all shards, whose files are mapped into memory on first use."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
         self._folder, self._shards = folder, shards
@@ -163,7 +163,7 @@ class _StoredExamples(Sequence[EncodedExample]):
         return [self._map(shard, "index").view(-1, len(_COLUMNS)) for shard in range(len(self._shards))]
 
     def users(self, shard: int) -> list[str]:
-        """Whose each example of a shard is."""
+        """The user of each example of a shard."""
         if shard not in self._users:
             self._users[shard] = json.loads((self._folder / f"{self._shards[shard]['name']}.users").read_bytes())
         return self._users[shard]
@@ -199,7 +199,7 @@ def is_prepared(path: str | os.PathLike[str]) -> bool:
 
 
 def encoder_settings(encoder: ExampleEncoder) -> dict[str, Any]:
-    """What an encoder's examples depend on, by name; JSON."""
+    """The settings that an encoder's examples depend on, by name; JSON."""
     return {
         "tokenizer": tokenizer_digest(encoder.renderer.tokenizer),
         "template": dataclasses.asdict(encoder.template),
@@ -209,7 +209,7 @@ def encoder_settings(encoder: ExampleEncoder) -> dict[str, Any]:
 
 
 def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first of these settings that differs and its values, in words; None if all of `here` agrees."""
+    """The first setting of `here` that differs, with both values, in words; None if all are equal."""
     for name, value in here.items():
         if isinstance(value, dict):
             inner = first_difference(there.get(name) or {}, value)
@@ -224,7 +224,7 @@ def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
     """The header of a prepared folder.
 
     Raises:
-        CheckpointError: there is none, or it is of another format or machine.
+        CheckpointError: it is missing, or has another format or byte order.
     """
     path = folder / name
     try:
@@ -238,16 +238,16 @@ def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
     if found != FORMAT or order != sys.byteorder or not complete:
         raise CheckpointError(
             f"{path}: expected format {FORMAT} in {sys.byteorder}-endian order, got {found} in {order}-endian order; "
-            "prepare the records anew"
+            "prepare the records again"
         )
     return header
 
 
 def check_shard(folder: Path, shard: dict[str, Any], *, verify: bool) -> None:
-    """Compare a shard's files with what the header says of them.
+    """Compare a shard's files with their entry in the header.
 
     Raises:
-        CheckpointError: a file is missing, has another size or, if `verify`, another check sum.
+        CheckpointError: a file is missing, has another size or, with `verify`, another check sum.
     """
     for part in PARTS:
         path, expected = folder / f"{shard['name']}.{part}", shard["files"][part]
@@ -255,13 +255,13 @@ def check_shard(folder: Path, shard: dict[str, Any], *, verify: bool) -> None:
             size = path.stat().st_size
             found = check_sum(path) if verify and size == expected["bytes"] else expected["crc32"]
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; prepare the records anew") from error
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; prepare the records again") from error
         if size != expected["bytes"]:
             raise CheckpointError(
-                f"{path}: damaged, expected {expected['bytes']} bytes, got {size}; prepare the records anew"
+                f"{path}: damaged, expected {expected['bytes']} bytes, got {size}; prepare the records again"
             )
         if found != expected["crc32"]:
-            raise CheckpointError(f"{path}: damaged, its check sum is another; prepare the records anew")
+            raise CheckpointError(f"{path}: damaged, its check sum differs; prepare the records again")
 
 
 def check_sum(path: Path) -> int:

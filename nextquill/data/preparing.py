@@ -1,8 +1,8 @@
-"""Encoding records into a folder that training reads from disk; see `nextquill.data.prepared` for what is in it.
+"""Encodes records into a folder that training reads from disk; `nextquill.data.prepared` describes its files.
 
-Examples are written shard by shard into `FOLDER.partial`, which becomes `FOLDER` when all are there. A run that was
-stopped, however it was, goes on behind its last complete shard: it reads the records before that again, to see that
-they are the same ones, but does not encode them.
+Examples are written shard by shard into `FOLDER.partial`, which becomes `FOLDER` when all are there. A stopped run
+resumes after its last complete shard. It reads the earlier records again, to check that they are the same, but does not
+encode them again.
 """
 
 from __future__ import annotations
@@ -36,16 +36,12 @@ from nextquill.data.prepared import (
 )
 from nextquill.data.records import Record
 from nextquill.errors import CheckpointError, OutputExistsError, RecordError, naming
-from nextquill.storage.atomic_files import write_whole
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs into one folder are not noticed
-    fcntl = None  # type: ignore[assignment]
+from nextquill.storage.atomic_files import move_into_place, write_whole
+from nextquill.storage.locks import try_lock
 
 _PROGRESS = "progress.json"
 _LOCK = "lock"
-#: 4096 examples of 2,000 tokens are 34 MB, and some five seconds' work to lose.
+#: 4096 examples of 2,000 tokens take 34 MB. A stopped run loses at most one shard, some five seconds of work.
 SHARD_EXAMPLES = 4096
 
 
@@ -64,45 +60,56 @@ def prepare(
     """Encode records, in bounded memory, into a folder for `PreparedDataset`.
 
     Args:
-        records: read once, in order; the same ones again when a stopped run is gone on with.
+        records: read once, in order. A stopped run needs the same records to resume.
         encoder: tokenizer, template and budget.
         folder: appears when all examples are there; until then they are in `FOLDER.partial`.
-        placebo: also encode each response under another user's history, as evaluation needs it; see
+        placebo: also encode each response with another user's history, as evaluation needs it; see
             `ExampleEncoder.encode_iter`.
-        seed: decides who that other user is.
-        skip_bad: leave out records that do not fit the budget, and list them in the header; else the first is an error.
-        overwrite: replace a prepared folder, and what a run with other settings or records has left.
+        seed: decides which other user that is.
+        skip_bad: leave out records that do not fit the budget, and list them in the header. Otherwise the first one is
+            an error.
+        overwrite: replace a prepared folder, and the shards of a stopped run with other settings or records.
         shard_examples: examples in a shard.
         progress: called with the number of records read since the last call.
 
     Raises:
-        OutputExistsError: the folder is there, or another process is writing it.
-        CheckpointError: a stopped run's shards are damaged, or of other settings or records; the message says which.
-        BudgetError, RecordError: a record that cannot be encoded, or no record that can. What was written before it
-            stays, and is gone on with.
+        OutputExistsError: the folder exists, or another process is writing it.
+        CheckpointError: a stopped run's shards are damaged, or were made with other settings or records; the message
+            names the difference.
+        BudgetError, RecordError: a record cannot be encoded, or none can. Earlier shards stay, and the run can be
+            resumed.
     """
     check_integer("shard_examples", shard_examples, least=1)
     target = Path(folder)
     _check_target(target, overwrite)
     settings = {**encoder_settings(encoder), "placebo": placebo, "seed": seed, "skip_bad": skip_bad}
-    report = progress or (lambda count: None)
     with _Shards(target, settings, overwrite) as shards:
-        source = _Followed(records, shards.done)
+        source, told = _Followed(records, shards.done), 0
+
+        def report(read: int) -> None:
+            nonlocal told
+            if progress is not None:
+                progress(read - told)
+            told = read
+
         report(shards.records)
         examples = encoder.encode_iter(source, placebo, seed, shards.skip if skip_bad else None, skip=shards.records)
         for example in examples:
-            report(shards.add(example))
+            shards.add(example)
+            report(example.index + 1)
             if len(shards) == shard_examples:
                 shards.write(*source.until(example.index))
-        report(shards.write(*source.until(None)))
+        read, digest = source.until(None)
+        shards.write(read, digest)
+        report(read)
         shards.finish()
     return PreparedDataset(target, verify=False)
 
 
 class _Followed:
-    """Records, with a digest of all up to each: of the same records, or the ones that `done` was made of.
+    """The records, with a running digest that is compared with the digest of every shard in `done`.
 
-    The encoder reads ahead, so the digests of what is read stand in a queue until what it makes of it is written.
+    The encoder reads ahead, so digests wait in a queue until the examples of their records are written.
     """
 
     def __init__(self, records: Iterable[Record], done: list[dict[str, Any]]) -> None:
@@ -121,10 +128,10 @@ class _Followed:
                 self._digests.append((self._count, self._digest.hexdigest()[:16]))
             yield record
         if self._count < last:
-            raise CheckpointError(f"records: the stopped run has read {last} of them, now there are {self._count}")
+            raise CheckpointError(f"records: the stopped run read {last} of them, now there are {self._count}")
 
     def until(self, index: int | None) -> tuple[int, str]:
-        """How many records there are up to one, or all that were read, and their digest."""
+        """The number of records up to this index, and their digest; of all records read so far for None."""
         while len(self._digests) > 1 and (index is None or self._digests[0][0] <= index):
             self._digests.popleft()
         return self._digests[0] if self._digests else (0, "")
@@ -132,13 +139,13 @@ class _Followed:
     def _compare(self, shard: dict[str, Any]) -> None:
         if shard["digest"] != self._digest.hexdigest()[:16]:
             raise CheckpointError(
-                f"records: the first {self._count} differ from those that the stopped run has read ({shard['name']}); "
-                "give the same records, or overwrite=True"
+                f"records: one of the first {self._count} differs from the one that the stopped run read "
+                f"({shard['name']}); give the same records, or overwrite=True"
             )
 
 
 def _contents(record: Record) -> bytes:
-    """All of a record that its example depends on; `repr` says the same in three times the time."""
+    """All values in a record that its example depends on. `repr` would take three times as long."""
     parts = [record.user_id, record.query, record.response, repr(record.timestamp)]
     for item in record.history:
         parts += (item.text, repr(item.title), repr(item.timestamp))
@@ -152,15 +159,16 @@ class _Shards:
         self._target, self._folder = target, target.with_name(f"{target.name}.partial")
         self._settings = settings
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._folder / _LOCK)
+        self._lock = (self._folder / _LOCK).open("wb")
         self.done: list[dict[str, Any]] = []
         try:
+            if not try_lock(self._lock):
+                raise OutputExistsError(f"folder: another process is writing {self._folder}")
             self.done = self._read_back(overwrite)
         except BaseException:
             self._lock.close()
             raise
         self.skipped: list[dict[str, Any]] = []
-        self._read = 0
         self._clear()
 
     def __enter__(self) -> _Shards:
@@ -176,11 +184,11 @@ class _Shards:
 
     @property
     def records(self) -> int:
-        """How many records the complete shards were made of."""
+        """The number of records in the complete shards, left-out ones included."""
         return int(self.done[-1]["records"]) if self.done else 0
 
-    def add(self, example: EncodedExample) -> int:
-        """Put an example into the current shard; how many records there are since the one before."""
+    def add(self, example: EncodedExample) -> None:
+        """Add an example to the current shard."""
         branches = (example.factual, example.counterfactual, example.placebo)
         prompts = [array("i") if branch is None else branch.to_arrays()[0] for branch in branches]
         lengths = [-1 if branch is None else branch.prompt_length for branch in branches]
@@ -190,19 +198,15 @@ class _Shards:
         for ids in (*prompts, response):
             self._tokens.extend(ids)
         self._users.append(example.user_id)
-        newly = example.index + 1 - self._read
-        self._read += newly
-        return newly
 
     def skip(self, index: int, record: Record, error: Exception) -> None:
-        """Note a record that is left out."""
+        """List a record that is left out."""
         self.skipped.append({"index": index, "user_id": record.user_id, "error": str(error)})
 
-    def write(self, records: int, digest: str) -> int:
-        """Complete the current shard, made of the records up to this many; how many more that is than `add` knew of."""
-        behind = records - self._read
+    def write(self, records: int, digest: str) -> None:
+        """Write the current shard, which ends after this number of records, and their digest."""
         if not self._users and not self.skipped:
-            return behind
+            return
         if self._users or not self.done:
             self.done.append(self._written(f"shard-{len(self.done):05d}"))
         last = self.done[-1]
@@ -211,10 +215,9 @@ class _Shards:
         self.skipped = self.skipped[len(ready) :]
         write_whole(self._folder / _PROGRESS, self._header(complete=False))
         self._clear()
-        return behind
 
     def finish(self) -> None:
-        """Give the folder its name.
+        """Rename the partial folder to its final name.
 
         Raises:
             RecordError: no record could be encoded.
@@ -226,15 +229,10 @@ class _Shards:
         write_whole(self._folder / HEADER, self._header(complete=True))
         (self._folder / _PROGRESS).unlink()
         (self._folder / _LOCK).unlink()
-        replaced = self._target.with_name(f".{self._target.name}.{os.getpid()}.replaced")
-        if self._target.exists():
-            os.replace(self._target, replaced)
-        os.replace(self._folder, self._target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        move_into_place(self._folder, self._target)
 
     def _clear(self) -> None:
         self._tokens, self._index, self._users = array("i"), array("q"), list[str]()
-        self._read = self.records
 
     def _written(self, name: str) -> dict[str, Any]:
         contents = (self._tokens.tobytes(), self._index.tobytes(), json.dumps(self._users).encode())
@@ -256,20 +254,23 @@ class _Shards:
         return (json.dumps(header, indent=1) + "\n").encode()
 
     def _read_back(self, overwrite: bool) -> list[dict[str, Any]]:
-        """The shards that a stopped run has completed; none if it may be overwritten and is of another run."""
+        """The complete shards of a stopped run; none if they belong to another run and may be overwritten."""
         for unfinished in self._folder.glob(".*.tmp"):
             unfinished.unlink()
         path = self._folder / _PROGRESS
         if not path.is_file():
-            if unknown := [each.name for each in self._folder.iterdir() if not _is_ours(each.name)]:
-                raise OutputExistsError(f"folder: {self._folder} is in the way: {unknown[0]} in it is not a shard")
+            names = sorted(each.name for each in self._folder.iterdir())
+            if unknown := [name for name in names if name != _LOCK and not name.startswith((".", "shard-"))]:
+                raise OutputExistsError(
+                    f"folder: {self._folder} exists and holds {unknown[0]}, which is not part of a prepared folder"
+                )
             return []
         try:
             with naming("folder"):
                 header = read_header(self._folder, _PROGRESS)
                 if (difference := first_difference(header["settings"], self._settings)) is not None:
                     raise CheckpointError(
-                        f"{self._folder} was begun with another {difference}; delete it, or start again with "
+                        f"{self._folder} was started with another {difference}; delete it, or start again with "
                         "overwrite=True"
                     )
                 for shard in header["shards"]:
@@ -293,21 +294,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if any(target.iterdir()) and not (overwrite and is_prepared(target)):
         what = "choose another, or give overwrite=True" if is_prepared(target) else "it is not a prepared folder"
         raise OutputExistsError(f"folder: {target} exists and is not empty; {what}")
-
-
-def _is_ours(name: str) -> bool:
-    return name == _LOCK or name.startswith((".", "shard-"))
-
-
-def _locked(path: Path) -> Any:
-    """An open file that only one process can have."""
-    file = path.open("wb")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise OutputExistsError(f"folder: another process is writing {path.parent}") from error
-        except OSError:  # a file system without locks
-            pass
-    return file

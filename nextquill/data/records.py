@@ -1,15 +1,15 @@
-"""Training records: what one example of a user's writing is, and how it is read and checked.
+"""Training records, each an example of a user's writing: how they are read and checked.
 
 A record is a mapping with `user_id`, `query`, `response` and `history`, an optional `timestamp`, and any other keys,
-which are kept in `extra`. Every problem is a `RecordError` that names where the record stands and the field at fault,
-such as `train.jsonl line 7: field 'history[2].text': expected a string, got int`.
+which are kept in `extra`. Every problem is a `RecordError` that names the record's place and the field at fault, such
+as `train.jsonl line 7: field 'history[2].text': expected a string, got int`.
 
-Two rules protect what is learnt. `history` has to be present, if only as an empty list: a misspelt key would otherwise
-train a personalised model on no history at all. And no item of the history may be later than the record itself, because
-a text from the user's future tells the model what it is asked to predict.
+Two rules protect the training. First, `history` must be present, if only as an empty list: otherwise a misspelt key
+would train a personalised model without any history. Second, no item of the history may be later than the record,
+because a text from the user's future gives away the answer.
 
-Times are numbers of seconds since the epoch, and nothing else: what a date, a time zone or a millisecond means is known
-where the data come from, so `nextquill.data.loaders` converts them.
+Times are seconds since the epoch. `nextquill.data.loaders` converts dates, time zones and milliseconds, whose meaning
+depends on the source.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from nextquill.data.lines import MAX_LINE_BYTES, json_lines
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.errors import ArgumentError, ArgumentTypeError
 
 _RECORD_FIELDS = frozenset({"user_id", "query", "response", "history", "timestamp"})
 
@@ -33,9 +33,9 @@ class HistoryItem:
     """One earlier text of a user.
 
     Args:
-        text: what the user wrote.
-        title: what it was written about, or None.
-        timestamp: seconds since the epoch, or None where unknown.
+        text: the user's text.
+        title: its subject, or None.
+        timestamp: seconds since the epoch, or None if unknown.
     """
 
     text: str
@@ -43,21 +43,21 @@ class HistoryItem:
     timestamp: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The item as `parse_record` reads it; what is None is left out."""
+        """The item as `parse_record` reads it, without fields that are None."""
         fields = {"title": self.title, "text": self.text, "timestamp": self.timestamp}
         return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example: a user's response to a query, and what that user had written before.
+    """One example: a user's response to a query, and the user's earlier texts.
 
     Args:
-        user_id: whose response it is.
-        query: what was asked; may be empty.
-        response: what the user answered.
+        user_id: the user who wrote the response.
+        query: the request; may be empty.
+        response: the user's answer.
         history: the user's earlier texts, oldest first.
-        timestamp: seconds since the epoch of the response, or None.
+        timestamp: the response's time in seconds since the epoch, or None.
         extra: every other key of the record, such as `chosen` and `rejected`.
     """
 
@@ -69,14 +69,14 @@ class Record:
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping that `parse_record` reads back as an equal record, ready for JSON where `extra` is.
+        """The mapping that `parse_record` reads back as an equal record, ready for JSON if `extra` is.
 
         Raises:
-            ArgumentError: `extra` has a key that is a field of the record.
+            ArgumentError: a key of `extra` is a field of the record.
         """
         clash = _RECORD_FIELDS & self.extra.keys()
         if clash:
-            raise ArgumentError(f"extra: expected keys that are no fields of a record, got {min(clash)!r}")
+            raise ArgumentError(f"extra: expected keys that are not fields of a record, got {min(clash)!r}")
         fields: dict[str, Any] = {
             "user_id": self.user_id,
             "query": self.query,
@@ -95,11 +95,11 @@ def parse_record(raw: object, where: str) -> Record:
         raw: a mapping with `user_id` (str or int), `query` (str), `response` (str, not blank), `history` (a list of
             strings or of mappings with `text` and optional `title` and `timestamp`; other keys of an item are ignored)
             and optionally `timestamp` (seconds, a finite number). None counts as absent.
-        where: where the record comes from, put at the head of every error.
+        where: the record's place, the first words of every error.
 
     Returns:
-        The record. When every history item has a timestamp, the items are sorted by it (ties keep their order);
-        otherwise they keep the given order, which is taken to be oldest first.
+        The record. If every history item has a timestamp, the items are sorted by it, and ties keep their order.
+        Otherwise they keep the given order, which should be oldest first.
 
     Raises:
         RecordError: a field is missing, has the wrong type or an unusable value, or a history item is later than the
@@ -122,28 +122,19 @@ def parse_record(raw: object, where: str) -> Record:
 def iter_jsonl(
     path: str | os.PathLike[str], skipped: SkippedRecords | None = None, *, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Record]:
-    """Read a UTF-8 file with one JSON record a line, plain or gzipped, a record at a time; blank lines are passed over.
+    """Read records from a UTF-8 file of JSON lines, plain or gzipped, one at a time. Blank lines are ignored.
 
     Args:
         path: the file.
-        skipped: takes note of bad records, which are left out; None makes the first of them an error.
-        max_line_bytes: a longer line is a bad record; no more of it is held.
+        skipped: counts bad records, which are then left out; None makes the first one an error.
+        max_line_bytes: a longer line is a bad record, of which no more than this is held.
 
     Raises:
-        RecordError: the file is missing, unreadable or holds no record; a line is too long, not UTF-8, not JSON or not
-            a valid record, and the message names the file and the line; or, with `skipped`, too many records are bad.
+        RecordError: the file is missing, unreadable or empty; a line is too long, not UTF-8, not JSON or not a valid
+            record, and the message names file and line; or, with `skipped`, too many records are bad.
     """
-    found = False
-    for where, raw in json_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
-        found = True
-        record = _parsed_or_skipped(raw, where, skipped)
-        if record is not None:
-            yield record
-    name = os.fspath(path)
-    if skipped is not None:
-        skipped.check(name)
-    if not found:
-        raise RecordError(f"{name}: no records, the file is empty")
+    lines = json_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
+    return each_good(lines, _record, skipped, os.fspath(path), "no records, the file is empty")
 
 
 def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> list[Record]:
@@ -156,17 +147,17 @@ def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = No
 
 
 def load_records(source: object, skipped: SkippedRecords | None = None) -> list[Record]:
-    """Read records from wherever they are.
+    """Read records from a file, a data set or an iterable.
 
     Args:
         source: the path of a JSONL file, a `datasets.Dataset`, or any iterable of mappings or `Record`s. A `Record` is
-            taken as it is.
-        skipped: takes note of bad records, which are left out; None makes the first of them an error.
+            not checked again.
+        skipped: counts bad records, which are then left out; None makes the first one an error.
 
     Raises:
         RecordError: a record is malformed, or there are none; with `skipped`, too many are malformed.
-        ArgumentTypeError: `source` is none of the above; a mapping, such as a `datasets.DatasetDict`, is refused,
-            since iterating it would yield the names of its splits.
+        ArgumentTypeError: `source` has another type. A mapping, such as a `datasets.DatasetDict`, is refused, since
+            iterating it would yield the names of its splits.
     """
     if isinstance(source, (str, os.PathLike)):
         return read_jsonl(source, skipped)
@@ -174,36 +165,24 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         raise ArgumentTypeError(
             f"source: expected a path or an iterable of records (of one split), got {_type_name(source)}"
         )
-    parsed = (_parsed_or_skipped(raw, f"record {position}", skipped) for position, raw in enumerate(source))
-    records = [record for record in parsed if record is not None]
-    if skipped is not None:
-        skipped.check("source")
-    if not records:
-        raise RecordError("source: no records, the iterable is empty")
-    return records
+    items = ((f"record {position}", raw) for position, raw in enumerate(source))
+    return list(each_good(items, _record, skipped, "source", "no records, the iterable is empty"))
 
 
-def _parsed_or_skipped(raw: object, where: str, skipped: SkippedRecords | None) -> Record | None:
-    try:
-        record = raw if isinstance(raw, Record) else parse_record(raw, where)
-    except RecordError as error:
-        skip_or_raise(error, skipped)
-        return None
-    if skipped is not None:
-        skipped.accept()
-    return record
+def _record(where: str, raw: object) -> Record:
+    return raw if isinstance(raw, Record) else parse_record(raw, where)
 
 
-def _required(raw: Mapping[Any, Any], name: str, where: str) -> object:
+def _required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
     value = raw.get(name)
     if value is None:
         state = "null" if name in raw else "missing"
-        raise PlacedError(where, f"required, but {state}", name)
+        raise PlacedError(where, f"required, but {state}", path + name)
     return value
 
 
 def check_user_id(value: object, where: str, name: str = "user_id") -> str:
-    """A user's name as a string; `name` is the field it came from.
+    """Return a user's name as a string; `name` is its field.
 
     Raises:
         RecordError: it is neither a string nor an integer, or blank.
@@ -219,10 +198,10 @@ def check_user_id(value: object, where: str, name: str = "user_id") -> str:
 
 
 def check_response(value: object, where: str, name: str = "response") -> str:
-    """A response; `name` is the field it came from.
+    """Return a response; `name` is its field.
 
     Raises:
-        RecordError: it is no string, blank, or not valid Unicode.
+        RecordError: it is not a string, blank, or not valid Unicode.
     """
     text = check_text(value, where, name)
     if not text.strip():
@@ -231,15 +210,15 @@ def check_response(value: object, where: str, name: str = "response") -> str:
 
 
 def check_text(value: object, where: str, name: str) -> str:
-    """A text, which may be empty; `name` is the field it came from.
+    """Return a text, which may be empty; `name` is its field.
 
     Raises:
-        RecordError: it is no string, or not valid Unicode.
+        RecordError: it is not a string, or not valid Unicode.
     """
     if not isinstance(value, str):
         raise unexpected(where, name, "a string", value)
     try:
-        # JSON can spell half of a surrogate pair; tokenizers fail on it much later, without naming the record.
+        # JSON can hold half of a surrogate pair, on which tokenizers fail much later without naming the record.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PlacedError(
@@ -285,18 +264,16 @@ def _history_item(raw: object, where: str, name: str) -> HistoryItem:
         return HistoryItem(check_text(raw, where, name))
     if not isinstance(raw, Mapping):
         raise unexpected(where, name, "a string or an object with 'text'", raw)
-    if raw.get("text") is None:
-        raise PlacedError(where, f"required, but {'null' if 'text' in raw else 'missing'}", f"{name}.text")
     title = raw.get("title")
     return HistoryItem(
-        text=check_text(raw["text"], where, f"{name}.text"),
+        text=check_text(_required(raw, "text", where, f"{name}."), where, f"{name}.text"),
         title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )
 
 
 def unexpected(where: str, name: str, expected: str, value: object) -> PlacedError:
-    """The error of a value of the wrong type."""
+    """The error for a value with the wrong type."""
     return PlacedError(where, f"expected {expected}, got {_type_name(value)}", name)
 
 

@@ -1,15 +1,15 @@
-"""A prompt template bound to a tokenizer: text in, token ids out.
+"""Renders prompts and responses with a template and a tokenizer: text in, token ids out.
 
-Prompt and response are tokenised separately. Tokenised together, the last token of the prompt could swallow the first
-letters of the response, and the factual and the counterfactual branch would supervise different tokens.
+Prompt and response are tokenised separately. Together, the last token of the prompt could absorb the first letters of
+the response, and the factual and the counterfactual branch would supervise different tokens.
 
-A prompt's ids are `start_ids + encode(prompt(...))` and a response's `encode(response_text(...)) + end_ids`, so that
-whoever tokenises many at once needs the texts alone. What users wrote is kept from being read as the template's on the
-way, see `UserText`: a special token's literal in a query, a title, a past text or a response stays text, and no line of
-them begins like one of the template's. Text without such is as it was written.
+A prompt's ids are `start_ids + encode(prompt(...))`, and a response's are `encode(response_text(...)) + end_ids`. So
+code that tokenises many at once needs only the texts. `UserText` keeps users' texts from being read as the template: a
+special token's literal in a query, a title, a past text or a response stays text, and no line of these begins like one
+of the template's. All other text stays as it was written.
 
-The tokenizer is used through `encode`, `chat_template`, `apply_chat_template` and what names its special tokens alone,
-so Hugging Face's tokenizers fit, and nothing of Hugging Face is imported.
+Of the tokenizer, only `encode`, `chat_template`, `apply_chat_template` and the names of special tokens are used. So
+Hugging Face's tokenizers fit, and no Hugging Face package is imported.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from nextquill.data.templates import PromptTemplate
 from nextquill.data.user_text import UserText
 from nextquill.errors import ArgumentError
 
-# Stands for the response while the template is asked what follows one. The response itself never passes through the
-# template: some strip it, and some cut it at a marker such as `</think>`.
+# Stands for the response to find the text that the template puts after it. The response itself never passes through the
+# template, because some templates strip it, and some cut it at a marker such as `</think>`.
 _RESPONSE_MARKER = "nextquillresponsemarker"
 _QUERY_MARKER = "nextquillquerymarker"
 _HISTORY_MARKER = "nextquillhistorymarker"
-# A turn's end that is no special token, such as `[/INST]`.
+# The end of a turn that is not a special token, such as `[/INST]`.
 _BRACKETED = re.compile(r"[<\[{][^\s<>\[\]{}]+[>\]}]")
 
 
 class Tokenizer(Protocol):
-    """What is needed of every tokenizer; the rest is looked up by name."""
+    """The method that every tokenizer needs; other attributes are looked up by name."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`."""
@@ -43,25 +43,26 @@ class Tokenizer(Protocol):
 class PromptRenderer:
     """Renders prompts and responses of one template with one tokenizer.
 
-    With a chat template the prompt is one user message (after a system message, if any) and the generation prompt;
-    a system message that the template refuses or drops is put at the head of the user message. The response ends with
-    the template's end of turn, without the white space after it, which is never generated; if the template has none,
-    with the end-of-sequence token. Without a chat template the prompt begins with the tokenizer's beginning-of-sequence
-    token where the tokenizer would put it there itself, and the response ends with the end-of-sequence token.
+    With a chat template, the prompt is one user message, after the system message if there is one, and the generation
+    prompt. If the chat template refuses or drops the system message, it is put at the head of the user message. The
+    response ends with the chat template's end of turn, without the white space after it, which is never generated. If
+    there is no end of turn, it ends with the end-of-sequence token.
+
+    Without a chat template, the prompt begins with the beginning-of-sequence token if the tokenizer itself would put
+    it there. The response ends with the end-of-sequence token.
 
     Args:
         template: wording and order.
-        tokenizer: a Hugging Face tokenizer or its like.
+        tokenizer: a Hugging Face tokenizer, or an object with its interface.
 
     Attributes:
-        start_ids: token ids before those of every prompt's text: a beginning-of-sequence token that is not text, or
-            none.
-        end_ids: token ids after those of every response's text.
-        user_text: what users' texts go through; `user_text.changed` counts those in which something was broken.
+        start_ids: token ids before every prompt's text: a beginning-of-sequence token that is not in the text, or none.
+        end_ids: token ids after every response's text.
+        user_text: breaks and quotes users' texts; `user_text.changed` counts the texts that it has changed.
 
     Raises:
         ArgumentError: `template.chat` is True and the tokenizer has no chat template; the chat template cannot render a
-            user message; there is nothing to end a response with; or a special token's literal cannot be broken.
+            user message; there is no token to end a response; or a special token's literal cannot be broken.
     """
 
     def __init__(self, template: PromptTemplate, tokenizer: Tokenizer) -> None:
@@ -75,7 +76,7 @@ class PromptRenderer:
         self.user_text = self._keep_apart(frame)
 
     def prompt(self, query: str, history: Sequence[HistoryItem] = ()) -> str:
-        """Return everything before the response, as the text that is tokenised (without `start_ids`)."""
+        """Return everything before the response as text to tokenise, without `start_ids`."""
         text = self.template.render(query, history, self.user_text.quoted)
         if self.uses_chat:
             return self._apply(self._messages(text), generation_prompt=True)
@@ -86,11 +87,11 @@ class PromptRenderer:
         return self.start_ids + self.encode(self.prompt(query, history))
 
     def response_text(self, response: str) -> str:
-        """Return the response as the text that is tokenised (without `end_ids`)."""
+        """Return the response as text to tokenise, without `end_ids`."""
         return self.user_text.plain(response)
 
     def response_ids(self, response: str) -> list[int]:
-        """Return the token ids of the response and of what ends it, all of which are supervised."""
+        """Return the token ids of the response and its end, all of which are supervised."""
         return self.encode(self.response_text(response)) + self.end_ids
 
     def encode(self, text: str) -> list[int]:
@@ -112,7 +113,7 @@ class PromptRenderer:
     def _try_apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str | Exception:
         try:
             return self._apply(messages, generation_prompt=generation_prompt)
-        except Exception as error:  # noqa: BLE001 - a chat template is a program of its author's, and fails as it likes
+        except Exception as error:  # noqa: BLE001 - a chat template is a program that can raise any error
             return error
 
     def _accepts_system_role(self) -> bool:
@@ -122,7 +123,7 @@ class PromptRenderer:
         return isinstance(rendered, str) and system.strip() in rendered
 
     def _check_user_message(self) -> str:
-        """What the chat template puts around a user message, system message aside."""
+        """The text that the chat template puts around a user message, without the system message."""
         rendered = self._try_apply(self._messages(_QUERY_MARKER), generation_prompt=True)
         if isinstance(rendered, Exception):
             raise ArgumentError(
@@ -136,7 +137,7 @@ class PromptRenderer:
         return rendered.replace((self.template.system or "").strip(), "")
 
     def _keep_apart(self, frame: str) -> UserText:
-        """What breaks special tokens and quotes the lines of the template and of the chat template's `frame`."""
+        """The `UserText` for the special tokens and for the lines of the template and the chat template's `frame`."""
         special = _special_tokens(self.tokenizer)
         item = HistoryItem(_HISTORY_MARKER, title=_HISTORY_MARKER, timestamp=0.0)
         own_words = self.template.render(_QUERY_MARKER, [item, item], _marked)
@@ -144,15 +145,15 @@ class PromptRenderer:
         return UserText({*special, *_BRACKETED.findall(frame)}, {*_line_heads(frame), *_line_heads(own_words)})
 
     def _check_breaking(self, special: dict[str, int]) -> None:
-        """A normaliser may close the gap in a broken literal: better refused than a text that ends its own turn."""
+        """Refuse a tokenizer that joins a broken literal again, as its texts could then end their own turn."""
         broken = "\n".join(map(UserText(special).plain, special))
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         found = (set(special.values()) & set(self.encode(broken))) - {unknown}
         if found:
             token = next(token for token, token_id in special.items() if token_id in found)
             raise ArgumentError(
-                f"tokenizer: expected one that tells the special token {token!r} from a text with a space in it, got "
-                "one that reads both as the token"
+                f"tokenizer: expected one that reads the special token {token!r} as text if a space is put into it, "
+                "got one that still reads it as the token"
             )
 
     def _own_bos_ids(self) -> list[int]:
@@ -166,7 +167,7 @@ class PromptRenderer:
             return end_of_turn
         eos_id = getattr(self.tokenizer, "eos_token_id", None)
         if eos_id is None:
-            raise ArgumentError("tokenizer: expected an end-of-sequence token to end a response with, got none")
+            raise ArgumentError("tokenizer: expected an end-of-sequence token to end responses, got none")
         return [eos_id]
 
     def _end_of_turn(self) -> str:
@@ -189,9 +190,9 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The literals that a tokenizer reads as special tokens wherever they stand, and their ids.
+    """The literals that a tokenizer always reads as special tokens, and their ids.
 
-    Tokens that were merely added are none of them: `</think>` or a run of spaces is text, and is trained on as such.
+    Added tokens that are not special do not count: `</think>` or a run of spaces is text, and is trained on as text.
     """
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", None) or {}
     special = {str(token): token_id for token_id, token in added.items() if token.special}
@@ -200,15 +201,15 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _marked(inserted: str) -> str:
-    """What a template inserts, all as the marker but for numbers and dates.
+    """Replace an inserted text by the marker, unless it is a number or a date.
 
-    What a Jinja expression makes passes for the user's whole, words of the template's in it too; such a word must not
-    be taken for one that no text may begin with, or it would be quoted itself.
+    The whole value of a Jinja expression counts as the user's text, even if the template wrote some words of it. Such
+    words must not become line beginnings of the template, or they would be quoted themselves.
     """
     return _HISTORY_MARKER if any(map(str.isalpha, inserted)) else inserted
 
 
 def _line_heads(prompt: str) -> set[str]:
-    """How the lines of a prompt begin that are the template's: each up to a marker, if there is a letter in it."""
+    """The beginnings of a prompt's lines, each up to the first marker, if they hold a letter."""
     heads = (re.split(f"{_QUERY_MARKER}|{_HISTORY_MARKER}", line)[0].strip() for line in prompt.splitlines())
     return {head for head in heads if any(map(str.isalpha, head))}

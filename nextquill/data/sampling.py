@@ -1,4 +1,4 @@
-"""The order of training examples when a user's examples are to share their history."""
+"""An order of training examples in which a user's examples can share their history."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nextquill.errors import ArgumentError
 
 
 class UserGroupSampler(Sampler[int]):
-    """A shuffled order in which runs of a user's examples stand together.
+    """A shuffled order in which examples of one user stand together in runs.
 
-    Every user's examples are shuffled and cut into runs of `examples_per_user`; what is left over is put together, in
-    random order, to runs of that length, and the runs are shuffled. So batches whose size is a multiple of it hold
-    whole runs, and their number and size are what they are without grouping. Which examples meet in a batch is another
-    matter: fewer users make one up.
+    Each user's examples are shuffled and cut into runs of `examples_per_user`. The remaining examples of all users are
+    joined, in random order, into runs of the same length. Then the runs are shuffled. Batches whose size is a multiple
+    of that length hold whole runs. Number and size of batches are the same as without grouping, but each batch comes
+    from fewer users.
 
-    The order follows from `seed` and the epoch alone, so that every rank has the same, and a resumed run too.
+    The order depends only on `seed` and the epoch, so it is the same on every rank and in a resumed run.
 
     Args:
-        user_ids: of the examples, in their order.
-        examples_per_user: length of a run.
-        seed: with the epoch, decides the order.
+        user_ids: the user of each example, in order.
+        examples_per_user: the length of a run.
+        seed: decides the order, together with the epoch.
 
     Raises:
         ArgumentError, ArgumentTypeError: no examples, or a number that is not a positive integer.

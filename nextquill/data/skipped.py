@@ -1,11 +1,15 @@
-"""What is wrong with a record and where, and what a reader that goes on past bad records has left out."""
+"""Errors in single records, and a count of the bad records that a reader has skipped."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from nextquill.errors import ArgumentError, RecordError
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 class PlacedError(RecordError):
@@ -13,8 +17,8 @@ class PlacedError(RecordError):
 
     Args:
         where: the source and the line or row, such as "train.jsonl line 7".
-        problem: what was expected, and what came.
-        field: the field at fault, or None where it is the whole record.
+        problem: the expected and the actual value, in words.
+        field: the field at fault, or None if it is the whole record.
         kind: one word for counting: "json", "utf-8", "length", "field", "history", "time zone", "duplicate", …
     """
 
@@ -27,19 +31,19 @@ class PlacedError(RecordError):
 
 
 class SkippedRecords:
-    """Counts the records that were left out, and keeps the first few messages.
+    """Counts the records that a reader has skipped, and keeps the first few messages.
 
-    Give one to a reader and it goes on past bad records. Give each source its own: shares are of one source.
+    A reader that gets one skips bad records. Each source needs its own, as `max_share` is a share of one source.
 
     Args:
-        max_kept: most messages kept in `messages`; `counts` always counts all.
-        max_share: largest share of bad records that `check` puts up with, from 0 to 1.
-        on_skip: called with each error, to write it somewhere.
+        max_kept: the most messages kept in `messages`; `counts` always counts all.
+        max_share: the largest share of bad records that `check` allows, from 0 to 1.
+        on_skip: called with each error, for example to log it.
 
     Attributes:
-        counts: how many were skipped, by the error's kind.
-        messages: the first `max_kept` errors' messages.
-        accepted: how many records were good.
+        counts: skipped records by the kind of error.
+        messages: the messages of the first `max_kept` errors.
+        accepted: the number of good records.
 
     Raises:
         ArgumentError: `max_kept` is negative or `max_share` is outside [0, 1].
@@ -59,11 +63,11 @@ class SkippedRecords:
 
     @property
     def total(self) -> int:
-        """How many were skipped."""
+        """The number of skipped records."""
         return self.counts.total()
 
     def skip(self, error: RecordError) -> None:
-        """Count a record as left out."""
+        """Count a record as skipped."""
         self.counts[error.kind if isinstance(error, PlacedError) else "field"] += 1
         if len(self.messages) < self.max_kept:
             self.messages.append(str(error))
@@ -75,10 +79,10 @@ class SkippedRecords:
         self.accepted += 1
 
     def check(self, source: str) -> None:
-        """Refuse a source that is bad as a whole.
+        """Refuse a source with too many bad records.
 
         Raises:
-            RecordError: every record was skipped, or a larger share of them than `max_share`.
+            RecordError: all records were skipped, or a larger share than `max_share`.
         """
         if not self.total:
             return
@@ -94,7 +98,44 @@ class SkippedRecords:
 
 
 def skip_or_raise(error: RecordError, skipped: SkippedRecords | None) -> None:
-    """Count the error, or raise it where nothing may be skipped."""
+    """Count the error, or raise it if `skipped` is None."""
     if skipped is None:
         raise error
     skipped.skip(error)
+
+
+def converted(
+    items: Iterable[tuple[str, _T]], convert: Callable[[str, _T], _U], skipped: SkippedRecords | None
+) -> Iterator[tuple[str, _U]]:
+    """Yield each item's place and the result of `convert(place, item)`; a `RecordError` skips the item or is raised."""
+    for where, item in items:
+        try:
+            result = convert(where, item)
+        except RecordError as error:
+            skip_or_raise(error, skipped)
+        else:
+            yield where, result
+
+
+def each_good(
+    items: Iterable[tuple[str, _T]],
+    convert: Callable[[str, _T], _U],
+    skipped: SkippedRecords | None,
+    source: str,
+    empty: str = "no records",
+) -> Iterator[_U]:
+    """Yield the results of `converted`, count them as good, and check the source at its end.
+
+    Raises:
+        RecordError: an item is bad and nothing is skipped, too many are bad, or there is none.
+    """
+    count = 0
+    for _, result in converted(items, convert, skipped):
+        count += 1
+        if skipped is not None:
+            skipped.accept()
+        yield result
+    if skipped is not None:
+        skipped.check(source)
+    if not count:
+        raise RecordError(f"{source}: {empty}")

@@ -1,15 +1,14 @@
-"""Records for training, validation and test, divided by time or by user.
+"""Divides records into training, validation and test sets, by time or by user.
 
-    leave_last_out     every user's last record is for testing, the one before for validation: known users, later texts
-    by_time            everything from a moment on is for testing: what a model in use would meet
-    hold_out_users     whole users are for testing: users no training has seen
+    leave_last_out     tests on each user's last record, validates on the one before: known users, later texts
+    by_time            tests on all records from a given time on: what a deployed model would meet
+    hold_out_users     tests on all records of some users: users that the training has not seen
 
-`nextquill.data.leaks` checks a division, whoever made it.
+`nextquill.data.leaks` checks any division.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,16 +16,17 @@ from typing import Literal
 from nextquill.data._checks import check_integer
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.storage.fingerprints import digest_of
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A division of records; each part keeps their order.
+    """A division of records, each part in their order.
 
     Args:
         train, validation, test: the parts.
-        order: what decided which of a user's records is the later: "timestamp", or "file order" where none has one;
-            None where time took no part.
+        order: how a user's records were ordered: by "timestamp", or by "file order" if none has a timestamp; None if
+            the order had no influence.
     """
 
     train: list[Record]
@@ -36,13 +36,13 @@ class Splits:
 
 
 def leave_last_out(records: Sequence[Record], *, least_records: int = 3) -> Splits:
-    """Each user's last record is for testing, the one before for validation, the others are for training.
+    """Use each user's last record for testing, the one before for validation, and the others for training.
 
     Args:
-        records: the records, with timestamps, or all without and then each user's from the earliest to the latest. Of
-            equal timestamps the later record in `records` counts as the later.
-        least_records: users with fewer records are used for training only; at least 3, so that every user who is
-            tested is trained on.
+        records: the records, all with timestamps, or all without and then in the order of time. With equal timestamps,
+            the one that stands later in `records` counts as the later.
+        least_records: users with fewer records are only used for training; at least 3, so that every tested user is
+            also in the training.
 
     Raises:
         RecordError: some records have a timestamp and others have none, or no user has `least_records`.
@@ -70,12 +70,12 @@ def leave_last_out(records: Sequence[Record], *, least_records: int = 3) -> Spli
 
 
 def by_time(records: Iterable[Record], cutoff: float, *, validation_from: float | None = None) -> Splits:
-    """Records from `cutoff` on are for testing.
+    """Use the records from `cutoff` on for testing.
 
     Args:
         records: the records, all with timestamps.
-        cutoff: seconds since the epoch; the first moment of the test.
-        validation_from: the first moment of the validation, before `cutoff`; None for no validation.
+        cutoff: the start of the test, in seconds since the epoch.
+        validation_from: the start of the validation, before `cutoff`; None for no validation.
 
     Raises:
         RecordError: a record has no timestamp, or a part would be empty.
@@ -98,19 +98,18 @@ def by_time(records: Iterable[Record], cutoff: float, *, validation_from: float 
 
 
 def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, validation_share: float = 0.0) -> Splits:
-    """All records of some users are for testing.
+    """Use all records of some users for testing.
 
-    Who that is depends on the user's name and the seed, and hardly on who else is there: as users are added, few of
-    the others change sides.
+    Users are ranked by a hash of the seed and their name. So when users are added, few others move to another part.
 
     Args:
         records: the records.
-        share: of the users, for testing; at least one user.
+        share: the share of users for testing; at least one user is tested.
         seed: decides which users.
-        validation_share: of the users, for validation.
+        validation_share: the share of users for validation.
 
     Raises:
-        ArgumentError: the shares are not in [0, 1), `share` is 0, or nobody would be left for training.
+        ArgumentError: a share is not in [0, 1), `share` is 0, or no user would be left for training.
     """
     for name, value in (("share", share), ("validation_share", validation_share)):
         if not 0 <= value < 1:
@@ -134,13 +133,13 @@ def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, va
 
 
 def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> Iterator[tuple[bool, Record]]:
-    """Yield each record with whether its user is held out, without holding any record or knowing any other.
+    """Yield each record and whether its user is held out, in one pass that holds no records.
 
-    The share holds on average: of 1,000 users, 100 ± 9 for 0.1.
+    The share holds on average: with 0.1, 100 ± 9 of 1,000 users are held out.
 
     Args:
         records: the records.
-        share: probability that a user is held out, in (0, 1).
+        share: the probability that a user is held out, in (0, 1).
         seed: decides which users.
 
     Raises:
@@ -152,13 +151,12 @@ def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> I
 
 
 def _lot(user_id: str, seed: int) -> float:
-    """A number in [0, 1) that a user draws, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed} {user_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    """A number in [0, 1) for a user, the same on every machine."""
+    return int.from_bytes(digest_of(f"{seed} {user_id}"), "big") / 2**64
 
 
 def _all_dated(records: Sequence[Record]) -> bool:
-    """Whether all records have a timestamp, rather than none."""
+    """Return True if all records have a timestamp, False if none has one; raise RecordError if only some have."""
     undated = [position for position, record in enumerate(records) if record.timestamp is None]
     if not undated or len(undated) == len(records):
         return not undated

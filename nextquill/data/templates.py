@@ -1,24 +1,27 @@
-"""How a query and a user's history become the words of a prompt; nothing here knows a tokenizer.
+"""Words a query and a user's history as a prompt, without a tokenizer.
 
-A prompt has up to three parts: the query, the history, and a closing cue after which the response is written.
+A prompt has up to three parts: the query, the history, and a closing cue, which the response follows.
 
     order="official"          query, history, cue     (the order of NextQuill's published code)
     order="history_first"     history, query, cue     (the queries of one user share the history as a prefix)
 
-A user without history, and every counterfactual, gets the *empty history*. What that looks like decides what the
-difference between the two passes means. The published code keeps the heading and writes `None` under it
-(`counterfactual="none"`), so both passes have the same frame; `"removal"` takes heading and section away. With
-`"placebo"` the counterfactual pass has the history of another user, so that only whose history it is differs between
-the passes; a user without history is then shown as with `"none"`.
+A user without history, and every counterfactual, gets the *empty history*. Its wording decides the meaning of the
+difference between the two passes:
 
-The published code lists past texts newest first; here they run oldest first, so that the newest stands nearest to the
-response, and `newest_first=True` gives the published order.
+    counterfactual="none"     keeps the heading and writes `None` under it, as the published code does, so that both
+                              passes have the same frame
+    counterfactual="removal"  drops heading and section
+    counterfactual="placebo"  shows another user's history, so that the passes differ only in whose history it is; a
+                              user without history is shown as with "none"
+
+The published code lists past texts newest first. Here they run oldest first, so that the newest is nearest to the
+response; `newest_first=True` gives the published order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta, timezone
 from typing import Literal
 
@@ -27,24 +30,15 @@ from nextquill.data.jinja_prompt import check_jinja, render_jinja
 from nextquill.data.records import HistoryItem
 from nextquill.errors import RecordError
 
-#: The prompts of a record: with the user's own history, with none, with another user's.
+#: The prompts of a record: with the user's own history, without history, and with another user's history.
 BRANCHES = ("factual", "counterfactual", "placebo")
 
 _ORDERS = ("official", "history_first")
 _COUNTERFACTUALS = ("none", "removal", "placebo")
-_TEXT_FIELDS = (
-    "history_heading",
-    "query_heading",
-    "closing_cue",
-    "title_label",
-    "text_label",
-    "date_label",
-    "empty_history",
-)
 _SECTION_BREAK = "\n\n"
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-#: What a text written by a user goes through on its way into a prompt.
+#: Changes a user's text before it goes into a prompt.
 Clean = Callable[[str], str]
 
 
@@ -54,22 +48,22 @@ class PromptTemplate:
 
     Args:
         order: "official" (query, history, cue) or "history_first" (history, query, cue).
-        counterfactual: what stands for no history: "none" keeps the heading with `empty_history` under it, "removal"
-            drops the section, "placebo" puts another user's history there.
-        system: a system message; put before everything else when there is no chat template.
+        counterfactual: the prompt without history: "none" keeps the heading with `empty_history` under it, "removal"
+            drops the section, "placebo" shows another user's history.
+        system: a system message; without a chat template it stands before everything else.
         chat: None uses the tokenizer's chat template if it has one, True requires one, False never uses it.
         history_heading, query_heading: a line above each section; an empty one is left out.
         closing_cue: the last line before the response.
-        title_label, text_label, date_label: what precedes the title, the text and the date of a past item.
+        title_label, text_label, date_label: the words before the title, the text and the date of a past item.
         empty_history: the literal text of an empty history.
         newest_first: list the past texts from the newest to the oldest.
         show_dates: put the day above every past item that has a timestamp, as 2024-03-31 (UTC).
-        prompt_jinja: a Jinja template that words the prompt instead of `order`, the headings, labels and cue; it gets
-            `query`, `history` (items with `text`, `title`, `timestamp`) and `counterfactual`. See `jinja_prompt`.
+        prompt_jinja: a Jinja template that replaces `order`, the headings, labels and cue; it gets `query`, `history`
+            (items with `text`, `title`, `timestamp`) and `counterfactual`. See `jinja_prompt`.
 
     Raises:
-        ArgumentError: `order` or `counterfactual` is not one of those named; or `prompt_jinja` is wrong, fails, shows
-            no query, does not change with the history, or puts two texts side by side with nothing between them.
+        ArgumentError: `order` or `counterfactual` has another value; or `prompt_jinja` is malformed, fails, does not
+            show the query, does not change with the history, or puts two texts next to each other.
         ArgumentTypeError: an argument has the wrong type.
     """
 
@@ -96,10 +90,11 @@ class PromptTemplate:
                 check_instance(name, getattr(self, name), str, "a string or None")
         if self.chat is not None:
             check_instance("chat", self.chat, bool, "True, False or None")
-        for name in ("newest_first", "show_dates"):
-            check_instance(name, getattr(self, name), bool, "True or False")
-        for name in _TEXT_FIELDS:
-            check_instance(name, getattr(self, name), str, "a string")
+        for each in fields(self):
+            if each.type == "bool":
+                check_instance(each.name, getattr(self, each.name), bool, "True or False")
+            elif each.type == "str":
+                check_instance(each.name, getattr(self, each.name), str, "a string")
         if self.prompt_jinja is not None:
             check_jinja(self.prompt_jinja, _day)
 
@@ -107,12 +102,12 @@ class PromptTemplate:
         """Return the prompt's text, without system message and chat markers.
 
         Args:
-            query: what is asked; an empty one has no section.
-            history: past texts, oldest first; an empty one is rendered as the counterfactual.
+            query: the request; an empty one has no section.
+            history: past texts, oldest first; without any, the prompt is the counterfactual.
             clean: applied to the query and to the titles and texts of the history; see `UserText`.
 
         Raises:
-            RecordError: a date is to be shown and lies outside the years 1 to 9999.
+            RecordError: a shown date lies outside the years 1 to 9999.
             ArgumentError: `prompt_jinja` fails on these values.
         """
         items = history[::-1] if self.newest_first else history
@@ -150,5 +145,5 @@ def _day(timestamp: float) -> str:
         return (_EPOCH + timedelta(seconds=timestamp)).date().isoformat()
     except OverflowError:
         raise RecordError(
-            f"timestamp: expected seconds since 1970 of a year from 1 to 9999 for a date, got {timestamp}"
+            f"timestamp: expected seconds since 1970 for a date in the years 1 to 9999, got {timestamp}"
         ) from None

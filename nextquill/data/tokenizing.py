@@ -1,14 +1,14 @@
-"""Token ids of many texts at once: on all cores, and each piece of text once.
+"""Encodes many texts at once, on all cores, and each piece of text only once.
 
-A fast tokenizer encodes a list of texts on all cores and lets Python run meanwhile. What it is given is cut into pieces
-first, and pieces that were seen before are not given to it again: the history of a user stands in many prompts, and the
-search for what fits a budget looks at several prompts that differ in one item.
+A fast tokenizer encodes a list of texts on all cores while Python runs on. Texts are first cut into pieces, and a piece
+that was seen before is taken from a cache. This saves work because a user's history stands in many prompts, and because
+the search for what fits a budget tries several prompts that differ in one item.
 
-Tokens may form across a joint, so a text is cut only where this tokenizer provably forms none: behind a line break and
-before a visible ASCII character, `ids(left + right) == ids(left + GUARD)[:-1] + ids(right)`. The proof goes through the
-tokenizer's own parts and holds for byte-level BPE with the published splitting patterns (GPT-2, Llama 3, Qwen, o200k,
-DeepSeek) and for BPE without any, as Gemma's, if no token of the vocabulary spans such a joint. Texts of every other
-tokenizer are encoded whole.
+Tokens may form across a cut, so a text is cut only where this tokenizer provably forms none: after a line break and
+before a visible ASCII character, where `ids(left + right) == ids(left + GUARD)[:-1] + ids(right)`. The proof examines
+the parts of the tokenizer. It holds for byte-level BPE with the published splitting patterns (GPT-2, Llama 3, Qwen,
+o200k, DeepSeek). It also holds for BPE without splitting, such as Gemma's, if no token of the vocabulary spans a cut.
+Every other tokenizer encodes whole texts.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from typing import Any, TypeAlias
 
 from nextquill.storage.fingerprints import fingerprint
 
-#: Token ids; four bytes each, where a list takes forty.
+#: Token ids, four bytes each; a list takes forty.
 Ids: TypeAlias = "array[int]"
 
-#: Stands behind a piece for what follows it in the text: some patterns split white space by whether something does.
+#: Stands after a piece in place of the following text, because some patterns split trailing white space differently.
 _GUARD = "a"
 # Digits are left out, as some tokenizers split before them, and "/", which o200k's pattern takes with line breaks.
 _BREAK = r"\n"
 _CUT_BEFORE = "!-.:-~"
-#: Characters. Each piece costs what some ten tokens cost, so texts are cut where past texts begin and end: at blank
-#: lines and headings; and at every line only where there are none for long, as in prompts of one's own.
+_SPANNING = re.compile(rf"\n[{_CUT_BEFORE}]")
+#: Characters. A piece costs as much as some ten tokens, so texts are cut only where past texts begin and end: at blank
+#: lines and headings. A longer paragraph, as a custom prompt may have, is cut at every line.
 _LONG_PARAGRAPH = 8_000
 _PROBE = "[Text]: a tale\n\n[Text]: slow, \n \n- and good.\n"
-#: Tokens in each of a cache's two halves: some 50 MB with the texts.
+#: Tokens in each of the two halves of a cache: some 50 MB with the texts.
 _CACHED_TOKENS = 2_000_000
 
 _CASED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _CASED_TAIL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# The alternatives of published splitting patterns. None matches a line break and then a visible character (but for
-# o200k's "/"), none looks behind, and only `(?!\S)` looks ahead: so a match ends at every cut, whether the guard
-# follows or the text.
+# The alternatives of published splitting patterns. None of them matches a line break and then a visible character
+# (except o200k's "/"), none looks behind, and only `(?!\S)` looks ahead. So a match ends at every cut, whether the
+# guard or the text follows.
 _KNOWN_ALTERNATIVES = frozenset(
     {
         *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _SUFFIX, r"'(?i:[sdmt]|ll|ve|re)"),
@@ -61,12 +62,12 @@ _ANY_SPACE = r"\s+"
 
 
 class BatchTokenizer:
-    """Encodes lists of texts with what `encode` would give for each.
+    """Encodes lists of texts to the same ids that `encode` gives for each text.
 
     Args:
-        tokenizer: a Hugging Face tokenizer or its like; a fast one is used on all cores.
-        encode: the ids of one text, with no token added.
-        cached_tokens: how many tokens of pieces are kept, twice; 0 to keep none and cut nothing.
+        tokenizer: a Hugging Face tokenizer, or an object with its interface; a fast one is used on all cores.
+        encode: returns the ids of one text, with no token added.
+        cached_tokens: the tokens in each half of the cache; 0 for no cache and no cuts.
     """
 
     def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]], cached_tokens: int = _CACHED_TOKENS) -> None:
@@ -87,11 +88,11 @@ class BatchTokenizer:
 
     @property
     def is_parallel(self) -> bool:
-        """Whether a list of texts takes less time than its texts one by one."""
+        """Whether encoding a list of texts is faster than encoding its texts one by one."""
         return self._tokenizer is not None
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """The token ids of each text; those of equal texts may be one object, so they are not to be changed."""
+        """The token ids of each text. Equal texts may share one object, so do not change the result."""
         if self._cut is None:
             distinct = list(dict.fromkeys(texts))
             known = dict(zip(distinct, self._encode(distinct), strict=True))
@@ -103,7 +104,7 @@ class BatchTokenizer:
         return [self._joined(pieces, fresh) for pieces in cut]
 
     def _pieces(self, text: str) -> list[str]:
-        """What is encoded: each piece with its line break and the guard, and the last one as it is."""
+        """The pieces to encode: each with its line break and the guard, except the last one."""
         assert self._cut is not None
         assert self._cut_items is not None
         pieces = list[str]()
@@ -118,10 +119,10 @@ class BatchTokenizer:
             found = fresh.get(piece)
             if found is None:
                 found = self._cache.get(piece)
-            if found is None:  # dropped since
+            if found is None:  # dropped from the cache since
                 (found,) = self._encode([piece])
             ids += found
-            if position:  # of all but the last piece the guard goes
+            if position:  # all pieces but the last end with the guard
                 ids.pop()
         return ids
 
@@ -130,11 +131,11 @@ class BatchTokenizer:
             return [array("i", self._encode_one(text)) for text in texts]
         backend = reset_backend(self._tokenizer)
         found = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-        # `array` converts a list itself in three times the time.
+        # `array` takes three times as long to convert a list itself.
         return [array("i", struct.pack(f"{len(ids)}i", *ids)) for ids in found]
 
     def _agrees(self, tokenizer: Any) -> bool:
-        """Whether a fast tokenizer is there, and the wrapper around it adds nothing to what it does."""
+        """Whether there is a fast tokenizer that gives the same ids as its wrapper."""
         if not hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast"):
             return False
         (found,) = reset_backend(tokenizer).encode_batch_fast([_PROBE], add_special_tokens=False)
@@ -142,7 +143,7 @@ class BatchTokenizer:
 
 
 def reset_backend(tokenizer: Any) -> Any:
-    """The fast tokenizer in the state in which `tokenizer.encode` uses it, whatever other calls have left."""
+    """The fast tokenizer, reset to the state in which `tokenizer.encode` uses it."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
         backend.no_truncation()
@@ -155,7 +156,10 @@ def reset_backend(tokenizer: Any) -> Any:
 
 
 class _PieceCache:
-    """Token ids by text. When the newer half is full the older one is forgotten; what is used moves to the newer."""
+    """Token ids by text, in two halves. When the newer half is full, it replaces the older one.
+
+    An entry of the older half moves to the newer one when it is used.
+    """
 
     def __init__(self, tokens: int) -> None:
         self._limit, self._size = tokens, 0
@@ -181,7 +185,7 @@ class _PieceCache:
 
 
 def cut_pattern(backend: Any) -> re.Pattern[str] | None:
-    """A pattern of the line breaks behind which a text may be cut, or None where no cut is known to be safe.
+    """The pattern of line breaks after which a text may be cut, or None if no cut is known to be safe.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -190,11 +194,10 @@ def cut_pattern(backend: Any) -> re.Pattern[str] | None:
     is_bpe = type(model).__name__ == "BPE" and not model.dropout
     if not is_bpe or not (_splits_safely(backend) or _never_spans(backend)):
         return None
-    # A special token ends the text before it, for which a guard cannot stand; and it may take white space with it.
+    # A special token ends the text before it, which a guard cannot imitate, and it may absorb white space.
     special = {re.escape(content[:3]) for content in added}
     before = f"(?!{'|'.join(sorted(special))})" if special else ""
-    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
-    if any(spanning.search(content) or content.startswith(_GUARD) for content in added):
+    if any(_SPANNING.search(content) or content.startswith(_GUARD) for content in added):
         return None
     if len(backend.encode(_GUARD, add_special_tokens=False).ids) != 1:
         return None
@@ -202,19 +205,16 @@ def cut_pattern(backend: Any) -> re.Pattern[str] | None:
 
 
 def _splits_safely(backend: Any) -> bool:
-    """Whether the text is split into words by known patterns, at every cut among other places."""
+    """Whether known patterns split the text at every cut."""
     stages = _stages(_state(backend.pre_tokenizer))
-    if _state(backend.normalizer).get("type") not in (
-        None,
-        "NFC",
-    ):  # which never joins an ASCII letter to what precedes
+    if _state(backend.normalizer).get("type") not in (None, "NFC"):  # NFC never joins an ASCII letter to its left
         return False
     kinds = [_split_kind(stage) for stage in stages]
     return None not in kinds and "spaces" in kinds
 
 
 def _split_kind(stage: dict[str, Any]) -> str | None:
-    """Of one stage: "spaces" if it splits at every cut, "other" if it does not matter there, None if it is unknown."""
+    """The effect of a stage: "spaces" if it splits at every cut, "other" if it is harmless there, None if unknown."""
     kind = stage.get("type")
     if kind == "ByteLevel" and not stage.get("add_prefix_space", True):
         return "spaces" if stage.get("use_regex", True) else "other"
@@ -231,7 +231,7 @@ def _split_kind(stage: dict[str, Any]) -> str | None:
 
 
 def _never_spans(backend: Any) -> bool:
-    """Whether the text is not split, so that merges alone decide, and no merge reaches over a cut."""
+    """Whether the text is not split and no token spans a cut, so that no merge can cross it."""
     model, normalizer = backend.model, _state(backend.normalizer)
     stages = _stages(_state(backend.pre_tokenizer))
     splits_at_spaces = [
@@ -243,8 +243,7 @@ def _never_spans(backend: Any) -> bool:
         return False
     if model.fuse_unk or model.ignore_merges or model.end_of_word_suffix or model.continuing_subword_prefix:
         return False
-    spanning = re.compile(rf"\n[{_CUT_BEFORE}]")
-    return not any(spanning.search(token) for token in backend.get_vocab())
+    return not any(_SPANNING.search(token) for token in backend.get_vocab())
 
 
 def _stages(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,13 +253,13 @@ def _stages(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """A tokenizer's part as its file describes it; empty for none."""
+    """The description of a tokenizer's part in its file; empty for None."""
     found: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return found
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """A regular expression's alternatives on its top level."""
+    """The alternatives on the top level of a regular expression."""
     found, depth, in_class, start, position = list[str](), 0, False, 0, 0
     while position < len(pattern):
         letter = pattern[position]
@@ -280,7 +279,7 @@ def _alternatives(pattern: str) -> list[str]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """16 digits that tell a tokenizer's pieces, rules and chat template from another's."""
+    """16 digits that differ between tokenizers with different pieces, rules or chat templates."""
     if hasattr(tokenizer, "backend_tokenizer"):
         text = reset_backend(tokenizer).to_str()
     else:

@@ -1,18 +1,18 @@
-"""Keeping what users wrote from being read as what the template wrote.
+"""Keeps users' texts from being read as parts of the template.
 
-A prompt joins two hands: the template's, which opens and closes turns and sections, and those of users, who can write
-anything. Two things in a user's text would change hands:
+A prompt joins the template, which opens and closes turns and sections, with texts by users, who can write anything.
+Two things in a user's text could pass for the template's own:
 
-    a control token's literal, such as `<|im_end|>`   the tokenizer makes it the token itself, which ends the turn
-    a line that begins like the template's own        `[Response]:` inside a past text ends the history early
+    a control token's literal, such as `<|im_end|>`   the tokenizer reads it as the token, which ends the turn
+    a line that begins like one of the template's     `[Response]:` inside a past text ends the history early
 
-Both are broken by as little as possible, and text that holds neither stays as it is, to the token:
+Both are changed as little as possible. Any other text keeps every token:
 
     <|im_end|>       ->  < |im_end|>        a space after the first character, wherever the literal stands
-    [Response]: ...  ->  > [Response]: ...  quoted as e-mail quotes it, at the beginning of a line only
+    [Response]: ...  ->  > [Response]: ...  quoted as in e-mail, only at the beginning of a line
 
-A space, because every tokenizer knows it: zero-width characters become bytes, unknown tokens or, under some
-normalisers, nothing. After this, a line of a prompt that begins like one of the template's is one of the template's.
+A space is used because every tokenizer knows it. Zero-width characters become bytes, unknown tokens or, with some
+normalisers, nothing. After this change, every line that begins like the template's is the template's.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: Characters of the texts whose result is remembered: a user's texts stand in many prompts, and twice in each record.
+#: Characters of texts whose results are cached, as a user's texts stand in many prompts, and twice in each record.
 _KEPT_CHARACTERS = 16_000_000
 
-# What begins a new line for a reader, and so for a model, if not for `re`.
+# Characters that begin a new line for a reader, and so for a model, even where `re` does not count them.
 _BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 
 
 class UserText:
-    """Breaks literals and quotes markers in texts, and counts the texts in which it had to.
+    """Breaks literals and quotes markers in texts, and counts the changed texts.
 
     Args:
         literals: strings that must not occur in a text.
-        markers: strings that no line of a text may begin with, be there white space before them or not.
+        markers: strings that no line of a text may begin with, with or without white space before them.
     """
 
     def __init__(self, literals: Iterable[str] = (), markers: Iterable[str] = ()) -> None:
@@ -44,7 +44,7 @@ class UserText:
 
     @property
     def changed(self) -> int:
-        """How many different texts were changed so far, in this process."""
+        """The number of different texts changed so far in this process."""
         return len(self._changed)
 
     def plain(self, text: str) -> str:
@@ -76,15 +76,15 @@ class UserText:
 
 
 def _with_space(found: re.Match[str]) -> str:
-    """The first character of a literal and a space; of a literal of one character the space alone."""
+    """The first character of a literal and a space; only the space if the literal is a single character."""
     return " " if found.lastindex else f"{found[0]} "
 
 
 def _literal_pattern(literals: set[str]) -> re.Pattern[str] | None:
-    """Matches the first character of every literal, overlapping ones too: what follows is only looked at.
+    """A pattern of the first character of every literal. A look-ahead matches the rest, so that overlaps are found.
 
-    Alternatives begin with plain characters, so that a text without any of them is passed over at the speed of a
-    search for characters; and literals share what they begin with, as one public tokenizer has 6,000 of them.
+    Alternatives begin with plain characters, so that text without any of them is scanned fast. Literals share common
+    beginnings, because one public tokenizer has 6,000 literals.
     """
     if not literals:
         return None
@@ -97,7 +97,7 @@ def _literal_pattern(literals: set[str]) -> re.Pattern[str] | None:
 
 
 def _any_of(words: set[str]) -> str:
-    """A pattern for the shortest of `words` that a text goes on with."""
+    """A pattern of the shortest of `words` that follows in a text."""
     if "" in words:
         return ""
     branches = [
@@ -108,7 +108,7 @@ def _any_of(words: set[str]) -> str:
 
 
 def _marker_pattern(markers: set[str]) -> re.Pattern[str] | None:
-    """Matches a line break and the white space after it, where a marker follows."""
+    """A pattern of a line break and white space before a marker."""
     if not markers:
         return None
     whole = (re.escape(marker) + (r"(?!\w)" if marker[-1].isalnum() else "") for marker in sorted(markers))

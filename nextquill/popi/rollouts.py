@@ -13,7 +13,6 @@ text that is tokenized again may come out as other tokens. Each prompt has a gen
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import defaultdict, deque
@@ -27,6 +26,7 @@ from nextquill.evaluation.generation import GenerationOptions, Prompt
 from nextquill.evaluation.generation.options import decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
 from nextquill.models.loading import context_length
+from nextquill.storage.fingerprints import digest_of
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
 
@@ -212,7 +212,7 @@ def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | No
 
 
 def _key(prompt: Prompt) -> str:
-    return hashlib.blake2b(json.dumps([prompt.ids, prompt.seed]).encode(), digest_size=16).hexdigest()
+    return digest_of(json.dumps([prompt.ids, prompt.seed]), 16).hex()
 
 
 def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:

@@ -12,7 +12,6 @@ weighted branches.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
 from nextquill.popi.rollouts import Rollouts, Sample
 from nextquill.popi.step_log import LossesByUser, mean_of_finite, split_by_user, sums_of
 from nextquill.popi.users import Draw, Pair, User, check_draw, draw
+from nextquill.storage.fingerprints import seed_of
 
 
 class Phase(NamedTuple):
@@ -286,12 +286,6 @@ class StepMaker:
             }
             for sample, reward, weight in zip(group, rewards, weights, strict=True)
         ]
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits that follow from these parts alone, the same in every process."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def _other_users(draws: Sequence[Draw]) -> list[int | None]:

@@ -16,8 +16,8 @@ from nextquill.evaluation.generation import Prompt
 from nextquill.popi.prompts import InferencePrompts, tidy_summary
 from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts
-from nextquill.popi.steps import seed_of
 from nextquill.popi.users import Draw, User, check_draw, held_out
+from nextquill.storage.fingerprints import seed_of
 
 #: A summary of a single signal repeats it; a user of whom no more is known is left out.
 LEAST_SIGNALS = 2

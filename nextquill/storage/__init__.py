@@ -1,11 +1,11 @@
-"""Files and folders that are complete or absent, one writer at a time: everything nextquill leaves on a disk.
+"""Files and folders on disk: each is complete or absent, and one process at a time writes it.
 
-atomic_files.py     a file or a folder takes its name only when it is finished
-checkpoints.py      checkpoints: staged, found, rotated, and whose they are
-fingerprints.py     short digests that tell inputs apart
-json_files.py       JSON that is read, and whose damage is named
-locks.py            one process at a time
-resumable_jsonl.py  lines of JSON whose writing can stop at any moment and resume
+atomic_files.py     files and folders that take their names only when they are complete
+checkpoints.py      checkpoints: staged, found, rotated, and tied to one run
+fingerprints.py     short digests that tell inputs apart, and seeds made from them
+json_files.py       reads JSON files, and names damaged files and lines
+locks.py            locks that one process at a time can hold
+resumable_jsonl.py  JSONL files whose writing can stop at any moment and resume
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints that exist completely or not at all, and the identity of a run.
+"""Checkpoints that exist completely or not at all, and the identity of the run they belong to.
 
-A checkpoint is written into `<output_dir>/.incomplete/` and renamed to its place when everything is in it; a process
-killed while saving leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint says which
-model and loss it belongs to; the same file beside them marks the folder as a run's.
+A checkpoint is written into `<output_dir>/.incomplete/` and renamed when it is complete. A process that is killed while
+it saves leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint names its model and loss.
+The same file beside the checkpoints marks the folder as a run's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import CheckpointError
+from nextquill.storage.atomic_files import move_into_place
 
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
@@ -24,21 +25,9 @@ RUN_FILE = "nextquill_run.json"
 STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 
 
-def move_into_place(source: Path, target: Path) -> None:
-    """Rename a finished folder to `target`, replacing an older folder of that name."""
-    if target.exists():
-        retired = source.with_name(f"{target.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        os.replace(target, retired)
-        os.replace(source, target)
-        shutil.rmtree(retired)
-    else:
-        os.replace(source, target)
-
-
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files are renamed into `folder` when the block ends without an exception."""
+    """Yield a temporary folder whose files are renamed into `folder` when the block ends without an exception."""
     staging = folder / STAGING / "files"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -54,15 +43,15 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def remove_staging(folder: Path) -> None:
-    """Delete what an interrupted save left."""
+    """Delete the files that an interrupted save left."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -> Path | None:
-    """The checkpoint to resume from: the one named, or `folder`'s last for True; None to start anew.
+    """The checkpoint to resume from: the named one, the last in `folder` for True, or None to start from the beginning.
 
     Raises:
-        CheckpointError: it is not there, or not complete.
+        CheckpointError: the checkpoint is missing or incomplete.
     """
     if given is None or given is False:
         return None
@@ -78,7 +67,7 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The folder's `checkpoint-N` of the largest N."""
+    """The folder's `checkpoint-N` with the largest N."""
     return max(_checkpoints(folder), key=_step, default=None)
 
 
@@ -104,12 +93,12 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint was written by another model or loss."""
+    """Raise CheckpointError if another model or loss wrote the checkpoint."""
     path = checkpoint / RUN_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (no {RUN_FILE} in it); "
-            "its model can be loaded with from_pretrained and trained again"
+            f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (it has no {RUN_FILE}); "
+            "load its model with from_pretrained and start a new training"
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,11 @@
-"""Short digests: two inputs with the same fingerprint are taken for the same input."""
+"""Digests that are the same in every process and on every machine.
+
+    fingerprint    tells inputs apart: equal fingerprints are taken for equal inputs
+    digest_of      a few bytes of a text, for keys and names
+    seed_of        a number, for draws that depend on the given parts and on nothing else
+
+Files on disk hold their results, so a change of one of them makes old files unreadable.
+"""
 
 from __future__ import annotations
 
@@ -14,3 +21,13 @@ def fingerprint(parts: Iterable[str | bytes], digits: int = DIGITS) -> str:
     for part in parts:
         digest.update(part.encode(errors="surrogatepass") if isinstance(part, str) else part)
     return digest.hexdigest()[:digits]
+
+
+def digest_of(text: str, size: int = 8) -> bytes:
+    """The BLAKE2b digest of a text, `size` bytes."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=size).digest()
+
+
+def seed_of(*parts: object) -> int:
+    """A number of 63 bits that follows from the parts as strings, in their order."""
+    return int.from_bytes(digest_of("\x1f".join(map(str, parts))), "big") >> 1

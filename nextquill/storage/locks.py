@@ -1,4 +1,4 @@
-"""One process at a time: advisory locks on open files."""
+"""Advisory locks on open files, each held by one process at a time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes in one file are not noticed
+except ImportError:  # Windows has no flock, so two processes that write one file go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
-#: Whether this system has such locks.
+#: Whether this system has these locks.
 HAS_LOCKS = fcntl is not None
 
 
 def try_lock(stream: Any) -> bool:
-    """Lock an open file (or file descriptor) until it is closed; False where another process holds the lock.
+    """Lock an open file or file descriptor until it is closed, and return whether that worked.
 
-    True as well on systems and file systems without locks.
+    False means that another process holds the lock. Systems and file systems without locks always give True.
     """
     if fcntl is None:
         return True

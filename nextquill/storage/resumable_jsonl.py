@@ -1,7 +1,7 @@
-"""Files of JSON lines whose writing may be cut short at any moment and gone on with later.
+"""JSONL files whose writing may stop at any moment and resume later.
 
-Lines go into `NAME.partial` as they are made, in any order. Its first line says which run they belong to. When all are
-there they are put in the order of their `index` into `NAME`, which until then does not exist.
+Lines go into `NAME.partial` as they are made, in any order. The first line of that file names the run they belong to.
+When all lines are there, they are written to `NAME` in the order of their `index`. Until then `NAME` does not exist.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _HEADER = "nextquill_partial"
 
 
 class BegunFile:
-    """`NAME.partial`, held by one process at a time, whose first line says which run has begun `NAME`.
+    """`NAME.partial`, held by one process at a time, whose first line names the run that writes `NAME`.
 
     Args:
         target: the file's name when it is complete.
-        run: what must agree for a partial file to be gone on with, by name; JSON.
-        overwrite: start anew where it does not agree.
+        run: the settings that must be equal for a partial file to be resumed, by name; JSON.
+        overwrite: start over if they differ.
         argument: the argument that errors name.
 
     Attributes:
         path: the partial file.
-        is_new: nothing of this run is there; `begin` makes the file its own.
+        is_new: whether the file holds nothing from this run; `begin` then makes it the run's file.
 
     Raises:
-        CheckpointError: the partial file is of another run, or no partial file.
+        CheckpointError: the partial file belongs to another run, or nextquill did not write it.
         OutputExistsError: another process is writing it.
     """
 
@@ -50,7 +50,7 @@ class BegunFile:
             self._stream.seek(0)
             first = self._stream.readline()
             reason = self._refusal(first, json.loads(header)[_HEADER])
-            unfinished = header.startswith(first) and first != header  # new, or cut short within its first line
+            unfinished = header.startswith(first) and first != header  # new, or cut off within its first line
             if reason is not None and not unfinished and not overwrite:
                 raise CheckpointError(f"{argument}: {reason}; delete it, or start again with overwrite=True")
             self.is_new = unfinished or reason is not None
@@ -59,38 +59,38 @@ class BegunFile:
             raise
 
     def begin(self) -> None:
-        """Empty the file and write its first line; until then it is still whosever it was."""
+        """Empty the file and write its first line; before that the file keeps its old contents."""
         self._stream.truncate(0)
         self._stream.write(self._header)
         self._stream.flush()
 
     def close(self, *, remove: bool) -> None:
-        """Let go of the file, and delete it where nothing in it is needed any more."""
+        """Close the file, and delete it if `remove`."""
         if remove and HAS_LOCKS:
-            self.path.unlink(missing_ok=True)  # while it is still locked: a later one is somebody else's
+            self.path.unlink(missing_ok=True)  # before the lock ends, or it could be another process's new file
         self._stream.close()
-        if remove and not HAS_LOCKS:  # Windows deletes no open file
+        if remove and not HAS_LOCKS:  # Windows does not delete open files
             self.path.unlink(missing_ok=True)
 
     def _refusal(self, first: bytes, run: Mapping[str, Any]) -> str | None:
-        """Why the file that begins with this line cannot be gone on with."""
+        """Why the file with this first line cannot be resumed."""
         saved = _decoded(first).get(_HEADER)
         if not isinstance(saved, dict):
-            return f"{self.path} is in the way, and nextquill did not begin it"
+            return f"{self.path} exists, and nextquill did not start it"
         name = next((name for name in {**saved, **run} if saved.get(name) != run.get(name)), None)
         if name is None:
             return None
-        return f"{self.path} was begun with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
+        return f"{self.path} was started with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
 
 
 class PartialFile(BegunFile):
-    """The lines that are there already, and more. A context manager; what holds no line in the end is deleted.
+    """A partial file to which lines are added. As a context manager, it deletes a file without lines at the end.
 
     Args:
-        target, run, overwrite, argument: as of `BegunFile`.
+        target, run, overwrite, argument: see `BegunFile`.
 
     Raises:
-        CheckpointError, OutputExistsError: as `BegunFile`.
+        CheckpointError, OutputExistsError: see `BegunFile`.
     """
 
     def __init__(
@@ -116,16 +116,16 @@ class PartialFile(BegunFile):
         return index in self._offsets
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line, which has an `index`; it is with the operating system when this returns."""
+        """Add a line with an `index`. When this returns, the operating system has the line."""
         self._offsets[line["index"]] = self._stream.seek(0, os.SEEK_END)
         self._stream.write(_encoded(line))
         self._stream.flush()
 
     def finish(self, indices: Sequence[int]) -> None:
-        """Put the lines of these indices into the target, in that order.
+        """Write the lines with these indices to the target, in this order.
 
         Raises:
-            CheckpointError: other lines are there.
+            CheckpointError: the file holds other lines than these.
         """
         if sorted(self._offsets) != sorted(indices):
             raise CheckpointError(f"{self.argument}: {self.path} does not hold every record once; delete it")
@@ -133,10 +133,10 @@ class PartialFile(BegunFile):
             for index in indices:
                 self._stream.seek(self._offsets[index])
                 stream.write(self._stream.readline())
-        self._offsets = {}  # leaving removes what holds nothing
+        self._offsets = {}  # so that leaving the context deletes the partial file
 
     def _read_back(self) -> None:
-        """Find the lines that are there; what follows a broken one, as a killed process may leave, is cut off."""
+        """Find the lines in the file, and cut it off at the first broken one, which a killed process may leave."""
         while True:
             offset = self._stream.tell()
             line = self._stream.readline()
@@ -154,7 +154,7 @@ def _encoded(value: Mapping[str, Any]) -> bytes:
 
 
 def _decoded(line: bytes) -> dict[str, Any]:
-    """A line's object; an empty one where it holds none."""
+    """The object in a line; an empty one if the line is not a JSON object."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nextquill.storage import checkpoints
-from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.atomic_files import move_into_place, write_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -65,7 +65,7 @@ class StagedCheckpoints(_Base):
             if self.args.should_save:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
                 self._write_identity(staged)
-                checkpoints.move_into_place(staged, folder / name)
+                move_into_place(staged, folder / name)
         finally:
             self._is_staging = False
             if self.args.should_save:

@@ -1,4 +1,4 @@
-"""Suite `head`: what takes part, what the gate refuses, what the rows say, and what is drawn from them."""
+"""Suite `head`: its providers, its gate, its rows, and the picture drawn from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inputs(shape=SHAPE, dtype=torch.float32):
 
 
 def naive(hidden, weight, labels, softcap, reduction, **options):
-    """What a peer's fused cross-entropy computes."""
+    """The result of a peer's fused cross-entropy, in plain PyTorch."""
     return cross_entropy(plain.logits(hidden, weight, softcap), labels, reduction=reduction)
 
 
@@ -48,7 +48,7 @@ COMPOSED = Provider("composed", compose.compose(naive), unsupported=compose.unsu
 
 @pytest.fixture
 def small(monkeypatch):
-    """One shape and two tasks, and none of the memory's processes."""
+    """Use one shape and two tasks, without the processes that measure memory."""
     steps = tuple(cases.Step(SHAPE, task) for task in (NEXTQUILL, Task("pair nll", FORWARD)))
     monkeypatch.setattr(head, "plan", lambda device, quick: steps)
     monkeypatch.setattr(head, "cpu_peaks", lambda shape, requests: [2**20 * (1 + i) for i in range(len(requests))])
@@ -94,7 +94,7 @@ def test_a_composition_says_what_it_cannot_express():
 
 
 def test_the_composition_of_the_detached_loss_would_be_wrong():
-    """The reason above is true: without it the gate finds W's gradient off."""
+    """Without that refusal, the gate finds a wrong gradient of W."""
     forced = replace(COMPOSED, unsupported=lambda task, inputs: None)
     for task, shape, output in (
         (Task("NextQuill detached", TRAINING, TRAINABLE), SHAPE, "grad_weight"),
@@ -124,7 +124,7 @@ def test_cces_gradient_filter_is_off_in_every_version():
 
 
 def spoiled(provider, position, factor=1.01, **changes):
-    """A provider one of whose outputs is off by 1%."""
+    """A provider with one output that is wrong by 1%."""
 
     class Spoiled(Provider):
         def bind(self, task, inputs, options=None):

@@ -1,4 +1,4 @@
-"""Suite `popi`: it runs, and a layout whose gradient is wrong is not timed."""
+"""Suite `popi` runs, and does not time a layout with a wrong gradient."""
 
 import csv
 

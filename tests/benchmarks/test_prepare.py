@@ -1,4 +1,4 @@
-"""Suite `prepare`: it runs, its records are what it says, and what is wrong is not timed."""
+"""Suite `prepare` runs, makes the records it describes, and does not time wrong results."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Suite `step` refuses to time what is wrong, counts per example, and measures memory in processes of their own."""
+"""Suite `step` does not time wrong providers, counts per example, and measures memory in separate processes."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_process():
-    """The official scheme holds logits of every position; ours of a few rows, none of the padding's."""
+    """The official scheme holds logits of every position; ours holds those of a few rows, without padding."""
     case = replace(TINY, model=replace(TINY.model, vocabulary=20000), lengths=replace(SHORT, padded=512), examples=4)
     peaks = step_memory.cpu_peaks(case, ["NextQuill, official", "NextQuill, ours, K=4", "no such provider"])
     logits = 512 * 20000 * 4
@@ -216,7 +216,7 @@ def rows_of(case, figures, note="", device="CPU"):
 
 
 def step_table(monkeypatch, folder, **files):
-    """The table of a folder of results, file name by rows."""
+    """The table for a folder of results, given as rows by file name."""
     for name, rows in files.items():
         with (folder / f"{name.replace('_', '-')}.csv").open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))

@@ -21,7 +21,7 @@ PASSING = (
 
 @pytest.fixture
 def suite(monkeypatch):
-    """Replace the suite by a call that records what it was given."""
+    """Replace the suite by a function that records its arguments."""
     calls = []
 
     def run(out, seconds, device, quick):
@@ -168,7 +168,7 @@ def test_nothing_of_a_command_is_left_when_its_time_is_up(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_suite_runs_on_what_a_bare_machine_has(tmp_path, monkeypatch):
-    """No Hugging Face package and no matplotlib is imported, and what fits into ten seconds stands in the file."""
+    """It imports neither Hugging Face packages nor matplotlib, and the file holds the figures of ten seconds."""
     absent = "accelerate datasets hypothesis liger_kernel matplotlib peft pytest_timeout transformers".split()
     write(tmp_path / "sitecustomize.py", f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

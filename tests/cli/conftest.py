@@ -19,7 +19,7 @@ class Result(NamedTuple):
 
 
 def write_records(path: Path, count: int, seed: int = 0, **fixed) -> Path:
-    """Records of four users whose texts are a few random words."""
+    """Write records of four users, whose texts are a few random words."""
     draw = random.Random(seed)
 
     def text(words):
@@ -34,7 +34,7 @@ def write_records(path: Path, count: int, seed: int = 0, **fixed) -> Path:
 
 
 def run(*words) -> Result:
-    """`nextquill WORDS` in this process."""
+    """Run `nextquill WORDS` in this process."""
     from nextquill.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -75,7 +75,7 @@ def train(data):
 
 @pytest.fixture(scope="session")
 def trained(train, data, tmp_path_factory):
-    """A finished run with an evaluation; tests read it only."""
+    """A finished run with an evaluation, which tests only read."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     result = train(folder, "--eval_file", data / "eval.jsonl")
     assert result.code == 0, result.err
@@ -89,7 +89,7 @@ COLOURS = "red green blue".split()
 
 
 def write_preference_pairs(path, users=3, pairs=6, first=0, **fixed):
-    """Users of whom each likes a colour."""
+    """Write preference pairs of users who each like one colour."""
     with path.open("w", encoding="utf-8") as stream:
         for user in range(first, first + users):
             for k in range(pairs):

@@ -1,4 +1,4 @@
-"""`nextquill bench`: the suites of the checkout, and a clear word where there is none."""
+"""`nextquill bench`: the suites of a checkout, and a clear error outside of one."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""`nextquill compare`: what it leaves, that it goes on where it was stopped, and what is refused before any work."""
+"""`nextquill compare`: its files, its resume after a stop, and refusals before any work."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def words(data, folder, *more, seeds=(0,), arms=ARMS):
 
 @pytest.fixture(scope="module")
 def compared(nextquill, data, tmp_path_factory):
-    """A finished comparison with its models; tests read it, or copy it."""
+    """A finished comparison with its models, which tests only read or copy."""
     folder = tmp_path_factory.mktemp("compared") / "out"
     generating = ("--generate", "true", "--generate_limit", 2, "--max_new_tokens", 2, "--save_models")
     result = nextquill(*words(data, folder, *generating, seeds=(0, 1)))

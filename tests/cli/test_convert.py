@@ -1,4 +1,4 @@
-"""`nextquill convert`: what it writes, what it refuses, and that nothing half-written is left."""
+"""`nextquill convert`: its output, its refusals, and no half-written files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`nextquill demo` and `nextquill popi demo`: their flags; what they compute is tested with the demos."""
+"""`nextquill demo` and `nextquill popi demo`: their flags. The results are tested with the demos."""
 
 import pytest
 

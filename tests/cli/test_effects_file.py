@@ -27,7 +27,7 @@ def student(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def effects(nextquill, trained, data, tmp_path_factory):
-    """What the estimator says of the training records."""
+    """The estimator's effects for the training records."""
     file = tmp_path_factory.mktemp("effects") / "effects.jsonl"
     words = ("--eval_file", data / "train.jsonl", "--output_file", file, "--show", 0)
     result = nextquill("score", "--model_name_or_path", trained, *words)
@@ -47,7 +47,7 @@ def train_student(train, student, tmp_path):
 
 
 def loss_by_hand(student, data, effects, weight):
-    """mean over records of mean over tokens of w · nll, the model run on each record alone."""
+    """The mean over records of the mean over tokens of w · nll, with a forward for each record."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     settings = load_prompt_settings(student)
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length)

@@ -1,4 +1,4 @@
-"""`nextquill evaluate`: the figures, where they come from, and where they go."""
+"""`nextquill evaluate`: its figures, their inputs and their files."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def test_flat_metrics_are_those_of_the_folder(nextquill, trained, data, tmp_path
 
 
 def scored(nextquill, model, data, tmp_path):
-    """What `score` writes."""
+    """The output of `score`."""
     file = tmp_path / "effects.jsonl"
     words = ("--eval_file", data / "eval.jsonl", "--output_file", file, "--show", 0)
     assert nextquill("score", "--model_name_or_path", model, *words).code == 0
@@ -107,7 +107,7 @@ def test_nothing_is_left_where_nothing_is_kept(nextquill, trained, data, tmp_pat
 
 @pytest.fixture(scope="module")
 def finished(nextquill, trained, data, tmp_path_factory):
-    """An evaluation's folder; tests read it only."""
+    """An evaluation's folder, which tests only read."""
     folder = tmp_path_factory.mktemp("evaluation") / "out"
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", folder)
     assert result.code == 0, result.err
@@ -153,7 +153,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
 @pytest.mark.slow  # `test_evaluation_resume` stops it at every stage, within one process
 @pytest.mark.parametrize("name", ["effect_line", "decoded"])
 def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
-    """SIGKILL, which nothing in the process can answer: while scoring, and while generating."""
+    """SIGKILL, which a process cannot handle, while scoring and while generating."""
     folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation.engine"
     code = (
         "import os, signal; from nextquill.cli import main\n"
@@ -207,7 +207,7 @@ def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained,
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)
     assert result.code == 1
     assert (
-        f"--output_dir: {tmp_path / 'evaluation.json.partial'} was begun with another seed: there 42, here 1"
+        f"--output_dir: {tmp_path / 'evaluation.json.partial'} was started with another seed: there 42, here 1"
         in result.err
     )
     assert "start again with --overwrite" in result.err

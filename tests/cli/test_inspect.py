@@ -1,4 +1,4 @@
-"""`nextquill inspect`: the sections of a record, what was cut, what sharing saves, and the flags for prompts."""
+"""`nextquill inspect`: the sections of a record, dropped items, savings by sharing, and the flags for prompts."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def records(make_records, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(records, tmp_path_factory):
-    """A tokenizer alone: no config, no weights."""
+    """A folder with only a tokenizer: no config, no weights."""
     path = tmp_path_factory.mktemp("tokenizer")
     build_tokenizer(training_texts(read_jsonl(records)), 600).save_pretrained(path)
     return path

@@ -1,4 +1,4 @@
-"""The `nextquill` command itself: which command runs, what an error becomes, and the exit code."""
+"""The `nextquill` command itself: it runs the right command, prints errors, and returns exit codes."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ from nextquill.errors import ArgumentError, CheckpointError, RecordError
 
 @pytest.fixture
 def command(monkeypatch):
-    """Let `nextquill score` call a function in place of the real command."""
+    """Make `nextquill score` call a function instead of the real command."""
 
     def replace(run, **attributes):
         module = ModuleType("nextquill.cli.score")

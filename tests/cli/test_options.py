@@ -1,4 +1,4 @@
-"""What the flags of the command line build, and which they refuse."""
+"""Flags of the command line build the right objects or are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Flags and YAML files become dataclasses; what does not fit is named."""
+"""Flags and YAML files become dataclasses, and errors name the wrong value."""
 
 from __future__ import annotations
 

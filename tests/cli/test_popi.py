@@ -1,4 +1,4 @@
-"""`nextquill popi` and `popi train`: from pairs to two models, what is refused, and what is never lost."""
+"""`nextquill popi` and `popi train`: from pairs to two models, refusals, and files that are never lost."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What `nextquill popi` must not lose, mix up or pass on: inputs, summaries written otherwise, control characters."""
+"""`nextquill popi` keeps inputs and edited summaries, and does not pass on control characters."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`nextquill popi summarize, summaries, evaluate, export`: what is made of trained models, and what is refused."""
+"""`nextquill popi summarize, summaries, evaluate, export` with trained models, and their refusals."""
 
 import json
 import shutil
@@ -124,7 +124,7 @@ def test_a_file_that_holds_something_else_is_left_alone(summarize, tmp_path):
 
 
 def test_users_of_past_texts_alone_are_summarised(popi, popi_model, tmp_path, make_records):
-    """No pairs are needed, as none is judged."""
+    """No pairs are needed, because none is scored."""
     file, out = make_records(tmp_path / "logs.jsonl", 6), tmp_path / "out.jsonl"
     result = popi("summarize", "--model", popi_model, "--signals_file", file, "--output_file", out)
     assert result.code == 0, result.err
@@ -174,7 +174,7 @@ def _made(*users, text="Likes green."):
 
 @pytest.fixture(scope="module")
 def told(summarize, tmp_path_factory):
-    """Summaries of the held-out signals that say something, as those of a model that has hardly been trained do not."""
+    """Useful summaries of the held-out signals, which a model with little training does not write."""
     file = tmp_path_factory.mktemp("told") / "s.jsonl"
     assert summarize(file, "--held_out").code == 0
     for k, user in enumerate(("u3", "u4", "u5")):

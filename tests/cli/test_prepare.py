@@ -24,7 +24,7 @@ def prepare(nextquill, trained, data):
 
 @pytest.fixture(scope="module")
 def base(trained, tmp_path_factory):
-    """The model without the prompt settings it was trained with, as somebody else's would be."""
+    """The model without the prompt settings of its training, like a model from elsewhere."""
     folder = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoint-*", "nextquill_*"))
     return folder
@@ -180,7 +180,7 @@ def test_a_folder_that_is_there_is_kept_unless_it_may_go(prepare, tmp_path):
 
 
 def test_a_process_that_is_killed_leaves_what_it_wrote(prepare, trained, tmp_path, make_records):
-    """SIGKILL, which nothing in the process can answer."""
+    """SIGKILL, which a process cannot handle."""
     file = make_records(tmp_path / "r.jsonl", 40)
     assert prepare(tmp_path / "whole", "--train_file", file).code == 0
     code = (
@@ -203,7 +203,7 @@ def test_a_process_that_is_killed_leaves_what_it_wrote(prepare, trained, tmp_pat
     assert [shard["records"] for shard in progress["shards"]] == [8, 16, 24]
     result = prepare(tmp_path / "p", "--train_file", file, "--max_length", 77)
     assert result.code == 1
-    assert "was begun with another max_length: there 1024, here 77" in result.err
+    assert "was started with another max_length: there 1024, here 77" in result.err
     assert prepare(tmp_path / "p", "--train_file", file).code == 0
     assert not (tmp_path / "p.partial").exists()
     assert list(PreparedDataset(tmp_path / "p").examples) == list(PreparedDataset(tmp_path / "whole").examples)

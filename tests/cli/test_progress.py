@@ -1,4 +1,4 @@
-"""Log lines, bars, and what Ctrl-C does to a run."""
+"""Log lines, bars, and the effect of Ctrl-C on a run."""
 
 import logging
 import signal
@@ -36,7 +36,7 @@ def test_a_bar_draws_nothing_where_there_is_no_terminal(capsys):
 
 
 class Trainer:
-    """As much of a trainer as `shown` asks for."""
+    """The parts of a trainer that `shown` needs."""
 
     def __init__(self):
         self.callbacks = []
@@ -77,7 +77,7 @@ def test_the_second_interrupt_stops_at_once(capsys):
 
 
 def test_an_interrupt_elsewhere_stops_this_rank_too(monkeypatch):
-    """Ranks must stop after the same step; the interrupted one says so in an all-reduce."""
+    """Ranks must stop after the same step; the interrupted one tells the others by an all-reduce."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.fill_(1.0))
     interrupt, control = progress.SaveOnInterrupt(), SimpleNamespace(should_save=False, should_training_stop=False)
     interrupt.on_step_end(SimpleNamespace(world_size=2, device="cpu"), None, control)
@@ -87,7 +87,7 @@ def test_an_interrupt_elsewhere_stops_this_rank_too(monkeypatch):
 
 
 class InterruptAt(TrainerCallback):
-    """Presses Ctrl-C when a step begins."""
+    """Sends Ctrl-C at the beginning of a step."""
 
     def __init__(self, step):
         self.step = step
@@ -157,7 +157,7 @@ def test_two_ranks_stop_together_and_save_once(data, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own(data, uninterrupted, tmp_path):
-    """The whole of it: a process, a signal, its exit code, and the same weights after resuming."""
+    """A real process and signal: the exit code, and the same weights after resuming."""
     folder = tmp_path / "run"
     flags = ["--train_file", data / "train.jsonl", "--model_name_or_path", "tiny", "--output_dir", folder]
     sizes = ["--per_device_train_batch_size", 4, "--learning_rate", 1e-3, *SCHEDULE]

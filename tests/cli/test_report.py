@@ -33,7 +33,7 @@ def test_runs_stand_first_or_behind_their_flag(nextquill, runs, tmp_path):
 
 
 def test_a_trained_run_of_the_command_itself(nextquill, trained, tmp_path):
-    """What `nextquill train` really writes is what is read."""
+    """The report reads the files of a real `nextquill train`."""
     result = nextquill("report", trained, "--output_file", tmp_path / "r.html", "--title", "Mine <b>")
     assert result.code == 0, result.err
     page = (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which output folders a run may use, and where it resumes from."""
+"""Runs use only their own output folders, and resume from the right checkpoint."""
 
 import os
 from pathlib import Path

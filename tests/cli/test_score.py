@@ -29,7 +29,7 @@ def score(nextquill, trained, data):
 
 @pytest.fixture(scope="module")
 def scored(score, tmp_path_factory):
-    """The lines of one output file, and what was printed."""
+    """The lines of one output file, and the printed output."""
     file = tmp_path_factory.mktemp("score") / "scores.jsonl"
     result = score(file, "--show", 2, "--batch_size", 2)
     assert result.code == 0, result.err
@@ -110,12 +110,12 @@ def test_an_existing_file_is_not_replaced_unasked(score, tmp_path):
 
 
 class Killed(BaseException):
-    """What no command catches."""
+    """An exception that no command catches."""
 
 
 @pytest.fixture
 def cut(score, monkeypatch):
-    """Score until so many lines are written."""
+    """Stop scoring after this many lines."""
 
     def call(output_file, lines, *words, error=Killed):
         calls, own = [], scoring.effect_line
@@ -211,7 +211,7 @@ def test_a_run_that_wrote_nothing_leaves_nothing(cut, tmp_path):
 
 @pytest.mark.slow  # `test_evaluation_resume` stops one within this process
 def test_a_process_that_is_killed_leaves_what_it_wrote(trained, data, whole, score, tmp_path):
-    """SIGKILL, which nothing in the process can answer."""
+    """SIGKILL, which a process cannot handle."""
     file, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
     code = (
         "import os, signal; from nextquill.cli import main; from nextquill.evaluation import scoring as c\n"
@@ -249,7 +249,7 @@ def test_lines_of_another_run_are_refused_by_name(score, cut, tmp_path, what):
     before = (tmp_path / "s.jsonl.partial").read_bytes()
     result = score(tmp_path / "s.jsonl", "--batch_size", 2, *words)
     assert result.code == 1
-    assert f"was begun with another {message}" in result.err
+    assert f"was started with another {message}" in result.err
     assert (tmp_path / "s.jsonl.partial").read_bytes() == before
     assert score(tmp_path / "s.jsonl", "--batch_size", 2, "--overwrite", *words).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
@@ -263,7 +263,7 @@ def test_lines_of_another_model_are_refused(score, cut, trained, tmp_path):
     torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight, std=0.1)
     model.save_pretrained(other)
     result = score(tmp_path / "s.jsonl", "--model_name_or_path", other)
-    assert "was begun with another model: there" in result.err
+    assert "was started with another model: there" in result.err
     shutil.rmtree(other)
     shutil.copytree(trained, other)
     assert score(tmp_path / "s.jsonl", "--model_name_or_path", other).code == 0, "the same model in another folder"
@@ -272,7 +272,7 @@ def test_lines_of_another_model_are_refused(score, cut, trained, tmp_path):
 def test_a_file_of_somebody_else_is_left_alone(score, tmp_path):
     (tmp_path / "s.jsonl.partial").write_text("precious\n")
     result = score(tmp_path / "s.jsonl")
-    assert "is in the way, and nextquill did not begin it" in result.err
+    assert "exists, and nextquill did not start it" in result.err
     assert (tmp_path / "s.jsonl.partial").read_text() == "precious\n"
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_misses_a_record_is_not_finished(tmp_path):
 
 
 def test_lines_stand_in_the_records_order(score, make_records, tmp_path, monkeypatch):
-    """They are computed user by user."""
+    """Scoring runs user by user."""
     computed, own = [], scoring.effect_line
     monkeypatch.setattr(scoring, "effect_line", lambda s, t: computed.append(s.example.index) or own(s, t))
     file = make_records(tmp_path / "r.jsonl", 7)  # four users in turn

@@ -1,4 +1,4 @@
-"""How soon a command answers: what it has imported by the time it prints its help or refuses a flag."""
+"""Commands answer quickly: they import little before they print their help or refuse a flag."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ def test_help_and_wrong_flags_need_no_torch():
 
 
 def test_help_of_training_needs_training_arguments_and_little_else():
-    """transformers' Trainer imports datasets, and with it pandas and pyarrow: half as much again."""
+    """transformers' Trainer would import datasets with pandas and pyarrow, which takes half as long again."""
     calls = [f"{name} {words}" for name in TRAINING for words in ("--help", "--no_such_flag 1")]
     before = "from transformers import TrainingArguments; known = {name.partition('.')[0] for name in sys.modules}"
     found = called(calls, before + "; print(json.dumps(['', 0, sorted(known | set(sys.stdlib_module_names))]))")

@@ -1,4 +1,4 @@
-"""`nextquill train`: what a run leaves, what repeats, and what is refused before any work."""
+"""`nextquill train`: its files, repeatable results, and refusals before any work."""
 
 import json
 
@@ -23,7 +23,7 @@ def weights(folder):
 
 
 def is_untouched(folder):
-    """The folder may have been made, but nothing is in it."""
+    """Whether a folder is missing or empty."""
     return not folder.exists() or not any(folder.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Which arms there are, what they are made of, and which choices are refused."""
+"""The arms of a comparison, their losses, and refused choices."""
 
 import pytest
 

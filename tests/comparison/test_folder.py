@@ -1,4 +1,4 @@
-"""Whose folder it is, and which of its runs are finished."""
+"""A comparison's folder belongs to its settings, and knows its finished runs."""
 
 import pytest
 

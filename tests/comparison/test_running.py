@@ -1,4 +1,4 @@
-"""What makes a comparison fair: the same start, the same examples in the same order; and runs that go on."""
+"""Comparisons are fair: all arms have the same start and the same examples in the same order. Stopped runs resume."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ def unattended(trainer):
 
 
 def evaluate(model, tokenizer, settings, folder, name):
-    """As if the model had been evaluated; its weights are kept for the test."""
+    """Stand in for an evaluation, and keep the model's weights for the test."""
     folder.mkdir(parents=True)
     torch.save({key: value.clone() for key, value in model.state_dict().items()}, folder / "weights.pt")
     (folder / "evaluation.json").write_text("{}")
@@ -70,7 +70,7 @@ def setup(dataset, tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """For each training, in turn, the indices of its examples and how many tokens each step computes."""
+    """For each training, the indices of its examples and the number of tokens that each step computes."""
     trainings, see, begin = [], RunMeter.see, RunMeter.on_train_begin
 
     def on_train_begin(self, *args, **kwargs):
@@ -244,7 +244,7 @@ def step(meter, seconds, clock, **turns):
 
 
 def test_the_first_step_of_a_process_counts_as_the_others(monkeypatch):
-    """It compiles and allocates for all runs that come after; the first arm must not pay for them."""
+    """It compiles and allocates for all later runs, which must not count as the first arm's time."""
     clock = [0.0]
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
     meter, state = RunMeter(), SimpleNamespace(stateful_callbacks={}, global_step=0)
@@ -317,7 +317,7 @@ def test_an_arm_of_equal_time_sees_the_same_first_and_goes_on(setup, seen, monke
 
 
 def test_only_steps_are_timed(monkeypatch):
-    """Evaluations, logs and checkpoints between two steps are not the training's."""
+    """Evaluations, logs and checkpoints between two steps do not count as training."""
     clock = iter([0.0, 2.0, 100.0, 103.0, 200.0, 204.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter, state = RunMeter(), SimpleNamespace(stateful_callbacks={}, global_step=0)

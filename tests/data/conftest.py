@@ -1,4 +1,4 @@
-"""Small real tokenizers, and a maker of records, for the tests of `nextquill.data`."""
+"""Small real tokenizers, and a function that makes records, for the tests of `nextquill.data`."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def plain_tokenizer(byte_level: Tokenizer) -> PreTrainedTokenizerFast:
-    """No chat template, no beginning-of-sequence token."""
+    """A tokenizer without chat template and beginning-of-sequence token."""
     return _wrap(byte_level)
 
 
 @pytest.fixture(scope="session")
 def bos_byte_level(byte_level: Tokenizer) -> Tokenizer:
-    """Puts `<s>` before everything it encodes with special tokens."""
+    """A tokenizer that puts `<s>` before all texts encoded with special tokens."""
     copy = Tokenizer.from_str(byte_level.to_str())
     copy.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", copy.token_to_id("<s>"))]
@@ -76,7 +76,7 @@ def bos_tokenizer(bos_byte_level: Tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def crossing_tokenizer() -> PreTrainedTokenizerFast:
-    """Merges across words and lines, so that token counts of parts do not add up to the count of the whole."""
+    """A tokenizer that merges across words and lines, so that the token counts of parts do not add up."""
     return _wrap(_train(None, vocab_size=700))
 
 
@@ -87,7 +87,7 @@ def chatml_tokenizer(byte_level: Tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer(bos_byte_level: Tokenizer) -> PreTrainedTokenizerFast:
-    """Refuses a system message and trims every message; `<s>` stands in the template and in the tokenizer."""
+    """A tokenizer whose template refuses system messages and trims messages; `<s>` is in template and tokenizer."""
     return _wrap(bos_byte_level, chat_template=GEMMA, bos_token="<s>")
 
 

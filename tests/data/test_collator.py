@@ -1,4 +1,4 @@
-"""Batches: which hidden rows predict which labels, what shares a row, and what goes into which part."""
+"""Batches: hidden rows that predict labels, shared rows, and the division into parts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _example(prompt: list[int], response: list[int], index: int = 0, user: str =
 
 
 def seen_tokens(forward: dict[str, Any], position: int) -> list[int]:
-    """The tokens a flattened position sees, itself included, in their order."""
+    """The tokens that a flattened position sees, with itself, in order."""
     length = forward["input_ids"].shape[1]
     row, at = divmod(position, length)
     if "attention_mask" in forward:
@@ -56,7 +56,7 @@ def seen_tokens(forward: dict[str, Any], position: int) -> list[int]:
 
 
 def assert_rows_predict_labels(part: dict[str, Any], examples: list[EncodedExample], forwards: Any) -> None:
-    """Every label's rows see the prompt and the response before the label, in every branch."""
+    """Assert that, in every branch, each label's row sees the prompt and the response before the label."""
     assert [tuple(forward["rows"]) for forward in part["forwards"]] == list(forwards)
     members = part["sequence_ids"].unique_consecutive().tolist()
     assert len(members) == len(set(members)) == part["num_sequences"], "examples of the part"

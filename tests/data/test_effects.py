@@ -97,7 +97,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_examples_with_the_same_index_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "e.jsonl", [line(0)])
-    with pytest.raises(ArgumentError, match="examples: expected an index of its own for each"):
+    with pytest.raises(ArgumentError, match="examples: expected a different index for each"):
         load_effects(file, [EXAMPLES[0], EXAMPLES[0]])
 
 

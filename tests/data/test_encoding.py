@@ -31,7 +31,7 @@ def tokenizers(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def _most_recent_that_fit(encoder: ExampleEncoder, query: str, history: tuple[HistoryItem, ...], room: int) -> int:
-    """The specification: drop the oldest item until the whole prompt, tokenised as it is, takes at most `room`."""
+    """The specification: drop the oldest item until the whole prompt takes at most `room` tokens."""
     for kept in range(len(history), 0, -1):
         if len(encoder.renderer.prompt_ids(query, history[len(history) - kept :])) <= room:
             return kept
@@ -260,7 +260,7 @@ def test_records_together_give_what_each_gives_alone(
     batch_size: int,
     placebo: bool,
 ) -> None:
-    """Batches, threads, caches and estimates of other records leave no trace."""
+    """Batches, threads, caches and estimates of other records change nothing."""
     records = [Record(f"user {i % 3}", f"tale {i}", "Good, and slow.", each) for i, each in enumerate(histories)]
     purposes = (EVALUATION,) * placebo + (COUNTERFACTUAL,) * (template.counterfactual == "placebo")
     expected: list[Any] = []

@@ -1,4 +1,4 @@
-"""Prompts worded by a Jinja template: what it gets, what it may not do, and what is refused before training."""
+"""Prompts worded by a Jinja template: its values, its limits, and refusals before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way from a test record into training is found and named, and nothing else is."""
+"""Every leak from a test record to the training is found and named, and nothing else is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ LEAKS: dict[str, tuple[list[Record], list[Record], dict[str, Any], str]] = {
     ),
     "normalised": (
         [record("eve", "x", "a  SLOW\nsea. ")], TEST, {},
-        "test record 0 (user 'ann'): its response is history[0] of train record 0 (user 'eve'), but for case and space",
+        (
+            "test record 0 (user 'ann'): its response is history[0] of train record 0 (user 'eve'), "
+            "ignoring case and white space"
+        ),
     ),
     "own-history-of-test": (
         CLEAN, [record("ann", "Good.", "x", " good. ")], {},

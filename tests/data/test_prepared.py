@@ -1,4 +1,4 @@
-"""A prepared folder holds what encoding gives, goes on where it was stopped, and says what is wrong with it."""
+"""A prepared folder holds the encoder's examples, resumes after a stop, and names damage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(records: list[Record], encoder: ExampleEncoder, tmp_path: Path) -> Make
 
 
 class Killed(BaseException):
-    """Stands for a process that ends in the midst of it."""
+    """Stands for the sudden end of the process."""
 
 
 def cut(records: list[Record], after: int) -> Iterator[Record]:
@@ -162,7 +162,7 @@ def stopped(make: Make, records: list[Record], tmp_path: Path, small_batches: No
 def test_other_settings_are_refused_by_name(make: Make, stopped: Path, what: str) -> None:
     options, message = DIFFERENT[what]
     before = files(stopped)
-    with pytest.raises(CheckpointError, match=f"was begun with another {message}"):
+    with pytest.raises(CheckpointError, match=f"was started with another {message}"):
         make(**options)
     assert files(stopped) == before
     assert len(make(**options, overwrite=True)) == 23
@@ -180,17 +180,17 @@ def test_another_encoder_is_refused_by_name(make: Make, plain_tokenizer: Any, bo
         "tokenizer: there '": ExampleEncoder(bos_tokenizer, max_length=64),
     }
     for message, encoder in others.items():
-        with pytest.raises(CheckpointError, match=f"was begun with another {message}"):
+        with pytest.raises(CheckpointError, match=f"was started with another {message}"):
             make(encoder=encoder)
 
 
 @pytest.mark.usefixtures("stopped")
 def test_other_records_are_refused(make: Make, records: list[Record], make_record: Any) -> None:
     with pytest.raises(
-        CheckpointError, match=r"the first 5 differ from those that the stopped run has read \(shard-00000\)"
+        CheckpointError, match=r"one of the first 5 differs from the one that the stopped run read \(shard-00000\)"
     ):
         make([make_record(query="other"), *records[1:]])
-    with pytest.raises(CheckpointError, match=r"the stopped run has read \d+ of them, now there are 3"):
+    with pytest.raises(CheckpointError, match=r"the stopped run read \d+ of them, now there are 3"):
         make(records[:3])
     assert len(make([*records, make_record(query="one more")])) == 24
 
@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_named(make: Make, tmp_path: Path, part: str) -> None
     with pytest.raises(CheckpointError, match=rf"shard-00003\.{part}: damaged, expected {len(content)} bytes, got"):
         PreparedDataset(path.parent, verify=False)
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    with pytest.raises(CheckpointError, match=rf"shard-00003\.{part}: damaged, its check sum is another"):
+    with pytest.raises(CheckpointError, match=rf"shard-00003\.{part}: damaged, its check sum differs"):
         PreparedDataset(path.parent)
     path.unlink()
     with pytest.raises(CheckpointError, match=rf"shard-00003\.{part}: cannot be read: No such file"):
@@ -282,7 +282,7 @@ def test_what_is_there_is_not_overwritten_unasked(make: Make, tmp_path: Path) ->
     shutil.rmtree(target)
     (tmp_path / "prepared.partial").mkdir()
     (tmp_path / "prepared.partial" / "thesis.tex").write_text("precious")
-    with pytest.raises(OutputExistsError, match=r"thesis\.tex in it is not a shard"):
+    with pytest.raises(OutputExistsError, match=r"holds thesis\.tex, which is not part of a prepared folder"):
         make(overwrite=True)
 
 

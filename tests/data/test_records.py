@@ -253,7 +253,7 @@ def test_what_parse_record_makes_is_kept_by_a_round_trip(raw: dict[str, Any]) ->
 
 
 def test_a_mapping_has_no_room_for_an_extra_field_of_the_same_name() -> None:
-    with pytest.raises(ArgumentError, match=r"^extra: expected keys that are no fields of a record, got 'timestamp'$"):
+    with pytest.raises(ArgumentError, match=r"^extra: expected keys that are not fields of a record, got 'timestamp'$"):
         Record("u", "q", "r", extra={"timestamp": 3}).to_dict()
 
 

@@ -261,7 +261,7 @@ def test_a_tokenizer_that_reads_a_broken_literal_as_the_token_is_refused(
     tokenizer = with_chat_template("")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<end>", normalized=True, special=True)]})
-    with pytest.raises(ArgumentError, match=r"^tokenizer: expected one that tells the special token '<end>' from"):
+    with pytest.raises(ArgumentError, match=r"^tokenizer: expected one that reads the special token '<end>' as text"):
         PromptRenderer(PromptTemplate(chat=False), tokenizer)
 
 

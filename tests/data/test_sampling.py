@@ -1,4 +1,4 @@
-"""The order of examples: a permutation in which runs of a user's examples stand together, the same on every rank."""
+"""The order of examples: a permutation with runs of one user's examples, the same on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = st.integers(1, 5)
 
 
 def runs(sampler: UserGroupSampler) -> list[list[str]]:
-    """The users of each run, as batches of that size would hold them."""
+    """The users of each run, which batches of this size would hold."""
     users = [sampler.user_ids[index] for index in sampler]
     return [users[i : i + sampler.examples_per_user] for i in range(0, len(users), sampler.examples_per_user)]
 
@@ -35,7 +35,7 @@ def test_every_example_comes_once(users: list[str], size: int, seed: int, epoch:
 @settings(deadline=None)
 @given(users=USERS, size=SIZES)
 def test_as_many_runs_as_there_can_be_are_of_one_user(users: list[str], size: int) -> None:
-    """And they begin at multiples of their length, so that a batch of whole runs cuts none."""
+    """They begin at multiples of their length, so that no batch of whole runs cuts one."""
     whole = [run[0] for run in runs(UserGroupSampler(users, size)) if len(run) == size and len(set(run)) == 1]
     got = Counter(whole)
     for user, count in Counter(users).items():
@@ -45,7 +45,7 @@ def test_as_many_runs_as_there_can_be_are_of_one_user(users: list[str], size: in
 @settings(deadline=None)
 @given(users=USERS, size=SIZES)
 def test_what_a_user_has_left_over_stays_together(users: list[str], size: int) -> None:
-    """In the order of left-over examples each user's are neighbours."""
+    """In the order of the remaining examples, those of one user are neighbours."""
     order = [users[index] for index in UserGroupSampler(users, size)]
     taken: Counter[str] = Counter()
     left = []
@@ -85,7 +85,7 @@ def test_nothing_depends_on_the_global_random_state() -> None:
 
 
 def test_epochs_mix_users_and_examples() -> None:
-    """Runs are shuffled, and which of a user's examples meet changes."""
+    """Runs are shuffled, and a user's examples meet in new combinations."""
     sampler = UserGroupSampler([f"u{i % 5}" for i in range(50)], 5)
     orders, meetings = set(), set()
     for epoch in range(20):
@@ -117,7 +117,7 @@ def test_users_with_too_few_examples_fill_runs_together() -> None:
 
 
 def test_runs_of_one_are_a_plain_shuffle() -> None:
-    """Without grouping, neighbours have the same user about as often as chance has it: 1 in 5."""
+    """Without grouping, neighbours have the same user only by chance, 1 in 5."""
     users = [f"u{i % 5}" for i in range(500)]
     order = [users[index] for index in UserGroupSampler(users, 1)]
     same = sum(a == b for a, b in pairwise(order)) / 499

@@ -60,7 +60,7 @@ def test_dates_stand_above_the_items_that_have_one() -> None:
 @pytest.mark.parametrize("timestamp", [1711843200000.0, -1e300])
 def test_a_timestamp_that_is_no_day_is_named(timestamp: float) -> None:
     history = [HistoryItem("Long waves.", timestamp=timestamp)]
-    with pytest.raises(RecordError, match=r"^timestamp: expected seconds since 1970 of a year from 1 to 9999"):
+    with pytest.raises(RecordError, match=r"^timestamp: expected seconds since 1970 for a date in the years 1 to 9999"):
         PromptTemplate(show_dates=True).render("", history)
     assert "Long waves." in PromptTemplate().render("", history)
 

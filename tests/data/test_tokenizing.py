@@ -1,4 +1,4 @@
-"""A list of texts is encoded as its texts are one by one, however they are cut and whatever is cached."""
+"""A list of texts gives the same ids as its texts one by one, with any cuts and any cache."""
 
 from __future__ import annotations
 

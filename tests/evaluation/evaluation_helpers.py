@@ -1,4 +1,4 @@
-"""An evaluation of a tiny model on a few records, for the tests of what it says and of what happens to it."""
+"""An evaluation of a tiny model on a few records, for several tests."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ WORDS = "the cat sat on a mat and slept in warm sun all day".split()
 
 
 def corpora(num, *shares):
-    """References, and predictions that keep such shares of their words."""
+    """References, and predictions that keep the given shares of their words."""
     rng = np.random.default_rng(5)
     references = [" ".join(rng.choice(WORDS, 12)) for _ in range(num)]
     return references, *(
@@ -50,7 +50,7 @@ def test_many_examples_give_the_normal_interval():
 @settings(max_examples=40)
 @given(NUMBERS, st.integers(2, 4))
 def test_copies_of_a_users_examples_add_nothing(values, times):
-    """Copies are no evidence: with the user as group the interval is that of the single examples."""
+    """Copies add no evidence: with users as groups, the interval is that of the single examples."""
     users = [f"{i:02d}" for i in range(len(values))]
     one = bootstrap_interval(values, users, resamples=50)
     copies = bootstrap_interval(values * times, users * times, resamples=50)
@@ -97,7 +97,7 @@ def test_many_examples_are_drawn_in_blocks(monkeypatch):
 
 
 def coverage(sets, users, resamples, clustered):
-    """The share of intervals that hold the true mean, 0, of users with four examples each."""
+    """The share of intervals that contain the true mean, 0, for users with four examples each."""
     rng, hits = np.random.default_rng(7), 0
     groups = [f"{i}" for i in range(users) for _ in range(4)] if clustered else None
     for k in range(sets):
@@ -191,7 +191,7 @@ NEAR, FAR = ["1", "2", "3", "4", "4", "3"], ["5", "5", "1", "1", "1", "5"]
     ids=["rmse", "f1_macro", "bleu"],
 )
 def test_exchanged_sums_are_those_of_exchanged_texts(name, references, a, b):
-    """The p-value of a measure that is no mean, by scoring every exchange of texts anew."""
+    """The p-value of a measure that is not a mean, from scoring every exchange of texts."""
 
     def difference(swaps):
         sides = zip(*[(y, x) if swap else (x, y) for x, y, swap in zip(a, b, swaps, strict=True)], strict=True)

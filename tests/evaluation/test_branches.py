@@ -1,4 +1,4 @@
-"""Any branches scored together, what each history item does, and preference margins: all against separate forwards."""
+"""Branches scored together, effects of single history items, and preference margins, against separate forwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def branches(seed=0, count=6):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Tokens of each forward."""
+    """The number of tokens in each forward."""
     seen, own = [], PairPasses.scores
 
     def scores(self, part, *rest):
@@ -72,7 +72,7 @@ def test_nll_is_that_of_each_branch_alone(kind, dtype, options, forwards):
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
 def test_the_order_of_branches_changes_nothing_but_the_order(seed, count):
-    """Another order makes other rows of the same products, so values agree to rounding."""
+    """Another order changes the rows of the products, so values are equal up to rounding."""
     made = branches(seed, count)
     order = random.Random(seed).sample(range(len(made)), len(made))
     shuffled = [made[i] for i in order]

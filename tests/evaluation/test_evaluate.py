@@ -1,4 +1,4 @@
-"""One evaluation: what stands in its folder, where it comes from, and what happens when it is cut short."""
+"""An evaluation: the files in its folder, their contents, and a resume after a stop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A finished evaluation of everything; tests read it only."""
+    """A finished evaluation of everything, which tests only read."""
     folder = tmp_path_factory.mktemp("evaluation") / "deep" / "folder"
     return evaluate(model, folder, **ALL), folder
 

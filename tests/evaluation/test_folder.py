@@ -1,4 +1,4 @@
-"""An evaluation that is cut short, repeated, or meets another in its folder."""
+"""An evaluation that is stopped, repeated, or finds another one in its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A finished evaluation of everything; tests read it only."""
+    """A finished evaluation of everything, which tests only read."""
     folder = tmp_path_factory.mktemp("evaluation")
     evaluate(model, folder, **ALL)
     return folder
@@ -27,18 +27,18 @@ def whole(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_in_fours(model, tmp_path_factory):
-    """The bytes of one that was not interrupted."""
+    """The bytes of an evaluation without interruption."""
     folder = tmp_path_factory.mktemp("evaluation")
     evaluate(model, folder, **ALL, batch_size=4)
     return contents(folder)
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that nothing catches."""
 
 
 def killed_after(lines):
-    """A progress bar that ends the process after so many lines of all stages."""
+    """A progress bar that ends the process after this many lines of all stages."""
     left = [lines]
 
     def progress(things, *, total, desc, initial=0):
@@ -112,7 +112,7 @@ def test_another_evaluation_is_refused_by_name(model, tmp_path, what):
         evaluate(model, tmp_path, **ALL, progress=killed_after(8))
     before = contents(tmp_path)
     given = {"model": model, "records": RECORDS, **ALL, **changed}
-    with pytest.raises(CheckpointError, match=f"folder: .* was begun with another {message}"):
+    with pytest.raises(CheckpointError, match=f"folder: .* was started with another {message}"):
         evaluate(given.pop("model"), tmp_path, given.pop("records"), **given)
     assert contents(tmp_path) == before
 

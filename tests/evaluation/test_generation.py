@@ -1,4 +1,4 @@
-"""Responses by transformers' own generate: stopped where they should, and the same in any batch, sampled ones too."""
+"""Responses by transformers' own generate: they stop at the right tokens, and are equal in any batch."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ EXAMPLES = [example(ids, index=index) for index, ids in enumerate(IDS)]
 
 
 def respond(model, tokenizer, examples=EXAMPLES, branches=("factual",), done=(), **options):
-    """Texts by the prompt's index."""
+    """The texts, by the index of the prompt."""
     chosen = GenerationOptions(**options)
     with generation_engine(model, tokenizer, examples, chosen) as engine:
         return dict(engine.generate(make_prompts(examples, branches, chosen.seed), done))
 
 
 def argmax_responses(model, tokenizer, examples, count, branch="factual"):
-    """One token at a time, without a cache, a batch or `generate`."""
+    """Greedy responses, one token at a time, without cache, batch or `generate`."""
     texts = []
     for each in examples:
         ids = list(getattr(each, branch).prompt_ids)
@@ -113,7 +113,7 @@ def test_a_tokenizer_without_padding_or_end(model, tokenizer):
 
 @pytest.fixture
 def lengths(tokenizer, monkeypatch):
-    """Tokens of each response, in the order they are decoded."""
+    """The number of tokens of each response, in the order of decoding."""
     made = []
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: made.append(len(ids)) or "", raising=False)
     return made

@@ -1,4 +1,4 @@
-"""p-values against every exchange gone through by hand, uniform where nothing differs; and Holm's correction."""
+"""p-values, against a loop over all exchanges and for equal methods, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHOLE = st.integers(-3, 3)
 
 
 def every_exchange(a, b, users):
-    """The p-value by going through all signs of all users, in whole numbers."""
+    """The p-value from a loop over all signs of all users, in whole numbers."""
     names = sorted(set(users))
     sums = [sum(x - y for x, y, user in zip(a, b, users, strict=True) if user == name) for name in names]
     signs = itertools.product((1, -1), repeat=len(names))

@@ -1,4 +1,4 @@
-"""Prediction files: the form other scorers read, and ours of any such file."""
+"""Prediction files: in the form that other scorers read, and read from any file of that form."""
 
 from __future__ import annotations
 

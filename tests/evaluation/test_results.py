@@ -1,4 +1,4 @@
-"""What an evaluation's folder holds survives being written and read, and damage is named."""
+"""An evaluation's results survive a round trip through its folder, and damage is named."""
 
 from __future__ import annotations
 

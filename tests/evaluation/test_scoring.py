@@ -74,7 +74,7 @@ def test_one_example_without_a_placebo_leaves_it_out_for_all():
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """(positions of the examples, tokens) of each forward."""
+    """The positions of the examples and the number of tokens, for each forward."""
     seen, own = [], PairPasses.scores
 
     def scores(self, part, *rest):
@@ -205,7 +205,7 @@ def test_no_tokens(tokenizer):
 
 
 class Spelling:
-    """A tokenizer of words whose decoding reaches back: "n't" takes the space before it away."""
+    """A tokenizer of words whose decoding changes earlier text: "n't" removes the space before it."""
 
     words = ("do", "n't", "panic", ".")
 
@@ -222,7 +222,7 @@ def test_decoding_that_cleans_up_spaces():
 
 
 class Swallowing(Spelling):
-    """Its last token changes the first, so pieces cannot be found from a window."""
+    """A tokenizer whose last token changes the first, so that a window of tokens is not enough."""
 
     def decode(self, ids):
         text = super().decode(ids)

@@ -16,7 +16,7 @@ USERS = RNG.normal(size=40)
 
 
 def runs(*shifts):
-    """Runs on 40 users that differ by a shift and little else."""
+    """Runs on 40 users that differ mainly by a shift."""
     return [USERS + shift + 0.01 * np.random.default_rng(k).normal(size=40) for k, shift in enumerate(shifts)]
 
 
@@ -60,7 +60,7 @@ def test_what_a_matched_seed_did_to_both_sides_cancels():
 
 @pytest.mark.parametrize(("shifts", "t"), [((0, 1), 12.706), ((0, 1, 2), 4.303), ((0, 1, 2, 3, 4), 2.776)])
 def test_the_spread_over_seeds_is_students(shifts, t):
-    """Users add next to nothing here; the half-width is t · s / √n with n − 1 degrees of freedom, from a table."""
+    """Users add almost nothing here, so the half-width is t · s / √n with n − 1 degrees of freedom, t from a table."""
     result = paired_over_seeds([np.full(40, float(shift)) for shift in shifts], [np.zeros(40)], resamples=20_000)
     width = t * np.std(shifts, ddof=1) / len(shifts) ** 0.5
     assert (result.high - result.low) / 2 == pytest.approx(width, rel=0.06)
@@ -108,7 +108,7 @@ def test_unusable_runs_are_named(a, b, matched, message):
 
 
 def simulate(num_seeds, comparisons, resamples):
-    """Shares of comparisons of equal methods whose interval holds 0, and whose p-value is at most 0.05."""
+    """The shares of comparisons of equal methods with 0 in the interval, and with a p-value of at most 0.05."""
     rng, held, rejected = np.random.default_rng(7), 0, 0
     for k in range(comparisons):
         seeds, users = rng.normal(scale=0.3, size=(2, num_seeds, 1)), rng.normal(size=(1, 1, 50))

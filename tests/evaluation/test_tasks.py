@@ -1,4 +1,4 @@
-"""Tasks: their measures exist, and their references are read as their benchmarks do."""
+"""Tasks: their measures exist, and they read references as their benchmarks do."""
 
 from __future__ import annotations
 

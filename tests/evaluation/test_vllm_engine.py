@@ -1,6 +1,6 @@
-"""vLLM behind the engine's interface, with a module in its place that records calls: it cannot run without a GPU.
+"""vLLM behind the engine's interface. As vLLM needs a GPU, a module that records calls replaces it.
 
-What it stands for are vLLM's `LLM(...)`, `LLM.generate(prompts, params, use_tqdm=, lora_request=)`, `SamplingParams`
+It replaces vLLM's `LLM(...)`, `LLM.generate(prompts, params, use_tqdm=, lora_request=)`, `SamplingParams`
 and `LoRARequest(name, id, path)`; responses carry the stop token, as vLLM's do.
 """
 
@@ -26,7 +26,7 @@ from tests.models.model_helpers import tiny_model
 
 
 class RecordedLLM:
-    """Greedy responses of a model in memory, and everything it was asked."""
+    """Gives greedy responses of a model in memory, and records all calls."""
 
     model = options = calls = None
     made: ClassVar[list] = []

@@ -1,4 +1,4 @@
-"""Puts this folder's helpers on the path, and makes what the examples are run on."""
+"""Puts this folder's helpers on the path, and makes the inputs of the examples."""
 
 from __future__ import annotations
 

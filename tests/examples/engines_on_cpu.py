@@ -1,7 +1,7 @@
-"""Runs a script, or a module, as Accelerate's engines of GPUs would, on CPUs: `engines_on_cpu.py [-m] WHAT ARGUMENTS…`.
+"""Runs a script or a module with Accelerate's GPU engines, on CPUs: `engines_on_cpu.py [-m] WHAT ARGUMENTS…`.
 
-Accelerate leaves FSDP and DeepSpeed out where there is no GPU. Told that these processes are several GPUs, it prepares
-the model with them as anywhere else; what they then call runs on a CPU over gloo.
+Accelerate does not use FSDP and DeepSpeed without a GPU. Here it is told that these processes have several GPUs, so it
+prepares the model as usual. Everything then runs on a CPU over gloo.
 """
 
 from __future__ import annotations

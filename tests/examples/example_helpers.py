@@ -1,4 +1,4 @@
-"""A tiny model folder with records, commands run on it, and what they leave."""
+"""A tiny model folder with records, commands that run on it, and their results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save_model_and_records(folder: Path) -> None:
 
 
 def run(words: list[str], **environment: str) -> str:
-    """What a command printed, run from the repository's root."""
+    """Run a command in the repository's root, and return its output."""
     told = {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NEXTQUILL_TEST_TIMEOUT": str(TIMEOUT),
     }  # fmt: skip
@@ -57,7 +57,7 @@ def run(words: list[str], **environment: str) -> str:
 
 
 def losses(printed: str) -> list[float]:
-    """The losses of the steps, which must be finite."""
+    """Return the losses of the steps, which must be finite."""
     found = [float(value) for value in re.findall(r"\bloss'?:? +'?(-?\d[\d.e+-]*|nan|-?inf)", printed)]
     assert all(map(math.isfinite, found)), f"losses of {found}"
     return found

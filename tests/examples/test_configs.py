@@ -1,7 +1,7 @@
-"""The shipped configurations: Accelerate reads them, and `nextquill train` does under each what one process does.
+"""The shipped configurations: Accelerate reads them, and `nextquill train` gives the same as one process with each.
 
-Two processes, evaluation, runs of a user's examples, and a token budget that puts the second process's first batch into
-more parts than the first's.
+The tests use two processes, evaluation, runs of a user's examples, and a token budget that divides the second process's
+first batch into more parts than the first's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says, on a tiny model, and trains it."""
+"""Every example runs with the command in its docstring, and trains a tiny model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_trl(model_folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """The model that three batches of 8 on one process make, and their losses."""
+    """The model and the losses after three batches of 8 on one process."""
     output = tmp_path_factory.mktemp("one") / "out"
     words = command("accelerate_loop.py", model_folder, output)
     script = words.index("examples/accelerate_loop.py")

@@ -1,6 +1,6 @@
-"""Runs a script, or a module, and fails where DDP outlives its process group: `watches_ddp.py [-m] WHAT ARGUMENTS…`.
+"""Runs a script or a module, and fails if DDP outlives its process group: `watches_ddp.py [-m] WHAT ARGUMENTS…`.
 
-DDP's destructor, when it is the last owner of a gloo group, can wait for ever.
+DDP's destructor can wait forever if it is the last owner of a gloo group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compute nextquill.json with mpmath in 60 digits: `python tests/golden/make_nextquill.py`.
 
-Knows nothing of torch or nextquill. Values come from the equations over lists of numbers; gradients are central
-differences of the objective, with the token weights (and z0 where it is a constant) held at their values.
+It uses neither torch nor nextquill. Values come from the equations over lists of numbers. Gradients are central
+differences of the objective, with constant token weights, and a constant z0 if it is detached.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def nll(z, y):
 
 
 def streams(x):
-    """Logits of both streams of every supervised row."""
+    """The logits of both streams for every supervised row."""
     return {i: (logits(x["hidden_factual"][i], x), logits(x["hidden_counterfactual"][i], x)) for i in ROWS}
 
 
@@ -74,7 +74,7 @@ def weight_of(loss, options, nll_f, nll_c):
 
 
 def objective(x, variant, weights, constant_z0):
-    """Mean over sequences of the sequence's objective."""
+    """The mean of the objective over sequences."""
     loss, options = variant["loss"], variant["options"]
     z = streams(x)
     if options.get("detach_counterfactual"):

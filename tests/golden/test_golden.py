@@ -1,4 +1,4 @@
-"""Stored mpmath values against the code, the reference and the tests' oracle: none of the three can drift alone."""
+"""The code, the reference and the tests' oracle all give stored mpmath values, so that none can change alone."""
 
 import json
 import math
@@ -111,6 +111,6 @@ def test_nextquill_loss_of_two_tokens_by_hand():
 
 
 def test_golden_weights_tell_the_weightings_apart():
-    """With equal weights on every token no value here could show a wrong weighting."""
+    """If all tokens had equal weights, these values could not show a wrong weighting."""
     distinct = {name: len(set(variant["token_weights"]) - {0.0}) for name, variant in GOLDEN["losses"].items()}
     assert (distinct["nextquill"], distinct["perce"], distinct["longce"], distinct["sft"]) == (2, 3, 4, 1)

@@ -1,4 +1,4 @@
-"""The kernels are tested on a GPU where there is one, and under Triton's interpreter on the CPU elsewhere."""
+"""Kernels are tested on a GPU if there is one, else with Triton's interpreter on the CPU."""
 
 import importlib.util
 

@@ -1,6 +1,6 @@
 """The chunk kernels against float64: every option, odd shapes, buffers poisoned with NaN, infinities, huge logits.
 
-Under the interpreter tiles are cut to 128 columns, so that rows of 300 columns have several tiles and a tail.
+Under the interpreter, tiles have 128 columns, so that rows of 300 columns have several tiles and a tail.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_case(n: int, v: int, device: torch.device, *, spread: float = 3.0, soft
 
 
 def true_stats(z: Tensor, labels: Tensor) -> Tensor:
-    """max, sum and nll in float64, [3, n]; 0 for ignored rows."""
+    """Max, sum and NLL in float64, [3, n]; 0 for ignored rows."""
     z = z.double()
     largest = z.amax(-1)
     nll = z.logsumexp(-1) - z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
@@ -74,7 +74,7 @@ def true_stats(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def true_pair_stats(case: Case) -> Tensor:
-    """[11, n] in float64."""
+    """The statistics of a pair in float64, [11, n]."""
     z1, z0 = case.z1.double(), case.z0.double()
     streams = [true_stats(z, case.labels) for z in (z1, z0, z1 - z0)]
     log_p1, log_p0 = z1.log_softmax(-1), z0.log_softmax(-1)
@@ -84,7 +84,7 @@ def true_pair_stats(case: Case) -> Tensor:
 
 
 def true_grad(z: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    """g (softmax(z) - onehot), before cap and scale."""
+    """The gradient g (softmax(z) - onehot), before cap and scale."""
     one_hot = torch.nn.functional.one_hot(labels, z.shape[1])
     return grad.double()[:, None] * (z.double().softmax(-1) - one_hot)
 
@@ -101,14 +101,14 @@ def true_pair_grad(case: Case, softcap: float | None, scale: float, *, counterfa
 
 
 def assert_near(actual: Tensor, truth: Tensor, relative: float = RELATIVE) -> None:
-    """The largest error, relative to the largest true value of the tensor."""
+    """Compare the largest error, relative to the tensor's largest true value, with a limit."""
     assert actual.shape == truth.shape
     error = (actual.double() - truth).abs().max().item()
     assert error <= relative * truth.abs().max().item(), f"error {error:.2e} of {truth.abs().max().item():.2e}"
 
 
 def padded(z: Tensor, *, left: int = 16, right: int = 48) -> tuple[Tensor, Tensor]:
-    """A buffer filled with NaN, and a view of it that holds `z`: rows are apart, and begin behind its first column."""
+    """A buffer filled with NaN, and a view that holds `z`, with gaps between rows and before the first column."""
     buffer = torch.full((z.shape[0] + 2, left + z.shape[1] + right), torch.nan, device=z.device)
     view = buffer[1:-1, left : left + z.shape[1]]
     view.copy_(z)
@@ -116,7 +116,7 @@ def padded(z: Tensor, *, left: int = 16, right: int = 48) -> tuple[Tensor, Tenso
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
-    """Bit for bit under the interpreter; on a GPU other strides mean another layout, and another order of additions."""
+    """Equal bits under the interpreter; on a GPU, other strides change the layout and the order of additions."""
     return torch.allclose(actual, expected, rtol=3e-6, atol=1e-6) if ON_GPU else torch.equal(actual, expected)
 
 
@@ -256,7 +256,7 @@ def test_offsets_beyond_32_bits(device):
 
 
 def test_rows_of_larger_buffers(device):
-    """Row strides, output strides and labels with holes; what lies around is NaN, and stays as it is."""
+    """Row strides, output strides and labels with gaps; the surrounding memory is NaN and stays so."""
     case = make_case(5, 300, device)
     (buffer1, z1), (buffer0, z0) = padded(case.z1), padded(case.z0, left=3, right=4)
     big = torch.full((13, 20), torch.nan, device=device)
@@ -340,7 +340,7 @@ def test_non_finite_logits_give_a_non_finite_nll_of_their_row_only(value, column
 
 
 def test_minus_infinity_masks_columns(device):
-    """Whole tiles of -inf, first and last, are no NaN: they are probability 0. The gradient there is exactly 0."""
+    """Whole tiles of -inf, first and last, give probability 0 instead of NaN, and a gradient of exactly 0."""
     case = make_case(4, 500, device)
     case.labels.fill_(150)
     z = case.z1.clone()

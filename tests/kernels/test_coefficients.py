@@ -23,7 +23,7 @@ LENGTHS = [(5, 1, 16, 3, 40), (1,), (17,), (2, 2, 2)]
 
 @dataclass(frozen=True)
 class Scheme:
-    """One weighting, and what the kernel is told of it."""
+    """One weighting, and its arguments for the kernel."""
 
     name: str
     weighting: Weighting
@@ -98,7 +98,7 @@ def twin(
     num_items: float = 3.0,
     fused: Callable[..., None] | None = None,
 ) -> RowCoefficients:
-    """The same by the elementwise operations of the losses, or by `fused` as the losses call it."""
+    """The same by the losses' elementwise operations, or by `fused` as the losses call it."""
     n = nll1.numel()
     objective = PairObjective(
         scheme.weighting, normalize_weights=normalize, reduction="token" if per_token else "sequence"

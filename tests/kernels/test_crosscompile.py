@@ -1,6 +1,6 @@
-"""The kernels compiled for GPUs that are not here: no spills, shared memory that fits, wide accesses, 64-bit addresses.
+"""The kernels compiled for other GPUs: no spills, shared memory that fits, wide accesses, 64-bit addresses.
 
-Under the interpreter the kernels are Python functions: all compilation happens in processes without TRITON_INTERPRET.
+Under the interpreter the kernels are Python functions, so they are compiled in processes without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.compiles
 
 
 def and_odd(*names: str) -> set[str]:
-    """These cases, and the same for a V that is no multiple of 16."""
+    """These cases, and the same for a V that is not a multiple of 16."""
     return {*names, *(f"{name}/odd_vocabulary" for name in names)}
 
 
@@ -109,7 +109,7 @@ def run(*arguments: str, cache: Path, interpret: bool = False) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """An empty compiler cache, so that nothing found in it is left from another version of a kernel."""
+    """An empty compiler cache, so that it holds no other version of a kernel."""
     return tmp_path_factory.mktemp("triton_cache")
 
 
@@ -174,7 +174,7 @@ def test_a_barrier_stands_between_the_loads_and_the_stores_of_a_narrow_write(loo
 
 
 def test_wide_loads_need_a_known_row_stride(look):
-    """The check of wide loads can fail: without that knowledge of the stride there are none."""
+    """The check of wide loads can fail: without a known stride, there are none."""
     assert look["unknown_stride"]["wide_loads"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Where kernels run, and what devices they take their tiles from."""
+"""Kernels run on the right devices, and take their tiles for them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REFUSED = "logits: got a tensor on cpu, expected a CUDA or ROCm device (or the C
     ids=["never", "before", "after_triton", "after_launch", "until_triton", "until_launch"],
 )
 def test_interpreted_says_what_the_kernels_are(steps, is_interpreted):
-    """Whenever TRITON_INTERPRET is set, the kernels are of one kind, and run or are refused."""
+    """Whenever TRITON_INTERPRET is set, all kernels are of one kind, and run or are refused."""
     command = [sys.executable, "-W", "ignore", "-c", IMPORT.format(steps="\n".join(steps))]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How many kernels a training run compiles: Triton's own keys of launches whose slices begin at any row.
+"""A training run compiles few kernels: Triton's own keys for launches whose slices begin at any row.
 
 The launchers run on CPU tensors with `JITFunction.run` replaced, in a process without TRITON_INTERPRET; nothing is
 compiled and no GPU is used.
@@ -91,5 +91,5 @@ def test_batches_of_any_size_share_one_kernel(counts):
 
 
 def test_wide_and_narrow_rows_have_kernels_of_their_own(counts):
-    """The other way round: what 16-byte accesses depend on is told apart."""
+    """Conversely, launches that differ in their 16-byte accesses have different kernels."""
     assert all(counts["two_strides"][name] > 1 for name in CHUNK_KERNELS)

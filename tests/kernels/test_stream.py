@@ -1,6 +1,6 @@
-"""The streaming kernel against float64: tails in every direction, both layouts of a pair, and what rows may hold.
+"""The streaming kernel against float64: tails in every direction, both layouts of a pair, and special values in rows.
 
-Tiles are small, so that a few dozen rows and columns have several of them and a tail. Uninitialised memory is filled
+Tiles are small, so that a few dozen rows and columns have several tiles and a tail. Uninitialised memory is filled
 with NaN by PyTorch's deterministic mode.
 """
 
@@ -43,7 +43,7 @@ OPTIONS = {
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Only around the launchers: cuBLAS would refuse to run in this mode."""
+    """Fill new memory with NaN, only around the launchers, as cuBLAS does not run in this mode."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -130,7 +130,7 @@ def assert_true(actual: Tensor, truth: Tensor) -> None:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal bits wherever a row lands in its tile; under the interpreter NumPy's product differs from row to row."""
+    """Assert equal bits at any place in a tile; under the interpreter, NumPy's product differs between rows."""
     if ON_GPU:
         assert torch.equal(actual, expected)
     else:
@@ -138,7 +138,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Of two kernels, or two streams, which the compiler lays out differently: sums are added up in another order."""
+    """Compare two kernels or two streams, whose sums the compiler adds in different orders."""
     assert (error(actual, expected) < RELATIVE).all()
 
 
@@ -328,7 +328,7 @@ def test_huge_logits(device):
 
 
 def test_nll_of_a_certain_token_keeps_its_digits(device):
-    """logsumexp - z[y] at a logit of 16 would be 1e-6 off; what is left is that of adding up 1 + nll, 2^-24 a step."""
+    """logsumexp - z[y] at a logit of 16 would be off by 1e-6; adding 1 + nll is off by 2^-24 per step."""
     case = make_case(20, 16, 70, device, ignored=0.0)
     case.factual.zero_()[:, 0] = torch.linspace(0.8, 1.0, 20, device=device)
     case.counterfactual.copy_(case.factual * 0.5)

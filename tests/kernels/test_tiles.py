@@ -1,6 +1,6 @@
-"""The tile table: its format, the look-up, what its tiles cost when compiled for their GPUs, and the tuner around it.
+"""The tile table: its format, the look-up, the cost of its tiles when compiled for their GPUs, and the tuner.
 
-Compilation runs in a process of its own without TRITON_INTERPRET, which replaces kernels by Python functions at import.
+Compilation runs in a separate process without TRITON_INTERPRET, which replaces kernels by Python functions at import.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TILE = Tile(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, gro
 
 
 def run_compiler(script: str) -> dict[str, object]:
-    """Run `script` where kernels are compiled, not interpreted; what it prints as JSON."""
+    """Run `script` with compiled instead of interpreted kernels, and return its output as JSON."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", script]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -126,7 +126,7 @@ def test_hopper_tile_compiles_to_wgmma_and_tma_and_a_register_local_epilogue():
 
 @pytest.mark.compiles
 def test_addresses_are_computed_in_int64():
-    """V·D may exceed 2³¹: the offsets of rows, which are a column of the tile of pointers, have to be int64."""
+    """V·D may exceed 2³¹, so the offsets of rows must be int64."""
     found = compiled(TILE, "sm_80")
     assert found["copies"]
     assert ["128x1", "i64"] in found["offsets"]

@@ -60,7 +60,7 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, seed: in
 def random_examples(
     count: int = 3, seed: int = 0, vocabulary: int = VOCABULARY, shared: int = 0
 ) -> list[EncodedExample]:
-    """Ragged examples of random tokens, with a placebo; factual branches begin with the same `shared` tokens."""
+    """Examples of different lengths with random tokens and a placebo; factual branches share their first tokens."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -75,7 +75,7 @@ def random_examples(
 
 
 def shared_examples(count: int = 6, seed: int = 0, users: int = 2) -> list[EncodedExample]:
-    """Ragged examples of users in turn under one system prompt, with a history of 7 tokens each and two queries.
+    """Examples of different lengths, of users in turn, with one system prompt, histories of 7 tokens and two queries.
 
     So a tree forks after the system prompt, after each history, and inside responses to one query that begin alike.
     """
@@ -98,14 +98,14 @@ def shared_examples(count: int = 6, seed: int = 0, users: int = 2) -> list[Encod
 def run_loss(
     model: nn.Module, loss: PairLoss, examples: Sequence[EncodedExample], attention: str = "auto"
 ) -> tuple[Tensor, PreferenceLossOutput]:
-    """The loss of one batch in one part, ready for its backward, and its diagnostics."""
+    """The loss of one batch in one part, with its graph, and its diagnostics."""
     passes = PairPasses(model, loss, attention)
     value, outputs = passes.training_loss(passes.collator()(examples))
     return value, outputs[0]
 
 
 def word_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
-    """One id per word; `extra` unused words on top."""
+    """A tokenizer with one id per word, and `extra` unused words."""
     words = ["<pad>", "</s>", "<unk>", "past", "write", "none", *(f"w{i}" for i in range(80 + extra))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -114,7 +114,7 @@ def word_tokenizer(extra: int = 0) -> PreTrainedTokenizerFast:
 
 
 def make_records(count: int = 12, users: int = 4, seed: int = 0) -> list[dict[str, Any]]:
-    """Ragged records whose responses repeat words of the user's own history."""
+    """Records of different lengths, whose responses repeat words of the user's history."""
     rng = random.Random(seed)
 
     def text(first: int, low: int, high: int) -> str:
@@ -153,7 +153,7 @@ def make_args(folder: Any, **options: Any) -> TrainingArguments:
 def make_trainer(
     folder: Any, loss: PairLoss | None = None, model: nn.Module | None = None, **options: Any
 ) -> NextQuillTrainer:
-    """A trainer of a tiny llama on `make_records()`; what is no option of NextQuillTrainer goes to its arguments."""
+    """A trainer of a tiny llama on `make_records()`. Options unknown to NextQuillTrainer go to its arguments."""
     names = (
         "train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers", "max_length", "attention",
         "max_tokens", "examples_per_user",
@@ -170,7 +170,7 @@ def make_trainer(
 
 
 def logs_of(trainer: NextQuillTrainer) -> list[dict[str, float]]:
-    """The log history without what depends on the clock, on what shares a forward, or on where a run was resumed."""
+    """The log history without values that depend on the clock, on sharing, or on a resume."""
     timing = ("runtime", "_per_second", "total_flos", "preparation_time", "train_loss", "sharing_factor")
     return [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
 
@@ -180,7 +180,7 @@ def logs_of(trainer: NextQuillTrainer) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss and the reference functions that say what it computes."""
+    """A loss and its reference functions."""
 
     loss: PairLoss
     weights: Callable[[PairNLL], Tensor]
@@ -192,7 +192,7 @@ def _threshold(pair: PairNLL) -> Tensor:
 
 
 def loss_cases(**common: Any) -> dict[str, LossCase]:
-    """Every published objective with its reference; threshold 0 puts a random model's tokens on both sides."""
+    """Every published objective with its reference. With threshold 0, a random model has tokens on both sides."""
 
     def nextquill(**options: Any) -> LossCase:
         loss = NextQuillLoss(threshold=0.0, alpha=0.3, **options, **common)
@@ -231,7 +231,7 @@ def reference_pair_loss(
     labels: Sequence[Sequence[int]],
     reduction: str = "sequence",
 ) -> Tensor:
-    """The loss of given logits per example: an identity for the head makes logits of hidden states."""
+    """The loss of given logits per example, with an identity as the head."""
     first, second, y = torch.cat(list(z1)), torch.cat(list(z0)), torch.tensor([i for ids in labels for i in ids])
     ids = torch.tensor([index for index, own in enumerate(labels) for _ in own])
     pair = PairNLL(token_nll(first, y), token_nll(second, y), None)
@@ -268,7 +268,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str) -> None:
-    """Relative error of each tensor, measured against the largest norm where its own is nearly zero."""
+    """Compare tensors by their relative errors; if a norm is nearly zero, the largest norm replaces it."""
     assert got.keys() == expected.keys(), f"{what}: not the same parameters: {sorted(got.keys() ^ expected.keys())}"
     floor = 1e-3 * max(float(tensor.norm()) for tensor in expected.values())
     for name, want in expected.items():

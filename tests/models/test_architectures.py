@@ -1,4 +1,4 @@
-"""What each architecture does to its logits is found, undone during the forward, and restored."""
+"""Each architecture's changes to its logits are found, undone during the forward, and restored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_scale_and_soft_cap_are_found(kind: str) -> None:
-    """That the loss and its gradient then are the model's own is shown in test_attention.py."""
+    """test_attention.py shows that the loss and its gradient then equal the model's own."""
     options, (scale, softcap) = ARCHITECTURES[kind]
     model, case, examples = tiny_model(kind, **options), loss_cases()["official"], random_examples()
     passes = PairPasses(model, case.loss, "padded")

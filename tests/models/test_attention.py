@@ -100,7 +100,7 @@ def test_every_loss_under_trees(loss_name: str) -> None:
 
 
 def test_the_examples_share_what_they_should() -> None:
-    """Otherwise the tests above would test little."""
+    """Without shared tokens, the tests above would show little."""
     (part,) = PairPasses(tiny_model(), loss_cases()["official"].loss).collator()(shared_examples())["parts"]
     assert part["num_branch_tokens"] / part["num_tokens"] > 2, "tokens of the branches by tokens of the tree"
     segments = part["forwards"][0]["layout"].segments
@@ -120,13 +120,13 @@ def _value(name: str, attention: str) -> float:
 
 
 def assert_other_loss(value: float, want: Tensor) -> None:
-    """Off by ten times what `assert_same_loss` forgives. How far off is chance, and differs between processors."""
+    """Assert a difference of ten times the tolerance of `assert_same_loss`. Its exact size depends on the processor."""
     assert abs(value - float(want)) > 1e-4 * abs(float(want)), "the window made no difference"
 
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_by_row_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By depth, a query sees the last tokens of its own path; by row, siblings would stand in between."""
+    """By depth, a query sees the last tokens of its own path. By row, it would also see siblings."""
 
     def rows(segments: Tensor) -> Tensor:
         return torch.arange(int((segments[:, 1] - segments[:, 0]).sum()))
@@ -150,7 +150,7 @@ def test_a_mask_with_a_window_by_row_would_show(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 def test_layers_with_and_without_a_window_are_told_apart(attention: str) -> None:
-    """One window for all layers, or none, is not what a model with both computes."""
+    """A model with both kinds of layers differs from one with a window in all layers, or in none."""
     want = float(expected("qwen2", "official")[0])
     for layers in (0, 2):
         model = tiny_model("qwen2", **{**TWO_TYPES, "max_window_layers": layers})
@@ -163,7 +163,7 @@ def test_layers_with_and_without_a_window_are_told_apart(attention: str) -> None
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "gpt2"])
 def test_masks_are_added_under_eager_attention_and_booleans_under_sdpa(kind: str) -> None:
-    """eager adds its mask to the scores, where one of booleans would change little and say nothing."""
+    """eager adds its mask to the scores, so a boolean mask would give wrong results without an error."""
     for implementation, dtype in (("eager", torch.float32), ("sdpa", torch.bool)):
         if kind == "gemma2" and implementation == "sdpa":
             continue  # which has no cap on the scores
@@ -183,7 +183,7 @@ def test_masks_are_added_under_eager_attention_and_booleans_under_sdpa(kind: str
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 def test_half_precision_is_as_near_as_separate_passes(attention: str) -> None:
-    """Both against float32: the error of trees is at most twice that of separate passes."""
+    """Against float32, the error of trees is at most twice that of separate passes."""
     case, examples = loss_cases()["official"], shared_examples()
     exact = float(expected("llama", "official")[0])
     model = tiny_model(dtype=torch.bfloat16)
@@ -199,7 +199,7 @@ def test_half_precision_is_as_near_as_separate_passes(attention: str) -> None:
 
 
 def look_at_the_previous_row(model: torch.nn.Module, amount: float = 1.0) -> torch.nn.Module:
-    """A model in which a token depends on the row before it, which in a tree may be another branch's."""
+    """A model in which a token depends on the row before it, which may belong to another branch in a tree."""
 
     def mix(module: Any, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -232,7 +232,7 @@ def test_positions_that_count_rows_are_found() -> None:
 
 
 def test_models_whose_attention_gets_no_tree_are_found() -> None:
-    """nemotron passes no keyword arguments on to its attention, which so would see every row before it."""
+    """nemotron passes no keyword arguments to its attention, which would then see every row before it."""
     with pytest.raises(UnsupportedModelError, match="its attention does not run on a row of branches"):
         TreeAttention(tiny_model("nemotron"))
     loss, _ = run_loss(tiny_model("nemotron"), loss_cases()["official"].loss, shared_examples(), "mask")
@@ -250,7 +250,7 @@ MASK_ONLY = {
     [5, 12],
 )
 def test_a_window_that_a_model_puts_into_its_mask_alone_is_found(window: int) -> None:
-    """qwen2_moe tells its attention function nothing of the window; 12 is longer than the check's branches."""
+    """qwen2_moe does not pass the window to its attention function; 12 is longer than the check's branches."""
     model = tiny_model("qwen2_moe", **MASK_ONLY, sliding_window=window)
     with pytest.raises(UnsupportedModelError):
         TreeAttention(model)

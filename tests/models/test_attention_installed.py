@@ -1,4 +1,4 @@
-"""While trees are in use the model works as ever, and afterwards it is as it was, whatever happened in between."""
+"""While trees are in use, ordinary forwards of the model do not change. Afterwards the model is as before."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def make(name: str) -> nn.Module:
 
 
 def own_attention(model: Any) -> list[str]:
-    """The names of attention in every config of the model."""
+    """The attention's name in every config of the model."""
     return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
 
 
 def installed(model: Any, loss_name: str = "official") -> PairPasses:
-    """Passes that have run, so that the model's attention is ours."""
+    """Passes that have run, so that the model uses our attention."""
     passes = PairPasses(model, loss_cases()[loss_name].loss)
     passes.training_loss(passes.collator()(shared_examples()))
     assert all(name.startswith("nextquill") for name in own_attention(model)), "the tests below would test nothing"
@@ -115,7 +115,7 @@ def test_attention_weights_are_still_returned() -> None:
 
 
 def test_own_gradients_are_the_models_own() -> None:
-    """Of an ordinary forward while trees are in use."""
+    """Gradients of an ordinary forward while trees are in use."""
     model, case = make("two types"), loss_cases()["official"]
     expected = gradients(model, reference_loss(case, model, shared_examples()))
     installed(model)
@@ -130,7 +130,7 @@ def test_own_gradients_are_the_models_own() -> None:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("name", ["sdpa", "two types", "soft cap, eager, window"])
 def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, loss_name: str) -> None:
-    """Layers run again in the backward, after a forward of another batch and an ordinary one."""
+    """Layers run again in the backward, after a forward of another batch and an ordinary forward."""
     case, examples, other = loss_cases()[loss_name], shared_examples(), shared_examples(3, seed=1)
     plain = make(name)
     expected = gradients(plain, reference_loss(case, plain, examples))
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, loss
     ids=["reentrant", "not reentrant"],
 )
 def test_a_checkpointed_backward_after_close_is_no_silent_error(reentrant: bool) -> None:
-    """The layers that run again would attend by the model's own attention, which knows no tree."""
+    """The layers that run again would use the model's own attention, which does not know trees."""
     case, examples, model = loss_cases()["official"], shared_examples(), make("sdpa")
     expected = gradients(model, reference_loss(case, model, examples))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -269,7 +269,7 @@ def test_two_users_of_one_model_do_not_leave_ours_behind() -> None:
 
 
 def test_layers_with_configs_of_their_own_are_switched_too() -> None:
-    """Some models copy their config into submodules; an attention that reads such a copy must change as well."""
+    """Some models copy their config into submodules, and attention that reads such a copy must change too."""
     import copy
 
     model = make("sdpa")

@@ -1,4 +1,4 @@
-"""What cannot share prefixes exactly is refused with the reason, before training where it can be known then."""
+"""Models that cannot share prefixes exactly are refused with the reason, before training if possible."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def examples_up_to(length: int) -> list[Any]:
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 @pytest.mark.parametrize("name", sorted(ROPE))
 def test_rope_that_follows_the_longest_position(name: str, attention: str) -> None:
-    """Exact for branches of up to 16 tokens, in a row that is longer; refused beyond, where it would be wrong."""
+    """Branches of up to 16 tokens are exact in a longer row. Longer branches would be wrong and are refused."""
     kind, options = ROPE[name]
     model, case = tiny_model(kind, **options), loss_cases()["official"]
     passes = PairPasses(model, case.loss, attention)

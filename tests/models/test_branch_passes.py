@@ -1,4 +1,4 @@
-"""Which passes run, with or without gradient, what reaches the loss, and batches at the edge."""
+"""The passes that run, their gradients, the inputs of the loss, and unusual batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTENTIONS = ("auto", "padded")
 
 
 def record_passes(model: torch.nn.Module) -> list[tuple[bool, tuple[int, ...]]]:
-    """(gradient enabled, shape of the input) of every forward pass of the model from now on."""
+    """Record every forward pass of the model from now on, as (gradient enabled, shape of the input)."""
     seen: list[tuple[bool, tuple[int, ...]]] = []
     model.base_model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((torch.is_grad_enabled(), tuple(kwargs["input_ids"].shape))),
@@ -92,7 +92,7 @@ def test_no_logits_are_returned(attention: str) -> None:
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("loss", [SFTLoss(), PerCELoss(), NextQuillLoss()], ids=lambda loss: type(loss).__name__)
 def test_a_part_without_labels_gives_zero_loss_and_gradient(loss, attention: str) -> None:
-    """What a rank runs while another has more parts: every parameter is met, and nothing added."""
+    """A rank runs it while another has more parts: it uses every parameter and adds nothing."""
     model = tiny_model()
     passes = PairPasses(model, loss, attention)
     value, output = passes.part_loss(passes.collator().empty_part(), 7.0)
@@ -125,7 +125,7 @@ def test_padding_content_does_not_matter() -> None:
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("loss_name", ["official", "detached", "sft"])
 def test_parts_add_up_to_the_batch(loss_name: str, reduction: str) -> None:
-    """The loss and every gradient, when a batch of seven is cut by a token budget into several parts."""
+    """The loss and every gradient stay the same when a token budget divides a batch of seven into parts."""
     case, examples = loss_cases(reduction=reduction)[loss_name], shared_examples(7)
     model = tiny_model()
     passes = PairPasses(model, case.loss)

@@ -1,4 +1,4 @@
-"""A compiled model: the same loss and gradients, and a number of graphs that stays."""
+"""A compiled model has the same loss and gradients, and a constant number of graphs."""
 
 from __future__ import annotations
 

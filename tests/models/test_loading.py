@@ -1,4 +1,4 @@
-"""Models by name or folder, whole or refused, and the prompt settings beside them."""
+"""Models by name or folder are loaded whole or refused, with their prompt settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA on the backbone, LoRA on the head, a fully trained head; and what is refused."""
+"""LoRA on the backbone and on the head, a fully trained head, and refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def with_lora(model: nn.Module, targets: list[str], **options: Any) -> PeftModel:
-    """A LoRA whose B is not zero, so that ignoring it shows."""
+    """A LoRA with a non-zero B, so that it changes the results."""
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=TaskType.CAUSAL_LM, **options)
     adapted = get_peft_model(model, config)
@@ -45,7 +45,7 @@ def untied(**options: Any) -> nn.Module:
 
 @pytest.fixture
 def computed_gradients(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each loss call computed gradients of: the `needs` given to its buffers."""
+    """The gradients that each loss call computed: the `needs` given to its buffers."""
     seen: list[Any] = []
     original = nextquill.ops.gradients.HeadGradients.__init__
 
@@ -179,7 +179,7 @@ def test_trainable_tokens_on_a_tied_head_are_refused() -> None:
 
 
 def test_dropout_beside_the_head_is_accepted() -> None:
-    """Under trees in evaluation only; see test_attention_refusals.py."""
+    """With trees only in evaluation; see test_attention_refusals.py."""
     model = with_lora(untied(), ATTENTION, lora_dropout=0.1)
     PairPasses(model, loss_cases()["sft"].loss)
     run_loss(model.train(), loss_cases()["sft"].loss, random_examples(), "padded")

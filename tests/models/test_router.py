@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts equals the architecture's own over the branches apart."""
+"""The load-balancing loss of a mixture of experts equals the architecture's own on separate branches."""
 
 from __future__ import annotations
 

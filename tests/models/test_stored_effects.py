@@ -1,4 +1,4 @@
-"""Training with token weights from stored effects: they are what counts, and no pass is made for weights alone."""
+"""Training with token weights from stored effects: they decide the weights, and no pass runs for weights alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cases(**options):
 
 
 def with_effects(examples, seed=1):
-    """Effects that no model here has."""
+    """Add effects that no model in these tests has."""
     rng = torch.Generator().manual_seed(seed)
     return [
         dataclasses.replace(e, effects=torch.rand(2, len(e.factual.response_ids), generator=rng) * 3) for e in examples
@@ -54,7 +54,7 @@ def with_effects(examples, seed=1):
 
 
 def by_hand(case, model, examples, reduction="sequence"):
-    """The loss of separate unpadded passes under weights from the examples' effects."""
+    """The loss of separate unpadded passes, with weights from the examples' effects."""
     z1, z0 = (torch.cat([model_logits(model, getattr(e, n)) for e in examples]) for n in ("factual", "counterfactual"))
     labels = torch.tensor([token for e in examples for token in e.factual.response_ids])
     ids = torch.tensor([i for i, e in enumerate(examples) for _ in e.factual.response_ids])
@@ -137,7 +137,7 @@ def test_a_loss_that_stored_effects_are_no_use_to_is_refused(name):
 
 
 class Largest:
-    """A caller's weighting over whole sequences."""
+    """A user's weighting over whole sequences."""
 
     reads_effect = False
 

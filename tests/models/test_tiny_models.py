@@ -1,4 +1,4 @@
-"""New models and tokenizers: deterministic, and able to read every text back."""
+"""New models and tokenizers are deterministic, and tokenizers decode every text to itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of the chunk kernels and their truth in float64, from the definitions and autograd."""
+"""Inputs of the chunk kernels, and their true results in float64 from the definitions and autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ else:
 
 @dataclass
 class Pair:
-    """Two streams of logits after scale and cap, and what flows back into their three nll."""
+    """Two streams of logits after scale and cap, and the upstream gradients of their three NLLs."""
 
     factual: Tensor
     counterfactual: Tensor
@@ -37,7 +37,7 @@ class Pair:
 
 
 def make_pair(n: int, vocabulary: int, softcap: float | None = None, spread: float = 3.0, seed: int = 0) -> Pair:
-    """Logits whose streams resemble each other, as those of one model do; gradients of either sign."""
+    """Logits with similar streams, like those of one model, and gradients of either sign."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -69,7 +69,7 @@ def true_pair_stats(factual: Tensor, counterfactual: Tensor, labels: Tensor) -> 
 
 @dataclass
 class Gradients:
-    """A true gradient, and the sum of its terms' magnitudes, to which rounding errors are relative."""
+    """A true gradient, and the sum of its terms' magnitudes, which rounding errors are compared with."""
 
     value: Tensor
     magnitude: Tensor
@@ -105,6 +105,6 @@ def _through_cap(
 
 
 def assert_gradient(actual: Tensor, expected: Gradients) -> None:
-    """Within 1e-5 of the terms that were added up, in each element (1e-30: the smallest normal number is 1e-38)."""
+    """Assert an error of at most 1e-5 of the summed terms in each element, plus 1e-30."""
     error = (actual.double() - expected.value).abs()
     assert bool((error <= 1e-5 * expected.magnitude + 1e-30).all()), (error / (expected.magnitude + 1e-30)).max()

@@ -9,7 +9,7 @@ from tests.native.cases import ISAS
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine can run, in use for the test."""
+    """Run the test with each instruction set of this machine."""
     import nextquill_ext
 
     before = nextquill_ext.current_isa()

@@ -1,4 +1,4 @@
-"""What the native kernels refuse, and how they are found."""
+"""The native kernels refuse bad arguments, and are found or reported missing."""
 
 from __future__ import annotations
 

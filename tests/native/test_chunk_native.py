@@ -125,7 +125,7 @@ def test_views_of_a_poisoned_buffer(
     counterfactual: str,
     isa: str,
 ) -> None:
-    """Rows of any length at any alignment; what lies around them and around `out` is NaN and stays so."""
+    """Rows of any length at any alignment; the memory around them and around `out` is NaN and stays so."""
     import nextquill_ext
 
     softcap, logit_scale = cap
@@ -165,7 +165,7 @@ def test_views_of_a_poisoned_buffer(
 
 @pytest.mark.parametrize("vocabulary", [32768, 262144])
 def test_long_rows_keep_their_precision(isa: str, vocabulary: int) -> None:
-    """Within 1e-6 of the sum where all logits are alike: the worst case of float32 sums."""
+    """An error of at most 1e-6 of the sum for equal logits, the worst case of float32 sums."""
     logits = torch.rand(1, vocabulary) * 0.1
     labels = torch.zeros(1, dtype=torch.int64)
     out = stats_of(logits, labels)
@@ -175,7 +175,7 @@ def test_long_rows_keep_their_precision(isa: str, vocabulary: int) -> None:
 
 
 def test_exponential_is_within_two_units_in_the_last_place(isa: str) -> None:
-    """token_grad_ with maximum 0, sum 1 and gradient 1 is exp(z) away from the label."""
+    """With maximum 0, sum 1 and gradient 1, token_grad_ is exp(z) for all columns but the label."""
     logits = torch.cat((torch.linspace(-87.3, 0, 200001), torch.linspace(-1, 88, 100001)))[None]
     result = logits.clone()
     stats, label = torch.tensor([[0.0], [1.0], [0.0]]), torch.zeros(1, dtype=torch.int64)

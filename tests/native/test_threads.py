@@ -1,4 +1,4 @@
-"""Threads change nothing but the time; forks and other Python threads do no harm."""
+"""Threads change only the time; forks and other Python threads do no harm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIR = make_pair(*SHAPE, softcap=20.0)
 
 
 def everything(threads: int) -> list[Tensor]:
-    """The results of all four kernels. Next to nothing of PyTorch runs here: its own threads do not survive a fork."""
+    """The results of all four kernels. Almost no PyTorch runs here, as its own threads do not survive a fork."""
     import nextquill_ext
 
     pair = PAIR
@@ -130,7 +130,7 @@ print("survived")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_forked_children_start_threads_of_their_own(request: pytest.FixtureRequest) -> None:
-    """As the workers of a DataLoader do, here while another thread keeps the parent's threads at work."""
+    """Children start like the workers of a DataLoader, while another thread keeps the parent's threads busy."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _FORK, str(request.config.rootpath)],
         capture_output=True,
@@ -174,7 +174,7 @@ print("no fault")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
 def test_no_byte_beyond_the_rows_is_touched() -> None:
-    """Rows that begin or end at a page that must not be accessed."""
+    """Rows begin or end at a page that must not be accessed."""
     run = subprocess.run([sys.executable, "-c", _GUARD], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "no fault\n"

@@ -1,6 +1,6 @@
 """The chunk kernels of every implementation alone, on given logits: one interface, one set of expectations.
 
-What is particular to an implementation (row blocks, instruction sets, tiles) has tests of its own beside it.
+Details of one implementation (row blocks, instruction sets, tiles) have their own tests.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def kernels(request, monkeypatch):
 
 
 def raw_logits(n, v):
-    """Two streams before scale and cap, float64 leaves, with labels and an upstream gradient per nll."""
+    """Two streams before scale and cap as float64 leaves, with labels and an upstream gradient per NLL."""
     z1, z0 = (torch.randn(n, v, dtype=torch.float64, requires_grad=True) for _ in range(2))
     return z1, z0, torch.randint(v, (n,)), torch.randn(3, n, dtype=torch.float64)
 
@@ -49,7 +49,7 @@ def true_stats(z, y):
 
 
 def narrow_view(n, rows):
-    """`rows` rows of statistics as the engines pass them: a view into columns of a larger buffer, full of NaN."""
+    """`rows` rows of statistics as the engines pass them: a view into columns of a larger buffer filled with NaN."""
     return torch.full((2 * rows, n + 5), torch.nan)[::2, 2 : n + 2]
 
 
@@ -117,7 +117,7 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
 
 
 def test_a_masked_label_and_masked_columns(kernels):
-    """-inf is a column that cannot occur: probability 0, an infinite nll as a label, and a finite softmax."""
+    """A column of -inf cannot occur: it has probability 0 and an infinite NLL as a label, and the softmax is finite."""
     z = torch.randn(3, 7)
     z[:, 5] = -torch.inf
     y, out = torch.tensor([5, 1, 2]), torch.empty(3, 3)
@@ -131,7 +131,7 @@ def test_a_masked_label_and_masked_columns(kernels):
 
 
 def test_a_masked_column_adds_nothing_to_divergence_and_entropy(kernels):
-    """Its probability is 0, and 0 · inf would be NaN; what the counterfactual says of it does not matter."""
+    """Its probability is 0, and 0 · inf would be NaN. Its counterfactual logit does not matter."""
     z1, z0, y, out = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 1, 2]), torch.empty(11, 3)
     z1[:, 5] = -torch.inf
     kernels.pair_stats(z1, z0, y, out)
@@ -153,7 +153,7 @@ def test_a_broken_row_is_visible_and_alone(kernels, bad):
 
 
 def test_work_stays_inside_the_given_rows(kernels):
-    """Chunks are views of a larger buffer: what lies beyond them is not touched, nor read when it holds NaN."""
+    """Chunks are views of a larger buffer, and memory outside of them is neither written nor read."""
     buffer = torch.full((10, 11), torch.nan)
     buffer[2:7, 3:9] = torch.randn(5, 6)
     view, y, out = buffer[2:7, 3:9], torch.randint(6, (5,)), torch.empty(3, 5)

@@ -1,4 +1,4 @@
-"""What a call costs: matrix products counted exactly, and the memory that a chunk budget promises."""
+"""The cost of a call: the exact number of matrix products, and memory within the chunk budget."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ COSTS = {  # trainable head, frozen head, without gradient
 
 
 def products(loss_fn, case, ids=IDS, method="forward"):
-    """Products per supervised row of forward and backward together."""
+    """The products of forward and backward per supervised row."""
     with ProductCounter() as counter:
         output = getattr(loss_fn, method)(*case.pair_args, case.bias, ids)
         loss = output if method == "forward" else output.loss
@@ -111,7 +111,7 @@ print(json.dumps({"first": first, "further": step(int(sys.argv[2]))}))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak resident size from /proc")
 def test_transient_memory_is_the_chunk_budget_whatever_the_rows():
-    """VmHWM only grows: what twelve times the rows need beyond the first call is what depends on N."""
+    """VmHWM only grows. So a second call with twelve times the rows shows the memory that depends on N."""
     rows, vocabulary, budget = 6144, 50304, 64 * 2**20
     grown = json.loads(run_python(MEMORY_PROBE, "512", str(rows)))
     one_stream = rows * vocabulary * 4

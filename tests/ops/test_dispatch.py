@@ -1,4 +1,4 @@
-"""Which implementation runs where, and why one cannot."""
+"""Implementations run on the right devices, or say why they cannot."""
 
 import os
 
@@ -86,5 +86,5 @@ def test_float64_inputs_are_never_narrowed():
 
 @pytest.mark.skipif("CI" not in os.environ, reason="elsewhere the extension is optional")
 def test_native_is_built_where_the_tests_count():
-    """The Makefile builds the extension before the tests; skipping all of its tests must not go unnoticed."""
+    """The Makefile builds the extension before the tests, and skipping all its tests must be noticed."""
     assert chunk_native.is_available(), chunk_native.reason()

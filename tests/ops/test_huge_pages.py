@@ -1,4 +1,4 @@
-"""The hint reaches the kernel for large CPU buffers, and is no more than a hint."""
+"""The hint for huge pages reaches the kernel for large CPU buffers, and changes nothing else."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def flags_at(address):
-    """The flags of the mapping that holds `address`, from the process's own table of them."""
+    """The flags of the mapping that holds `address`, from the process's table of mappings."""
     inside = False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

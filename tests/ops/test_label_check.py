@@ -1,4 +1,4 @@
-"""Labels out of range: at once on a CPU, at the next call behind a device's work, and never an address."""
+"""Labels out of range are an error: at once on a CPU, and at the next call on a GPU. They are never an address."""
 
 import pytest
 import torch

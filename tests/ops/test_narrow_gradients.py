@@ -1,4 +1,4 @@
-"""dz in bfloat16 over the logits' own memory, as on a GPU: products are emulated, everything around them is real."""
+"""dz in bfloat16 in the logits' own memory, as on a GPU. Only the products are emulated."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ LOSSES = {
 
 @pytest.fixture
 def _wide_products(monkeypatch):
-    """Half-precision factors into float32 on a CPU, by widening them; counts what came in narrow."""
+    """Emulates products of half-precision factors into float32 on a CPU, and counts the narrow inputs."""
     seen = []
 
     def check(left, right):

@@ -1,4 +1,4 @@
-"""The registered operators: what PyTorch's own checks say, compiled graphs, autocast, and what may share memory."""
+"""The registered operators: PyTorch's own checks, compiled graphs, autocast, and shared memory."""
 
 import copy
 import dataclasses
@@ -79,7 +79,7 @@ def test_opcheck_of_the_single_stream_and_of_the_statistics(bias):
 
 
 class Model(nn.Module):
-    """Embeddings, a layer and a head, and one of the public entry points at its end."""
+    """Embeddings, a layer, a head, and one of the public functions at the end."""
 
     def __init__(self, end):
         super().__init__()
@@ -144,7 +144,7 @@ def test_one_graph_over_changing_row_counts(end):
 
 @ends
 def test_traced_forward_and_backward_are_the_eager_ones(end):
-    """aot_eager traces the backward too and decides anew what is saved."""
+    """aot_eager also traces the backward, and decides itself which tensors are saved."""
     torch._dynamo.reset()
     model = Model(end)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -186,7 +186,7 @@ def test_a_label_out_of_range_is_an_error_in_compiled_code_too():
 
 
 def test_autocast_reaches_the_operator_itself():
-    """Called through torch.ops, without our checks in front: float32 weights, bfloat16 hidden states."""
+    """Called through torch.ops, without our checks, with float32 weights and bfloat16 hidden states."""
     case = make_case(12, 5, 11)
     arguments = (case.factual.bfloat16(), case.weight, case.bias, case.labels, -100, None, 1.0, "torch", None, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -203,7 +203,7 @@ def test_results_share_no_memory():
 
 
 def test_only_inputs_are_saved():
-    """Nothing of the logits' size waits for the backward."""
+    """No tensor of the logits' size is kept for the backward."""
     case, saved = make_case(12, 5, 300).leaves(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         nq.linear_pair_nll(*case.pair_args, bias=case.bias)
@@ -257,7 +257,7 @@ print(h0.grad is not None and bool(h0.grad.any()))
 
 @pytest.mark.slow
 def test_a_graph_from_the_compilers_cache_is_that_of_the_same_loss(tmp_path, monkeypatch):
-    """The on-disk cache knows a graph by its arguments: two objectives must not look alike in two processes."""
+    """The on-disk cache finds a graph by its arguments, so two objectives must not look equal in two processes."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     found = {name: run_python(CACHED, name).strip() for name in ("detached", "both")}
     assert found == {"detached": "False", "both": "True"}
@@ -291,7 +291,7 @@ def test_num_items_may_change_between_compiled_calls():
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck_of_the_backward_operators(layout):
-    """A head stored as [D, V]: its gradient's strides are what the fake result says."""
+    """For a head stored as [D, V], the gradient has the strides of the fake result."""
     case = make_case(12, 5, 11)
     weight = case.weight if layout == "contiguous" else case.weight.T.contiguous().T
     grads, needs = torch.randn(3, 12), [True] * 4
@@ -309,7 +309,7 @@ def test_opcheck_of_the_backward_operators(layout):
 
 
 def test_streams_of_two_dtypes_under_autocast_meet_in_the_wider_one():
-    """h1 from inside the region, h0 from outside it: neither is rounded, nor is its gradient."""
+    """h1 comes from inside the region and h0 from outside. Neither of them is rounded, nor its gradient."""
     case = make_case(12, 5, 11)
     own, exact = case.leaves(), case.double()
     own.factual = case.factual.bfloat16().requires_grad_()
@@ -351,7 +351,7 @@ def test_several_upstream_gradients_at_once_are_refused():
 
 
 def test_values_that_only_a_compiler_sees():
-    """Fake tensors pass the checks of what they stand for, on the meta device too."""
+    """Fake tensors pass the checks of the tensors that they stand for, also on the meta device."""
     for device in ("cpu", "meta"):
         with FakeTensorMode():
             case = make_case(12, 5, 11)

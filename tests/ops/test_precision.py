@@ -17,7 +17,7 @@ heads = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
 
 def plain_logits(hidden, case, softcap=None, logit_scale=1.0):
-    """What a Hugging Face model computes: everything in the inputs' dtype."""
+    """The logits of a Hugging Face model, all in the inputs' dtype."""
     z = F.linear(hidden, case.weight, case.bias) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -65,7 +65,7 @@ def test_values_are_float32_from_the_inputs_on(dtype, head):
 
 @halves
 def test_gradients_are_rounded_once(dtype):
-    """Half an ulp of the result, which two roundings would exceed on some of thousands of elements."""
+    """The error is at most half an ulp, which two roundings would exceed in some of thousands of elements."""
     case, ids = make_case(96, 64, 211, dtype=dtype), torch.arange(96) // 9
     actual, truth = case.leaves(), case.double()
     nq.NextQuillLoss(chunk_bytes=211 * 8 * 9)(*actual.pair_args, actual.bias, ids).backward()
@@ -164,7 +164,7 @@ def test_operator_under_autocast_is_no_worse_than_linear_and_cross_entropy(hidde
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backward_inside", [True, False], ids=["backward-inside", "backward-outside"])
 def test_loss_under_autocast_equals_the_loss_of_widened_inputs(hidden_dtype, backward_inside):
-    """On the CPU nothing is rounded at all: as if the inputs had been cast to float32 first."""
+    """On the CPU nothing is rounded, as if the inputs were cast to float32 first."""
     case = autocast_case(hidden_dtype)
     own, wide = case.leaves(), case.leaves(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -95,7 +95,7 @@ def test_token_nll_refuses(name, spoil, error, words):
 
 
 def test_a_call_on_the_meta_device_is_refused():
-    """Its results would have shapes and no values, and a training step would change nothing."""
+    """Its results would have shapes but no values, so a training step would change nothing."""
     given = {name: tensor.to("meta") for name, tensor in arguments().items()}
     for call in (nq.linear_pair_nll, nq.linear_pair_stats, nq.NextQuillLoss(), nq.PerCELoss().compute):
         with pytest.raises(VALUE, match=r"^hidden_.*: .*got one on the meta device"):

@@ -18,7 +18,7 @@ CHATML = (
 
 
 def _byte_level(**options: Any) -> PreTrainedTokenizerFast:
-    """One token per byte, 260 in all; without merges, so that every text has as many tokens as bytes."""
+    """A tokenizer with one token per byte, 260 in all, and no merges, so that a text has as many tokens as bytes."""
     alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(alphabet)}, merges=[]))
     tokenizer.add_special_tokens(SPECIAL)
@@ -30,17 +30,17 @@ def _byte_level(**options: Any) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, no chat template; ends with `</s>`."""
+    """A byte tokenizer without chat template; responses end with `</s>`."""
     return _byte_level()
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, with ChatML; ends with `<|im_end|>`."""
+    """A byte tokenizer with ChatML; responses end with `<|im_end|>`."""
     return _byte_level(chat_template=CHATML)
 
 
 @pytest.fixture(scope="session")
 def ann() -> User:
-    """Six undated pairs with nothing in common."""
+    """A user with six undated pairs that have nothing in common."""
     return User("ann", tuple(Pair(f"query {i}", f"ann likes {i}", f"ann dislikes {i}") for i in range(6)))

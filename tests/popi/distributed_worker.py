@@ -15,7 +15,7 @@ from tests.popi.popi_helpers import make_trainer, make_users, trained_weights
 
 
 def train(folder: Path, processes: int) -> POPITrainer:
-    """Three steps of four users."""
+    """Train three steps with four users."""
     options = {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
         "learning_rate": 0.3, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "eval_dataset": make_users(3),

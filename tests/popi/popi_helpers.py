@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {"group_size": 3, "pairs_per_user": 2, "signals_per_use
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word."""
+    """A tokenizer with one id per word."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
@@ -43,7 +43,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, **options: Any) -> nn.Module:
-    """A random two-layer Llama, large enough in its weights that prompts change its probabilities."""
+    """A random two-layer Llama, with weights so large that prompts change its probabilities."""
     sizes = {
         "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.2,
@@ -55,7 +55,7 @@ def tiny_model(seed: int = 0, **options: Any) -> nn.Module:
 
 
 def make_users(count: int = 4, pairs: int = 5, items: int = 1) -> list[User]:
-    """Users of two tastes."""
+    """Users with one of two tastes."""
     users = []
     for number in range(count):
         likes, dislikes = ("red", "blue") if number % 2 else ("blue", "red")
@@ -79,7 +79,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def make_trainer(folder: Path | str, config: dict[str, Any] | None = None, **options: Any) -> POPITrainer:
-    """A trainer of four steps of two users; `options` of TrainingArguments and of the trainer."""
+    """A trainer of four steps with two users; `options` go to TrainingArguments and the trainer."""
     own = {name: options.pop(name) for name in _OF_THE_TRAINER if name in options}
     if "inference_model" not in own:
         own = {"model": tiny_model(), "peft_config": lora(), **own}
@@ -99,7 +99,7 @@ def make_trainer(folder: Path | str, config: dict[str, Any] | None = None, **opt
 
 
 def trained_weights(trainer: POPITrainer, role: str = "") -> dict[str, Tensor]:
-    """The trained tensors, of one role's adapter or of both."""
+    """The trained tensors of one role's adapter, or of both."""
     found = {name: p.detach().clone() for name, p in trainer.roles.named_parameters() if p.requires_grad}
     return {name: p for name, p in found.items() if not role or f".{role}." in name or name.startswith(role)}
 

@@ -1,4 +1,4 @@
-"""Advantages against the exact gradient of an expected reward over a space that can be enumerated."""
+"""Advantages against the exact gradient of an expected reward, over a space small enough to enumerate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_mean_over_all_groups_is_the_gradient(estimator: str) -> None:
 
 
 def test_grpo_points_the_gradients_way_with_another_length() -> None:
-    """Its direction agrees with the gradient's on the whole; its length is that of a standardised reward."""
+    """Its direction agrees with the gradient's on average; its length is that of a standardised reward."""
     mean, exact = mean_and_variance("grpo")[0], exact_gradient()
     cosine = float(mean @ exact / (mean.norm() * exact.norm()))
     assert 0.9 < cosine < 1
@@ -80,7 +80,7 @@ def test_a_constant_changes_nothing(rewards: list[list[float]], estimator: str, 
 @pytest.mark.parametrize("size", [4, 7])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -7.3e5 / 3])
 def test_equal_rewards_teach_nothing(estimator: str, value: float, size: int) -> None:
-    """Also where seven times a number is not seven of it added up."""
+    """Also for numbers whose sevenfold differs from the sum of seven in floating point."""
     found = advantages(torch.full((2, size), value, dtype=torch.float64), estimator)
     assert found.equal == 2
     assert found.values.eq(0).all()

@@ -86,7 +86,7 @@ def prompts(words):
 
 @dataclasses.dataclass
 class Trained:
-    """A generator and what it was, as two models."""
+    """A generator and its initial state, as two models."""
 
     now: object
     before: object
@@ -105,7 +105,7 @@ def trained(words, model):
 
 
 def log_prob(model, branch):
-    """log p of a branch's response, alone and without padding."""
+    """The log p of a branch's response, from a forward of it alone without padding."""
     with torch.no_grad():
         logits = model(torch.tensor([branch.input_ids])).logits[0].double()
     start = branch.prompt_length
@@ -171,7 +171,7 @@ def test_figures_do_not_depend_on_what_is_scored_beside_them(trained, prompts, m
 
 
 def test_a_model_that_is_its_own_reference_has_no_margin_without_context(model, words, prompts):
-    """To the last bit, so that it counts as neither right nor wrong."""
+    """The margin is exactly 0, so that it counts as neither right nor wrong."""
     found = score_pairs(Role.untrained("generator", model, words), prompts, draws(), summaries(draws()))
     assert [score.margin for score in found["none"]] == [0.0] * len(found["none"])
     assert {score.accuracy for score in found["none"]} == {0.5}

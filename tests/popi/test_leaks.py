@@ -1,4 +1,4 @@
-"""Copies that are not quite the same, and what came later than the pair that it would answer."""
+"""Copies with small differences, and texts later than the pair that they would answer."""
 
 from dataclasses import replace
 

@@ -23,7 +23,7 @@ def log_probs(pairs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def trl_loss(kind: str, beta: float, policy: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """TRL's DPO trainer run on a batch whose log-probabilities are these: loss and its gradient."""
+    """The loss and its gradient from TRL's DPO trainer, for a batch with these log-probabilities."""
     trl = pytest.importorskip("trl")
     longest = int(lengths.max()) + 1
     mask = torch.zeros(2 * len(lengths), longest, dtype=torch.long)
@@ -100,7 +100,7 @@ def test_unusable_settings_are_refused(arguments: dict[str, Any]) -> None:
 
 
 def test_the_loss_is_entropy_less_information_plus_error() -> None:
-    """On a world small enough to be summed: a hidden taste, a summary that often names it, a choice by taste."""
+    """In a world small enough to sum over: a hidden taste, a summary that often names it, and a choice by taste."""
     taste_says = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)  # p(s | taste)
     chooses = torch.tensor([0.85, 0.1], dtype=torch.float64)  # p(first response | taste)
     joint_s = 0.5 * taste_says  # p(taste, s)

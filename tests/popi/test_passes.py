@@ -50,7 +50,7 @@ def plain(model: nn.Module, branch: Branch, temperature: float) -> Tensor:
 
 
 def one_by_one(model: nn.Module, branches: list[Branch], weights: list[float], temperature: float) -> Tensor:
-    """Log-probabilities by a forward of each branch; leaves the gradient of their weighted negative sum in `model`."""
+    """Log-probabilities from a forward of each branch. The gradient of their weighted negative sum stays in `model`."""
     values = torch.stack([plain(model, branch, temperature) for branch in branches])
     (torch.tensor(weights) * -values).sum().backward()
     return values.detach()

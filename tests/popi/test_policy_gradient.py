@@ -31,7 +31,7 @@ STEPS = 80
 
 
 def one_user() -> User:
-    """All of its pairs are always drawn, and its signals are always its items."""
+    """A user whose pairs are always all drawn, and whose signals are always all items."""
     return make_users(1, pairs=3, items=2)[0]
 
 
@@ -45,7 +45,7 @@ def trainer_of(folder: Path, **config: Any) -> POPITrainer:
 
 
 def policy(trainer: POPITrainer, *, initial: bool = False) -> Tensor:
-    """log φ of every one-token summary, float [V], with gradient; in plain PyTorch."""
+    """The log φ of every one-token summary, float [V], with gradient, in plain PyTorch."""
     draw = trainer.steps._draw(one_user(), 0)
     ids, _ = trainer.inference_prompts.ids(draw.signals)
     role = trainer.roles.inference
@@ -55,7 +55,7 @@ def policy(trainer: POPITrainer, *, initial: bool = False) -> Tensor:
 
 
 def rewards(trainer: POPITrainer) -> Tensor:
-    """The reward of every one-token summary but for the KL, float64 [V]: each pair's forwards one by one."""
+    """The reward of every one-token summary without the KL, float64 [V], from separate forwards."""
     user, tokenizer = one_user(), trainer.processing_class
 
     def log_prob(model: Any, branch: Branch) -> float:
@@ -83,7 +83,7 @@ def rewards(trainer: POPITrainer) -> Tensor:
 
 
 def exact_gradient(trainer: POPITrainer) -> dict[str, Tensor]:
-    """Of E[reward] - kl_coef · KL(φ ‖ φ_initial)."""
+    """The gradient of E[reward] - kl_coef · KL(φ ‖ φ_initial)."""
     value = rewards(trainer)
     log_p = policy(trainer)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_the_mean_of_many_steps_is_the_exact_gradient(tmp_path: Path) -> None:
 
 
 class EveryWord:
-    """Rollouts of all one-token summaries, each once: an estimate made of them, weighted by φ, has no noise."""
+    """Rollouts of all one-token summaries, each once. An estimate from them, weighted by φ, has no noise."""
 
     def sample(self, prompts: Any) -> list[Sample]:
         words = [*WORDS]
@@ -195,7 +195,7 @@ def test_leave_one_out_is_less_noisy_than_reinforce_on_the_model(tmp_path: Path)
 
 
 def test_the_generators_step_is_the_gradient_of_the_mean_loss(tmp_path: Path) -> None:
-    """Through every summary of the group and every pair; against autograd over forwards one by one."""
+    """For every summary of the group and every pair, against autograd over separate forwards."""
     trainer = trainer_of(tmp_path, group_size=3)
     user, role = one_user(), trainer.roles.generator
     (own,) = trainer.steps.make([user], 0).work

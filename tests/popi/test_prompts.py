@@ -132,7 +132,7 @@ hostile = st.lists(
 
 
 def heads(prompt: str) -> dict[str, int]:
-    """How often each heading begins a line, whatever counts as a line's end and with white space before it."""
+    """How often each heading begins a line, with any kind of line break and white space before it."""
     lines = [line.strip() for line in re.split("|".join(map(re.escape, BREAKS)), prompt)]
     return {head: sum(line.startswith(head) for line in lines) for head in HEADS}
 

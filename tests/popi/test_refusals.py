@@ -1,4 +1,4 @@
-"""What POPI's training refuses instead of ignoring it."""
+"""POPI's training refuses settings that it would have to ignore."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_prompt_and_its_summary_fit_the_models_context_together(tmp_path: Path
 
 @pytest.mark.parametrize("attention", ["auto", "padded"])
 def test_a_model_with_dropout_is_refused(tmp_path: Path, attention: str) -> None:
-    """It would be trained on other probabilities than those that its losses were measured with."""
+    """Its training would use other probabilities than the losses were measured with."""
     with pytest.raises(ArgumentError, match=r"without dropout, got .*attention_dropout=0\.3"):
         make_trainer(tmp_path, model=tiny_model(attention_dropout=0.3), attention=attention)
 
@@ -81,7 +81,7 @@ def test_loaded_roles_are_refused_as_a_model_unless_they_are_what_the_settings_s
 
 
 def test_an_adapter_of_a_model_without_a_name_is_refused(tmp_path: Path) -> None:
-    """It could be trained and saved, and never be loaded."""
+    """It could be trained and saved, but never loaded."""
     adapted = get_peft_model(tiny_model(1), lora())
     with pytest.raises(ArgumentError, match="inference_model: expected an adapter of a model that was loaded"):
         make_trainer(tmp_path, inference_model=adapted, generator_model=tiny_model(2))

@@ -1,4 +1,4 @@
-"""Roles: what they were, what is saved of them, and that they come back on the model they were trained on."""
+"""Roles: their initial state, their saved files, and loading on the model they were trained on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def base_logits() -> Tensor:
 
 
 def stirred(model: Any) -> Any:
-    """With adapters that do something."""
+    """Roles with adapters that change the outputs."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -95,7 +95,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
 
 
 def test_what_a_model_was_is_where_the_model_is() -> None:
-    """A Trainer moves the models alone."""
+    """A Trainer moves only the models."""
     roles = Roles.separate(tiny_model(1), tiny_model(2), word_tokenizer())
     roles.generator.model.to("meta")
     with roles.generator.initial() as model:
@@ -123,7 +123,7 @@ def test_a_loaded_role_was_the_model_without_its_adapter(tmp_path: Path) -> None
 
 
 def test_other_base_weights_are_refused(tmp_path: Path) -> None:
-    """Those that the model's name stands for, where the model was changed in memory."""
+    """The model's name stands for its original weights, but the model was changed in memory."""
     model = AutoModelForCausalLM.from_pretrained(stored(tmp_path / "base"))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
@@ -186,7 +186,7 @@ def test_a_run_with_a_frozen_role_resumes_whatever_the_state_of_random_numbers(
 
 
 def test_mixed_precision_is_that_of_the_arguments(tmp_path: Path) -> None:
-    """In all three: samples, scores, and what has a gradient."""
+    """In samples, scores and passes with a gradient."""
     seen = set()
     trainer = make_trainer(tmp_path, max_steps=1, bf16=True, eval_dataset=make_users(2))
     layer = trainer.roles.inference.model.get_base_model().model.layers[0].mlp.up_proj.base_layer

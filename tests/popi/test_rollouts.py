@@ -1,4 +1,4 @@
-"""Rollouts: samples of exactly the model's distribution, from a model that is left as it was; recorded and replayed."""
+"""Rollouts: samples from exactly the model's distribution, which do not change the model, recorded and replayed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ids_of(samples: list[Sample]) -> list[list[int]]:
 
 @torch.no_grad()
 def log_probs(model: Any, prompt: list[int], ids: list[int], temperature: float) -> list[float]:
-    """Of each sampled token, by one plain forward without a cache, in double precision."""
+    """The log-probability of each sampled token, from one plain forward without a cache, in double precision."""
     logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     return (logits.double() / temperature).log_softmax(1)[range(len(ids)), ids].tolist()
 
@@ -57,7 +57,7 @@ def log_probs(model: Any, prompt: list[int], ids: list[int], temperature: float)
 
 
 def outcomes(vocabulary: int, length: int) -> list[list[int]]:
-    """Every sample there is: up to the first stop, or of full length."""
+    """All possible samples: up to the first stop, or of full length."""
     words = [token for token in range(vocabulary) if token != STOP]
     ended = [[*start, STOP] for n in range(length) for start in itertools.product(words, repeat=n)]
     return ended + [list(each) for each in itertools.product(words, repeat=length)]
@@ -65,7 +65,7 @@ def outcomes(vocabulary: int, length: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sequences_have_the_models_probabilities(tokenizer, temperature):
-    """Chi-square over all sequences of up to three tokens, of two prompts of different lengths in the same batches."""
+    """Chi-square over all sequences of up to three tokens, for two prompts of different lengths in one batch."""
     model, draws, length = tiny_model(5), 1500, 3
     prompts = [Prompt(2 * i + j, ids, 31 * (2 * i + j)) for i in range(draws) for j, ids in enumerate(([2, 3, 4], [0]))]
     rollouts = ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=length, temperature=temperature, batch_size=750)
@@ -85,7 +85,7 @@ def test_sequences_have_the_models_probabilities(tokenizer, temperature):
 
 
 def test_log_probs_of_samples_average_to_the_entropy(tokenizer):
-    """What the policy gradient scores, ids under a plain forward, is distributed as what they were drawn from."""
+    """The ids scored by a plain forward, as in the policy gradient, have the distribution that they were drawn from."""
     model, temperature, draws = tiny_model(5), 0.8, 1000
     rollouts = ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=3, temperature=temperature, batch_size=500)
     samples = rollouts.sample([Prompt(i, [2, 3], 7 * i) for i in range(draws)])
@@ -290,7 +290,7 @@ def test_what_was_recorded_is_replayed(tokenizer, tmp_path):
 
 
 def test_the_same_prompt_and_seed_again_gives_the_next_sample(tokenizer, tmp_path):
-    """An evaluation asks the same at every step, and gets what the weights of then gave."""
+    """An evaluation asks the same at every step, and gets the sample of the weights at that step."""
     path, samples = tmp_path / "rollouts.jsonl", [Sample([5, STOP], "", True), Sample([6, 7], "", False)]
     recording = RecordingRollouts(Listed(*samples), path)
     for _ in samples:

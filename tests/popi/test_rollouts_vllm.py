@@ -1,8 +1,8 @@
-"""Rollouts by vLLM, with a module in its place that records calls: it cannot run without a GPU.
+"""Rollouts by vLLM. As vLLM needs a GPU, a module that records calls replaces it.
 
-What it stands for are vLLM's `LLM(...)`, its `generate`, `sleep`, `wake_up`, `reset_prefix_cache` and `collective_rpc`,
-`SamplingParams`, and `LoRARequest(name, id, path)`, whose folder is read when a number is first asked for. The weights
-that it responds with are those it was handed as files.
+It replaces vLLM's `LLM(...)`, its `generate`, `sleep`, `wake_up`, `reset_prefix_cache` and `collective_rpc`,
+`SamplingParams`, and `LoRARequest(name, id, path)`, whose folder is read when its number is first used. It responds
+with the weights that it gets as files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROMPTS = [Prompt(index, ids, 100 + index) for index, ids in enumerate(([10, 11,
 
 
 class FakeLLM:
-    """Greedy responses of the weights it was handed; knows whether it is awake."""
+    """Gives greedy responses with the weights that it got, and knows whether it is awake."""
 
     made: ClassVar[list[Any]] = []
     rpc_error: ClassVar[Exception | None] = None
@@ -108,7 +108,7 @@ def vllm(monkeypatch):
 
 @pytest.fixture
 def base(tmp_path, vllm):
-    """A tiny model that was loaded from a folder."""
+    """A tiny model loaded from a folder."""
     config = AutoConfig.for_model(
         "llama", vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=64, initializer_range=0.4, eos_token_id=1,
@@ -128,7 +128,7 @@ def adapted(base: Any, **options: Any) -> Any:
 
 @torch.no_grad()
 def train(model: Any, name: str) -> None:
-    """Another value for every parameter with `name` in its own."""
+    """Change every parameter whose name contains `name`."""
     for own, parameter in model.named_parameters():
         if name in own:
             parameter.add_(torch.randn_like(parameter))
@@ -140,7 +140,7 @@ def greedy(model: Any, tokenizer: Any) -> list[Sample]:
 
 @pytest.fixture
 def rollouts(tokenizer):
-    """Makes rollouts that are closed after the test."""
+    """A function that makes rollouts, which are closed after the test."""
     with ExitStack() as stack:
 
         def make(model: Any, stops: set[int] = STOPS, **options: Any) -> VLLMRollouts:

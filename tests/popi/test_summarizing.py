@@ -1,4 +1,4 @@
-"""Which signals a summary is made of, who is left out, and that a summary is the user's own whoever is beside it."""
+"""Summaries are made from the right signals and users, and do not depend on the other users in a batch."""
 
 from __future__ import annotations
 

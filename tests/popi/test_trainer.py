@@ -1,4 +1,4 @@
-"""POPI's training: the same gradient however a step is split, exact resume, and what each setting trains."""
+"""POPI's training: the same gradient for any division of a step, exact resume, and the effect of each setting."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[POPITrainer, Path]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[POPITrainer, Path]:
-    """The same with an optimiser that does not divide by the gradient's size, and so magnifies no rounding."""
+    """The same with an optimiser that does not divide by the gradient's size, which would magnify rounding."""
     folder = tmp_path_factory.mktemp("plain")
     return run(folder, per_device_train_batch_size=4, **SGD), folder
 
@@ -200,7 +200,7 @@ def test_separate_models_are_trained_and_come_back(tmp_path: Path) -> None:
 
 
 def test_adapters_are_gone_on_with_from_what_they_were(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """A second run's reference is what it began with, not the base model."""
+    """A second run's reference is its own starting point, not the base model."""
     whole[0].save_model(str(tmp_path / "first"))
     model = Roles.load(tmp_path / "first").inference.model
     trainer = make_trainer(tmp_path / "second", model=model, peft_config=None)
@@ -271,7 +271,7 @@ def test_a_warm_start_learns_no_empty_and_no_endless_text(tmp_path: Path) -> Non
 
 
 class _AfterStep:
-    """A callback of one function."""
+    """A callback that calls one function after each step."""
 
     def __new__(cls, function: Any) -> Any:
         from transformers import TrainerCallback
@@ -284,7 +284,7 @@ class _AfterStep:
 
 
 class Scripted:
-    """Rollouts that say what they are told."""
+    """Rollouts that return given texts."""
 
     def __init__(self, texts: list[str], ended: bool = True) -> None:
         self.texts, self.ended, self.closed, self.synced = texts, ended, 0, 0
@@ -304,7 +304,7 @@ class Scripted:
 
 
 def test_recorded_samples_train_the_same_model(tmp_path: Path) -> None:
-    """What one run has sampled is all that a second one needs of an engine."""
+    """The samples of one run replace the engine in a second run."""
     first = make_trainer(tmp_path / "first")
     first.rollouts = first.steps.rollouts = RecordingRollouts(first.rollouts, tmp_path / "samples.jsonl")
     first.train()
@@ -462,7 +462,7 @@ def test_evaluation_judges_pairs_that_are_no_signals(whole: tuple[POPITrainer, P
 
 
 def test_who_cannot_be_evaluated_is_left_out_or_named(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """As by the command: who has one signal before the pairs that are judged is none of them."""
+    """As in the command, users are left out who have too few signals before the scored pairs."""
     trainer, _ = whole
     pairs = tuple(Pair(f"w{i}", f"red w{i}", f"blue w{i}", timestamp=float(i)) for i in range(2))
     late = tuple(HistoryItem(f"red w{9 + i}", timestamp=50.0) for i in range(3))  # later than what is judged

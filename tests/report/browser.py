@@ -1,4 +1,4 @@
-"""A headless Chromium to look at pages with, over its debugging pipe: no driver and no network port."""
+"""A headless Chromium for tests of pages, used through its debugging pipe, without a driver or a network port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.w
 
 
 class Browser:
-    """One page of a browser; a context manager. `errors` are what the page's console complained of."""
+    """One page of a browser, as a context manager. `errors` holds the errors from the page's console."""
 
     def __init__(self, width: int = 1440, height: int = 900, *, dark: bool = False, script: bool = True) -> None:
         self.profile = tempfile.mkdtemp()
@@ -74,7 +74,7 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **options)
 
     def point(self, selector: str) -> None:
-        """Move the pointer to the middle of an element, which is scrolled into view."""
+        """Scroll an element into view, and move the pointer to its middle."""
         place = self.run(
             f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = e.getClientRects()[0];"
             f" return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))"
@@ -82,12 +82,12 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
 
     def picture(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of what is seen, or of the whole page."""
+        """A PNG of the visible part, or of the whole page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         path.write_bytes(base64.b64decode(data["data"]))
 
     def pdf(self, path: Path) -> None:
-        """What is printed, without backgrounds but for those that insist."""
+        """The printed page, without backgrounds except those marked as exact."""
         self.call("Emulation.setEmulatedMedia", media="")
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"]))
 

@@ -28,7 +28,7 @@ _NATS = "nats per token"
 
 
 def write_training(folder: Path, *, steps: int = 60, every: int = 2, evals: int = 15, rate: float = 0.03) -> Path:
-    """A finished training's `metrics.json`."""
+    """Write a finished training's `metrics.json`."""
     log: list[dict[str, Any]] = []
     draw = random.Random(str(folder.name))
     for step in range(every, steps + 1, every):
@@ -59,7 +59,7 @@ def write_evaluation(
     users: int = 5,
     text: Callable[[random.Random, int], list[str]] | None = None,
 ) -> Path:
-    """An evaluation's folder: the same texts for the same seed, lower nll's and better texts for a greater `gain`."""
+    """Write an evaluation's folder: equal texts for equal seeds, lower NLLs and better texts for a greater `gain`."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, noise = random.Random(seed), random.Random(f"{seed} {gain}")
     make = text or (lambda r, n: [(" " if i else "") + r.choice(WORDS) for i in range(n)])

@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens fast, does what it says by pointer and by key, and asks for nothing."""
+"""The page in a real browser: it opens fast, works by pointer and by key, and makes no requests."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_curves_are_read_by_pointer_and_by_key(browser: Browser) -> None:
 
 
 def test_without_script_everything_is_there(page: Path) -> None:
-    """What script makes of it is left out; the text is the same."""
+    """Only the parts made by scripts are missing; the text is the same."""
     texts = []
     for script in (True, False):
         with Browser(1440, 20_000, script=script) as browser:

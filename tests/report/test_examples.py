@@ -1,4 +1,4 @@
-"""Chosen examples are a mix, and always the same one."""
+"""The chosen examples are varied, and always the same."""
 
 from __future__ import annotations
 

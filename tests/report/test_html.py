@@ -1,4 +1,4 @@
-"""The page is self-contained, forbids itself the network, escapes everything, and holds in figures what it colours."""
+"""The page is self-contained, forbids network access, escapes everything, and gives a number for every colour."""
 
 from __future__ import annotations
 

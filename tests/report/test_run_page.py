@@ -1,4 +1,4 @@
-"""The page of several runs holds all its parts, says what is missing, and shows the same examples of each run."""
+"""The page of several runs holds all its parts, names missing ones, and shows the same examples of each run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_runs_stand_side_by_side(runs: list[Run]) -> None:
 
 
 def test_a_page_says_how_large_the_effects_are_and_where_texts_end(runs: list[Run]) -> None:
-    """Tokens without colour are then no riddle, and a text that stops short is none either."""
+    """This explains tokens without colour, and texts that are cut off."""
     evaluation = runs[0].evaluation
     assert evaluation is not None
     bounded = dataclasses.replace(evaluation, settings={"max_new_tokens": 40})

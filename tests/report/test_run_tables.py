@@ -1,4 +1,4 @@
-"""Figures in tables are those of the evaluations, and stand out only where a paired test says so."""
+"""Tables hold the figures of the evaluations, and mark only differences that a paired test confirms."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def evaluated(folder: Path, *, gain: float = 0.0, users: int = 8, records: str =
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """Two alike but for noise, and one that is better by far."""
+    """Two runs that differ only by noise, and a third that is much better."""
     root = tmp_path_factory.mktemp("runs")
     return [evaluated(root / name, gain=gain) for name, gain in (("a", 0.0), ("b", 1e-6), ("c", 0.4))]
 
 
 def table(tables: list[Table], start: str) -> dict[str, list[Cell]]:
-    """The rows of the table whose title begins like this, by their first cell."""
+    """The rows, by their first cell, of the table whose title begins like this."""
     found = next(each for each in tables if each.title.startswith(start))
     return {row[0].text: list(row[1:]) for row in found.rows}
 
@@ -54,7 +54,7 @@ def test_the_best_of_three_has_to_beat_both(runs: list[Run], tmp_path: Path) -> 
 
 
 def test_few_users_leave_nothing_clear(tmp_path: Path) -> None:
-    """Five users can be exchanged in 32 ways: no p-value below 2 / 32, whatever the interval says."""
+    """Five users can be exchanged in 32 ways, so no p-value is below 2 / 32, whatever the interval."""
     a, c = (evaluated(tmp_path / name, gain=gain, users=5) for name, gain in (("a", 0.0), ("c", 0.4)))
     assert Pairing()(c, a)["nll_factual"].excludes_zero
     rows = table(measures_tables([a, c], a), "Difference")
@@ -110,7 +110,7 @@ def test_counts_stand_with_the_runs_and_intervals_with_the_measures(runs: list[R
 
 
 def test_small_figures_keep_two_digits(runs: list[Run]) -> None:
-    """An interval that excludes 0 does not read as one that ends there."""
+    """An interval that excludes 0 must not be printed as one that ends at 0."""
     assert runs[0].evaluation is not None
     metric = dataclasses.replace(runs[0].evaluation.metrics["nll_factual"], value=4.84e-5, low=1.2e-5, high=8.6e-4)
     run = dataclasses.replace(runs[0], evaluation=dataclasses.replace(runs[0].evaluation, metrics={"m": metric}))
@@ -126,7 +126,7 @@ def test_measures_of_few_texts_say_of_how_many(runs: list[Run]) -> None:
 
 
 def test_differences_are_drawn_as_the_evaluation_was(runs: list[Run]) -> None:
-    """As `nextquill evaluate --baseline` draws them, whichever run is asked for first."""
+    """They are drawn as `nextquill evaluate --baseline` draws them, in any order of runs."""
     a, _, c = runs
     assert c.evaluation is not None
     seeded = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, settings={"seed": 7, "resamples": 90}))

@@ -1,4 +1,4 @@
-"""Run folders are read whole, what they lack is said, and damage names file, line and field."""
+"""Run folders are read completely, missing parts are named, and errors name file, line and field."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_labels_are_as_short_as_sets_them_apart() -> None:
 
 
 def edit(path: Path, line: int, change: Callable[[Any], Any]) -> None:
-    """Change one line of a JSONL file; the change gives the new value, or text to stand as it is."""
+    """Change one line of a JSONL file. The change gives the new value, or the text of the line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     value = change(json.loads(lines[line - 1]))
     lines[line - 1] = value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Curves: what is drawn is where it should be, thinning loses no peak, and odd values break nothing."""
+"""Curves: points are in the right places, thinning keeps all peaks, and unusual values are no problem."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_bands_and_dots_are_drawn_where_they_are_asked_for() -> None:
 
 
 def test_panels_of_one_page_share_their_steps() -> None:
-    """A lone evaluation at the last step stands at the right, below the end of the curves beside it."""
+    """A single evaluation at the last step stands at the right end, as in the other panels."""
     curve, point = Series("a", [0, 40], [1, 2]), Series("b", [40], [3.0])
     html = charts_html(Charts([Panel("long", "h", [curve]), Panel("short", "h", [point])], "steps", []))
     assert re.findall(r'points="([^"]*)"', html)[1].startswith("392.0,")

@@ -41,7 +41,7 @@ def test_stronger_effects_get_other_styles() -> None:
 
 @pytest.mark.parametrize("size", [0.05, 0.2, 0.4, 0.7])
 def test_what_the_history_raised_is_blue_and_what_it_lowered_orange(size: float) -> None:
-    """As in the page, and as the legend has it."""
+    """The colours are those of the page and of the legend."""
     for effect, is_blue in ((size, True), (-size, False)):
         ground = effect_style(effect).partition("#")[2]
         red, blue = int(ground[:2], 16), int(ground[4:], 16)

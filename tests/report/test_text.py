@@ -1,4 +1,4 @@
-"""Hostile text is shown and does nothing."""
+"""Hostile text is shown as text and has no effect."""
 
 from __future__ import annotations
 

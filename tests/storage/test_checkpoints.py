@@ -65,7 +65,7 @@ def test_rotation(tmp_path: Path, limit: int | None, best: str | None, left: lis
 
 
 def test_rotation_goes_by_age_and_spares_the_newest(tmp_path: Path) -> None:
-    """A new run in an old folder: its first checkpoint has a smaller number than what is left of the old run."""
+    """In an old folder, a new run's first checkpoint has a smaller number than those of the old run."""
     for age, step in enumerate((3, 100, 200)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()

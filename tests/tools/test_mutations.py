@@ -1,4 +1,4 @@
-"""The list of mutations fits the checkout, and the command tells caught ones from survivors, in a toy package."""
+"""The list of mutations fits the checkout, and in a toy package the command tells caught mutations from survivors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One of the processes of `test_distributed.py`: `distributed_worker.py engines|trainer FOLDER`, under torchrun.
 
-A process that waits for the others in vain prints where it stands and ends.
+A process that waits too long for the others prints its stack and ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def by_layer(model: nn.Module) -> nn.Module:
 
 
 def by_accelerate(model: nn.Module) -> nn.Module:
-    """As Accelerate's FSDP2 groups them: layers, embedding, final norm with head; tied ends together."""
+    """Shard as Accelerate's FSDP2 does: layers, embedding, final norm with head; tied ends together."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     state = SimpleNamespace(fsdp_plugin=plugin)
     accelerator = SimpleNamespace(state=state, mixed_precision="no", is_main_process=dist.get_rank() == 0)
@@ -55,7 +55,7 @@ def by_accelerate(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """How a batch of five examples is split over two processes, and what is made of the model."""
+    """A division of five examples over two processes, and the preparation of the model."""
 
     wrap: Callable[[nn.Module], nn.Module]
     loss: str = "detached"
@@ -106,7 +106,7 @@ CASES = {
 
 
 def expected_gradients(case: Case, examples: list[EncodedExample]) -> dict[str, Tensor]:
-    """Of one process, in one tree; zero where there is no example."""
+    """The gradients of one process, in one tree; zero without examples."""
     model = case.build()
     if case.split != _NONE:
         with PairPasses(model, loss_cases()[case.loss].loss) as passes:
@@ -116,7 +116,7 @@ def expected_gradients(case: Case, examples: list[EncodedExample]) -> dict[str, 
 
 
 def gradients_of_all(case: Case, examples: list[EncodedExample]) -> tuple[dict[str, Tensor], int]:
-    """What the engine makes of this process's share and the other's, and the parts this process has."""
+    """The engine's gradients from both processes' shares, and the number of this process's parts."""
     model = case.build()
     with PairPasses(model, loss_cases()[case.loss].loss) as passes:
         collate, own = passes.collator(max_tokens=case.max_tokens), examples[case.split[dist.get_rank()]]
@@ -160,7 +160,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 
 def train(folder: Path, name: str, processes: int) -> None:
-    """Two steps of 8 examples in all, evaluated and saved after each; one process takes the 8 at once."""
+    """Train two steps of 8 examples in total, with evaluation and checkpoint. A single process takes all 8."""
     options = {"reduction": "sequence", **TRAINED[name]}
     if processes == 1:
         options.pop("gradient_accumulation_steps", None)

@@ -1,4 +1,4 @@
-"""The warning when the no-history pass gets worse: on logs made up, and in small real trainings."""
+"""The warning when the no-history pass gets worse, in artificial logs and small real trainings."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_evaluation_alone_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_the_watch_survives_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Stopped before the warning, it goes on from the lowest value it had seen."""
+    """A run that stopped before the warning resumes with the lowest value so far."""
     options = {"save_strategy": "steps", "save_steps": 2, "callbacks": [CounterfactualWatch(window=16, tolerance=1.0)]}
     first = run(tmp_path, NextQuillLoss(alpha=3.0), max_steps=2, **options)
     assert not warnings_in(caplog)

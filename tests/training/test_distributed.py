@@ -1,6 +1,6 @@
 """Two gloo processes under torchrun against one: DDP and FSDP2 around the plain loop, DDP in the trainer.
 
-All cases of a kind share one launch, since each costs ten seconds before it begins.
+All cases of a kind share one launch, because a launch takes ten seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run_workers(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process measured of each case."""
+    """The measurements of each process for each case."""
     folder = tmp_path_factory.mktemp("engines")
     run_workers("engines", folder)
     return [json.loads((folder / f"engines_{rank}.json").read_text()) for rank in range(2)]
@@ -47,7 +47,7 @@ def test_gradients_of_two_processes_equal_one(name: str, engines: list[dict[str,
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of one process and of two."""
+    """The folders of runs on one process and on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for name in TRAINED:
         train(one / name, name, processes=1)
@@ -67,7 +67,7 @@ _OTHERWISE = ("runtime", "per_second", "total_flos", "sharing_factor")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_trainer_on_two_processes_equals_one(name: str, trained: tuple[Path, Path]) -> None:
-    """Parameters after two steps of 8, logs, evaluation and checkpoints."""
+    """Parameters after two steps of 8 examples, logs, evaluation and checkpoints are equal."""
     one, two = (folder / name for folder in trained)
     for a, b in zip(torch.load(one / "parameters.pt"), torch.load(two / "parameters.pt"), strict=True):
         assert float((a - b).abs().max()) <= 1e-6, "parameters of 2 x 4 differ from 1 x 8"

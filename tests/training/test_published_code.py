@@ -1,8 +1,8 @@
 """NextQuillTrainer trains with the loss of NextQuill's published code, in each of its forms (docs/guides/migrating.md).
 
-That code is written here once more, from what it does: prompts and responses of a micro-batch are padded on the left
-to one length, both passes give logits of every position, labels are shifted by one, and each micro-batch is normalised
-by itself. The trainer gets the records alone.
+That code is written here again: prompts and responses of a micro-batch are padded on the left to one length, both
+passes give logits of every position, labels are shifted by one, and each micro-batch is normalised by itself. The
+trainer gets only the records.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def token_weights(z1: Tensor, z0: Tensor, labels: Tensor) -> Tensor:
-    """In the ratio .9 to .1, for tokens that the history makes likelier by more than .05 and for others."""
+    """Weights in the ratio 0.9 to 0.1, for tokens that the history makes likelier by more than 0.05 and for others."""
     places = torch.arange(len(labels)), labels
     gained = z1.softmax(-1)[places] - z0.softmax(-1)[places] - 0.05
     assert gained.abs().min() > 1e-3, "rounding could change a weight"
@@ -77,7 +77,7 @@ def micro_batch_loss(model: nn.Module, objective: Objective, records: Sequence[d
 
 
 def prompt(record: dict[str, Any], with_history: bool) -> list[int]:
-    """Query, past texts under their heading, cue; the word `none` in place of no texts."""
+    """Query, past texts under their heading, and cue; without past texts, the word `none`."""
     past = record["history"] if with_history else ["none"]
     return token_ids(" ".join([record["query"], "past", *past, "write"]))
 
@@ -124,7 +124,7 @@ def trained(folder: Path, model: nn.Module, form: str) -> dict[str, Tensor]:
 
 
 def published(model: nn.Module, form: str) -> dict[str, Tensor]:
-    """The same of the published code."""
+    """The same from the published code."""
     starts = range(0, len(RECORDS), MICRO_BATCH)
     micro_batches = [RECORDS[start : start + MICRO_BATCH] for start in starts]
     assert len(micro_batches) == ACCUMULATED
@@ -134,14 +134,14 @@ def published(model: nn.Module, form: str) -> dict[str, Tensor]:
 
 
 def make_model() -> nn.Module:
-    """A llama sure enough of its tokens that the history makes some labels likelier by more than .05."""
+    """A llama with confident predictions, so that the history makes some labels likelier by more than 0.05."""
     model = tiny_model("llama", initializer_range=0.1, seed=19)
     model.lm_head.weight.data *= 4
     return model
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """The same model with float64 throughout: transformers computes llama's norms and rotations in float32."""
+    """The same model entirely in float64, as transformers computes llama's norms and rotations in float32."""
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
@@ -159,17 +159,17 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Relative, of the loss and of each parameter's gradient."""
+    """The relative errors of the loss and of each parameter's gradient."""
     assert found.keys() == truth.keys()
     return {name: float((found[name].double() - true).norm() / true.norm()) for name, true in truth.items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradients_are_those_of_the_published_code(form: str, tmp_path: Path) -> None:
-    """In float64 to the last digits; in float32 with an error of at most 4 times the published code's own.
+    """In float64 they are equal to the last digits; in float32 the error is at most 4 times the published code's own.
 
-    Both round the same numbers, in different orders, so the ratio of the errors is luck: over 24 models, the four
-    forms, and MKL and ATen with and without AVX-512 it was at most 2.6. An error below float32's spacing is luck too.
+    Both round the same numbers in different orders, so the ratio of the errors is random. Over 24 models, the four
+    forms, and MKL and ATen with and without AVX-512 it was at most 2.6. Errors below float32's spacing are random too.
     """
     truth = published(in_float64(make_model()), form)
     for name, error in errors(trained(tmp_path, in_float64(make_model()), form), truth).items():

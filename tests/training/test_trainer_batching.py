@@ -1,4 +1,4 @@
-"""How a trainer's batches are made and computed changes nothing of what is trained: parts, trees, grouping by user."""
+"""The making and the layout of batches do not change the training: parts, trees, grouping by user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUDGET = {"official": 36, "detached": 30, "sft": 30}
 
 
 def train(folder: Path, loss_name: str, reduction: str = "sequence", **options: Any) -> NextQuillTrainer:
-    """Two steps of SGD: Adam divides by the gradient's size, so that rounding could flip an update."""
+    """Train two steps with SGD, because Adam divides by the gradient's size, so that rounding could flip an update."""
     case = loss_cases(reduction=reduction)[loss_name]
     trainer = make_trainer(folder, case.loss, **{"optim": "sgd", "learning_rate": 0.3, **options})
     trainer.train()
@@ -78,7 +78,7 @@ def test_a_budget_that_an_example_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_what_a_part_shares_is_logged(tmp_path: Path) -> None:
-    """Tokens of the branches by those computed: 1 or more under trees, 1 or less with padding."""
+    """The ratio of branch tokens to computed tokens: at least 1 with trees, at most 1 with padding."""
     factors = {}
     for attention in ("auto", "padded"):
         trainer = train(tmp_path, "official", attention=attention)
@@ -208,7 +208,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_grouping_shares_more(tmp_path: Path) -> None:
-    """Where the history comes first in a prompt: 7 of about 16 tokens are a user's own."""
+    """With the history first in the prompt, examples of a user share 7 of about 16 tokens."""
     factors = []
     for size in (1, 4):
         trainer = make_trainer(
@@ -274,7 +274,7 @@ def test_arguments_that_would_change_shared_tokens(tmp_path: Path, options: dict
 
 
 def test_a_budget_of_training_is_enough_for_evaluation(tmp_path: Path) -> None:
-    """All three branches stand in a row then."""
+    """All three branches then stand in one row."""
     longest = max(len(e.factual.input_ids) for e in make_trainer(tmp_path).train_dataset.examples)
     trainer = make_trainer(tmp_path, max_tokens=longest, eval_dataset=make_records(6), max_steps=1)
     trainer.train()

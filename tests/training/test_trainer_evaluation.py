@@ -20,13 +20,13 @@ PLACEBO = {"nll_placebo", "effect_placebo"}
 
 
 def own_metrics(metrics: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
-    """Without the Trainer's timing."""
+    """The metrics without the Trainer's timing."""
     names = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
     return {name: value for name, value in names.items() if name in METRICS}
 
 
 def independent_metrics(trainer: NextQuillTrainer, loss_name: str, reduction: str) -> dict[str, float]:
-    """Example by example, from the model's own logits."""
+    """The metrics example by example, from the model's own logits."""
     model, examples = trainer.model, trainer.eval_dataset.examples
     nlls = {}
     with torch.no_grad():
@@ -50,7 +50,7 @@ def independent_metrics(trainer: NextQuillTrainer, loss_name: str, reduction: st
     [("official", "sequence"), ("paper", "token"), ("detached", "sequence"), ("perce", "token"), ("sft", "sequence")],
 )
 def test_metrics_equal_independent_values_under_any_batch_size(tmp_path: Path, loss_name: str, reduction: str) -> None:
-    """7 examples: batches of 3 and 5 leave a partial one."""
+    """With 7 examples, batches of 3 and of 5 leave a partial one."""
     model, loss = tiny_model(), loss_cases(reduction=reduction)[loss_name].loss
     for batch_size in (1, 3, 5, 8):
         trainer = make_trainer(

@@ -1,4 +1,4 @@
-"""What the trainer refuses, before any work, and by what name."""
+"""The trainer refuses bad input before any work, and names the argument."""
 
 from __future__ import annotations
 

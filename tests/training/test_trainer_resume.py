@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume, nothing half-written, nothing of another model, limits and the best model."""
+"""Checkpoints: exact resume, complete files, refusal of other models, limits, and the best model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lora_model_without_dropout() -> nn.Module:
 
 
 class KillAt(TrainerCallback):
-    """Stops the process, as far as the Trainer can see, before step `step` + 1 begins."""
+    """Stops the training like a killed process, before step `step` + 1."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -53,7 +53,7 @@ def trainer_in(folder: Path, model: nn.Module | None = None, loss: PairLoss | No
 
 
 def state_of(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
-    """Every number that training moves."""
+    """All numbers that the training changes."""
     state = {f"parameter {name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
     for index, slots in trainer.optimizer.state_dict()["state"].items():
         state |= {f"optimizer {index} {name}": torch.as_tensor(value).clone() for name, value in slots.items()}
@@ -61,7 +61,7 @@ def state_of(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
-    """6 steps end within the second epoch of 5; transformers alone would make a seventh of a resumed run."""
+    """6 steps end within the second epoch of 5 steps. transformers alone would make a seventh step after a resume."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6, "save_steps": 6}
     first = trainer_in(tmp_path, **options)
     first.train()
@@ -98,7 +98,7 @@ TREES = {"attention": "auto", "max_tokens": 60, "examples_per_user": 2}
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     tmp_path: Path, make: Callable[[], nn.Module], loss_name: str, options: dict[str, Any]
 ) -> None:
-    """With dropout where rows are padded, in the middle of an epoch: of 5 steps, or 3 when two batches are one."""
+    """It stops within an epoch of 5 steps, or 3 with two batches per step, and uses dropout if rows are padded."""
     loss = loss_cases()[loss_name].loss
     whole = trainer_in(tmp_path / "whole", make(), loss, **options)
     whole.train()
@@ -161,7 +161,7 @@ def test_checkpoint_of_another_run_is_refused_before_training(
 
 
 def test_a_loss_with_a_function_can_be_resumed(tmp_path: Path) -> None:
-    """Its repr holds an address, which is another one in every process."""
+    """Its repr holds an address, which differs between processes."""
 
     def make_loss() -> PairLoss:
         return PairLoss(lambda pair: torch.ones_like(pair.factual))
@@ -245,7 +245,7 @@ def test_what_a_killed_process_left_is_ignored_and_removed(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_is_complete_when_it_appears(tmp_path: Path) -> None:
-    """At no moment does a folder of that name exist without all its files."""
+    """A folder with that name never exists without all its files."""
     folder, seen = tmp_path / "checkpoint-3", []
 
     class Look(TrainerCallback):
@@ -266,7 +266,7 @@ def test_a_checkpoint_is_complete_when_it_appears(tmp_path: Path) -> None:
 
 
 def best_run(folder: Path, limit: int, **options: Any) -> NextQuillTrainer:
-    """Its best checkpoint is the first: the falling loss is declared better when greater."""
+    """A run whose best checkpoint is the first, because its falling loss counts as better when greater."""
     trainer = trainer_in(
         folder, save_steps=2, max_steps=8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True, save_total_limit=limit,

@@ -1,4 +1,4 @@
-"""Training: exact under accumulation, what the log says, precision, workers."""
+"""Training: exact with accumulation, logs, precision, workers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parameters(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("loss_name", ["sft", "perce", "detached", "official"])
 def test_accumulation_changes_nothing(tmp_path: Path, loss_name: str, reduction: str) -> None:
-    """12 ragged records in windows of 8: two optimiser steps, the last window partial."""
+    """12 records of different lengths in windows of 8 give two optimiser steps, the last with a partial window."""
 
     def run(batch_size: int, accumulation: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
         trainer = make_trainer(
@@ -185,7 +185,7 @@ def test_dataloader_workers_change_nothing(tmp_path: Path) -> None:
 def test_counts_of_tokens_and_operations_cover_the_branches(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, attention: str
 ) -> None:
-    """Tokens that are computed: those of trees, or of padded rows without their padding."""
+    """Counts computed tokens: those of trees, or of padded rows without the padding."""
     trainer = make_trainer(
         tmp_path, include_num_input_tokens_seen="non_padding", max_steps=3, save_strategy="no", attention=attention
     )
@@ -205,7 +205,7 @@ def test_counts_of_tokens_and_operations_cover_the_branches(
 
 
 def test_compute_loss_outside_of_training(tmp_path: Path) -> None:
-    """As a subclass or a script calls it: this batch's own loss, with its diagnostics."""
+    """A subclass or a script gets this batch's own loss, with its diagnostics."""
     case = loss_cases()["official"]
     trainer = make_trainer(tmp_path, case.loss)
     examples = trainer.train_dataset.examples[:3]

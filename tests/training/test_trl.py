@@ -1,4 +1,4 @@
-"""TRL's trainer with a causal loss does what `NextQuillTrainer` does, and refuses what it would ignore."""
+"""TRL's trainer with a causal loss equals `NextQuillTrainer`, and refuses options that it would ignore."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def branch_lists(draw, most=7):
-    """Branches over few tokens, which fork often, each token repeated so that runs without a fork have any length."""
+    """Branches over few tokens, which fork often. Tokens repeat, so that stretches without a fork have any length."""
     token = st.integers(0, 2)
     found = draw(st.lists(st.lists(token, min_size=1, max_size=7), min_size=1, max_size=most))
     repeat = draw(st.integers(1, 3))

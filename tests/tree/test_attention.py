@@ -39,7 +39,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 @pytest.fixture(params=["flash", "math"])
 def kernel(request, monkeypatch):
-    """Forces a kernel."""
+    """Run with one chosen kernel."""
     chosen = {"flash": kernels.FLASH, "math": kernels.MATH}[request.param]
     if chosen is kernels.FLASH and not kernels._HAS_FLASH:
         pytest.skip("this PyTorch has no fused kernel for CPUs")
@@ -52,7 +52,7 @@ def inputs(rows, heads=4, kv_heads=2, size=8, dtype=torch.float32):
 
 
 def run(function, tensors, grad, needs=(True, True, True)):
-    """Output, and the gradients of what needs one."""
+    """The output, and the gradients of the inputs that need one."""
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
     out = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -64,7 +64,7 @@ def tree_results(tree, tensors, grad, **options):
 
 
 def dense_results(tree, tensors, grad, *, window=None, **options):
-    """Truth: in float64."""
+    """The true results, in float64."""
     visible = visibility_mask(tree.position_ids, tree.subtree_end, window)
     exact = [tensor.double() for tensor in tensors]
     return run(lambda *qkv: dense_attention(*qkv, visible, **options), exact, grad.double())
@@ -175,8 +175,9 @@ def test_half_precision_errs_at_most_twice_as_much_as_dense_attention(tree, soft
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_large_scores_do_not_overflow(kernel, size):
-    """A logsumexp is rounded in proportion to its size, and every weight with it: the share `rounding` of what the
-    gradients are made of, whose own sums cancel.
+    """A logsumexp is rounded in proportion to its size, and so is every weight.
+
+    The error is the share `rounding` of the terms of a gradient, whose sums cancel.
     """
     tensors, grad = inputs(len(GROWN)), torch.randn(1, 4, len(GROWN), 8)
     ordinary = tree_results(GROWN, tensors, grad)
@@ -241,7 +242,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 def heads_last(tensor):
-    """As a model's projections make it: [1, T, H, D] with heads moved forward."""
+    """The layout of a model's projections: [1, T, H, D] with heads moved forward."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -310,7 +311,7 @@ def test_output_is_laid_out_as_models_reshape_it(dtype):
 
 @options
 def test_results_repeat_bit_for_bit_whatever_memory_held(options):
-    """PyTorch fills new memory with NaN in its deterministic mode."""
+    """In its deterministic mode, PyTorch fills new memory with NaN."""
     tensors, grad = inputs(len(GROWN)), torch.randn(1, 4, len(GROWN), 8)
     first = tree_results(GROWN, tensors, grad, **options)
     torch.use_deterministic_algorithms(True)
@@ -324,7 +325,7 @@ def test_results_repeat_bit_for_bit_whatever_memory_held(options):
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_nan_in_a_branch_stays_out_of_its_siblings(kernel, window):
-    """Forward, nothing outside the branch sees it. Backward, only rows that it shares with others get its gradient."""
+    """In the forward, no row outside the branch sees it. In the backward, only shared rows get its gradient."""
     tree = build_prefix_tree([[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [1, 2, 3, 9, 9, 9], [5, 5]])
     bad = tree.branch_rows[0][3:]
     shared = tree.branch_rows[0][:3]
@@ -342,7 +343,7 @@ def test_nan_in_a_branch_stays_out_of_its_siblings(kernel, window):
 
 
 def test_no_product_is_spent_on_what_is_masked(monkeypatch):
-    """Without a window, scores computed are those visible and the upper halves of the segments' triangles."""
+    """Without a window, only visible scores and the upper halves of the segments' triangles are computed."""
     layout = TreeLayout.of_tree(GROWN)
     scores = 0
 
@@ -488,7 +489,7 @@ def test_bad_arguments_are_named(query, key, value, options, error, message):
     ids=["key-1d", "no-kv-head", "no-size", "integers", "scale-0", "scale-negative", "softcap-0"],
 )
 def test_bad_arguments_that_kernels_would_take_wrongly(query, key, options, error, message):
-    """The fused kernel makes NaN of a scale that is not positive; the others fail deep inside or are no attention."""
+    """The fused kernel gives NaN for a scale of 0 or less. Other arguments fail deep inside, or give wrong results."""
     layout = TreeLayout.of_tree(build_prefix_tree([[1, 2, 3], [1, 2, 4, 5]]))
     with pytest.raises(error, match=message):
         tree_attention(query, key, key, layout, **options)

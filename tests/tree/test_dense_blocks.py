@@ -1,4 +1,4 @@
-"""The pieces cover what is visible, once, and nothing else."""
+"""The pieces cover all visible pairs once, and no others."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def rows_of(which, total):
 
 
 def seen(piece, total):
-    """(queries, keys, bool [q, k]) of a piece as the kernels understand it."""
+    """A piece as the kernels understand it: queries, keys, bool [q, k]."""
     queries, keys = rows_of(piece.queries, total), rows_of(piece.keys, total)
     block = torch.ones(len(queries), len(keys), dtype=torch.bool)
     assert piece.is_causal == (piece.is_own and piece.mask is None)

@@ -30,7 +30,7 @@ def inputs(rows, heads=4, kv_heads=2, size=16, dtype=torch.float32):
 
 
 def tile_kinds(mask):
-    """Per tile 0 skipped, 1 partial or 2 whole, and every tile in at most one list."""
+    """For each tile 0 if skipped, 1 if partial, 2 if whole. Every tile is in at most one list."""
     count = mask.kv_indices.shape[-1]
     kinds = torch.zeros(mask.kv_indices.shape[-2], count, dtype=torch.long)
     lists = ((mask.kv_num_blocks, mask.kv_indices, 1), (mask.full_kv_num_blocks, mask.full_kv_indices, 2))
@@ -43,7 +43,7 @@ def tile_kinds(mask):
 
 
 def expanded(mask, rows):
-    """What attention under the mask computes: whole tiles unasked, partial ones entry by entry, skipped ones not."""
+    """The visible entries: all of whole tiles, partial tiles by the mask, none of skipped ones."""
     block, kinds = mask.BLOCK_SIZE[0], tile_kinds(mask)
     q, k = torch.arange(rows)[:, None], torch.arange(rows)[None]
     entries = mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k)
@@ -71,7 +71,7 @@ def test_any_tree_in_tiles_of_any_size(branches, window, block, padding):
 @pytest.mark.parametrize("block", [1, 4, 8, 16])
 @pytest.mark.parametrize("tree", [GROWN, build_prefix_tree([list(range(100))])], ids=["grown", "chain"])
 def test_every_window(tree, block):
-    """Among them those that end on a tile's edge, where whole and partial are one row apart."""
+    """Some windows end on a tile's edge, where whole and partial tiles differ by one row."""
     for window in range(1, 70):
         mask = tree_block_mask(tree.position_ids, tree.subtree_end, "cpu", window=window, block_size=block)
         assert torch.equal(expanded(mask, len(tree)), visibility_mask(tree.position_ids, tree.subtree_end, window))
@@ -79,7 +79,7 @@ def test_every_window(tree, block):
 
 @pytest.mark.parametrize("block", [1, 5, 16, 64])
 def test_tiles_are_as_few_and_as_whole_as_they_can_be(block):
-    """Without a window the rule is exact, but that tiles on the diagonal are partial."""
+    """Without a window the rule is exact, except that tiles on the diagonal are partial."""
     mask = tree_block_mask(GROWN.position_ids, GROWN.subtree_end, "cpu", block_size=block)
     rows = len(GROWN)
     exact = create_block_mask(mask.mask_mod, None, None, rows, rows, "cpu", BLOCK_SIZE=block)
@@ -137,7 +137,7 @@ def test_output(tree, dtype, heads, options, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
 def test_compiled_for_a_cpu():
-    """Two lengths, 20 s: the code PyTorch makes of the mask, the cap and lengths that do not fill a tile."""
+    """Two lengths, in 20 s: PyTorch's compiled code for the mask, the cap, and lengths that do not fill a tile."""
     torch._dynamo.reset()
     for seed, (rows, opts) in enumerate([(150, {}), (300, {"window": 30, "softcap": 3.0})]):
         tree = grown_tree(rows, seed)
@@ -152,7 +152,7 @@ def test_compiled_for_a_cpu():
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_two_graphs_serve_every_length_and_mask(window, softcap, monkeypatch):
-    """As on a GPU. The first is for lists of tiles of the first length."""
+    """As on a GPU. The first graph is for tile lists of the first length."""
     graphs = []
 
     def counting(graph, _):

@@ -1,4 +1,4 @@
-"""Masks written out, against the rule per pair and against prefixes."""
+"""Dense masks, against the rule for each pair and against prefixes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def padded(trees, length, first=0):
-    """position_ids and subtree_end [B, length], each tree from row `first` on; padding rows end where they begin."""
+    """position_ids and subtree_end [B, length], with each tree from row `first` on. Padding rows have no subtree."""
     positions = torch.zeros(len(trees), length, dtype=torch.long)
     ends = torch.arange(length).repeat(len(trees), 1)
     for row, tree in enumerate(trees):

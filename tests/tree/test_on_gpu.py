@@ -1,4 +1,4 @@
-"""The kernels that only a GPU runs, against float64 attention with the whole mask; torch, triton and pytest suffice."""
+"""Kernels that need a GPU, against float64 attention with the whole mask. Needs only torch, triton and pytest."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_gpu_agrees_with_pieces_in_a_compiled_model():
 @options
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_output_and_gradients_on_a_gpu(dtype, options):
-    """Three lengths, one a multiple of the tile, against float64; at most twice the error of dense attention."""
+    """For three lengths, one a multiple of the tile, the error is at most twice that of dense attention."""
     torch._dynamo.reset()
     softcap, window = options.get("softcap"), options.get("window")
     for seed, rows in enumerate((150, 700, 1500)):

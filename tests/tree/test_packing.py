@@ -1,4 +1,4 @@
-"""Rows under a token budget: each fits, none was closed too early, and nothing is lost or doubled."""
+"""Rows within a token budget: each fits, none was closed too early, and every branch occurs once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GROUPS = st.lists(st.lists(BRANCH, min_size=1, max_size=3), min_size=1, max_size
 
 
 def size_of(groups: list[list[list[int]]], chosen: list[int]) -> int:
-    """Rows of the tree of these groups."""
+    """The number of rows in the tree of these groups."""
     return len(build_prefix_tree([branch for index in chosen for branch in groups[index]]))
 
 
 @settings(deadline=None, max_examples=300)
 @given(groups=GROUPS, budget=st.integers(1, 40))
 def test_rows_fit_and_are_closed_only_when_the_next_group_would_not(groups: list[list[list[int]]], budget: int) -> None:
-    """What counts is the size of the tree that is built, to the token."""
+    """The exact size of the built tree counts."""
     largest = max(size_of(groups, [index]) for index in range(len(groups)))
     if largest > budget:
         with pytest.raises(BudgetError, match=f"max_tokens is {budget}$"):

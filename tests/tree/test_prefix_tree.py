@@ -1,4 +1,4 @@
-"""Branches in, one row out: against the set of their prefixes."""
+"""The tree of some branches, against the set of their prefixes."""
 
 import time
 from array import array
@@ -170,8 +170,9 @@ def test_counts():
 
 @pytest.mark.parametrize("shared", [0, 2000, 3000])
 def test_building_costs_little_more_than_reading_the_tokens(shared):
-    """64 branches of 3000 tokens take about 20 ms; the yardstick, a tensor of each, as long. Comparing every pair of
-    branches, or walking token by token, takes ten times that.
+    """64 branches of 3000 tokens take about 20 ms, as long as making a tensor of each, which is the yardstick.
+
+    Comparing every pair of branches, or walking token by token, takes ten times as long.
     """
     branches = [list(range(shared)) + [10_000 + b] * (3000 - shared) for b in range(64)]
 
@@ -220,6 +221,6 @@ def test_bad_branches_are_named(branches, error, message):
 
 @pytest.mark.parametrize("branch", [b"abc", b"\x05" + bytes(7)], ids=["3-bytes", "8-bytes"])
 def test_bytes_are_no_branch(branch):
-    """An array takes them for the memory of 64-bit integers."""
+    """An array would read them as 64-bit integers."""
     with pytest.raises(ArgumentTypeError, match=r"branches\[0\]"):
         build_prefix_tree([branch])

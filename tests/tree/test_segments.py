@@ -1,4 +1,4 @@
-"""Segments are the longest runs of rows without a fork; what is no tree is refused."""
+"""Segments are the longest stretches of rows without a fork, and tensors that are not trees are refused."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 def segments_naively(branches):
-    """From the sets of children: a row goes on the segment of its parent iff it is its only child."""
+    """From the sets of children: a row continues its parent's segment if and only if it is the only child."""
     rows = prefixes(branches)
     index = {row: i for i, row in enumerate(rows)}
     children = {row: [other for other in rows if other[:-1] == row] for row in rows}
@@ -35,7 +35,7 @@ def segments_naively(branches):
 
 
 def covered(layout):
-    """How often the pieces, of which none has a mask, take each pair of rows."""
+    """The number of pieces, none of which has a mask, that cover each pair of rows."""
     times = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.int64)
     for piece in pieces(layout.segments):
         block = times[piece.queries, piece.keys]
@@ -44,7 +44,7 @@ def covered(layout):
 
 
 def assert_refused_or_right(position_ids, subtree_end):
-    """Whether it was accepted; if so, nothing but what the two tensors say is attended."""
+    """Return whether the tensors were accepted; if so, assert that exactly the pairs they describe are attended."""
     try:
         layout = TreeLayout.of(position_ids, subtree_end)
     except ArgumentError:
@@ -88,7 +88,7 @@ def test_integers_of_any_size(dtype):
 
 
 def test_every_pair_of_small_tensors_is_refused_or_right():
-    """Every position and end in and just out of range: of three rows' 27,000 pairs five are trees."""
+    """All positions and ends in range and just outside: five of 27,000 pairs for three rows are trees."""
     for length, trees in ((1, 1), (2, 2), (3, 5)):
         found = 0
         for positions in product(range(-1, length + 1), repeat=length):
@@ -109,7 +109,7 @@ def test_a_corrupted_tree_is_refused_or_right(branches, data):
 
 
 def test_a_subtree_that_ends_after_the_last_row_is_refused():
-    """Queries that do not exist divide by zero inside the fused kernel, which ends the process."""
+    """Queries that do not exist cause a division by zero in the fused kernel, which ends the process."""
     with pytest.raises(ArgumentError, match="position_ids, subtree_end"):
         TreeLayout.of(torch.tensor([0, 1]), torch.tensor([3, 3]))
 

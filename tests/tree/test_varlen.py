@@ -126,7 +126,7 @@ def test_strides_do_not_matter(strided, which):
 
 
 def test_the_gradient_of_a_sum_and_shared_rows():
-    """Strides of 0, upstream and in the inputs."""
+    """Upstream gradient and inputs have strides of 0."""
     key = torch.randn(1, 2, 1, 8).expand(1, 2, len(TREE), 8)
     query, _, value = inputs(len(TREE))
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
@@ -142,7 +142,7 @@ def test_output_is_laid_out_as_models_reshape_it():
 
 @options
 def test_results_repeat_bit_for_bit_whatever_memory_held(options):
-    """PyTorch fills new memory with NaN in its deterministic mode, and refuses what may not repeat."""
+    """In its deterministic mode, PyTorch fills new memory with NaN, and refuses operations that may not repeat."""
     tensors, grad = inputs(len(GROWN)), torch.randn(1, 4, len(GROWN), 8)
     first = varlen_results(GROWN, tensors, grad, **options)
     torch.use_deterministic_algorithms(True)
@@ -208,7 +208,7 @@ def test_plans_are_made_once_per_layout_window_and_device():
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 def test_copies_are_summed_in_float32(device):
-    """500 copies: in bfloat16, sums stop growing where a term is below half a unit in the last place."""
+    """With 500 copies, a sum in bfloat16 would stop growing when a term is below half a unit in the last place."""
     tree = build_prefix_tree([[0, n] for n in range(1, 500)])
     plan = varlen_plan(TreeLayout.of_tree(tree).segments, None, device)
     grads = (1 + torch.randn(len(plan.rows), 2, 4) / 10).to(device)
@@ -301,7 +301,7 @@ def test_plans_of_inference_mode_serve_training():
 
 
 def kernel_with(aligned, monkeypatch):
-    """The emulated kernel under another mask."""
+    """The emulated kernel with another mask."""
     right = kernels._aligned
 
     def under(mask, function):
@@ -361,7 +361,7 @@ def test_the_right_alignment_is_accepted_and_random_numbers_left_alone(monkeypat
 @pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_pytorch_accepts_the_call(window, kv_heads):
-    """Names and shapes of arguments and results, by PyTorch's own description of its kernel."""
+    """Names and shapes of arguments and results fit PyTorch's own description of its kernel."""
     plan = varlen_plan(TreeLayout.of_tree(GROWN).segments, window, CPU)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = plan._replace(cu_queries=mode.from_tensor(plan.cu_queries), cu_keys=mode.from_tensor(plan.cu_keys))
@@ -382,7 +382,7 @@ def test_pytorch_gets_the_window_to_the_left_of_the_query(monkeypatch):
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """A package of that name whose functions take flash-attn 2.7's arguments and compute with the emulated kernel."""
+    """Replace flash-attn by a package whose functions take the arguments of 2.7 and use the emulated kernel."""
     interface = types.ModuleType("flash_attn.flash_attn_interface")
 
     def plan(cu_q, cu_k, max_q, max_k):

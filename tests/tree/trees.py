@@ -1,4 +1,4 @@
-"""Trees to test with, and what they mean, written out naively: sets of prefixes, and dense float64 attention."""
+"""Trees for tests, with naive references: sets of prefixes, and dense float64 attention."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SMALL = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8], [1, 2, 3, 4, 5, 9, 9, 9], [1, 2, 3
 
 
 def prefixes(branches) -> list[tuple[int, ...]]:
-    """Every distinct prefix. In lexicographic order they are depth-first, siblings by their tokens."""
+    """All distinct prefixes. Their lexicographic order is depth-first, with siblings sorted by token."""
     return sorted({tuple(branch[: n + 1]) for branch in branches for n in range(len(branch))})
 
 
 def visible_naively(rows: list[tuple[int, ...]], window: int | None = None) -> Tensor:
-    """bool [T, T]: row j's prefix begins row i's, and at most `window` - 1 tokens follow it there."""
+    """bool [T, T]: True if row j's prefix begins row i's, and at most `window` - 1 tokens follow it there."""
     window = window or len(rows)
     return torch.tensor([[i[: len(j)] == j and len(i) - len(j) < window for j in rows] for i in rows])
 
@@ -71,7 +71,7 @@ def inputs(rows, heads=4, kv_heads=2, size=8, dtype=torch.float32):
 
 
 def run(function, tensors, grad, needs=(True, True, True)):
-    """Output, and the gradients of what needs one."""
+    """The output, and the gradients of the inputs that need one."""
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)]
@@ -83,7 +83,7 @@ def varlen_results(tree, tensors, grad, needs=(True, True, True), kernel="emulat
 
 
 def dense_results(tree, tensors, grad, *, window=None, **options):
-    """Truth: in float64."""
+    """The true results, in float64."""
     visible = visibility_mask(tree.position_ids, tree.subtree_end, window).to(tensors[0].device)
     exact = [tensor.double() for tensor in tensors]
     return run(lambda *qkv: dense_attention(*qkv, visible, **options), exact, grad.double())

@@ -50,7 +50,7 @@ MUTATIONS = (
         "nextquill/report/comparison/findings.py",
         'return "better" if (difference.value > 0) == measure.higher_is_better else "worse"',
         'return "better" if difference.value > 0 else "worse"',
-        "a higher nll is called better",
+        "a higher NLL is called better",
     ),
     Mutation(
         "comparison-order",

@@ -111,8 +111,8 @@ MUTATIONS = (
     Mutation(
         "data-split-seed",
         "nextquill/data/splits.py",
-        'f"{seed} {user_id}".encode()',
-        'f"{user_id}".encode()',
+        'digest_of(f"{seed} {user_id}")',
+        "digest_of(user_id)",
         "every seed holds out the same users",
     ),
     Mutation(
@@ -127,7 +127,7 @@ MUTATIONS = (
         "nextquill/data/leaks.py",
         'unicodedata.normalize("NFKC", text).casefold().split()',
         'unicodedata.normalize("NFKC", text).split()',
-        "an answer in capitals is no leak",
+        "an answer in capitals is not found as a leak",
     ),
     Mutation(
         "data-selection-order",
@@ -160,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "data-prepare-lock",
         "nextquill/data/preparing.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "if not try_lock(self._lock):",
+        "if not try_lock(self._lock) and False:",
         "two processes prepare into one folder",
     ),
     Mutation(
@@ -201,7 +201,7 @@ MUTATIONS = (
     ),
     Mutation(
         "data-same-moment",
-        "nextquill/data/loaders/past.py",
+        "nextquill/data/loaders/by_user.py",
         "if entry.timestamp is None or entry.timestamp != moment:",
         "if entry.timestamp is None or entry.timestamp != moment or before < len(items):",
         "texts of one moment stand in each other's history",

@@ -22,7 +22,7 @@ MUTATIONS = (
         "nextquill/evaluation/bootstrap.py",
         "    if len(users) == 1:\n        return Interval(measured.value, -math.inf, math.inf)\n",
         "",
-        "one user gives an interval of no width",
+        "one user gives an interval of width 0",
     ),
     Mutation(
         "evaluation-users-drawn",
@@ -71,7 +71,7 @@ MUTATIONS = (
         "nextquill/evaluation/metrics/ratings.py",
         "farthest if rating is None",
         "0.0 if rating is None",
-        "a text that is no rating counts as right",
+        "a text that is not a rating counts as right",
     ),
     Mutation(
         "evaluation-rouge-recall",

@@ -191,19 +191,22 @@ MUTATIONS = (
     Mutation(
         "files-half-written",
         "nextquill/storage/atomic_files.py",
-        """\
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-""",
-        """\
-        with path.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-""",
+        'temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]',
+        "temporary = list(paths)",
         "an error while a file is written leaves half of it in the place of the old one",
+    ),
+    Mutation(
+        "files-shared-lock",
+        "nextquill/storage/locks.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "two processes hold the lock of one file",
+    ),
+    Mutation(
+        "files-seed-of-parts",
+        "nextquill/storage/fingerprints.py",
+        '"\\x1f".join(map(str, parts))',
+        '"".join(map(str, parts))',
+        "step 1 of user 23 has the random numbers of step 12 of user 3",
     ),
 )

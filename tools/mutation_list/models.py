@@ -64,7 +64,7 @@ MUTATIONS = (
         "nextquill/training/checks.py",
         'if metric.startswith("nll_") and args.greater_is_better:',
         'if metric.startswith("nll_") and not args.greater_is_better:',
-        "the checkpoint with the worst nll is kept as the best",
+        "the checkpoint with the worst NLL is kept as the best",
     ),
     Mutation(
         "trainer-stored-effects",
@@ -180,7 +180,7 @@ MUTATIONS = (
         "nextquill/models/tiny_models.py",
         "    with torch.random.fork_rng(devices=[]):\n",
         "    if True:\n",
-        "making a model changes the random numbers of whoever asked for it",
+        "making a model changes the caller's random numbers",
     ),
     Mutation(
         "scoring-resume",
@@ -215,7 +215,7 @@ MUTATIONS = (
         "nextquill/evaluation/measures.py",
         "MetricScores.ratio_of([float(each[name].sum()) for each in values], sizes)",
         "MetricScores.ratio_of([float(each[name].mean()) for each in values], sizes)",
-        "nlls per token are divided by the tokens twice",
+        "NLLs per token are divided by the tokens twice",
     ),
     Mutation(
         "preferences-ties",
@@ -229,7 +229,7 @@ MUTATIONS = (
         "nextquill/storage/resumable_jsonl.py",
         "if saved.get(name) != run.get(name)), None)",
         "if name not in run), None)",
-        "an evaluation that was stopped goes on with another model",
+        "a stopped evaluation resumes with another model",
     ),
     Mutation(
         "generation-seeds",

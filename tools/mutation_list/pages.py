@@ -29,7 +29,7 @@ MUTATIONS = (
         "nextquill/report/run_tables.py",
         "sign = 1 if metric.higher_is_better else -1",
         "sign = 1",
-        "the run with the highest nll is marked as the best",
+        "the run with the highest NLL is marked as the best",
     ),
     Mutation(
         "report-choice",
@@ -169,7 +169,7 @@ MUTATIONS = (
         "nextquill/cli/score.py",
         'for name in ("seed", "batch_size", "attention", "max_tokens")',
         'for name in ("batch_size", "attention", "max_tokens")',
-        "a scoring goes on with other placebos than it began with",
+        "a stopped scoring resumes with other placebos",
     ),
     Mutation(
         "cli-convert-limit",
@@ -181,9 +181,9 @@ MUTATIONS = (
     Mutation(
         "cli-convert-half-written",
         "nextquill/cli/convert.py",
-        'temporary = {name: path.with_name(f".{path.name}.{os.getpid()}.tmp") for name, path in paths.items()}',
-        "temporary = dict(paths)",
-        "a bad record deletes the output file, or leaves half of it",
+        "with written_together(list(targets.values())) as opened:",
+        'with contextmanager(lambda: ([p.open("wb") for p in targets.values()] for _ in "1"))() as opened:',
+        "a bad record leaves half of the output file",
     ),
     Mutation(
         "cli-final-metrics",

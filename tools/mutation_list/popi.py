@@ -120,14 +120,14 @@ MUTATIONS = (
         "nextquill/popi/users.py",
         "return until is None or timestamp is None or timestamp <= until",
         "return until is None or timestamp is None or timestamp >= 0",
-        "held-out pairs are judged by what the user wrote later",
+        "held-out pairs are judged by later texts of the user",
     ),
     Mutation(
         "popi-edited-kept",
         "nextquill/popi/summaries.py",
         "return not self.edited and (",
         "return (",
-        "summaries that a person edited are written anew",
+        "summaries that a person edited are replaced",
     ),
     Mutation(
         "popi-summaries-lock",

@@ -22,7 +22,7 @@ MUTATIONS = (
         "nextquill/tree/segments.py",
         "stop <= ends[index] <= above[SUBTREE_STOP]",
         "stop <= ends[index]",
-        "rows that are no trees are attended to as if they were",
+        "rows that are not trees are attended to as if they were",
     ),
     Mutation(
         "tree-layout-depth",

@@ -1,16 +1,16 @@
-"""Which of a user's past texts a prompt shows.
+"""Selects the past texts of a user that a prompt shows.
 
     selector = make_selector("bm25", num_items=8)
     records = [selector.select(record) for record in records]
 
     all        every item
-    recency    the newest
-    bm25       those that share words with the query
-    dense      those that mean something alike
-    fixed      the same for all records of a user, so that all of them share one prefix (`order="history_first"`)
-    random     any: what the others have to be better than
+    recency    the newest items
+    bm25       the items that share words with the query
+    dense      the items with a similar meaning
+    fixed      the same items for all records of a user, which then share one prefix (`order="history_first"`)
+    random     random items, as a baseline for the others
 
-A selected history is in time order and holds nothing dated after its record.
+A selected history is in the order of time and holds no item dated after its record.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nextquill.data._checks import check_integer, check_one_of
-from nextquill.data.histories.base import Selector, TokenBudget
+from nextquill.data.histories.base import RandomSelector, RecencySelector, Selector, TokenBudget
 from nextquill.data.histories.bm25 import BM25Selector
 from nextquill.data.histories.dense import DenseSelector, TextEncoder
 from nextquill.data.histories.fixed import FixedSelector
-from nextquill.data.histories.simple import RandomSelector, RecencySelector
 from nextquill.errors import ArgumentError
 
 SELECTORS = ("all", "recency", "bm25", "dense", "fixed", "random")
@@ -43,23 +42,23 @@ def make_selector(
 
     Args:
         name: "all", "recency", "bm25", "dense", "fixed" or "random".
-        num_items: most items of a selected history; None with "all", and where `max_tokens` is the only limit.
-        max_tokens: most tokens of a selected history, items counted one by one and dropped whole. "all", "recency" and
-            "fixed" keep the newest run of items that fits, the others go on to worse-ranked ones that still fit.
-        count_tokens: the tokens of a text; needed with `max_tokens`.
-        seed: of "random"; the same record gets the same items wherever it stands.
-        encoder: of "dense": a sentence-transformers model by its name or folder, or a function of a list of n texts
-            that returns an array [n, size]. None takes all-MiniLM-L6-v2.
+        num_items: the most items of a selected history; None with "all", and if `max_tokens` is the only limit.
+        max_tokens: the most tokens of a selected history. Items are counted one by one and dropped whole. "all",
+            "recency" and "fixed" keep the newest run of items that fits; the others skip an item that is too long and
+            try the next in rank.
+        count_tokens: returns the number of tokens of a text; needed with `max_tokens`.
+        seed: for "random". A record gets the same items whatever its position.
+        encoder: for "dense": the name or folder of a sentence-transformers model, or a function that takes a list of n
+            texts and returns an array [n, size]. None takes all-MiniLM-L6-v2.
 
     Raises:
-        ArgumentError: an unknown name, or arguments that do not fit it or each other.
-        ArgumentTypeError: a number that is no integer.
+        ArgumentError: an unknown name, or arguments that do not fit the name or each other.
+        ArgumentTypeError: a number that is not an integer.
         BackendUnavailableError: "bm25" without bm25s, or "dense" without sentence-transformers.
     """
     check_one_of("name", name, SELECTORS)
     for argument, value in (("num_items", num_items), ("max_tokens", max_tokens)):
-        if value is not None:
-            check_integer(argument, value, least=1)
+        check_integer(argument, value, least=1, or_none=True)
     if max_tokens is not None and count_tokens is None:
         raise ArgumentError("count_tokens: expected a function that counts a text's tokens with max_tokens, got None")
     if name == "all" and num_items is not None:

@@ -1,13 +1,18 @@
-"""What every selector does: checks times, asks for a ranking, keeps what fits, and puts it back in time order."""
+"""The base of all selectors, and the two that read no text: the newest items, and random ones.
+
+A selector checks times, ranks the items, keeps those that fit, and puts them back into the order of time.
+"""
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nextquill.data.records import HistoryItem, Record
 from nextquill.errors import RecordError
+from nextquill.storage.fingerprints import digest_of
 
 History = Sequence[HistoryItem]
 
@@ -15,20 +20,20 @@ _CACHED_COUNTS = 200_000
 
 
 def item_text(item: HistoryItem) -> str:
-    """What is searched, embedded and counted of an item: its title, if it has one, and its text."""
+    """The text of an item that is searched, embedded and counted: the title, if there is one, and the text."""
     return item.text if item.title is None else f"{item.title}\n{item.text}"
 
 
 @dataclass
 class TokenBudget:
-    """Counts whole items against a number of tokens; counts are kept, as histories of a user repeat."""
+    """Limits a history to a number of tokens. Counts of items are cached, as a user's histories repeat."""
 
     max_tokens: int
     count_tokens: Callable[[str], int]
     _counts: dict[HistoryItem, int] = field(default_factory=dict, repr=False)
 
     def count(self, item: HistoryItem) -> int:
-        """The tokens of one item."""
+        """The number of tokens of one item."""
         count = self._counts.get(item)
         if count is None:
             if len(self._counts) >= _CACHED_COUNTS:
@@ -41,19 +46,19 @@ class Selector(ABC):
     """Chooses items of a record's history; made by `make_selector`.
 
     Args:
-        num_items: most items kept; None for no limit.
-        budget: most tokens kept; None for no limit.
+        num_items: the most items kept; None for no limit.
+        budget: the most tokens kept; None for no limit.
     """
 
-    #: Whether the first item that does not fit ends the history, instead of being passed over.
+    #: Whether the first item that does not fit ends the history, instead of being skipped.
     contiguous = False
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
         self.num_items = num_items
         self.budget = budget
 
-    def fit(self, records: Iterable[Record]) -> None:  # noqa: B027 - most selectors need to see nothing beforehand
-        """See all records before any is selected from; only "fixed" needs it, and "dense" is faster for it.
+    def fit(self, records: Iterable[Record]) -> None:  # noqa: B027 - most selectors do not need it
+        """Look at all records before the first `select`. Only "fixed" needs this, and it makes "dense" faster.
 
         Raises:
             RecordError: a record has a history item dated after it.
@@ -63,7 +68,7 @@ class Selector(ABC):
         """Return the record with the chosen part of its history, oldest first.
 
         Raises:
-            RecordError: a history item is dated after the record; or "fixed" was not fitted on the user.
+            RecordError: a history item is dated after the record, or "fixed" has not seen the user in `fit`.
         """
         check_times(record)
         return replace(record, history=self._chosen(record))
@@ -90,7 +95,7 @@ class Selector(ABC):
 
 
 class RankedSelector(Selector):
-    """A selector that ranks the items of each record's own history."""
+    """A selector that ranks the items of each record's history."""
 
     def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
         history = in_time_order(record.history)
@@ -98,18 +103,39 @@ class RankedSelector(Selector):
 
     @abstractmethod
     def _ranked(self, record: Record, history: History) -> Sequence[int]:
-        """Positions in `history`, which is not empty and runs from the oldest on; the best first."""
+        """Positions in `history`, the best first. The history is not empty and starts with the oldest item."""
+
+
+class RecencySelector(RankedSelector):
+    """Keeps the newest items; without any limit all of them."""
+
+    contiguous = True
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        return range(len(history) - 1, -1, -1)
+
+
+class RandomSelector(RankedSelector):
+    """Keeps random items, drawn from a seed and the record. So the order of records does not change the result."""
+
+    def __init__(self, num_items: int | None, budget: TokenBudget | None, seed: int) -> None:
+        super().__init__(num_items, budget)
+        self.seed = seed
+
+    def _ranked(self, record: Record, history: History) -> Sequence[int]:
+        key = repr((self.seed, record.user_id, record.query, record.response, record.timestamp))
+        return random.Random(digest_of(key)).sample(range(len(history)), len(history))
 
 
 def in_time_order(history: History) -> History:
-    """The items by their timestamps if all have one, else as they are, which is taken to be oldest first."""
+    """The items sorted by timestamp if all have one; otherwise in the given order, which should be oldest first."""
     if any(item.timestamp is None for item in history):
         return history
     return sorted(history, key=lambda item: item.timestamp or 0.0)
 
 
 def check_times(record: Record) -> None:
-    """Raise RecordError where a history item is dated after its record."""
+    """Raise RecordError if a history item is dated after its record."""
     if record.timestamp is None:
         return
     for position, item in enumerate(record.history):
@@ -121,11 +147,11 @@ def check_times(record: Record) -> None:
 
 
 def describe(record: Record) -> str:
-    """Whose record it is, and the beginning of its query."""
+    """The user of a record and the beginning of its query, for errors."""
     query = record.query if len(record.query) <= 40 else f"{record.query[:40]}..."
     return f"record of user {record.user_id!r} with query {query!r}"
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """Positions by score, the best first, and of equal scores the more recent first."""
+    """Positions sorted by score, the best first; with equal scores, the more recent first."""
     return sorted(range(len(scores)), key=lambda position: (-scores[position], -position))

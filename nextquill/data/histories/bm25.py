@@ -1,11 +1,11 @@
-"""The past texts that share the query's words, weighted by how rare those are in the user's own history.
+"""Selects past texts that share words with the query, weighted by the rarity of the words in the user's history.
 
     score(d) = Σ over words w of the query   idf(w) · tf(w, d) / (tf(w, d) + k1 · (1 − b + b · |d| / mean |d|))
     idf(w)   = ln(1 + (n − df(w) + 0.5) / (df(w) + 0.5))
 
-with tf the count of w in d, df the items that hold it, n the items and |d| words, k1 = 1.5 and b = 0.75: Lucene's form,
-whose idf stays positive in histories of a few items (Kamphuis et al. 2020, "Which BM25 do you mean?"). Rarity and
-lengths are those of the record's own history and of nothing later, so no statistic of a user's future takes part.
+Here tf is the count of w in d, df the number of items with w, n the number of items, |d| the number of words, k1 = 1.5
+and b = 0.75. This is Lucene's form, whose idf stays positive in histories of a few items (Kamphuis et al. 2020, "Which
+BM25 do you mean?"). Rarity and lengths come from the record's own history, so nothing from a user's future takes part.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from nextquill.errors import BackendUnavailableError
 
 K1, B = 1.5, 0.75
 
-# Thai and Lao, kana, CJK ideographs: scripts without spaces between words, which count by the character.
+# Thai and Lao, kana, CJK ideographs: scripts without spaces between words, in which each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-# Indexes kept, one a user; the records of a user often share a history and mostly stand together.
+# Indexes kept, one per user. The records of a user often share a history and mostly stand together.
 _USERS = 64
 
 
@@ -35,7 +35,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 class BM25Selector(RankedSelector):
-    """The items with the highest BM25 score for the query; of equal ones the more recent first.
+    """Keeps the items with the highest BM25 score for the query; with equal scores, the more recent.
 
     Raises:
         BackendUnavailableError: bm25s is not installed.
@@ -50,17 +50,17 @@ class BM25Selector(RankedSelector):
         return best_first(self.scores(record, history))
 
     def scores(self, record: Record, history: History) -> list[float]:
-        """The score of every item of `history`, in its order."""
+        """The score of every item in `history`, in order."""
         query = list(words(record.query))
         index = self._index(record.user_id, tuple(history)) if query else None
         return [0.0] * len(history) if index is None else index.get_scores(query).tolist()
 
     def _index(self, user_id: str, history: tuple[HistoryItem, ...]) -> Any:
-        """An index of these items, the user's last one if they are the same; None if they hold no word."""
+        """An index of these items, reused if the user's last history was the same; None if they hold no word."""
         known = self._indexes.pop(user_id, None)
         if known is None or known[0] != history:
             known = (history, _build_index([list(words(item_text(item))) for item in history]))
-        self._indexes[user_id] = known  # as the one used last
+        self._indexes[user_id] = known  # at the end, as the last one used
         if len(self._indexes) > _USERS:
             del self._indexes[next(iter(self._indexes))]
         return known[1]
@@ -69,7 +69,7 @@ class BM25Selector(RankedSelector):
 def _build_index(documents: list[list[str]]) -> Any:
     if not any(documents):
         return None
-    # In single precision two equal texts would still tie, but texts of nearly equal score could change places.
+    # In single precision, texts with nearly equal scores could change places.
     index = _import_bm25s().BM25(method="lucene", k1=K1, b=B, dtype="float64")
     index.index(documents, show_progress=False)
     return index

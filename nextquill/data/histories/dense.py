@@ -1,7 +1,8 @@
-"""The past texts nearest in meaning: cosine similarity of embeddings of the query and of each item."""
+"""Selects the past texts nearest in meaning, by the cosine similarity of the embeddings of query and item."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,16 +20,16 @@ TextEncoder = Callable[[list[str]], Any]
 
 
 class DenseSelector(RankedSelector):
-    """The items whose embedding is nearest to the query's; of equally near ones the more recent first.
+    """Keeps the items whose embedding is nearest to the query's; of equally near ones, the more recent.
 
-    Every text is embedded once and kept: size · 4 bytes each (1.5 KB with the default model).
+    Every text is embedded once, and its embedding is kept: size · 4 bytes (1.5 KB with the default model).
 
     Args:
         num_items, budget: see `Selector`.
-        encoder: a function of a list of texts, the name or folder of a sentence-transformers model, or None.
+        encoder: see `make_selector`.
 
     Raises:
-        BackendUnavailableError: sentence-transformers is not installed, and `encoder` is no function.
+        BackendUnavailableError: sentence-transformers is not installed, and `encoder` is not a function.
     """
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None, encoder: TextEncoder | str | None) -> None:
@@ -37,7 +38,7 @@ class DenseSelector(RankedSelector):
         self._embeddings: dict[str, Tensor] = {}
 
     def fit(self, records: Iterable[Record]) -> None:
-        """Embed the texts of all records at once, in the encoder's own batches."""
+        """Embed the texts of all records in one call."""
         texts: dict[str, None] = {}
         for record in records:
             check_times(record)
@@ -49,11 +50,11 @@ class DenseSelector(RankedSelector):
         texts = [record.query, *map(item_text, history)]
         self._embed(dict.fromkeys(texts))
         query, *items = (self._embeddings[text] for text in texts)
-        # Rounded, as the order in which a product is summed may set equal texts apart in the last digit.
+        # Rounded, because the order of summation may give equal texts scores that differ in the last digit.
         return best_first([round(score, 6) for score in (torch.stack(items) @ query).tolist()])
 
     def _embed(self, texts: Iterable[str]) -> None:
-        """Embed what is not known yet, to length 1; an embedding of 0 stays 0, and is near to nothing."""
+        """Embed new texts, scaled to length 1. An embedding of zeros stays zero, so its similarity to all is 0."""
         new = [text for text in texts if text not in self._embeddings]
         if not new:
             return
@@ -75,9 +76,4 @@ def _load(name: str) -> TextEncoder:
             f"name: 'dense' needs sentence-transformers, which is not installed ({error}); "
             "pip install 'nextquill[dense]'"
         ) from error
-    model = SentenceTransformer(name)
-
-    def encode(texts: list[str]) -> Any:
-        return model.encode(texts, show_progress_bar=False)
-
-    return encode
+    return functools.partial(SentenceTransformer(name).encode, show_progress_bar=False)

@@ -1,13 +1,13 @@
-"""One set of past texts for all records of a user.
+"""Selects one set of past texts for all records of a user.
 
-With `order="history_first"` every prompt of the user then begins alike, and a batch computes that beginning once. A set
-for all records may hold only what precedes all of them, or a text would stand in the prompt of a response written
-before it. An item precedes a record that has it in its history, and one that is dated after it; so the candidates are
+With `order="history_first"`, every prompt of the user begins alike, and a batch computes that beginning once. The set
+may hold only items that precede all of the user's records; otherwise a prompt would show a text written after its
+response. An item precedes a record if it is in the record's history or has an earlier date. So the candidates are
 
     items in the history of every record of the user, and
-    items of any of these histories dated before the user's earliest record, where all of this is dated
+    items from any of these histories dated before the user's earliest record, if all items and records have dates
 
-and the newest `num_items` of them are taken.
+The newest `num_items` of them are kept.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nextquill.errors import RecordError
 
 
 class FixedSelector(Selector):
-    """The same items for every record of a user; `fit` has to see all records first, of all splits.
+    """Keeps the same items for every record of a user; `fit` must first see all records of all splits.
 
     Attributes:
-        users_without_history: users for whom no item precedes all records, so that none of them has a history.
-        records_without_history: how many records these users have.
+        users_without_history: users for whom no item precedes all records, so their records get no history.
+        records_without_history: the number of records of these users.
     """
 
     contiguous = True
@@ -36,7 +36,7 @@ class FixedSelector(Selector):
         self._items: dict[str, tuple[HistoryItem, ...]] = {}
 
     def fit(self, records: Iterable[Record]) -> None:
-        """Choose every user's items. A second call forgets the first.
+        """Choose every user's items. A second call replaces the choice of the first.
 
         Raises:
             RecordError: a record has a history item dated after it.
@@ -53,12 +53,12 @@ class FixedSelector(Selector):
     def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
         items = self._items.get(record.user_id)
         if items is None:
-            raise RecordError(f"{describe(record)}: expected a user of the records that `fit` was given, got a new one")
+            raise RecordError(f"{describe(record)}: expected a user from the records given to `fit`, got a new one")
         for item in items:
             if item not in record.history and not _is_before(item, record):
                 raise RecordError(
-                    f"{describe(record)}: expected a record that `fit` was given, got one that the user's fixed "
-                    "history does not precede"
+                    f"{describe(record)}: expected a record given to `fit`, got one that a text of the user's "
+                    "fixed history does not precede"
                 )
         return items
 
@@ -67,7 +67,7 @@ class FixedSelector(Selector):
 
 
 class _User:
-    """What has been seen of one user."""
+    """The records and items seen for one user."""
 
     def __init__(self) -> None:
         self.records = 0
@@ -86,7 +86,7 @@ class _User:
         self.records += 1
 
     def candidates(self) -> History:
-        """What precedes every record, oldest first."""
+        """The items that precede every record, oldest first."""
         common, earliest = self._common, self._earliest
         if earliest is None or not self._dated or any(item.timestamp is None for item in common):
             return list(common)

@@ -1,11 +1,13 @@
-"""Amazon reviews as NextQuill and DPL use them: `hf://SnowCharmQ/DPL-main/CATEGORY` with `hf://SnowCharmQ/DPL-meta/CATEGORY`.
+"""Reads Amazon reviews as NextQuill and DPL use them.
 
-A row has `user_id`, `profile`, a list of the user's earlier reviews, and `data`, the review to write; a review has
-`asin`, `rating`, `title`, `text` and `timestamp`. What an item is called and described as stands in the metadata, by
-its `asin`. The wording is that of NextQuill's published code: the query names the item, the rating and the review's
-title, and a past review all of those and its text.
+The reviews are `hf://SnowCharmQ/DPL-main/CATEGORY`, and the metadata `hf://SnowCharmQ/DPL-meta/CATEGORY`.
 
-Times are milliseconds in this release, which is this format's default `time_unit`.
+A row has `user_id`, `profile`, a list of the user's earlier reviews, and `data`, the review to write. A review has
+`asin`, `rating`, `title`, `text` and `timestamp`. The metadata hold each item's title and description, by `asin`. The
+wording is from NextQuill's published code: the query names the item, the rating and the review's title, and a past
+review also shows its text.
+
+Times in this release are milliseconds, so the default `time_unit` of this format is "ms".
 """
 
 from __future__ import annotations
@@ -31,32 +33,28 @@ def load_amazon(
 
     Args:
         source: the rows.
-        metadata: rows {asin, title, description}; all of them are held.
-        metadata_split: the metadata's split, where they are on the hub.
+        metadata: rows {asin, title, description}; all of them are held in memory.
+        metadata_split: the split of the metadata, if they are on the hub.
 
     Raises:
         ArgumentError: `metadata` is missing.
-        RecordError: the metadata are malformed, or a row is and nothing is skipped.
+        RecordError: the metadata are malformed, or a row is malformed and nothing is skipped.
     """
     if metadata is None:
         raise ArgumentError("metadata: required by format 'amazon', the items' titles and descriptions")
     items = _items(source.other("metadata", metadata, metadata_split))
-
-    def convert(row: Row) -> Record:
-        return _record(row, items)
-
-    return source.each(convert)
+    return source.each(lambda row: _record(row, items))
 
 
 def _items(metadata: Source) -> dict[str, _Product]:
     def convert(row: Row) -> tuple[str, _Product]:
         return row.user_id("asin", "parent_asin"), _Product(row.optional_text("title") or "", _description(row))
 
-    return {asin: item for _, (asin, item) in metadata.each(convert)}
+    return dict(item for _, item in metadata.each(convert))
 
 
 def _description(row: Row) -> str:
-    """Amazon's own files have a list of paragraphs, the release one string."""
+    """The description as one string: a list of paragraphs in Amazon's own files, a string in this release."""
     value = row.values.get("description")
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return " ".join(check_text(part, row.where, "description") for part in value)
@@ -96,5 +94,5 @@ def _past(review: Row, items: Mapping[str, _Product]) -> dict[str, object]:
 def _item_of(review: Row, items: Mapping[str, _Product]) -> _Product:
     asin = review.user_id("asin")
     if asin not in items:
-        raise review.error("asin", f"expected an item that the metadata have, got {asin!r}", kind="metadata")
+        raise review.error("asin", f"expected an item from the metadata, got {asin!r}", kind="metadata")
     return items[asin]

@@ -1,27 +1,35 @@
-"""Brings a log's entries together by user, in the order of time, in a temporary database that grows on disk.
+"""Makes records from the entries of a log, in any order; histories are the user's earlier entries.
 
-A log is in any order and may be larger than memory. SQLite's private database `""` keeps what fits its cache in memory
-and the rest in a file that is gone when the connection is; its ORDER BY merges sorted runs from disk.
+A log may be larger than memory, so a temporary database sorts it by user and time. SQLite's private database `""` keeps
+in memory only as much as its cache holds. The rest goes into a file that disappears with the connection, and ORDER BY
+merges sorted runs from it.
+
+An entry that a log holds twice, with the same time, stands once in histories.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
 from typing import Any, NamedTuple
+
+from nextquill.data.loaders.row import Row
+from nextquill.data.loaders.source import Source
+from nextquill.data.records import HistoryItem, Record
+from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 
 
 class Entry(NamedTuple):
     """One entry of a log.
 
     Args:
-        user_id: whose it is.
-        timestamp: seconds since the epoch, or None where the log has no times.
-        where: the place it comes from, for errors.
-        content: whatever the loader needs of it, as JSON can hold it.
+        user_id: the entry's user.
+        timestamp: seconds since the epoch, or None if the log has no times.
+        where: the entry's place in the source, for errors.
+        content: `text`, `query`, `response`, `extra` and optionally `title`, ready for JSON.
     """
 
     user_id: str
@@ -30,10 +38,28 @@ class Entry(NamedTuple):
     content: Mapping[str, Any]
 
 
-def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Yield each user's entries: by timestamp, and those with the same one, or none, in the order they came in.
+def records_of(
+    source: Source, convert: Callable[[Row], Entry], *, min_history: int = 0, max_history: int | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yield a record for every entry that has enough earlier entries by its user.
 
-    Users come in the order of their names. Of one user everything is in memory at a time: 300 MiB of texts by 20,000
+    Args:
+        source: the log. Its `skipped` also counts entries that cannot be placed in time.
+        convert: makes an entry from a row.
+        min_history: the fewest earlier entries that a record needs. Other entries still become history.
+        max_history: the most earlier entries, the latest ones; None takes all.
+
+    Raises:
+        RecordError: some entries of a user have a timestamp and others have none, and nothing is skipped.
+    """
+    for entries in by_user(entry for _, entry in source.each(convert)):
+        yield from _of_one(_placed(entries, source.skipped), source.skipped, min_history, max_history)
+
+
+def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Yield each user's entries by timestamp; entries with equal timestamps, or none, keep their order.
+
+    Users come in the order of their names. Only one user's entries are in memory at a time: 300 MiB of texts by 20,000
     users take 7 MiB.
 
     Raises:
@@ -41,19 +67,54 @@ def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """
     with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as log:
         try:
-            yield from _grouped(log, entries)
+            log.execute("PRAGMA journal_mode = OFF")
+            log.execute("CREATE TABLE log (id INTEGER PRIMARY KEY, user TEXT, time REAL, place TEXT, content TEXT)")
+            log.execute("BEGIN")
+            log.executemany(
+                "INSERT INTO log (user, time, place, content) VALUES (?, ?, ?, ?)",
+                ((*entry[:3], json.dumps(entry.content, ensure_ascii=False)) for entry in entries),
+            )
+            rows = log.execute("SELECT user, time, place, content FROM log ORDER BY user, time, id")
+            for _, group in groupby(rows, key=lambda row: row[0]):
+                yield [Entry(user, time, place, json.loads(content)) for user, time, place, content in group]
         except sqlite3.OperationalError as error:
-            raise OSError(f"the temporary file that sorts a log: {error}; TMPDIR says where it is") from error
+            raise OSError(f"the temporary file that sorts a log: {error}; TMPDIR names its folder") from error
 
 
-def _grouped(log: sqlite3.Connection, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    log.execute("PRAGMA journal_mode = OFF")
-    log.execute("CREATE TABLE log (position INTEGER PRIMARY KEY, user TEXT, time REAL, place TEXT, content TEXT)")
-    log.execute("BEGIN")
-    log.executemany(
-        "INSERT INTO log (user, time, place, content) VALUES (?, ?, ?, ?)",
-        ((*entry[:3], json.dumps(entry.content, ensure_ascii=False)) for entry in entries),
-    )
-    rows = log.execute("SELECT user, time, place, content FROM log ORDER BY user, time, position")
-    for _, group in groupby(rows, key=lambda row: row[0]):
-        yield [Entry(user, time, place, json.loads(content)) for user, time, place, content in group]
+def _placed(entries: list[Entry], skipped: SkippedRecords | None) -> list[Entry]:
+    """The entries that can be ordered: all, or only those with a time if some have one and others do not."""
+    dated = [entry for entry in entries if entry.timestamp is not None]
+    if not dated or len(dated) == len(entries):
+        return entries
+    for entry in entries:
+        if entry.timestamp is None:
+            problem = f"required, as user {entry.user_id!r} has one in {dated[0].where}, but missing"
+            skip_or_raise(PlacedError(entry.where, problem, "timestamp"), skipped)
+    return dated
+
+
+def _of_one(
+    entries: list[Entry], skipped: SkippedRecords | None, min_history: int, max_history: int | None
+) -> Iterator[tuple[str, Record]]:
+    items: list[HistoryItem] = []
+    before, moment = 0, None  # the number of items strictly before this moment
+    for entry in entries:
+        if entry.timestamp is None or entry.timestamp != moment:
+            before, moment = len(items), entry.timestamp  # all entries of one moment share the same past
+        item = HistoryItem(entry.content["text"], entry.content.get("title"), entry.timestamp)
+        if moment is None or item not in items[before:]:
+            items.append(item)
+        if before < min_history:
+            if skipped is not None:
+                skipped.accept()  # it is good, and counts in the share of bad entries
+            continue
+        first = 0 if max_history is None else max(0, before - max_history)
+        record = Record(
+            user_id=entry.user_id,
+            query=entry.content["query"],
+            response=entry.content["response"],
+            history=tuple(items[first:before]),
+            timestamp=entry.timestamp,
+            extra=entry.content["extra"],
+        )
+        yield entry.where, record

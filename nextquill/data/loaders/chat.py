@@ -1,14 +1,13 @@
-"""Chat logs: rows {user_id, messages: [{role, content}], timestamp}, one conversation each.
+"""Reads chat logs: rows {user_id, messages: [{role, content}], timestamp}, one conversation each.
 
-What is personal in a chat is either what the assistant should answer this user or what the user would write, and the
-two make different records:
+A record can ask for the assistant's answer to this user, or for the user's own words:
 
     respond_as="assistant"   response: the assistant's last turn     past texts: the user's earlier conversations
     respond_as="user"        response: the user's last turn          past texts: the user's own turns in those
 
-The query is the conversation up to the response. A single turn of the other side stands as it is; of several, each is
-preceded by who speaks. What follows the response is left out. Conversations are earlier by `timestamp`, those of the
-same moment not being each other's past; where a log has no times, by their order in the file.
+The query is the conversation before the response; later turns are left out. If the query is a single turn, it stands
+alone; otherwise the speaker's name precedes each turn. Conversations are ordered by `timestamp`, and those of the same
+moment are not each other's past. In a log without times, the order of the file counts.
 """
 
 from __future__ import annotations
@@ -17,23 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nextquill.data._checks import check_integer, check_one_of
-from nextquill.data.loaders.by_user import Entry, by_user
-from nextquill.data.loaders.past import records_of
+from nextquill.data.loaders.by_user import Entry, records_of
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, check_text, unexpected
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
 _SPEAKS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+_ROLES = {role: role for role in _SPEAKS} | {
+    "developer": "system", "human": "user", "gpt": "assistant", "function": "tool",
+}  # fmt: skip
 
 
 class _Turn(NamedTuple):
@@ -48,22 +39,16 @@ def load_chat(
 
     Args:
         source: the conversations, in any order.
-        respond_as: "assistant" or "user": whose last turn is the response.
-        max_history: most earlier conversations, the latest; None takes all.
+        respond_as: the role whose last turn is the response, "assistant" or "user".
+        max_history: the most earlier conversations, the latest ones; None takes all.
 
     Raises:
-        ArgumentError: `respond_as` is neither, or `max_history` is negative.
+        ArgumentError: `respond_as` has another value, or `max_history` is negative.
         RecordError: a row is malformed and nothing is skipped.
     """
     check_one_of("respond_as", respond_as, ("assistant", "user"))
-    if max_history is not None:
-        check_integer("max_history", max_history, 0)
-
-    def convert(row: Row) -> Entry:
-        return _entry(row, respond_as)
-
-    entries = (entry for _, entry in source.each(convert))
-    return records_of(by_user(entries), source.skipped, max_history=max_history)
+    check_integer("max_history", max_history, 0, or_none=True)
+    return records_of(source, lambda row: _entry(row, respond_as), max_history=max_history)
 
 
 def _entry(row: Row, respond_as: str) -> Entry:
@@ -102,7 +87,7 @@ def _turn(message: Row) -> _Turn:
 
 
 def _shown(turns: Sequence[_Turn]) -> str:
-    """Turns as one text; a single one without its speaker's name."""
+    """The turns as one text; a single turn stands without its speaker's name."""
     turns = [turn for turn in turns if turn.text.strip()]
     if len(turns) == 1 and turns[0].role != "system":
         return turns[0].text

@@ -1,4 +1,4 @@
-"""CSV (RFC 4180): quoted cells may hold line breaks, and errors name the line a record begins on."""
+"""Reads CSV (RFC 4180). Quoted cells may hold line breaks, so errors name the line on which a record begins."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def csv_rows(
     max_line_bytes: int = MAX_LINE_BYTES,
     skipped: SkippedRecords | None = None,
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the line each record begins on, and its cells by column.
+    """Yield the first line of each record, and its cells by column.
 
-    After a quote that is never closed nobody knows where a record begins, so that is raised, never skipped.
+    A quote that is never closed is always an error and never skipped, because the next record cannot be found.
 
     Args:
         path: a file, plain or gzipped, whose first record names the columns.
-        delimiter: what parts cells.
-        max_line_bytes: longest record, over all its lines: what a quote that is never closed may swallow.
-        skipped: takes note of bad records instead of raising.
+        delimiter: stands between cells.
+        max_line_bytes: the most bytes in a record, over all its lines; this also limits a quote that is never closed.
+        skipped: counts bad records, which are then left out; None makes the first one an error.
 
     Raises:
         RecordError: the file cannot be read, its header is unusable, or a record is too long, not UTF-8, not CSV, or
@@ -34,7 +34,7 @@ def csv_rows(
     """
     name = os.fspath(path)
     lines = _Lines(name, numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped), max_line_bytes)
-    # The limit of a cell is one for the whole process; it is only ever raised.
+    # The limit on cells holds for the whole process, so it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), max_line_bytes))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -48,27 +48,29 @@ def csv_rows(
                 raise lines.bad
             if header is None:
                 header = _header(cells, lines.where)
+            elif cells and len(cells) != len(header):
+                problem = f"expected {len(header)} cells as in the header, got {len(cells)}"
+                raise PlacedError(lines.where, problem, kind="csv")
             elif cells:
-                row = _row(header, cells, lines.where)
+                row = dict(zip(header, cells, strict=True))
                 yield lines.where, row
-        except csv.Error as error:
-            bad = PlacedError(lines.where, f"not valid CSV: {error}", kind="csv")
-            skip_or_raise(bad, None if header is None or lines.lost else skipped)
-        except RecordError as error:
+        except (csv.Error, RecordError) as error:
+            if isinstance(error, csv.Error):
+                error = PlacedError(lines.where, f"not valid CSV: {error}", kind="csv")
             skip_or_raise(error, None if header is None or lines.lost else skipped)
     if header is None:
         raise RecordError(f"{name}: no records, the file is empty")
 
 
 class _Lines:
-    """The lines as `csv.reader` wants them, which knows where the record it is in began.
+    """The lines for `csv.reader`, with the place where the current record begins.
 
-    No generator: that would be at its end after the first error.
+    This is not a generator, because a generator would end with the first error.
 
     Attributes:
-        bad: what is wrong with a line of the record. Raised once the record is read to its end, or the rest of a cell
-            would be read as records.
-        lost: whether the quotes are out of step, so that the next record cannot be found.
+        bad: the error in a line of the current record. It is raised after the whole record is read; otherwise the rest
+            of a cell would be read as records.
+        lost: whether a quote is still open, so that the next record cannot be found.
     """
 
     def __init__(self, name: str, lines: Iterator[tuple[int, bytes]], most: int) -> None:
@@ -82,7 +84,7 @@ class _Lines:
         return f"{self._name} line {self._first}"
 
     def begin(self) -> None:
-        """The next line is the first of a record."""
+        """Start a record with the next line."""
         self._first = self._size = 0
         self.bad = None
 
@@ -116,9 +118,3 @@ def _header(cells: list[str], where: str) -> list[str]:
     if twice is not None:
         raise PlacedError(where, f"expected every column once, got {twice!r} twice", kind="csv")
     return cells
-
-
-def _row(header: list[str], cells: list[str], where: str) -> dict[str, str]:
-    if len(cells) != len(header):
-        raise PlacedError(where, f"expected {len(header)} cells as in the header, got {len(cells)}", kind="csv")
-    return dict(zip(header, cells, strict=True))

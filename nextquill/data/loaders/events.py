@@ -1,8 +1,8 @@
-"""An event log: rows {user_id, timestamp, text} with an optional title and query, one text each, in any order.
+"""Reads event logs: rows {user_id, timestamp, text} with an optional title and query, one text each, in any order.
 
-Each text becomes a record whose response is the text and whose history is the user's texts that are strictly earlier;
-texts of the same moment are not each other's history. The query is a column of that name, or a sentence that is given
-once, such as "Write the next post titled {title}", in which {column} is what the row has there.
+Each text becomes a record: the text is its response, and the user's strictly earlier texts are its history. Texts of
+the same moment are not each other's history. The query is the column `query`, or one sentence for all, such as "Write
+the next post titled {title}", in which {column} stands for the row's value.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import string
 from collections.abc import Iterator
 
 from nextquill.data._checks import check_integer
-from nextquill.data.loaders.by_user import Entry, by_user
-from nextquill.data.loaders.past import records_of
-from nextquill.data.loaders.row import Row, json_ready
+from nextquill.data.loaders.by_user import Entry, records_of
+from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError
@@ -30,29 +29,23 @@ def load_events(
     Args:
         source: the log.
         query: the sentence; None reads the column `query`. It cannot show the text, which is the answer.
-        min_history: texts with fewer earlier ones make no record, though they are history of later ones.
-        max_history: most earlier texts, the latest; None takes all, so that a user's n texts take n²/2 in the output.
+        min_history: the fewest earlier texts that a record needs. Other texts still become history.
+        max_history: the most earlier texts, the latest ones; None takes all, so n texts of a user become n²/2 items.
 
     Raises:
-        ArgumentError: the sentence is malformed, or a number negative.
+        ArgumentError: the sentence is malformed, or a number is negative.
         RecordError: a row is malformed and nothing is skipped.
     """
     parts = None if query is None else _parsed(query)
     check_integer("min_history", min_history, 0)
-    if max_history is not None:
-        check_integer("max_history", max_history, min_history)
-
-    def convert(row: Row) -> Entry:
-        return _entry(row, parts)
-
-    entries = (entry for _, entry in source.each(convert))
-    return records_of(by_user(entries), source.skipped, min_history=min_history, max_history=max_history)
+    check_integer("max_history", max_history, min_history, or_none=True)
+    return records_of(source, lambda row: _entry(row, parts), min_history=min_history, max_history=max_history)
 
 
 def _entry(row: Row, parts: list[tuple[str, str | None]] | None) -> Entry:
     user, time, text = row.user_id("user_id"), row.seconds("timestamp"), row.response("text")
     if time is None:
-        raise row.error("timestamp", "required, but missing: the order of events is what histories are made of")
+        raise row.error("timestamp", "required, but missing: histories follow from the order of events")
     made = next(filter(row.has, _MADE), None)
     if made is not None:
         raise row.error(made, "expected a log without it, as records get their own; columns can give it another name")
@@ -66,17 +59,13 @@ def _entry(row: Row, parts: list[tuple[str, str | None]] | None) -> Entry:
         "response": text,
         "query": asked,
         "title": row.optional_text("title"),
-        "extra": {
-            str(name): json_ready(value, row.where, str(name))
-            for name, value in row.values.items()
-            if name not in _FIELDS
-        },
+        "extra": row.others(_FIELDS),
     }
     return Entry(user, time, row.where, content)
 
 
 def _parsed(query: str) -> list[tuple[str, str | None]]:
-    """A sentence as pieces of text, each with the column after it; only plain names stand in braces."""
+    """Split a sentence into pieces of text, each with the column that follows; braces may only hold plain names."""
     try:
         pieces = list(string.Formatter().parse(query))
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""A JSON file that is one long list, an item at a time.
+"""Reads a JSON file that is one long list, an item at a time.
 
-Here one item is held, and a buffer of at most twice the longest item: the text read so far is parsed, and where an item
-is cut off, as much again is read. LaMP's files are such lists: for 6,000 questions in 207 MiB this takes less than a
-MiB, where `json.load` takes 640 and the streaming JSON reader of `datasets` 1,700.
+Only one item is held, and a buffer of at most twice the longest item. If an item is cut off in the buffer, the unread
+text is doubled. LaMP's files are such lists: for 6,000 questions in 207 MiB this takes less than 1 MiB of memory, while
+`json.load` takes 640 MiB and the streaming JSON reader of `datasets` 1,700 MiB.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from nextquill.data.skipped import PlacedError
 
 _CHUNK = 2**18
 _SPACE = " \t\n\r"
-#: An error so near to the end of what was read may be its end; no token but a string is cut off further from it.
+#: Characters. An error this near to the end of the buffer may come from a cut-off token; only strings can be longer.
 _TOKEN = 16
 
 
 def json_list(path: str | os.PathLike[str], *, max_item_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[str, object]]:
-    """Yield the line on which each item begins with its position, and what it holds.
+    """Yield the place of each item, with its line and position, and its value.
 
-    A list that is broken somewhere cannot be read on, so such errors are raised, never skipped.
+    A broken list cannot be read any further, so its errors are raised and never skipped.
 
     Args:
         path: a file, plain or gzipped, that holds one JSON list.
-        max_item_bytes: a longer item is an error; no more of it is held than twice that.
+        max_item_bytes: a longer item is an error; at most twice as much is held.
 
     Raises:
-        RecordError: the file cannot be read, is not UTF-8, or holds something other than a JSON list.
+        RecordError: the file cannot be read, is not UTF-8, or is not a JSON list.
     """
     with opened(path) as file:
         yield from _Parser(os.fspath(path), file, max_item_bytes).items()
@@ -78,7 +78,7 @@ class _Parser:
                     line = self._line + self._buffer.count("\n", self._at, getattr(error, "pos", self._at))
                     raise PlacedError(f"{self._name} line {line}", f"not valid JSON: {error}", kind="json") from error
                 continue
-            # A number so near to the end may go on: "1" may be the beginning of "1.5" or, as "1e-" is cut, of "1e-5".
+            # A number this near to the end may be cut off: "1" can be the beginning of "1.5" or, from "1e-", of "1e-5".
             safe = len(self._buffer) - (_TOKEN if isinstance(value, (int, float)) else 0)
             if end < safe or not self._read():
                 self._line += self._buffer.count("\n", self._at, end)
@@ -86,12 +86,12 @@ class _Parser:
                 return value
 
     def _cut_off(self, error: ValueError) -> bool:
-        if not isinstance(error, json.JSONDecodeError):  # an integer of more digits than Python reads
+        if not isinstance(error, json.JSONDecodeError):  # an integer with more digits than Python reads
             return False
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - _TOKEN
 
     def _next(self) -> str:
-        """Go to the next character that is no white space; an empty string at the end of the file."""
+        """Move to the next character that is not white space, and return it; "" at the end of the file."""
         while True:
             while self._at < len(self._buffer):
                 character = self._buffer[self._at]
@@ -103,7 +103,7 @@ class _Parser:
                 return ""
 
     def _read(self) -> bool:
-        """Read as much again as there is unread, and forget what is read; False at the end of the file."""
+        """Double the unread text, and drop the text before it; False at the end of the file."""
         if self._ended:
             return False
         unread = self._buffer[self._at :]

@@ -1,8 +1,8 @@
-"""LaMP 1 to 7 (Salemi et al., arXiv 2304.11406), by users and by time.
+"""Reads LaMP 1 to 7 (Salemi et al., arXiv 2304.11406), both by users and by time.
 
-A task comes as two files, `*_questions.json`, a list of {id, input, profile}, and `*_outputs.json`,
-{task, golds: [{id, output}]}. The query is the question's input, the response its output. What a past item says is
-worded as in the benchmark's own prompts where it has a label of the user's, which would be lost otherwise:
+A task comes as two files: `*_questions.json`, a list of {id, input, profile}, and `*_outputs.json`,
+{task, golds: [{id, output}]}. The query is the question's input, and the response is its output. A past item with a
+label by the user is worded as in the benchmark's own prompts, as the label would be lost otherwise:
 
 | task | keys of an item | text | title |
 |---|---|---|---|
@@ -14,8 +14,8 @@ worded as in the benchmark's own prompts where it has a label of the user's, whi
 | 6 e-mails | text, title or subject | the text | title or subject |
 | 7 tweets | text | the text | |
 
-The releases by time have a `date` for every item. There are no user ids: one question is one user, whose name is the
-question's id, unless it has a `user_id`. `extra` keeps `id` and `task`, which the benchmark's evaluation asks for.
+The releases by time have a `date` for every item. LaMP has no user ids, so each question counts as one user, named by
+the question's id unless it has a `user_id`. `extra` keeps `id` and `task`, which the benchmark's evaluation needs.
 """
 
 from __future__ import annotations
@@ -37,34 +37,30 @@ def load_lamp(source: Source, *, outputs: Place | None = None, task: str | None 
 
     Args:
         source: the questions.
-        outputs: the file of the outputs; None where every question has its `output`.
-        task: what `extra` calls the task; None takes it from the file of the outputs.
+        outputs: the file with the outputs; None if every question has its `output`.
+        task: the name of the task in `extra`; None takes it from the file with the outputs.
 
     Raises:
-        RecordError: the file of the outputs is malformed, or a question is and nothing is skipped.
+        RecordError: the file with the outputs is malformed, or a question is malformed and nothing is skipped.
     """
     golds: Mapping[str, str] | None = None
     if outputs is not None:
         found, golds = _golds(outputs)
         task = task or found
-
-    def convert(row: Row) -> Record:
-        return _record(row, golds, task)
-
-    return source.each(convert)
+    return source.each(lambda row: _record(row, golds, task))
 
 
 def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Record:
     identity = row.user_id("id")
     query = row.text("input")
     if task is not None and task.endswith("6") and query and not any(map(str.isspace, query)):
-        raise row.error("input", f"expected an e-mail, got the id {query!r}; LaMP's own script puts the texts in")
+        raise row.error("input", f"expected an e-mail, got the id {query!r}; LaMP's own script fills in the texts")
     if golds is None:
         response = row.response("output", "response")
     elif identity in golds:
         response = golds[identity]
     else:
-        raise row.error("id", f"expected an id that the outputs have, got {identity!r}", kind="outputs")
+        raise row.error("id", f"expected an id from the outputs, got {identity!r}", kind="outputs")
     raw = {
         "user_id": row.user_id("user_id", "id"),
         "query": query,
@@ -78,7 +74,7 @@ def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Reco
 
 def _item(item: Row, task: str | None) -> dict[str, object]:
     if task is not None and task.endswith("3") and not item.has("score"):
-        raise item.error("score", f"expected the review's score, which {task} is about, got none")
+        raise item.error("score", f"expected the review's score, which {task} needs, got none")
     if item.has("tag", "description"):
         text = f'the tag for the movie: "{item.text("description")}" is "{item.label("tag")}"'
     elif item.has("category", "text"):
@@ -96,7 +92,7 @@ def _item(item: Row, task: str | None) -> dict[str, object]:
 
 
 def _golds(place: Place) -> tuple[str | None, dict[str, str]]:
-    """The task and the outputs by id; the file holds nothing else, so it is read at once."""
+    """The task, and the outputs by id. The file is small enough to be read at once."""
     name = os.fspath(place)
     if name.startswith(HUB):
         raise ArgumentError(f"outputs: expected a file, got {name}")

@@ -1,8 +1,8 @@
-"""LongLaMP (Kumar et al., arXiv 2407.11016): `hf://LongLaMP/LongLaMP/CONFIG`, splits train, val and test.
+"""Reads LongLaMP (Kumar et al., arXiv 2407.11016): `hf://LongLaMP/LongLaMP/CONFIG`, splits train, val and test.
 
 CONFIG is abstract_generation, product_review or topic_writing, each with `_user` or `_temporal`. A row has the user
 (`name`, `reviewerId`, `author`), `input`, `output` and `profile`. The release and the authors' own code spell some keys
-differently; both are read:
+differently, and both spellings are read:
 
 | task | keys of an item | text | title |
 |---|---|---|---|

@@ -1,6 +1,7 @@
-"""Preference pairs: FSPO's ELIX, Review and Roleplay sets, AlignX, and any file of prompt, chosen and rejected.
+"""Reads preference pairs: FSPO's ELIX, Review and Roleplay sets, AlignX, and any file of prompt, chosen and rejected.
 
-The response is the chosen one; `extra` keeps `chosen` and `rejected` for losses that compare the two. Spellings read:
+The response is the chosen one. `extra` keeps `chosen` and `rejected` for losses that compare the two. These fields are
+read:
 
 | set | fields |
 |---|---|
@@ -9,15 +10,14 @@ The response is the chosen one; `extra` keeps `chosen` and `rejected` for losses
 | AlignX (arXiv 2503.15463) | prompt, chosen, rejected, "User-Generated Content", "Pair-wise Comparative Feedback" |
 | others | prompt, chosen, rejected, user_id |
 
-What is known of a user is either in the row, as AlignX has it: comments, and pairs, which are rendered as text. Its
-rows name no user, so those of which the same is known are one, called by a digest of it. Or it is the user's other
-rows: the `max_pairs` before it. Of either, what has the record's own prompt, or its response among the texts, is left
-out, as it would give the answer away.
+A user's history comes from one of two places. In AlignX it is in the row itself: comments, and pairs, which are
+rendered as text. These rows name no user, so rows with the same history count as one user, named by a digest. In the
+other sets the history is the user's `max_pairs` pairs before the row. In both cases, items with the record's own prompt
+or response are left out, as they would give the answer away.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -27,12 +27,10 @@ from nextquill.data._checks import check_integer
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, parse_record
+from nextquill.storage.fingerprints import digest_of
 
-_CONTENT, _FEEDBACK, _PERSON = (
-    "User-Generated Content",
-    "Pair-wise Comparative Feedback",
-    "Demographic Information",
-)
+_CONTENT, _FEEDBACK = "User-Generated Content", "Pair-wise Comparative Feedback"
+_PERSON = "Demographic Information"
 
 
 class _Pair(NamedTuple):
@@ -52,14 +50,14 @@ def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[st
 
     Args:
         source: the rows.
-        max_pairs: most earlier pairs of a user that become the history, where the rows have none of their own.
+        max_pairs: the most earlier pairs of a user that become the history, if the rows have none of their own.
 
     Raises:
         ArgumentError: `max_pairs` is negative.
         RecordError: a row is malformed and nothing is skipped.
     """
     check_integer("max_pairs", max_pairs, 0)
-    # Twice as many, for those that would give the answer away.
+    # Twice as many are held, as some may give the answer away.
     earlier: defaultdict[str, deque[_Pair]] = defaultdict(lambda: deque(maxlen=2 * max_pairs))
 
     def convert(row: Row) -> Record:
@@ -95,21 +93,21 @@ def _pair(row: Row) -> _Pair:
         x, y = row.response("response_x"), row.response("response_y")
         label = row.label("label")
         if label not in ("0", "1", "0.0", "1.0"):
-            raise row.error("label", f"expected 0, which prefers response_x, or 1, got {label!r}")
+            raise row.error("label", f"expected 0 for response_x or 1 for response_y, got {label!r}")
         chosen, rejected = (x, y) if label.startswith("0") else (y, x)
         return _Pair(row.text("prompt"), chosen, rejected)
     return _Pair(row.text("prompt", "x"), row.response("chosen", "yw"), row.text("rejected", "yl"))
 
 
 def _name(row: Row, pair: _Pair) -> str:
-    """The same in every file for rows of which the same is known; a row of which nothing is stands alone."""
+    """A user's name that is equal, in all files, for rows with the same history; without history, unique to the row."""
     known = [row.values.get(name) for name in (_CONTENT, _FEEDBACK, _PERSON)]
     text = json.dumps(known if any(known[:2]) else [*known, *pair], sort_keys=True, default=str)
-    return f"row-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=6).hexdigest()}"
+    return f"row-{digest_of(text, 6).hex()}"
 
 
 def _own(row: Row, answer: _Pair) -> list[dict[str, str]]:
-    """The history that the row itself has: comments first, then pairs."""
+    """The history in the row itself: comments first, then pairs."""
     comments = row.rows(_CONTENT) if row.has(_CONTENT) else []
     pairs = [_pair(pair) for pair in row.rows(_FEEDBACK)] if row.has(_FEEDBACK) else []
     items = [{"title": comment.text("prompt"), "text": comment.text("comment")} for comment in comments]

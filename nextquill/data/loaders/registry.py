@@ -1,8 +1,7 @@
-"""The formats by name, and `load`, which reads any of them."""
+"""Lists the formats by name, and reads any of them with `load`."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,9 @@ from nextquill.data.loaders.source import Rows, Source
 from nextquill.data.loaders.tables import load_table
 from nextquill.data.loaders.times import Clock
 from nextquill.data.records import Record
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.errors import ArgumentError
+from nextquill.storage.fingerprints import digest_of
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Format:
     """A family of data sets.
 
     Args:
-        summary: what it is, in a line.
-        load: from a source and the options to records with their places.
-        options: what the options mean, by name.
-        time_unit: what numbers count that are times.
+        summary: a description in one line.
+        load: takes a source and the options, and yields records with their places.
+        options: descriptions of the options, by name.
+        time_unit: the default unit of numeric times, "s" or "ms".
     """
 
     summary: str
@@ -40,37 +40,37 @@ class Format:
     time_unit: str = "s"
 
 
-_MAX_HISTORY = "most earlier texts, the latest; all by default"
+_MAX_HISTORY = "the most earlier texts, the latest ones; all by default"
 FORMATS: Mapping[str, Format] = {
     "lamp": Format(
         "LaMP 1 to 7: a file of questions, and one of outputs",
         load_lamp,
-        {"outputs": "the file of the outputs", "task": "what the task is called in the records; as in the outputs"},
+        {"outputs": "the file with the outputs", "task": "the task's name in the records; else as in outputs"},
     ),
     "longlamp": Format("LongLaMP: abstracts, product reviews and topics", load_longlamp),
     "amazon": Format(
         "Amazon reviews as NextQuill uses them (DPL-main with DPL-meta)",
         load_amazon,
-        {"metadata": "the items' titles and descriptions", "metadata_split": "their split on the hub; 'full'"},
+        {"metadata": "the items' titles and descriptions", "metadata_split": "their split on the hub; else 'full'"},
         time_unit="ms",
     ),
     "preferences": Format(
         "pairs of a preferred and another response: FSPO, AlignX and the like",
         load_preferences,
-        {"max_pairs": "most earlier pairs of a user that become the history; 8"},
+        {"max_pairs": "the most earlier pairs of a user that become the history; 8 by default"},
     ),
     "chat": Format(
         "conversations {user_id, messages, timestamp}",
         load_chat,
-        {"respond_as": "whose last turn is the response, 'assistant' or 'user'", "max_history": _MAX_HISTORY},
+        {"respond_as": "the role of the response, 'assistant' or 'user'", "max_history": _MAX_HISTORY},
     ),
     "table": Format("records in JSONL, JSON, CSV or Parquet whose columns may have other names", load_table),
     "events": Format(
         "a log of texts {user_id, timestamp, text, title}, whose histories are made from it",
         load_events,
         {
-            "query": "what is asked, such as 'Write the next post titled {title}'; the column 'query' by default",
-            "min_history": "earlier texts that a record needs; 0",
+            "query": "the request, such as 'Write the next post titled {title}'; the column 'query' by default",
+            "min_history": "the fewest earlier texts that a record needs; 0 by default",
             "max_history": _MAX_HISTORY,
         },
     ),
@@ -97,22 +97,21 @@ def load(
         load("longlamp", "hf://LongLaMP/LongLaMP/topic_writing_user", split="train")
         load("events", "posts.csv", columns={"user_id": "author", "text": "body"}, query="Write a post")
 
-    Arguments are checked at once, rows as they are read. Beside the formats' own needs, some 200 bytes are held for
-    each record, to know duplicates by.
+    Arguments are checked at once, and rows as they are read. To find duplicates, some 200 bytes are held per record.
 
     Args:
         format: one of `FORMATS`.
         source: a file, `hf://owner/name[/config]`, several of either, or rows such as a `datasets.IterableDataset`.
         split: the split on the hub; "train" by default.
-        columns: fields by the columns that hold them, such as {"user_id": "author"}.
-        timezone: what clock times without a zone mean, such as "Europe/Berlin"; without it they are errors.
-        time_unit: what numbers count that are times, "s" or "ms"; the format's own by default.
-        max_line_bytes: longest line, CSV record, or item of a JSON list.
-        skipped: takes note of bad records, which are left out; None makes the first of them an error.
-        require_history: whether a record without history is a bad one.
-        keep_duplicates: whether records with the same user, query, response, rejected response, if any, and time stay;
-            otherwise all but the first are bad.
-        options: those of the format.
+        columns: the column of each renamed field, such as {"user_id": "author"}.
+        timezone: the zone of clock times that name none, such as "Europe/Berlin"; without it they are errors.
+        time_unit: the unit of numeric times, "s" or "ms"; the format's own by default.
+        max_line_bytes: the most bytes in a line, CSV record, or item of a JSON list.
+        skipped: counts bad records, which are then left out; None makes the first one an error.
+        require_history: treat records without history as bad.
+        keep_duplicates: keep records with the same user, query, response, rejected response, if any, and time.
+            Otherwise all but the first are bad.
+        options: the options of the format.
 
     Raises:
         ArgumentError: an unknown format or option, or an unusable value.
@@ -130,38 +129,20 @@ def load(
     rows = Source(source, split, dict(columns or {}), clock, max_line_bytes, skipped)
     rows.check()
     found = chosen.load(rows, **options)
-    return _checked(found, rows.name, skipped, None if keep_duplicates else _Seen(), require_history)
+    seen = _Seen()
 
+    def checked(where: str, record: Record) -> Record:
+        if require_history and not record.history:
+            raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
+        if not keep_duplicates:
+            seen.check(record, where)
+        return record
 
-def _checked(
-    found: Iterator[tuple[str, Record]],
-    name: str,
-    skipped: SkippedRecords | None,
-    seen: _Seen | None,
-    require_history: bool,
-) -> Iterator[Record]:
-    count = 0
-    for where, record in found:
-        try:
-            if require_history and not record.history:
-                raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
-            if seen is not None:
-                seen.check(record, where)
-        except RecordError as error:
-            skip_or_raise(error, skipped)
-            continue
-        if skipped is not None:
-            skipped.accept()
-        count += 1
-        yield record
-    if skipped is not None:
-        skipped.check(name)
-    if not count:
-        raise RecordError(f"{name}: no records")
+    return each_good(found, checked, skipped, rows.name)
 
 
 class _Seen:
-    """The records that have been, by digest; places share the text before their number."""
+    """The digests of earlier records, and their places, which share the text before their number to save memory."""
 
     def __init__(self) -> None:
         self._first: dict[bytes, tuple[str, str]] = {}
@@ -170,7 +151,7 @@ class _Seen:
     def check(self, record: Record, where: str) -> None:
         # One preferred response may stand in pairs with several others.
         key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
-        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = digest_of(repr(key), 16)
         start, _, number = where.rpartition(" ")
         place = (self._shared.setdefault(start, start), number)
         first = self._first.setdefault(digest, place)

@@ -1,9 +1,9 @@
-"""One row of a source: its fields by name, each checked where it is read, so that an error names row and field."""
+"""A row of a source. Each field is checked when it is read, so that an error names row and field."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -15,16 +15,16 @@ from nextquill.data.skipped import PlacedError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A mapping and the place it comes from.
+    """The fields of a row, and its place in the source.
 
-    Where a method takes several names they are spellings of one field; the first that is there is read. None counts as
-    absent everywhere, as data sets fill up missing keys with it.
+    Several names for a method are spellings of one field, and the first that is there is read. None counts as absent,
+    because data sets use it for missing keys.
 
     Args:
         values: the fields.
         where: the source and the line or row.
-        clock: reads its times.
-        path: what precedes a field's name in errors, such as "profile[2].".
+        clock: reads the times.
+        path: stands before a field's name in errors, such as "profile[2].".
     """
 
     values: Mapping[str, object]
@@ -33,7 +33,7 @@ class Row:
     path: str = ""
 
     def has(self, *names: str) -> bool:
-        """Whether all of the fields are there and not None."""
+        """Whether all these fields are there and not None."""
         return all(self.values.get(name) is not None for name in names)
 
     def text(self, *names: str) -> str:
@@ -42,21 +42,21 @@ class Row:
         return check_text(self.values[name], self.where, self.path + name)
 
     def optional_text(self, *names: str) -> str | None:
-        """A string, or None where no spelling of the field is there."""
+        """A string, or None if the field is absent."""
         return self.text(*names) if any(map(self.has, names)) else None
 
     def response(self, *names: str) -> str:
-        """A string with more than white space in it."""
+        """A string that is not blank."""
         name = self._name(names)
         return check_response(self.values[name], self.where, self.path + name)
 
     def user_id(self, *names: str) -> str:
-        """A user's name: a string, or an integer, which is written as one."""
+        """A user's name: a string, or an integer as a string."""
         name = self._name(names)
         return check_user_id(self.values[name], self.where, self.path + name)
 
     def label(self, *names: str) -> str:
-        """A string or a finite number as text, such as a rating."""
+        """A label such as a rating: a string, or a finite number as a string."""
         name = self._name(names)
         value = self.values[name]
         if isinstance(value, str):
@@ -68,12 +68,12 @@ class Row:
         return str(value)
 
     def seconds(self, *names: str) -> float | None:
-        """A time in seconds since the epoch, or None where no spelling of the field is there."""
+        """A time in seconds since the epoch, or None if the field is absent."""
         name = next(filter(self.has, names), None)
         return None if name is None else self.clock.seconds(self.values[name], self.where, self.path + name)
 
     def date(self, *names: str) -> float | None:
-        """As `seconds`, for a field of dates, where four digits are a year."""
+        """A date in seconds since the epoch, or None if the field is absent. Four digits are a year."""
         name = next(filter(self.has, names), None)
         return None if name is None else self.clock.date(self.values[name], self.where, self.path + name)
 
@@ -83,7 +83,7 @@ class Row:
         return self._inside(value, name)
 
     def rows(self, name: str) -> list[Row]:
-        """A list of mappings inside this one; a mapping of equally long lists is the same, by columns."""
+        """A list of mappings inside this one. A mapping of equally long columns is read as such a list."""
         value = self.values[self._name((name,))]
         if isinstance(value, Mapping):
             return list(self._transposed(value, name))
@@ -91,8 +91,13 @@ class Row:
             raise unexpected(self.where, self.path + name, "a list of objects", value)
         return [self._inside(item, f"{name}[{position}]") for position, item in enumerate(value)]
 
+    def others(self, names: Collection[str]) -> dict[str, object]:
+        """All fields but these, converted for JSON."""
+        found = {str(name): value for name, value in self.values.items() if name not in names}
+        return {name: json_ready(value, self.where, name) for name, value in found.items()}
+
     def error(self, name: str | None, problem: str, kind: str = "field") -> PlacedError:
-        """The error of a field, or with None of the row."""
+        """The error for a field, or for the whole row if `name` is None."""
         field = (self.path.rstrip(".") or None) if name is None else self.path + name
         return PlacedError(self.where, problem, field, kind)
 
@@ -126,10 +131,10 @@ class Row:
 
 
 def json_ready(value: object, where: str, name: str) -> object:
-    """A value of an unknown column as JSON can hold it: times as ISO 8601, decimals as numbers.
+    """Convert a value of an unknown column for JSON: times to ISO 8601, decimals to numbers.
 
     Raises:
-        RecordError: it is not finite, not valid Unicode, or of a type that JSON does not have.
+        RecordError: it is not finite, not valid Unicode, or has a type that JSON cannot hold.
     """
     if value is None or isinstance(value, bool):
         return value

@@ -1,4 +1,4 @@
-"""Where rows come from: files of several kinds, the Hugging Face hub, or anything that yields mappings."""
+"""Reads rows from files of several kinds, from the Hugging Face hub, or from any iterable of mappings."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from nextquill.data.loaders.csv_rows import csv_rows
 from nextquill.data.loaders.json_list import json_list
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.times import Clock
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.data.skipped import PlacedError, SkippedRecords, converted
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 Place = str | os.PathLike[str]
-#: One place, several that are read one after the other, or rows.
+#: One place, several places that are read one after another, or rows.
 Rows = Place | Sequence[Place] | Iterable[Mapping[str, Any]]
 HUB = "hf://"
 _CSV = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".jsonl", ".ndjson", ".json", *_CSV, ".parquet")
-_PARQUET_BATCH = 64  # rows held at a time; with histories they may be megabytes each
+_PARQUET_BATCH = 64  # rows held at a time; a row with its history may take megabytes
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, and how they are read.
+    """A source of rows, and the way to read them.
 
     Args:
-        rows_from: a path, `hf://owner/name[/config]`, several of either, or an iterable of mappings. A file's kind
-            follows from its suffix, before which `.gz` may be left off: .jsonl, .ndjson, .json (one list, or a record a
-            line), .csv, .tsv and .parquet.
-        split: the split on the hub; "train" where None.
-        columns: names that fields are to have, by the columns that hold them there: {"response": "body"}.
+        rows_from: a path, `hf://owner/name[/config]`, several of either, or an iterable of mappings. The suffix tells
+            the kind of a file: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All but
+            .parquet may be followed by .gz.
+        split: the split on the hub; None for "train".
+        columns: the column of each renamed field, such as {"response": "body"}.
         clock: reads the times.
-        max_line_bytes: longest line, CSV record or item of a JSON list.
-        skipped: takes note of bad rows; None makes the first an error.
-        argument: what errors call the argument that `rows_from` is.
+        max_line_bytes: the most bytes in a line, CSV record or item of a JSON list.
+        skipped: counts bad rows, which are then left out; None makes the first one an error.
+        argument: the name of the argument `rows_from` in errors.
     """
 
     rows_from: Rows
@@ -52,16 +52,16 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the source is called in errors."""
+        """The name of the source in errors."""
         places = self._places()
         return "source" if places is None else ", ".join(places)
 
     def check(self) -> None:
-        """Refuse what cannot be read, before anything is.
+        """Refuse a source that cannot be read, before reading starts.
 
         Raises:
-            ArgumentTypeError: `rows_from` is no place and yields no rows.
-            ArgumentError: a name on the hub is malformed, a suffix unknown, or a split given for local files.
+            ArgumentTypeError: `rows_from` is neither a place nor an iterable of rows.
+            ArgumentError: a name on the hub is malformed, a suffix is unknown, or a split is given for local files.
         """
         places = self._places()
         if places is None:
@@ -82,27 +82,13 @@ class Source:
             raise ArgumentError(f"split: expected none for local files, got {self.split!r}; name the split's file")
 
     def each(self, convert: Callable[[Row], _T]) -> Iterator[tuple[str, _T]]:
-        """Yield where each good row stands and what `convert` makes of it; a `RecordError` it raises skips the row."""
-        for row in self.rows():
-            try:
-                converted = convert(row)
-            except RecordError as error:
-                skip_or_raise(error, self.skipped)
-                continue
-            yield row.where, converted
-
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows, their columns renamed."""
-        for where, values in self._raw():
-            try:
-                row = Row(self._renamed(values, where), where, self.clock)
-            except RecordError as error:
-                skip_or_raise(error, self.skipped)
-                continue
-            yield row
+        """Yield the place of each good row, and the result of `convert`, which skips a row by a `RecordError`."""
+        return converted(
+            self._raw(), lambda where, raw: convert(Row(self._renamed(raw, where), where, self.clock)), self.skipped
+        )
 
     def other(self, argument: str, place: Place, split: str) -> Source:
-        """A second file, or configuration on the hub, that goes with this one; nothing in it may be skipped."""
+        """A second file, or configuration on the hub, that belongs to this source; bad rows in it are errors."""
         hub = os.fspath(place).startswith(HUB)
         other = replace(
             self, rows_from=place, split=split if hub else None, columns={}, skipped=None, argument=argument
@@ -111,7 +97,7 @@ class Source:
         return other
 
     def _places(self) -> list[str] | None:
-        """The places, or None where the source is rows."""
+        """The places, or None if the source is an iterable of rows."""
         given = [self.rows_from] if isinstance(self.rows_from, (str, os.PathLike)) else self.rows_from
         if not isinstance(given, (list, tuple)):
             return None

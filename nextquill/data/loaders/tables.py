@@ -1,8 +1,8 @@
-"""Rows that are records already, but for the names of their columns: JSONL, JSON lists, CSV, Parquet, the hub.
+"""Reads rows that are records already, except for the names of columns: JSONL, JSON lists, CSV, Parquet, the hub.
 
-A row has `user_id`, `query`, `response` and `history`, optionally `timestamp`, and anything else, which becomes
-`extra`; `columns` says what they are called. `history` is a list of strings or of {text, title, timestamp}; in a CSV
-cell it is written as JSON. A table without histories is a log: format "events" makes the histories.
+A row has `user_id`, `query`, `response`, `history` and optionally `timestamp`. All other columns become `extra`.
+`columns` renames columns. `history` is a list of strings or of {text, title, timestamp}; a CSV cell holds it as JSON. A
+table without histories is a log, and format "events" makes its histories.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from nextquill.data.loaders.row import Row, json_ready
+from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, parse_record
 
@@ -27,11 +27,8 @@ def load_table(source: Source) -> Iterator[tuple[str, Record]]:
 
 
 def _record(row: Row) -> Record:
-    extra = {
-        str(name): json_ready(value, row.where, str(name)) for name, value in row.values.items() if name not in _FIELDS
-    }
     raw = {
-        **extra,
+        **row.others(_FIELDS),
         "user_id": row.values.get("user_id"),
         "query": row.values.get("query"),
         "response": row.values.get("response"),
@@ -51,7 +48,7 @@ def _history(row: Row) -> object:
         except (ValueError, RecursionError) as error:
             raise row.error("history", f"not valid JSON: {error}") from error
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        return value  # `parse_record` says what is wrong with it
+        return value  # `parse_record` refuses it
     if all(isinstance(item, str) for item in value):
         return value
     items = Row({"history": value}, row.where, row.clock).rows("history")

@@ -1,14 +1,13 @@
-"""From the times that data sets carry to seconds since the epoch.
+"""Converts the times in data sets to seconds since the epoch.
 
-    1589000000, "1589000000.5"      seconds, or milliseconds where the source is said to count in them
+    1589000000, "1589000000.5"      seconds, or milliseconds if the source's unit is "ms"
     "2020-05-09T06:53:20+02:00"     ISO 8601 with a zone
-    "2020-05-09 06:53:20"           without one: refused, unless a time zone is given
-    "2020-05-09", "2020-05"         a date alone: its first moment, in the time zone given, else UTC
-    2020, "2020"                    a year, but only in a field that a format says holds dates; else a number
+    "2020-05-09 06:53:20"           without a zone: refused, unless a time zone is given
+    "2020-05-09", "2020-05"         a date alone: its first moment, in the given time zone or UTC
+    2020, "2020"                    a year, but only in a field that holds dates; otherwise a number
 
-Nothing is guessed. A number that would be a year beyond 5000, or in milliseconds one before 1974, is taken for a
-mistake of the unit and refused. A source whose clock times have a zone in one row and none in the next is refused,
-since no reading of it is right.
+Nothing is guessed. A number of seconds beyond the year 5000, or of milliseconds before 1974, is refused, as its unit is
+probably wrong. A clock time without a zone is refused, also in a source whose other times have one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from zoneinfo import ZoneInfo
 
 from nextquill.data.records import unexpected
 from nextquill.data.skipped import PlacedError
-from nextquill.errors import ArgumentError, RecordError
+from nextquill.errors import ArgumentError
 
 TIME_UNITS = ("s", "ms")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -30,7 +29,7 @@ _DATE = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?")
 _CLOCK = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?\s?(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?"
 )
-#: 1e11 seconds are the year 5138; 1e11 milliseconds are March 1973.
+#: 1e11 seconds lead to the year 5138; 1e11 milliseconds lead to March 1973.
 _UNIT_BORDER = 1e11
 
 
@@ -38,9 +37,9 @@ class Clock:
     """Reads the times of one source.
 
     Args:
-        time_zone: an IANA name such as "Europe/Berlin", for clock times without a zone; None refuses those. A time that
-            a change of the clocks makes ambiguous is read as the earlier.
-        unit: what numbers count: "s" or "ms".
+        time_zone: an IANA name such as "Europe/Berlin", for clock times without a zone; None refuses these times. An
+            hour that a clock change repeats is read as the earlier one.
+        unit: the unit of numbers, "s" or "ms".
 
     Raises:
         ArgumentError: an unknown time zone or unit.
@@ -57,14 +56,14 @@ class Clock:
         self._zoned_at: str | None = None  # the first clock time with a zone
 
     def seconds(self, value: object, where: str, name: str) -> float | None:
-        """The seconds since the epoch of a time, or None for None and for a blank string.
+        """Convert a time to seconds since the epoch; None and blank strings give None.
 
         Args:
             value: a number, a string as above, or a `datetime`.
             where, name: the row and the field, for errors.
 
         Raises:
-            RecordError: it is no time, out of range, in the wrong unit, or without the zone it needs.
+            RecordError: it is not a time, out of range, in the wrong unit, or has no zone.
         """
         if isinstance(value, str):
             text = value.strip()
@@ -86,8 +85,8 @@ class Clock:
         return self._number(number, where, name)
 
     def date(self, value: object, where: str, name: str) -> float | None:
-        """As `seconds`, for a field of dates, where a number or a string of four digits is a year."""
-        # A whole float is a year too: a column of integers becomes one of floats where a row has none.
+        """Convert as `seconds` does, for a field of dates, in which four digits or a whole number are a year."""
+        # Whole floats count too, because a missing value turns a column of integers into floats.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= 9999 and value % 1 == 0:
             value = f"{int(value):04d}"
         if isinstance(value, str) and (parts := _DATE.fullmatch(value.strip())):
@@ -133,14 +132,11 @@ class Clock:
         elif self._zone is not None:
             moment = moment.replace(tzinfo=self._zone)
         else:
-            raise self._no_zone(where, name)
+            problem = "expected a time with a zone, got one without; give timezone"
+            if self._zoned_at is not None:
+                problem = f"got a time without a zone, but {self._zoned_at} has one; give timezone"
+            raise PlacedError(where, problem, name, kind="time zone")
         return (moment - _EPOCH).total_seconds()
-
-    def _no_zone(self, where: str, name: str) -> RecordError:
-        problem = "expected a time with a zone, got one without; timezone says which is meant"
-        if self._zoned_at is not None:
-            problem = f"got a time without a zone, but {self._zoned_at} has one; timezone says which is meant"
-        return PlacedError(where, problem, name, kind="time zone")
 
 
 def _zone(text: str | None) -> timezone | None:

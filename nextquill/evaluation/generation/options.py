@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
+from nextquill.storage.fingerprints import seed_of
 
 if TYPE_CHECKING:
     from nextquill.data import Branch, EncodedExample
@@ -83,7 +83,7 @@ def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], se
     """
     found = [_prompt_ids(example, branch) for branch in branches for example in examples]
     keys = [f"{seed} {example.index} {branch}" for branch in branches for example in examples]
-    return [Prompt(index, ids, _seed(key)) for index, (ids, key) in enumerate(zip(found, keys, strict=True))]
+    return [Prompt(index, ids, seed_of(key)) for index, (ids, key) in enumerate(zip(found, keys, strict=True))]
 
 
 def stop_tokens(model: Any, tokenizer: Any, examples: Sequence[EncodedExample]) -> set[int]:
@@ -122,8 +122,3 @@ def _prompt_ids(example: EncodedExample, name: str) -> list[int]:
             f"{example.user_id!r}); a placebo needs records of at least two users"
         )
     return branch.prompt_ids
-
-
-def _seed(key: str) -> int:
-    """63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

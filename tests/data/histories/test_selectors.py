@@ -1,4 +1,4 @@
-"""Which past texts each selector keeps, in which order, and what it refuses."""
+"""Selectors keep the right past texts, in the right order, and refuse wrong input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailabl
 
 
 def letters(texts: list[str]) -> list[list[float]]:
-    """An embedding of 26 numbers: how often each letter occurs."""
+    """An embedding of 26 numbers, the counts of the letters."""
     return [[float(text.count(chr(97 + i))) for i in range(26)] for text in texts]
 
 
@@ -172,7 +172,7 @@ def test_an_encoder_that_returns_something_else_is_named(encoder: Callable[[list
 
 
 def growing(*times: float, dated: bool = True, **fields: Any) -> list[Record]:
-    """Records whose history is every earlier response of the user, and a start of three texts."""
+    """Records whose history is three first texts and every earlier response of the user."""
     items = [HistoryItem(f"start {i}", timestamp=i / 10 if dated else None) for i in range(3)]
     records = []
     for time in times:
@@ -200,7 +200,7 @@ def test_fixed_takes_dated_texts_that_later_histories_no_longer_hold() -> None:
 
 
 def test_fixed_takes_no_text_of_the_first_records_own_moment() -> None:
-    """Such a text may be that record's response, which stands in later histories with its date."""
+    """Such a text may be the record's own response, which has the same date in later histories."""
     first, second = growing(1.0, 2.0)
     first = replace(first, history=())
     fixed = selector("fixed", 5)
@@ -221,9 +221,9 @@ def test_fixed_reports_users_for_whom_nothing_precedes_all() -> None:
 def test_fixed_refuses_records_it_was_not_fitted_on() -> None:
     fixed = selector("fixed", 2)
     fixed.fit(growing(1.0, 2.0))
-    with pytest.raises(RecordError, match=r"user 'bob'.*expected a user of the records that `fit` was given"):
+    with pytest.raises(RecordError, match=r"user 'bob'.*expected a user from the records given to `fit`"):
         fixed.select(record(user_id="bob"))
-    with pytest.raises(RecordError, match="the user's fixed history does not precede"):
+    with pytest.raises(RecordError, match="a text of the user's fixed history does not precede"):
         fixed.select(record(timestamp=0.05))
     assert texts(fixed.select(record(timestamp=9.0))) == ["start 1", "start 2"], "a later record of a known user"
 

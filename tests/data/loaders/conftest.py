@@ -1,4 +1,4 @@
-"""The small files of the real schemas, and a reader of rows written in place."""
+"""Small files with the real schemas, and a function that reads given rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fixtures() -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Write lines, each bytes, text or a value to be written as JSON, into a file of that name."""
+    """Write lines to a file with this name. A line is bytes, text, or a value to be written as JSON."""
 
     def call(name: str, *lines: Any) -> Path:
         path = tmp_path / name

@@ -65,7 +65,10 @@ def test_parts_of_a_message_are_joined_and_calls_of_tools_have_no_text() -> None
 
 
 BAD = {
-    "role": (_talk(("bard", "a")), "field 'messages[0].role': expected one of system, developer, user"),
+    "role": (
+        _talk(("bard", "a")),
+        "field 'messages[0].role': expected one of system, user, assistant",
+    ),
     "none": (_talk(("user", "a")), "field 'messages': expected a turn of role 'assistant', got ['user']"),
     "empty": (_talk(), "field 'messages': expected a turn of role 'assistant', got []"),
     "blank": (_talk(("assistant", " ")), "field 'messages[0].content': expected some text, got a blank string"),

@@ -57,7 +57,7 @@ def test_a_history_is_every_earlier_text_and_no_other(log: list[tuple[str, int]]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "time": ({"timestamp": None}, "field 'timestamp': required, but missing: the order of events is what"),
+    "time": ({"timestamp": None}, "field 'timestamp': required, but missing: histories follow from the order"),
     "time-text": ({"timestamp": "noon"}, "field 'timestamp': expected a number or an ISO 8601 time, got 'noon'"),
     "text": ({"text": ""}, "field 'text': expected some text, got a blank string"),
     "query": ({"query": None}, "field 'query': required, but null; there are text, timestamp, user_id"),

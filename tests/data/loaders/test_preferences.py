@@ -96,7 +96,7 @@ def test_pairs_of_one_preferred_and_several_other_responses_are_no_duplicates() 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "label": (
         {"prompt": "a", "response_x": "b", "response_y": "c", "label": 2, "user_id": "u"},
-        "field 'label': expected 0, which prefers response_x, or 1, got '2'",
+        "field 'label': expected 0 for response_x or 1 for response_y, got '2'",
     ),
     "one-response": (
         {"prompt": "a", "response_x": "b", "label": 1, "user_id": "u"},

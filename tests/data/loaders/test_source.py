@@ -15,7 +15,7 @@ from nextquill.errors import ArgumentError, RecordError
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, fixtures: Path, tmp_path: Path) -> list[tuple[Any, ...]]:
-    """Stands in for the hub: fixtures, streamed by `datasets` itself, in its place. Yields the calls."""
+    """Replace the hub by fixtures, which `datasets` itself streams. Yields the calls."""
     calls: list[tuple[Any, ...]] = []
     real = datasets.load_dataset
     files = {

@@ -58,7 +58,7 @@ BAD = {
         "expected an ISO 8601 time, got '2020-05-09T06:53:61Z': second must be in 0..59",
     ),
     "milliseconds": (1589007200000, "expected seconds, got 1589007200000, which looks like ms; see time_unit"),
-    "no-zone": ("2020-05-09T06:53:20", "expected a time with a zone, got one without; timezone says which is meant"),
+    "no-zone": ("2020-05-09T06:53:20", "expected a time with a zone, got one without; give timezone"),
 }
 
 
@@ -93,8 +93,8 @@ def test_a_mixture_of_zoned_and_unzoned_names_both_places() -> None:
     with pytest.raises(RecordError) as caught:
         clock.seconds("2020-05-09T06:53:20", "log.csv line 9", "when")
     assert str(caught.value) == (
-        "log.csv line 9: field 'when': got a time without a zone, but log.csv line 2 (field 'when') has one; timezone "
-        "says which is meant"
+        "log.csv line 9: field 'when': got a time without a zone, but log.csv line 2 (field 'when') has one; give "
+        "timezone"
     )
 
 

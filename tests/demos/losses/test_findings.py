@@ -1,4 +1,4 @@
-"""The sentences follow the figures: turn the figures round and the sentences turn round."""
+"""The sentences follow the figures: with reversed figures, they say the opposite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = (SFT, SFT_FAST, "PerCE", OFFICIAL, DETACHED, ANCHORED)
 
 
 def row(method: str, step: int, seed: int, **figures: float) -> LossRow:
-    """A row in which nothing differs from SFT but what is given."""
+    """A row that differs from SFT only in the given values."""
     usual = {
         "personal_nll": 0.3,
         "generic_nll": 0.4,

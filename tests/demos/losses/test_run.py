@@ -1,4 +1,4 @@
-"""`run_demo` end to end in its quick form, and what its figures rest on."""
+"""`run_demo` end to end in its quick form, and the basis of its figures."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_defaults_of_the_recipe() -> None:
 
 
 def test_exact_match_is_what_greedy_decoding_reproduces() -> None:
-    """Against real decoding, on a model trained just enough to get some responses right and some wrong."""
+    """Compared with real decoding, on a model with so little training that some responses are right and some wrong."""
     world = LossWorld(0, dev_users=1, test_users=6)
     model = build_model(0)
     contestant = make_contestants(model, 4e-3)[0]

@@ -1,4 +1,4 @@
-"""`run_demo` end to end in its quick form, and what its figures rest on."""
+"""`run_demo` end to end in its quick form, and the basis of its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every measure of texts: input is checked, order does not matter, sums give the value."""
+"""Every measure of texts checks its input, ignores order, and gets its value from sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Right or wrong, as LaMP's evaluation counts it."""
+"""Accuracy and macro-F1 of labels, as in LaMP's evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METEOR is nltk's, under a name that says whether synonyms counted."""
+"""METEOR equals nltk's, and its name tells whether synonyms count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE = st.text(alphabet="abcing sed,;'3é", max_size=50)
 
 
 class Synonyms:
-    """In WordNet's place: words mean the same if they are in one set."""
+    """Replaces WordNet: words in one set are synonyms."""
 
     def __init__(self, *sets):
         self._sets = sets

@@ -1,4 +1,4 @@
-"""Pairs of scores."""
+"""Measures of preferences from pairs of scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of ratings, as LaMP-3 counts them."""
+"""Errors of ratings, as in LaMP-3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROUGE is rouge_score's, over words of any script."""
+"""ROUGE equals rouge_score's, and counts words of any script."""
 
 from __future__ import annotations
 

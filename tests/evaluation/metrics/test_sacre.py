@@ -1,4 +1,4 @@
-"""BLEU and chrF are sacreBLEU's, also of every resample."""
+"""BLEU and chrF equal sacreBLEU's, also for every resample."""
 
 from __future__ import annotations
 

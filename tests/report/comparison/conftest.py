@@ -25,7 +25,7 @@ BETTER = {"nll_factual": False, "rouge_l": True}
 def plant(folder, shifts=None, *, seeds=(0, 1), users=NUM_USERS, noise=0.01, records="r", costs=None):
     """Write finished runs whose scores differ from SFT's by `shifts`: arm → measure → number or function of the seed.
 
-    Scores are noise about `SCORES` that depends on seed and example alone, but for an arm's own noise of size `noise`.
+    Scores are `SCORES` plus noise that depends only on seed and example, plus an arm's own noise of size `noise`.
     """
     for place, name in enumerate((BASE, *(shifts or {}))):
         for seed in seeds:
@@ -43,7 +43,7 @@ def plant(folder, shifts=None, *, seeds=(0, 1), users=NUM_USERS, noise=0.01, rec
 
 
 def write_run(folder, name, seed, rows, *, users=NUM_USERS, records="r", **cost):
-    """One finished run, with token means of what is a nll or an effect, and a corpus measure."""
+    """Write one finished run, with token means of NLLs and effects, and a corpus measure."""
     place = run_folder(folder, name, seed)
     evaluation = place / EVALUATION_FOLDER
     evaluation.mkdir(parents=True)

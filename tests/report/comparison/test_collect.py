@@ -1,4 +1,4 @@
-"""Figures from finished runs whose scores are planted, so that every difference is known."""
+"""Figures from finished runs with planted scores, so that every difference is known."""
 
 import json
 import statistics
@@ -43,7 +43,7 @@ def test_a_planted_difference_is_found_and_bounded(compared):
 
 
 def test_seeds_are_paired_so_that_what_a_seed_does_to_both_arms_cancels(planted, named_arms, tmp_path):
-    """Between seeds the arms move by a nat together; the interval of their difference is a hundredth of that."""
+    """Between seeds both arms move by a nat; the interval of their difference is a hundredth of that."""
     folder = planted(
         tmp_path, {name: {"nll_factual": lambda seed, by=by: seed + by} for name, by in (("sft", 0.0), ("perce", -0.1))}
     )
@@ -55,7 +55,7 @@ def test_seeds_are_paired_so_that_what_a_seed_does_to_both_arms_cancels(planted,
 
 
 def test_differences_agree_with_numpy(compared, tmp_path):
-    """A mean over tokens weighs examples by them; both arms have the same tokens."""
+    """A mean over tokens weighs examples by their tokens, and both arms have the same tokens."""
     differences = []
     for seed in (0, 1):
         rows = {arm: read_examples(tmp_path / arm / f"seed-{seed}" / "evaluation") for arm in ("perce", "sft")}
@@ -74,7 +74,7 @@ def test_p_values_are_holms_over_the_arms(compared):
 
 
 def test_what_every_arm_is_compared_with(compared):
-    """The baseline, SFT in other forms, and the model before training; never itself."""
+    """An arm is compared with the baseline, other forms of SFT and the untrained model, but never with itself."""
     assert set(compared.arm("perce").against) == {"sft", "twin", BASE}
     assert set(compared.arm("twin").against) == {"sft", BASE}
     assert set(compared.arm("sft").against) == {"twin", BASE}

@@ -1,4 +1,4 @@
-"""The sentences follow the figures: turn the figures round and the sentences turn round."""
+"""The sentences follow the figures: with reversed figures, they say the opposite."""
 
 import pytest
 
@@ -95,7 +95,7 @@ def test_one_seed_is_said(found):
 
 @pytest.mark.parametrize(("shifts", "is_clear"), [((-0.3, -0.1, -0.2), False), ((-0.21, -0.2, -0.19), True)])
 def test_what_is_clear_is_so_over_seeds_too(found, shifts, is_clear):
-    """The mean and the users are the same; only what the seeds did differs. t = 4.3 of two degrees of freedom."""
+    """Mean and users are the same, and only the seeds differ. t = 4.3 with two degrees of freedom."""
     findings = found({"perce": {"nll_factual": lambda seed: shifts[seed]}}, seeds=(0, 1, 2))
     assert (f"{NLL}: PerCE better than SFT" in findings) == is_clear
 
@@ -119,7 +119,7 @@ def test_times_that_are_not_equal_are_said(found, seconds, is_said):
 
 
 def test_a_difference_that_seeds_disagree_about_is_not_clear(found):
-    """Every user sees it in the mean of both seeds, so a test over users alone would be sure of it."""
+    """It is in every user's mean over both seeds, so a test over users alone would find it significant."""
     findings = found({"perce": {"nll_factual": lambda seed: -0.5 if seed == 0 else 0.2}})
     text = findings[f"{NLL}: no clear difference from SFT"].text
     assert float(text.rpartition("p = ")[2].rstrip(".")) > 0.1
