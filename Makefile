@@ -87,8 +87,9 @@ $(error $(CURDIR) cannot be written to: copy it to a folder that can, and run ma
 endif
 
 # An environment of which a part was removed, or whose Python was, is made again.
-ifneq ($(shell [ ! -e $(READY)-contents ] || xargs ls -dL <$(READY)-contents 2>&1 >/dev/null),)
-$(info The environment in $(VENV) is incomplete: making it again.)
+MISSING := $(shell [ ! -e $(READY)-contents ] || xargs ls -dL <$(READY)-contents 2>&1 >/dev/null | head -n 1)
+ifneq ($(MISSING),)
+$(info The environment in $(VENV) is incomplete ($(MISSING)): making it again.)
 $(shell rm -f $(READY)-*)
 endif
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.ops.dispatch import check_impl
 from nextquill.ops.fused_loss import unpack_rows
@@ -34,8 +35,6 @@ from nextquill.weighting import (
     Weighting,
     check_number,
 )
-
-DEFAULT_THRESHOLD = 0.05
 
 
 class PairLoss(nn.Module):

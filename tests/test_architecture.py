@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("nextquill", "kernels/nextquill_kernels", "demos")
 
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
-_VALUES = frozenset({"errors", "outputs", "weighting"})
+_VALUES = frozenset({"defaults", "errors", "outputs", "weighting"})
 _LOSSES = _VALUES | {"functional", "losses"}
 _BELOW_MODELS = _LOSSES | {"data", "storage", "tree"}
 _MODELS = _BELOW_MODELS | {"models"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "nextquill_kernels": frozenset(),
     "errors": frozenset(),
+    "defaults": frozenset(),
     "lazy": frozenset(),
     "integrations": frozenset(),  # says where its modules are now
     "storage": frozenset({"errors"}),
@@ -58,6 +59,7 @@ _TOOLS = frozenset({"matplotlib", "nltk", "rich", "rouge_score", "sacrebleu", "t
 _RETRIEVAL = frozenset({"bm25s", "sentence_transformers"})
 MAY_USE: dict[str, frozenset[str]] = {
     **dict.fromkeys(MAY_IMPORT, _TORCH),
+    "defaults": frozenset(),
     "lazy": frozenset(),
     "nextquill_kernels": _TORCH | {"triton"},
     "ops": _TORCH | {"nextquill_ext"},

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nextquill.data.templates import BRANCHES
+from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.evaluation.metrics import METRICS, Metric
-from nextquill.losses import DEFAULT_THRESHOLD
 
 PER_EXAMPLE = "_per_example"
 #: The number of response tokens: a count of an evaluation, and among the scores of every example.

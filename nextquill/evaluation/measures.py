@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nextquill.data.templates import BRANCHES
+from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.evaluation.measure_names import PER_EXAMPLE, PREFERENCE_KINDS, PROMPTS, TOKEN_KINDS, TOKENS, measure_name
 from nextquill.evaluation.metrics import METRICS, MetricScores, compute
 from nextquill.evaluation.results import MetricValue, finite
-from nextquill.losses import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions

@@ -60,6 +60,7 @@ class TransformersEngine(Engine):
         self._model = model
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield each prompt's index and token ids, in the order they are computed."""
         for batch, limit in self._batches(prompts):
             wanted = [prompt.index not in done for prompt in batch]
             if not any(wanted):

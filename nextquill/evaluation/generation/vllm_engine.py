@@ -135,6 +135,7 @@ class VLLMEngine(Engine):
         self._context = context
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
+        """Yield each prompt's index and token ids, in the order they are computed."""
         wanted = [prompt for prompt in prompts if prompt.index not in done]
         for start in range(0, len(wanted), _AT_ONCE):
             batch = wanted[start : start + _AT_ONCE]
