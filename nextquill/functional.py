@@ -40,7 +40,7 @@ def linear_token_nll(
         hidden_states: [N, D] or [B, T, D], floating, at the *predicting* positions: labels are not shifted.
         lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
         labels: [N] or [B, T], any integer dtype, in [0, V) or `ignore_index`.
-        bias: [V] or None.
+        bias: [V], the hidden states' dtype (under autocast it may differ), or None.
         ignore_index: rows with this label give exactly 0 and get exactly 0 gradient, whatever they hold.
         softcap: cap on the logits' magnitude (Gemma), or None.
         logit_scale: factor on the logits before the cap.
@@ -84,12 +84,12 @@ def linear_pair_nll(
     logit_scale: float = 1.0,
     impl: str = "auto",
 ) -> PairNLL:
-    """The three nll's of a factual / counterfactual pair, without materialising [N, V].
+    """The three NLLs of a factual / counterfactual pair, without materialising [N, V].
 
         nll_f = lse(z1) - z1[y]      nll_c = lse(z0) - z0[y]      nll_e = lse(z1 - z0) - (z1 - z0)[y]
 
-    with z1, z0 the (scaled, capped) logits of both streams in float32 or better from the inputs on. NextQuill's effect
-    logits are the difference z1 - z0 (arXiv 2506.02368).
+    where z1 and z0 are the (scaled, capped) logits of both streams, in float32 or float64 arithmetic throughout.
+    NextQuill's effect logits are the difference z1 - z0 (arXiv 2506.02368).
 
     Args:
         hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the *same* label in both
@@ -98,8 +98,8 @@ def linear_pair_nll(
 
     Returns:
         PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, in
-        nats, and differentiable in both hidden states, the weight and the bias. To mask part of the vocabulary give it
-        a large negative finite bias: with -inf the difference of the logits is NaN.
+        nats, and differentiable in both hidden states, the weight and the bias. To mask tokens of the vocabulary, give
+        them a large negative finite bias: with -inf the difference of the logits is NaN.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -123,7 +123,7 @@ def linear_pair_stats(
     logit_scale: float = 1.0,
     impl: str = "auto",
 ) -> PairStats:
-    """What `linear_pair_nll` computes, and how far the history moves the whole distribution; without gradient.
+    """The result of `linear_pair_nll`, and how far the history moves the whole distribution; without gradient.
 
         kl = KL(p1 ‖ p0) = Σ p1 (log p1 - log p0)        entropy = - Σ p1 log p1        (nats)
 
@@ -159,7 +159,7 @@ def _pair_arguments(
     logit_scale: float,
     impl: str,
 ) -> tuple[dict[str, Any], torch.Size]:
-    """What the pair operators take, checked and flattened, by name, and the labels' shape."""
+    """Return the arguments of the pair operators by name, checked and flattened, and the labels' shape."""
     check_head_options(softcap, logit_scale)
     check_ignore_index(ignore_index)
     check_floating("hidden_counterfactual", hidden_counterfactual)

@@ -1,7 +1,7 @@
 """The losses: `nn.Module`s that take two streams of hidden states and the head's weight and return one scalar.
 
-They never see logits. A class here chooses a weighting and the terms of `PairObjective`; the chunked engine does the
-rest and has finished every gradient when `forward` returns.
+They never hold logits. A class here chooses a weighting and the terms of `PairObjective`; the chunked engine computes
+the loss, and every gradient is finished when `forward` returns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nextquill.weighting import (
 class PairLoss(nn.Module):
     """Weighted cross-entropy over factual / counterfactual pairs, for any weighting.
 
-    Per sequence, with n supervised tokens, weights w = weighting(nll's) taken as constants, and Z = Σw if
+    Per sequence, with n supervised tokens, weights w = weighting(NLLs) taken as constants, and Z = Σw if
     `normalize_weights` else n:
 
         L = Σ w nll_f / Z  +  alpha · mean(nll_e)  +  anchor · mean(nll_c)
@@ -52,13 +52,14 @@ class PairLoss(nn.Module):
         alpha: factor of the effect term, at least 0.
         normalize_weights: divide the weighted sum by Σw instead of by n.
         weighted_effect: weight the effect term like the first, alpha · Σ w nll_e / Z.
-        detach_counterfactual: treat z0 as a constant: no gradient to h0, nor to W and b through it.
-        anchor: factor of the counterfactual's own nll, at least 0; it needs a counterfactual with gradient.
+        detach_counterfactual: treat z0 as a constant: h0 gets no gradient, and z0 adds none to W and b.
+        anchor: factor of the counterfactual's own nll, at least 0; needs a counterfactual with gradient.
         reduction: "sequence" (mean over sequences; exact for any split of the batch), "token" (every sum divided by the
             number of supervised tokens) or "micro_batch" (all rows of a call as one sequence, as NextQuill's code).
-            Under "token" the weighted sum is not divided by Σw, so with weights below 1 `alpha` counts for more.
+            Under "token" the weighted sum is not divided by Σw, so with weights below 1 the same `alpha` gives the
+            effect term a larger share.
         ignore_index: label of rows that do not count.
-        softcap, logit_scale: what the architecture does to its logits; see `linear_pair_nll`.
+        softcap, logit_scale: cap and factor that the architecture applies to its logits; see `linear_token_nll`.
         impl: "auto", "triton", "native" or "torch".
         chunk_bytes: bound on the logits held at once, in bytes; by default 128 MiB on a CPU, 768 on an accelerator.
 
@@ -118,12 +119,12 @@ class PairLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # The text of a caller's own weighting is of one object in one process: a copy has its own.
+        # With a caller's own weighting the text names one object in one process: a copy needs a text of its own.
         self.objective = self._objective
 
     @property
     def objective(self) -> PairObjective:
-        """Weights, terms and reduction. May be replaced, for a schedule of `alpha` say."""
+        """Weights, terms and reduction. It may be replaced, for example by a schedule of `alpha`."""
         return self._objective
 
     @objective.setter
@@ -156,7 +157,7 @@ class PairLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch, a float32 (float64) scalar in nats.
+        """Return the loss of a batch, a float32 (float64) scalar in nats.
 
         Args:
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and
@@ -167,12 +168,11 @@ class PairLoss(nn.Module):
             bias: [V] or None.
             sequence_ids: labels' shape; rows with equal ids form one sequence wherever they stand. By default each row
                 of [B, T] is one sequence, and an [N] batch is a single one.
-            num_items_in_batch: what the reduction divides by when this call is one part of a larger batch: sequences
-                ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch; a number or a scalar
-                tensor. Default: those of this call.
-            token_weights: labels' shape, floating, finite and at least 0 where labels count: constants in place of
-                what the weighting would make of this call's nll's, for effects that another model has measured. They
-                are normalised as the weighting's are.
+            num_items_in_batch: number that the reduction divides by if this call is one part of a larger batch:
+                sequences ("sequence"), tokens ("token") or micro-batches ("micro_batch") of the whole batch; a number
+                or a scalar tensor. Default: those of this call.
+            token_weights: labels' shape, floating, finite and at least 0 where labels count. Constants that replace the
+                weighting's result, for effects that another model has measured; normalised like the weighting's.
 
         A batch without a supervised row gives an exact 0 that is connected to the graph.
 
@@ -198,10 +198,10 @@ class PairLoss(nn.Module):
         *,
         effect_nll: bool = True,
     ) -> PreferenceLossOutput:
-        """As `forward`, with the diagnostics of `PreferenceLossOutput`: scalars and per-token values of one dtype.
+        """Compute the loss as `forward` does, with the diagnostics of `PreferenceLossOutput`, all of one dtype.
 
         Args:
-            effect_nll: compute `pair_nll.effect` also where the loss has no effect term; False saves that pass over the
+            effect_nll: compute `pair_nll.effect` even if the loss has no effect term; False saves a pass over the
                 logits and leaves it None.
         """
         streams = (hidden_factual, hidden_counterfactual)
@@ -233,7 +233,7 @@ class PairLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What `repr` shows of the settings."""
+        """Return the settings that `repr` shows."""
         objective = self.objective
         return (
             f"weighting={objective.weighting}, alpha={objective.alpha}, weighted_effect={objective.weighted_effect}, "
@@ -258,7 +258,7 @@ class PairLoss(nn.Module):
         needed = self.needs_counterfactual if token_weights is None else self.terms_need_counterfactual
         if hidden_counterfactual is None and needed:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
-        # Again what the constructor checked: these are attributes, and someone may have set them.
+        # Check again, as in the constructor: these are attributes, and a caller may have set them.
         check_head_options(self.softcap, self.logit_scale)
         check_ignore_index(self.ignore_index)
         _check_chunk_bytes(self.chunk_bytes)
@@ -296,13 +296,14 @@ class NextQuillLoss(PairLoss):
         ω = high_weight where effect_prob > threshold else low_weight       (constants)
         L = Σ ω nll_f / Σ ω  +  alpha · mean(nll_e)                          per sequence
 
-    That is the official code's objective; `weighted_effect=True` is the paper's, alpha · Σ ω nll_e / Σ ω. Gradients
-    flow through both passes unless `detach_counterfactual`. Prefer the detached form for training: through both passes
-    the effect term can be lowered by making the no-history pass *wrong*, and then measured effects are an artefact.
+    That is the objective of the official code; `weighted_effect=True` gives the paper's, alpha · Σ ω nll_e / Σ ω.
+    Gradients flow through both passes unless `detach_counterfactual`. Prefer the detached form for training: with
+    gradients through both passes, training can lower the effect term by making the no-history pass *wrong*, and then
+    the measured effects are an artefact.
 
     Args:
-        threshold: least effect_prob of a personal token.
-        high_weight, low_weight: weights above and not above it; 0 <= low_weight <= high_weight.
+        threshold: a token with a larger effect_prob counts as personal.
+        high_weight, low_weight: weights of personal and of other tokens; 0 <= low_weight <= high_weight.
         alpha, weighted_effect, detach_counterfactual, anchor: see `PairLoss`.
         options: reduction, ignore_index, softcap, logit_scale, impl, chunk_bytes, as in `PairLoss`.
     """
@@ -359,7 +360,7 @@ class LongCELoss(PairLoss):
 class SFTLoss(PairLoss):
     """Plain supervised fine-tuning, mean(nll_f): the baseline, on the same engine.
 
-    `hidden_counterfactual` may be None. Given one, `compute()` also reports effects; the gradient is the same.
+    `hidden_counterfactual` may be None. If it is given, `compute()` also reports effects; the gradient is the same.
 
     Args:
         options: reduction, ignore_index, softcap, logit_scale, impl, chunk_bytes, as in `PairLoss`.
@@ -381,7 +382,7 @@ def _check_chunk_bytes(chunk_bytes: object) -> None:
 
 
 def _check_items(num_items_in_batch: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """`num_items_in_batch` as a tensor of no dimensions. Its value is read by the operator, and on a CPU only."""
+    """Return `num_items_in_batch` as a float64 scalar tensor. The operator reads its value if it is on the CPU."""
     if num_items_in_batch is None:
         return None
     if not isinstance(num_items_in_batch, Tensor):

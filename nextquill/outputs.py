@@ -1,4 +1,4 @@
-"""What the operators and losses return: plain records of tensors, with no behaviour beyond reading them."""
+"""The results of operators and losses: plain records of tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PairNLL(NamedTuple):
         counterfactual = logsumexp(z0) - z0[y]
         effect         = logsumexp(z1 - z0) - (z1 - z0)[y]
 
-    Fields that were not asked for are `None`: a single-stream loss has no counterfactual, and a loss without an effect
-    term computes `effect` only when `compute()` is asked for it.
+    A field that was not computed is `None`: a loss of one stream has no counterfactual, and a loss without an effect
+    term computes `effect` only if `compute()` is asked for it.
     """
 
     factual: Tensor
@@ -57,7 +57,7 @@ class PairStats(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceLossOutput:
-    """A loss and what a person watches while it falls.
+    """A loss, its terms, and diagnostics to watch during training.
 
     Tensors are float32, or float64 for float64 inputs. Only `loss` carries a gradient. The terms add up under the
     loss's own reduction:
@@ -65,14 +65,14 @@ class PreferenceLossOutput:
         loss = factual + alpha * effect + anchor * counterfactual
 
     Attributes:
-        loss: scalar, the training objective, in nats like every term of it.
+        loss: scalar, the training objective, in nats like each of its terms.
         factual: scalar, the (weighted) cross-entropy with the history.
         effect: scalar, the cross-entropy of the effect logits before `alpha`; 0 when the loss has no such term.
-        counterfactual: scalar, the mean nll without history before `anchor`. It rising during training means the
-            no-history pass is being made wrong; 0 when there is no counterfactual.
+        counterfactual: scalar, the mean nll without history before `anchor`; 0 when there is no counterfactual. If it
+            rises during training, the no-history pass is being made wrong.
         token_weights: the weights, labels' shape, 0 where ignored, no gradient; no unit.
         token_loss: each token's share of `loss`, labels' shape; sums to `loss`.
-        pair_nll: per-token nll's, labels' shape.
+        pair_nll: per-token NLLs, labels' shape, in nats.
         mean_effect_logprob: scalar, mean of `effect_logprob` over supervised tokens, in nats.
         mean_effect_prob: scalar, mean of `effect_prob` over supervised tokens.
         share_above_threshold: scalar, share of supervised tokens whose `effect_prob` exceeds the loss's threshold.

@@ -3,7 +3,7 @@
 A weighting is any callable that takes a `PairNLL` of tensors [n] and returns weights [n], floating. It runs
 without gradient. Unless it declares `elementwise = True` it is called with the supervised rows of exactly one sequence
 (of the whole micro-batch under `reduction="micro_batch"`), so a result never depends on how a batch was split. With
-`reads_effect = False` it promises not to read `pair.effect`, which then is None where the loss has no effect term.
+`reads_effect = False` it promises not to read `pair.effect`, which is then None if the loss has no effect term.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def check_number(name: str, value: object, *, low: float | None = None, above: f
 
 @dataclass(frozen=True)
 class UniformWeighting:
-    """Weight 1 on every token: plain supervised fine-tuning. [n] from a pair of nll's [n], in their dtype."""
+    """Weight 1 on every token: plain supervised fine-tuning.
+
+    Called with a pair of NLLs [n], it returns weights [n] in their dtype.
+    """
 
     elementwise: ClassVar[bool] = True
     reads_effect: ClassVar[bool] = False
@@ -51,7 +54,7 @@ class UniformWeighting:
 class ThresholdWeighting:
     """`high` where effect_prob > threshold, else `low` (NextQuill, arXiv 2506.02368).
 
-    Called with a pair of nll's [n], it returns weights [n] in their dtype.
+    Called with a pair of NLLs [n], it returns weights [n] in their dtype.
     """
 
     threshold: float = 0.05
@@ -81,7 +84,7 @@ class ThresholdWeighting:
 class ClipWeighting:
     """clip(effect_logprob, minimum, maximum) (PerCE, arXiv 2603.06595).
 
-    Called with a pair of nll's [n] in nats, it returns weights [n] in their dtype.
+    Called with a pair of NLLs [n] in nats, it returns weights [n] in their dtype.
     """
 
     minimum: float = 0.8
@@ -103,7 +106,7 @@ class ClipWeighting:
 class ExpClipWeighting:
     """min(exp(effect_logprob), maximum) (LongCE, arXiv 2410.23771).
 
-    Called with a pair of nll's [n] in nats, it returns weights [n] in their dtype.
+    Called with a pair of NLLs [n] in nats, it returns weights [n] in their dtype.
     """
 
     maximum: float = 5.0
@@ -117,5 +120,5 @@ class ExpClipWeighting:
         return pair.effect_logprob.exp().clamp(max=self.maximum)
 
 
-#: The schemes of the papers: known to the fused kernels, and to what is written about a compiled loss.
+#: The schemes of the papers: the fused kernels compute them, and `objective_spec` writes them as text.
 PUBLISHED_WEIGHTINGS = (UniformWeighting, ThresholdWeighting, ClipWeighting, ExpClipWeighting)

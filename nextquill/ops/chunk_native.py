@@ -1,9 +1,9 @@
 """The chunk kernels in C++ for CPUs, from the optional distribution `nextquill_ext` (folder `csrc`).
 
 Tensors cross as DLPack capsules without a copy. One pass over the logits computes each function, where plain PyTorch
-needs several. `nextquill.ops.chunk_torch` documents the functions. Here tensors are on the CPU, floating ones float32,
-labels int64, and last strides 1: TypeError or ValueError names an argument that is not; BackendUnavailableError says
-that the extension is missing.
+needs several. `nextquill.ops.chunk_torch` documents the arguments. Here every tensor is on the CPU with last stride 1,
+floating ones are float32 and labels int64. TypeError or ValueError names an argument that does not fit;
+BackendUnavailableError says that the extension is missing.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def reason() -> str:
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """As `chunk_torch.token_stats`, for float32."""
+    """Compute as `chunk_torch.token_stats` does, in float32."""
     if len(logits) > 0:
         _kernels().token_stats(_dlpack(logits), _dlpack(labels), _dlpack(out), torch.get_num_threads())
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """As `chunk_torch.pair_stats`, for float32, reading both logits once."""
+    """Compute as `chunk_torch.pair_stats` does, in float32; reads the logits of each stream once."""
     if len(logits_factual) > 0:
         _kernels().pair_stats(
             _dlpack(logits_factual),
@@ -59,7 +59,7 @@ def token_grad_(
     logit_scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `chunk_torch.token_grad_`, for float32; the result is not narrowed."""
+    """Compute as `chunk_torch.token_grad_` does; the result is float32 whatever `dtype` is."""
     del dtype
     if len(logits) > 0:
         _kernels().token_grad_(
@@ -87,7 +87,7 @@ def pair_grad_(
     dtype: torch.dtype,
     detach_counterfactual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `chunk_torch.pair_grad_`, for float32; the results are not narrowed."""
+    """Compute as `chunk_torch.pair_grad_` does; the results are float32 whatever `dtype` is."""
     del dtype
     if len(logits_factual) > 0:
         _kernels().pair_grad_(
@@ -120,7 +120,7 @@ def _kernels() -> Any:
 
 @functools.cache
 def _load() -> tuple[Any, str]:
-    """The extension and "", or None and what is wrong."""
+    """Return the extension and "", or None and the reason why it cannot be used."""
     try:
         module = importlib.import_module("nextquill_ext")
     except ImportError as error:
@@ -136,7 +136,7 @@ def _load() -> tuple[Any, str]:
 
 
 def _openmp_of_torch() -> str | None:
-    """The file of the OpenMP runtime whose threads torch computes with, or None where it cannot be told."""
+    """Return the path of the OpenMP library that torch uses, or None if it cannot be determined."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
@@ -144,5 +144,5 @@ def _openmp_of_torch() -> str | None:
     folder = str(Path(torch.__file__).parent)
     loaded = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "omp" in line}
     runtimes = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
-    # Two runtimes may be loaded; torch's wheels bring their own.
+    # Two such libraries may be loaded; torch's wheels ship their own, so prefer that one.
     return min(runtimes, key=lambda path: (not path.startswith(folder), path), default=None)

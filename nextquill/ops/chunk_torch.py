@@ -4,13 +4,13 @@ Every `impl` offers these four functions on [n, V] logits in the compute dtype, 
 [0, V). They walk the rows in small blocks, so that the temporaries of a block stay in cache and no second buffer of the
 logits' size exists.
 
-Of each of z1, z0 and z1 - z0 a row's statistics are the largest logit, the sum of exp(z - max), and the nll. The
-gradients take the softmax from these three:
+The statistics of a row are the largest logit, the sum of exp(z - max), and the nll, for each of z1, z0 and z1 - z0.
+The gradients compute the softmax from these three:
 
     p = exp(z - max) / sum        p[y] - 1 = expm1(-nll)
 
-exp(z - logsumexp) would be off by as much as the logsumexp is rounded: 2^-25 of it, which at |z| = 1e4 is 5e-4 of every
-probability. And p - 1 keeps its digits where p is near 1.
+exp(z - logsumexp) would inherit the rounding error of the logsumexp: 2^-25 of it, which at |z| = 1e4 changes every
+probability by 5e-4 of itself. And expm1 keeps the digits of p - 1 where p is near 1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,25 @@ _BLOCK_BYTES_ACCELERATOR = 2**26  # few launches; still small beside the chunk
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write the rows (max, sum, nll) into `out` [3, n]: sum of exp(z - max), nll = logsumexp(z) - z[y]."""
+    """Write three statistics per row: max(z), the sum of exp(z - max), and nll = logsumexp(z) - z[y].
+
+    Args:
+        logits: z [n, V], float32 or float64.
+        labels: y [n], int64.
+        out: [3, n], dtype of `logits`; receives max, sum and nll (nats).
+    """
     for rows, (scratch,) in _row_blocks(logits, buffers=1):
         _row_stats(logits[rows], labels[rows], scratch, out[:, rows])
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Write the rows (max, sum, nll) of z1, then of z0, then of z1 - z0, into `out` [9, n].
+    """Write the statistics of z1, of z0 and of z1 - z0, as `token_stats` does for one stream.
 
-    With `out` [11, n] two rows more: KL(p1 ‖ p0) and the entropy of p1, in nats.
+    Args:
+        logits_factual, logits_counterfactual: z1 and z0 [n, V], float32 or float64.
+        labels: y [n], int64.
+        out: [9, n], dtype of the logits; receives max, sum and nll (nats) of z1, then of z0, then of z1 - z0. With
+            [11, n] also KL(p1 ‖ p0) and the entropy of p1, in nats.
     """
     for rows, (difference, scratch) in _row_blocks(logits_factual, buffers=2):
         z1, z0, y, stats = logits_factual[rows], logits_counterfactual[rows], labels[rows], out[:, rows]
@@ -55,8 +65,18 @@ def token_grad_(
 ) -> Tensor:
     """Overwrite z with the gradient of g·nll before cap and scale, scale·cap'(z)·g·(softmax(z) - onehot(y)).
 
-    `stats` [3, n] are those of these logits. `dtype` is the one the caller multiplies in. An implementation may write
-    the result in it, in the first half of each row's memory; this one leaves the compute dtype. The result says which.
+    Args:
+        logits: z [n, V], float32 or float64.
+        labels: y [n], int64.
+        stats: [3, n], dtype of `logits`; written by `token_stats` for the same logits.
+        grad_nll: g [n], dtype of `logits`, per nat.
+        softcap: the cap c, with cap'(z) = 1 - (z / c)²; None for no cap.
+        logit_scale: the scale.
+        dtype: dtype in which the caller will multiply the result.
+
+    Returns:
+        [n, V], in the memory of `logits`. An implementation may write it in `dtype`, in the first half of each row's
+        memory; this one keeps the dtype of `logits`.
     """
     del dtype
     for rows, (scratch,) in _row_blocks(logits, buffers=1):
@@ -82,9 +102,19 @@ def pair_grad_(
 
         dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
 
-    each times scale·cap'. `grad_counterfactual=None` means zero and saves a softmax. `stats` [9, n] are those
-    of these logits. With `detach_counterfactual` z0 is only read and the second result is None. `dtype`: see
-    `token_grad_`.
+    each times scale·cap'.
+
+    Args:
+        logits_factual, logits_counterfactual: z1 and z0 [n, V], float32 or float64.
+        labels: y [n], int64.
+        stats: [9, n], dtype of the logits; written by `pair_stats` for the same logits.
+        grad_factual, grad_effect: g_f and g_e [n], dtype of the logits, per nat.
+        grad_counterfactual: g_c [n], likewise; None means zero and saves a softmax.
+        softcap, logit_scale, dtype: as in `token_grad_`.
+        detach_counterfactual: leave z0 as it is.
+
+    Returns:
+        dz1 and dz0 [n, V], each as `token_grad_` returns it; None for dz0 with `detach_counterfactual`.
     """
     del dtype
     for rows, (effect, own) in _row_blocks(logits_factual, buffers=2):
@@ -105,7 +135,7 @@ def pair_grad_(
 
 
 def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """out [3, n] <- (max, sum, nll)."""
+    """Write max, sum and nll of each row into `out` [3, n]."""
     largest, total, nll = out
     torch.amax(logits, -1, out=largest)
     torch.sum(torch.sub(logits, largest[:, None], out=scratch).exp_(), -1, out=total)
@@ -114,10 +144,10 @@ def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> 
 
 
 def _divergences(z1: Tensor, difference: Tensor, scratch: Tensor, stats: Tensor) -> None:
-    """Rows 9 and 10 of the statistics from those before; overwrites the difference z1 - z0.
+    """Compute rows 9 and 10 of the statistics from rows 0 to 8; overwrites the difference z1 - z0.
 
-    KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], the means over p1. Each mean is one of differences from a
-    maximum: of the logits themselves, it would lose what they have in common.
+    KL = E[z1 - z0] - lse1 + lse0 and H = lse1 - E[z1], where E is the mean under p1. Each mean is taken of differences
+    from a maximum: a mean of large logits would lose the small digits in which they differ.
     """
     max1, total1, _, max0, total0, _, max_e = stats[:7]
     p1 = torch.sub(z1, max1[:, None], out=scratch).exp_().div_(total1[:, None])
@@ -127,20 +157,20 @@ def _divergences(z1: Tensor, difference: Tensor, scratch: Tensor, stats: Tensor)
 
 
 def _expectation(probabilities: Tensor, values: Tensor) -> Tensor:
-    # A masked entry has probability 0 and must not bring 0 · inf.
+    # A masked entry has probability 0 and an infinite value; their product would be NaN.
     return torch.where(probabilities > 0, probabilities * values, probabilities).sum(-1)
 
 
 def _weighted_softmax_grad(logits: Tensor, labels: Tensor, stats: Tensor, grad_nll: Tensor, out: Tensor) -> None:
-    """out = g (softmax(z) - onehot(y))."""
+    """Write g (softmax(z) - onehot(y)) into `out`."""
     largest, total, nll = stats
     torch.sub(logits, largest[:, None], out=out).exp_().mul_((grad_nll / total)[:, None])
-    # scatter rather than scatter_add, whose CUDA kernel uses atomics.
+    # scatter, because the CUDA kernel of scatter_add uses atomics.
     out.scatter_(1, labels[:, None], (grad_nll * torch.expm1(-nll))[:, None])
 
 
 def _through_cap_(logits: Tensor, gradient: Tensor, softcap: float | None, logit_scale: float) -> None:
-    """logits <- gradient · cap'(z) · scale, where cap'(x) = 1 - (z / c)² in terms of the capped z."""
+    """Overwrite the logits with gradient · cap'(z) · scale, where cap' = 1 - (z / c)² for a capped logit z."""
     if softcap is None:
         torch.mul(gradient, logit_scale, out=logits)
     else:

@@ -19,7 +19,16 @@ __all__ = ["pair_grad_", "pair_stats", "row_coefficients", "stream_nll", "token_
 
 
 def stream_nll(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:
-    """nll [1 or 3, N] of whole streams [N, D] without logits in memory; rows with a label below 0 are 0."""
+    """Compute the NLLs of whole streams without logits in memory.
+
+    Args:
+        streams: one or two tensors of hidden states [N, D], any floating dtype.
+        head: the output head.
+        labels: [N], int64; rows with a label below 0 are ignored.
+
+    Returns:
+        [1 or 3, N], float32, in nats: the nll of each stream and, for two, of their difference; 0 in ignored rows.
+    """
     options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
     wide = tuple(each.to(head.weight.dtype) for each in streams)
     if head.softcap is not None:

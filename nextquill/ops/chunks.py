@@ -17,8 +17,8 @@ from nextquill.ops.head import LinearHead, infinite_to_nan
 from nextquill.ops.row_groups import RowPlan
 
 _DEFAULT_BYTES = 2**27
-# A chunk's products stream all of W (and of dW, in float32) through the chip: on an accelerator they reach their rate
-# with a thousand rows or more, on a CPU with a hundred.
+# The products of each chunk read all of W (and all of dW, in float32): on an accelerator they reach full speed with a
+# thousand rows or more, on a CPU with a hundred.
 _DEFAULT_BYTES_ACCELERATOR = 3 * 2**28
 
 
@@ -27,7 +27,7 @@ class ChunkedHead(LinearHead):
     """A head whose logits exist a chunk at a time.
 
     Attributes:
-        kernels: what reads a chunk's logits and overwrites them with their gradient.
+        kernels: the functions that read a chunk's logits and overwrite them with their gradient.
         chunk_bytes: bound on the logits held at once, in bytes; None for the device's default.
     """
 
@@ -35,7 +35,7 @@ class ChunkedHead(LinearHead):
     chunk_bytes: int | None = None
 
     def max_rows(self, streams: int) -> int:
-        """Rows whose logits of `streams` streams fit the budget; at least one."""
+        """Return how many rows fit the budget with the logits of `streams` streams; at least one."""
         budget = self.chunk_bytes
         if budget is None:
             budget = _DEFAULT_BYTES if self.weight.device.type == "cpu" else _DEFAULT_BYTES_ACCELERATOR
@@ -48,10 +48,10 @@ class Chunk:
 
     Attributes:
         rows: which n rows of the plan.
-        indices: [n] int64, where these rows stand in the batch.
-        labels: [n] int64.
-        hidden: [streams·n, D], in the weight's dtype.
-        logits: [streams·n, V] in the compute dtype; a view of the buffer.
+        indices: [n], int64, positions of these rows in the batch.
+        labels: [n], int64.
+        hidden: [streams·n, D], dtype of the weight.
+        logits: [streams·n, V], float32 (float64); a view of the buffer.
     """
 
     rows: slice
@@ -61,12 +61,15 @@ class Chunk:
     logits: Tensor
 
     def stream(self, index: int) -> Tensor:
-        """One stream's logits [n, V]."""
+        """Return the logits [n, V] of one stream."""
         count = self.indices.numel()
         return self.logits[index * count : (index + 1) * count]
 
     def add_gradient(self, into: HeadGradients, dtype: torch.dtype, streams: Sequence[int]) -> None:
-        """Add what the logits' gradient, now in the logits' place in `dtype`, gives to the inputs of `streams`."""
+        """Add this chunk's share to the gradients of the inputs of `streams`.
+
+        The logits have been overwritten with their gradient, which is of `dtype`.
+        """
         gradient = self.logits
         if dtype != gradient.dtype:
             gradient = gradient.view(dtype)[:, : gradient.shape[1]]
@@ -76,7 +79,7 @@ class Chunk:
 
 
 class LogitsBuffer:
-    """The one large allocation of an engine: logits [streams·max_rows, V] in the compute dtype."""
+    """The one large allocation of an engine: logits [streams·max_rows, V], float32 (float64)."""
 
     def __init__(self, head: ChunkedHead, streams: int, plan: RowPlan) -> None:
         self.head, self.plan = head, plan
@@ -86,7 +89,12 @@ class LogitsBuffer:
         self._memory = padded[:, : head.vocabulary]
 
     def fill(self, streams: Sequence[Tensor], rows: slice) -> Chunk:
-        """Compute the logits of these rows of the plan for each stream [N, D]; overwrites the chunk before."""
+        """Compute the logits of some rows of the plan; overwrites the previous chunk.
+
+        Args:
+            streams: hidden states [N, D] of each stream, any floating dtype.
+            rows: which rows of the plan.
+        """
         dtype, indices = self.head.weight.dtype, self.plan.rows[rows]
         hidden = torch.cat([stream.index_select(0, indices).to(dtype) for stream in streams])
         if self.head.softcap is not None:
@@ -96,5 +104,5 @@ class LogitsBuffer:
 
 
 def _row_stride(vocabulary: int) -> int:
-    """V rounded up so that every row begins at a multiple of 64 bytes: kernels then read and write whole vectors."""
+    """Round V up so that every row starts at a multiple of 64 bytes: kernels then read and write whole vectors."""
     return -(-vocabulary // 16) * 16

@@ -1,6 +1,6 @@
 """Which implementation of the kernels runs: `impl` as an ordinary argument, resolved once per call.
 
-"auto" is Triton on an accelerator and the native extension on a CPU where each is installed and knows the dtype, and
+"auto" means Triton on an accelerator and the native extension on a CPU, if it is installed and supports the dtype, and
 plain PyTorch otherwise.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.ops import chunk_torch
 
-# How many statistics of a row there are: the length of what kernels write into, see `nextquill.ops.chunk_torch`.
+# Number of statistics per row, see `nextquill.ops.chunk_torch`.
 TOKEN_STATS = 3  # max, sum, nll
 PAIR_STATS = 9  # of z1, of z0, of z1 - z0
 PAIR_STATS_DIVERGENCE = 11  # and KL(p1 ‖ p0), entropy of p1
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
-# What "auto" prefers to plain PyTorch, by device type.
+# The implementation that "auto" tries before plain PyTorch, by device type.
 _PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 
@@ -33,10 +33,10 @@ class ChunkKernels:
     """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first four.
 
     Attributes:
-        stream_nll: (streams, head, labels) -> nll [1 or 3, N] without logits in memory; labels below 0 are ignored
-            rows. None where the implementation has none.
-        row_coefficients: a weighting's coefficients in one kernel, see `PairObjective.coefficients`; None where the
-            elementwise operations of torch serve.
+        stream_nll: (streams, head, labels) -> NLLs [1 or 3, N] without logits in memory; rows with a label below 0 are
+            ignored. None if the implementation has no such kernel.
+        row_coefficients: computes a weighting's coefficients in one kernel, see `PairObjective.coefficients`; None if
+            elementwise operations of torch compute them.
     """
 
     name: str

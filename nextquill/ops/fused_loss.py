@@ -1,14 +1,14 @@
 """The chunked engine: a pair loss whose gradients are finished in its forward.
 
-For each group of whole sequences: logits of both streams, their statistics, the weights, the gradient of every nll with
-respect to the logits in place, and the products for dh1, dh0 and dW. The backward only scales. Counted in products of
-N·D·V (U), trainable / frozen head:
+For each group of whole sequences the engine computes the logits of both streams, their statistics and the weights,
+overwrites the logits with the loss's gradient, and multiplies for dh1, dh0 and dW. The backward only scales. The cost
+in matrix products of N·D·V multiplications (U), for a trainable / frozen head:
 
     gradient through both passes (NextQuill)                6U / 4U
     counterfactual a constant (PerCE, detached NextQuill)   4U / 3U
     one stream (SFT)                                        3U / 2U
 
-A sequence whose logits exceed the byte budget costs those of its rows beyond the budget twice.
+If the logits of a sequence exceed the byte budget, those beyond the budget are computed twice.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from nextquill.outputs import PairNLL
 
 
 class PairLossEngine:
-    """One call's buffers and results.
+    """The buffers and results of one call.
 
     Args:
-        factual, counterfactual: hidden states [N, D]; the second is None for a loss of one stream.
+        factual, counterfactual: hidden states [N, D], any floating dtype; the second is None for a loss of one stream.
+        head: the output head and its kernels.
+        objective: the weights and terms of the loss.
         plan: which n of the N rows count, by sequence.
-        num_items: what the reduction averages over: sequences, tokens or micro-batches.
+        num_items: number of sequences, tokens or micro-batches that the reduction averages over; a number or a scalar
+            tensor.
         needs: which gradients are wanted.
-        effect: compute nll_e, which takes two streams.
-        token_weights: [n], in place of the objective's weighting.
+        effect: compute nll_e; needs two streams.
+        token_weights: [n], floating, in place of the objective's weighting.
     """
 
     def __init__(
@@ -57,14 +60,14 @@ class PairLossEngine:
         if not self.through_counterfactual:
             needs = needs._replace(counterfactual=False)
         self.gradients = HeadGradients(head, factual, counterfactual, needs)
-        # Without an effect term the counterfactual's logits are used up by their nll, and one buffer serves both.
+        # Without an effect term the counterfactual's logits are needed only for their nll: one buffer serves both.
         self.together = self.paired and (effect or self.through_counterfactual)
         self.buffer = LogitsBuffer(head, 2 if self.together else 1, plan)
         self.stats = factual.new_empty(PAIR_STATS, plan.num_rows, dtype=head.dtype)
         self.rows = factual.new_zeros(6, plan.num_rows, dtype=head.dtype)
 
     def run(self) -> tuple[Tensor, Tensor, HeadGradients]:
-        """The loss (scalar) and rows [6, n] for `unpack_rows`, in the compute dtype; the gradients of the inputs."""
+        """Return the loss (scalar), rows [6, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
         whole = self.objective.needs_whole_sequences
         for group in group_rows(self.plan, self.buffer.max_rows, whole_sequences=whole):
             self._run_group(group)
@@ -83,14 +86,14 @@ class PairLossEngine:
             target.copy_(values)
         if not self.with_gradient:
             return
-        # Backwards, because the last chunk's logits still stand in the buffer.
+        # Backwards, because the logits of the last chunk are still in the buffer.
         for rows in reversed(group.chunks):
             if rows != chunk.rows:
                 chunk = self._fill(rows)
             self._gradient(chunk)
 
     def _statistics(self, rows: slice) -> Chunk:
-        """Fill the rows' statistics and return the chunk whose logits stand in the buffer: that of the gradient."""
+        """Compute the rows' statistics and return the chunk whose logits are left in the buffer for the gradient."""
         kernels, found = self.head.kernels, self.stats[:, rows]
         if self.together:
             chunk = self._fill(rows)
@@ -109,7 +112,7 @@ class PairLossEngine:
         return self.buffer.fill(self.streams if self.together else self.streams[:1], rows)
 
     def _gradient(self, chunk: Chunk) -> None:
-        """Overwrite the chunk's logits with their gradient, and add what it gives to the inputs."""
+        """Overwrite the chunk's logits with their gradient, and add its share to the gradients of the inputs."""
         head, kernels, stats = self.head, self.head.kernels, self.stats[:, chunk.rows]
         grads = self.objective.gradients(RowCoefficients(*self.rows[:3, chunk.rows]))
         options = (head.softcap, head.logit_scale, head.grad_dtype)
@@ -136,7 +139,13 @@ class PairLossEngine:
 
 
 def unpack_rows(rows: Tensor, paired: bool, effect: bool) -> tuple[RowCoefficients, PairNLL]:
-    """The coefficients and the nll's in `rows` [6, n]; without `paired` or `effect` that nll was not computed."""
+    """Split the rows that `PairLossEngine` computes into coefficients and NLLs.
+
+    Args:
+        rows: [6, n], float32 (float64): three coefficients, then the NLLs factual, counterfactual and effect in nats.
+        paired: whether the counterfactual nll was computed; if not, it is None.
+        effect: likewise for the effect nll.
+    """
     weights, weighted, uniform, factual, counterfactual, difference = rows
     pair = PairNLL(factual, counterfactual if paired else None, difference if effect else None)
     return RowCoefficients(weights, weighted, uniform), pair

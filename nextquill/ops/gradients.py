@@ -23,10 +23,15 @@ class Needs(NamedTuple):
 
 
 class HeadGradients:
-    """dh1, dh0 [N, D], dW [V, D] and db [V]; `None` where not needed.
+    """The gradients dh1, dh0 [N, D], dW [V, D] and db [V]; `None` where not needed.
 
-    dW and db accumulate in the compute dtype (float32 for half-precision weights: accumulating them in bfloat16 is
-    known to harm training). Rows that are never added stay exactly 0.
+    dW and db are summed in float32 (float64), because summing them in bfloat16 is known to harm training. dh1 and dh0
+    have the dtype of `rows_dtype`. Rows that are never added stay exactly 0.
+
+    Args:
+        head: the output head.
+        factual, counterfactual: hidden states [N, D], any floating dtype; the second may be None.
+        needs: which gradients are wanted.
     """
 
     def __init__(self, head: LinearHead, factual: Tensor, counterfactual: Tensor | None, needs: Needs) -> None:
@@ -35,15 +40,19 @@ class HeadGradients:
         self.counterfactual = None
         if needs.counterfactual and counterfactual is not None:
             self.counterfactual = _rows_like(counterfactual)
-        # Not zeros_like: a transposed weight's strides would follow, which the operators' fake results do not.
+        # Not zeros_like: it would copy the strides of a transposed weight, which the operators' fake results do not.
         self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None
         bias_needed = needs.bias and head.bias is not None
         self.bias = head.weight.new_zeros(head.vocabulary, dtype=head.dtype) if bias_needed else None
 
     def add(self, rows: Tensor, grad_logits: Tensor, hidden: Tensor, streams: Sequence[int]) -> None:
-        """Add what dz [s·n, V] of `rows` [n], computed from `hidden` [s·n, D], contributes.
+        """Add the share of some rows. Streams are stacked, so that two of them take one product, not two.
 
-        The streams (0 factual, 1 counterfactual) are stacked, so that two of them are one product, not two.
+        Args:
+            rows: [n], int64, positions in the batch.
+            grad_logits: dz [s·n, V] for s streams, dtype `head.grad_dtype` or `head.dtype`.
+            hidden: [s·n, D], any floating dtype, the hidden states behind `grad_logits`.
+            streams: the s streams, 0 for factual and 1 for counterfactual.
         """
         if rows.numel() == 0:
             return
@@ -51,7 +60,7 @@ class HeadGradients:
         if self.weight is not None:
             self.head.add_weight_grad(self.weight, grad_logits, hidden)
         if self.bias is not None:
-            # Stream by stream: the effect term's share of dz0 is minus that of dz1, and their sums cancel exactly.
+            # Stream by stream: the effect term adds opposite numbers to dz1 and dz0, and their sums cancel exactly.
             for piece in grad_logits.split(rows.numel()):
                 self.bias.add_(piece.sum(0, dtype=self.bias.dtype))
 
@@ -71,7 +80,10 @@ class HeadGradients:
 
 
 def rows_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which dh is kept: gradients of a mean underflow in float16 before a loss scaler can lift them."""
+    """Return the dtype of dh for hidden states of any shape: float32 for float16, else the dtype of `hidden`.
+
+    In float16 the gradients of a mean underflow before a loss scaler can enlarge them.
+    """
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
@@ -80,10 +92,10 @@ def _rows_like(hidden: Tensor) -> Tensor:
 
 
 def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Refuse a backward that should itself be differentiable, or that is for several upstream gradients at once.
+    """Refuse second derivatives, and a backward for several upstream gradients at once.
 
-    torch's `once_differentiable` notices only upstream gradients that require grad. A gradient penalty on top of a loss
-    has none, and would silently train as if the penalty were a constant.
+    torch's `once_differentiable` notices only upstream gradients that require grad. With a gradient penalty on a loss
+    there are none, and training would silently treat the penalty as a constant.
     """
 
     @functools.wraps(backward)
@@ -104,6 +116,6 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
 
 
 def _is_batched(gradient: Tensor) -> bool:
-    """Whether `gradient` is seen by `torch.vmap`, or by what is_grads_batched still uses in its place."""
+    """Whether `gradient` is batched by `torch.vmap`, or by the older function that `is_grads_batched` still uses."""
     functorch = torch._C._functorch
     return bool(functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient))

@@ -1,7 +1,7 @@
 """The output head as three matrix products, each with float32 (float64) results whatever the inputs' dtype.
 
-U in this project's cost figures is one call of one of these methods over all rows, so this file is where products are
-made and the only place to count them.
+U in this project's cost figures is one call of one of these methods over all rows. All matrix products are in this
+file, so products are counted here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from torch import Tensor
 from nextquill.ops.mixed_precision_mm import addmm_into, has_wide_mm, mm_into
 from nextquill.ops.precision import compute_dtype
 
-# A half-precision weight is cast to float32 on the CPU in slices of this size, so the cast never exists as a whole.
+# On the CPU a half-precision weight is cast to float32 in slices of this size, so that no full float32 copy exists.
 _CAST_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """W [V, D], optional bias [V], and what the architecture does after them: z = cap(scale * (h Wᵀ + b))."""
+    """The output head: z = cap(scale * (h Wᵀ + b)).
+
+    Attributes:
+        weight: W [V, D], any floating dtype.
+        bias: b [V], any floating dtype, or None.
+        softcap: c > 0 of cap(x) = c·tanh(x / c), or None.
+        logit_scale: the scale.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -30,6 +37,7 @@ class LinearHead:
 
     @property
     def vocabulary(self) -> int:
+        """The vocabulary size V, in tokens."""
         return self.weight.shape[0]
 
     @property
@@ -41,14 +49,14 @@ class LinearHead:
     def grad_dtype(self) -> torch.dtype:
         """The dtype in which dz enters its products.
 
-        bfloat16 where that is the weight's dtype and the device multiplies it into float32. Not float16, in which the
+        bfloat16 if the weight has it and the device multiplies it into float32 results. Never float16, in which the
         gradients of unlikely tokens underflow: those products run in float32.
         """
         narrow = self.weight.dtype == torch.bfloat16 and has_wide_mm(self.weight.device, self.weight.dtype)
         return self.weight.dtype if narrow else self.dtype
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Write z for hidden [n, D] into `out` [n, V]."""
+        """Write z [n, V] into `out`, which has `dtype`, and return it; `hidden` [n, D] has any floating dtype."""
         if hidden.dtype == self.weight.dtype and has_wide_mm(self.weight.device, self.weight.dtype):
             mm_into(out, hidden, self.weight.T)
         else:
@@ -66,7 +74,7 @@ class LinearHead:
         return out
 
     def hidden_grad(self, grad_logits: Tensor) -> Tensor:
-        """dh = dz W; [n, D] in the compute dtype. dz [n, V] is in `grad_dtype` or the compute dtype."""
+        """Return dh = dz W [n, D] in `dtype`; `grad_logits` is dz [n, V], in `grad_dtype` or `dtype`."""
         size = (grad_logits.shape[0], self.weight.shape[1])
         if self.grad_dtype != self.dtype:
             result = grad_logits.new_empty(size, dtype=self.dtype)
@@ -77,7 +85,13 @@ class LinearHead:
         return result
 
     def add_weight_grad(self, accumulator: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """accumulator [V, D] += dzᵀ h, in the compute dtype."""
+        """Add dzᵀ h to `accumulator`.
+
+        Args:
+            accumulator: [V, D], in `dtype`.
+            grad_logits: dz [n, V], in `grad_dtype` or `dtype`.
+            hidden: h [n, D], any floating dtype.
+        """
         if self.grad_dtype != self.dtype:
             addmm_into(accumulator, grad_logits.to(self.grad_dtype).T, hidden.to(self.grad_dtype))
         else:
@@ -94,5 +108,8 @@ class LinearHead:
 
 
 def infinite_to_nan(hidden: Tensor) -> Tensor:
-    """NaN for ±inf: a cap would turn the logits of a broken hidden state into ±softcap, and its nll finite."""
+    """Replace ±inf by NaN in `hidden`, of any shape and floating dtype.
+
+    A cap would turn the infinite logits of a broken hidden state into ±softcap, and its nll would look normal.
+    """
     return torch.nan_to_num(hidden, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)

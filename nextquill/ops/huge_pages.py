@@ -1,7 +1,7 @@
-"""Large buffers on huge pages, where Linux leaves that to the program ("madvise", the usual setting).
+"""Large buffers on huge pages, where Linux leaves that choice to the program ("madvise", the usual setting).
 
-A fresh buffer costs one page fault per page when it is first written, 65 thousand for 256 MiB in pages of 4 KiB, and
-the processor's table of pages holds only a few thousand of them afterwards.
+The first write to a buffer costs one page fault per page: 65 thousand for 256 MiB in pages of 4 KiB. Later accesses are
+slow too, because the processor caches the addresses of only a few thousand pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MADV_HUGEPAGE = 14
 
 
 def advise(buffer: Tensor) -> None:
-    """Ask for huge pages under a fresh CPU buffer. Only a hint: where it is not heard, nothing changes."""
+    """Ask the system for huge pages under a new CPU buffer of any shape and dtype. It may ignore the request."""
     size = buffer.untyped_storage().nbytes()
     if buffer.device.type != "cpu" or size < 4 * _PAGE or (madvise := _madvise()) is None:
         return

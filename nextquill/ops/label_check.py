@@ -1,7 +1,7 @@
 """Labels out of range, noticed without waiting for the device.
 
-A kernel that needs no row plan never reads labels on the host. It marks rows with a label out of range as NaN, and the
-flag computed here is copied to the host behind the kernel; whichever call comes next and finds it arrived raises.
+A kernel that needs no row plan never reads labels on the host. It gives NaN to rows with a label out of range. The flag
+computed here is copied to the host after the kernel; the first later call that finds it there raises the error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Event(Protocol):
 
 @dataclass(frozen=True)
 class _Pending:
-    """(count of wrong labels, the first of them), on its way to the host, and the event that says it has arrived."""
+    """A flag on its way to the host: `values` holds (number of wrong labels, one of them) once `arrived` is reached."""
 
     values: Tensor
     arrived: _Event
@@ -41,10 +41,10 @@ _lock = threading.Lock()
 
 
 def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Check [N] labels: at once on the CPU, behind the device's work elsewhere.
+    """Check labels ([N], int64): at once on the CPU; on another device, without waiting for it.
 
     Raises:
-        ArgumentError: a label here (CPU), or of an earlier call whose check has arrived, is out of range.
+        ArgumentError: one of these labels (on the CPU) or of an earlier call (on a device) is out of range.
     """
     raise_pending()
     if labels.device.type == "cpu":
@@ -59,7 +59,13 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
 
 
 def defer(values: Tensor, arrived: _Event, ignore_index: int, vocabulary: int) -> None:
-    """Remember a flag that is on its way."""
+    """Remember a check whose result is on its way to the host.
+
+    Args:
+        values: [2], int64, on the host: number of wrong labels, and one of them.
+        arrived: the event after which `values` can be read.
+        ignore_index, vocabulary: the labels that were allowed, for the message.
+    """
     message = (
         f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}; "
         "an earlier call got {count} others, such as {example} (their nll was NaN)"
@@ -68,7 +74,7 @@ def defer(values: Tensor, arrived: _Event, ignore_index: int, vocabulary: int) -
 
 
 def raise_pending(*, wait: bool = False) -> None:
-    """Raise for the earliest flag that has arrived and is set; with `wait`, after all device work has finished.
+    """Raise the error of the earliest check that has arrived; with `wait`, wait for the devices' work first.
 
     Raises:
         ArgumentError: labels of an earlier call were out of range.
@@ -85,7 +91,7 @@ def raise_pending(*, wait: bool = False) -> None:
 
 
 def _summary(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """[2] on the device: how many labels are wrong, and the largest or smallest of them; no synchronisation."""
+    """Return [2] on the device: number of wrong labels, and the largest or smallest of them; does not wait."""
     wrong = wrong_labels(labels, ignore_index, vocabulary)
     example = torch.where(wrong, labels, 0)
     extreme = torch.where(example.amax() >= vocabulary, example.amax(), example.amin())

@@ -1,7 +1,8 @@
-"""`torch.ops.nextquill.pair_loss`: a whole loss as one operator that returns its finished gradients beside it.
+"""`torch.ops.nextquill.pair_loss`: a whole loss as one operator that returns the loss and its finished gradients.
 
-Its backward scales them by the loss's upstream gradient. The objective travels as text. Which results there are is said
-by `needs` alone: compiled graphs are cached by their arguments, across processes too, and must not depend on more.
+Its backward scales them by the loss's upstream gradient. The objective is passed as text. Only `needs` decides which
+results are returned: compiled graphs are cached by their arguments, across processes too, and must not depend on
+anything else.
 """
 
 from __future__ import annotations
@@ -35,29 +36,29 @@ def _pair_loss(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Compute the loss, and its gradients as far as `needs` names them.
+    """Compute the loss, and the gradients that `needs` asks for.
 
     Args:
-        factual, counterfactual: hidden states [N, D].
-        weight, bias: [V, D] and [V].
-        labels, sequence_ids: [N] int64.
-        num_items: scalar, what the reduction averages over; by default what this call holds.
-        token_weights: [N], in place of the objective's weighting.
+        factual, counterfactual: hidden states [N, D], floating.
+        weight, bias: [V, D] and [V], floating.
+        labels, sequence_ids: [N], int64.
+        num_items: float64 scalar, number of items that the reduction averages over; by default those of this call.
+        token_weights: [N], floating, in place of the objective's weighting.
         objective: a `PairObjective` as text, see `objective_spec`.
         effect: compute nll_e even if the loss does not read it.
         needs: which of dh1, dh0, dW and db are wanted.
-        options: those of the head, see `open_head`.
+        options: options of the head, see `open_head`.
 
     Returns:
-        loss (scalar); rows [6, N] for `unpack_rows`, 0 where ignored; how many tokens and sequences count, [2] int64 on
-        the host; dh1, dh0 [N, D], dW [V, D], db [V], each an empty vector where it is not wanted.
+        loss (scalar); rows [6, N] for `unpack_rows`, 0 where ignored; the numbers of supervised tokens and sequences,
+        int64 [2] on the host; dh1, dh0 [N, D], dW [V, D], db [V], each an empty vector if it is not wanted.
     """
     found = decode(objective)
     if token_weights is not None:
         found, token_weights = found.of_given_weights(), token_weights.to(results_dtype(factual, options))
     plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0], token_weights)
     with autocast_off(factual.device):
-        # The engine goes with this statement, and with it the chunk's logits.
+        # No variable holds the engine, so that its logits are freed after this statement.
         loss, compact, grads = PairLossEngine(
             factual,
             counterfactual,
@@ -72,7 +73,7 @@ def _pair_loss(
     rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
     counts = torch.tensor([plan.num_rows, plan.num_sequences])
     if needs[1] and counterfactual is not None and grads.counterfactual is None:
-        # The objective makes it a constant. What is asked for is returned all the same, as the fake result says.
+        # The counterfactual is a constant of this objective. Return zeros, as `_pair_loss_fake` promises.
         grads.counterfactual = torch.zeros(counterfactual.shape, dtype=rows_dtype(counterfactual), device=loss.device)
     kept = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
     return loss, rows, counts, *(nothing(loss) if gradient is None else gradient for gradient in kept)
@@ -93,7 +94,7 @@ def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _items(given: Tensor | None, default: int) -> float | Tensor:
-    """What the reduction divides by; a number on an accelerator is left there, unread."""
+    """Return the number that the reduction divides by; a tensor on an accelerator stays there, unread."""
     if given is None:
         return float(max(1, default))
     if given.device.type != "cpu":
@@ -114,14 +115,14 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is not None:
         for index, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-            # An unwanted gradient, and one that the objective makes constant, is an empty vector.
+            # A gradient that is not wanted is an empty vector.
             if ctx.needs_input_grad[index] and gradient.dim() + gradient.numel() > 1:
                 grads[index] = scale_gradient(gradient, grad_loss, dtype)
     return tuple(grads)
 
 
 def _scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · scale in `dtype`, in one pass and never in place, so that a graph can be walked twice."""
+    """Return gradient · scale in `dtype`, in one pass; not in place, so that backward can run twice on a graph."""
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 

@@ -1,7 +1,7 @@
 """Half-precision matrix products with float32 results, where the device has them.
 
 torch multiplies float16 and bfloat16 matrices into a float32 result on accelerators only (`out_dtype`, torch >= 2.8).
-Whether a build and device really do is asked once with a product of a few numbers, and remembered.
+A small product tests once whether the installed torch and the device can do it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-# Without a product that accumulates, dW is added slice by slice; a slice of this size stays in the L2 cache.
+# If no product can add to its result, dW is added slice by slice; a slice of this size stays in the L2 cache.
 _SLICE_BYTES = 32 * 2**20
 
 
@@ -23,14 +23,14 @@ def has_wide_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def mm_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out <- left @ right for half-precision factors and a float32 `out`."""
+    """Write left @ right into `out` and return it: [n, k] @ [k, m] in a half dtype, `out` [n, m] float32."""
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def addmm_into(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
-    """accumulator += left @ right for half-precision factors and a float32 accumulator.
+    """Add left @ right to `accumulator`: [n, k] @ [k, m] in a half dtype, `accumulator` [n, m] float32.
 
-    In one product where the device can; else through float32 slices, which costs the accumulator's traffic once more.
+    In one product if the device can; otherwise in float32 slices, which read and write the accumulator once more.
     """
     if _works(_probe_addmm, accumulator.device, left.dtype):
         torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)

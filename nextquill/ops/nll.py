@@ -1,10 +1,10 @@
 """Per-token likelihoods of one or two streams and their gradients, for any upstream gradient; no logits are kept.
 
-The forward computes 1U (2U for a pair) and leaves the nll's; the backward computes the logits of each chunk again and
-their statistics, overwrites them with their gradient and multiplies: 3U (6U). A loss that finishes its gradient in its
-forward saves the second computation of the logits: fused_loss.py.
+The forward takes 1U (2U for a pair) and returns the NLLs. The backward takes 3U (6U): it computes the logits of each
+chunk again with their statistics, overwrites them with their gradient and multiplies. A loss that finishes its gradient
+in its forward saves the second computation of the logits: fused_loss.py.
 
-These functions know nothing of autograd; nll_operators.py registers them.
+These functions do not use autograd; nll_operators.py registers them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from nextquill.ops.row_groups import RowPlan, plan_rows, split_rows
 def head_nll(
     streams: tuple[Tensor, ...], head: ChunkedHead, labels: Tensor, ignore_index: int, *, divergence: bool = False
 ) -> Tensor:
-    """nll of every row in nats: [1, N] for one stream [N, D], [3, N] for two; ignored rows are 0.
+    """Compute the nll of every row: without logits in memory if the kernels can, otherwise chunk by chunk.
 
-    With `divergence` [5, N]: KL(p1 ‖ p0) and the entropy of p1 follow. Streams whole vocabulary tiles without logits in
-    memory where the kernels can, else chunk by chunk.
+    Args:
+        streams: one or two tensors of hidden states [N, D], any floating dtype.
+        head: the output head and its kernels.
+        labels: [N], int64.
+        ignore_index: label of rows that do not count.
+        divergence: with two streams, compute KL(p1 ‖ p0) and the entropy of p1 too.
+
+    Returns:
+        float32 (float64), nats, 0 in ignored rows: [1, N] for one stream; [3, N] for two (factual, counterfactual,
+        effect); [5, N] with `divergence`.
     """
     if head.kernels.stream_nll is not None and not divergence:
         check_labels(labels, ignore_index, head.vocabulary)
-        # For the kernel -1 is an ignored row, and V a label out of range, whose nll is NaN.
+        # The kernel ignores rows with label -1, and gives NaN to rows with label V, which is out of range.
         known = torch.where(labels < 0, head.vocabulary, labels)
         return head.kernels.stream_nll(streams, head, torch.where(labels == ignore_index, -1, known))
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
@@ -46,7 +54,16 @@ def head_nll(
 def token_gradients(
     grad_nll: Tensor, hidden: Tensor, head: ChunkedHead, labels: Tensor, ignore_index: int, needs: Needs
 ) -> HeadGradients:
-    """Gradients of Σ g·nll; `grad_nll` [N], `hidden` [N, D], `labels` [N]."""
+    """Compute the gradients of Σ g·nll.
+
+    Args:
+        grad_nll: g [N], any floating dtype, per nat.
+        hidden: [N, D], any floating dtype.
+        head: the output head and its kernels.
+        labels: [N], int64.
+        ignore_index: label of rows that do not count.
+        needs: which gradients are wanted.
+    """
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     grads = HeadGradients(head, hidden, None, needs)
     g = grad_nll.to(head.dtype).index_select(0, plan.rows)
@@ -66,7 +83,13 @@ def pair_gradients(
     ignore_index: int,
     needs: Needs,
 ) -> HeadGradients:
-    """Gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e; each g [N] or None for zero, each stream [N, D]."""
+    """Compute the gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e.
+
+    Args:
+        grad_nlls: g_f, g_c and g_e, each [N], any floating dtype, per nat; None means zero.
+        streams: hidden states factual and counterfactual, each [N, D], any floating dtype.
+        head, labels, ignore_index, needs: as in `token_gradients`.
+    """
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     grads = HeadGradients(head, *streams, needs)
     g_f, g_c, g_e = (None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in grad_nlls)
@@ -90,11 +113,11 @@ def pair_gradients(
 
 
 def _statistics(chunk: Chunk, kernels: ChunkKernels, kinds: int) -> Tensor:
-    """Statistics [kinds, n] of the logits at hand.
+    """Compute the statistics [kinds, n] of a chunk's logits.
 
-    A backward computes them anew, for its logits may differ from the forward's in their last bits, which at |z| = 1e4
-    are 1e-3 of a probability: the product was another one, or rounded otherwise. One read of the chunk is small beside
-    its products.
+    A backward computes them again, because its logits may differ from the forward's in their last bits: it may use
+    another matrix product. At |z| = 1e4 those bits are 1e-3 of a probability. Reading the chunk once takes little time
+    beside its products.
     """
     found = chunk.logits.new_empty(kinds, chunk.labels.numel())
     if kinds == TOKEN_STATS:
@@ -105,7 +128,7 @@ def _statistics(chunk: Chunk, kernels: ChunkKernels, kinds: int) -> Tensor:
 
 
 def _chunks(plan: RowPlan, head: ChunkedHead, streams: tuple[Tensor, ...]) -> Iterator[Chunk]:
-    """Yield the plan's rows with their logits; each chunk overwrites the one before."""
+    """Yield the plan's rows with their logits; each chunk overwrites the previous one."""
     buffer = LogitsBuffer(head, len(streams), plan)
     for rows in split_rows(0, plan.num_rows, buffer.max_rows):
         yield buffer.fill(streams, rows)

@@ -1,7 +1,7 @@
 """`torch.ops.nextquill.token_nll` and `.pair_nll`: per-token likelihoods, differentiable, with any upstream gradient.
 
-Each saves its inputs; its backward is a second operator. `.pair_stats` is the same forward without gradient, with
-divergences.
+Each saves its inputs, and its backward is another operator. `.pair_stats` computes the same forward and divergences,
+without a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nextquill.ops.registration import define, nothing, open_head, results_dtype
 def _token_nll(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *options: Any
 ) -> Tensor:
-    """nll [N]."""
+    """Compute the nll [N]."""
     head = open_head(hidden, weight, bias, *options)
     with autocast_off(hidden.device):
         return head_nll((hidden,), head, labels, ignore_index)[0]
@@ -62,7 +62,7 @@ def _pair_nll(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """nll of z1, z0, z1 - z0, each [N]."""
+    """Compute the NLLs of z1, z0 and z1 - z0, each [N]."""
     head = open_head(factual, weight, bias, *options)
     with autocast_off(factual.device):
         nll = head_nll((factual, counterfactual), head, labels, ignore_index)
@@ -123,7 +123,7 @@ def _pair_stats_fake(*arguments: Any) -> Any:
 def _deliver(
     grads: HeadGradients, factual: Tensor, counterfactual: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """dh1, dh0, dW, db in their inputs' dtypes."""
+    """Return dh1, dh0, dW, db in the dtypes of the inputs."""
     found = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
     likes = (factual, counterfactual, weight, weight if bias is None else bias)
     return tuple(

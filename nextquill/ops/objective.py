@@ -1,6 +1,6 @@
 """A pair loss as coefficients: loss = Σ_i g_f[i] nll_f[i] + g_c[i] nll_c[i] + g_e[i] nll_e[i].
 
-Weights and denominators carry no gradient, so the coefficients are also the upstream gradients of the nll's, and every
+Weights and denominators carry no gradient, so the coefficients are also the upstream gradients of the NLLs. Every
 scheme and reduction is an elementwise computation on a few numbers per row.
 """
 
@@ -29,9 +29,12 @@ REDUCTIONS = ("sequence", "token", "micro_batch")
 
 
 class RowCoefficients(NamedTuple):
-    """Per row [n]: the token weight, and the two factors every term of the loss is made of.
+    """Numbers per row from which every coefficient of the loss is made; float32 (float64), no unit.
 
-    weights: w. weighted: w / (Z · items), of terms that use the weights. uniform: 1 / (n · items), of plain means.
+    Attributes:
+        weights: [n], the token weights w.
+        weighted: [n], w / (Z · items): factor of terms that use the weights.
+        uniform: [n], 1 / (n · items): factor of plain means.
     """
 
     weights: Tensor
@@ -40,7 +43,11 @@ class RowCoefficients(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Per row [n], one number for each term of the loss, named after the nll in it; `None` where there is none."""
+    """One number per row for each term of the loss, `None` if the loss lacks the term; float32 (float64).
+
+    Attributes:
+        factual, effect, counterfactual: [n], for the term with nll_f, nll_e and nll_c.
+    """
 
     factual: Tensor
     effect: Tensor | None
@@ -49,7 +56,7 @@ class RowTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Which weights, which terms, and what each is divided by.
+    """The weights and terms of a loss, and the denominator of each term.
 
     With n rows and Z = Σ w if `normalize_weights` else n, per sequence:
 
@@ -70,6 +77,7 @@ class PairObjective:
 
     @property
     def elementwise(self) -> bool:
+        """Whether the weight of a row depends on that row alone."""
         return bool(getattr(self.weighting, "elementwise", False))
 
     @property
@@ -79,7 +87,7 @@ class PairObjective:
 
     @property
     def needs_effect(self) -> bool:
-        """Whether the loss itself reads nll_e: it has that term, or the weighting may look at it."""
+        """Whether the loss itself reads nll_e: in its effect term, or in its weighting."""
         return self.alpha > 0 or bool(getattr(self.weighting, "reads_effect", True))
 
     def computes_effect(self, *, paired: bool, asked: bool) -> bool:
@@ -88,6 +96,7 @@ class PairObjective:
 
     @property
     def counterfactual_is_constant(self) -> bool:
+        """Whether no gradient flows to the counterfactual."""
         return self.detach_counterfactual or (self.alpha == 0 and self.anchor == 0)
 
     @property
@@ -96,11 +105,11 @@ class PairObjective:
         return self.alpha > 0 or self.anchor > 0
 
     def of_given_weights(self) -> PairObjective:
-        """This objective for token weights that are given: no weighting reads the nll's."""
+        """Return this objective for token weights given by the caller: its weighting reads no NLLs."""
         return replace(self, weighting=UniformWeighting())
 
     def default_items(self, plan: RowPlan) -> int:
-        """What the reduction averages over, counted in this call: sequences, tokens, or one micro-batch."""
+        """Count the items of this call that the reduction averages over: sequences, tokens, or one micro-batch."""
         if self.reduction == "sequence":
             return plan.num_sequences
         return plan.num_rows if self.reduction == "token" else 1
@@ -113,14 +122,16 @@ class PairObjective:
         fused: Callable[..., None] | None = None,
         given: Tensor | None = None,
     ) -> RowCoefficients:
-        """Coefficients of a group's n rows, given their nll's [n]; nothing here waits for the device.
+        """Compute the coefficients of a group's n rows; never waits for the device.
 
         Args:
-            num_items: what the reduction averages over in the whole batch (sequences, tokens or micro-batches): a
-                number, or a tensor of one on the rows' device.
+            pair: NLLs of the rows, each [n], float32 (float64), in nats.
+            group: the rows.
+            num_items: number of items that the reduction averages over in the whole batch (sequences, tokens or
+                micro-batches); a number, or a scalar tensor on the rows' device.
             fused: a kernel that computes the published weightings and their normalisation in one pass over whole
-                sequences; without it the same is done by elementwise operations.
-            given: the rows' weights [n], in place of the weighting's.
+                sequences; without it, elementwise operations do.
+            given: weights of the rows [n], floating, in place of the weighting's.
         """
         scheme = None if given is not None or group.sequences is None else _scheme(self.weighting)
         if fused is not None and scheme is not None:
@@ -145,7 +156,7 @@ class PairObjective:
         return RowCoefficients(weights, weights / (totals * num_items), 1.0 / (counts * num_items))
 
     def gradients(self, coefficients: RowCoefficients) -> RowTerms:
-        """The upstream gradient of each nll; `None` is zero."""
+        """Return the upstream gradient of each nll; `None` means zero."""
         return RowTerms(
             coefficients.weighted,
             self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
@@ -153,7 +164,7 @@ class PairObjective:
         )
 
     def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
-        """Each row's share of each term, before `alpha` and `anchor`; `None` where the term's nll is absent."""
+        """Return each row's share of each term, before `alpha` and `anchor`; `None` if the term's nll is absent."""
         return RowTerms(
             coefficients.weighted * pair.factual,
             None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
@@ -161,7 +172,7 @@ class PairObjective:
         )
 
     def token_loss(self, terms: RowTerms) -> Tensor:
-        """Each row's share of the loss [n], from its shares of the terms."""
+        """Return each row's share of the loss [n], float32 (float64) in nats, from its shares of the terms."""
         total = terms.factual
         # A term with factor 0 is left out, not multiplied by 0: its nll may be infinite.
         if self.alpha > 0 and terms.effect is not None:
@@ -175,7 +186,7 @@ class PairObjective:
 
     def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
         if type(self.weighting) not in PUBLISHED_WEIGHTINGS:
-            # A caller's function may work in place on what it is given; what it is given here is the engine's memory.
+            # A caller's function may change its arguments in place, and these NLLs are the engine's memory: copy them.
             pair = PairNLL(*(None if t is None else t.clone() for t in pair))  # type: ignore[arg-type]
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
@@ -187,7 +198,7 @@ class PairObjective:
 
 
 def _scheme(weighting: Weighting) -> dict[str, Any] | None:
-    """A published weighting as the arguments of the fused kernel, or None for a caller's own."""
+    """Return a published weighting as arguments of the fused kernel, or None for a caller's own weighting."""
     # Exact types: a subclass may compute something else.
     if type(weighting) is UniformWeighting:
         return {"scheme": "uniform", "low": 1.0, "high": 1.0, "threshold": 0.0}
@@ -203,7 +214,7 @@ def _scheme(weighting: Weighting) -> dict[str, Any] | None:
 
 
 def _checked_weights(weights: object, pair: PairNLL) -> Tensor:
-    """A user's weighting must return one finite-or-NaN number per row, not something that broadcasts to it."""
+    """Check that a user's weighting returned one number per row, and not a tensor that broadcasts to the rows."""
     if not isinstance(weights, Tensor) or weights.shape != pair.factual.shape:
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ArgumentError(f"weighting: expected a tensor of shape {list(pair.factual.shape)}, got {got}")
@@ -223,9 +234,9 @@ def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
 
 
 def _sequence_sums(weights: Tensor, offsets: Tensor) -> Tensor:
-    """Σ w of each row's sequence [n]; 1 where it is exactly 0, so that all-zero weights give 0 and not 0/0."""
+    """Return Σ w over each row's sequence [n]; 1 where it is exactly 0, so that all-zero weights give 0, not 0/0."""
     sizes = offsets.diff()
-    # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA. In float32 that order loses 2e-5
-    # of the sum of 2,048 weights, and 3e-4 of 32,768.
+    # segment_reduce adds each segment in order: no atomics, unlike index_add on CUDA. In float32 a sum of 2,048 weights
+    # would be off by 2e-5 of itself, and one of 32,768 by 3e-4.
     sums = torch.segment_reduce(weights.double(), "sum", lengths=sizes, unsafe=True).to(weights.dtype)
     return sums.masked_fill_(sums == 0, 1.0).repeat_interleave(sizes, output_size=weights.numel())

@@ -1,8 +1,8 @@
 """Objectives as text: an operator's schema has no room for a Python object.
 
-A published objective is written out, so that equal losses are equal to `torch.compile`, and a compiled or exported
-graph means the same in another process. An objective with a caller's own weighting gets a name that no other process
-has; it is found while it lives.
+A published objective is written out in full: `torch.compile` sees that two equal losses are equal, and a compiled or
+exported graph works in another process. An objective with a caller's own weighting gets a name that is unique to this
+process; `decode` finds it as long as the objective exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _own: weakref.WeakValueDictionary[str, PairObjective] = weakref.WeakValueDiction
 
 
 def encode(objective: PairObjective) -> str:
-    """The text of `objective`, for `decode`."""
+    """Return `objective` as text, for `decode`."""
     fields: dict[str, Any] = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
     weighting = fields.pop("weighting")
     # Exact types: a subclass may compute something else.
@@ -35,10 +35,10 @@ def encode(objective: PairObjective) -> str:
 
 
 def decode(spec: str) -> PairObjective:
-    """The objective that `encode` wrote.
+    """Return the objective that `encode` wrote.
 
     Raises:
-        ArgumentError: it has a caller's own weighting, and is of another process or gone.
+        ArgumentError: it has a caller's own weighting, and comes from another process or no longer exists.
     """
     if not spec.startswith("own-"):
         return _published(spec)

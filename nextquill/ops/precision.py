@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, results and accumulated gradients: float64 stays float64, everything else is float32."""
+    """Return the dtype of logits, results and summed gradients: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[None]:
-    """Suspend autocast, whose cast of a matrix product's result would round the logits."""
+    """Suspend autocast, which would round the logits by casting the results of matrix products."""
     return torch.autocast(device.type, enabled=False)
 
 
 def autocast_product_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which hidden states and weight meet under autocast: what `nn.Linear` would use on this device.
+    """Return the dtype to multiply hidden states and weight in under autocast: the one `nn.Linear` would use.
 
-    On the CPU half-precision products bring no speed here, so autocast keeps the widest of the factors' dtypes.
+    On the CPU half-precision products are not faster here, so the result is the widest dtype of the `factors` (of any
+    shape).
     """
     if device == "cpu":
         return functools.reduce(torch.promote_types, (factor.dtype for factor in factors))

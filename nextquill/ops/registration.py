@@ -1,9 +1,9 @@
-"""How an operator is made known to PyTorch: schema, fake shapes, autograd, and autocast as one argument.
+"""How an operator is registered with PyTorch: schema, fake shapes, autograd, and autocast as one argument.
 
-Every operator ends with the same five options of the output head, which `open_head` names. The last, `product_dtype`,
-is the dtype in which hidden states and weight meet: None for their own. Under autocast the registered kernel fills it
-in and leaves the inputs as they are, so that the gradient of a float32 master weight is never rounded to half precision
-on its way.
+The last five arguments of every operator are the options of the output head, which `open_head` names. The last one,
+`product_dtype`, is the dtype in which hidden states and weight are multiplied; None keeps their own. Under autocast the
+registered kernel sets it and does not cast the inputs, so that the gradient of a float32 master weight is never rounded
+to half precision.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ def open_head(
     chunk_bytes: int | None,
     product_dtype: torch.dtype | None,
 ) -> ChunkedHead:
-    """The head that an operator computes with: weight [V, D] and bias [V] in the dtype in which `hidden` meets them.
+    """Return the head that an operator computes with.
+
+    Args:
+        hidden: [N, D], any floating dtype.
+        weight, bias: [V, D] and [V] or None, any floating dtype.
+        softcap, logit_scale, impl, chunk_bytes: as in `PairLoss`.
+        product_dtype: dtype in which hidden states and weight are multiplied; None for their own.
 
     Raises:
-        BackendUnavailableError: `impl` cannot run on `hidden`'s device, or not in its dtype.
+        BackendUnavailableError: `impl` cannot run on the device or in the dtype of `hidden`.
     """
     dtype = product_dtype or hidden.dtype
     kernels = resolve_impl(impl, hidden.device, compute_dtype(dtype))
@@ -45,7 +51,7 @@ def open_head(
 
 
 def results_dtype(hidden: Tensor, options: Sequence[Any]) -> torch.dtype:
-    """The dtype of an operator's results, `ChunkedHead.dtype`, from its last five arguments."""
+    """Return the dtype of an operator's results, from its hidden states [N, D] and its last five arguments."""
     return compute_dtype(options[-1] or hidden.dtype)
 
 
@@ -54,7 +60,7 @@ def define(
 ) -> Any:
     """Define `nextquill::name` with the head's options appended to `arguments`.
 
-    `product` gives the positions of the streams and, last, of the weight; with it the operator follows autocast.
+    `product` gives the positions of the streams and, last, of the weight; if given, the operator follows autocast.
     """
     operator = torch.library.custom_op(
         f"nextquill::{name}", function, mutates_args=(), schema=f"({arguments}, {_OPTIONS}) -> {returns}"
@@ -66,7 +72,10 @@ def define(
 
 
 def nothing(like: Tensor) -> Tensor:
-    """What stands for a tensor that was not asked for: a schema cannot return None."""
+    """Return the empty tensor, of shape [0] and the dtype of `like`, that replaces a result that is not wanted.
+
+    A schema cannot return None. `like` may have any shape.
+    """
     return like.new_empty(0)
 
 

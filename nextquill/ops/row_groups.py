@@ -4,8 +4,8 @@ A weight may depend on its whole sequence (Σω is the denominator), so a group 
 than the budget becomes a group of several chunks. All but the last of them are computed twice, once for the weights and
 once for the gradient, so the last is as large as the budget allows.
 
-A plan is made on the host: how many rows there are decides the shapes of every product. Labels and sequence ids are
-read from the device once per call, together, and nothing after that waits for it.
+A plan is made on the host, because the number of rows decides the shapes of all matrix products. Labels and sequence
+ids are read from the device once per call, together; no later step waits for the device.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class RowPlan:
     """Supervised rows in sequence order.
 
     Attributes:
-        rows: [n] indices into the flat batch, ascending within a sequence.
-        labels: [n] their labels.
-        offsets: [S + 1] sequence s is rows[offsets[s] : offsets[s + 1]].
-        lengths: rows of each sequence, in the order of `rows`, on the host.
+        rows: [n], int64, positions in the flat batch, ascending within a sequence.
+        labels: [n], int64, labels of these rows.
+        offsets: [S + 1], int64; sequence s is rows[offsets[s] : offsets[s + 1]].
+        lengths: number of rows of each sequence, in the order of `rows`, on the host.
     """
 
     rows: Tensor
@@ -39,10 +39,12 @@ class RowPlan:
 
     @property
     def num_rows(self) -> int:
+        """The number n of supervised rows."""
         return self.rows.numel()
 
     @property
     def num_sequences(self) -> int:
+        """The number S of sequences with a supervised row."""
         return len(self.lengths)
 
     @cached_property
@@ -51,7 +53,7 @@ class RowPlan:
         return lengths.repeat_interleave(lengths, output_size=self.num_rows)
 
     def sequence_lengths(self, rows: slice) -> Tensor:
-        """For each of these rows, how many supervised rows its sequence has."""
+        """Return, for each of these n rows, the number of supervised rows of its sequence: [n], int64."""
         return self._row_lengths[rows]
 
 
@@ -61,10 +63,10 @@ class RowGroup:
 
     Attributes:
         plan: the whole plan.
-        rows: which rows of it.
-        sequences: those it holds whole, as a slice into the plan's; None where it cuts them, which is allowed only if
-            rows do not depend on one another.
-        chunks: `rows` in pieces whose logits fit the budget.
+        rows: which rows of the plan.
+        sequences: the sequences in the group, as a slice of the plan's; None if the group cuts sequences, which is
+            allowed only if rows do not depend on one another.
+        chunks: `rows` cut into pieces whose logits fit the budget.
     """
 
     plan: RowPlan
@@ -74,13 +76,13 @@ class RowGroup:
 
     @property
     def offsets(self) -> Tensor:
-        """[S + 1] int64: where its whole sequences begin and end among the plan's rows."""
+        """Where the group's sequences begin and end among the plan's rows: [S + 1], int64."""
         assert self.sequences is not None
         return self.plan.offsets[self.sequences.start : self.sequences.stop + 1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Rows of each of its whole sequences, on the host."""
+        """Number of rows of each of the group's sequences, on the host."""
         assert self.sequences is not None
         return self.plan.lengths[self.sequences]
 
@@ -92,7 +94,14 @@ def plan_rows(
     vocabulary: int,
     token_weights: Tensor | None = None,
 ) -> RowPlan:
-    """Collect the supervised rows; `sequence_ids` [N] or None for a single sequence. `token_weights` [N] are checked.
+    """Collect the supervised rows and check their labels and weights.
+
+    Args:
+        labels: [N], int64.
+        sequence_ids: [N], int64; None for a single sequence.
+        ignore_index: label of rows that do not count.
+        vocabulary: V, the number of allowed labels.
+        token_weights: [N], floating, or None.
 
     Raises:
         ArgumentError: a label is outside [0, vocabulary) and not `ignore_index`, or a supervised row's weight is
@@ -130,7 +139,7 @@ def _check_weights(token_weights: Tensor, unusable: Tensor) -> None:
 
 
 def check_label_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Raise ArgumentError for a label on the host that is outside [0, vocabulary) and not `ignore_index`."""
+    """Raise ArgumentError if one of the labels ([N], int64, on the host) is wrong, as `wrong_labels` finds them."""
     wrong = wrong_labels(labels, ignore_index, vocabulary)
     if labels.numel() and bool(wrong.any()):
         position = int(wrong.nonzero()[0])
@@ -141,12 +150,12 @@ def check_label_range(labels: Tensor, ignore_index: int, vocabulary: int) -> Non
 
 
 def wrong_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """Where [N] labels are outside [0, vocabulary) and not `ignore_index`."""
+    """Return which labels ([N], int64) are outside [0, vocabulary) and not `ignore_index`: [N], bool."""
     return (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
 
 
 def split_rows(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
-    """Cut [start, stop) into nearly equal slices of at most `max_rows`."""
+    """Cut [start, stop) into nearly equal slices of at most `max_rows` rows."""
     count = -(-(stop - start) // max_rows)
     bounds = [start + (stop - start) * i // count for i in range(count + 1)] if count else [start]
     return tuple(slice(a, b) for a, b in pairwise(bounds))
@@ -155,8 +164,8 @@ def split_rows(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
 def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterator[RowGroup]:
     """Yield groups that cover the plan in order.
 
-    With `whole_sequences=False` (weights of a row depend on that row only, denominators are counts) a group is any
-    chunk of rows; it holds sequences whole where it is the only one.
+    With `whole_sequences=False` a group is any chunk of rows, if there is more than one. That is allowed if the weight
+    of a row depends on that row only and denominators are counts.
     """
     if not whole_sequences and plan.num_rows > max_rows:
         for piece in split_rows(0, plan.num_rows, max_rows):
@@ -174,7 +183,7 @@ def group_rows(plan: RowPlan, max_rows: int, *, whole_sequences: bool) -> Iterat
 
 
 def _largest_last(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
-    """[start, stop) as one slice of `max_rows` at the end, and what is before it in nearly equal slices."""
+    """Cut [start, stop) into one slice of `max_rows` rows at the end, and nearly equal slices before it."""
     last = max(start, stop - max_rows)
     return (*split_rows(start, last, max_rows), slice(last, stop))
 
@@ -182,5 +191,5 @@ def _largest_last(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
-    # From pinned memory the copy is queued and the host goes on.
+    # From pinned memory the copy is queued and the host does not wait.
     return tensor.pin_memory().to(device, non_blocking=True)

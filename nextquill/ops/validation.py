@@ -1,6 +1,6 @@
-"""Checks of what a caller passes, made once, before any work.
+"""Checks of a caller's arguments, made once, before any work.
 
-The engines below this file trust their inputs: rows are flat, dtypes and devices agree.
+The engines do not check again: they expect flat rows, and dtypes and devices that agree.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class HeadInputs:
     """Validated inputs with the leading dimensions of the hidden states and labels flattened.
 
     Attributes:
-        factual: [N, D] hidden states with the history, floating.
-        counterfactual: [N, D] without it, or None for a single-stream operator.
+        factual: [N, D], floating, hidden states with the user's history.
+        counterfactual: [N, D], hidden states without it; None for an operator of one stream.
         weight, bias: [V, D] and [V] or None, in the hidden states' dtype except under autocast.
-        labels: [N] int64.
+        labels: [N], int64.
         shape: the labels' original shape.
     """
 
@@ -45,7 +45,15 @@ def check_head_inputs(
     *,
     hidden_name: str = "hidden_factual",
 ) -> HeadInputs:
-    """Validate shapes, dtypes and devices; flatten. What labels hold is checked where they are read.
+    """Check shapes, dtypes and devices, and flatten. The values of labels are checked later, where they are read.
+
+    Args:
+        hidden_factual: [N, D] or [B, T, D], floating.
+        hidden_counterfactual: shape and dtype of `hidden_factual`, or None.
+        lm_head_weight: [V, D], in the same dtype except under autocast.
+        labels: [N] or [B, T], any integer dtype.
+        bias: [V], in the same dtype except under autocast, or None.
+        hidden_name: name of `hidden_factual` in messages.
 
     Raises:
         ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
@@ -92,7 +100,7 @@ def check_head_inputs(
 
 
 def _check_transforms() -> None:
-    """Refuse derivatives that these operators do not have, and would silently leave out."""
+    """Refuse derivatives that these operators do not have: the result would silently lack them."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -118,7 +126,7 @@ def check_head_options(softcap: float | None, logit_scale: float) -> None:
 
 
 def check_ignore_index(ignore_index: object) -> int:
-    """Return `ignore_index` if it is an int."""
+    """Return `ignore_index` if it is an int of 64 bits, or raise."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise ArgumentTypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__} {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -127,7 +135,13 @@ def check_ignore_index(ignore_index: object) -> int:
 
 
 def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
-    """Return one int64 id per flat row. By default a [N] batch is one sequence and each row of [B, T] is one."""
+    """Return the sequence id of each flat row: [N], int64.
+
+    Args:
+        sequence_ids: labels' shape, any integer dtype. By default each row of [B, T] is one sequence, and a batch [N]
+            is a single one.
+        labels: [N] or [B, T], integers.
+    """
     if sequence_ids is None:
         if labels.dim() == 1:
             return torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
@@ -145,7 +159,12 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor | None:
-    """Return one weight per flat row. What they hold is checked where labels are read."""
+    """Return the weight of each flat row: [N], floating. Its values are checked later, where labels are read.
+
+    Args:
+        token_weights: labels' shape, floating, without gradient; or None, which is returned.
+        labels: [N] or [B, T], integers.
+    """
     if token_weights is None:
         return None
     check_floating("token_weights", token_weights)
@@ -159,7 +178,7 @@ def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor 
 
 
 def _usable(hidden: Tensor) -> Tensor:
-    """`hidden`, copied if it was made in inference mode: such a tensor cannot be kept for a backward."""
+    """Return `hidden`, copied if it was made in inference mode: such a tensor cannot be saved for a backward."""
     if torch.compiler.is_compiling() or not hidden.is_inference() or torch.is_inference_mode_enabled():
         return hidden
     return hidden.clone()

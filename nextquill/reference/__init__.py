@@ -1,4 +1,4 @@
-"""Plain PyTorch twins of every fast path: the oracle of the tests. Imports torch and nothing else of the stack."""
+"""Plain PyTorch twins of every fast path: the oracle of the tests. Imports no fast path."""
 
 from nextquill.reference.linear import linear_pair_nll, linear_pair_stats, linear_token_nll
 from nextquill.reference.losses import clip_weights, exp_clip_weights, pair_loss, threshold_weights

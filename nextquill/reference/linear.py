@@ -1,7 +1,7 @@
 """Plain PyTorch twins of the public operators: full logits, ordinary autograd, any floating dtype.
 
-They are the oracle of the tests and the clearest statement of the maths. They materialise [N, V] several times over, so
-they are for small inputs.
+The tests compare with them, and they state the maths most clearly. They hold [N, V] in memory several times, so they are
+for small inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nextquill.outputs import PairNLL, PairStats
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
+    """Return the dtype to compute in: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -24,7 +24,7 @@ def linear_logits(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """cap(scale * (h Wᵀ + b)) with float32 (float64) arithmetic from the inputs on.
+    """Return cap(scale * (h Wᵀ + b)), in float32 (float64) arithmetic throughout.
 
     Args:
         hidden_states: h [N, D], any floating dtype.
@@ -45,10 +45,10 @@ def linear_logits(
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """logsumexp(z) - z[y] of each row of `logits` ([N, V], float32 or float64) and `labels` ([N], int64); [N], nats.
+    """Return logsumexp(z) - z[y] for `logits` ([N, V], float32 or float64) and `labels` ([N], int64); [N], nats.
 
-    By log_softmax, whose gradient is right for logits of any size: that of logsumexp is exp(z - logsumexp), which is
-    off by as much as the logsumexp is rounded.
+    It uses log_softmax, whose gradient is right for logits of any size. The gradient of logsumexp is
+    exp(z - logsumexp), which inherits the rounding error of the logsumexp.
     """
     return -torch.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
 

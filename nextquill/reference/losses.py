@@ -1,6 +1,6 @@
 """The losses written as their equations say, over full logits with ordinary autograd.
 
-One function per published objective; nothing is shared with the chunked engine but the result's names.
+One function per published objective. They share no code with the chunked engine except the names of results.
 """
 
 from __future__ import annotations
@@ -80,18 +80,18 @@ def pair_loss(
 
 
 def threshold_weights(pair: PairNLL, threshold: float, high: float, low: float) -> Tensor:
-    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low; in shape and dtype of the nll's."""
+    """NextQuill's ω: high where exp(-nll_f) - exp(-nll_c) > threshold, else low; shape and dtype of the NLLs."""
     effect = torch.exp(-pair.factual) - torch.exp(-_counterfactual(pair))
     return torch.where(effect > threshold, torch.full_like(effect, high), torch.full_like(effect, low)).detach()
 
 
 def clip_weights(pair: PairNLL, minimum: float, maximum: float) -> Tensor:
-    """PerCE's w: clip(nll_c - nll_f, minimum, maximum), in nats; the nll's shape and dtype."""
+    """PerCE's w: clip(nll_c - nll_f, minimum, maximum), in nats; shape and dtype of the NLLs."""
     return torch.clip(_counterfactual(pair) - pair.factual, minimum, maximum).detach()
 
 
 def exp_clip_weights(pair: PairNLL, maximum: float) -> Tensor:
-    """LongCE's w: min(exp(nll_c - nll_f), maximum); the nll's shape and dtype."""
+    """LongCE's w: min(exp(nll_c - nll_f), maximum); shape and dtype of the NLLs."""
     return torch.minimum(
         torch.exp(_counterfactual(pair) - pair.factual),
         pair.factual.new_tensor(maximum),
