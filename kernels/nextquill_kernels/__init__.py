@@ -3,5 +3,5 @@
 stream          statistics straight from hidden states, no logits in memory (tiles: tile_table.json, tune)
 chunk           statistics of a chunk of logits, and their gradient in place
 coefficients    token weights and their normalisation, per sequence
-launch          where kernels can run; crosscompile: their resources on a GPU that is not at hand
+launch          where kernels can run; crosscompile: their resources on a GPU that this machine does not have
 """

@@ -1,4 +1,4 @@
-"""The gradient of a chunk of logits, written over them: in float32, or in a half dtype over the first half of each row.
+"""The gradient of a chunk of logits, in their place: in float32, or in a half dtype in the first half of each row.
 
 See `nextquill_kernels.chunk` for the mathematics.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
 from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
-# 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
-# loaded while one is worked on, so each of these programs has 16 KiB under way, and at 64 registers four of them share
-# a multiprocessor.
+# To read 4.8 TB/s at a latency of 0.7 us, 3.4 MB must be in flight: 25 KiB on each of 132 multiprocessors. Each of
+# these programs has 16 KiB in flight, because it loads the next tile while it works on one. At 64 registers four
+# programs share a multiprocessor.
 TOKEN_GRAD = RowTile(block_v=4096, num_warps=8)
 PAIR_GRAD = RowTile(block_v=2048, num_warps=8)
 
@@ -28,7 +28,7 @@ _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 @jit()
 def _load_softmax(stats_ptr, row, stride, index, grad):
-    """max and weight of stream `index`, so that g p = weight · exp(z - max), and the label's entry g (p - 1)."""
+    """Load max and weight of stream `index`, so that g p = weight · exp(z - max), and the label's entry g (p - 1)."""
     stats_ptr += row + 3 * index * tl.cast(stride, tl.int64)
     s = tl.load(stats_ptr + tl.cast(stride, tl.int64))
     nll = tl.load(stats_ptr + 2 * tl.cast(stride, tl.int64))
@@ -37,7 +37,7 @@ def _load_softmax(stats_ptr, row, stride, index, grad):
 
 @jit()
 def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
-    """dz · scale · cap'(z). With a cap, cap' = (c - z)(c + z) / c², exact near z = c, and `factor` is scale / c²."""
+    """Return dz · scale · cap'(z). With a cap, `factor` is scale / c²: cap' = (c - z)(c + z) / c², exact near z = c."""
     if HAS_CAP:
         b_dz = b_dz * ((softcap - b_z) * (softcap + b_z))
     return b_dz * factor
@@ -46,21 +46,22 @@ def _through_cap(b_dz, b_z, softcap, factor, HAS_CAP: tl.constexpr):
 # Writing a half dtype in place. Row r of the float32 logits and row r of the result begin at the same address, so with
 # tiles of B columns the store of tile t covers the bytes [2tB, 2(t+1)B), which hold the logits [tB/2, (t+1)B/2): for
 # t = 0 the first half of its own tile, for t >= 1 only tiles before t, as (t+1)/2 <= t. Hence:
-#   - no store touches a tile after its own, so loading the next tile early, by hand or by the compiler, is harmless;
-#   - a store may hit tile t or an earlier one, which another warp might not have read yet. One barrier between the
-#     load of a tile and its store is enough: behind it every warp has loaded all tiles up to t. A warp that runs ahead
-#     to tile t+1 waits at the next barrier before it stores, and its load there is of bytes no one stores yet.
-#   - rows do not share memory, and a row belongs to one program.
-#   - the last, partial tile is a tile like the others, and comes last: it has its own load, barrier and store. Nothing
-#     of it is loaded before the stores of the whole tiles, none of which touches it. (Worked on first, as the
-#     statistics do, its store would cover logits that are still to be read.)
+#   - No store touches a tile after its own, so the kernel and the compiler may load the next tile early.
+#   - A store may hit tile t or an earlier one, which another warp might not have read yet. One barrier between the
+#     load of a tile and its store is enough: after it, every warp has loaded all tiles up to t. A warp that runs ahead
+#     to tile t+1 waits at the next barrier before it stores; the bytes that it loads before are not stored to yet.
+#   - Rows do not share memory, and a row belongs to one program.
+#   - The last, partial tile comes last, with its own load, barrier and store. It is loaded after the stores of the
+#     whole tiles, and none of them touches it. (The statistics start with it; here its store would overwrite logits
+#     that are still to be read.)
 # The compiler keeps the order: a barrier clobbers memory, and the two pointers are not declared to be distinct.
-# In float32 each value is overwritten by the thread whose load produced it, and no barrier is needed.
+# In float32 the thread that loaded a value overwrites it, and no barrier is needed.
 #
-# Only the partial tile has a mask of single columns, which makes accesses 4 bytes wide where V is odd. What is loaded
-# beyond the last whole tile is nothing: that mask is the same for all columns, and leaves accesses at 16 bytes. So the
-# partial tile's load is waited for, 1 us of the 60 that a row of 150,000 columns takes. The mask does not repeat the
-# loop's own condition, from which ptxas would make a last iteration apart: 104 registers instead of 64.
+# Only the partial tile has a mask of single columns, which makes accesses 4 bytes wide if V is odd. The prefetch in the
+# loop has one mask value for all columns of a tile, which keeps accesses at 16 bytes, and loads nothing beyond the last
+# whole tile. So the kernel waits for the load of the partial tile: 1 us of the 60 that a row of 150,000 columns takes.
+# The mask must not repeat the loop's own condition: ptxas would then peel off the last iteration, with 104 registers
+# instead of 64.
 
 
 @jit()
@@ -127,11 +128,11 @@ def token_grad_(
     Args:
         logits: z [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         labels: [n] int64; negative is ignored and gets 0.
-        stats: [3, n] float32, what `token_stats` found of these logits; last stride 1.
+        stats: [3, n] float32, written by `token_stats` for the same logits; last stride 1.
         grad_nll: g [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
-        dtype: of the result: float32, bfloat16 or float16.
+        dtype: dtype of the result: float32, bfloat16 or float16.
 
     Returns:
         [n, V] in `dtype`, in the memory of `logits`; a half dtype fills the first half of each row.
@@ -233,7 +234,7 @@ def _pair_grad_kernel(
     HAS_CAP: tl.constexpr,
     IS_NARROW: tl.constexpr,
 ):
-    # A pointer that is None belongs to a part that is left out: grad0 to g_c, out0 to dz0 as a whole.
+    # A None pointer leaves a part out: grad0 the term g_c, out0 all of dz0.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     m1, weight1, at_label1 = _load_softmax(stats_ptr, row, stats_stride, 0, tl.load(grad1_ptr + row))
@@ -293,13 +294,13 @@ def pair_grad_(
         logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
         logits_counterfactual: z0 [n, V], likewise; in other memory than z1.
         labels: [n] int64; negative is ignored and gets 0.
-        stats: [9, n] float32, what `pair_stats` found of these logits; last stride 1.
+        stats: [9, n] float32, written by `pair_stats` for the same logits; last stride 1.
         grad_factual: g_f [n] float32, per nat.
-        grad_counterfactual: g_c [n] float32, per nat; None is 0 and spares its exponentials.
+        grad_counterfactual: g_c [n] float32, per nat; None means 0 and saves its exponentials.
         grad_effect: g_e [n] float32, per nat.
         softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
         logit_scale: the scale.
-        dtype: of the results: float32, bfloat16 or float16.
+        dtype: dtype of the results: float32, bfloat16 or float16.
         detach_counterfactual: leave z0 as it is, and return None for dz0.
 
     Returns:

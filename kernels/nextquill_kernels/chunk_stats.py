@@ -18,13 +18,14 @@ from torch import Tensor
 from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
 from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
-# Start of a running maximum: finite, so that a lane which has only seen -inf never computes (-inf) - (-inf).
+# Start of a running maximum: finite, so that a lane that has only seen -inf never computes (-inf) - (-inf).
 _LOWEST = tl.constexpr(-3.4e38)
 
 
-# 4.8 TB/s at a latency of 0.7 us ask for 3.4 MB in flight, 25 KiB on each of 132 multiprocessors. The next tile is
-# loaded while one is worked on: each of these programs has 16 KiB under way (8 with the moments). The lanes' state is
-# two numbers per column and logsumexp: 8 columns a thread are 100 registers, and two programs fit on a multiprocessor.
+# To read 4.8 TB/s at a latency of 0.7 us, 3.4 MB must be in flight: 25 KiB on each of 132 multiprocessors. Each of
+# these programs has 16 KiB in flight (8 with the moments), because it loads the next tile while it works on one. The
+# lanes' state is two numbers per column and logsumexp: 8 columns per thread take 100 registers, and two programs fit on
+# a multiprocessor.
 TOKEN_STATS = RowTile(block_v=4096, num_warps=8)
 PAIR_STATS = RowTile(block_v=2048, num_warps=8)
 PAIR_MOMENTS = RowTile(block_v=1024, num_warps=8)  # at 2048 columns it spills
@@ -32,10 +33,10 @@ PAIR_MOMENTS = RowTile(block_v=1024, num_warps=8)  # at 2048 columns it spills
 
 @jit()
 def _accumulate(b_max, b_sum, b_z):
-    """Add exp(z) to each lane's b_sum * exp(b_max). One exponential, where rescaling and adding would take two.
+    """Add exp(z) to each lane's b_sum * exp(b_max), with one exponential; rescaling and adding would take two.
 
-    The larger of z and b_max becomes the new maximum, and the other one's term is scaled by exp(-|z - b_max|). A NaN
-    fails the comparison and reaches b_sum through that factor; `maximum` would have dropped it.
+    The larger of z and b_max becomes the new maximum, and the term of the smaller one is scaled by exp(-|z - b_max|). A
+    NaN fails the comparison and reaches b_sum through that factor; `maximum` would drop it.
     """
     b_gap = b_z - b_max
     b_exp = tl.exp(-tl.abs(b_gap))
@@ -45,7 +46,7 @@ def _accumulate(b_max, b_sum, b_z):
 
 @jit()
 def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
-    """`_accumulate`, and per lane the sums of exp(z - b_max) (z - b_max) and exp(z - b_max) e."""
+    """Accumulate as `_accumulate` does, and also the sums of exp(z - b_max) (z - b_max) and exp(z - b_max) e."""
     b_gap = b_z - b_max
     b_exp = tl.exp(-tl.abs(b_gap))
     b_above = b_gap > 0
@@ -57,34 +58,34 @@ def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
 
 @jit()
 def _combine(b_max, b_sum):
-    """The lanes' maximum m and s = sum(exp(z - m)). Kept apart: nll = (m - z[y]) + log(s) is exact at |z| = 1e4."""
+    """Return the lanes' maximum m and s = sum(exp(z - m)), from which (m - z[y]) + log(s) is exact at |z| = 1e4."""
     m = tl.max(b_max, axis=0)
     return m, tl.sum(b_sum * tl.exp(b_max - m), axis=0)
 
 
 @jit()
 def _load_label_logit(row_ptr, label, V):
-    """z[y]; NaN for a label of V or more."""
+    """Load z[y]; NaN for a label of V or more."""
     return tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
 
 
 @jit()
 def _store_row(out_ptr, row, stride, index, label, value):
-    """out[index, row] = value, or 0 where the row is ignored."""
+    """Write `value` to out[index, row], or 0 if the row is ignored."""
     tl.store(out_ptr + index * tl.cast(stride, tl.int64) + row, tl.where(label < 0, 0.0, value))
 
 
 @jit()
 def _store_softmax(out_ptr, row, stride, index, label, m, s, y):
-    """The three statistics of stream `index`, where y is the label's logit."""
+    """Write the three statistics of stream `index`, where y is the label's logit."""
     _store_row(out_ptr, row, stride, 3 * index, label, m)
     _store_row(out_ptr, row, stride, 3 * index + 1, label, s)
     _store_row(out_ptr, row, stride, 3 * index + 2, label, (m - y) + tl.log(s))
 
 
-# A mask of single columns makes accesses 4 bytes wide where V is odd. Only the last, partial tile has one: it is worked
-# on first, while the first whole tile is on its way. (What is loaded beyond the last whole tile is nothing: that mask
-# is the same for all columns, and leaves accesses at 16 bytes.)
+# A mask of single columns makes accesses 4 bytes wide if V is odd. Only the last, partial tile has one; the kernels
+# start with it while the first whole tile is being loaded. (The prefetch has one mask value for all columns of a tile,
+# which keeps accesses at 16 bytes, and loads nothing beyond the last whole tile.)
 
 
 @jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["label_ptr", "out_ptr"])
@@ -111,7 +112,7 @@ def _token_stats_kernel(z_ptr, label_ptr, out_ptr, z_stride, out_stride, V, BLOC
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """max(z), sum(exp(z - max)) and nll = logsumexp(z) - z[y] of every row.
+    """Compute max(z), sum(exp(z - max)) and nll = logsumexp(z) - z[y] of every row.
 
     Args:
         logits: [n, V] float32, last stride 1, any row stride.
@@ -180,11 +181,12 @@ def _pair_stats_kernel(
     b_sum1 = tl.zeros([BLOCK_V], tl.float32)
     b_sum0 = tl.zeros([BLOCK_V], tl.float32)
     b_sume = tl.zeros([BLOCK_V], tl.float32)
-    b_zsum = tl.zeros([BLOCK_V], tl.float32)  # the last two are for the moments only
+    b_zsum = tl.zeros([BLOCK_V], tl.float32)  # this and the next are for the moments only
     b_esum = tl.zeros([BLOCK_V], tl.float32)
     y1 = _load_label_logit(z1_row, label, V)
     y0 = _load_label_logit(z0_row, label, V)
-    # The mean of z1 - z0 is taken from the label's on: from 0 on it would lose what the differences have in common.
+    # The mean of z1 - z0 is taken relative to the label's difference: relative to 0 it would lose digits if all
+    # differences share a large offset.
     origin = tl.where(tl.abs(y1 - y0) < float("inf"), y1 - y0, 0.0)
 
     whole = V // BLOCK_V * BLOCK_V
@@ -194,7 +196,7 @@ def _pair_stats_kernel(
         cols = whole + lanes
         b_tail1 = tl.load(z1_row + cols, mask=cols < V, other=float("-inf"))
         b_tail0 = tl.load(z0_row + cols, mask=cols < V, other=float("-inf"))
-        # Beyond V this is -inf - 0: the tail is masked in the difference too, and not NaN.
+        # Beyond V this is -inf - 0: the difference is masked there too, and not NaN.
         b_taile = b_tail1 - tl.where(cols < V, b_tail0, 0.0)
         b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum = _accumulate_pair(
             b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_tail1, b_tail0, b_taile, origin,
@@ -227,7 +229,7 @@ def _pair_stats_kernel(
 
 
 def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
-    """The statistics of two streams and of their difference, from one read of each stream.
+    """Compute the statistics of two streams and of their difference, reading each stream once.
 
     Args:
         logits_factual: z1 [n, V] float32, last stride 1, any row stride.
@@ -267,7 +269,7 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
 
 
 def compile_cases() -> list[CompileCase]:
-    """The configurations that training uses, for `nextquill_kernels.crosscompile`."""
+    """Return the configurations that training uses, for `nextquill_kernels.crosscompile`."""
     common = {"label_ptr": "*i64", "out_ptr": "*fp32", "out_stride": "i32", "V": "i32"}
     token = {**common, "z_ptr": "*fp32", "z_stride": "i32"}
     pair = {**common, "z1_ptr": "*fp32", "z0_ptr": "*fp32", "z1_stride": "i32", "z0_stride": "i32"}

@@ -1,4 +1,4 @@
-"""Token weights and what a loss divides by, from the nll's of a chunk: one small kernel instead of some twenty.
+"""Token weights and denominators of a loss, from the NLLs of a chunk: one small kernel instead of some twenty.
 
 With w the weight of a row, n the rows of its sequence, and Z = Σ w over them (n if weights are not normalised; n and Z
 are both 1 if the loss is a mean over tokens):
@@ -11,7 +11,7 @@ are both 1 if the loss is a mean over tokens):
     clip          min(max(d, low), high)
     exp_clip      min(exp(d), high)
 
-Z of exactly 0 is replaced by 1, and a NaN gives the weight NaN. Nothing is read back to the host.
+A Z of exactly 0 is replaced by 1. An nll of NaN makes the weight NaN. Nothing is read back to the host.
 """
 
 # ruff: noqa: N803
@@ -28,14 +28,14 @@ from nextquill_kernels.launch import check_tensor, check_together, jit, on_devic
 
 SCHEMES = ("uniform", "threshold", "clip", "exp_clip")
 
-# Rows per step: sequences mostly have some hundred rows, and a longer one takes a loop of few steps.
+# Rows per step: most sequences have some hundred rows, and longer ones take a few steps.
 BLOCK_N = 1024
 _NUM_WARPS = 4
 
 
 @jit()
 def _token_weights(nll1_ptr, nll0_ptr, rows, live, low, high, threshold, SCHEME: tl.constexpr):
-    """w of some rows; 0 where not live."""
+    """Return w of some rows; 0 where not live."""
     if SCHEME == "uniform":
         b_weights = tl.full(rows.shape, 1.0, tl.float32)
     else:
@@ -50,7 +50,7 @@ def _token_weights(nll1_ptr, nll0_ptr, rows, live, low, high, threshold, SCHEME:
                 b_weights = tl.minimum(tl.maximum(b_effect, low), high)
             else:
                 b_weights = tl.minimum(tl.exp(b_effect), high)
-        # Minimum, maximum and comparison drop a NaN, which would leave the loss of a broken forward pass finite.
+        # Minimum, maximum and comparison drop a NaN, and the loss of a broken forward pass would look normal.
         b_weights = tl.where(b_effect != b_effect, b_effect, b_weights)
     return tl.where(live, b_weights, 0.0)
 
@@ -91,7 +91,7 @@ def _row_coefficients_kernel(
         uniform = 1.0 / (count * items)
         denominator = count * items
     if NORMALIZE and not PER_TOKEN:
-        # Each lane adds its rows in order, then the lanes are added by a fixed tree: the same sum every time.
+        # Each lane adds its rows in order, then a fixed tree adds the lanes: the sum is bitwise repeatable.
         b_sum = tl.zeros([BLOCK_N], tl.float32)
         for first in range(start, stop, BLOCK_N):
             rows = first + lanes
@@ -123,21 +123,21 @@ def row_coefficients(
     num_items: float | Tensor,
     out: Tensor,
 ) -> None:
-    """Per row: its weight w, w / (Z · items) and 1 / (n · items).
+    """Compute w, w / (Z · items) and 1 / (n · items) of every row.
 
     Args:
-        nll_factual: [n] float32, nats, rows of one sequence after those of the other.
+        nll_factual: [n] float32, nats, sequence after sequence.
         nll_counterfactual: [n] float32, nats; None for the uniform scheme only.
         offsets: [S + 1] int64; sequence s has the rows offsets[s] - offsets[0] up to offsets[s + 1] - offsets[0]. They
             ascend and cover the n rows: values are on the device and cannot be checked here.
         scheme: "uniform", "threshold", "clip" or "exp_clip".
         low: weight below the threshold, or the lower bound of "clip".
         high: weight above the threshold, or the upper bound of "clip" and "exp_clip".
-        threshold: of effect_prob = exp(-nll_factual) - exp(-nll_counterfactual).
+        threshold: bound of effect_prob = exp(-nll_factual) - exp(-nll_counterfactual).
         normalize: Z is the sum of w in the sequence, rather than its number of rows.
         per_token: n and Z are 1.
-        num_items: what the loss averages over: a number, or a scalar tensor on the same device.
-        out: [3, n] float32, last stride 1: receives the three, which have no unit.
+        num_items: number of items that the loss averages over, or a scalar tensor on the same device.
+        out: [3, n] float32, last stride 1: receives the three numbers of each row, which have no unit.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -188,7 +188,7 @@ def row_coefficients(
 
 
 def compile_cases() -> list[CompileCase]:
-    """One configuration of every scheme, for `nextquill_kernels.crosscompile`."""
+    """Return one configuration of every scheme, for `nextquill_kernels.crosscompile`."""
     cases = []
     for scheme in SCHEMES:
         signature = {

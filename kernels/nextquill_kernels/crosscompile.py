@@ -1,11 +1,11 @@
-"""Compile kernels for GPUs that are not here, and read off registers, spills and shared memory.
+"""Compile kernels for GPUs that this machine does not have, and report registers, spills and shared memory.
 
-A kernel module registers its configurations by a function `compile_cases() -> list[CompileCase]`. All of them are
-compiled, one JSON line each, by
+A kernel module registers its configurations in a function `compile_cases() -> list[CompileCase]`. This command compiles
+all of them and writes one JSON line each:
 
     python -m nextquill_kernels.crosscompile --target sm_90 --target gfx942
 
-which exits with status 1 when one does not compile, spills, or exceeds the target's shared memory. It must run without
+It exits with status 1 if a case does not compile, spills, or exceeds the target's shared memory. It must run without
 TRITON_INTERPRET, which replaces the kernels by Python functions.
 """
 
@@ -45,7 +45,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel uses.
+    """The resources that one program of a compiled kernel uses.
 
     Attributes:
         target: a name of `TARGETS`.
@@ -66,7 +66,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One configuration to be compiled: the arguments of `compile_for`, and the targets it is meant for."""
+    """One configuration to compile: the arguments of `compile_for`, and the targets it is meant for."""
 
     name: str
     kernel: Any
@@ -78,7 +78,7 @@ class CompileCase:
     targets: Sequence[str] = TARGETS
 
     def compile(self, target: str) -> Resources:
-        """Compile for a target such as "sm_90" and return what the kernel uses there."""
+        """Compile for a target such as "sm_90" and return the resources that the kernel uses there."""
         return compile_for(
             self.kernel,
             target,
@@ -91,7 +91,7 @@ class CompileCase:
 
 
 def with_odd_vocabulary(cases: Sequence[CompileCase]) -> list[CompileCase]:
-    """The cases, and each of them for a V that is no multiple of 16 with a row stride that is."""
+    """Return the cases, and each of them again for a V that is not a multiple of 16, with a row stride that is."""
     odd = [
         dataclasses.replace(
             case,
@@ -122,11 +122,11 @@ def compile_for(
         constexprs: the value of each compile-time argument; None for a pointer that is left out.
         num_warps: warps per program.
         num_stages: stages of software pipelining.
-        divisible_by_16: names of pointers and integers that are multiples of 16, as Triton finds out at a launch.
+        divisible_by_16: names of pointers and integers that are multiples of 16; at a launch Triton detects this.
 
     Raises:
-        ValueError: unknown target; an argument of the kernel that is in neither or both of the mappings; an argument in
-            `divisible_by_16` for which Triton does not find out, as the kernel forbids it.
+        ValueError: the target is unknown; an argument of the kernel is in neither or both of the mappings; the kernel
+            forbids Triton to specialise on an argument in `divisible_by_16`.
         RuntimeError: the kernels were imported under TRITON_INTERPRET.
     """
     if target not in _GPU_TARGETS:
@@ -150,7 +150,7 @@ def compile_for(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
     )
     knobs = triton.knobs
-    # ptxas reports while it compiles: what is found in a cache would have no report.
+    # ptxas reports while it compiles: a kernel found in the cache would have no report.
     with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(io.StringIO()) as ptxas_report:
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
@@ -180,7 +180,7 @@ def refuse(resources: Resources) -> None:
 
 
 def _nvidia_usage(report: str) -> tuple[int, int]:
-    """Registers and spilled bytes, stores plus loads, as `ptxas -v` reports them."""
+    """Return registers and spilled bytes, stores plus loads, as `ptxas -v` reports them."""
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", report)]
     if not registers or not spills:
@@ -189,14 +189,14 @@ def _nvidia_usage(report: str) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers and spill slots, from the metadata the assembly carries."""
+    """Return vector registers and spill slots, from the metadata in the assembly."""
     values = {}
     for name in ("vgpr_count", "vgpr_spill_count"):
         found = re.findall(rf"\.{name}:\s+(\d+)", assembly)
         if not found:
             raise RuntimeError(f"gfx942: expected .{name} in the assembly's metadata, got none")
         values[name] = max(map(int, found))
-    # Scalar registers spill into lanes of vector registers, which costs no memory traffic: they are not counted.
+    # Spills of scalar registers are not counted: they go to lanes of vector registers, without memory traffic.
     return values["vgpr_count"], 4 * values["vgpr_spill_count"]
 
 
@@ -214,7 +214,7 @@ def registered_cases(modules: Sequence[str] = ()) -> Iterator[CompileCase]:
 
 
 def report(targets: Sequence[str], modules: Sequence[str] = ()) -> Iterator[dict[str, object]]:
-    """Compile every registered case; yield a record of each: name, target, figures, and why it is refused (or None)."""
+    """Compile every registered case and yield a record of each: name, target, figures, and why it fails (or None)."""
     for case in registered_cases(modules):
         for target in targets:
             if target not in case.targets:
@@ -229,13 +229,13 @@ def report(targets: Sequence[str], modules: Sequence[str] = ()) -> Iterator[dict
                     num_warps=case.num_warps,
                 )
                 refuse(resources)
-            except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other cases are wanted too
+            except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other cases must still run
                 record["error"] = f"{type(error).__name__}: {error}"
             yield record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile the registered cases, write one JSON line each to standard output; 1 if any is refused."""
+    """Compile the registered cases and write one JSON line each to standard output; the status is 1 if any fails."""
     parser = argparse.ArgumentParser(prog="python -m nextquill_kernels.crosscompile", description=main.__doc__)
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; all targets by default")
     parser.add_argument("--module", action="append", help="repeatable; all kernel modules by default")

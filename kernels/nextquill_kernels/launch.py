@@ -1,4 +1,4 @@
-"""What every launcher shares: where kernels run, which tuned target a device belongs to, small integer helpers.
+"""Helpers of every launcher: where kernels can run, the tuned target of a device, checks of arguments.
 
 The kernels are compiled for CUDA and ROCm devices. With TRITON_INTERPRET=1 set before Triton is imported, Triton's
 interpreter runs them instead, on CPU tensors too; that is for tests, at about 250 tiles per second.
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-# Triton's own functions, such as this one, are compiled or interpreted as TRITON_INTERPRET said when Triton was
-# imported, and the two kinds cannot call each other. What the variable says later comes too late for this package.
+# TRITON_INTERPRET decides when Triton is imported whether Triton's own functions, such as this one, are compiled or
+# interpreted. The two kinds cannot call each other, so this package ignores later changes of the variable.
 _INTERPRETED = not isinstance(tl.sum, JITFunction)
 _NVIDIA_TARGETS = ((100, "sm_100"), (90, "sm_90"), (80, "sm_80"))
 
@@ -38,15 +38,15 @@ def interpreted() -> bool:
 def jit(
     *, do_not_specialize: Sequence[str] = (), do_not_specialize_on_alignment: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`, interpreted or not as Triton itself is, whatever TRITON_INTERPRET says by now.
+    """Decorate as `triton.jit` does, interpreted exactly if Triton itself is, whatever TRITON_INTERPRET says now.
 
-    Triton compiles a kernel anew for each combination of arguments that are, or are not, multiples of 16 or equal to 1.
-    Rows of a buffer begin anywhere, so that labels, statistics and upstream gradients of a chunk would be aligned at
+    Triton compiles a kernel again for each combination of arguments that are, or are not, multiples of 16 or equal to
+    1. A chunk may start at any row of a buffer, so its labels, statistics and upstream gradients would be aligned at
     one step and not at the next.
 
     Args:
-        do_not_specialize: integers for which it shall not.
-        do_not_specialize_on_alignment: pointers for which it shall not.
+        do_not_specialize: integers that must not cause another compilation.
+        do_not_specialize_on_alignment: pointers whose alignment must not cause another compilation.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -61,7 +61,7 @@ def jit(
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Raise RuntimeError unless the kernels can run where `tensor`, of any shape and dtype, lives."""
+    """Raise RuntimeError unless the kernels can run on the device of `tensor`, which has any shape and dtype."""
     if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _INTERPRETED):
         return
     raise RuntimeError(
@@ -71,7 +71,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def check_together(**tensors: Tensor | None) -> None:
-    """Raise unless the kernels can run where the first tensor lives and every other (None is skipped) lives there."""
+    """Raise unless all tensors (None is skipped) are on one device, and the kernels can run there."""
     given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     first_name, first = given[0]
     check_device(first_name, first)
@@ -107,14 +107,14 @@ def check_logits(name: str, logits: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def on_device(tensor: Tensor) -> Iterator[None]:
-    """The context in which to launch: Triton launches on the current device, whatever its arguments' device is.
+    """Make the device of `tensor` the current one, because Triton launches there, whatever its arguments' device is.
 
-    Of `tensor` only the device counts, not its shape or dtype. Under the interpreter this silences NumPy: its warnings
-    of arithmetic with infinities, which a GPU does not give, and of a deprecated conversion in triton 3.6.
+    The shape and dtype of `tensor` do not matter. Under the interpreter this also silences two warnings of NumPy: about
+    arithmetic with infinities, which a GPU does not report, and about a deprecated conversion in triton 3.6.
     """
     if _INTERPRETED:
         with warnings.catch_warnings(), triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = True  # the variable may be unset by now
+            triton.knobs.runtime.interpret = True  # the variable may have been unset since
             warnings.simplefilter("ignore", RuntimeWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
@@ -126,8 +126,8 @@ def on_device(tensor: Tensor) -> Iterator[None]:
 def target_of(device: torch.device) -> str:
     """Name the target whose tuned tiles suit `device`: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" on CPU.
 
-    Other GPUs get the nearest lower target ("sm_89" is "sm_80", every ROCm device is "gfx942"), whose instructions they
-    have. They may have less shared memory than it; `shared_memory_of` tells.
+    Other GPUs get the nearest lower target, whose instructions they have: "sm_80" for "sm_89", "gfx942" for every ROCm
+    device. They may have less shared memory than that target; see `shared_memory_of`.
     """
     if device.type != "cuda":
         return "interpreter"
@@ -141,7 +141,7 @@ def target_of(device: torch.device) -> str:
 
 
 def shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on `device`; a large number under the interpreter."""
+    """Return how many bytes of shared memory a program may use on `device`; a large number under the interpreter."""
     if device.type != "cuda":
         return 2**30
     properties = torch.cuda.get_device_properties(device)
@@ -149,5 +149,5 @@ def shared_memory_of(device: torch.device) -> int:
 
 
 def cdiv(value: int, divisor: int) -> int:
-    """value / divisor, rounded up."""
+    """Return value / divisor, rounded up."""
     return -(-value // divisor)

@@ -1,17 +1,17 @@
-"""Label statistics straight from the hidden states: a matrix product whose epilogue reduces the logits, none is stored.
+"""Label statistics straight from the hidden states: a matrix product that reduces its logits and stores none.
 
     z1 = cap(scale · (h1 Wᵀ + b))        z0 = cap(scale · (h0 Wᵀ + b))        cap(x) = c·tanh(x/c), or x
     nll_f = lse(z1) − z1[y]              nll_c = lse(z0) − z0[y]              nll_e = lse(z1 − z0) − (z1 − z0)[y]
 
-Three steps, on the device throughout and without a host synchronisation:
+Three steps, all on the device, without waiting for it:
 
-1. `gather_kernel` packs the supervised rows (label >= 0), zero-padded to whole tiles, both streams in one buffer.
+1. `gather_kernel` packs the supervised rows (label >= 0) of both streams into one buffer, zero-padded to whole tiles.
    Ignored rows are not read, so they may hold anything.
 2. `stream_fwd_kernel` multiplies a tile of BLOCK_N packed rows with a tile of BLOCK_V rows of W. The rows of a tile
    are BLOCK_N / 2 tokens of both streams in runs of INTERLEAVE tokens (factual run, counterfactual run, factual run,
-   ...), so that one product of an ordinary GEMM size serves both streams with one load of W. Each program leaves per
-   token and stream the largest logit and the sum of exponentials under it, and the label's logit if the tile has it.
-3. `combine_kernel` merges these over the vocabulary in a fixed order and puts the results in their rows.
+   ...), so that one product of an ordinary GEMM size serves both streams with one load of W. For each token and stream
+   a program writes the largest logit z_max, the sum of exp(z - z_max), and the label's logit if it is in the tile.
+3. `combine_kernel` merges these over the vocabulary in a fixed order and writes the results to their rows.
 
 No atomics: results are bitwise repeatable.
 """
@@ -30,7 +30,7 @@ from nextquill_kernels.launch import cdiv, check_together, interpreted, on_devic
 from nextquill_kernels.stream_kernel import combine_kernel, gather_kernel, stream_fwd_kernel
 from nextquill_kernels.tiles import Tile, entries, lookup
 
-# Rows at a time: bounds the packed copy (2 x 8192 x D) and the partial results, whatever N is.
+# Rows per pass: bounds the packed copy (2 x 8192 x D) and the partial results, whatever N is.
 _MAX_TOKENS = 8192
 _MAX_PARTIAL_BYTES = 2**28
 _GATHER_ROWS = 8
@@ -39,7 +39,8 @@ _COMBINE_TILES = 32
 _COMBINE_ROWS = 16  # at 32, sm_80 spills 12 bytes with triton 3.6
 
 _FAMILY = {1: "token", 2: "pair"}
-# W's rows are then loaded 2 or 4 bytes at a time through registers, for which a full-sized tile has none left.
+# For a W without aligned rows. They are loaded 2 or 4 bytes at a time through registers, of which a full-sized tile has
+# none left.
 UNALIGNED = Tile(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=3, group_n=16, interleave=8)
 
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -55,12 +56,12 @@ def token_stats(
     logit_scale: float = 1.0,
     tile: Tile | None = None,
 ) -> Tensor:
-    """lse(z) and lse(z) - z[y] of z = cap(scale · (h Wᵀ + b)); no logits are stored.
+    """Compute lse(z) and lse(z) - z[y] of z = cap(scale · (h Wᵀ + b)); no logits are stored.
 
     Args:
         hidden: [N, D], bfloat16, float16 or float32, any strides.
         weight: [V, D], same dtype. Any row stride; copied if its last stride is not 1.
-        labels: [N], int64. A negative one marks a row to be ignored: its results are 0 and it is not read. A label of V
+        labels: [N], int64. A row with a negative label is ignored: its results are 0 and it is not read. A label of V
             or more makes the row's nll NaN.
         bias: [V], any float dtype.
         softcap: c > 0 of cap(x) = c·tanh(x/c), or None.
@@ -68,11 +69,11 @@ def token_stats(
         tile: tile sizes; by default those of the table for this GPU.
 
     Returns:
-        [2, N] float32: logsumexp, nll, in nats. Non-finite where a logit of the row is not finite.
+        [2, N] float32: logsumexp, nll, in nats. Not finite if a logit of the row is not finite.
 
     Raises:
         TypeError, ValueError: a dtype, shape or value other than the above.
-        RuntimeError: tensors where no kernel can run.
+        RuntimeError: no kernel can run on the tensors' device.
     """
     return _stats((hidden,), weight, labels, bias, softcap, logit_scale, tile)
 
@@ -88,7 +89,7 @@ def pair_stats(
     logit_scale: float = 1.0,
     tile: Tile | None = None,
 ) -> Tensor:
-    """The logsumexps of z1, z0 and z1 - z0 and the nlls of the label under each; no logits are stored.
+    """Compute the logsumexps of z1, z0 and z1 - z0 and the label's NLL under each; no logits are stored.
 
     Args:
         hidden_factual: h1 [N, D], as `hidden` of `token_stats`.
@@ -139,7 +140,7 @@ def _stats(
             TensorDescriptor.from_tensor(packed, [tile.block_n // runs, tile.block_d]),
             TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
         )
-    # Supervised rows first, in their order; all of this stays on the device.
+    # Supervised rows first, in their order; none of this waits for the device.
     ignored = labels < 0
     order = torch.argsort(ignored.to(torch.uint8), stable=True)
     count = tokens - ignored.sum()
@@ -208,7 +209,7 @@ def _describable(weight: Tensor) -> bool:
 
 
 def _tile_for(weight: Tensor, streams: int) -> Tile:
-    """The table's tile for this GPU, or that for rows which cannot be loaded 16 bytes at a time."""
+    """Return the table's tile for this GPU, or the tile for rows that cannot be loaded 16 bytes at a time."""
     tile = lookup(_FAMILY[streams], target_of(weight.device), weight.dtype, weight.shape[1])
     if not (tile.descriptors and _describable(weight)) and (weight.stride(0) % 16 or weight.data_ptr() % 16):
         tile = UNALIGNED
@@ -216,14 +217,15 @@ def _tile_for(weight: Tensor, streams: int) -> Tile:
 
 
 def _runs(tile: Tile, streams: int) -> int:
-    """Products per step: two where the tile holds one run of each stream."""
+    """Return the number of products per step: two if the tile holds one run of each stream."""
     return 2 if streams == 2 and 2 * tile.interleave == tile.block_n else 1
 
 
 def compile_cases(thorough: bool = False) -> list[CompileCase]:
-    """The tiles of the table, each once, with bias, scale and softcap, which take the most registers.
+    """Return each tile of the table once, with bias, scale and softcap, which take the most registers.
 
-    `thorough` adds the kernel without these, and what replaces a tile with descriptors where W is not aligned.
+    `thorough` adds the kernel without these options, and the kernel that replaces a tile with descriptors if W is not
+    aligned.
     """
     cases: dict[object, CompileCase] = {}
     for entry in entries():
@@ -246,7 +248,7 @@ def compile_cases(thorough: bool = False) -> list[CompileCase]:
 
 
 def _small_cases(streams: int) -> list[CompileCase]:
-    """The gather and the combine kernel."""
+    """Return cases of the gather and the combine kernel."""
     sizes = dict.fromkeys(("first_token", "stride_n1", "stride_n0", "stride_label", "D", "V", "packed_width"), "i32")
     rows = {"order_ptr": "*i64", "count_ptr": "*i64"}
     gather = {"h1_ptr": "*bf16", "h0_ptr": "*bf16", **rows, "label_ptr": "*i64", "packed_ptr": "*bf16"}
@@ -282,14 +284,14 @@ def _small_cases(streams: int) -> list[CompileCase]:
 def compile_case(
     name: str, streams: int, dtype: str, tile: Tile, target: str, aligned: bool = True, with_options: bool = False
 ) -> CompileCase:
-    """The streaming kernel with `tile`, for `nextquill_kernels.crosscompile`.
+    """Return a case of the streaming kernel with `tile`, for `nextquill_kernels.crosscompile`.
 
     Args:
         name: name of the case.
         streams: 1 (`token_stats`) or 2 (`pair_stats`).
-        dtype: "bf16", "fp16" or "fp32", of hidden states and weight.
+        dtype: dtype of hidden states and weight: "bf16", "fp16" or "fp32".
         tile: tile sizes.
-        target: the target they are meant for.
+        target: the target that the tile is meant for.
         aligned: whether D and the row stride of the weight are multiples of 16, and D one of the tile's block_d.
         with_options: with bias, scale and softcap.
     """

@@ -1,15 +1,15 @@
 """The kernels of `stream`: gather the supervised rows, multiply and reduce tile by tile, combine.
 
-Names: b_* are values of a block, h hidden states; 1 and 0 are the factual and the counterfactual
-stream, e their difference.
+Names: b_* are values of a block, h hidden states; 1 and 0 are the factual and the counterfactual stream, e their
+difference.
 
-Which INTERLEAVE suits is a matter of how a GPU lays out the accumulator. wgmma and mma give a thread the rows r and
-r + 8 of a 16-row slab: runs of 8 tokens put z1 and z0 of the same logit into two registers of one thread, and z1 − z0
-costs a subtraction (on sm_90 no exchange through shared memory is compiled). BLOCK_N / 2 means two products and two
-accumulators; it suits accumulators with one row per thread (on sm_100 3 loads from shared memory, against 579).
+The best INTERLEAVE depends on how a GPU lays out the accumulator. wgmma and mma give a thread the rows r and r + 8 of a
+16-row slab: runs of 8 tokens put z1 and z0 of the same logit into two registers of one thread, and z1 − z0 costs a
+subtraction (on sm_90 without an exchange through shared memory). BLOCK_N / 2 means two products and two accumulators;
+it suits accumulators with one row per thread (on sm_100 3 loads from shared memory, against 579).
 
-The epilogue walks the accumulator in pieces of `_PIECE_V` columns. On the whole of it at once, its temporaries spilled
-at 128 × 256 with 8 warps on sm_90 (up to 184 bytes of stack with softcap); in pieces, 180 to 255 registers do.
+The epilogue walks the accumulator in pieces of `_PIECE_V` columns and takes 180 to 255 registers. On the whole
+accumulator at once its temporaries spilled at 128 × 256 with 8 warps on sm_90 (up to 184 bytes of stack with softcap).
 """
 
 # ruff: noqa: N803, N806
@@ -22,14 +22,14 @@ import triton.language as tl
 from nextquill_kernels.launch import jit
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# Start of a running maximum: finite, so that a tile of -inf only never computes (-inf) - (-inf).
+# Start of a running maximum: finite, so that a tile with nothing but -inf never computes (-inf) - (-inf).
 _LOWEST = tl.constexpr(-3.4e38)
 _PIECE_V = tl.constexpr(64)
 
 
 @jit()
 def _tanh(x):
-    """tanh to 1e-6 relative from exp alone, which every backend has; a series where 1 - 2 / (e^2x + 1) would cancel."""
+    """Return tanh to 1e-6 relative from exp, which every backend has; a series where 1 - 2 / (e^2x + 1) cancels."""
     square = x * x
     near = x + x * square * (-0.33333144 + square * (0.13325879 + square * (-0.05304549 + square * 0.01724148)))
     far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2E)) + 1.0)
@@ -40,7 +40,7 @@ def _tanh(x):
 def _logits(
     b_acc, b_bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr
 ):
-    """cap(scale · (acc + bias))."""
+    """Return cap(scale · (acc + bias))."""
     if HAS_BIAS:
         b_acc += b_bias[None, :]
     if HAS_SCALE:
@@ -52,7 +52,7 @@ def _logits(
 
 @jit()
 def _fold(b_z, b_top, b_sum):
-    """Take the columns of b_z into the running maximum and the running sum of exp(z - maximum)."""
+    """Add the columns of b_z to the running maximum and the running sum of exp(z - maximum)."""
     b_new = tl.maximum(b_top, tl.max(b_z, 1))
     b_sum = b_sum * tl.exp2((b_top - b_new) * _LOG2E) + tl.sum(tl.exp2((b_z - b_new[:, None]) * _LOG2E), 1)
     return b_new, b_sum
@@ -60,7 +60,7 @@ def _fold(b_z, b_top, b_sum):
 
 @jit()
 def _left_right(b_x):
-    """The left and the right half of the columns; register-local where the highest column bit is a register's."""
+    """Return the left and the right half of the columns; no data moves if a register holds the highest column bit."""
     b_x = tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2])
     return tl.split(tl.permute(b_x, [0, 2, 1]))
 
@@ -68,7 +68,7 @@ def _left_right(b_x):
 @jit()
 def _token_epilogue(b_acc, start, bias_ptr, b_label, has_label, b_state, V, logit_scale, softcap,
                     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
-    """Take the columns from `start` on into the state (maximum, sum, label's logit)."""
+    """Add the columns from `start` on to the state (maximum, sum, label's logit)."""
     if b_acc.shape[1] > _PIECE_V:
         b_left, b_right = _left_right(b_acc)
         b_state = _token_epilogue(b_left, start, bias_ptr, b_label, has_label, b_state, V, logit_scale, softcap,
@@ -91,7 +91,7 @@ def _token_epilogue(b_acc, start, bias_ptr, b_label, has_label, b_state, V, logi
 @jit()
 def _pair_epilogue(b_acc1, b_acc0, start, bias_ptr, b_label, has_label, b_state, V, logit_scale, softcap,
                    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):  # fmt: skip
-    """Take the columns from `start` on into the state (maximum, sum of z1, z0 and z1 - z0; the label's z1, z0)."""
+    """Add the columns from `start` on to the state (maximum, sum of z1, z0 and z1 - z0; the label's z1, z0)."""
     if b_acc1.shape[1] > _PIECE_V:
         b_left1, b_right1 = _left_right(b_acc1)
         b_left0, b_right0 = _left_right(b_acc0)
@@ -122,10 +122,10 @@ def _pair_epilogue(b_acc1, b_acc0, start, bias_ptr, b_label, has_label, b_state,
 def _product(packed, weight, row, column, stride_w, D, V,
              ROWS: tl.constexpr, RUNS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
              DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
-    """RUNS products of ROWS packed rows each, from `row` on, with the rows of W from `column` on; float32.
+    """Return RUNS products, in float32, of ROWS packed rows each, from `row` on, with the rows of W from `column` on.
 
-    The packed rows end at a multiple of BLOCK_D with zeros. Rows of W beyond V are repeats of the last one (zeros with
-    descriptors), columns beyond D zeros: what lies there in memory is not read.
+    Zeros fill the packed rows up to a multiple of BLOCK_D. Rows of W beyond V are replaced by the last one (by zeros
+    with descriptors), columns beyond D by zeros: memory beyond W is not read.
     """
     b_acc1 = tl.zeros([ROWS, BLOCK_V], tl.float32)
     b_acc0 = b_acc1
@@ -176,10 +176,10 @@ def stream_fwd_kernel(
     HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows times one tile of the vocabulary.
+    """Multiply one tile of rows with one tile of the vocabulary and reduce the logits.
 
     Writes partial_ptr [tiles_v, 2 or 6, slots], (maximum, sum) of each logsumexp, and at_label_ptr [STREAMS, slots].
-    `packed` and `weight` are pointers, or with DESCRIPTORS tensor descriptors whose blocks are one step's.
+    `packed` and `weight` are pointers, or with DESCRIPTORS tensor descriptors with the block of one step.
     """
     BLOCK_T: tl.constexpr = BLOCK_N // STREAMS
     RUNS: tl.constexpr = 2 if STREAMS == 2 and 2 * INTERLEAVE == BLOCK_N else 1
@@ -188,8 +188,8 @@ def stream_fwd_kernel(
     pid = tl.program_id(0)
     if pid >= tiles_n * tiles_v:
         return
-    # Consecutive programs share a tile of W and differ in their rows; GROUP_N row tiles, which stay in the L2 cache
-    # (16 MiB at 128 x 4096 bf16), pass over the whole of W before the next GROUP_N do.
+    # Consecutive programs share a tile of W and differ in their rows. GROUP_N row tiles pass over all of W before the
+    # next GROUP_N do; they stay in the L2 cache (16 MiB at 128 x 4096 bf16).
     group_n = pid // (GROUP_N * tiles_v) * GROUP_N
     in_group = pid % (GROUP_N * tiles_v)
     group_size = tl.minimum(tiles_n - group_n, GROUP_N)
@@ -240,7 +240,7 @@ def gather_kernel(
     first_token, stride_n1, stride_d1, stride_n0, stride_d0, stride_label, D, V, packed_width,
     STREAMS: tl.constexpr, BLOCK_T: tl.constexpr, INTERLEAVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy ROWS supervised tokens, COLUMNS columns, into the packed buffer, and their labels (V or more becomes V)."""
+    """Copy COLUMNS columns of ROWS supervised tokens to the packed buffer, and their labels (V or more becomes V)."""
     count = tl.load(count_ptr) - first_token
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS >= tl.cdiv(count, BLOCK_T) * BLOCK_T:
@@ -265,7 +265,7 @@ def gather_kernel(
 
 @jit()
 def _merge(partial_ptr, tiles_v, stride, slots, offs, TILES: tl.constexpr, ROWS: tl.constexpr):
-    """Maximum and sum over all tiles of the vocabulary, TILES at a time: the same order in every run."""
+    """Return maximum and sum over all tiles of the vocabulary, TILES at a time, in the same order in every run."""
     b_top = tl.full([ROWS], _LOWEST, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for first in range(0, tiles_v, TILES):
@@ -286,9 +286,9 @@ def combine_kernel(
     partial_ptr, at_label_ptr, order_ptr, count_ptr, out_ptr, first_token, slots, tiles_v, N, stride_out,
     STREAMS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens: logsumexps and nlls into the rows they came from; 0 into ignored rows.
+    """Write logsumexps and NLLs of ROWS tokens to the rows they came from; 0 to ignored rows.
 
-    nll = (maximum - z[y]) + log(sum): the large terms cancel first, so a nll near 0 keeps its relative precision.
+    nll = (maximum - z[y]) + log(sum): the large terms cancel first, so an nll near 0 keeps its relative precision.
     """
     STATS: tl.constexpr = 2 * STREAMS - 1
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -1,8 +1,8 @@
 """Tile sizes of the streaming kernel by family (token or pair), GPU, dtype and hidden size.
 
-They are read from `tile_table.json`, never searched for while a program runs; `python -m nextquill_kernels.tune`
-measures better ones on the GPU at hand. The table names the origin of every entry: "measured" carries device, date and
-versions; "resources" means that the tile compiles without spills and fits the shared memory, and was not timed.
+They are read from `tile_table.json`; no program searches for them while it runs. `python -m nextquill_kernels.tune`
+measures better ones on this machine's GPU. The table names the origin of every entry: "measured" with device, date and
+versions; "resources" means that the tile compiles without spills and fits the shared memory, but was not timed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Tile:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two, got {value}")
-        # 16 and not fewer: what the matrix instructions of every target take.
+        # The matrix instructions of every target need at least 16.
         for name in ("block_n", "block_v", "block_d"):
             if getattr(self, name) < 16:
                 raise ValueError(f"{name}: expected at least 16, got {getattr(self, name)}")
@@ -72,19 +72,19 @@ class Tile:
             raise ValueError("warp_specialize: expected descriptors as well, got warp_specialize alone")
 
     def fitted(self, element_size: int, shared_memory: int) -> Tile:
-        """This tile, with fewer stages if its operands would not fit `shared_memory` bytes.
+        """Return this tile, with fewer stages if its operands would not fit into `shared_memory` bytes.
 
-        A GPU may borrow the entry of a target that has more shared memory than itself.
+        A GPU may use the entry of a target that has more shared memory than the GPU.
         """
         stage = (self.block_n + self.block_v) * self.block_d * element_size
-        # 1 KiB for barriers and reductions.
+        # Reserve 1 KiB for barriers and reductions.
         stages = max(1, min(self.num_stages, (shared_memory - 1024) // stage))
         return self if stages == self.num_stages else dataclasses.replace(self, num_stages=stages)
 
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One line of the table: what it is for, the tile, and where the tile comes from."""
+    """One line of the table: its key, the tile, and the tile's origin."""
 
     family: str
     target: str
@@ -100,21 +100,22 @@ class TableEntry:
 
 
 def bucket_of(hidden_size: int) -> str:
-    """The name of the table's bucket for a hidden size."""
+    """Return the name of the table's bucket for a hidden size."""
     return next(name for name, limit in BUCKETS.items() if limit is None or hidden_size <= limit)
 
 
 def lookup(family: str, target: str, dtype: torch.dtype, hidden_size: int) -> Tile:
-    """The table's tile.
+    """Return the table's tile.
 
     Args:
         family: "token" or "pair".
-        target: a name as of `launch.target_of`; an unknown "sm_*" gets the nearest lower one, an unknown "gfx*" gfx942.
-        dtype: of hidden states and weight.
+        target: a name as `launch.target_of` gives; an unknown "sm_*" gets the nearest lower one, an unknown "gfx*"
+            gfx942.
+        dtype: dtype of hidden states and weight.
         hidden_size: D.
 
     Raises:
-        ValueError: a family or target that no entry can stand in for.
+        ValueError: an unknown family, or a target without a similar one in the table.
         TypeError: a dtype without kernels.
     """
     if family not in FAMILIES:
@@ -125,7 +126,7 @@ def lookup(family: str, target: str, dtype: torch.dtype, hidden_size: int) -> Ti
 
 
 def nearest_target(target: str) -> str:
-    """`target` if the table has it, else the one whose instructions it has."""
+    """Return `target` if the table has it, else the nearest target in the table whose instructions it has."""
     if target in TABLE_TARGETS:
         return target
     kind, _, number = target.partition("_")
@@ -138,10 +139,10 @@ def nearest_target(target: str) -> str:
 
 
 def entries(path: Path = TABLE_PATH) -> list[TableEntry]:
-    """All entries of a table file, checked.
+    """Read and check all entries of a table file.
 
     Raises:
-        ValueError: a key twice, or a name the table's format does not have.
+        ValueError: the file has a key twice, or a name that the table's format does not have.
     """
     found: dict[tuple[str, ...], TableEntry] = {}
     for record in json.loads(path.read_text(encoding="utf-8"))["entries"]:
@@ -156,9 +157,9 @@ def entries(path: Path = TABLE_PATH) -> list[TableEntry]:
 
 
 def write_entries(path: Path, new: list[TableEntry]) -> None:
-    """Put `new` into the table at `path`, in the place of entries with the same keys; the file need not exist.
+    """Write `new` into the table at `path`, replacing entries with the same keys; the file need not exist.
 
-    It is replaced in one step, so that it is never half-written.
+    The file is replaced in one step, so that it is never half-written.
     """
     merged = {entry.key: entry for entry in [*(entries(path) if path.exists() else []), *new]}
     ordered = sorted(merged.values(), key=lambda entry: _position(entry.key))

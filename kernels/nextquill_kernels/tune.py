@@ -1,4 +1,4 @@
-"""Time the streaming kernel's candidate tiles on the GPU at hand and put the fastest into a tile table.
+"""Time the streaming kernel's candidate tiles on this machine's GPU and write the fastest into a tile table.
 
     python -m nextquill_kernels.tune                                   # bfloat16, N=8192, D=4096, V=151936
     python -m nextquill_kernels.tune --family token --d 2048 --dtype float16 --out my_table.json
@@ -32,14 +32,14 @@ from nextquill_kernels.tiles import write_entries as write_table
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAMPLE_ROWS = 64
-# Sums of D products in another order than PyTorch's: 1e-5 of a logit of about 10.
+# The order of D sums differs from PyTorch's: 1e-5 of a logit of about 10.
 _TOLERANCE = 1e-4
 _REPEATS = 7
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The shape to be tuned for."""
+    """The family, dtype and shape to tune for: `n` tokens, hidden size `d`, vocabulary `v`."""
 
     family: str
     dtype: torch.dtype
@@ -49,17 +49,17 @@ class Problem:
 
     @property
     def streams(self) -> int:
-        """Streams of hidden states that the kernel reads: 1 or 2."""
+        """Number of streams of hidden states that the kernel reads: 1 or 2."""
         return 1 if self.family == "token" else 2
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of its matrix products."""
+        """Number of floating-point operations of the matrix products."""
         return 2.0 * self.streams * self.n * self.d * self.v
 
 
 def candidates(family: str, target: str, dtype: torch.dtype, d: int) -> list[Tile]:
-    """What is worth trying: the table's own tile first, then its neighbours in size, warps, depth and order."""
+    """Return tiles to try: the table's own first, then its neighbours in size, warps, stages and order."""
     own = lookup(family, target, dtype, d)
     rows, columns = (256, 128) if target == "sm_100" and family == "pair" else (128, 256)
     sizes = [
@@ -99,13 +99,13 @@ def fastest(
     report: Callable[[str], object],
     seconds: float = math.inf,
 ) -> tuple[Tile, float]:
-    """Measure every tile until `seconds` have passed; the best one and its milliseconds.
+    """Measure tiles until `seconds` have passed, and return the fastest with its milliseconds.
 
     Args:
         tiles: the candidates.
-        measure: milliseconds of a tile; a ValueError or RuntimeError refuses it.
+        measure: returns the milliseconds of a tile; an error refuses the tile.
         report: receives a line for every tile.
-        seconds: no further candidate is started after so long.
+        seconds: no candidate is started after this time.
 
     Raises:
         RuntimeError: no candidate could be measured.
@@ -118,7 +118,7 @@ def fastest(
             break
         try:
             milliseconds = measure(tile)
-        except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other candidates are wanted too
+        except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other candidates must still run
             report(f"   refused  {_describe(tile)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             continue
         report(f"{milliseconds:7.2f} ms  {_describe(tile)}")
@@ -138,7 +138,7 @@ def _describe(tile: Tile) -> str:
 
 
 class _Bench:
-    """Inputs of one problem on the GPU, and how a tile is checked and timed on them."""
+    """Inputs of one problem on the GPU; calling it with a tile checks and times the tile on them."""
 
     def __init__(self, problem: Problem, target: str, device: torch.device) -> None:
         self.problem, self.target, self.device = problem, target, device
@@ -150,7 +150,7 @@ class _Bench:
         self.expected = self._plain()
 
     def _plain(self) -> Tensor:
-        """What the first rows should be, from float32 logits."""
+        """Compute the first rows of the result in plain PyTorch, from float32 logits."""
         weight, labels = self.weight.float(), self.labels[:_SAMPLE_ROWS, None]
         logits = [hidden[:_SAMPLE_ROWS].float() @ weight.T for hidden in self.hidden]
         if len(logits) == 2:
@@ -188,7 +188,7 @@ class _Bench:
 
 
 def origin(problem: Problem, milliseconds: float, device_name: str) -> dict[str, object]:
-    """What the table says of a measured entry."""
+    """Return the origin that the table gives for a measured entry."""
     return {
         "kind": "measured",
         "device": device_name,
@@ -212,7 +212,7 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tune one entry of the tile table on the GPU at hand."""
+    """Tune one entry of the tile table on this machine's GPU."""
     parser = argparse.ArgumentParser(prog="python -m nextquill_kernels.tune", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=TABLE_PATH, help="table to update; the package's own by default")
     parser.add_argument("--family", choices=FAMILIES, default="pair")
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def update(path: Path, entry: TableEntry) -> None:
-    """Put `entry` into the table at `path`, which starts as a copy of the package's own if there is none."""
+    """Write `entry` into the table at `path`; a new table starts as a copy of the package's own."""
     write_table(path, [entry] if path.exists() else [*entries(), entry])
 
 

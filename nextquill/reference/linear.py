@@ -1,7 +1,7 @@
 """Plain PyTorch twins of the public operators: full logits, ordinary autograd, any floating dtype.
 
-The tests compare with them, and they state the maths most clearly. They hold [N, V] in memory several times, so they are
-for small inputs.
+The tests compare the fast paths with them, and they state the maths most clearly. They hold [N, V] in memory several
+times, so they are for small inputs.
 """
 
 from __future__ import annotations

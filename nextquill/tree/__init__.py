@@ -1,4 +1,4 @@
-"""Prefix trees: branches that begin alike computed once, their masks, and attention over them."""
+"""Prefix trees: compute the shared beginning of branches once. Trees, masks, and attention over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ else:
         __name__, ("prefix_tree", "packing", "masks", "segments", "attention", "dispatch")
     )
 
-#: What `attend` can be told to take, see `dispatch`.
+#: Kernels that `attend` can be told to use, see `dispatch`.
 TREE_KERNELS = ("pieces", "varlen", "flex")
 
 __all__ = [

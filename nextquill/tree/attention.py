@@ -1,13 +1,14 @@
-"""Attention over a row of trees that computes only what is visible, on whole dense pieces.
+"""Attention over a row of trees that computes only visible entries, on whole dense pieces.
 
-Visible are, per segment, its own triangle and the rectangle of its descendants' queries on its keys (`segments.py`).
-Each piece is an ordinary attention with its own softmax, and pieces of one query are merged by their logsumexps:
+Each segment has two visible pieces: its own triangle, and the rectangle of its descendants' queries on its keys
+(`segments.py`). Each piece is an ordinary attention with its own softmax. Pieces of one query are merged by their
+logsumexps:
 
     l = logaddexp(l_a, l_b)        out = exp(l_a - l) out_a + exp(l_b - l) out_b
 
-The gradient of a piece depends on the others through `out` and `l` alone, so the backward runs piece by piece with the
-merged ones. Nothing is gathered, sums run in a fixed order, and no product is spent on what is masked but for the
-triangles' own upper halves.
+The gradient of a piece depends on the other pieces only through `out` and `l`, so the backward runs piece by piece with
+the merged `out` and `l`. Nothing is gathered, sums run in a fixed order, and the only masked entries that are computed
+are the upper halves of the triangles.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def tree_attention(
 
     Args:
         query: [1, H, T, D].
-        key, value: [1, H_kv, T, D], of query's dtype; H a multiple of H_kv, whose heads are shared as in grouped-query
+        key, value: [1, H_kv, T, D], in query's dtype. H is a multiple of H_kv: heads are shared as in grouped-query
             attention.
         layout: the row's trees.
         scale: 1/√D by default.
@@ -76,7 +77,7 @@ def tree_attention(
         raise ArgumentError(f"window: expected a positive number or None, got {window}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if window is not None and window >= layout.depth:
-        window = None  # cuts nothing, and no mask is made
+        window = None  # it cuts nothing, and without it no mask is needed
     out: Tensor = _forward(query, key, value, layout.segments, scale, window, softcap)[0]
     return out
 
@@ -85,7 +86,7 @@ def tree_attention(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """out [1, H, T, D] with heads innermost in memory, and the logsumexps [1, H, T] in float32 (float64)."""
+    """Return out [1, H, T, D], heads innermost in memory, and the logsumexps [1, H, T] in float32 (float64)."""
     with torch.autocast(query.device.type, enabled=False):
         kernel = choose_kernel(query, softcap)
         merged = torch.promote_types(query.dtype, torch.float32)
@@ -135,7 +136,7 @@ def _backward(
 
 
 def _heads_last(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty [1, H, T, D] in the memory order of [1, T, H, D], which models reshape to [1, T, H * D] for free."""
+    """Return an empty [1, H, T, D] in the memory order of [1, T, H, D]: models reshape it to [1, T, H * D] for free."""
     batch, heads, rows, size = like.shape
     return like.new_empty((batch, rows, heads, size), dtype=dtype).transpose(1, 2)
 

@@ -1,7 +1,6 @@
 """The dense pieces that cover a tree's mask: every segment's own triangle, and its descendants' queries on its keys.
 
-With a sliding window, by depth, a piece that the window cuts carries a mask, and rows that see none of its keys are
-left out of it.
+A sliding window counts depths. A piece that the window cuts has a mask, and lacks the rows that see none of its keys.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from torch import Tensor
 
 from nextquill.tree.segments import DEPTH, START, STOP, SUBTREE_STOP, row_depths
 
-#: A mask is made for at most so many entries at a time; longer pieces are cut along their queries.
+#: Largest number of entries of a mask; larger pieces are cut along their queries.
 _MASK_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries and keys that are attended in one call.
+    """Queries and keys of one attention call.
 
     Attributes:
-        queries: a slice of rows, or their indices int64 [q].
+        queries: a slice of rows, or their indices, int64 [q].
         keys: a slice of rows.
         is_own: whether the keys are the queries' own segment. These pieces come first and cover every row once.
-        mask: bool [q, k] on the CPU, True where visible. None for a triangle where `is_own`, for everything otherwise.
+        mask: bool [q, k] on the CPU, True where visible. None means the lower triangle if `is_own`, else everything.
     """
 
     queries: slice | Tensor
@@ -41,7 +40,7 @@ class Piece:
 
 
 def pieces(segments: Tensor, window: int | None = None) -> Iterator[Piece]:
-    """The pieces of a layout.
+    """Yield the pieces of a layout.
 
     Args:
         segments: int64 [S, 5], as `TreeLayout.segments`.
@@ -69,7 +68,7 @@ def pieces(segments: Tensor, window: int | None = None) -> Iterator[Piece]:
 
 
 def _banded(queries: Tensor, keys: slice, depth: Tensor, window: int, *, is_own: bool) -> Iterator[Piece]:
-    """A piece that a window cuts, with its mask."""
+    """Yield a piece that a window cuts, with its mask."""
     for part in queries.split(max(1, _MASK_ENTRIES // (keys.stop - keys.start))):
         distance = depth[part, None] - depth[None, keys]
         yield Piece(part, keys, is_own, (distance >= 0) & (distance < window))

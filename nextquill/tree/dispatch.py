@@ -1,10 +1,10 @@
-"""Which kernel attends over a row of trees.
+"""Choice of the kernel that attends over a row of trees.
 
-    pieces     anywhere: whole dense pieces of what is visible; what CPUs take
+    pieces     any device: whole dense pieces of the visible entries; used on CPUs
     varlen     CUDA, half precision: one call for all segments over gathered keys
-    flex       CUDA: heads of 16 and more; FlexAttention with a block mask, in any precision
+    flex       CUDA, head size at least 16, any precision: FlexAttention with a block mask
 
-Nothing of "varlen" and "flex" has run on a GPU yet.
+"varlen" and "flex" have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attend(
     softcap: float | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """`tree_attention` by the kernel named, or by the best for the device.
+    """Attention of every row over the rows on its path to the root, by a named kernel or the best for the device.
 
     Args:
         query, key, value, layout, scale, window, softcap: as in `tree_attention`.
@@ -44,7 +44,7 @@ def attend(
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit.
-        BackendUnavailableError: the kernel named cannot run here.
+        BackendUnavailableError: the named kernel cannot run here.
     """
     if kernel == "auto":
         on_cuda = query.device.type == "cuda"
@@ -56,7 +56,7 @@ def attend(
 
         return varlen_tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap)
     if kernel == "flex":
-        # Its import takes as long as that of everything else here.
+        # This import takes as long as all others together.
         from nextquill.tree.flex import flex_tree_attention
 
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
@@ -71,11 +71,11 @@ def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: 
 
     if why_not(dtype, device, head_size=head_size, softcap=softcap) is None:
         return "varlen"
-    return "flex" if head_size >= 16 else "pieces"  # the least FlexAttention takes
+    return "flex" if head_size >= 16 else "pieces"  # the smallest head that FlexAttention takes
 
 
 def _block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> Any:
-    """A layout's block mask, made once for all layers."""
+    """Return a layout's block mask, made once for all layers."""
     window = None if window is None or window >= layout.depth else window
     plan = ("flex", window, device)
     if plan not in layout.plans:

@@ -1,12 +1,13 @@
 """Attention over a row of trees by FlexAttention: any device, soft caps and windows, nothing gathered.
 
-A tile is a square of `block_size` queries [m0, m1) and keys [n0, n1). Where the keys come before the queries, visible
-is what a key's subtree reaches, so two numbers per tile of keys decide:
+A tile is a square of `block_size` queries [m0, m1) and keys [n0, n1). If the keys come before the queries, a query sees
+a key exactly if it lies in the key's subtree, so two numbers per tile of keys decide:
 
     skipped   iff  max(subtree_end) <= m0        whole   iff  min(subtree_end) >= m1        partial otherwise
 
-A window takes whole tiles to partial and partial ones to skipped where the depths in both tiles prove it. Partial
-tiles, with those on the diagonal, are masked entry by entry. Cost: two comparisons per tile, and no mask is made.
+With a window, the depths of a tile's queries and keys may turn a whole tile into a partial one, and a partial one into
+a skipped one. Partial tiles and those on the diagonal are masked entry by entry. Cost: two comparisons per tile; no
+mask is written out.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def tree_block_mask(
     window: int | None = None,
     block_size: int = 128,
 ) -> BlockMask:
-    """The block mask of `visibility_mask(position_ids, subtree_end, window)`.
+    """Return `visibility_mask(position_ids, subtree_end, window)` as a block mask.
 
     Args:
-        position_ids, subtree_end: integers [T]; a padding row has subtree_end at most its own index, and then sees only
-            itself.
+        position_ids, subtree_end: integers [T]; the subtree_end of a padding row is at most its own index, so that the
+            row sees only itself.
         device: where attention runs.
         window: keys a query sees along its path, itself included; None for all.
         block_size: rows of a tile; a multiple of 128 on GPUs.
@@ -69,15 +70,16 @@ def flex_tree_attention(
 
         out_i = Σ_j softmax_j(cap(scale · q_i · k_j)) v_j      over the visible j
 
-    On GPUs two compilations serve all lengths and masks; on a CPU, every length takes one, of about 9 s. Dtypes,
-    scales, soft caps, a window's presence and what needs a gradient each compile anew. When PyTorch's limit of
-    compilations (`torch._dynamo.config.recompile_limit`) is reached it raises rather than write the scores out.
+    On GPUs two compilations serve all lengths and masks; on a CPU each length needs its own, of about 9 s. Another
+    dtype, scale or soft cap, a window or none, and another set of tensors with gradient each need a compilation. At
+    PyTorch's limit of compilations (`torch._dynamo.config.recompile_limit`) it raises an error: PyTorch would
+    otherwise hold all scores in memory.
 
     Args:
-        query: [1, H, T, D].
-        key, value: [1, H_kv, T, D]; H a multiple of H_kv.
-        block_mask: of `tree_block_mask`.
-        scale: of the scores.
+        query: [1, H, T, D], floating.
+        key, value: [1, H_kv, T, D], in query's dtype; H is a multiple of H_kv.
+        block_mask: result of `tree_block_mask`.
+        scale: factor on the scores.
         softcap: c of c · tanh(x / c) on the scores, or None.
 
     Returns:
@@ -89,11 +91,11 @@ def flex_tree_attention(
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if needs_grad and query.device.type == "cpu":
         raise BackendUnavailableError("kernel 'flex' has no gradient on a CPU: use another, or torch.no_grad()")
-    if not needs_grad:  # it also refuses leaves that need none here
+    if not needs_grad:  # FlexAttention refuses inputs that require grad even where no gradient is needed
         query, key, value = query.detach(), key.detach(), value.detach()
     if torch.compiler.is_compiling():  # part of the model's own graph
         return _flex(query, key, value, block_mask, scale, softcap)
-    # With dynamic lengths, numbers become symbols too, which FlexAttention's score functions cannot hold.
+    # With dynamic lengths, numbers become symbols too, and FlexAttention's score functions cannot hold symbols.
     with torch._dynamo.config.patch(specialize_float=True):
         return _compiled(query.device.type != "cpu")(query, key, value, block_mask, scale, softcap)
 
@@ -116,8 +118,8 @@ def _flex(
 
 @functools.cache
 def _compiled(dynamic: bool) -> Callable[..., Tensor]:
-    # Reaching the recompile limit falls back to eager, which writes all scores out; with fullgraph it raises instead.
-    # For CPUs, PyTorch 2.13 makes C++ of dynamic lengths that no compiler takes.
+    # At the recompile limit PyTorch falls back to eager, which writes all scores out; with fullgraph it raises instead.
+    # With dynamic lengths on CPUs, PyTorch 2.13 generates C++ that does not compile.
     return torch.compile(_flex, dynamic=dynamic, fullgraph=True)
 
 
@@ -134,7 +136,7 @@ def _mask_mod(depth: Tensor, end: Tensor, window: int | None) -> Callable[[Tenso
 
     if window is None:
         return visible
-    horizon = depth + window  # one capture, a tensor, where the window itself would become a symbol
+    horizon = depth + window  # captured as a tensor: the window itself would become a symbol
 
     def visible_in_window(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ((k <= q) & (q < end[k]) & (depth[q] < horizon[k])) | (k == q)
@@ -143,10 +145,10 @@ def _mask_mod(depth: Tensor, end: Tensor, window: int | None) -> Callable[[Tenso
 
 
 def _tiles(depth: Tensor, end: Tensor, window: int | None, block_size: int) -> tuple[Tensor, Tensor]:
-    """Which tiles are partial and which whole, bool [M, N] by tiles of queries and of keys."""
+    """Return which tiles are partial and which are whole, each bool [M, N] for M tiles of queries and N of keys."""
     first = torch.arange(0, len(end), block_size, device=end.device)
     least, most = end.view(-1, block_size).aminmax(dim=1)
-    # No key reaches the end of a last tile that rows do not fill, so as queries it is never whole.
+    # No key's subtree reaches the end of a last tile that rows do not fill, so its queries never form a whole tile.
     below = first[:, None] > first
     whole = below & (least >= first[:, None] + block_size)
     seen = below & (most > first[:, None])
@@ -158,11 +160,14 @@ def _tiles(depth: Tensor, end: Tensor, window: int | None, block_size: int) -> t
 
 
 def _filled(values: Tensor, block_size: int) -> Tensor:
-    """The last value repeated to fill the last tile, which kernels may read."""
+    """Repeat the last value to fill the last tile, because kernels may read all of it."""
     return torch.cat([values, values[-1:].expand(-len(values) % block_size)])
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Per tile of queries, how many tiles of keys are set, int32 [1, 1, M], and which, first, int32 [1, 1, M, N]."""
+    """Return, per tile of queries, the number of set tiles of keys and their indices, set ones first.
+
+    int32 [1, 1, M] and [1, 1, M, N].
+    """
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()

@@ -1,11 +1,11 @@
 """One piece of tree attention: softmax attention with its logsumexp, and its gradient under a given softmax.
 
     forward     queries [1, H, q, D], keys and values [1, H_kv, k, D]  ->  out, logsumexp [1, H, q]
-    backward    with `out` and `logsumexp` of *all* pieces a query has, which make p = exp(scores - logsumexp) the share
-                of this piece in the whole softmax
+    backward    takes `out` and `logsumexp` merged over *all* pieces of a query, so that p = exp(scores - logsumexp) is
+                this piece's part of the whole softmax
 
-`flash` is PyTorch's fused CPU kernel; `math` writes the scores out, on any device, in any dtype, with soft caps, and is
-the twin that the other is tested against.
+`flash` is PyTorch's fused CPU kernel. `math` holds the scores in memory; it works on any device, in any dtype and with
+soft caps. Tests compare `flash` with it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class PieceKernel(NamedTuple):
 
 
 def choose_kernel(query: Tensor, softcap: float | None) -> PieceKernel:
-    """The fastest kernel that is exact for these arguments.
+    """Return the fastest kernel that is exact for these arguments.
 
     Args:
-        query: [1, H, q, D], any floating dtype; only its device counts.
+        query: [1, H, q, D], any floating dtype; only its device matters.
         softcap: c of c · tanh(x / c) on the scores, or None.
     """
     return FLASH if query.device.type == "cpu" and softcap is None and _HAS_FLASH else MATH
@@ -53,7 +53,7 @@ _HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cp
 def _flash_forward(
     query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, _: float | None
 ) -> tuple[Tensor, Tensor]:
-    group = query.shape[1] // key.shape[1]  # shared heads are repeated: not until after PyTorch 2.8 does it share them
+    group = query.shape[1] // key.shape[1]  # shared heads are repeated: PyTorch 2.8 and older cannot share them
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_dense, (query, _repeated(key, group), _repeated(value, group))), 0.0, piece.is_causal,
         attn_mask=_bias(piece, query), scale=scale,
@@ -81,7 +81,7 @@ def _flash_backward(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The fused kernel takes the last dimension's stride to be 1, whatever it is."""
+    """Make the last stride 1: the fused kernel assumes it without checking."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -131,7 +131,7 @@ def _math_backward(
 def _scores(
     query: Tensor, key: Tensor, piece: Piece, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [1, H, q, k] in float32 (float64), -inf where masked, and the derivative of the cap or None."""
+    """Return scores [1, H, q, k] in float32 (float64), -inf where masked, and the derivative of the cap or None."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scores, slope = query.to(wide) @ key.to(wide).mT * scale, None
     if softcap is not None:

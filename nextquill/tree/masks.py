@@ -1,4 +1,4 @@
-"""A tree's mask written out, for attention that takes one: the oracle, and what any architecture can use."""
+"""A tree's mask written out, for any attention that takes a mask; tests compare the kernels with it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def visibility_mask(position_ids: Tensor, subtree_end: Tensor, window: int | None = None) -> Tensor:
-    """Which keys each query sees.
+    """Return which keys each query sees.
 
     visible[i, j]  iff  j <= i < subtree_end[j]  and  depth[i] - depth[j] < window
 
     Args:
-        position_ids, subtree_end: integers [T] or [B, T]; a padding row has subtree_end at most its own index, and then
-            sees only itself.
+        position_ids, subtree_end: integers [T] or [B, T]; the subtree_end of a padding row is at most its own index, so
+            that the row sees only itself.
         window: keys a query sees along its path, itself included; by depth, not by row. None for all.
 
     Returns:
@@ -28,11 +28,11 @@ def visibility_mask(position_ids: Tensor, subtree_end: Tensor, window: int | Non
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible and the dtype's least finite number elsewhere, for attention that adds its mask to the scores.
+    """Return 0 where visible and the dtype's least finite number elsewhere, to be added to the scores.
 
     Args:
-        visible: bool [T, T] or [B, T, T], of `visibility_mask`.
-        dtype: of the result, floating.
+        visible: bool [T, T] or [B, T, T], result of `visibility_mask`.
+        dtype: dtype of the result, floating.
 
     Returns:
         The mask, in the shape of `visible`.

@@ -1,4 +1,4 @@
-"""Which branches stand in a row together: by a token budget, and by what needs a gradient."""
+"""Which branches share a row: by a token budget, and by whether they need a gradient."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from nextquill.tree.prefix_tree import PrefixTree, SortedBranches, build_prefix_
 
 
 def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens: int | None = None) -> list[list[int]]:
-    """Put groups of branches into as few rows as a greedy pass finds, those that share a prefix side by side.
+    """Put groups of branches into few rows by a greedy pass; groups that share a prefix come side by side.
 
-    Groups are taken in the order of their first branch's tokens, and a row is closed when the next group would not fit.
-    What counts is the row's size after sharing.
+    Groups are taken in the order of their first branch's tokens. A row is closed when the next group would not fit. The
+    size of a row counts shared tokens once.
 
     Args:
-        groups: per group its branches, which stay together; each a sequence of token ids or an integer tensor [length].
-        max_tokens: most rows of a tree; None puts everything into one.
+        groups: the branches of each group, which stay together; a branch is a sequence of token ids or an integer
+            tensor [length].
+        max_tokens: largest size of a row, in tokens; None puts everything into one row.
 
     Returns:
-        For each row the groups in it, in the order they were taken.
+        For each row the indices of its groups, in the order they were taken.
 
     Raises:
         ArgumentError: no groups, an empty one, or a budget below 1.
@@ -39,7 +40,7 @@ def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens
 def pack_sorted(
     branches: SortedBranches, groups: Sequence[Sequence[int]], max_tokens: int | None = None
 ) -> list[list[int]]:
-    """`pack_branches` of branches that are sorted already; a group is the indices of its branches.
+    """Pack branches that are already sorted, as `pack_branches` does; a group is the indices of its branches.
 
     Raises:
         ArgumentError: a budget below 1.
@@ -72,15 +73,15 @@ def pack_sorted(
 def split_by_gradient(
     branches: Sequence[Sequence[int] | Tensor], needs_grad: Sequence[bool]
 ) -> tuple[PrefixTree | None, PrefixTree | None]:
-    """Two rows: the branches that need a gradient, and those that do not, which a forward without one computes.
+    """Build two rows: one of the branches that need a gradient, one of the others, for a forward without gradient.
 
     Args:
         branches: as in `build_prefix_tree`, integers [length] each.
         needs_grad: one per branch.
 
     Returns:
-        The tree of the branches with gradient and that of the others, each with its branches in the order given; None
-        where there are none.
+        The tree of the branches with gradient and the tree of the others, each with its branches in the given order;
+        None for a tree without branches.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `build_prefix_tree`, or not one `needs_grad` per branch.
@@ -100,7 +101,7 @@ def split_by_gradient(
 def _extended(
     members: list[int], size: int, new: list[int], lengths: list[int], shared: list[int]
 ) -> tuple[list[int], int]:
-    """A row's sorted ranks and size with these ranks added: each adds what neither neighbour shares with it."""
+    """Return a row's sorted ranks and size after adding new ranks: each adds the tokens that no neighbour shares."""
     members = list(members)
     for rank in new:
         at = bisect_left(members, rank)
@@ -112,5 +113,5 @@ def _extended(
 
 
 def _shared(low: int, high: int, shared: list[int]) -> int:
-    """The common prefix of two branches, given that of each branch with the one before it in sorted order."""
+    """Return the common prefix of two branches, from the prefixes that sorted neighbours share."""
     return min(shared[low + 1 : high + 1])

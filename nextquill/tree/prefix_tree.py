@@ -1,14 +1,14 @@
-"""Merging branches that begin alike into one row, so that what they share is computed once.
+"""Merging branches with a common beginning into one row, so that shared tokens are computed once.
 
-Branches are token lists: prompts with their responses. Sorted, each continues the one before it from their longest
-common prefix on, and appending only what is new lays the whole trie out in depth-first order:
+Branches are token lists: prompts with their responses. They are sorted, and each appends to the row only the tokens
+after its longest common prefix with the branch before it. The row then holds the whole trie in depth-first order:
 
     branches   a b c d     a b e     f          row            a  b  c  d  e  f
                                                 position_ids   0  1  2  3  2  0      (depth)
                                                 subtree_end    5  5  4  4  5  6
 
 Key j is visible to query i iff `j <= i < subtree_end[j]`: i lies in j's subtree, so j lies on i's path to the root. One
-integer per key is the whole attention mask, and `position_ids` are what each branch would have had alone.
+integer per key is the whole attention mask, and each token has the position that it has in its branch alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PrefixTree:
     """Branches merged by common prefix, in depth-first order; any number of roots.
 
     Attributes:
-        input_ids: int64 [T], each distinct prefix's last token once.
+        input_ids: int64 [T], one token for each distinct prefix: its last one.
         position_ids: int64 [T], depth: the token's position in every branch that holds it.
         subtree_end: int64 [T], one past the last row of the token's subtree.
         branch_rows: for each branch, in the order given, its tokens' rows, int64 [length]:
@@ -53,19 +53,19 @@ class PrefixTree:
 
     @property
     def num_branch_tokens(self) -> int:
-        """Tokens of all branches, each on its own."""
+        """Number of tokens of all branches, each counted on its own."""
         return sum(rows.numel() for rows in self.branch_rows)
 
     @property
     def sharing_factor(self) -> float:
-        """Tokens of the branches on their own by tokens of the row, at least 1."""
+        """Number of tokens of all branches divided by that of the row, at least 1."""
         return self.num_branch_tokens / max(1, len(self))
 
 
 def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
     """Merge branches by token-level longest common prefix.
 
-    The order of siblings is that of their tokens, whatever the order of `branches`; equal branches share all rows.
+    Siblings are sorted by their tokens, whatever the order of `branches`; equal branches share all rows.
 
     Args:
         branches: at least one; each a sequence of token ids or an integer tensor [length], with at least one token.
@@ -82,12 +82,12 @@ def build_prefix_tree(branches: Sequence[Sequence[int] | Tensor]) -> PrefixTree:
 
 @dataclass(frozen=True, eq=False)
 class SortedBranches:
-    """Branches in the order of their tokens, and what neighbours share; some of them need no new sort.
+    """Branches sorted by their tokens, and the prefixes that neighbours share; a selection needs no new sort.
 
     Attributes:
         ids: the branches as given, int64 [length] each.
         order: their indices, sorted.
-        shared: in that order, the tokens that each shares with the one before it.
+        shared: in that order, the number of tokens that each branch shares with the one before it.
     """
 
     ids: list[Tensor]
@@ -95,10 +95,10 @@ class SortedBranches:
     shared: list[int]
 
     def select(self, chosen: Sequence[int]) -> SortedBranches:
-        """Some of the branches, each once, numbered in the order of `chosen`."""
+        """Return some of the branches, each once, numbered in the order of `chosen`."""
         number = {branch: index for index, branch in enumerate(chosen)}
         order, shared = list[int](), list[int]()
-        least = _LARGEST_ID  # of what neighbours share since the last branch that was chosen
+        least = _LARGEST_ID  # least prefix that neighbours share since the last chosen branch
         for branch, common in zip(self.order, self.shared, strict=True):
             least = min(least, common)
             if branch in number:
@@ -108,12 +108,12 @@ class SortedBranches:
         return SortedBranches([self.ids[branch] for branch in chosen], order, shared)
 
     def tree(self) -> PrefixTree:
-        """The branches merged by common prefix."""
+        """Merge the branches by common prefix."""
         return _layout(self.ids, self.order, self.shared)
 
 
 def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
-    """Check branches, sort them by their tokens, and measure what neighbours share.
+    """Check branches, sort them by their tokens, and measure the prefixes that neighbours share.
 
     Raises:
         ArgumentError, ArgumentTypeError: as `build_prefix_tree`.
@@ -127,7 +127,7 @@ def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
 
 
 def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTree:
-    """Append each branch, in sorted order, from what it shares with the one before it on."""
+    """Append each branch, in sorted order, without the tokens that it shares with the branch before it."""
     new = [len(ids[branch]) - kept for branch, kept in zip(order, shared, strict=True)]
     starts = [0]
     for count in new:
@@ -142,18 +142,18 @@ def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTre
         path[kept:length] = rows[start:stop]
         branch_rows[branch] = path[:length].clone()
 
-    end = torch.full((longest,), total)  # where the subtree of a token at each depth ends, seen from the row's end
+    end = torch.full((longest,), total)  # where a token's subtree ends, by depth; filled from the last row up
     subtree_end = torch.empty(total, dtype=torch.long)
     for branch, kept, start, stop in reversed(list(zip(order, shared, starts, starts[1:], strict=False))):
         subtree_end[start:stop] = end[kept : len(ids[branch])]
-        end[kept:] = start  # what is deeper than this branch's departure ends where it begins
+        end[kept:] = start  # subtrees below the fork end where this branch's own tokens begin
     input_ids = torch.cat([ids[branch][kept:] for branch, kept in zip(order, shared, strict=True)])
     position_ids = torch.cat([depths[kept : len(ids[branch])] for branch, kept in zip(order, shared, strict=True)])
     return PrefixTree(input_ids, position_ids, subtree_end, tuple(branch_rows))
 
 
 def _common_prefix(a: bytes, b: bytes) -> int:
-    """How many leading tokens two sort keys share: by comparing stretches that double, then halve."""
+    """Return how many leading tokens two sort keys share, comparing stretches whose length doubles, then halves."""
     same, step, most = 0, _KEY_BYTES * 16, min(len(a), len(b))
     while same < most and a[same : same + step] == b[same : same + step]:
         same, step = min(same + step, most), step * 2
@@ -165,14 +165,14 @@ def _common_prefix(a: bytes, b: bytes) -> int:
 
 
 def _token_ids(branch: Any, position: int) -> Tensor:
-    """A branch as int64 [length]."""
+    """Return a branch as int64 [length]."""
     if isinstance(branch, Tensor):
         if branch.dim() != 1 or branch.is_floating_point() or branch.is_complex() or branch.dtype == torch.bool:
             raise ArgumentTypeError(
                 f"branches[{position}]: expected a 1-D integer tensor, got {branch.dtype} of shape {list(branch.shape)}"
             )
         ids = branch.to("cpu", torch.long)
-    elif isinstance(branch, (bytes, bytearray)):  # an array would take them for the memory of its integers
+    elif isinstance(branch, (bytes, bytearray)):  # `array` would read the bytes as the memory of its integers
         raise ArgumentTypeError(f"branches[{position}]: expected a sequence of token ids, got {type(branch).__name__}")
     else:
         try:  # `array` converts Python integers several times faster than a tensor does
@@ -186,7 +186,7 @@ def _token_ids(branch: Any, position: int) -> Tensor:
 
 
 def _sort_keys(branches: list[Tensor]) -> list[bytes]:
-    """For each branch its tokens as big-endian bytes, which compare as the tokens do."""
+    """Return the tokens of each branch as big-endian bytes, which sort in the same order as the tokens."""
     ids = torch.cat(branches)
     least, largest = (int(bound) for bound in ids.aminmax())
     if least < 0 or largest > _LARGEST_ID:

@@ -1,10 +1,10 @@
-"""A tree's segments: runs of rows without a fork, which is what attention works on.
+"""A tree's segments, the units of attention: runs of rows without a fork.
 
-    rows       a b | c d | e        a b is shared; c d and e leave it
+    rows       a b | c d | e        a b is shared; c d and e branch off
     segments   0 [0, 2) subtree to 5      1 [2, 4) to 4, parent 0      2 [4, 5) to 5, parent 0
 
-Within a segment the mask is causal, and every row of the subtree that follows sees all of it. Hence two dense pieces
-per segment, its own triangle and the rectangle of its descendants on it, cover exactly what is visible.
+Within a segment the mask is causal, and every later row of its subtree sees the whole segment. So two dense pieces per
+segment cover exactly the visible entries: its own triangle, and the rectangle of its descendants' queries on its keys.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ START, STOP, SUBTREE_STOP, DEPTH, PARENT = range(5)
 
 
 class TreeLayout:
-    """What attention needs of one row of trees, on the host.
+    """The structure of one row of trees that attention needs, on the host.
 
-    A plain class, so that wrappers that move tensors among a model's keyword arguments leave it alone.
+    It is a plain class, so that wrappers that move the tensors in a model's keyword arguments leave it alone.
 
     Attributes:
         segments: int64 [S, 5] on the CPU: first row, one past the last, one past the subtree's last, depth of the first
             row, parent segment or -1.
         num_rows: T.
         depth: one more than the largest position.
-        plans: what kernels derived from the segments, by kernel and device; filled on use.
+        plans: results that kernels derived from the segments, by kernel and device; filled on use.
     """
 
     __slots__ = ("depth", "num_rows", "plans", "segments")
@@ -44,13 +44,13 @@ class TreeLayout:
 
     @classmethod
     def of(cls, position_ids: Tensor, subtree_end: Tensor) -> TreeLayout:
-        """The layout of rows in depth-first order.
+        """Return the layout of rows in depth-first order.
 
         Args:
             position_ids, subtree_end: integers [T] on the CPU, as in `PrefixTree`.
 
         Raises:
-            ArgumentError, ArgumentTypeError: they are not those of a tree in depth-first order.
+            ArgumentError, ArgumentTypeError: no tree in depth-first order has these arguments.
         """
         _check(position_ids, subtree_end)
         position_ids, subtree_end = position_ids.long(), subtree_end.long()
@@ -75,19 +75,19 @@ class TreeLayout:
 
     @classmethod
     def of_tree(cls, tree: PrefixTree) -> TreeLayout:
-        """The layout of one tree's row."""
+        """Return the layout of one tree's row."""
         return cls.of(tree.position_ids, tree.subtree_end)
 
 
 def row_depths(segments: Tensor) -> Tensor:
-    """Depth of every row, int64 [T]; `segments` as in `TreeLayout`."""
+    """Return the depth of every row, int64 [T]; `segments` as in `TreeLayout`."""
     lengths = segments[:, STOP] - segments[:, START]
     shift = segments[:, DEPTH] - segments[:, START]
     return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
 
 
 def row_ends(segments: Tensor) -> Tensor:
-    """One past the last row of every row's subtree, int64 [T]; `segments` as in `TreeLayout`."""
+    """Return one past the last row of every row's subtree, int64 [T]; `segments` as in `TreeLayout`."""
     return segments[:, SUBTREE_STOP].repeat_interleave(segments[:, STOP] - segments[:, START])
 
 

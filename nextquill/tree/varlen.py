@@ -1,12 +1,12 @@
 """Attention over a row of trees by kernels for sequences of different lengths: one sequence per segment.
 
-A segment's queries are its rows and its keys the rows from the root to its end, so causal attention whose last query
-meets the last key (bottom-right aligned) is exactly what its rows see, and depth is the place on the path, so a sliding
-window by depth is the kernel's own.
+The queries of a segment are its rows; its keys are the rows on the path from the root to its end. Causal attention that
+aligns the last query with the last key (bottom-right aligned) therefore gives each row exactly the keys it sees. A
+row's depth is its index on the path, so the kernel's own sliding window is a window by depth.
 
-One call serves all segments, at the price of gathering every key row once per segment below it (`num_gathered_rows`).
-The gathered copies are not kept for the backward, which gathers again. A row's key gradient is the sum of its copies',
-read in a fixed order and summed in float32.
+One call serves all segments, but every key row is gathered once per segment below it (`num_gathered_rows`). The copies
+are not kept for the backward, which gathers again. The key gradient of a row is the sum of its copies' gradients, read
+in a fixed order and summed in float32.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ def varlen_tree_attention(
     `key` and `value` always do.
 
     Args:
-        query: [1, H, T, D], float16 or bfloat16 but for "emulated".
-        key, value: [1, H_kv, T, D], of query's dtype; H a multiple of H_kv.
+        query: [1, H, T, D], float16 or bfloat16; any floating dtype for "emulated".
+        key, value: [1, H_kv, T, D], in query's dtype; H is a multiple of H_kv.
         layout: the row's trees.
         scale: 1/√D by default.
         window: keys a query sees along its path, itself included; None for all.
         softcap: c of c · tanh(x / c) on the scores, or None; "torch" has none.
-        kernel: "torch", "flash_attn", "emulated", or "auto" for the first of the first two that can run.
+        kernel: "torch", "flash_attn", "emulated", or "auto" for "torch" if it can run, else "flash_attn".
 
     Returns:
         [1, H, T, D], in query's dtype, differentiable in query, key and value.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes or dtypes do not fit each other, the layout or the kernel.
-        BackendUnavailableError: the kernel cannot run here (`why_not`), or is not aligned as it must be.
+        BackendUnavailableError: the kernel cannot run here (`why_not`), or its results are wrong, for example because
+            it aligns the first query with the first key.
     """
     _check(query, key, value, layout, scale, window, softcap)
     if kernel not in VARLEN_KERNELS:
@@ -107,7 +108,7 @@ def _forward(
     softcap: float | None,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """out [1, H, T, D] with heads innermost in memory, and the logsumexps [H, T] in float32 (float64)."""
+    """Return out [1, H, T, D], heads innermost in memory, and the logsumexps [H, T] in float32 (float64)."""
     chosen = choose_kernel(kernel, query, softcap)
     plan = varlen_plan(segments, window, query.device)
     with torch.autocast(query.device.type, enabled=False):
@@ -143,12 +144,12 @@ def _backward(
 
 
 def _rows_first(tensor: Tensor) -> Tensor:
-    """[1, H, T, D] as a contiguous [T, H, D], which models' tensors are already."""
+    """Return [1, H, T, D] as a contiguous [T, H, D]; no copy for the tensors of most models."""
     return tensor[0].transpose(0, 1).contiguous()
 
 
 def _as_given(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, H, D] as [1, H, T, D], heads innermost in memory."""
+    """Return [T, H, D] as [1, H, T, D], heads innermost in memory."""
     return tensor.to(dtype).contiguous()[None].transpose(1, 2)
 
 

@@ -1,7 +1,7 @@
-"""Attention kernels for sequences of different lengths, causal, the last query on the last key.
+"""Causal attention kernels for sequences of different lengths, with the last query aligned with the last key.
 
 `torch` and `flash_attn` run on GPUs in half precision. `emulated` is a loop over segments in plain PyTorch, for any
-device and dtype, and the twin that the others are checked against before their first use in a process.
+device and dtype; the others are compared with it before their first use in a process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def why_not(
     softcap: float | None = None,
     kernel: str = "auto",
 ) -> str | None:
-    """Why a kernel cannot run here, or None where it can; "auto" can where any can."""
+    """Return why a kernel cannot run here, or None if it can; "auto" can if any kernel can."""
     device = torch.device(device)
     if kernel == "emulated":
         return None
@@ -65,7 +65,7 @@ def _device_problem(device: torch.device, head_size: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
-    # The backward's tile takes more shared memory than these have (99 KiB).
+    # The tile of the backward needs more shared memory than these GPUs have (99 KiB).
     if head_size is not None and head_size > 192 and capability != (8, 0) and capability[0] not in (9, 10):
         return f"needs a head size of at most 192 on compute capability {capability[0]}.{capability[1]}"
     return None
@@ -96,7 +96,7 @@ def _flash_attn_problem() -> str | None:
 
 
 class VarlenKernel(NamedTuple):
-    """Attention of queries [T, H, D] over gathered keys and values [N, H_kv, D], all segments in one call.
+    """Attention of queries [T, H, D] over gathered keys and values [N, H_kv, D], for all segments in one call.
 
     forward: (query, key, value, plan, scale, window, softcap) -> out [T, H, D], logsumexp [H, T]
     backward: (grad, query, key, value, out, logsumexp, plan, scale, window, softcap) -> three gradients
@@ -110,7 +110,7 @@ class VarlenKernel(NamedTuple):
 def _torch_forward(
     query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, _: None
 ) -> tuple[Tensor, Tensor]:
-    # What torch.nn.attention.varlen calls. The wrapper is there from 2.10 only, without scale and window until 2.11.
+    # torch.nn.attention.varlen calls this operator, but exists only since torch 2.10, with scale and window since 2.11.
     out, lse, *_rest = torch.ops.aten._flash_attention_forward(
         query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0, window is None, False,
         scale=scale, **_torch_window(window),
@@ -130,7 +130,7 @@ def _torch_backward(
     window: int | None,
     _: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.empty(2, dtype=torch.uint64, device=query.device)  # dropout's, which is not read
+    random = torch.empty(2, dtype=torch.uint64, device=query.device)  # state of dropout, not read
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, logsumexp, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0,
         window is None, random, random.new_empty(0), scale=scale, **_torch_window(window),
@@ -139,7 +139,7 @@ def _torch_backward(
 
 
 def _torch_window(window: int | None) -> dict[str, int]:
-    # Left of the query itself, hence one less, whatever "sliding window of size W" in varlen_attn's docs suggests.
+    # The left size excludes the query itself, hence one less; the docs of varlen_attn ("size W") suggest otherwise.
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
@@ -221,7 +221,7 @@ def _emulated_backward(
 
 
 def _aligned(queries: int, keys: int, window: int | None) -> Piece:
-    """The mask of a segment: causal, the last query on the last key."""
+    """Return the mask of a segment: causal, with the last query aligned with the last key."""
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return Piece(slice(queries), slice(keys), is_own=False, mask=visible)
@@ -239,7 +239,7 @@ _KERNELS = {
 
 
 def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKernel:
-    """The kernel of that name, checked on this device.
+    """Return the kernel of that name, checked on this device.
 
     Args:
         name: "auto", a kernel's name or "emulated".
@@ -247,8 +247,8 @@ def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKern
         softcap: c of c · tanh(x / c) on the scores, or None.
 
     Raises:
-        ArgumentTypeError: it does not take the query's dtype.
-        BackendUnavailableError: it cannot run here, or computes something else.
+        ArgumentTypeError: the kernel does not take the query's dtype.
+        BackendUnavailableError: the kernel cannot run here, or its results are wrong.
     """
     if name == "emulated":
         return EMULATED
@@ -267,12 +267,12 @@ def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKern
 def _verify(kernel: VarlenKernel, device: torch.device) -> None:
     """Compare a kernel with the emulated one, on segments that end inside and beyond a tile of 64 or 128 keys.
 
-    Top-left alignment, or a window that is off by one, errs as much as the numbers are large.
+    With top-left alignment, or a window that is off by one, the errors would be as large as the results.
     """
     trunk = list(range(1, 151))
     tree = build_prefix_tree([[*trunk, 200], [*trunk, *range(300, 340)], [*trunk[:70], 400, 401], [500] * 3])
     layout = TreeLayout.of_tree(tree)
-    rng = torch.Generator().manual_seed(0)  # the process' own generator is left alone
+    rng = torch.Generator().manual_seed(0)  # do not change the process' own generator
     for window, softcap in ((None, None), (3, None), *(((None, 2.0),) if kernel.name == "flash_attn" else ())):
         plan = varlen_plan(layout.segments, window, device)
         half = [torch.randn(n, h, 64, generator=rng).half().to(device) for n, h in ((len(tree), 4), (len(tree), 2))]

@@ -1,9 +1,9 @@
-"""Segments as sequences of different lengths: their paths' key rows gathered, and the copies' gradients summed.
+"""Segments as sequences of different lengths: gathering the key rows of their paths, and summing the copies' gradients.
 
     rows        a b | c d | e            queries      a b     c d       e
     segments    0     1     2            keys         a b     a b c d   a b e
 
-With a sliding window, by depth, a path is gathered only as far up as the window reaches.
+With a sliding window (by depth), only the part of a path that the window reaches is gathered.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from nextquill.tree.segments import DEPTH, START, STOP, TreeLayout
 
 
 def num_gathered_rows(layout: TreeLayout, window: int | None = None) -> int:
-    """Key rows that one call gathers; over T, it says by how much memory and traffic of keys and values grow."""
+    """Return how many key rows one call gathers; divided by T, the factor on the memory of keys and values."""
     lengths = layout.segments[:, STOP] - layout.segments[:, START]
     above = layout.segments[:, DEPTH]
     return int((lengths + (above if window is None else above.clamp_max(window - 1))).sum())
 
 
 class VarlenPlan(NamedTuple):
-    """Segments as sequences, and how their copies of key rows are summed.
+    """Segments as sequences, and the order in which copies of key rows are summed.
 
     Attributes:
         rows: int64 [N] on the device, the key rows to gather.
         cu_queries, cu_keys: int32 [S + 1] on the device, where each segment's queries and keys begin.
-        max_queries, max_keys: the longest.
-        spans: per segment its queries' and its keys' bounds, on the host.
-        copies: int64 [N] on the device, the places in `rows` of row 0, then of row 1, and so on, each in order.
-        first_copy: int64 [T] on the device, where each row's places begin.
+        max_queries, max_keys: at least the largest number of queries and of keys of a segment.
+        spans: per segment, the bounds of its queries and of its keys, on the host.
+        copies: int64 [N] on the device, the positions in `rows` of row 0, then of row 1, and so on, each in order.
+        first_copy: int64 [T] on the device, where the positions of each row begin in `copies`.
     """
 
     rows: Tensor
@@ -50,9 +50,10 @@ class VarlenPlan(NamedTuple):
 
 
 def varlen_plan(segments: Tensor, window: int | None, device: torch.device) -> VarlenPlan:
-    """The plan of `TreeLayout.segments` (`segments`, int64 [S, 5]), made once for all layers.
+    """Return the plan of `TreeLayout.segments` (`segments`, int64 [S, 5]), made once for all layers.
 
-    It is looked up by their content, some kilobytes: a tensor's identity does not survive a compiled backward.
+    Plans are cached by the content of `segments`, some kilobytes: a tensor's identity does not survive a compiled
+    backward.
     """
     segments = segments.contiguous()
     return _plan_of(ctypes.string_at(segments.data_ptr(), segments.nbytes), window, device)
@@ -74,7 +75,7 @@ def _plan_of(segments: bytes, window: int | None, device: torch.device) -> Varle
         rows.to(device),
         torch.tensor(query_ends, dtype=torch.int32).to(device),
         torch.tensor(key_ends, dtype=torch.int32).to(device),
-        # Of 1, kernels go another way, for decoding, with other logsumexps. It is an upper bound and may be larger.
+        # For 1 query, kernels take another path, for decoding, with other logsumexps. An upper bound may be larger.
         max(2, max(segment[STOP] - segment[START] for segment in table)),
         max(map(len, keys)),
         tuple(zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False)),
@@ -84,11 +85,11 @@ def _plan_of(segments: bytes, window: int | None, device: torch.device) -> Varle
 
 
 def gather(tensor: Tensor, plan: VarlenPlan) -> Tensor:
-    """Rows of `tensor`, [1, H_kv, T, D] of any dtype, as [N, H_kv, D]."""
+    """Return the plan's rows of `tensor`, [1, H_kv, T, D] of any dtype, as [N, H_kv, D]."""
     return tensor[0].transpose(0, 1).index_select(0, plan.rows)
 
 
 def sum_copies(grads: Tensor, plan: VarlenPlan) -> Tensor:
-    """`grads` [N, H_kv, D] summed to [T, H_kv, D]: a launch, no atomics, in float32 for half precision on GPUs too."""
+    """Sum `grads` [N, H_kv, D] of copies to [T, H_kv, D], in one launch without atomics; half dtypes sum in float32."""
     total: Tensor = F.embedding_bag(plan.copies, grads.flatten(1), plan.first_copy, mode="sum")
     return total.view(-1, *grads.shape[1:])
