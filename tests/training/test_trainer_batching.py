@@ -279,3 +279,17 @@ def test_a_budget_of_training_is_enough_for_evaluation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_tokens=longest, eval_dataset=make_records(6), max_steps=1)
     trainer.train()
     assert trainer.evaluate()["eval_num_tokens"] > 0
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_loss_is_scaled_for_engines_that_average_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """The sum over the processes is normalised, and DDP takes the mean of their gradients."""
+    trainer = make_trainer(tmp_path, loss_cases()["detached"].loss, tiny_model(), train_dataset=make_records(4))
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, batch)
+    items = trainer.passes.count_items(batch)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+    found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(items))
+    assert found.item() == pytest.approx(processes * expected.item(), rel=1e-6)
