@@ -161,3 +161,10 @@ def test_the_trainer_scores_tokens(tmp_path: Path) -> None:
     assert len(list(trainer.score(make_records(3)))) == 3
     with pytest.raises(ArgumentError, match="records: expected records or an eval_dataset, got NoneType"):
         make_trainer(tmp_path).score()
+
+
+def test_training_after_an_evaluation_has_training_batches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, loss_cases()["sft"].loss, eval_dataset=make_records(4))
+    before = trainer.data_collator
+    trainer.evaluate()
+    assert trainer.data_collator is before
