@@ -20,7 +20,7 @@ from nextquill.popi.users import User, users_from_records
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
     from nextquill.popi.saved_run import SavedRun, SavedSettings
-    from nextquill.popi.summarizing import HeldOut
+    from nextquill.popi.summaries import HeldOut
 
 #: The format of nextquill's own records; the others are those of `convert`.
 RECORDS = "records"
@@ -83,7 +83,7 @@ class PopiSignals:
 
     def hold_out(self, flag: str, users: list[User], config: POPIConfig) -> HeldOut:
         """The signals and the held-out pairs of every user; users who cannot be evaluated are named on stderr."""
-        from nextquill.popi.summarizing import hold_out
+        from nextquill.popi.summaries import hold_out
 
         with naming(flag):
             found = hold_out(

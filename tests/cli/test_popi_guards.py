@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from nextquill.popi.evaluation import CONTEXTS, PairScore
-from nextquill.popi.measures import measure
+from nextquill.popi.evaluation import CONTEXTS, PairScore, measure
 from nextquill.popi.saved_run import SavedRun
 from nextquill.popi.summaries import Summary, SummaryFile
 

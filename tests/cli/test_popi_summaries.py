@@ -63,15 +63,15 @@ def test_an_edit_stays_and_a_deleted_summary_comes_back(summarize, popi, tmp_pat
     assert "2 written, 1 kept (1 edited by a person)" in again.err
     assert lines(file)[1]["summary"] == "Likes green things."
     outdated = summarize(file, "--signals_per_user", 2)
-    assert "edited summaries of other signals than now: 1, such as that of 'u4'" in outdated.err
+    assert "edited summaries whose signals have changed: 1, such as that of 'u4'" in outdated.err
     assert "3 written" in summarize(file, "--force").err
     assert lines(file)[1]["summary"] != "Likes green things."
 
 
 def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_path, monkeypatch):
-    from nextquill.popi import summarizing
+    from nextquill.cli import popi_summarize
 
-    real = summarizing.summarize
+    real = popi_summarize.summarize
 
     def stopping(*arguments, **options):
         for count, each in enumerate(real(*arguments, **options)):
@@ -79,11 +79,11 @@ def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(summarizing, "summarize", stopping)
+    monkeypatch.setattr(popi_summarize, "summarize", stopping)
     file = tmp_path / "s.jsonl"
     assert summarize(file).code == 130
     assert len(lines(file)) == 2
-    monkeypatch.setattr(summarizing, "summarize", real)
+    monkeypatch.setattr(popi_summarize, "summarize", real)
     assert "1 written, 2 kept" in summarize(file).err
 
 

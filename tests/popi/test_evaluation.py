@@ -1,4 +1,4 @@
-"""Pairs scored under contexts: against separate passes, without leaks, independent of what is scored beside them."""
+"""Pairs scored under contexts: equal to separate passes, without leaks, independent of the other pairs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from nextquill.models.tiny_models import ScratchSize, build_model, build_tokeniz
 from nextquill.popi import evaluation
 from nextquill.popi.evaluation import (
     CONTEXTS,
+    PairEvaluation,
     PairScore,
+    measure,
     placebo_summaries,
     score_pairs,
 )
-from nextquill.popi.measures import PairEvaluation, measure
 from nextquill.popi.objective import PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role, Roles
@@ -297,7 +298,7 @@ def test_without_summaries_or_a_second_one_there_is_less_to_compare(trained, pro
         (draws(), {"u0": "x"}, "got none for 2, such as 'u1'"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(trained, prompts, drawn, own, message):
+def test_draws_that_cannot_be_scored_are_refused(trained, prompts, drawn, own, message):
     with pytest.raises(RecordError, match=message):
         score_pairs(trained, prompts, drawn, own)
 
@@ -357,7 +358,7 @@ def test_one_user_has_no_interval_and_json_says_so():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_is_an_error_and_not_a_wrong_answer(words, value):
+def test_a_log_probability_that_is_not_finite_is_an_error_and_not_a_wrong_answer(words, value):
     drawn, model = draws(2, 4), new_model(words)
     with torch.no_grad():
         model.lm_head.weight[5] = value

@@ -85,7 +85,7 @@ def test_sequences_have_the_models_probabilities(tokenizer, temperature):
 
 
 def test_log_probs_of_samples_average_to_the_entropy(tokenizer):
-    """The ids scored by a plain forward, as in the policy gradient, have the distribution that they were drawn from."""
+    """A plain forward, as in the policy gradient, gives the distribution that the ids were drawn from."""
     model, temperature, draws = tiny_model(5), 0.8, 1000
     rollouts = ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=3, temperature=temperature, batch_size=500)
     samples = rollouts.sample([Prompt(i, [2, 3], 7 * i) for i in range(draws)])
@@ -254,7 +254,7 @@ def test_options_are_checked(tokenizer, name):
 
 
 class Listed:
-    """Rollouts whose samples are given."""
+    """Rollouts with given samples."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples, self.synced, self.closed = list(samples), 0, False
@@ -290,7 +290,7 @@ def test_what_was_recorded_is_replayed(tokenizer, tmp_path):
 
 
 def test_the_same_prompt_and_seed_again_gives_the_next_sample(tokenizer, tmp_path):
-    """An evaluation asks the same at every step, and gets the sample of the weights at that step."""
+    """An evaluation asks for the same prompts at every step, and gets the samples of that step."""
     path, samples = tmp_path / "rollouts.jsonl", [Sample([5, STOP], "", True), Sample([6, 7], "", False)]
     recording = RecordingRollouts(Listed(*samples), path)
     for _ in samples:

@@ -302,7 +302,7 @@ def test_weights_it_cannot_load_are_named_at_the_start(base, rollouts, vllm, mon
 
 
 def test_what_it_cannot_run_is_refused_before_anything_is_loaded(base, rollouts, vllm):
-    with pytest.raises(ArgumentError, match="adapter: expected None with a model that is no PEFT model, got 'x'"):
+    with pytest.raises(ArgumentError, match="adapter: expected None with a model that is not a PEFT model, got 'x'"):
         rollouts(base, adapter="x")
     with pytest.raises(ArgumentError, match="max_prompt_tokens: expected a positive number, got 0"):
         rollouts(base, max_prompt_tokens=0)

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path],
         make_trainer(tmp_path, train_dataset=make_users(5)).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
-    assert log.read_text() == '{"step": 9}\n', "what a refused resume found there is lost"
+    assert log.read_text() == '{"step": 9}\n', "a refused resume must leave the log as it is"
 
 
 @pytest.mark.parametrize("name", ["inference", "generator"])
@@ -200,7 +200,7 @@ def test_separate_models_are_trained_and_come_back(tmp_path: Path) -> None:
 
 
 def test_adapters_are_gone_on_with_from_what_they_were(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """A second run's reference is its own starting point, not the base model."""
+    """The reference of a second run is its own initial state, not the base model."""
     whole[0].save_model(str(tmp_path / "first"))
     model = Roles.load(tmp_path / "first").inference.model
     trainer = make_trainer(tmp_path / "second", model=model, peft_config=None)
@@ -462,7 +462,7 @@ def test_evaluation_judges_pairs_that_are_no_signals(whole: tuple[POPITrainer, P
 
 
 def test_who_cannot_be_evaluated_is_left_out_or_named(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """As in the command, users are left out who have too few signals before the scored pairs."""
+    """As in the command, users with too few signals before the scored pairs are left out."""
     trainer, _ = whole
     pairs = tuple(Pair(f"w{i}", f"red w{i}", f"blue w{i}", timestamp=float(i)) for i in range(2))
     late = tuple(HistoryItem(f"red w{9 + i}", timestamp=50.0) for i in range(3))  # later than what is judged
