@@ -141,7 +141,7 @@ def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: 
         print(f"nextquill: empty summaries: {len(empty)}, such as that of {empty[0]!r}", file=sys.stderr)
     if outdated:
         print(
-            f"nextquill: edited summaries whose signals have changed: {len(outdated)}, such as that of {outdated[0]!r}; "
-            "--force replaces them",
+            f"nextquill: edited summaries whose signals have changed: {len(outdated)}, such as that of {outdated[0]!r}"
+            "; --force replaces them",
             file=sys.stderr,
         )

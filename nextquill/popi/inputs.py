@@ -1,4 +1,4 @@
-"""The inputs of `POPITrainer`: its checks, which refuse bad ones before any work, and the roles and users made of them."""
+"""The inputs of `POPITrainer`: checks them before any work, and makes roles and users from them."""
 
 from __future__ import annotations
 

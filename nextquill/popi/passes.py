@@ -122,7 +122,7 @@ class BranchPasses:
 
 
 class RolePasses:
-    """The `BranchPasses` of all models, each made once. The inference model's log-probabilities have its temperature."""
+    """The `BranchPasses` of all models, each made once. The inference model gets the temperature."""
 
     def __init__(self, *, attention: str, max_tokens: int | None, temperature: float) -> None:
         self._options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}

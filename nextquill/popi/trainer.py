@@ -226,7 +226,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Return the accumulation window's batches with their work, and the number of users of the whole step."""
+        """Return the window's batches with their work, and the number of users of the whole step, a scalar."""
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]

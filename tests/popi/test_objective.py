@@ -84,7 +84,7 @@ def test_losses_are_their_formulas(kind: str, average: bool | None) -> None:
         assert found.loss[row].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_pair_that_is_no_number_spoils_no_other() -> None:
+def test_a_pair_with_a_nan_does_not_change_the_others() -> None:
     policy, reference, lengths = log_probs(3, seed=3)
     policy[1, 0] = math.nan
     found = PreferenceLoss()(policy, reference, lengths)
@@ -117,7 +117,7 @@ def test_the_loss_is_entropy_less_information_plus_error() -> None:
         expected_loss = -(p_s * (truth * q.log() + (1 - truth) * (1 - q).log())).sum()
         divergence = (p_s * (truth * (truth / q).log() + (1 - truth) * ((1 - truth) / (1 - q)).log())).sum()
         torch.testing.assert_close(expected_loss, entropy(marginal) - information + divergence)
-    # The estimates, weighted as the world draws, are the two parts where the generator is calibrated.
+    # The estimates, weighted as the world draws, are the two parts if the generator is calibrated.
     own, other = truth.log(), truth.flip(0).log()
     against, against_other = (1 - truth).log(), (1 - truth).flip(0).log()
     estimate = sum(
@@ -136,7 +136,7 @@ def test_the_loss_is_entropy_less_information_plus_error() -> None:
 
 
 @given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.floats(-30, 0))
-def test_informativeness_is_bounded_and_nothing_where_summaries_agree(own: list[float], same: float) -> None:
+def test_informativeness_is_bounded_and_0_if_summaries_agree(own: list[float], same: float) -> None:
     mine = torch.tensor(own, dtype=torch.float64)
     others = torch.full((len(own), 3), same, dtype=torch.float64)
     assert float(informativeness(mine, others)) <= math.log(4) + 1e-9

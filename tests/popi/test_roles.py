@@ -170,7 +170,7 @@ def test_a_new_base_moves_with_its_folder(tmp_path: Path) -> None:
 # ---- in training -----------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_frozen_role_resumes_whatever_the_state_of_random_numbers(
+def test_a_run_with_a_frozen_role_resumes_with_any_state_of_random_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -178,7 +178,7 @@ def test_a_run_with_a_frozen_role_resumes_whatever_the_state_of_random_numbers(
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-2")
     honest = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: honest(17 if seed == 5 else seed))  # as another process has
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: honest(17 if seed == 5 else seed))  # as in another process
     resumed = make_trainer(tmp_path, {"freeze_generator": True}, **options)
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in trained_weights(whole).items():

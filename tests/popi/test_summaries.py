@@ -48,11 +48,11 @@ def test_the_hash_changes_with_everything_in_the_signals_and_their_order() -> No
     ]
     hashes = {signals_hash(signals) for signals in [SIGNALS, *others]}
     assert len(hashes) == 1 + len(others)
-    # Written down: a file of summaries outlives the version that made it.
+    # A fixed value, as a file of summaries outlives the version that wrote it.
     assert signals_hash(SIGNALS) == signals_hash(list(SIGNALS)) == "59536dcf904dae588737eac4f22919f4"
 
 
-def test_a_line_is_what_the_documentation_says(file: SummaryFile) -> None:
+def test_a_line_has_the_documented_fields(file: SummaryFile) -> None:
     file.put(make(summary="Likes thé."))
     raw = json.loads(file.path.read_text(encoding="utf-8"))
     assert datetime.fromisoformat(raw.pop("created")).tzinfo is not None
@@ -73,7 +73,7 @@ def test_no_file_holds_no_summaries(file: SummaryFile) -> None:
     assert not file.path.exists()
 
 
-def test_what_is_put_is_read_and_replaced(file: SummaryFile) -> None:
+def test_summaries_are_read_back_and_replaced(file: SummaryFile) -> None:
     ann, bob = make(), make("bob", "a\u2028b\n\n</s>")
     assert file.put(ann, bob) == []
     assert SummaryFile(file.path).read() == {"ann": ann, "bob": bob}
@@ -82,7 +82,7 @@ def test_what_is_put_is_read_and_replaced(file: SummaryFile) -> None:
     assert list(file.read().values()) == [newer, bob]
 
 
-def test_only_missing_and_stale_summaries_are_to_be_made(file: SummaryFile) -> None:
+def test_only_missing_and_stale_summaries_are_to_be_written(file: SummaryFile) -> None:
     own, other = signals_hash(SIGNALS), signals_hash(SIGNALS[:1])
     file.put(make(), make("bob"))
     assert file.missing({"ann": own, "bob": other, "cy": own}) == ["bob", "cy"]
@@ -160,12 +160,12 @@ def test_a_bad_line_is_named_and_nothing_is_overwritten(file: SummaryFile, line:
     assert file.path.read_text() == content
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"summaries.jsonl: cannot be written: No such file"):
         SummaryFile(tmp_path / "none" / "summaries.jsonl").put(make())
 
 
-def test_what_was_private_stays_private_and_a_link_stays_a_link(file: SummaryFile, tmp_path: Path) -> None:
+def test_a_private_file_stays_private_and_a_link_stays_a_link(file: SummaryFile, tmp_path: Path) -> None:
     file.put(make())
     file.path.chmod(0o600)
     link = tmp_path / "link.jsonl"
@@ -214,7 +214,7 @@ def test_a_file_that_is_replaced_during_the_wait_is_locked_again(
             file.put(make("bob"))
 
 
-def test_a_file_that_is_held_is_waited_for_and_then_refused(file: SummaryFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_refused_after_a_wait(file: SummaryFile, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
     file.put(make())
     monkeypatch.setattr(summaries, "_PATIENCE_S", 0.05)
@@ -254,7 +254,7 @@ def user(name, pairs=4, items=1):
     return User(name, tuple(map(pair, range(pairs))), tuple(HistoryItem(f"Past text {k}.") for k in range(items)))
 
 
-def test_all_that_is_known_counts_and_the_newest_stays():
+def test_all_signals_are_the_newest_items_and_pairs():
     someone = user("a", pairs=2, items=2)
     known = [*someone.items, *(each.as_item() for each in someone.pairs)]
     assert all_signals(someone, num_signals=9) == tuple(known)
@@ -284,7 +284,7 @@ def role(tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_summary_is_the_same_whoever_is_beside_it(role, tokenizer, temperature):
+def test_a_summary_does_not_depend_on_the_other_users(role, tokenizer, temperature):
     prompts = InferencePrompts(tokenizer)
     signals = {f"u{k}": all_signals(user(f"u{k}", items=1 + k), num_signals=9) for k in range(4)}
     options = {"max_new_tokens": 8, "temperature": temperature}

@@ -71,7 +71,7 @@ def test_pairs_rendered_in_histories_do_not_stand_beside_the_pairs_themselves() 
     assert (user.pairs, user.items) == ((first, second), ())
 
 
-def test_what_the_loader_of_preferences_makes_of_pairs_is_known_as_those_pairs(tmp_path: Path) -> None:
+def test_pairs_rendered_by_the_loader_of_preferences_are_recognised(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"user_id": "u", "prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
     rows.append({"user_id": "u", "prompt": "", "chosen": "blank good", "rejected": "blank bad"})
@@ -192,7 +192,7 @@ def test_an_answer_that_begins_like_a_label_is_found_behind_one() -> None:
         "I read: " + LONG.replace("long", "lo\u00adng"),
     ],
 )
-def test_a_copy_that_was_cut_or_holds_unseen_signs_gives_an_answer_away(text: str) -> None:
+def test_a_copy_that_was_cut_or_holds_invisible_characters_gives_an_answer_away(text: str) -> None:
     assert gives_away(HistoryItem(text), replace(PAIR, chosen=LONG))
     assert not gives_away(HistoryItem(LONG[:20]), replace(PAIR, chosen=LONG)), "too short to tell"
 
@@ -203,7 +203,7 @@ def test_a_quoted_or_listed_line_gives_an_answer_away(text: str) -> None:
     assert not gives_away(HistoryItem("> A slow tale it was."), PAIR)
 
 
-def test_quotation_marks_and_the_end_of_a_query_tell_nothing_apart() -> None:
+def test_quotation_marks_and_the_end_of_a_query_make_no_difference() -> None:
     pair = Pair("Is it a 'tale'?", 'He said "it\'s so".', "no")
     assert gives_away(HistoryItem("He said “it’s so”."), pair)
     assert gives_away(HistoryItem("Something.", title="is it a ‘tale’"), pair)  # noqa: RUF001
@@ -253,7 +253,7 @@ def test_a_user_who_is_kept_has_two_signals_in_every_draw(
 
 def test_a_draw_follows_from_seed_and_user_alone(ann: User) -> None:
     numbers = {"num_pairs": 2, "num_signals": 3}
-    # Written down, so that a change of what a seed draws is seen.
+    # Fixed values, so that a change of the draws is noticed.
     assert [pair.query for pair in draw(ann, seed=0, **numbers).pairs] == ["query 5", "query 1"]
     assert draw(ann, seed=0, **numbers) == draw(ann, seed=0, **numbers)
     assert len({draw(ann, seed=seed, **numbers) for seed in range(10)}) > 5
@@ -293,7 +293,7 @@ def test_the_first_pairs_are_signals_and_the_rest_is_evaluated(ann: User) -> Non
     assert held_out(ann, num_signals=99).pairs == ann.pairs[-1:]
 
 
-def test_first_is_by_time_where_all_pairs_are_dated(ann: User) -> None:
+def test_the_first_pairs_are_the_earliest_if_all_are_dated(ann: User) -> None:
     backwards = replace(ann, pairs=tuple(replace(pair, timestamp=-float(i)) for i, pair in enumerate(ann.pairs)))
     one = held_out(backwards, num_signals=2)
     assert [item.timestamp for item in one.signals] == [-5.0, -4.0]
