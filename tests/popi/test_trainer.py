@@ -128,7 +128,7 @@ def test_only_the_role_whose_turn_it_is_moves(tmp_path: Path, config: dict[str, 
         assert changed == expected
 
 
-def test_resumed_training_equals_uninterrupted_training_bit_by_bit(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted_bit_by_bit(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
     trainer, folder = whole
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     # A run that was killed after its third step has logged steps that the resumed one makes again.
@@ -199,7 +199,7 @@ def test_separate_models_are_trained_and_come_back(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in role.model.state_dict().items())
 
 
-def test_given_adapters_are_trained_further_from_their_initial_state(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+def test_given_adapters_are_trained_further(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
     """The reference of a second run is its own initial state, not the base model."""
     whole[0].save_model(str(tmp_path / "first"))
     model = Roles.load(tmp_path / "first").inference.model
