@@ -38,7 +38,7 @@ Signals = Mapping[str, tuple[HistoryItem, ...]]
 
 @dataclass
 class PopiSummarizeOptions:
-    """Summaries: which are written, how, and where."""
+    """Summaries: selection, sampling and file."""
 
     output_file: str = option("The file of summaries, JSONL; may exist.", metavar="FILE")
     held_out: bool = option("Read only the users' first pairs, as evaluate judges summaries by the others.", False)
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _signals(users: Sequence[User], most: int) -> Signals:
-    """The signals of users who have enough; the others are counted on stderr."""
+    """The signals of users with enough of them; the others are counted on stderr."""
     found = {user.user_id: all_signals(user, num_signals=most) for user in users}
     least = min(LEAST_SIGNALS, most)
     few = [user for user, own in found.items() if len(own) < least]

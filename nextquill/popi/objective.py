@@ -38,7 +38,7 @@ The gradient of the expected reward of summaries, E[R], is estimated from a grou
 Leave-one-out is unbiased because the baseline of s_k is made from the others, which are independent of it. The mean in
 GRPO contains R_k, which shrinks the gradient by (K-1)/K. Its division by the group's deviation gives groups whose
 summaries hardly differ the same weight as all others. Log-probabilities are sums over tokens: means over tokens would
-optimise another objective (arXiv 2503.20783).
+optimize another objective (arXiv 2503.20783).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_an_adapter_of_a_model_without_a_name_is_refused(tmp_path: Path) -> None
         make_trainer(tmp_path, inference_model=adapted, generator_model=tiny_model(2))
 
 
-def test_a_checkpoint_without_an_optimiser_is_not_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **options, save_only_model=True).train()
     with pytest.raises(CheckpointError, match=r"checkpoint-2 has no optimizer\.pt"):
