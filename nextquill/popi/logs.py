@@ -87,6 +87,13 @@ def _fields(line: str) -> dict[str, Any]:
 
 # ---- sums over a step -------------------------------------------------------------------------------
 
+#: The names of the sums, in the order in which they are reduced over ranks.
+METRICS = (
+    "preference_loss", "preference_margin", "preference_accuracy", "informativeness", "generator_error", "reward",
+    "reward_std", "reward_nan", "kl", "summary_tokens", "summaries_empty", "summaries_unfinished", "groups_equal",
+    "summaries_too_long", "prompts_without_signals", "warm_start",
+)  # fmt: skip
+
 
 class LossesByUser(NamedTuple):
     """For each user the losses of its pairs, summary by summary; `swapped` are those under another user's summary."""

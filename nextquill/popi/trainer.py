@@ -37,7 +37,7 @@ from nextquill.popi.inputs import (
     usable_users,
     within_context,
 )
-from nextquill.popi.logs import SampleLog
+from nextquill.popi.logs import METRICS, SampleLog
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
@@ -410,14 +410,6 @@ class POPITrainer(StagedCheckpoints, Trainer):
 
     def _load_best_model(self) -> None:
         self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
-
-
-#: The logged sums, in the order in which they are reduced over ranks.
-METRICS = (
-    "preference_loss", "preference_margin", "preference_accuracy", "informativeness", "generator_error", "reward",
-    "reward_std", "reward_nan", "kl", "summary_tokens", "summaries_empty", "summaries_unfinished", "groups_equal",
-    "summaries_too_long", "prompts_without_signals", "warm_start",
-)  # fmt: skip
 
 
 class _Indices(Dataset[int]):
