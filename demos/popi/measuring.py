@@ -29,7 +29,7 @@ from demos.popi.world import PreferenceWorld, stated_share, write_summary
 from nextquill.evaluation.bootstrap import PairedResult, bootstrap_interval, paired_difference
 from nextquill.popi.evaluation import PairScore, placebo_summaries, score_pairs
 from nextquill.popi.roles import GENERATOR, INFERENCE, Role
-from nextquill.popi.summarizing import summarize
+from nextquill.popi.summaries import summarize
 from nextquill.popi.users import Draw, held_out
 from nextquill.report.progress import Progress
 

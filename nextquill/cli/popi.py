@@ -10,5 +10,5 @@ SUBCOMMANDS = {
     "summaries": "Show, edit or delete users' summaries.",
     "evaluate": "Compare the generator without context, with signals and with the summary.",
     "export": "Write prompts with summaries for a model behind an API.",
-    "demo": "Train on synthetic users with hidden preferences, and see what summaries say (in a checkout).",
+    "demo": "Train on synthetic users with hidden preferences, and read their summaries (in a checkout).",
 }

@@ -1,4 +1,4 @@
-"""`nextquill popi demo`: synthetic users with hidden preferences, and what summaries of them are worth."""
+"""`nextquill popi demo`: trains on synthetic users with hidden preferences and measures the effect of summaries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from nextquill.cli.demo import run_demo
 
 DESCRIPTION = (
-    "Train a small model of synthetic users, whose preferences are known, to write summaries and to read them, and "
-    "measure both on users it has not seen."
+    "Train a small model to write and to read summaries of synthetic users, whose preferences are known, and measure "
+    "both on unseen users."
 )
 
 

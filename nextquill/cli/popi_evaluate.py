@@ -25,13 +25,13 @@ from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.models import ATTENTIONS
 from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
-from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
+from nextquill.popi.summaries import Summary, SummaryFile, signals_hash, summarize
 from nextquill.popi.users import Draw
 from nextquill.report.numbers import number, p_value, with_interval
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
-    from nextquill.popi.measures import PairEvaluation, PairMeasures
+    from nextquill.popi.evaluation import PairEvaluation, PairMeasures
     from nextquill.popi.roles import Role
     from nextquill.popi.saved_run import SavedRun
 
@@ -40,7 +40,7 @@ DESCRIPTION = (
     "signals, with the user's summary and, as placebo, with another user's. A user's first pairs are the signals, the "
     "others are held out. Intervals are over users."
 )
-#: Measures with intervals, which go below the values to fit 80 characters.
+#: The measures whose intervals are shown, below the values to fit 80 characters.
 _HEADINGS = {"accuracy": "accuracy", "logprob_accuracy": "of log p", "margin": "margin r"}
 
 
@@ -73,7 +73,7 @@ class PopiEvaluateOptions:
         choices=list(ATTENTIONS),
     )  # fmt: skip
     max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
-    seed: int = option("Decides whose summary is the placebo, and the resamples of the intervals.", 0)
+    seed: int = option("Seed of the placebos and of the intervals' resamples.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
 
@@ -92,7 +92,7 @@ OPTIONS = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptio
 
 def run(arguments: Sequence[str]) -> int:
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
-    from nextquill.popi.measures import PairEvaluation
+    from nextquill.popi.evaluation import PairEvaluation
 
     options.check()
     shown.check()
@@ -168,7 +168,7 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
 
 
 def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
-    from nextquill.popi.saved_run import trained_users
+    from nextquill.popi.logs import trained_users
 
     trained = trained_users(folder)
     both = [draw.user_id for draw in draws if draw.user_id in trained]
@@ -192,7 +192,7 @@ def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> Non
 
 
 def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluateOptions, summary_tokens: int) -> None:
-    """Find a missing model, and a pair that does not fit, before anything is written or scored."""
+    """Check that all models exist and all pairs fit, before anything is written or scored."""
     prompts = [("test_file", "", saved.generator_prompts)]
     for name in _others(options):
         with naming("transfer_model", "model_name_or_path"):
@@ -207,8 +207,6 @@ def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluate
 
 
 def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[str, str]:
-    from nextquill.popi.summarizing import summarize
-
     written = summarize(
         saved.roles.inference,
         saved.inference_prompts,
@@ -239,7 +237,7 @@ def _transferred(
     options: PopiEvaluateOptions,
     models: PopiRunOptions,
 ) -> PairMeasures:
-    """The same measures of an untrained model, which is its own reference."""
+    """The same measures for an untrained model, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
     model, tokenizer = _loaded("transfer_model", name, models.dtype)
@@ -257,8 +255,7 @@ def _measured(
     *,
     sees: bool,
 ) -> PairMeasures:
-    from nextquill.popi.evaluation import score_pairs
-    from nextquill.popi.measures import measure
+    from nextquill.popi.evaluation import measure, score_pairs
 
     scores = score_pairs(
         generator,

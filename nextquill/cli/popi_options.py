@@ -20,7 +20,7 @@ from nextquill.popi.users import User, users_from_records
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
     from nextquill.popi.saved_run import SavedRun, SavedSettings
-    from nextquill.popi.summarizing import HeldOut
+    from nextquill.popi.summaries import HeldOut
 
 #: The format of nextquill's own records; the others are those of `convert`.
 RECORDS = "records"
@@ -28,7 +28,7 @@ RECORDS = "records"
 
 @dataclass
 class PopiRunOptions:
-    """Models: those of a run."""
+    """Models: the trained run."""
 
     model: str = option("The output folder of popi train, or a checkpoint in it.", metavar="DIR")
     dtype: str = option(
@@ -47,7 +47,7 @@ class PopiFormat:
     limit: int | None = option("Use only this many users, the first ones.", None)
 
     def users(self, flag: str, paths: list[str], *, need_pairs: bool = True) -> list[User]:
-        """The users in these files; an error in them names the flag.
+        """Read the users in these files; an error in them names the flag.
 
         Raises:
             RecordError: a row is malformed, or there are no pairs although they are needed.
@@ -65,7 +65,7 @@ class PopiFormat:
 
 
 def check_not_read(target: Path, inputs: Sequence[str]) -> None:
-    """Raise ArgumentError where the output file would replace a file that is read."""
+    """Raise ArgumentError if the output file would replace an input."""
     if target.resolve() in {Path(path).resolve() for path in inputs}:
         raise ArgumentError(f"output_file: expected a file of its own, got {target}, which is read")
 
@@ -82,8 +82,8 @@ class PopiSignals:
         check_positive(self, ("signals_per_user", "max_pairs"))
 
     def hold_out(self, flag: str, users: list[User], config: POPIConfig) -> HeldOut:
-        """The signals and the held-out pairs of every user; users who cannot be evaluated are named on stderr."""
-        from nextquill.popi.summarizing import hold_out
+        """Return the signals and the held-out pairs of every user; name users who cannot be evaluated on stderr."""
+        from nextquill.popi.summaries import hold_out
 
         with naming(flag):
             found = hold_out(
@@ -94,7 +94,7 @@ class PopiSignals:
 
 
 def loaded_run(options: PopiRunOptions) -> SavedRun:
-    """The run, on its device; an error in its folder names the flag."""
+    """Load the run onto the device; an error in its folder names the flag."""
     from nextquill.popi.saved_run import SavedRun
 
     transformers_logging.set_verbosity_error()
@@ -106,7 +106,7 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
 
 
 def read_settings(options: PopiRunOptions) -> SavedSettings:
-    """The settings of the run, read before anything that takes time."""
+    """Read the settings of the run, before anything that takes time."""
     from nextquill.popi.saved_run import saved_settings
 
     with naming("model", "model_name_or_path"):

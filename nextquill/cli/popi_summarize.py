@@ -20,8 +20,8 @@ from nextquill.cli.popi_options import (
 )
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, RecordError, naming
-from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
-from nextquill.popi.users import User
+from nextquill.popi.summaries import Summary, SummaryFile, all_signals, signals_hash, summarize
+from nextquill.popi.users import LEAST_SIGNALS, User
 
 if TYPE_CHECKING:
     from nextquill.popi.saved_run import SavedRun
@@ -38,7 +38,7 @@ Signals = Mapping[str, tuple[HistoryItem, ...]]
 
 @dataclass
 class PopiSummarizeOptions:
-    """Summaries: which are written, how, and where."""
+    """Summaries: selection, sampling and file."""
 
     output_file: str = option("The file of summaries, JSONL; may exist.", metavar="FILE")
     held_out: bool = option("Read only the users' first pairs, as evaluate judges summaries by the others.", False)
@@ -97,9 +97,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _signals(users: Sequence[User], most: int) -> Signals:
-    """The signals of users who have enough; the others are counted on stderr."""
-    from nextquill.popi.summarizing import LEAST_SIGNALS, all_signals
-
+    """The signals of users with enough of them; the others are counted on stderr."""
     found = {user.user_id: all_signals(user, num_signals=most) for user in users}
     least = min(LEAST_SIGNALS, most)
     few = [user for user, own in found.items() if len(own) < least]
@@ -111,9 +109,7 @@ def _signals(users: Sequence[User], most: int) -> Signals:
 
 
 def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSummarizeOptions) -> None:
-    """Write the summaries of these users; when it is stopped, the finished ones are saved."""
-    from nextquill.popi.summarizing import summarize
-
+    """Write the summaries of these users; if stopped, save the finished ones."""
     written = summarize(
         saved.roles.inference,
         saved.inference_prompts,
@@ -145,7 +141,7 @@ def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: 
         print(f"nextquill: empty summaries: {len(empty)}, such as that of {empty[0]!r}", file=sys.stderr)
     if outdated:
         print(
-            f"nextquill: edited summaries of other signals than now: {len(outdated)}, such as that of {outdated[0]!r}; "
-            "--force replaces them",
+            f"nextquill: edited summaries whose signals have changed: {len(outdated)}, such as that of {outdated[0]!r}"
+            "; --force replaces them",
             file=sys.stderr,
         )

@@ -55,7 +55,7 @@ class PopiModelOptions:
 
     @property
     def names(self) -> dict[str, str]:
-        """The given models, by the argument of POPITrainer."""
+        """The given models, by the name of POPITrainer's argument."""
         given = {
             "model": self.model_name_or_path,
             "inference_model": self.inference_model,
@@ -71,7 +71,7 @@ class PopiModelOptions:
 
 @dataclass
 class PopiFiles:
-    """Data: the pairs, and the folder that a run writes."""
+    """Data: pairs and the run's folder."""
 
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: list[str] = field(
@@ -85,7 +85,7 @@ class PopiFiles:
 
 @dataclass
 class PopiPromptOptions:
-    """Prompts: their wording, and how they are computed."""
+    """Prompts: wording and attention."""
 
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
     attention: str = option(

@@ -1,4 +1,4 @@
-"""Finds test answers that the training data give away.
+"""Finds answers in texts, and test answers that the training data give away.
 
     answer      a test response is a training response, or stands in a training history of any user, if case and white
                 space are ignored
@@ -11,11 +11,14 @@ the user's own words. A shorter response, or one in a script without spaces, mus
 
 Only the test records are held. The training records are read once, and each different text is looked up in a table, so
 100,000 records with 20 past texts each take seconds.
+
+`holds` looks for one answer in one text. It also ignores quotation marks, labels and invisible characters.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +33,14 @@ _SHOWN = 5
 #: word may follow a quotation mark and the last may precede one.
 _KEY_WORDS = 7
 _LEAST_WORDS = _KEY_WORDS + 2
+#: `holds` looks for texts of this many characters inside others; shorter ones recur by chance.
+LONG = 24
+# The label of a line: a quotation mark, a bullet, or the label of a rendered pair.
+_LABEL = re.compile(r"^(?:(?:not )?preferred:\s?|[>*•-]+\s+|>)+")
+_QUOTES = str.maketrans({**dict.fromkeys("‘’‚‛`´", "'"), **dict.fromkeys("“”„‟«»", '"')})  # noqa: RUF001
+# Soft hyphens, zero-width spaces and joiners, direction marks, byte-order marks.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+_CUT = "….[] "
 
 
 @dataclass(frozen=True)
@@ -182,3 +193,36 @@ def _timestamp(record: Record, where: str) -> float:
     if record.timestamp is None:
         raise RecordError(f"{where}: expected a timestamp to check the order by, got none")
     return record.timestamp
+
+
+def holds(text: str, answer: str) -> bool:
+    """Whether a text is an answer, contains it as whole lines, or is a part of it that was cut out.
+
+    Each line may follow the label of a rendered pair, a quotation mark or a bullet. An answer of `LONG` characters or
+    more is also found inside a line. A part counts if it has `LONG` characters or more, not counting the dots of a cut.
+    No text holds a blank answer. Differences of case, white space, quotation marks, invisible characters and the
+    composition of characters are ignored.
+    """
+    wanted = folded(answer)
+    if not wanted:
+        return False
+    whole = folded(text)
+    if whole == wanted or (len(wanted) >= LONG and wanted in whole):
+        return True
+    if len(part := whole.strip(_CUT)) >= LONG and part in wanted:
+        return True
+    lines = _folded_lines(answer)
+    return bool(lines.strip()) and lines in _folded_lines(text)
+
+
+@functools.lru_cache(maxsize=16_384)
+def folded(text: str) -> str:
+    """The text with case, white space, quotation marks and composition made uniform, without invisible characters."""
+    return normalised(_UNSEEN.sub("", text).translate(_QUOTES))
+
+
+@functools.lru_cache(maxsize=16_384)
+def _folded_lines(text: str) -> str:
+    """The lines of a text that are not blank, without their labels, each between two line breaks."""
+    lines = (_LABEL.sub("", folded(line)) for line in text.splitlines())
+    return "\n".join(["", *(line for line in lines if line), ""])

@@ -1,7 +1,7 @@
-"""PEFT adapters of the two roles: fresh ones, copies of what they were, and switching between them.
+"""PEFT adapters of the two roles: makes fresh ones, copies their initial state, and switches between them.
 
-Switching PEFT's adapters changes which parameters want a gradient, and which of them that is belongs to the optimizer
-here. So every switch puts those flags back.
+PEFT changes the parameters' `requires_grad` when it switches adapters, although here the optimizer decides what is
+trained. So every switch restores these flags.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 from nextquill.errors import ArgumentError
 
-#: Adapters of these names are frozen copies of what the others were at the start.
+#: Ends the name of the frozen copy of an adapter's initial state.
 _INITIAL = "_initial"
-# Those that leave the model what it is; others begin elsewhere, or change the base weights under both roles.
+# Initialisations that leave the outputs as they are; others change them, or the base weights that both roles share.
 _BEGINNINGS = (True, "gaussian")
 
 
 @contextmanager
 def switched(model: Any, adapter: str | None) -> Iterator[None]:
-    """A PEFT model with this adapter on, or none, for the length of the block; what is trained stays what it is."""
+    """Switch a PEFT model to this adapter, or to none, within the block; the trained parameters stay the same."""
     previous = model.active_adapter
     if adapter == previous:
         yield
@@ -50,22 +50,23 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
 
 
 def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Container[str] = ()) -> Any:
-    """The model with fresh LoRA adapters of these names.
+    """Return the model with fresh LoRA adapters.
 
     Args:
-        model: one without adapters.
-        peft_config: of each; None for rank 16 on all linear layers but the head.
-        names: at least one.
-        frozen: those that are not trained. No checkpoint is loaded into them, so their random part is always the same.
+        model: a model without adapters.
+        peft_config: the config of each adapter; None for rank 16 on all linear layers except the head.
+        names: the adapters' names, at least one.
+        frozen: the names of adapters that are not trained. Checkpoints do not restore these, so their random part is
+            always the same.
 
     Raises:
-        ArgumentError: the config cannot be trained by two roles.
+        ArgumentError: the config does not fit two roles of one model.
     """
     from peft import LoraConfig, get_peft_model
 
     if peft_config is None:
         peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    check_fresh(peft_config)
+    _check_fresh(peft_config)
     adapted: Any = None
     for name in names:
         with _same_every_time() if name in frozen else nullcontext():
@@ -76,24 +77,24 @@ def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Co
     return adapted
 
 
-def check_fresh(config: Any) -> None:
-    """Raise ArgumentError for a config of adapters that two roles of one model cannot have."""
+def _check_fresh(config: Any) -> None:
+    """Raise ArgumentError for a config that does not fit two roles of one model."""
     if not is_lora(config):
         raise ArgumentError(f"peft_config: expected a LoraConfig, got {type(config).__name__}")
     check_trainable(config)
     if config.init_lora_weights not in _BEGINNINGS:
         raise ArgumentError(
             f"peft_config: expected init_lora_weights True or 'gaussian', got {config.init_lora_weights!r}: each role "
-            "begins as the base model, and the other one shares its weights"
+            "starts as the base model, whose weights both share"
         )
 
 
 def check_trainable(config: Any) -> None:
-    """Raise ArgumentError for dropout, and for what would be trained beside an adapter's own weights."""
+    """Raise ArgumentError for a config with dropout, or one that trains more than the adapter's own weights."""
     if getattr(config, "lora_dropout", 0.0):
         raise ArgumentError(
             f"peft_config: expected lora_dropout=0, got {config.lora_dropout}: losses and rewards are measured without "
-            "dropout, and the gradient has to be theirs"
+            "dropout, so the gradient must be too"
         )
     if getattr(config, "modules_to_save", None):
         raise ArgumentError("peft_config: expected no modules_to_save; both roles share everything but their adapters")
@@ -104,17 +105,17 @@ def check_trainable(config: Any) -> None:
 
 
 def is_lora(config: Any) -> bool:
-    """Whether a config is of LoRA."""
+    """Whether a config is a LoRA config."""
     kind = getattr(config, "peft_type", None)
     return str(getattr(kind, "value", kind)) == "LORA"
 
 
 def initial_adapter(model: Any, name: str) -> str | None:
-    """The adapter that keeps what this one is now: None, for no adapter, where it does nothing yet, or a frozen copy.
+    """Keep the present state of an adapter: return the name of a frozen copy, or None if the adapter has no effect yet.
 
     Args:
-        model: a PEFT model with a LoRA adapter of this name.
-        name: the adapter's.
+        model: a PEFT model.
+        name: the name of one of its LoRA adapters.
     """
     own = {key: p for key, p in model.named_parameters() if f".{name}." in key and "lora_" in key}
     later = [p for key, p in own.items() if "lora_B" in key]
@@ -123,7 +124,7 @@ def initial_adapter(model: Any, name: str) -> str | None:
         return None
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     copied, config = name + _INITIAL, copy.deepcopy(model.peft_config[name])
-    config.init_lora_weights = True  # any other could change the base weights a second time
+    config.init_lora_weights = True  # another initialisation could change the base weights a second time
     model.add_adapter(copied, config)
     weights = dict(model.named_parameters())
     with torch.no_grad():
@@ -136,7 +137,7 @@ def initial_adapter(model: Any, name: str) -> str | None:
 
 @contextmanager
 def _same_every_time() -> Iterator[None]:
-    """Random numbers on the CPU from a fixed seed, and afterwards as if none had been drawn."""
+    """Draw random numbers on the CPU from a fixed seed within the block, and restore the generator after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

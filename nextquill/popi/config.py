@@ -1,4 +1,4 @@
-"""How POPI is trained."""
+"""The settings of POPI's training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.popi.estimators import ESTIMATORS
-from nextquill.popi.objective import KINDS, PreferenceLoss
+from nextquill.popi.objective import ESTIMATORS, KINDS, PreferenceLoss
 
 UPDATES = ("joint", "alternate")
 WARM_STARTS = ("given", "self")
@@ -22,9 +21,9 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class POPIConfig:
-    """POPI: settings of `POPITrainer`. The paper's public text gives no hyper-parameters: all defaults are ours.
+    """POPI: the settings of `POPITrainer`. The paper publishes no hyper-parameters, so all defaults are ours.
 
-    Every field says what it is in its metadata, which is also the command line's help.
+    The metadata of each field describes it; the command line shows it as help.
 
     Raises:
         ArgumentError, ArgumentTypeError: a setting has an unusable value; the message names it.
@@ -33,27 +32,31 @@ class POPIConfig:
     objective: str = _setting("dpo", "Preference loss of the generator: dpo or ipo.")
     beta: float = _setting(0.1, "β of DPO, τ of IPO.")
     reference_sees_summary: bool = _setting(
-        False, "Give the reference the summary too. Without it, a log-ratio contains the summary's causal effect."
+        False, "Give the reference the summary too; without it, a log-ratio contains the summary's causal effect."
     )
-    estimator: str = _setting("rloo", "Advantages within a group of summaries: rloo, grpo, or reinforce without any.")
+    estimator: str = _setting("rloo", "Estimator of advantages within a group of summaries: rloo, grpo or reinforce.")
     group_size: int = _setting(4, "Summaries sampled per user and step.")
-    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over; none is a signal.")
-    signals_per_user: int = _setting(8, "Most signals of a user that the inference model reads.")
+    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over.")
+    signals_per_user: int = _setting(8, "Most signals of a user in the inference model's prompt.")
     kl_coef: float = _setting(0.01, "Penalty on the reward for each nat of log φ(s) - log φ_initial(s).")
     length_penalty: float = _setting(0.0, "Penalty on the reward for each token of a summary.")
     unfinished_penalty: float = _setting(0.5, "Penalty on the reward for a summary that did not end within its budget.")
     max_summary_tokens: int = _setting(64, "Most tokens of a sampled summary.")
-    max_signal_tokens: int = _setting(2048, "Most tokens of the inference model's prompt; oldest signals are left out.")
+    max_signal_tokens: int = _setting(
+        2048, "Most tokens of the inference model's prompt; the oldest signals are dropped."
+    )
     max_length: int = _setting(2048, "Most tokens of the generator's prompt and response.")
-    temperature: float = _setting(1.0, "Sampling temperature; the gradient is that of the tempered distribution.")
-    update: str = _setting("joint", "joint: both models in every step; alternate: one after the other.")
-    alternate_every: int = _setting(1, "Steps of one model before those of the other, the generator first.")
+    temperature: float = _setting(1.0, "Sampling temperature; the gradient has the same temperature.")
+    update: str = _setting("joint", "joint: train both models in every step; alternate: in turns.")
+    alternate_every: int = _setting(1, "With alternate: steps of one model in a row, the generator first.")
     freeze_inference: bool = _setting(False, "Train only the generator.")
-    freeze_generator: bool = _setting(False, "Train only the inference model, for a fixed generator.")
-    warm_start_steps: int = _setting(0, "Number of first steps that train the inference model on summaries.")
-    warm_start: str = _setting("self", "given: on the users' field `summary`; self: on the best summary of each group.")
-    rollouts: str = _setting("hf", "Sample summaries with transformers (hf) or with vllm.")
-    rollout_batch_size: int = _setting(32, "Summaries that are sampled at once.")
+    freeze_generator: bool = _setting(False, "Train only the inference model.")
+    warm_start_steps: int = _setting(0, "First steps, in which the inference model learns to imitate summaries.")
+    warm_start: str = _setting(
+        "self", "given: imitate the summaries in the records; self: the best sampled summary of each group."
+    )
+    rollouts: str = _setting("hf", "Library that samples summaries: hf (transformers) or vllm.")
+    rollout_batch_size: int = _setting(32, "Summaries sampled at once.")
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -81,7 +84,7 @@ class POPIConfig:
 
     @property
     def loss(self) -> PreferenceLoss:
-        """The generator's loss."""
+        """The preference loss."""
         return PreferenceLoss(self.objective, self.beta)
 
     def to_dict(self) -> dict[str, Any]:

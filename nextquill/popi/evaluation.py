@@ -1,28 +1,30 @@
-"""Is a generator on the user's side, and does what it is told of the user make it so?
+"""Measures how often a generator prefers its user's choice, and how much of that is due to the context it is given.
 
 For a pair of responses y⁺ (chosen) and y⁻ (rejected) to a query x, and for each context c,
 
     r = [log p(y⁺ | x, c) − log p_ref(y⁺ | x)] − [log p(y⁻ | x, c) − log p_ref(y⁻ | x)]            (nats)
 
-    none      c is empty                    what training taught about people in general
-    signals   the user's raw signals        what there is to know, at its full length
-    summary   the user's summary            what is left of it
-    placebo   another user's summary        what any summary does; only what exceeds it is personal
+    none      c is empty                    the effect of training on people in general
+    signals   the user's raw signals        all that is known about the user, at full length
+    summary   the user's summary            the part of it that the summary keeps
+    placebo   another user's summary        the effect of any summary; only an effect beyond it is personal
 
-Under an objective that averages, as IPO does, r is of means per token. p_ref is the generator before training, and sees
-no context, unless it was trained against one that does. A pair is judged rightly where r > 0, and half so where r = 0.
-The same is asked of log p(y⁺ | x, c) − log p(y⁻ | x, c), without a reference. A frozen model, to which summaries are
-transferred, is its own reference, so that its r without context is 0.
+An objective that averages, as IPO does, takes the mean log-probability per token. p_ref is the generator before
+training. It sees no context, unless the generator was trained against a reference that does. A pair counts as right if
+r > 0, and as half right if r = 0. The same is measured for log p(y⁺ | x, c) − log p(y⁻ | x, c), without a reference. A
+frozen model that reads the summaries (transfer) is its own reference, so its r without context is 0.
 
-What is evaluated is of `held_out`, and every draw is checked again: a pair is never among the signals.
+Pairs and signals come from `held_out`. Every draw is checked again: no signal may give a pair away. Intervals draw
+whole users, and differences are paired: the same pairs under both contexts.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import RecordError
+from nextquill.evaluation.bootstrap import Interval, PairedResult, bootstrap_interval, paired_difference
+from nextquill.evaluation.results import finite
 from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.popi.objective import PairLosses, PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
@@ -37,11 +41,14 @@ from nextquill.popi.roles import Role
 from nextquill.popi.users import Draw, Pair, check_draw
 
 CONTEXTS = ("none", "signals", "summary", "placebo")
-#: `progress(things, total=..., desc=...)` is iterated instead of the things; `tqdm` fits.
+MEASURES = ("accuracy", "logprob_accuracy", "margin", "loss")
+#: The contexts that a summary is compared with.
+BASELINES = ("none", "signals", "placebo")
+#: `progress(things, total=..., desc=...)` is iterated in place of the things, as `tqdm` is.
 Progress = Callable[..., Iterable[Any]]
 # Pairs whose branches are scored in one call; users stay together, as their prompts begin alike.
 _PAIRS_TOGETHER = 32
-# Margins are compared after rounding: what is 0 but for the order of sums counts as 0.
+# Margins are compared after rounding: one that differs from 0 only by the order of sums counts as 0.
 _DECIMALS = 6
 
 
@@ -50,12 +57,12 @@ class PairScore:
     """One pair under one context.
 
     Args:
-        user_id: whose pair it is.
+        user_id: the user whose pair it is.
         index: its place among the user's evaluated pairs.
-        margin: r, in nats, or nats a token where the objective averages, as IPO does.
+        margin: r, in nats, or in nats per token under an objective that averages, as IPO does.
         logprob_margin: the same without reference, in nats.
-        loss: of the run's objective.
-        context_tokens: what the context adds to the prompt.
+        loss: the loss of the run's objective.
+        context_tokens: the number of tokens that the context adds to the prompt.
     """
 
     user_id: str
@@ -67,24 +74,24 @@ class PairScore:
 
     @property
     def accuracy(self) -> float:
-        """1 where the margin is on the user's side, 0 where it is not, a half where it is 0."""
+        """1 if the margin is above 0, one half if it is 0, else 0."""
         return _side(self.margin)
 
     @property
     def logprob_accuracy(self) -> float:
-        """The same without reference."""
+        """The same for the margin without reference."""
         return _side(self.logprob_margin)
 
 
 def placebo_summaries(summaries: Mapping[str, str], seed: int = 0) -> dict[str, str]:
-    """For every user the summary of another, each non-empty summary serving once among those that have one.
+    """Return for every user the summary of another. Among users with a summary, each summary is used once.
 
     Args:
-        summaries: by user; empty ones are nobody's placebo.
-        seed: same seed, same users: same placebos.
+        summaries: the summaries by user; an empty one is nobody's placebo.
+        seed: the same seed and users give the same placebos.
 
     Returns:
-        By user; empty where fewer than two users have a summary.
+        The placebos by user; none if fewer than two users have a summary.
     """
     donors = sorted(user for user, text in summaries.items() if text.strip())
     if len(donors) < 2:
@@ -109,25 +116,25 @@ def score_pairs(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[PairScore]]:
-    """Score every pair of the draws under every context there is.
+    """Score every pair under every context.
 
     Args:
-        generator: what judges the pairs; given back as it was.
-        prompts: makes its prompts, with its tokenizer.
-        draws: of `held_out`, one a user.
-        summaries: the users' summaries; without, only "none" and "signals" are scored. "placebo" needs two users.
-        loss: the run's objective; DPO with β = 0.1 where none is given.
-        reference_sees_context: whether the reference has the context too.
-        seed: decides whose summary serves as placebo.
+        generator: the model that judges the pairs; it is left as it was.
+        prompts: makes the generator's prompts.
+        draws: one for each user, from `held_out`.
+        summaries: the users' summaries; by default only "none" and "signals" are scored. "placebo" needs two users.
+        loss: the run's objective; by default DPO with β = 0.1.
+        reference_sees_context: whether the reference gets the context too.
+        seed: decides whose summary is the placebo.
         attention, max_tokens: see `BranchScorer`.
-        progress: iterated in place of what takes time.
+        progress: shows progress, see `Progress`.
 
     Returns:
-        By context, in the order of `CONTEXTS`, the scores of all pairs, in the draws' order.
+        The scores of all pairs in the draws' order, by context in the order of `CONTEXTS`.
 
     Raises:
         RecordError: there is no pair, a user comes twice or lacks a summary, a signal gives a pair away, or a
-            log-probability is no finite number.
+            log-probability is not finite.
         BudgetError: a pair does not fit into a prompt.
     """
     contexts = _contexts(draws, summaries, seed)
@@ -144,8 +151,8 @@ def score_pairs(
                 name: torch.cat([shown(_log_probs(scorer, part)) for part in parts]) for name, parts in wanted.items()
             }
 
-    # Contexts are scored in calls of their own, alike for policy and reference: where the two are the same model, their
-    # margins are the same to the last bit.
+    # Each context is scored in calls of its own, in the same way for policy and reference. So if the two are the same
+    # model, their log-probabilities agree to the last bit.
     with shown:
         found = scored(generator.active(), policy)
         reference = scored(generator.initial(), seen)
@@ -165,13 +172,13 @@ def score_pairs(
 
 @dataclass(frozen=True)
 class _Context:
-    """What the generator is told of each user: signals, or a text, or neither."""
+    """The context that the generator gets for each user: signals, a text, or neither."""
 
     signals: bool = False
     texts: Mapping[str, str] | None = None
 
     def of(self, draw: Draw) -> dict[str, Any]:
-        """The arguments of `GeneratorPrompts` that say it."""
+        """The context of a draw's user, as arguments of `GeneratorPrompts.branches`."""
         if self.signals:
             return {"signals": draw.signals}
         text = "" if self.texts is None else self.texts[draw.user_id]
@@ -202,7 +209,7 @@ def _contexts(draws: Sequence[Draw], summaries: Mapping[str, str] | None, seed: 
 
 
 def _blocks(draws: Sequence[Draw]) -> Iterator[list[Draw]]:
-    """Users to score together; what is computed together follows from the draws alone."""
+    """Yield the users to score together. The blocks depend on the draws alone, so results do not vary with contexts."""
     block: list[Draw] = []
     for draw in draws:
         if block and sum(len(each.pairs) for each in [*block, draw]) > _PAIRS_TOGETHER:
@@ -218,23 +225,23 @@ def _branches(prompts: GeneratorPrompts, block: Sequence[Draw], context: _Contex
 
 
 def _log_probs(scorer: BranchScorer, branches: Sequence[Branch]) -> Tensor:
-    """float64 [pairs, 2], log p of chosen and rejected, of branches that stand in pairs."""
+    """The log p of chosen and rejected, float64 [pairs, 2]; a pair's two branches follow each other."""
     return torch.stack([-nll.double().sum() for nll in scorer(branches)]).view(-1, 2)
 
 
 def _check_finite(log_probs: Tensor, context: str, places: Sequence[tuple[str, int]]) -> None:
-    """Refuse what would count as a wrong answer: precision that overflowed, or damaged weights."""
+    """Raise RecordError for overflow or damaged weights, which would otherwise count as a wrong answer."""
     broken = (~log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if broken:
         user, index = places[broken[0]]
         raise RecordError(
             f"user {user!r}: expected finite log-probabilities of pairs[{index}] under {context!r}, got "
-            f"{log_probs[broken[0]].tolist()}; so it is with {len(broken)} of {len(places)} pairs"
+            f"{log_probs[broken[0]].tolist()}; {len(broken)} of {len(places)} pairs are affected"
         )
 
 
 def _prompt_lengths(parts: Sequence[Sequence[Branch]]) -> list[int]:
-    """Tokens of each pair's prompt."""
+    """The number of tokens of each pair's prompt."""
     return [branch.prompt_length for part in parts for branch in part[::2]]
 
 
@@ -254,7 +261,7 @@ def _side(margin: float) -> float:
 
 
 class _Shown:
-    """Counts pairs under contexts on a progress bar, or on none."""
+    """Counts scored pairs on a progress bar, if there is one."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._steps = None if progress is None else iter(progress(range(total), total=total, desc="Comparing pairs"))
@@ -271,3 +278,137 @@ class _Shown:
             for _ in range(len(scored)):
                 next(self._steps)
         return scored
+
+
+# ---- measures with intervals ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ContextMeasures:
+    """The measures of all pairs under one context.
+
+    Args:
+        measures: each of `MEASURES` with its interval: accuracy (the share of pairs with r above 0; r = 0 counts half),
+            the same for log-probabilities without reference, the margin r (nats) and the objective's loss.
+        context_tokens: the mean number of tokens that the context adds to a prompt.
+    """
+
+    measures: Mapping[str, Interval]
+    context_tokens: float
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """The measures of one generator on the pairs of some users.
+
+    Args:
+        pairs, users: their numbers.
+        contexts: the measures by context, in the order of `CONTEXTS`.
+        differences: accuracy and margin under the summary minus those under another context, by that context's name.
+        token_ratio: the mean tokens of signals divided by the mean tokens of summaries; None if summaries add no
+            tokens.
+    """
+
+    pairs: int
+    users: int
+    contexts: Mapping[str, ContextMeasures]
+    differences: Mapping[str, Mapping[str, PairedResult]]
+    token_ratio: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measures, ready for JSON; a bound is None if there is only one user."""
+        return {
+            "pairs": self.pairs,
+            "users": self.users,
+            "contexts": {
+                name: {
+                    **{measure: _bounds(value._asdict()) for measure, value in each.measures.items()},
+                    "context_tokens": each.context_tokens,
+                }
+                for name, each in self.contexts.items()
+            },
+            "summary_minus": {
+                name: {measure: _bounds(asdict(value)) for measure, value in each.items()}
+                for name, each in self.differences.items()
+            },
+            "signals_tokens_by_summary_tokens": self.token_ratio,
+        }
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """The result of `nextquill popi evaluate`.
+
+    Args:
+        model: the run's folder.
+        generator: the measures of the trained generator.
+        transfer: the measures of other, frozen generators that read the same summaries, by name.
+        empty_summaries: the number of users whose summary is empty.
+        left_out: the number of users that were left out, by reason.
+        settings: the settings of the evaluation.
+    """
+
+    model: str
+    generator: PairMeasures
+    transfer: Mapping[str, PairMeasures] = field(default_factory=dict)
+    empty_summaries: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The result as JSON."""
+        content = {
+            "model": self.model,
+            "settings": dict(self.settings),
+            "left_out": dict(self.left_out),
+            "empty_summaries": self.empty_summaries,
+            "generator": self.generator.to_dict(),
+            "transfer": {name: each.to_dict() for name, each in self.transfer.items()},
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def measure(
+    scores: Mapping[str, Sequence[PairScore]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> PairMeasures:
+    """Compute the measures from the scores of `score_pairs`.
+
+    Args:
+        scores: the scores by context, with the same pairs in the same order.
+        level, resamples, seed: see `bootstrap_interval`.
+
+    Raises:
+        ArgumentError: there are no scores, or the contexts have different pairs.
+    """
+    options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
+    users = [score.user_id for score in next(iter(scores.values()))]
+
+    def column(context: str, name: str) -> list[float]:
+        return [getattr(score, name) for score in scores[context]]
+
+    contexts = {
+        context: ContextMeasures(
+            {name: bootstrap_interval(column(context, name), users, **options) for name in MEASURES},
+            sum(column(context, "context_tokens")) / len(users),
+        )
+        for context in scores
+    }
+    differences = {
+        other: {
+            name: paired_difference(column("summary", name), column(other, name), users, **options)
+            for name in ("accuracy", "margin")
+        }
+        for other in (BASELINES if "summary" in scores else ())
+        if other in scores
+    }
+    return PairMeasures(len(users), len(set(users)), contexts, differences, _token_ratio(contexts))
+
+
+def _token_ratio(contexts: Mapping[str, ContextMeasures]) -> float | None:
+    if not {"signals", "summary"} <= contexts.keys() or not contexts["summary"].context_tokens:
+        return None
+    return contexts["signals"].context_tokens / contexts["summary"].context_tokens
+
+
+def _bounds(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: finite(value) if isinstance(value, float) else value for name, value in values.items()}

@@ -1,15 +1,14 @@
-"""Ready prompts with a user's summary for a generator behind an API, whose tokenizer and chat template are unknown.
+"""Writes prompts with summaries for a generator behind an API, whose tokenizer and chat template are unknown.
 
     chat    {"user_id": …, "query": …, "messages": [{"role": "system", …}, {"role": "user", …}]}
     text    {"user_id": …, "query": …, "prompt": …}
 
-one JSON object a line. In the chat form the summary stands in the system message, under the heading of the generator's
-template, after a sentence that says what it is; where it ends, the message ends. In the text form the prompt is the one
-the generator was trained with. Without a summary there is no trace of one, and no system message unless the template
-has one of its own.
+Each line is a JSON object. In the chat form the summary is in the system message, after a sentence that explains it and
+the heading of the generator's template; nothing follows it. In the text form the prompt is the one that the generator
+was trained with. Without a summary there is no heading, and no system message unless the template has its own.
 
-Summaries and queries are data here too: the control tokens of widespread chat formats are broken in both, and lines
-of a summary that begin like the template's own are quoted, as `UserText` does it.
+Summaries and queries are data here too: the control tokens of common chat formats are broken in both, and lines of a
+summary that begin like the template's are quoted, as in `UserText`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from nextquill.storage.atomic_files import written_whole
 
 FORMATS = ("chat", "text")
 
-# Of chat formats in wide use; `<|` and its full-width twin open those of dozens more. `|>` is left alone, as it is a
-# pipe in several languages.
+# Control tokens of common chat formats; `<|` and its full-width twin begin those of dozens more. `|>` is not broken, as
+# it is a pipe in several languages.
 _CONTROL = (
     *("<|", "<｜", "<s>", "</s>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),  # noqa: RUF001
     *("<start_of_turn>", "<end_of_turn>", "<turn|>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
@@ -46,12 +45,12 @@ _HEADING = "[About the user]:"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is to be asked of a generator, and for whom.
+    """A query for a generator, with its user.
 
     Args:
-        user_id: who asks.
-        query: what is asked.
-        summary: of that user, or None.
+        user_id: the user who asks.
+        query: the question.
+        summary: the user's summary, or None.
     """
 
     user_id: str
@@ -63,10 +62,10 @@ class Exporter:
     """Makes prompts without knowing a tokenizer.
 
     Args:
-        templates: the wording; of the generator's, `chat` is ignored.
+        templates: the wording; the generator template's `chat` is ignored.
 
     Raises:
-        ArgumentError: a template that cannot be rendered.
+        ArgumentError: the template cannot be rendered.
     """
 
     def __init__(self, templates: PopiTemplates | None = None) -> None:
@@ -75,7 +74,7 @@ class Exporter:
         self._renderer = PromptRenderer(replace(template, chat=False), _Characters())
 
     def messages(self, query: str, summary: str | None = None) -> list[dict[str, str]]:
-        """The chat messages: the system message, if there is anything to say in one, and the user's."""
+        """Return the chat messages: a system message, if there is text for it, and the user's message."""
         tidy, parts = tidy_summary(summary or ""), list[str]()
         if self._template.system:
             parts.append(self._template.system)
@@ -86,12 +85,12 @@ class Exporter:
         return [*system, {"role": "user", "content": self._renderer.user_text.plain(query)}]
 
     def text(self, query: str, summary: str | None = None) -> str:
-        """The prompt as plain text."""
+        """Return the prompt as plain text."""
         tidy = tidy_summary(summary or "")
         return self._renderer.prompt(query, [HistoryItem(tidy)] if tidy else [])
 
     def line(self, query: Query, format: str = "chat") -> dict[str, Any]:
-        """The object of one line.
+        """Return the object of one line.
 
         Raises:
             ArgumentError: `format` is neither "chat" nor "text".
@@ -110,7 +109,7 @@ def write_export(
     format: str = "chat",
     templates: PopiTemplates | None = None,
 ) -> int:
-    """Write a line per query, whole or not at all.
+    """Write one line for each query; an error leaves no partial file.
 
     Returns:
         The number of lines.

@@ -1,8 +1,8 @@
-"""Log-probabilities of responses under prompts that share what they begin with, and weighted sums of them.
+"""Log-probabilities of responses under prompts that share a prefix, and weighted sums of them.
 
-Both gradients of POPI are weighted sums of log-probabilities: the weights of a pair's responses are the derivatives of
-its loss, those of a group's summaries their advantages. They are measured first, without gradient, on everything a step
-needs, and are constants in the forward with gradient. So that forward can be cut anywhere, into trees under a token
+Both gradients of POPI are weighted sums of log-probabilities. The weights of a pair's responses are the derivatives of
+its loss; the weights of a group's summaries are their advantages. All weights of a step are computed first, without
+gradient, and are constants in the forward with gradient. So that forward can be divided into trees under a token
 budget, micro-batches and ranks, and the gradient stays the same.
 """
 
@@ -22,25 +22,25 @@ from nextquill.losses import SFTLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.popi.roles import INFERENCE, Role
 
-# Padded branches of a forward with gradient: each is a row.
+# The rows of a padded forward with gradient.
 _PADDED_TOGETHER = 8
 
 
 class BranchPasses:
-    """Runs branches of one model. Usable as a context manager, which calls `close` in the end.
+    """Runs branches through one model. As a context manager it calls `close` at the end.
 
     Args:
-        model: a causal language model, also a PEFT model, whose adapter is chosen by whoever calls.
+        model: a causal language model or a PEFT model, with the active adapter of the moment.
         pad_token_id: fills padded rows.
         attention: see `PairPasses`.
-        max_tokens: most tokens of a forward over trees; by default 16384 (4096 on a CPU), or what the largest branch
-            takes.
+        max_tokens: the most tokens of a forward over trees; by default 16384 (4096 on a CPU), or the tokens of the
+            largest branch.
 
     Attributes:
         temperature: log-probabilities are those of softmax(logits / temperature); 1 at first.
 
     Raises:
-        ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
+        ArgumentError: `attention` is unknown, or `max_tokens` was given for padded batches.
         UnsupportedModelError: the model's head or its attention cannot be handled exactly.
     """
 
@@ -69,7 +69,7 @@ class BranchPasses:
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by."""
+        """The number that logits are divided by."""
         return self._temperature
 
     @temperature.setter
@@ -80,21 +80,21 @@ class BranchPasses:
         self._passes.loss.softcap = None if cap is None else cap / value
 
     def close(self) -> None:
-        """Leave the model as it was found; a later call takes hold of it again."""
+        """Restore the model; a later call takes hold of it again."""
         self._passes.close()
 
     def log_probs(self, branches: Sequence[Branch]) -> Tensor:
-        """log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats."""
+        """Return log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats."""
         if not branches:
             return torch.zeros(0, dtype=torch.float64)
         return -torch.stack([nll.double().sum() for nll in self._scorer(branches)])
 
     def parts(self, branches: Sequence[Branch], weights: Sequence[float] | Tensor) -> list[dict[str, Any]]:
-        """What `loss` takes one after the other: the branches with a weight other than 0, merged by common prefix.
+        """Return parts for `loss`, one for each forward: the branches with a weight other than 0, merged by prefix.
 
         Args:
-            branches: any number.
-            weights: floating [branches], or numbers; what each -log p(response | prompt), in nats, is multiplied with.
+            branches: any number of branches.
+            weights: floating [branches], or numbers; the weight of each -log p(response | prompt) in nats.
         """
         values = torch.as_tensor(weights, dtype=torch.float64)
         kept = values.nonzero().squeeze(1)
@@ -112,17 +112,17 @@ class BranchPasses:
         return parts
 
     def loss(self, part: dict[str, Any]) -> Tensor:
-        """Σ weight · -log p(response | prompt) over a part's branches, a scalar with gradient, float32 or float64."""
+        """Return Σ weight · -log p(response | prompt) over a part, a scalar with gradient, float32 or float64."""
         part = to_device(part, next(self.model.parameters()).device)
         return self._passes.weighted_nll(part, part["token_weights"])
 
     def check_training(self, max_length: int) -> None:
-        """Raise before training what would be raised during it."""
+        """Raise now the errors that training would raise later."""
         self._passes.check_training(max_length)
 
 
 class RolePasses:
-    """`BranchPasses` of every model of the roles, each made once; those of the inference model have its temperature."""
+    """The `BranchPasses` of all models, each made once. The inference model gets the temperature."""
 
     def __init__(self, *, attention: str, max_tokens: int | None, temperature: float) -> None:
         self._options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
@@ -130,7 +130,7 @@ class RolePasses:
         self._known: dict[int, BranchPasses] = {}
 
     def of(self, role: Role, model: Any) -> BranchPasses:
-        """Those of a role's model, as it is or was."""
+        """Return the passes of a role's model, or of the model of its initial state."""
         if id(model) not in self._known:
             self._known[id(model)] = BranchPasses(model, pad_token(role.tokenizer), **self._options)
         passes = self._known[id(model)]
@@ -138,6 +138,6 @@ class RolePasses:
         return passes
 
     def close(self) -> None:
-        """Leave all models as they were found."""
+        """Restore all models."""
         for passes in self._known.values():
             passes.close()

@@ -1,15 +1,14 @@
-"""The two prompts: signals into a summary, and a query with a summary into an answer.
+"""The prompts of both models: signals for a summary, and a query with a summary for an answer.
 
     inference    [What the person wrote and chose]: signals   [Task]: the instruction   [Summary]:
     generator    [About the user]: the summary                [Request]: the query      [Response]:
 
-Both go through `PromptRenderer`, so signals and summaries are data: a control token's literal in them stays text, and
-no line of theirs can begin like one of the template's. What comes first is what most prompts share: a user's summary
-stands before the query, so all queries of a user share it as a prefix. Without summary and signals the generator's
-prompt has no such section at all.
+Both go through `PromptRenderer`, so signals and summaries are data: a control token in them stays text, and none of
+their lines can begin like a line of the template. The summary stands before the query, so all queries of a user share
+it as a prefix. Without summary and signals, the generator's prompt has no such section.
 
-Nothing is cut: signals that do not fit are dropped whole, oldest first, and a query, a summary or a response that does
-not fit is a `BudgetError`.
+Texts are never cut. Signals that do not fit are dropped as a whole, the oldest first. A query, a summary or a response
+that does not fit is a `BudgetError`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from nextquill.popi.users import Pair
 if TYPE_CHECKING:
     from nextquill.data import Branch
 
-#: Ours; the paper publishes no wording.
+#: Our wording; the paper publishes none.
 INSTRUCTION = (
     "Describe in at most 60 words what this person likes and dislikes in an answer: its content, style, tone and "
     "length. Write in the third person and in general terms, so that it helps with any request. Quote nothing."
@@ -58,13 +57,13 @@ class PopiTemplates:
     """The wording of both prompts.
 
     Args:
-        instruction: what the inference model is asked for.
+        instruction: the instruction to the inference model.
         inference: the prompt with the signals as history and the instruction as query.
         generator: the prompt with the summary, or signals, as history.
 
     Raises:
-        ArgumentError: a blank instruction; or a template whose counterfactual is another user's history.
-        ArgumentTypeError: an argument of the wrong type.
+        ArgumentError: the instruction is blank, or a template's counterfactual is another user's history.
+        ArgumentTypeError: an argument has the wrong type.
     """
 
     instruction: str = INSTRUCTION
@@ -82,15 +81,15 @@ class PopiTemplates:
                 raise ArgumentError(f"{name}: expected counterfactual 'removal' or 'none', got 'placebo'")
 
     def to_dict(self) -> dict[str, Any]:
-        """The templates as JSON holds them."""
+        """Return the templates, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PopiTemplates:
-        """What `to_dict` gave; what is left out has its default.
+        """Make templates from the result of `to_dict`; a missing field gets its default.
 
         Raises:
-            ArgumentError, ArgumentTypeError: an unknown name, or a value that is none of its.
+            ArgumentError, ArgumentTypeError: a field is unknown or has an unusable value.
         """
         _check_names("templates", values, cls)
         given = dict(values)
@@ -102,10 +101,7 @@ class PopiTemplates:
 
 
 def tidy_summary(text: str) -> str:
-    """A sampled summary without white space around it, and without halves of characters that a last token left.
-
-    May be empty.
-    """
+    """Return a sampled summary without white space around it and without incomplete characters; it may be empty."""
     return text.replace(_REPLACEMENT, "").strip()
 
 
@@ -113,16 +109,16 @@ class InferencePrompts:
     """Makes the inference model's prompts.
 
     Args:
-        tokenizer: of the inference model.
+        tokenizer: the inference model's tokenizer.
         templates: the wording.
-        max_prompt_tokens: most tokens of a prompt.
+        max_prompt_tokens: the most tokens of a prompt.
 
     Attributes:
-        renderer: what renders them; `renderer.user_text.changed` counts texts in which something was broken.
+        renderer: renders the prompts; `renderer.user_text.changed` counts the texts in which it broke a control token.
 
     Raises:
-        BudgetError: the prompt without any signal takes more than that.
-        ArgumentError: a tokenizer that the template cannot be used with.
+        BudgetError: the prompt without signals has more than `max_prompt_tokens`.
+        ArgumentError: the template cannot be used with this tokenizer.
     """
 
     def __init__(
@@ -147,19 +143,19 @@ class InferencePrompts:
 
     @property
     def stop_ids(self) -> set[int]:
-        """The tokens at which a sampled summary is over: what ends a given one first, or the end of text."""
+        """The tokens that end a sampled summary: the first of `end_ids`, and the end of text."""
         eos_id: int | None = getattr(self.renderer.tokenizer, "eos_token_id", None)
         return {self.renderer.end_ids[0]} | ({eos_id} if eos_id is not None else set())
 
     def ids(self, signals: Sequence[HistoryItem]) -> tuple[list[int], int]:
-        """The prompt for these signals, oldest first, and how many of the newest are in it.
+        """Return the prompt for these signals, oldest first, and the number of the newest ones that fit into it.
 
-        None may be: `check` finds that out before any work is done.
+        That number may be 0; `check` finds this out before any work is done.
         """
         return _newest_that_fit(lambda newest: self._ids(newest), signals, self.max_prompt_tokens)
 
     def check(self, user_id: str, signals: Sequence[HistoryItem]) -> None:
-        """Refuse signals of which not even the newest fits.
+        """Check that the newest signal fits into the prompt.
 
         Raises:
             BudgetError: it does not; the message names the user.
@@ -172,10 +168,10 @@ class InferencePrompts:
             )
 
     def summary_ids(self, text: str) -> list[int]:
-        """The token ids of a given summary and of what ends it, all of which the warm start supervises.
+        """Return the token ids of a given summary and its end, all of which the warm start supervises.
 
         Raises:
-            ArgumentError: a blank summary.
+            ArgumentError: the summary is blank.
         """
         tidy = tidy_summary(text)
         if not tidy:
@@ -188,18 +184,18 @@ class InferencePrompts:
 
 
 class GeneratorPrompts:
-    """Makes the generator's prompts: a query with a summary, with signals as they are, or with neither.
+    """Makes the generator's prompts: a query with a summary, with raw signals, or with neither.
 
     Args:
-        tokenizer: of the generator.
+        tokenizer: the generator's tokenizer.
         templates: the wording.
-        max_length: most tokens of prompt and response together.
+        max_length: the most tokens of prompt and response together.
 
     Attributes:
-        renderer: what renders them.
+        renderer: renders the prompts.
 
     Raises:
-        ArgumentError: a tokenizer that the template cannot be used with.
+        ArgumentError: the template cannot be used with this tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: PopiTemplates | None = None, *, max_length: int = 2048) -> None:
@@ -212,17 +208,17 @@ class GeneratorPrompts:
     def ids(
         self, query: str, *, summary: str | None = None, signals: Sequence[HistoryItem] = (), room: int = 0
     ) -> list[int]:
-        """The prompt's token ids.
+        """Return the prompt's token ids.
 
         Args:
-            query: what is asked, whole.
-            summary: whole; a blank one is none.
-            signals: oldest first; those that do not fit are dropped, oldest first.
-            room: tokens to be left free for the response.
+            query: the question; it is never cut.
+            summary: the summary; it is never cut. A blank one is left out.
+            signals: the signals, oldest first; those that do not fit are dropped, oldest first.
+            room: the number of tokens to leave for the response.
 
         Raises:
-            BudgetError: the query, with the summary if there is one, does not fit.
-            ArgumentError: both a summary and signals.
+            BudgetError: the query and the summary do not fit.
+            ArgumentError: both a summary and signals were given.
         """
         context, limit = _context(summary, signals), self.max_length - room
         least = () if signals else context
@@ -238,9 +234,9 @@ class GeneratorPrompts:
     def text(
         self, query: str, *, summary: str | None = None, signals: Sequence[HistoryItem] = (), room: int = 0
     ) -> str:
-        """The same prompt as text, as it is tokenised; arguments and errors as of `ids`.
+        """Return the same prompt as text; arguments and errors are those of `ids`.
 
-        A beginning-of-sequence token that the tokenizer itself puts first is not in it.
+        The text lacks the beginning-of-sequence token that the tokenizer adds by itself.
         """
         context = _context(summary, signals)
         if not signals:
@@ -254,10 +250,10 @@ class GeneratorPrompts:
     def branches(
         self, pair: Pair, *, summary: str | None = None, signals: Sequence[HistoryItem] = ()
     ) -> tuple[Branch, Branch]:
-        """The chosen and the rejected response after one prompt, which leaves room for the longer of the two.
+        """Return the chosen and the rejected response after one prompt, which leaves room for the longer of the two.
 
         Raises:
-            BudgetError, ArgumentError: as `ids`.
+            BudgetError, ArgumentError: see `ids`.
         """
         from nextquill.data import Branch
 
@@ -266,22 +262,22 @@ class GeneratorPrompts:
         return Branch(prompt, chosen), Branch(prompt, rejected)
 
     def context_tokens(self, query: str, *, summary: str | None = None, signals: Sequence[HistoryItem] = ()) -> int:
-        """How many tokens the summary, or those of the signals that fit, add to the prompt."""
+        """Return the number of tokens that the summary, or the signals that fit, add to the prompt."""
         return len(self.ids(query, summary=summary, signals=signals)) - len(self.ids(query))
 
     def check(self, pair: Pair, max_summary_tokens: int, where: str = "") -> None:
-        """Refuse a pair that leaves no room for a summary, before any work is done.
+        """Check, before any work is done, that a pair leaves room for a summary.
 
-        A sampled summary is read again as text, and may take a few tokens more than were sampled where something in it
-        was broken or quoted: a quarter more is asked for.
+        A sampled summary is tokenised again as text, and may then have more tokens, for example because a line was
+        quoted. So the room must be a quarter larger than the longest summary.
 
         Args:
             pair: the pair.
-            max_summary_tokens: most tokens that are sampled for a summary; 0 for none.
-            where: whose pair it is, put at the head of the error.
+            max_summary_tokens: the most tokens that are sampled for a summary; 0 for none.
+            where: the beginning of the error message, for example the pair's user.
 
         Raises:
-            BudgetError: a prompt with such a summary and the longer response exceed `max_length`.
+            BudgetError: the prompt, such a summary and the longer response exceed `max_length`.
         """
         check_integer("max_summary_tokens", max_summary_tokens, least=0)
         response = max(map(len, self._responses(pair)))
@@ -315,9 +311,9 @@ def _context(summary: str | None, signals: Sequence[HistoryItem]) -> tuple[Histo
 def _newest_that_fit(
     encode: Callable[[Sequence[HistoryItem]], list[int]], items: Sequence[HistoryItem], limit: int
 ) -> tuple[list[int], int]:
-    """The prompt with the most of the newest items that fits, and their number.
+    """The prompt with as many of the newest items as fit, and their number.
 
-    The prompt without any is known to fit, and one more item is taken never to shorten a prompt.
+    The prompt without items must fit. A further item is assumed never to shorten a prompt.
     """
     ids, count = encode(items), len(items)
     if len(ids) <= limit:

@@ -1,46 +1,50 @@
-"""The two models of POPI: one that infers a summary, one that generates with it.
+"""The two models of POPI and their files: one model infers a summary, the other generates with it.
 
     shared      one base model with two LoRA adapters, "inference" and "generator" (the default)
     separate    two models, each whole, or with an adapter of its own
 
-Each role also has what it was at the start, which the preference loss and the KL term refer to: for a fresh adapter the
-model without it, for a frozen role itself, else a frozen copy, of the adapter where that is all that is trained.
+Each role also has an initial model, its state before training, which the preference loss and the KL term refer to. It
+is the model without the adapter for a fresh adapter, the role itself for a frozen one, and else a frozen copy. The copy
+holds only the adapter if nothing else is trained.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nextquill.errors import ArgumentError, CheckpointError
-from nextquill.models.loading import is_adapter, load_model
+from nextquill.models.loading import is_adapter, load_model, load_tokenizer
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
-from nextquill.popi.role_files import base_digest, check_base, load_role, place_of, save_separate, tokenizer_of
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.fingerprints import fingerprint
 
 INFERENCE, GENERATOR = "inference", "generator"
 ROLES = (INFERENCE, GENERATOR)
 ROLES_FILE, BASE = "popi.json", "base"
 _FORMAT = 1
+# The number of values of each base weight that go into the base's digest.
+_SAMPLED_VALUES = 64
 
 
 class Role:
-    """One of the two models, as it is and as it was.
+    """One of the two models, with its initial state.
 
     Args:
         name: "inference" or "generator".
         model: the model, which the other role may share.
         tokenizer: its tokenizer.
-        adapter: the adapter that makes the model this role; None where there is none to switch.
-        initial: what it was: a model, the name of an adapter, or None for the model without adapters.
-        frozen: it is not trained.
+        adapter: the adapter that makes the model this role; None if there is none to switch.
+        initial: the initial state: a model, the name of an adapter, or None for the model without adapters.
+        frozen: whether the role stays as it is.
     """
 
     def __init__(
@@ -59,16 +63,16 @@ class Role:
 
     @contextmanager
     def active(self) -> Iterator[Any]:
-        """The model as this role, for the length of the block."""
+        """Give the model as this role, within the block."""
         with nullcontext() if self.adapter is None else switched(self.model, self.adapter):
             yield self.model
 
     @contextmanager
     def initial(self) -> Iterator[Any]:
-        """The model as this role was at the start; without gradient."""
+        """Give the model in this role's initial state, without gradient, within the block."""
         with torch.no_grad():
             if isinstance(self._initial, nn.Module):
-                # A Trainer moves the model, and knows nothing of what it was.
+                # A Trainer moves the model, but does not know its initial state.
                 yield self._initial.to(next(self.model.parameters()).device)
             else:
                 with switched(self.model, self._initial):
@@ -76,20 +80,20 @@ class Role:
 
     @classmethod
     def untrained(cls, name: str, model: Any, tokenizer: Any) -> Role:
-        """A model that no training has touched, adapters and all: it is what it was."""
+        """Make a role of a model as it is, adapters included; it is its own initial state."""
         return cls(name, model, tokenizer, None, model, frozen=True)
 
     def against(self, reference: nn.Module) -> Role:
-        """The same model, with another one for what it was."""
+        """Return this role with another model as its initial state."""
         return Role(self.name, self.model, self.tokenizer, self.adapter, reference, frozen=self.frozen)
 
     @property
     def is_what_it_was(self) -> bool:
-        """Whether there is no other model to hold it against."""
+        """Whether the role is its own initial state, so that there is nothing to compare it with."""
         return self._initial is self.model or (self.adapter is not None and self._initial == self.adapter)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained of this role."""
+        """The trained parameters of this role."""
         if self.frozen:
             return []
         own = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -97,7 +101,7 @@ class Role:
 
 
 class Roles(nn.Module):
-    """Both roles as one module, whose parameters an optimizer can have. Made by `shared`, `separate` or `load`."""
+    """Both roles as one module, for an optimizer. Use `shared`, `separate` or `load` to make it."""
 
     def __init__(self, inference: Role, generator: Role) -> None:
         super().__init__()
@@ -108,24 +112,24 @@ class Roles(nn.Module):
 
     @property
     def is_shared(self) -> bool:
-        """Whether both are adapters of one model."""
+        """Whether both roles are adapters of one model."""
         return len(self.models) == 1
 
     def __iter__(self) -> Iterator[Role]:
         return iter((self.inference, self.generator))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """As the models', for a Trainer."""
+        """Enable it in all models; a Trainer calls this."""
         for model in self.models:
             model.activation_checkpointing_enable(**options)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """The same for transformers before 5.20 or so."""
+        """Enable it in all models; for transformers before 5.20 or so."""
         for model in self.models:
             model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
 
     def forward(self, *_: Any, **__: Any) -> None:
-        """Not to be called: each role runs by itself."""
+        """Raise an error, as each role runs by itself."""
         raise NotImplementedError("run a role's own model: with roles.generator.active() as model")
 
     # ---- making ------------------------------------------------------------------------------------
@@ -140,18 +144,18 @@ class Roles(nn.Module):
         freeze_inference: bool = False,
         freeze_generator: bool = False,
     ) -> Roles:
-        """Two adapters of one base model.
+        """Make two adapters of one base model.
 
         Args:
-            model: a causal language model without adapters, which gets two fresh ones; or a PEFT model that has
-                "inference" and "generator", which are gone on with.
+            model: a causal language model without adapters, which gets two fresh ones; or a PEFT model with the
+                adapters "inference" and "generator", which are trained further.
             tokenizer: its tokenizer.
-            peft_config: a LoRA config for fresh adapters; by default rank 16 on all linear layers but the head.
-            freeze_inference, freeze_generator: leave a role as it is.
+            peft_config: the LoRA config of fresh adapters; by default rank 16 on all linear layers except the head.
+            freeze_inference, freeze_generator: whether a role stays as it is.
 
         Raises:
-            ArgumentError: the model has other adapters or a config as well, or the config has dropout, is not of LoRA,
-                or would train or change more than an adapter.
+            ArgumentError: the model has other adapters; it has adapters and a config was given; or the config has
+                dropout, is not LoRA, or would train or change more than an adapter.
         """
         frozen = {INFERENCE: freeze_inference, GENERATOR: freeze_generator}
         initial: dict[str, str | None] = {name: name if frozen[name] else None for name in ROLES}
@@ -161,8 +165,8 @@ class Roles(nn.Module):
             if missing := [name for name in ROLES if name not in model.peft_config]:
                 raise ArgumentError(
                     f"model: expected a model without adapters, or one with the adapters {INFERENCE} and {GENERATOR}, "
-                    f"got {sorted(model.peft_config)} without {missing[0]}; merge_and_unload() makes an adapter a part "
-                    "of its model, which is to be saved and loaded from there"
+                    f"got {sorted(model.peft_config)} without {missing[0]}; merge the adapter with merge_and_unload(), "
+                    "save the model and load it from there"
                 )
             for name in ROLES:
                 check_trainable(model.peft_config[name])
@@ -189,18 +193,20 @@ class Roles(nn.Module):
         freeze_inference: bool = False,
         freeze_generator: bool = False,
     ) -> Roles:
-        """Two models; what is trained of each is what wants a gradient, and what it was is a copy of it.
+        """Make a role of each of two models. The parameters that require a gradient are trained.
 
         Args:
-            inference_model, generator_model: causal language models, with one adapter or none.
-            inference_tokenizer, generator_tokenizer: theirs; by default the same one.
-            freeze_inference, freeze_generator: leave a model as it is.
+            inference_model, generator_model: causal language models with at most one adapter.
+            inference_tokenizer, generator_tokenizer: their tokenizers; by default one for both.
+            freeze_inference, freeze_generator: whether a model stays as it is.
 
         Raises:
-            ArgumentError: both are one model, or a model has several adapters or dropout in one.
+            ArgumentError: both are the same model, or a model has several adapters or an adapter with dropout.
         """
         if inference_model is generator_model:
-            raise ArgumentError("generator_model: expected another model than inference_model; one model has adapters")
+            raise ArgumentError(
+                "generator_model: expected another model than inference_model; for one with two adapters, give model"
+            )
         tokenizers = (inference_tokenizer, generator_tokenizer or inference_tokenizer)
         roles = []
         for name, model, tokenizer, frozen in zip(
@@ -227,17 +233,17 @@ class Roles(nn.Module):
     # ---- files -------------------------------------------------------------------------------------
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Write both roles and `popi.json`; of adapters the adapters alone.
+        """Write both roles and `popi.json`; a role with an adapter is written without its base model.
 
         Args:
-            folder: shared adapters go to `inference/` and `generator/` in it, separate models too.
-            settings: what else a reader needs, under the key "settings"; JSON.
+            folder: gets the subfolders `inference/` and `generator/`.
+            settings: further settings for readers, under the key "settings"; JSON.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for role in self:
             if not self.is_shared:
-                save_separate(role, folder / role.name)
-            else:  # PEFT puts an adapter into a folder of its name
+                _save_separate(role, folder / role.name)
+            else:  # PEFT saves an adapter into a subfolder of its name
                 role.model.save_pretrained(folder, selected_adapters=[role.name], save_embedding_layers=False)
             role.tokenizer.save_pretrained(folder / role.name)
         header: dict[str, Any] = {
@@ -248,15 +254,15 @@ class Roles(nn.Module):
         }
         if self.is_shared:
             header["base_model"] = self._save_base(folder)
-            header["base_digest"] = base_digest(self.inference.model.get_base_model())
+            header["base_digest"] = _base_digest(self.inference.model.get_base_model())
         write_whole(folder / ROLES_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
 
     def _save_base(self, folder: Path) -> str:
-        """Where the base of shared adapters is: where it came from, or, of a model that is new, in the folder."""
+        """Return the place of the shared base: where it was loaded from, or the folder, where a new model is saved."""
         base = self.inference.model.get_base_model()
         name = str(getattr(base, "name_or_path", "") or "")
         if name:
-            return place_of(name)
+            return _place_of(name)
         whole = {
             key.replace(".base_layer", ""): value for key, value in base.state_dict().items() if "lora_" not in key
         }
@@ -265,28 +271,28 @@ class Roles(nn.Module):
         return BASE
 
     def load_weights(self, folder: Path) -> None:
-        """Take over the weights that `save` wrote of these same roles.
+        """Load the weights that `save` wrote for these roles.
 
         Raises:
-            CheckpointError: a role's weights are missing there, or are others'.
+            CheckpointError: a role's weights are missing, or do not fit.
         """
         check_roles(folder)
         for role in self:
             if not role.frozen:
-                load_role(role, folder / role.name)
+                _load_role(role, folder / role.name)
 
     @classmethod
     def load(cls, folder: str | Path, *, base_model: Any = None, dtype: str = "auto") -> Roles:
-        """The roles that a run has saved, frozen. What they were is the model without their adapters, if they have any.
+        """Load saved roles, frozen. The initial state of a role with an adapter is the model without it.
 
         Args:
-            folder: of `save`.
-            base_model: the base of shared adapters, where it is at hand already.
-            dtype: as `load_model`'s.
+            folder: the folder that `save` wrote.
+            base_model: the base of shared adapters, if it is already loaded.
+            dtype: see `load_model`.
 
         Raises:
-            CheckpointError: it is no folder of POPI, an adapter is missing, or the base model is not the one they were
-                trained on.
+            CheckpointError: the folder is not from POPI, an adapter is missing, or the adapters were trained on another
+                base model.
             UnsupportedModelError: the base model cannot be loaded.
         """
         from peft import PeftModel
@@ -301,8 +307,9 @@ class Roles(nn.Module):
         if base_model is None:
             name = header["base_model"]
             base_model, tokenizer = load_model(str(folder / BASE) if name == BASE else name, dtype=dtype)
-        check_base(folder, header, base_model)
-        tokenizer = tokenizer_of(folder / INFERENCE) or tokenizer
+        _check_base(folder, header, base_model)
+        if (folder / INFERENCE / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(str(folder / INFERENCE))
         model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
         model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
         return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._begun_without_adapters()
@@ -314,11 +321,14 @@ class Roles(nn.Module):
         return self
 
 
+# ---- files ------------------------------------------------------------------------------------------
+
+
 def check_roles(folder: Path) -> dict[str, Any]:
-    """The header of a folder of `Roles.save`, whose parts are there.
+    """Return the header of a folder that `Roles.save` wrote.
 
     Raises:
-        CheckpointError: it is none, or a part is missing.
+        CheckpointError: the folder is not from POPI, or lacks a role's weights.
     """
     path = folder / ROLES_FILE
     try:
@@ -327,7 +337,7 @@ def check_roles(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{folder}: expected a folder that POPI has written, with a {ROLES_FILE}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, or not POPI's") from error
+        raise CheckpointError(f"{path}: damaged, or not from POPI") from error
     if not known:
         raise CheckpointError(f"{path}: expected format {_FORMAT}, got {header['nextquill_popi']}")
     for name in ROLES:
@@ -339,5 +349,66 @@ def check_roles(folder: Path) -> dict[str, Any]:
 
 
 def _trains_alone(model: Any, adapter: str) -> bool:
-    """Whether a model's adapter is all that is trained of it."""
+    """Whether only the adapter of a model is trained."""
     return all(f".{adapter}." in name and "lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _load_role(role: Role, folder: Path) -> None:
+    """Load a role's weights; raise CheckpointError if they are damaged or do not fit."""
+    found: dict[str, Tensor]
+    try:
+        if role.adapter is not None or is_adapter(role.model):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            adapter = role.adapter or role.model.active_adapter
+            found = load_peft_weights(str(folder), device="cpu")
+            set_peft_model_state_dict(role.model, found, adapter_name=adapter)
+        else:
+            saved: Any = type(role.model).from_pretrained(folder, dtype=role.model.dtype)
+            role.model.load_state_dict(saved.state_dict())
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded into the {role.name} model: {error}") from error
+
+
+def _save_separate(role: Role, folder: Path) -> None:
+    """Write the model of a separate role, or its adapter, so that `load_model` can load it."""
+    if role.adapter is None:
+        role.model.save_pretrained(folder)
+        return
+    config = role.model.peft_config[role.adapter]
+    config.base_model_name_or_path = _place_of(str(config.base_model_name_or_path or ""))
+    role.model.save_pretrained(folder, selected_adapters=[role.adapter])
+    inner = folder / role.adapter
+    if inner.is_dir():  # for every adapter name except "default"
+        for path in inner.iterdir():
+            path.replace(folder / path.name)
+        shutil.rmtree(inner)
+
+
+def _place_of(name: str) -> str:
+    """The place of a model, so that it is found from any working directory."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _base_digest(base: nn.Module) -> str | None:
+    """A digest of the base weights in bfloat16, as they may be loaded in it; None for other lossy formats."""
+    half = any(p.dtype == torch.float16 for p in base.parameters())
+    if half or getattr(getattr(base, "config", None), "quantization_config", None) is not None:
+        return None
+    parts = []
+    for name, parameter in base.named_parameters():
+        if "lora_" not in name and parameter.is_floating_point():
+            values = parameter.detach().reshape(-1)
+            sample = values[:: max(1, values.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES].bfloat16().float()
+            parts.append(f"{name.replace('.base_layer', '')} {sample.cpu().tolist()}")
+    return fingerprint(parts)
+
+
+def _check_base(folder: Path, header: dict[str, Any], base: nn.Module) -> None:
+    """Raise CheckpointError if the adapters in a folder were trained on other base weights."""
+    known, found = header.get("base_digest"), _base_digest(base)
+    if None not in (known, found) and known != found:
+        raise CheckpointError(
+            f"{folder}: its adapters were trained on other weights than those of {header['base_model']}; give the "
+            "model they were trained on as base_model"
+        )

@@ -1,14 +1,14 @@
-"""Summaries sampled from the inference model, as token ids: what policy gradients are taken of.
+"""Samples summaries from the inference model, as token ids for the policy gradient.
 
-    ModelRollouts        transformers' own `generate`, in process, with the weights as they are
-    VLLMRollouts         vLLM beside the model in training (rollouts_vllm.py)
-    RecordingRollouts    writes down what another one samples
-    RecordedRollouts     gives that again, with no model at all
+    ModelRollouts        samples with transformers' own `generate`, in process, with the present weights
+    VLLMRollouts         samples with vLLM beside the model in training (rollouts_vllm.py)
+    RecordingRollouts    records the samples of another one in a file
+    RecordedRollouts     replays such a file, without a model
 
-A policy gradient is unbiased for samples of the very distribution that is trained. So a token is drawn from
-softmax(logits / temperature) over the whole vocabulary, without top-p, top-k or penalties, and the ids are handed on:
-text that is tokenized again may come out as other tokens. Each prompt has a generator of its own, seeded by
-`Prompt.seed`, so what is sampled for it does not depend on the prompts beside it.
+A policy gradient is unbiased only for samples from exactly the trained distribution. So a token is drawn from
+softmax(logits / temperature) over the whole vocabulary, without top-p, top-k or penalties. The ids are kept, as text
+that is tokenised again may give other tokens. Each prompt has its own random generator, seeded by `Prompt.seed`, so its
+sample does not depend on the other prompts in the batch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nextquill.errors import ArgumentError, BudgetError, CheckpointError, Output
 from nextquill.evaluation.generation import GenerationOptions, Prompt
 from nextquill.evaluation.generation.options import decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
+from nextquill.models.architectures import base_model
 from nextquill.models.loading import context_length
 from nextquill.storage.fingerprints import digest_of
 
@@ -36,9 +37,9 @@ class Sample:
     """A sampled summary.
 
     Args:
-        ids: the sampled tokens, with the stop token where one was sampled.
-        text: them decoded up to the stop, without special tokens.
-        ended: whether a stop token was sampled; False for a summary that ran into `max_new_tokens`.
+        ids: the sampled tokens, with the stop token if one was sampled.
+        text: the decoded tokens before the stop, without special tokens.
+        ended: whether a stop token was sampled; False for a summary that reached `max_new_tokens`.
     """
 
     ids: list[int]
@@ -47,35 +48,34 @@ class Sample:
 
 
 class Rollouts(Protocol):
-    """What samples summaries."""
+    """The interface of everything that samples summaries."""
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """A sample for each prompt, in their order."""
+        """Return a sample for each prompt, in their order."""
 
     def sync(self) -> None:
-        """Take note that the inference model's weights have changed."""
+        """Take note that the weights of the inference model have changed."""
 
     def close(self) -> None:
-        """Release what is held; nothing is sampled any more."""
+        """Release all resources; there are no samples after this."""
 
 
 class ModelRollouts:
-    """Samples of a model in memory, by its own `generate`.
+    """Samples from a model in memory, by its own `generate`.
 
-    The model is as it was afterwards, however it ends: its modules' training modes, generation config, gradient flags
-    and adapters. Its logits are those of its dtype, or of the autocast that it is called in.
+    Sampling leaves the model as it was, even after an error: training modes, generation config, gradient flags and
+    adapters. The logits have the model's dtype, or that of the surrounding autocast.
 
     Args:
-        model: a causal language model; of a PEFT model, the adapter is used that is active when `sample` is called.
+        model: a causal language model; a PEFT model uses the adapter that is active when `sample` is called.
         tokenizer: decodes the samples.
-        stops: ids that end a sample.
-        max_new_tokens: bound on a sample's length.
-        temperature: of the softmax that is sampled from; 0 for the most likely tokens, which no policy gradient can
-            be taken of.
-        batch_size: prompts at a time. Logits of all of them are held, in double precision too.
+        stops: the token ids that end a sample.
+        max_new_tokens: the most tokens of a sample.
+        temperature: divides the logits; 0 takes the most likely tokens, which give no policy gradient.
+        batch_size: the number of prompts at a time. The logits of all of them are held, in double precision too.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value is out of range.
     """
 
     def __init__(
@@ -95,30 +95,30 @@ class ModelRollouts:
         """See `Rollouts`.
 
         Raises:
-            ArgumentError: a prompt without tokens.
-            BudgetError: a prompt that leaves less than `max_new_tokens` of the model's context.
+            ArgumentError: a prompt has no tokens.
+            BudgetError: a prompt leaves less than `max_new_tokens` of the model's context.
         """
-        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        base = base_model(self._model)
         check_prompts(prompts, self._options.max_new_tokens, context_length(base))
         with transformers_engine(base, self._tokenizer, self._stops, self._options) as engine:
             return in_order(engine, prompts, self._tokenizer, self._stops)
 
     def sync(self) -> None:
-        """Nothing to do: the weights are the model's own."""
+        """Do nothing, as the weights are the model's own."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing, as there is nothing to release."""
 
 
 class RecordingRollouts:
-    """Hands on another's samples and appends them to a file as they come, one JSON line each.
+    """Passes on the samples of other rollouts and appends each to a file, as a JSON line.
 
     Args:
-        inner: what samples; closed with this.
+        inner: the rollouts that sample; closed with this.
         path: the new file; its folder is made.
 
     Raises:
-        OutputExistsError: the file is there already.
+        OutputExistsError: the file exists.
     """
 
     def __init__(self, inner: Rollouts, path: str | Path) -> None:
@@ -127,7 +127,7 @@ class RecordingRollouts:
         try:
             self._path.open("x").close()
         except FileExistsError as error:
-            raise OutputExistsError(f"path: {path} exists; a recording is of one run, in a file of its own") from error
+            raise OutputExistsError(f"path: {path} exists; give each run's recording a file of its own") from error
         self._append([_HEADER])
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
@@ -142,7 +142,7 @@ class RecordingRollouts:
         self._inner.sync()
 
     def close(self) -> None:
-        """Close what samples."""
+        """Close the rollouts that sample."""
         self._inner.close()
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -151,11 +151,11 @@ class RecordingRollouts:
 
 
 class RecordedRollouts:
-    """The samples of a recording, for a prompt's ids and seed; for the same ones again, the next that was recorded.
+    """Replays a recording. A prompt gets the sample for its ids and seed; asked again, it gets the next one.
 
     Args:
-        path: what `RecordingRollouts` wrote.
-        tokenizer: that of the recorded run.
+        path: the file that `RecordingRollouts` wrote.
+        tokenizer: the tokenizer of the recorded run.
 
     Raises:
         CheckpointError: the file is missing, or one of its lines is damaged.
@@ -171,7 +171,7 @@ class RecordedRollouts:
         """See `Rollouts`.
 
         Raises:
-            CheckpointError: the recording has no sample, or no further one, for a prompt; then none is used up.
+            CheckpointError: the recording has no further sample for a prompt; no sample is used up then.
         """
         keys, asked = [_key(prompt) for prompt in prompts], defaultdict[str, int](int)
         for prompt, key in zip(prompts, keys, strict=True):
@@ -180,19 +180,19 @@ class RecordedRollouts:
                 what = "no further sample" if key in self._recorded else "no sample"
                 raise CheckpointError(
                     f"{self._path}: {what} was recorded for prompt {prompt.index} ({len(prompt.ids)} tokens, "
-                    f"seed {prompt.seed}); it is the recording of another run"
+                    f"seed {prompt.seed}); the recording is from another run"
                 )
         return [self._recorded[key].popleft() for key in keys]
 
     def sync(self) -> None:
-        """Nothing to do: there is no model."""
+        """Do nothing, as there is no model."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing, as there is nothing to release."""
 
 
 def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
-    """Samples of an engine of `evaluation.generation`, in the order of the prompts, whatever their own indices."""
+    """Return the samples of an engine of `evaluation.generation`, in the order of the prompts."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = dict(engine.generate_ids(numbered))
     responses = [found[index] for index in range(len(numbered))]
@@ -200,7 +200,7 @@ def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[
 
 
 def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | None) -> None:
-    """Raise ArgumentError for a prompt without tokens, BudgetError for one that leaves no room for its sample."""
+    """Raise ArgumentError for a prompt without tokens, BudgetError for one without room for its sample."""
     for prompt in prompts:
         if not prompt.ids:
             raise ArgumentError(f"prompts: expected tokens, prompt {prompt.index} has none")
@@ -211,19 +211,28 @@ def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | No
             )
 
 
+def check_samples(samples: Sequence[Sample], expected: int) -> None:
+    """Raise ArgumentError for a wrong number of samples, or a sample without tokens."""
+    if len(samples) != expected:
+        raise ArgumentError(f"rollouts: expected {expected} samples, got {len(samples)}")
+    for place, sample in enumerate(samples):
+        if not sample.ids:
+            raise ArgumentError(f"rollouts: expected at least one token in each sample, sample {place} has none")
+
+
 def _key(prompt: Prompt) -> str:
     return digest_of(json.dumps([prompt.ids, prompt.seed]), 16).hex()
 
 
 def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
-    """Key, ids and whether it ended, of each recorded sample."""
+    """Yield the key, the ids and the end of each recorded sample."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise CheckpointError(f"path: cannot read the recording {path}: {error.strerror}") from error
     if _parsed(lines[0]) != _HEADER:
         raise CheckpointError(f"{path}, line 1: expected {json.dumps(_HEADER)}, got {_shown(lines[0])}")
-    # The last line ends the file; a line that was cut off has no end.
+    # A whole file ends with a line break, so a rest after the last one is a line that was cut off.
     for number, line in enumerate(lines[1:-1] if lines[-1] == b"" else lines[1:], 2):
         entry = _parsed(line)
         fields = entry if isinstance(entry, dict) else {}

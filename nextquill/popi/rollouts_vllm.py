@@ -1,22 +1,21 @@
-"""Summaries sampled by vLLM on the accelerator that also trains the inference model.
+"""Samples summaries with vLLM, on the accelerator that also trains the inference model.
 
-vLLM holds a second copy of the weights, which follows the model in training by vLLM's own means:
+vLLM holds a second copy of the weights. It is updated by vLLM's own means:
 
-    a LoRA adapter    saved to a temporary folder, and asked for as an adapter with a new number, `LoRARequest`
-    whole weights     saved to a temporary folder, and read by the worker's `reload_weights(weights_path=...)`
+    a LoRA adapter    is saved to a temporary folder, and requested as an adapter with a new number, `LoRARequest`
+    whole weights     are saved to a temporary folder, and read by the worker's `reload_weights(weights_path=...)`
 
-Both go through files because vLLM may run its model in another process. Between samples it sleeps
-(https://docs.vllm.ai/en/latest/features/sleep_mode/): its weights wait on the CPU and its cache is dropped, so that
-training has the accelerator to itself.
+Both use files because vLLM may run its model in another process. Between samples vLLM sleeps
+(https://docs.vllm.ai/en/latest/features/sleep_mode/): its weights move to the CPU and its cache is dropped, so that
+training has the whole accelerator.
 
-**None of this has been run against a real vLLM**: it was written to vLLM's documentation, and is tested with a
-module in its place. Its kernels round differently from the model's, so its samples are those of nearly the same
-distribution; it draws them by random numbers of its own, so a seed gives other samples than with `ModelRollouts`.
+**None of this has been run with a real vLLM**: it follows vLLM's documentation, and is tested with a module in its
+place. vLLM's kernels round differently from the model's, so its samples come from nearly the same distribution. It uses
+random numbers of its own, so a seed gives other samples than with `ModelRollouts`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.evaluation.generation import GenerationOptions, Prompt
 from nextquill.evaluation.generation.vllm_engine import (
     VLLMEngine,
+    check_installed,
     load_llm,
     lora_request,
     plain_lora,
@@ -39,26 +39,27 @@ from nextquill.popi.rollouts import Sample, check_prompts, in_order
 
 
 class VLLMRollouts:
-    """Samples by vLLM; see the module's own words on what is tested.
+    """Samples with vLLM; the module's text says how far this is tested.
 
-    `sync` marks the weights as changed; they are handed over when samples are next asked for.
+    `sync` marks the weights as changed; the next call of `sample` hands them over.
 
     Args:
         model: the inference model in training: a causal language model, or a PEFT model with a plain LoRA adapter.
         tokenizer: decodes the samples.
-        stops: ids that end a sample.
-        max_new_tokens: bound on a sample's length.
-        temperature: of the softmax that is sampled from; 0 for the most likely tokens.
-        max_prompt_tokens: the longest prompt that room is made for.
-        adapter: the PEFT adapter that writes summaries; by default the one that is active now.
-        model_name: folder or hub name of the base weights; by default what the adapter, or the model, was loaded from.
+        stops: the token ids that end a sample.
+        max_new_tokens: the most tokens of a sample.
+        temperature: divides the logits; 0 takes the most likely tokens.
+        max_prompt_tokens: the most tokens of a prompt.
+        adapter: the PEFT adapter that writes summaries; by default the active one.
+        model_name: folder or hub name of the base weights; by default the place that the model was loaded from.
         gpu_memory_utilization: the share of the accelerator's memory that vLLM takes while it is awake.
-        sleep: whether it sleeps between samples; by default where there is a GPU.
-        llm_options: any others of vLLM's `LLM`.
+        sleep: whether vLLM sleeps between samples; by default if there is a GPU.
+        llm_options: other options of vLLM's `LLM`.
 
     Raises:
-        BackendUnavailableError: vLLM is not installed, cannot load new weights, or training runs in several processes.
-        ArgumentError: the adapter is no plain LoRA, the base has no name, or a value is out of range.
+        BackendUnavailableError: vLLM is not installed or cannot load new weights, or training runs in several
+            processes.
+        ArgumentError: the adapter is not a plain LoRA, the base has no name, or a value is out of range.
     """
 
     def __init__(
@@ -83,9 +84,9 @@ class VLLMRollouts:
             raise ArgumentError(f"gpu_memory_utilization: expected a share in (0, 1], got {gpu_memory_utilization}")
         self._model, self._tokenizer, self._stops = model, tokenizer, set(stops)
         self._adapter = _adapter_name(model, adapter)
-        _check_installed()
+        check_installed("rollouts: VLLMRollouts", "use ModelRollouts")
         _check_alone()
-        # Where it is saved is known when it is handed over.
+        # The folder is known only when the adapter is handed over.
         lora = None if self._adapter is None else plain_lora(model, "", self._adapter, model_name)
         name = lora.base if lora else model_name or model.name_or_path
         if not name:
@@ -117,8 +118,8 @@ class VLLMRollouts:
         """See `Rollouts`.
 
         Raises:
-            ArgumentError: a prompt without tokens, or it was closed.
-            BudgetError: a prompt of more than `max_prompt_tokens`, or than the model's context leaves.
+            ArgumentError: a prompt has no tokens, or these rollouts were closed.
+            BudgetError: a prompt has more than `max_prompt_tokens`, or leaves no room in the model's context.
         """
         if self._engine.llm is None:
             raise ArgumentError("rollouts: expected open ones, these were closed")
@@ -127,7 +128,7 @@ class VLLMRollouts:
             return []
         if self._sleep:
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what training has freed and torch keeps is room for vLLM
+                torch.cuda.empty_cache()  # torch keeps the memory that training has freed, and vLLM needs it
             self._engine.llm.wake_up()
         try:
             if self._stale:
@@ -151,7 +152,7 @@ class VLLMRollouts:
             self._engine.llm.sleep(level=1)  # level 2 would lose the base weights of an adapter
 
     def _hand_over(self) -> None:
-        """Bring vLLM's weights to those of the model, and drop what it has cached of prompts under the old ones."""
+        """Update vLLM's weights from the model, and drop its cache of prompts, which the old weights computed."""
         self._version += 1
         folder = Path(self._folder.name) / str(self._version)
         if self._adapter is None:
@@ -160,11 +161,11 @@ class VLLMRollouts:
             shutil.rmtree(folder)
         else:
             self._model.save_pretrained(folder, selected_adapters=[self._adapter], save_embedding_layers=False)
-            # PEFT saves an adapter into a folder of its name, but for the one called "default".
+            # PEFT saves an adapter into a subfolder of its name, except the one called "default".
             inner = folder / self._adapter
             place = inner if inner.is_dir() else folder
             self._engine.lora = lora_request(f"summaries-{self._version}", self._version, str(place))
-            # vLLM reads an adapter at the first request for it, so this one stays until the next takes its place.
+            # vLLM reads an adapter at the first request for it, so its files stay until the next one replaces it.
             shutil.rmtree(folder.with_name(str(self._version - 1)), ignore_errors=True)
         self._engine.llm.reset_prefix_cache()
         self._stale = False
@@ -172,7 +173,7 @@ class VLLMRollouts:
     def _load_weights(self, folder: Path) -> None:
         try:
             self._engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        # Versions differ in what they raise for an argument they do not know, and it may come from another process.
+        # For an unknown argument, versions raise different errors, which may come from another process.
         except Exception as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise BackendUnavailableError(
@@ -182,14 +183,10 @@ class VLLMRollouts:
 
 
 def _adapter_name(model: Any, name: str | None) -> str | None:
-    """The PEFT adapter to follow, or None for whole weights.
-
-    Raises:
-        ArgumentError: no adapter of that name.
-    """
+    """The name of the PEFT adapter to hand over, or None for whole weights; ArgumentError if it is unknown."""
     if not is_adapter(model):
         if name is not None:
-            raise ArgumentError(f"adapter: expected None with a model that is no PEFT model, got {name!r}")
+            raise ArgumentError(f"adapter: expected None with a model that is not a PEFT model, got {name!r}")
         return None
     chosen = str(model.active_adapter) if name is None else name
     if chosen not in model.peft_config:
@@ -197,17 +194,10 @@ def _adapter_name(model: Any, name: str | None) -> str | None:
     return chosen
 
 
-def _check_installed() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise BackendUnavailableError(
-            "rollouts: VLLMRollouts needs vLLM, which is not installed; pip install vllm, or take ModelRollouts"
-        )
-
-
 def _check_alone() -> None:
     started = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = torch.distributed.get_world_size() if started else 1
     if processes > 1:
         raise BackendUnavailableError(
-            f"rollouts: VLLMRollouts samples in a run of one process, got {processes}; take ModelRollouts"
+            f"rollouts: VLLMRollouts samples in a run of one process, got {processes}; use ModelRollouts"
         )

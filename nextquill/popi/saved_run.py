@@ -1,4 +1,4 @@
-"""What a run of POPI has left: both models, how they are prompted, and the settings they were trained with."""
+"""Reads a run of POPI: both models, their prompts, and the settings that they were trained with."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from nextquill.evaluation.identity import model_digest
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
-from nextquill.popi.sample_log import SAMPLES_FILE
 from nextquill.storage.fingerprints import fingerprint
-
-_LOGS = Path(SAMPLES_FILE).stem
 
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """How a run was trained.
+    """The settings that a run was trained with.
 
     Args:
-        config: its settings.
-        templates: its wording.
+        config: the settings of training.
+        templates: the wording of the prompts.
     """
 
     config: POPIConfig
@@ -32,14 +29,14 @@ class SavedSettings:
 
 
 class SavedRun:
-    """A run's folder, or a checkpoint in it, with its models frozen.
+    """A run of POPI with its models, frozen.
 
     Args:
-        folder: what `POPITrainer` has saved.
-        dtype: as `load_model`'s.
+        folder: the folder that `POPITrainer` wrote, or a checkpoint in it.
+        dtype: see `load_model`.
 
     Raises:
-        CheckpointError: it is no folder of POPI, an adapter is missing, or the settings are none.
+        CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
         UnsupportedModelError: a model cannot be loaded.
     """
 
@@ -61,10 +58,13 @@ class SavedRun:
         return GeneratorPrompts(self.roles.generator.tokenizer, self.templates, max_length=self.config.max_length)
 
     def writer(self, *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
-        """What summaries call what wrote them: the folder's name, and a digest of all that decides their text.
+        """Name the writer of summaries: the folder's name, and a digest of everything that decides their text.
 
-        That is the weights, the prompt, the longest summary and, of samples, the temperature and the seed; arguments
-        as `summarize` takes them, the longest summary being that of training where none is given.
+        The digest covers the weights, the prompt, the longest summary and, for sampling, the temperature and the seed.
+
+        Args:
+            max_new_tokens: the most tokens of a summary; by default as in training.
+            temperature, seed: see `summarize`.
         """
         settings = {
             "weights": self._weights,
@@ -82,37 +82,13 @@ class SavedRun:
 
 
 def saved_settings(folder: str | Path) -> SavedSettings:
-    """How the run in a folder was trained, without loading its models.
+    """Read the settings of the run in a folder, without loading its models.
 
     Raises:
-        CheckpointError: it is no folder of POPI, an adapter is missing, or the settings are none.
+        CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
     """
     settings = check_roles(Path(folder))["settings"]
     try:
         return SavedSettings(POPIConfig(**settings["config"]), PopiTemplates.from_dict(settings["templates"]))
     except (KeyError, TypeError, ArgumentError, ArgumentTypeError) as error:
         raise CheckpointError(f"{Path(folder) / ROLES_FILE}: not the settings of POPI: {error}") from error
-
-
-def trained_users(folder: str | Path) -> set[str]:
-    """The ids of the users that a run has sampled summaries of, as far as its log is there.
-
-    Args:
-        folder: the run's, or of a checkpoint in it.
-    """
-    run = Path(folder).resolve()
-    places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
-    logs = [log for place in places for log in place.glob(f"{_LOGS}*.jsonl")]
-    found: set[str] = set()
-    for log in logs:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            found.update(user for line in lines if (user := _user_of(line)) is not None)
-    return found
-
-
-def _user_of(line: str) -> str | None:
-    """None for a line that was cut short."""
-    try:
-        return str(json.loads(line)["user_id"])
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -1,13 +1,13 @@
-"""One step of POPI before its gradient: summaries are sampled, pairs are scored under them, everything gets a weight.
+"""One step of POPI before its gradient: samples summaries, scores pairs under them, and weights every branch.
 
-    1. of every user some pairs are drawn, and signals that do not give them away
+    1. pairs are drawn from every user, and signals that do not give them away
     2. the inference model samples a group of summaries from the signals
-    3. the generator, and the reference, score the pairs under each summary           losses, and rewards = -mean loss
-    4. the inference model, and what it was, score the summaries                      KL, advantages
-    5. losses' derivatives and advantages are the weights of log-probabilities
+    3. the generator and the reference score the pairs under each summary              losses, and rewards = -mean loss
+    4. the inference model and its initial state score the summaries                   KL, advantages
+    5. the losses' derivatives and the advantages become the weights of log-probabilities
 
-All of it without gradient, in one go for all users of an optimiser step. What follows is `BranchPasses.loss` of the
-weighted branches.
+All of this needs no gradient and is done at once for all users of an optimizer step. `BranchPasses.loss` of the
+weighted branches follows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from torch import Tensor
 from nextquill.data import Branch
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.evaluation.generation.options import Prompt
-from nextquill.popi.checks import check_samples
 from nextquill.popi.config import POPIConfig
-from nextquill.popi.estimators import advantages
+from nextquill.popi.logs import LossesByUser, mean_of_finite, split_by_user, sums_of
+from nextquill.popi.objective import advantages
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
 from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
-from nextquill.popi.rollouts import Rollouts, Sample
-from nextquill.popi.step_log import LossesByUser, mean_of_finite, split_by_user, sums_of
+from nextquill.popi.rollouts import Rollouts, Sample, check_samples
 from nextquill.popi.users import Draw, Pair, User, check_draw, draw
 from nextquill.storage.fingerprints import seed_of
 
 
 class Phase(NamedTuple):
-    """Which models a step trains, and whether the inference model learns from texts instead of rewards."""
+    """Says which models a step trains, and whether the inference model learns from texts instead of rewards."""
 
     inference: bool
     generator: bool
@@ -44,14 +43,14 @@ class Phase(NamedTuple):
 
 @dataclass
 class UserWork:
-    """What one user adds to a step's gradient.
+    """One user's part of a step's gradient.
 
     Attributes:
-        user_id: whose it is.
-        branches: by role, the branches whose log-probabilities are weighted.
-        weights: by role, float64 [branches], what each -log p is multiplied with in the user's share of the loss.
+        user_id: the user.
+        branches: the branches whose log-probabilities are weighted, by role.
+        weights: float64 [branches], the weight of each -log p in the user's share of the loss, by role.
         loss: the user's mean preference loss, nats.
-        lines: the sampled summaries with what was found of them, for the log of summaries.
+        lines: the sampled summaries and their measures, for the log of summaries.
     """
 
     user_id: str
@@ -62,22 +61,22 @@ class UserWork:
 
 
 class Step(NamedTuple):
-    """The work of a step's users, in their order, and sums over them by name: (sum, count)."""
+    """The work of a step's users in their order, and sums over them as (sum, count), by name."""
 
     work: list[UserWork]
     sums: dict[str, tuple[float, float]]
 
 
 class StepMaker:
-    """Makes steps. The same users, step number and weights give the same step, whatever else is computed beside it.
+    """Makes steps. The same users, step number and weights give the same step, however they are divided into batches.
 
     Args:
         roles: both models.
         config: the settings.
-        inference_prompts, generator_prompts: how signals and requests are worded.
-        rollouts: what samples summaries with the inference model.
-        passes: of each role's model, and of what each role was at the start.
-        seed: of draws and samples.
+        inference_prompts, generator_prompts: make the prompts of both models.
+        rollouts: samples summaries with the inference model.
+        passes: computes log-probabilities under each role's model and its initial state.
+        seed: the seed of draws and samples.
     """
 
     def __init__(
@@ -92,10 +91,10 @@ class StepMaker:
     ) -> None:
         self.roles, self.config, self.rollouts, self.passes, self.seed = roles, config, rollouts, passes, seed
         self._infer, self._generate = inference_prompts, generator_prompts
-        self._too_long = self._without_signals = 0  # of the step that is made
+        self._too_long = self._without_signals = 0  # counted for the present step
 
     def phase(self, step: int) -> Phase:
-        """What a step trains."""
+        """Return the phase of a step."""
         config = self.config
         inference, generator = not config.freeze_inference, not config.freeze_generator
         if config.update == "alternate" and inference and generator:
@@ -104,11 +103,11 @@ class StepMaker:
         return Phase(inference, generator, inference and step < config.warm_start_steps)
 
     def make(self, users: Sequence[User], step: int) -> Step:
-        """Everything of a step but its gradient.
+        """Make a step, up to its gradient.
 
         Args:
-            users: of this rank; none is a step without work.
-            step: the optimiser step's number from 0, which decides draws, samples and phase.
+            users: the users of this rank; with none the step has no work.
+            step: the optimizer step's number from 0; it decides draws, samples and phase.
         """
         if not users:
             return Step([], {})
@@ -141,7 +140,7 @@ class StepMaker:
         )  # fmt: skip
         return Step(work, sums)
 
-    # ---- what is sampled ---------------------------------------------------------------------------
+    # ---- samples -----------------------------------------------------------------------------------
 
     def _draw(self, user: User, step: int) -> Draw:
         config = self.config
@@ -155,7 +154,7 @@ class StepMaker:
         return found
 
     def _sample(self, users: Sequence[User], draws: Sequence[Draw], step: int, phase: Phase) -> list[list[Sample]]:
-        """A group of summaries for each user; of those that are given, one."""
+        """A group of sampled summaries for each user, or the single given summary."""
         if phase.warm and self.config.warm_start == "given":
             return [[self._given(user)] for user in users]
         size, prompts = self.config.group_size, list[Prompt]()
@@ -172,10 +171,10 @@ class StepMaker:
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _read(self, summary: str, pairs: Sequence[Pair], *, counted: bool = True) -> list[Branch]:
-        """The chosen and the rejected response of every pair under a summary, one pair after the other.
+        """The chosen and the rejected response of every pair under a summary, pair after pair.
 
-        Without the summary where there is nothing in it, or no room for it: text that is tokenised again may take more
-        tokens than were sampled.
+        The summary is left out if it is empty or does not fit: its text, tokenised again, may have more tokens than
+        were sampled.
         """
         try:
             return [branch for pair in pairs for branch in self._generate.branches(pair, summary=summary or None)]
@@ -185,15 +184,15 @@ class StepMaker:
 
     def _given(self, user: User) -> Sample:
         if user.summary is None:
-            raise ArgumentError(f"warm_start: expected a given summary of every user, got none of {user.user_id!r}")
+            raise ArgumentError(f"warm_start: expected a given summary for every user, got none for {user.user_id!r}")
         return Sample(self._infer.summary_ids(user.summary), user.summary, ended=True)
 
-    # ---- what is measured --------------------------------------------------------------------------
+    # ---- scores ------------------------------------------------------------------------------------
 
     def _score(
         self, draws: Sequence[Draw], texts: Sequence[Sequence[str]], read: Sequence[Sequence[list[Branch]]]
     ) -> LossesByUser:
-        """Losses of every pair under every summary of its user's group, and under one of another user's."""
+        """The losses of every pair under every summary of its user, and under one summary of another user."""
         others = _other_users(draws)
         branches, reference = list[Branch](), list[Branch]()
         for each, own, other in zip(draws, read, others, strict=True):
@@ -211,7 +210,7 @@ class StepMaker:
         return split_by_user(self.config.loss(policy, initial, lengths), draws, texts, others)
 
     def _rewards(self, draws: Sequence[Draw], scored: LossesByUser) -> Tensor:
-        """-mean loss over a user's pairs, float64 [users, K]."""
+        """The rewards, -mean loss over a user's pairs, float64 [users, K]."""
         return torch.stack(
             [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
         )
@@ -224,7 +223,7 @@ class StepMaker:
         return found
 
     def _kl(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> Tensor:
-        """log φ(s) - log φ_initial(s) of each summary, whose mean over samples is the KL; float64 [users, K]."""
+        """log φ(s) - log φ_initial(s) of each summary, float64 [users, K]; its mean over samples is the KL."""
         branches, role = self._summary_branches(draws, groups), self.roles.inference
         with role.active() as model:
             now = self.passes.of(role, model).log_probs(branches)
@@ -232,12 +231,12 @@ class StepMaker:
             initial = self.passes.of(role, model).log_probs(branches)
         return (now - initial).view(len(draws), -1)
 
-    # ---- what is weighted --------------------------------------------------------------------------
+    # ---- weights -----------------------------------------------------------------------------------
 
     def _weigh_pairs(
         self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: LossesByUser
     ) -> None:
-        """∂(mean loss)/∂log p of every response, under every summary of the group."""
+        """Set the generator's weights: -∂(mean loss)/∂log p of every response under every summary of the group."""
         for own, groups, losses in zip(work, read, scored.losses, strict=True):
             slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)
             slopes = torch.where(losses.loss.isfinite()[:, None], slopes, 0.0) / len(losses.loss)
@@ -253,7 +252,7 @@ class StepMaker:
         *,
         warm: bool,
     ) -> None:
-        """Advantages over the group's size; when warming up, of the text that is learnt the mean over its tokens."""
+        """Set the inference model's weights: advantages over the group's size, or in the warm start 1 / tokens."""
         branches = iter(self._summary_branches(draws, groups))
         for own, group, weights in zip(work, groups, values, strict=True):
             scale = [1 / len(sample.ids) if warm else 1 / len(group) for sample in group]
@@ -261,13 +260,13 @@ class StepMaker:
             own.weights[INFERENCE] = weights * torch.tensor(scale, dtype=torch.float64)
 
     def _warm_targets(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Tensor:
-        """1 for the best of each group, 0 for the others; what is empty or has no end is no example."""
+        """1 for the best summary of each group, 0 for the others and for those that are empty or did not end."""
         fit = torch.tensor([[each.ended and bool(tidy_summary(each.text)) for each in group] for group in groups])
         value = torch.where(fit & rewards.isfinite(), rewards, -torch.inf)
         best = torch.zeros_like(rewards).scatter_(1, value.argmax(1, keepdim=True), 1.0)
         return torch.where(value.isfinite(), best, 0.0)
 
-    # ---- what is logged ----------------------------------------------------------------------------
+    # ---- logs --------------------------------------------------------------------------------------
 
     def _lines(
         self, step: int, each: Draw, group: Sequence[Sample], rewards: Tensor, weights: Tensor
@@ -289,7 +288,7 @@ class StepMaker:
 
 
 def _other_users(draws: Sequence[Draw]) -> list[int | None]:
-    """For each user the next one that is another."""
+    """For each place the next place with another user, or None."""
     count = len(draws)
     found = list[int | None]()
     for index, each in enumerate(draws):
@@ -299,7 +298,7 @@ def _other_users(draws: Sequence[Draw]) -> list[int | None]:
 
 
 def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
-    """The different objects among these branches, and where each stands."""
+    """The different objects among these branches, and the place of each branch among them."""
     first: dict[int, int] = {}
     distinct = list[Branch]()
     for branch in branches:

@@ -1,12 +1,16 @@
-"""One summary per user, in a file of JSON lines that people can read, edit and delete from.
+"""Summaries of users: their signals, the model that writes them, and the file that keeps them.
+
+`summarize` writes summaries from signals. For use, `all_signals` gives everything that is known of a user. For
+evaluation, `hold_out` gives the first of it, and the user's later pairs to judge the summary by.
+
+`SummaryFile` keeps one summary per user, as JSON lines that people can read, edit and delete:
 
     {"user_id": …, "signals_hash": …, "model": …, "summary": …, "created": …, "tokens": …, "edited": false}
 
-A summary is kept with a hash of the signals it was made from and the name of the model that made it. It is *stale* once
-either has changed, and then made anew; the others stay. What a person has edited is theirs: it is never stale, and
-never overwritten unless that is asked for.
-
-The file is read and written whole under a lock, so several processes may add to it; add many summaries at a time.
+A summary is stored with a hash of its signals and the name of the model that wrote it. When either changes, it is
+*stale* and is written again; the others stay. A summary that a person has edited is never stale, and is replaced only
+on request. The file is read and written as a whole under a lock, so several processes may add to it. Each write costs
+as much as the whole file: add many summaries at a time.
 """
 
 from __future__ import annotations
@@ -21,17 +25,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nextquill.data.lines import json_lines
 from nextquill.data.records import HistoryItem, check_text, check_user_id
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
+from nextquill.popi.prompts import InferencePrompts, tidy_summary
+from nextquill.popi.users import LEAST_SIGNALS, Draw, User, check_draw, held_out, in_time
 from nextquill.storage.atomic_files import written_whole
-from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.fingerprints import fingerprint, seed_of
 from nextquill.storage.locks import try_lock
 
-# Writing takes milliseconds: who waits longer waits for a process that hangs.
+if TYPE_CHECKING:
+    from nextquill.popi.roles import Role
+
+# Writing takes milliseconds, so a longer wait means that another process hangs.
 _PATIENCE_S, _PAUSE_S = 30.0, 0.02
 # Threads of one process would share the name of the temporary file.
 _ONE_THREAD = threading.Lock()
@@ -42,13 +51,13 @@ class Summary:
     """A user's summary.
 
     Args:
-        user_id: whose it is.
-        signals_hash: of the signals it was made from, see `signals_hash`.
-        model: the name of the model that made it.
+        user_id: the user.
+        signals_hash: the hash of its signals, see `signals_hash`.
+        model: the name of the model that wrote it.
         summary: the text; may be empty.
-        created: when it was made or last edited, as ISO 8601 with a time zone.
-        tokens: how many tokens of that model it took; None once it was edited.
-        edited: a person has changed it.
+        created: the time when it was written or last edited, in ISO 8601 with a time zone.
+        tokens: its number of tokens for that model; None after an edit.
+        edited: whether a person has edited it.
     """
 
     user_id: str
@@ -63,43 +72,43 @@ class Summary:
     def made_now(
         cls, user_id: str, signals: Sequence[HistoryItem], *, model: str, summary: str, tokens: int | None = None
     ) -> Summary:
-        """A summary that was made from these signals just now."""
+        """Make a summary of these signals with the present time."""
         return cls(user_id, signals_hash(signals), model, summary, _now(), tokens)
 
     def is_stale(self, signals_hash: str, model: str | None = None) -> bool:
-        """Whether it was made of other signals, or, if `model` is given, by another one; an edited one never is.
+        """Whether it was written from other signals, or by another model than `model`; never after an edit.
 
-        Of names with an @, what stands before it is for people: a folder that was moved holds the same model.
+        In names with an @, only the part after it counts, as a folder that was moved holds the same model.
         """
         return not self.edited and (self.signals_hash != signals_hash or not self.is_by(model))
 
     def is_by(self, model: str | None) -> bool:
-        """Whether this model made it, or None is given."""
+        """Whether this model wrote it; always true for None."""
         return model is None or model.rpartition("@")[2] == self.model.rpartition("@")[2]
 
 
 def signals_hash(signals: Sequence[HistoryItem]) -> str:
-    """32 hexadecimal digits that change with any signal, its title or time, and with their order."""
+    """Return 32 hexadecimal digits that change with the signals' texts, titles, times and order."""
     listed = json.dumps([item.to_dict() for item in signals], sort_keys=True)
     return fingerprint([listed], digits=32)
 
 
 class SummaryFile:
-    """The summaries in a file, which need not be there yet.
+    """The summaries in a file, which need not exist yet.
 
     Args:
-        path: the file; its folder has to be there. A link is followed.
+        path: the file; its folder must exist. A link is followed.
 
     Raises (every method):
-        RecordError: the file cannot be read, or a line is no summary or of a user who already has one.
-        OutputExistsError: a method that writes, and another process has held the file for 30 s.
+        RecordError: the file cannot be read, or a line is not a summary or repeats a user.
+        OutputExistsError: the method writes, and another process has held the file for 30 s.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.realpath(path))
 
     def read(self) -> dict[str, Summary]:
-        """All summaries by user, in the order of the file; none if there is no file."""
+        """Return all summaries by user, in the order of the file; none if there is no file."""
         if not self.path.exists():
             return {}
         found: dict[str, Summary] = {}
@@ -111,17 +120,17 @@ class SummaryFile:
         return found
 
     def get(self, user_id: str, signals_hash: str, model: str | None = None) -> Summary | None:
-        """The summary of a user, if there is one that is not stale; see `Summary.is_stale`."""
+        """Return the summary of a user, or None if there is none or it is stale; see `Summary.is_stale`."""
         summary = self.read().get(user_id)
         return None if summary is None or summary.is_stale(signals_hash, model) else summary
 
     def missing(self, hashes: Mapping[str, str], model: str | None = None) -> list[str]:
-        """Those users, of `hashes` by user, who have no summary or a stale one, in their order."""
+        """Return the users without a summary or with a stale one, out of `hashes` (by user), in their order."""
         known = self.read()
         return [user for user, own in hashes.items() if user not in known or known[user].is_stale(own, model)]
 
     def outdated_edits(self, hashes: Mapping[str, str]) -> list[str]:
-        """Those users whose summary a person has edited, and whose signals have changed since it was made."""
+        """Return the users whose summary a person has edited and whose signals have changed since it was written."""
         known = self.read()
         edited = {user: own for user, own in hashes.items() if user in known and known[user].edited}
         return [user for user, own in edited.items() if known[user].signals_hash != own]
@@ -130,11 +139,11 @@ class SummaryFile:
         """Add summaries, or replace those of the same users.
 
         Args:
-            summaries: at most one per user counts, the last.
-            force: replace also what a person has edited.
+            summaries: the last one of each user counts.
+            force: also replace summaries that a person has edited.
 
         Returns:
-            The users whose summary was left as it is because a person has edited it.
+            The users whose summary was kept because a person has edited it.
         """
         kept = list[str]()
 
@@ -151,7 +160,7 @@ class SummaryFile:
         return kept
 
     def edit(self, user_id: str, text: str) -> Summary:
-        """Replace the text of a user's summary by a person's; blank for none.
+        """Replace the text of a user's summary by a person's; it may be blank.
 
         Raises:
             ArgumentError: the user has no summary.
@@ -165,7 +174,7 @@ class SummaryFile:
         return self._change(change)[user_id]
 
     def delete(self, user_id: str) -> None:
-        """Delete a user's summary, edited or not; the next run makes a new one if it is given the user's signals.
+        """Delete a user's summary, edited or not; the next run writes a new one if it gets the user's signals.
 
         Raises:
             ArgumentError: the user has no summary.
@@ -188,14 +197,14 @@ class SummaryFile:
             change(known)
             if known != before:
                 with written_whole(self.path) as stream:
-                    shutil.copymode(self.path, stream.name)  # what was private stays private
+                    shutil.copymode(self.path, stream.name)  # a private file stays private
                     for summary in known.values():
                         stream.write((json.dumps(asdict(summary), ensure_ascii=False) + "\n").encode())
         return known
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the file: the one that bears the name now, as another process may have just replaced it."""
+        """Lock the file that has the name now, as another process may have just replaced it."""
         until = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -238,3 +247,127 @@ def _parsed(raw: object, where: str) -> Summary:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The signals and held-out pairs of the users to evaluate.
+
+    Args:
+        draws: one for each user, with first signals and later pairs.
+        no_pairs: the users that are left out because they have no pair.
+        few_signals: the users that are left out because they have too few signals beside their pairs.
+    """
+
+    draws: tuple[Draw, ...]
+    no_pairs: tuple[str, ...] = ()
+    few_signals: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The number of users that are left out, by reason."""
+        return {"no_pairs": len(self.no_pairs), "few_signals": len(self.few_signals)}
+
+    def __str__(self) -> str:
+        pairs = sum(len(draw.pairs) for draw in self.draws)
+        parts = [f"{len(self.draws)} users, {pairs} pairs"]
+        for ids, why in ((self.no_pairs, "without pairs"), (self.few_signals, "with too few signals")):
+            if ids:
+                parts.append(f"{len(ids)} left out {why}, such as {ids[0]!r}")
+        return "; ".join(parts)
+
+
+def hold_out(users: Sequence[User], *, num_signals: int, max_pairs: int | None = None) -> HeldOut:
+    """Apply `held_out` to every user who can be evaluated: with a pair and two signals (one if `num_signals` is 1).
+
+    Raises:
+        RecordError: no user can be evaluated; the message says why.
+        ArgumentError: a number is below 1.
+    """
+    least = min(LEAST_SIGNALS, num_signals)
+    draws = [held_out(user, num_signals=num_signals, max_pairs=max_pairs) for user in users if user.pairs]
+    found = HeldOut(
+        tuple(draw for draw in draws if len(draw.signals) >= least),
+        tuple(user.user_id for user in users if not user.pairs),
+        tuple(draw.user_id for draw in draws if len(draw.signals) < least),
+    )
+    if not found.draws:
+        raise RecordError(f"users: expected some with pairs and signals beside them, got none: {found}")
+    for draw in found.draws:
+        check_draw(draw)
+    return found
+
+
+def all_signals(user: User, *, num_signals: int) -> tuple[HistoryItem, ...]:
+    """Return the newest signals of everything known about a user. Without times, the pairs come after the items."""
+    items = [*user.items, *(pair.as_item() for pair in user.pairs)]
+    return tuple([items[place] for place in in_time(items)][-num_signals:])
+
+
+class Written(NamedTuple):
+    """A summary by the inference model.
+
+    Args:
+        user_id: the user.
+        text: the summary; may be empty.
+        tokens: its number of tokens.
+        ended: whether it ended within `max_new_tokens`.
+    """
+
+    user_id: str
+    text: str
+    tokens: int
+    ended: bool
+
+
+def summarize(
+    role: Role,
+    prompts: InferencePrompts,
+    signals: Mapping[str, Sequence[HistoryItem]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Iterator[Written]:
+    """Yield each user's summary as soon as its batch is written, the longest prompts first.
+
+    Args:
+        role: the inference model; it is left as it was.
+        prompts: makes the inference model's prompts.
+        signals: the signals by user, oldest first.
+        max_new_tokens: the most tokens of a summary.
+        temperature: 0 for the most likely tokens; above 0, a sample that depends on `seed` and the user alone.
+        seed: the seed of sampling.
+        batch_size: the number of users at a time.
+
+    Raises:
+        BudgetError: a user's newest signal does not fit into the prompt; raised before any summary is written.
+        ArgumentError: a number is out of range.
+    """
+    from nextquill.evaluation.generation.options import Prompt
+    from nextquill.popi.rollouts import ModelRollouts
+
+    rollouts = ModelRollouts(
+        role.model,
+        role.tokenizer,
+        prompts.stop_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+    users = list(signals)
+    for user in users:
+        prompts.check(user, signals[user])
+    asked = [
+        Prompt(place, prompts.ids(signals[user])[0], seed_of(seed, "summarize", user))
+        for place, user in enumerate(users)
+    ]
+    asked.sort(key=lambda prompt: (-len(prompt.ids), prompt.index))
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        with role.active():
+            samples = rollouts.sample(batch)
+        for prompt, sample in zip(batch, samples, strict=True):
+            tokens = len(sample.ids) - sample.ended
+            yield Written(users[prompt.index], tidy_summary(sample.text), tokens, sample.ended)

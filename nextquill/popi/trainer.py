@@ -1,13 +1,14 @@
 """`POPITrainer`: transformers' Trainer for a model that infers summaries and a generator that conditions on them.
 
-A data set's item is a user, and a batch some users. For every optimiser step all summaries are sampled and scored at
-once (`steps`), which leaves weighted branches: responses of pairs for the generator, summaries for the inference model.
-Each micro-batch then runs its users' branches with gradient, merged into trees, one role after the other. What they are
-divided by is the number of users of the whole step, over all micro-batches and ranks; gradients are summed over ranks
-once, at the end of the step. Optimisers, schedules, logging, checkpoints and callbacks are the Trainer's.
+An item of a data set is a user, and a batch is some users. For every optimizer step all summaries are sampled and
+scored at once (`steps`). This gives weighted branches: responses of pairs for the generator, summaries for the
+inference model. Each micro-batch then runs its users' branches with gradient, merged into trees, one role after the
+other. The loss is divided by the number of users of the whole step, over all micro-batches and ranks. Gradients are
+summed over ranks once, at the end of the step. Optimizers, schedules, logging, checkpoints and callbacks are the
+Trainer's.
 
-Draws and samples follow from the seed, the step and the user alone. So a resumed run goes on with the summaries that an
-uninterrupted one would have sampled, and no split of a step into micro-batches or ranks changes what it learns from.
+Draws and samples depend on the seed, the step and the user alone. So a resumed run samples the same summaries as an
+uninterrupted one, and the division of a step into micro-batches or ranks does not change them.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
-from nextquill.popi.checks import (
-    check_args,
-    check_batches,
-    check_options,
-    check_resumable,
-    check_roles,
-    within_context,
-)
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.evaluation import score_pairs
+from nextquill.popi.inputs import (
+    check_args,
+    check_batches,
+    check_resumable,
+    check_warm_start,
+    make_roles,
+    usable_users,
+    within_context,
+)
+from nextquill.popi.logs import METRICS, SampleLog
 from nextquill.popi.passes import RolePasses
-from nextquill.popi.preparing import check_warm_start, make_roles, usable_users
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts, Rollouts
-from nextquill.popi.sample_log import SampleLog
 from nextquill.popi.steps import StepMaker, UserWork
-from nextquill.popi.summarizing import hold_out, summarize
+from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.training.atomic_checkpoints import StagedCheckpoints
+from nextquill.training.checks import check_options
 from nextquill.training.run_identity import run_identity
 
 
@@ -54,31 +56,32 @@ class POPITrainer(StagedCheckpoints, Trainer):
     """Train summaries of users, and a generator that conditions on them, under one preference objective.
 
     Args:
-        model: the base model of both roles, which become LoRA adapters of it; or a PEFT model that has the adapters
-            "inference" and "generator". None where the roles are separate models.
-        args: TrainingArguments; a batch's size is in users.
+        model: the base model, which gets a LoRA adapter for each role; or a PEFT model with the adapters "inference"
+            and "generator". None if the roles are separate models.
+        args: TrainingArguments; batch sizes are in users.
         config: see `POPIConfig`.
         train_dataset, eval_dataset: users, or records with `chosen` and `rejected` (`users_from_records`). Users
-            without pairs or with too few signals are left out with a warning; `train_users` and `eval_users` say which.
+            without pairs or with too few signals are left out with a warning; see `train_users` and `eval_users`.
         processing_class: the tokenizer.
         inference_model, generator_model: separate models, given together.
-        generator_tokenizer: the generator's, where it is another one.
-        peft_config: LoRA of the adapters, without dropout; see `Roles.shared`.
-        templates: how signals, summaries and requests are worded.
-        rollouts: what samples the summaries, such as `RecordedRollouts`; by default what `config.rollouts` names.
-        attention: how rows of trees are attended; see `PairPasses`.
-        max_tokens: most tokens of a forward, after sharing; by default 16384 (4096 on a CPU), or what the largest
-            branch takes. It changes no gradient.
-        options: everything else the Trainer takes that this class does not fill.
+        generator_tokenizer: the generator's tokenizer, if it has its own.
+        peft_config: the LoRA config of the adapters, without dropout; see `Roles.shared`.
+        templates: the wording of the prompts.
+        rollouts: samples the summaries, such as `RecordedRollouts`; by default as `config.rollouts` says.
+        attention: the attention over trees; see `PairPasses`.
+        max_tokens: the most tokens of a forward, after sharing; by default 16384 (4096 on a CPU), or the tokens of the
+            largest branch. It does not change gradients.
+        options: all other options of the Trainer, except those that this class sets itself.
 
-    Logged while training, over the interval since the last log and all ranks, means per pair or per summary:
-    preference_loss, preference_margin (nats), preference_accuracy, informativeness and generator_error (the two parts
-    of the loss, nats per pair, see `objective`), reward, reward_std (within groups), kl (nats), summary_tokens; and
-    summaries_empty, summaries_unfinished, summaries_too_long (to be read again; the generator is then given none),
-    prompts_without_signals, groups_equal (shares), reward_nan (a number a step). Every sampled summary is
-    appended to `sampled_summaries.jsonl` in the run's folder. Evaluation summarises every user greedily and returns
-    accuracy, margin and loss of pairs that are no signals, with the summary, with none and with another user's; each
-    process evaluates all users, `rollout_batch_size` of them at a time.
+    Training logs means per pair or per summary, over all ranks and the interval since the last log: preference_loss,
+    preference_margin (nats), preference_accuracy, informativeness and generator_error (the two parts of the loss, nats
+    per pair, see `objective`), reward, reward_std (within groups), kl (nats) and summary_tokens. Logged as shares:
+    summaries_empty, summaries_unfinished, summaries_too_long (the generator then reads none), prompts_without_signals
+    and groups_equal. reward_nan is the number per step. Every sampled summary is appended to `sampled_summaries.jsonl`
+    in the run's folder.
+
+    Evaluation summarises every user greedily. It returns accuracy, margin and loss of held-out pairs with the summary,
+    without one and with another user's. Each process evaluates all users, `rollout_batch_size` of them at a time.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -108,15 +111,13 @@ class POPITrainer(StagedCheckpoints, Trainer):
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         config = POPIConfig() if config is None else config
-        check_options(options)
+        check_options(options, "POPITrainer")
         check_args(args)
         if processing_class is None:
             raise ArgumentTypeError("processing_class: expected a tokenizer, got None")
-        self.config = config
         roles = make_roles(
             config, model, inference_model, generator_model, processing_class, generator_tokenizer, peft_config
         )
-        check_roles(roles)
         self.config = within_context(config, roles)
         self.templates = PopiTemplates() if templates is None else templates
         self.inference_prompts = InferencePrompts(
@@ -161,7 +162,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         self._sums: dict[str, list[float]] = {}
         self._tokens = [0.0, 0.0]
 
-    # ---- what is made at the start -------------------------------------------------------------------
+    # ---- preparation ---------------------------------------------------------------------------------
 
     def _make_rollouts(self) -> Rollouts:
         role, config = self.roles.inference, self.config
@@ -178,16 +179,16 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return usable_users(name, given, self.config, self.generator_prompts)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """That of the arguments, for samples, scores and gradients alike."""
+        """The precision of the arguments, for samples, scores and gradients."""
         return torch.autocast(self.args.device.type, torch.bfloat16) if self._half else nullcontext()
 
     # ---- training ------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's.
+        """Train as the Trainer does.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, lacks an adapter, or is of another run.
+            CheckpointError: the checkpoint is missing, incomplete, lacks an adapter, or is from another run.
         """
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
@@ -205,11 +206,11 @@ class POPITrainer(StagedCheckpoints, Trainer):
         if checkpoint is None:
             return 0
         check_resumable(checkpoint)
-        checkpoints.check_identity(checkpoint, self.run_identity())  # before the log loses what is not made again
+        checkpoints.check_identity(checkpoint, self.run_identity())  # before the log is cut to the checkpoint's steps
         return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
-        """What must agree between this run and a checkpoint it resumes from."""
+        """Return everything that must be the same in this run and in a checkpoint that it resumes."""
         users: Any = () if self.train_users is None else self.train_users.users
         models = [run_identity(model, self.config) for model in self.roles.models]
         args = self.args
@@ -225,7 +226,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches with their users' work, and the users of the whole step, as a scalar."""
+        """Return the window's batches with their work, and the number of users of the whole step, a scalar."""
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -245,7 +246,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch's branches, role by role; its share of the loss, a float32 scalar."""
+        """Run a micro-batch forward and backward, role by role; return its share of the loss, a float32 scalar."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
@@ -274,7 +275,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
                 self.accelerator.backward(loss)
 
     def _sum_over_ranks(self) -> None:
-        """Gradients were divided by the users of all ranks. A parameter without one on this rank adds 0."""
+        """Sum gradients over ranks, as they were divided by the users of all ranks. A missing gradient counts as 0."""
         if self.accelerator.num_processes == 1:
             return
         trained = [p for role in self.roles for p in role.parameters()]
@@ -291,11 +292,11 @@ class POPITrainer(StagedCheckpoints, Trainer):
                 grad.copy_(total.view_as(grad))
 
     def compute_loss(self, *_: Any, **__: Any) -> Any:
-        """Not used: a step has two losses, see `training_step`."""
+        """Raise ArgumentError, as a step has two losses; see `training_step`."""
         raise ArgumentError("compute_loss: POPITrainer has a loss for each role; call training_step or evaluate")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a log of the training loop, which every rank makes, gets the interval's metrics."""
+        """Log as the Trainer does; logs of the training loop, which every rank makes, get the interval's metrics."""
         if "loss" in logs and start_time is not None:
             logs |= self._metrics()
         super().log(logs, start_time)
@@ -312,11 +313,11 @@ class POPITrainer(StagedCheckpoints, Trainer):
     # ---- evaluation ----------------------------------------------------------------------------------
 
     def summarize(self, users: Sequence[User], *, temperature: float = 0.0) -> list[str]:
-        """One summary for each user, of the signals that `held_out` leaves; greedy by default.
+        """Return one summary for each user, from the signals of `held_out`; greedy by default.
 
         Args:
-            users: any, each once.
-            temperature: 0 for the most likely tokens.
+            users: the users, each once.
+            temperature: the sampling temperature; 0 for the most likely tokens.
         """
         draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
         return self._summaries(draws, temperature)
@@ -338,10 +339,10 @@ class POPITrainer(StagedCheckpoints, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Pairs of users that are no signals, judged with a greedy summary, with none, and with another user's.
+        """Judge held-out pairs with a greedy summary, without one, and with another user's.
 
         Returns:
-            PREFIX_accuracy, PREFIX_margin (nats) and PREFIX_loss under the summary; the same with `_none` and
+            PREFIX_accuracy, PREFIX_margin (nats) and PREFIX_loss with the summary; the same with `_none` and
             `_placebo`; PREFIX_summary_tokens; PREFIX_summaries_empty (share).
         """
         counts = None if eval_dataset is None else self._users("eval_dataset", eval_dataset)
@@ -356,7 +357,7 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return metrics
 
     def _held_out(self, counts: UserCounts) -> tuple[Draw, ...]:
-        """What is evaluated, of whom `popi evaluate` would."""
+        """The same signals and held-out pairs as in `nextquill popi evaluate`."""
         with naming("eval_dataset"):
             return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
 
@@ -385,17 +386,17 @@ class POPITrainer(StagedCheckpoints, Trainer):
         return found
 
     def predict(self, *_: Any, **__: Any) -> Any:
-        """Not offered: see `summarize` and `evaluate`."""
+        """Raise ArgumentError; see `summarize` and `evaluate`."""
         raise ArgumentError("predict: POPITrainer has summarize and evaluate instead")
 
     def evaluation_loop(self, *_: Any, **__: Any) -> EvalLoopOutput:
-        """Not used: see `evaluate`."""
+        """Raise ArgumentError; see `evaluate`."""
         raise ArgumentError("evaluation_loop: POPITrainer has evaluate instead")
 
     # ---- files ---------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """What a reader of the saved roles needs: the templates and the settings."""
+        """The settings that are saved with the roles: the config and the templates."""
         return {"config": self.config.to_dict(), "templates": self.templates.to_dict()}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -411,16 +412,8 @@ class POPITrainer(StagedCheckpoints, Trainer):
         self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
 
 
-#: Logged sums; the order is that of a reduction over ranks.
-METRICS = (
-    "preference_loss", "preference_margin", "preference_accuracy", "informativeness", "generator_error", "reward",
-    "reward_std", "reward_nan", "kl", "summary_tokens", "summaries_empty", "summaries_unfinished", "groups_equal",
-    "summaries_too_long", "prompts_without_signals", "warm_start",
-)  # fmt: skip
-
-
 class _Indices(Dataset[int]):
-    """The places of users."""
+    """A data set of the users' places."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,19 +1,17 @@
-"""Users with their preference pairs, and what of a user is shown where.
+"""Users with their preference pairs, and draws: the signals to summarise and the pairs to judge the summary by.
 
-A summary is made from a user's *signals* and judged on *pairs* of the same user. A signal is an item of the user's own:
-a past text, or another pair rendered as text. What stands in the signals must not answer the pairs, so every draw
-leaves out the signals that give one of its pairs away:
+A summary is written from a user's *signals* and judged on *pairs* of the same user. A signal is a past text of the
+user, or another pair rendered as text. Signals must not contain the answers to the pairs, so every draw leaves out the
+signals that give one of its pairs away:
 
-    the query       the signal is about the pair's own query
-    an answer       one of the pair's two texts is the signal, or stands in it as lines of its own, behind the label of
-                    a rendered pair or without; a text of 24 characters or more is found anywhere in it, and a signal
-                    of as many, such as a copy that was cut, anywhere in the answer
+    by the query     the signal's title is the pair's query
+    by an answer     the signal contains one of the pair's two answers, or is a part of one, see `holds`
 
-all but for case, white space, quotation marks and how characters are composed. Short answers ("yes") that many pairs
-share therefore rule each other out. A draw is made from one `User` alone, so nothing of another user's can be in it.
+Differences of case, white space, quotation marks and the composition of characters are ignored. So pairs that share a
+short answer, such as "yes", exclude each other. A draw is made from one `User` alone, so it contains nothing of others.
 
-Training draws pairs and signals at random (`draw`); evaluation shows what came first and asks about the rest
-(`held_out`).
+Training draws pairs and signals at random (`draw`). Evaluation takes the first pairs as signals and judges the later
+ones (`held_out`).
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nextquill.data._checks import check_integer
+from nextquill.data.leaks import folded, holds
 from nextquill.data.records import HistoryItem, Record, check_response, check_text
 from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.popi.text_overlap import folded, holds
 
-#: A summary of a single signal repeats it; a user of whom no more is known is left out.
-_LEAST_SIGNALS = 2
+#: A user with fewer signals is left out, as a summary of a single signal repeats it.
+LEAST_SIGNALS = 2
 _SHOWN = 5
-# A query with and without these is the same.
+# Ignored at the ends of a query.
 _ENDS = " .:?!"
 
 
@@ -41,9 +39,9 @@ class Pair:
     """Two answers to one query, and which of them the user prefers.
 
     Args:
-        query: what was asked; may be empty.
+        query: the question; may be empty.
         chosen, rejected: the answer that the user prefers, and the other one.
-        timestamp: seconds since the epoch, or None where unknown.
+        timestamp: seconds since the epoch, or None if unknown.
     """
 
     query: str
@@ -52,22 +50,22 @@ class Pair:
     timestamp: float | None = None
 
     def as_item(self) -> HistoryItem:
-        """The pair as a past text, worded as the loader of preferences words it."""
+        """The pair as a past text, in the wording of the loader of preferences."""
         text = f"Preferred: {self.chosen}\nNot preferred: {self.rejected}"
         return HistoryItem(text, title=self.query or None, timestamp=self.timestamp)
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One user: pairs to learn from and to be measured on, and other texts.
+    """One user: pairs to train and to evaluate on, and past texts.
 
     Args:
-        user_id: who it is.
+        user_id: the user's id.
         pairs: the user's pairs, in their order.
-        items: past texts that are no pairs of these, oldest first.
-        summary: a summary that was given, for the supervised warm start, or None.
-        since: for each item without a timestamp the index of the pair that it was known before, as its record's history
-            has it, and -1 for what was always known; empty where all was.
+        items: past texts other than these pairs, oldest first.
+        summary: a given summary for the supervised warm start, or None.
+        since: for each item without a timestamp, the index of the first pair whose history holds it; -1 for an item
+            with a timestamp, or known from the start. Empty if all items are known from the start.
     """
 
     user_id: str
@@ -82,9 +80,9 @@ class Draw:
     """Pairs of one user, and signals of that user which give none of them away.
 
     Args:
-        user_id: whose they are.
-        signals: oldest first.
-        pairs: what a summary of the signals is judged on.
+        user_id: the user.
+        signals: the signals, oldest first.
+        pairs: the pairs that a summary of the signals is judged on.
     """
 
     user_id: str
@@ -94,12 +92,12 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class UserCounts:
-    """Which users can be drawn from; see `check_users`.
+    """The users that can be drawn from, and those that are left out; see `check_users`.
 
     Args:
-        users: those that can, in their order.
-        no_pairs: the ids of those without any pair, which are left out.
-        few_signals: the ids of those with too few signals beside a pair, which are left out.
+        users: the users that can be drawn from, in their order.
+        no_pairs: the ids of users that are left out because they have no pair.
+        few_signals: the ids of users that are left out because they have too few signals beside a pair.
         short: the ids of those in `users` with fewer pairs or signals than were asked for.
     """
 
@@ -110,7 +108,7 @@ class UserCounts:
 
     @property
     def skipped(self) -> int:
-        """How many users are left out."""
+        """The number of users that are left out."""
         return len(self.no_pairs) + len(self.few_signals)
 
     def __str__(self) -> str:
@@ -132,7 +130,7 @@ class _Gathered:
     pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
     places: dict[tuple[str, str, str], int] = field(default_factory=dict)
     items: dict[tuple[str | None, str], HistoryItem] = field(default_factory=dict)
-    before: dict[tuple[str | None, str], list[int]] = field(default_factory=dict)  # the pairs that have it as history
+    before: dict[tuple[str | None, str], list[int]] = field(default_factory=dict)  # the pairs with the item as history
     summary: str | None = None
 
 
@@ -141,22 +139,21 @@ def users_from_records(
 ) -> list[User]:
     """Gather the records of each user.
 
-    A record with `chosen` and `rejected` in its `extra` is a pair; the response of one without is an item. The items of
-    a user are the union of the histories of all their records and these. Pairs and items that repeat are kept once, and
-    an item that renders one of the user's pairs is left out, as the pair stands for it. Where all have timestamps, both
-    are sorted by them.
+    A record with `chosen` and `rejected` in its `extra` is a pair. The response of any other record is an item, and so
+    is every item of a record's history. Repeated pairs and items are kept once. An item that renders one of the user's
+    pairs is left out. Pairs are sorted by time if all have timestamps, and so are items.
 
     Args:
         records: as `load_records` returns them.
-        skipped: takes note of bad records, which are left out; None makes the first of them an error.
-        need_pairs: whether there has to be a pair; to be summarised, a user needs none.
+        skipped: counts bad records, which are left out; with None the first one is an error.
+        need_pairs: whether there must be a pair; summaries can be written without.
 
     Returns:
-        The users, in the order in which their first records stand; some may be without pairs.
+        The users, in the order of their first records; some may have no pairs.
 
     Raises:
-        RecordError: a record has half a pair, two equal texts for one, a pair or summary that is no text, or a summary
-            other than the user's before; or there is no pair at all, where one is needed, or no record.
+        RecordError: a record has half a pair, a pair of equal texts, a pair or summary that is not a text, or another
+            summary than the user's earlier records; or there is no record, or no pair although one is needed.
     """
     gathered: dict[str, _Gathered] = {}
     for position, record in enumerate(records):
@@ -165,7 +162,7 @@ def users_from_records(
             pair, summary = _pair(record, where), _summary(record, where)
             known = gathered.get(record.user_id)
             if summary is not None and known is not None and known.summary not in (None, summary):
-                raise PlacedError(where, "expected one summary of a user, got another than before", "summary")
+                raise PlacedError(where, "expected one summary of a user, got a different second one", "summary")
         except RecordError as error:
             skip_or_raise(error, skipped)
             continue
@@ -220,7 +217,7 @@ def _user(user_id: str, own: _Gathered) -> User:
     rendered = {(item.title, item.text) for item in (pair.as_item() for pair in pairs)}
     keys = [key for key in own.items if key not in rendered]
     items = [own.items[key] for key in keys]
-    order, items_order = _in_time(pairs), _in_time(items)
+    order, items_order = in_time(pairs), in_time(items)
     place = {-1: -1, **{index: place for place, index in enumerate(order)}}
     since = tuple(
         -1 if items[i].timestamp is not None else min(place[index] for index in own.before[keys[i]])
@@ -235,18 +232,18 @@ def _user(user_id: str, own: _Gathered) -> User:
     )
 
 
-def _in_time(dated: Sequence[Pair | HistoryItem]) -> list[int]:
-    """The places of these by their timestamps where all have one, else in their order."""
+def in_time(dated: Sequence[Pair | HistoryItem]) -> list[int]:
+    """Return the places of pairs or items, sorted by time if all have timestamps, else in their order."""
     times = [each.timestamp for each in dated if each.timestamp is not None]
     return sorted(range(len(dated)), key=times.__getitem__) if len(times) == len(dated) else list(range(len(dated)))
 
 
-# ---- what gives what away ---------------------------------------------------------------------------
+# ---- signals that give a pair away ------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=65_536)
 def gives_away(item: HistoryItem, pair: Pair) -> bool:
-    """Whether an item is about the pair's query, or holds one of its texts; see the module for what counts as that."""
+    """Whether an item's title is the pair's query, or its text or title holds one of the pair's answers."""
     query = folded(pair.query).strip(_ENDS)
     if query and item.title is not None and folded(item.title).strip(_ENDS) == query:
         return True
@@ -255,10 +252,10 @@ def gives_away(item: HistoryItem, pair: Pair) -> bool:
 
 
 def check_draw(draw: Draw) -> None:
-    """Refuse a draw in which a signal gives a pair away, however it came about.
+    """Check that no signal of a draw gives one of its pairs away.
 
     Raises:
-        RecordError: one does; the message names the user, the signal and the query.
+        RecordError: a signal does; the message names the user, the signal and the query.
     """
     for place, item in enumerate(draw.signals):
         for pair in draw.pairs:
@@ -273,28 +270,28 @@ def check_draw(draw: Draw) -> None:
 
 
 def draw(user: User, *, num_pairs: int, num_signals: int, seed: int) -> Draw:
-    """Draw pairs to train on, and signals from everything else of the user's.
+    """Draw pairs to train on, and signals from everything else that is known about the user.
 
-    The same user, numbers and seed give the same draw, on every machine and whoever else is in the data. Where the user
-    has too few pairs for both, fewer are drawn, down to one, until two signals are left (or one, where one is asked
-    for); if no choice leaves so many, the one with the most.
+    The same user, numbers and seed give the same draw, on every machine and with any other users. If too few signals
+    are left, fewer pairs are drawn, down to one, until there are two signals (one if `num_signals` is 1). If no choice
+    leaves so many, the choice with the most signals is taken.
 
     Args:
         user: the user.
-        num_pairs: most pairs.
-        num_signals: most signals, which keep their order in time.
-        seed: of the draw; a trainer makes a new one for every step.
+        num_pairs: the most pairs.
+        num_signals: the most signals; they keep their order in time.
+        seed: the seed of the draw; a trainer uses a new one for every step.
 
     Raises:
         RecordError: the user has no pairs.
-        ArgumentError: a number below 1.
+        ArgumentError: a number is below 1.
     """
     _check_numbers(num_pairs, num_signals)
     _check_has_pairs(user)
     rng = random.Random(f"{seed}/{user.user_id}")
     order = rng.sample(range(len(user.pairs)), len(user.pairs))
     candidates = _Candidates(user)
-    least = min(_LEAST_SIGNALS, num_signals)
+    least = min(LEAST_SIGNALS, num_signals)
     targets, signals = _first_with(_target_choices(order, num_pairs), candidates, least)
     if len(signals) > num_signals:
         signals = [signals[place] for place in sorted(rng.sample(range(len(signals)), num_signals))]
@@ -302,24 +299,24 @@ def draw(user: User, *, num_pairs: int, num_signals: int, seed: int) -> Draw:
 
 
 def held_out(user: User, *, num_signals: int, max_pairs: int | None = None) -> Draw:
-    """The user's first pairs as signals, and the later ones to be evaluated.
+    """Take the user's first pairs as signals, and hold out the later ones for evaluation.
 
-    As few pairs are put aside as are needed, together with the user's items, for `num_signals` signals; at least one is
-    evaluated. No signal is later than an evaluated pair, where both are dated; nor is an undated item one that only
-    later pairs have in their histories. Of more signals than asked for, the newest are kept.
+    As few pairs become signals as are needed, together with the user's items, for `num_signals` signals. At least one
+    pair is held out. No dated signal is later than a held-out pair, and no undated item first appears in the history of
+    a later pair. If there are more signals than asked for, the newest are kept.
 
     Args:
         user: the user.
-        num_signals: most signals.
-        max_pairs: most evaluated pairs, the earliest of them; None for all.
+        num_signals: the most signals.
+        max_pairs: the most held-out pairs, the earliest ones; None for all.
 
     Raises:
         RecordError: the user has no pairs.
-        ArgumentError: a number below 1.
+        ArgumentError: a number is below 1.
     """
     _check_numbers(1 if max_pairs is None else max_pairs, num_signals)
     _check_has_pairs(user)
-    order, candidates = _in_time(user.pairs), _Candidates(user)
+    order, candidates = in_time(user.pairs), _Candidates(user)
     until = len(order) if max_pairs is None else max_pairs
     first = min(max(num_signals - len(user.items), 0), len(order) - 1)
     choices = (order[aside : aside + until] for aside in range(first, len(order)))
@@ -328,11 +325,11 @@ def held_out(user: User, *, num_signals: int, max_pairs: int | None = None) -> D
 
 
 def check_users(users: Sequence[User], *, num_pairs: int, num_signals: int) -> UserCounts:
-    """Which users `draw` can draw from: with a pair, and beside it two signals, or one where one is asked for.
+    """Find the users that `draw` can draw from: with a pair and two further signals (one if `num_signals` is 1).
 
     Raises:
-        RecordError: none can; the message says why.
-        ArgumentError: a number below 1, or two users of one id.
+        RecordError: no user can be drawn from; the message says why.
+        ArgumentError: a number is below 1, or two users have the same id.
     """
     _check_numbers(num_pairs, num_signals)
     if len({user.user_id for user in users}) < len(users):
@@ -342,7 +339,7 @@ def check_users(users: Sequence[User], *, num_pairs: int, num_signals: int) -> U
         if not user.pairs:
             no_pairs.append(user.user_id)
             continue
-        least, candidates = min(_LEAST_SIGNALS, num_signals), _Candidates(user)
+        least, candidates = min(LEAST_SIGNALS, num_signals), _Candidates(user)
         if not any(len(candidates.beside([index])) >= least for index in range(len(user.pairs))):
             few_signals.append(user.user_id)
             continue
@@ -356,17 +353,17 @@ def check_users(users: Sequence[User], *, num_pairs: int, num_signals: int) -> U
 
 
 class _Candidates:
-    """All that could be a signal: the user's items and rendered pairs, oldest first."""
+    """All possible signals of a user: items and rendered pairs, oldest first."""
 
     def __init__(self, user: User) -> None:
         self.pairs = user.pairs
         known = user.since or (-1,) * len(user.items)
         everything = [(item, -1, since) for item, since in zip(user.items, known, strict=True)]
         everything += [(pair.as_item(), index, -1) for index, pair in enumerate(user.pairs)]
-        self._all = [everything[place] for place in _in_time([item for item, *_ in everything])]
+        self._all = [everything[place] for place in in_time([item for item, *_ in everything])]
 
     def beside(self, targets: Sequence[int], past: Sequence[int] | None = None) -> list[HistoryItem]:
-        """Those that give no target away; with `past`, of the pairs these only, and nothing later than a target."""
+        """The signals that give no target away; with `past`, only those pairs, and nothing later than a target."""
         pairs = [self.pairs[index] for index in targets]
         allowed = set(range(-1, len(self.pairs)) if past is None else (-1, *past)) - set(targets)
         until = min((pair.timestamp for pair in pairs if pair.timestamp is not None), default=None)
@@ -385,7 +382,7 @@ def _is_by(timestamp: float | None, until: float | None) -> bool:
 
 
 def _target_choices(order: list[int], num_pairs: int) -> Iterator[list[int]]:
-    """As many as asked for, then fewer, and at last each pair alone."""
+    """Yield as many pairs as asked for, then fewer, and at last each pair alone."""
     for count in range(min(num_pairs, len(order)), 1, -1):
         yield order[:count]
     for index in order:
@@ -395,7 +392,7 @@ def _target_choices(order: list[int], num_pairs: int) -> Iterator[list[int]]:
 def _first_with(
     choices: Iterable[list[int]], candidates: _Candidates, least: int, from_the_past: list[int] | None = None
 ) -> tuple[list[int], list[HistoryItem]]:
-    """The first choice of targets that leaves `least` signals, or else the first of those that leave the most."""
+    """The first choice of targets that leaves `least` signals, else the first that leaves the most."""
     best: tuple[list[int], list[HistoryItem]] | None = None
     for targets in choices:
         past = None if from_the_past is None else from_the_past[: from_the_past.index(targets[0])]

@@ -10,7 +10,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
 from nextquill.models.limits import check_vocabulary
 
-#: Options of transformers' Trainer that `NextQuillTrainer` sets itself.
+#: Options of transformers' Trainer that our trainers set themselves.
 FILLED_OPTIONS = (
     "compute_loss_func",
     "compute_metrics",
@@ -30,11 +30,11 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any], trainer: str = "NextQuillTrainer") -> None:
     """Raise ArgumentError for an option that the trainer sets itself."""
     for name in FILLED_OPTIONS:
         if options.get(name) is not None:
-            raise ArgumentError(f"{name}: NextQuillTrainer sets this itself; subclass it to change it")
+            raise ArgumentError(f"{name}: {trainer} sets this itself; subclass it to change it")
 
 
 def check_arguments(args: Any) -> None:

@@ -73,7 +73,7 @@ def test_every_setting_is_a_flag(popi):
     assert all(f"--{name} " in out for name in POPIConfig().to_dict())
 
 
-def test_a_finished_run_is_gone_on_with(popi_train, pairs, tmp_path):
+def test_a_finished_run_is_trained_further(popi_train, pairs, tmp_path):
     folder = tmp_path / "run"
     assert popi_train(folder, "--lora_r", 4).code == 0
     result = popi_train(folder, "--lora_r", 4, "--max_steps", 2, "--resume_from_checkpoint", "true")
@@ -134,7 +134,7 @@ WRONG_TRAINING = {
 
 
 @pytest.mark.parametrize("what", WRONG_TRAINING)
-def test_what_cannot_be_trained_is_one_line_and_touches_nothing(popi_train, tmp_path, what):
+def test_bad_input_is_one_line_and_touches_nothing(popi_train, tmp_path, what):
     words, message = WRONG_TRAINING[what]
     result = popi_train(tmp_path / "run", *words)
     assert result.code in (1, 2)
@@ -155,7 +155,7 @@ def test_records_without_pairs_and_users_with_one_signal(popi_train, make_record
     assert "too few signals" in result.err
 
 
-def test_another_runs_folder_is_not_replaced_unasked(popi_train, tmp_path):
+def test_another_runs_folder_is_not_replaced_without_asking(popi_train, tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     result = popi_train(tmp_path)
     assert result.code == 1

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from nextquill.popi.evaluation import CONTEXTS, PairScore
-from nextquill.popi.measures import measure
+from nextquill.popi.evaluation import CONTEXTS, PairScore, measure
 from nextquill.popi.saved_run import SavedRun
 from nextquill.popi.summaries import Summary, SummaryFile
 
@@ -41,7 +40,7 @@ def kept(file, *summaries):
 # ---- summarize -------------------------------------------------------------------------------------
 
 
-def test_summaries_that_would_be_written_otherwise_are_written_again(summarize, tmp_path):
+def test_summaries_are_written_again_after_a_change_of_settings(summarize, tmp_path):
     file = tmp_path / "s.jsonl"
     summarize(file)
     assert "3 written" in summarize(file, "--max_new_tokens", 2).err
@@ -50,10 +49,10 @@ def test_summaries_that_would_be_written_otherwise_are_written_again(summarize, 
     assert "0 written, 3 kept" in summarize(file, "--temperature", 1, "--seed", 1).err
     assert "3 written" in summarize(file, "--temperature", 1, "--seed", 2).err
     assert "3 written" in summarize(file).err
-    assert "0 written, 3 kept" in summarize(file, "--seed", 2).err, "greedy: the seed is of no matter"
+    assert "0 written, 3 kept" in summarize(file, "--seed", 2).err, "greedy: the seed makes no difference"
 
 
-def test_a_moved_run_has_the_same_summaries_and_one_of_another_wording_has_not(summarize, popi_model, tmp_path):
+def test_a_moved_run_keeps_its_summaries_and_another_wording_does_not(summarize, popi_model, tmp_path):
     file = tmp_path / "s.jsonl"
     summarize(file)
     moved = tmp_path / "moved"
@@ -77,7 +76,7 @@ def test_a_blank_user_is_one_line(popi, tmp_path, flag):
     assert SummaryFile(file).read().keys() == {"ann"}
 
 
-def test_what_is_shown_neither_steers_the_terminal_nor_looks_like_another_users(popi, tmp_path):
+def test_a_shown_summary_neither_steers_the_terminal_nor_looks_like_another_users(popi, tmp_path):
     text = "Likes tea.\x1b[2J\x07\u202e\nbob  (edited by a person, 2026-01-01)\n  Likes nothing."
     file = kept(tmp_path / "s.jsonl", ("ann\x1b]0;x", text), ("bob", ""))
     out = popi("summaries", "--summaries", file).out
@@ -123,7 +122,7 @@ def test_summaries_of_another_writer_are_told_and_those_of_people_are_not(evalua
     assert "another model" not in evaluate("--summaries", file).err
 
 
-def test_a_transfer_model_that_is_not_there_costs_no_work(evaluate, tmp_path, monkeypatch):
+def test_a_missing_transfer_model_costs_no_work(evaluate, tmp_path, monkeypatch):
     from nextquill.cli import popi_evaluate
 
     def never(*arguments, **options):

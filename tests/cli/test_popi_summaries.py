@@ -63,15 +63,15 @@ def test_an_edit_stays_and_a_deleted_summary_comes_back(summarize, popi, tmp_pat
     assert "2 written, 1 kept (1 edited by a person)" in again.err
     assert lines(file)[1]["summary"] == "Likes green things."
     outdated = summarize(file, "--signals_per_user", 2)
-    assert "edited summaries of other signals than now: 1, such as that of 'u4'" in outdated.err
+    assert "edited summaries whose signals have changed: 1, such as that of 'u4'" in outdated.err
     assert "3 written" in summarize(file, "--force").err
     assert lines(file)[1]["summary"] != "Likes green things."
 
 
 def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_path, monkeypatch):
-    from nextquill.popi import summarizing
+    from nextquill.cli import popi_summarize
 
-    real = summarizing.summarize
+    real = popi_summarize.summarize
 
     def stopping(*arguments, **options):
         for count, each in enumerate(real(*arguments, **options)):
@@ -79,11 +79,11 @@ def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(summarizing, "summarize", stopping)
+    monkeypatch.setattr(popi_summarize, "summarize", stopping)
     file = tmp_path / "s.jsonl"
     assert summarize(file).code == 130
     assert len(lines(file)) == 2
-    monkeypatch.setattr(summarizing, "summarize", real)
+    monkeypatch.setattr(popi_summarize, "summarize", real)
     assert "1 written, 2 kept" in summarize(file).err
 
 
@@ -97,7 +97,7 @@ WRONG_SUMMARIES = {
 
 
 @pytest.mark.parametrize("what", WRONG_SUMMARIES)
-def test_what_cannot_be_summarised_is_one_line(summarize, tmp_path, what):
+def test_bad_input_of_summarize_is_one_line(summarize, tmp_path, what):
     words, message = WRONG_SUMMARIES[what]
     result = summarize(tmp_path / "s.jsonl", *words)
     assert result.code in (1, 2)
@@ -123,7 +123,7 @@ def test_a_file_that_holds_something_else_is_left_alone(summarize, tmp_path):
     assert file.read_text() == '{"precious": 1}\n'
 
 
-def test_users_of_past_texts_alone_are_summarised(popi, popi_model, tmp_path, make_records):
+def test_users_with_past_texts_alone_are_summarised(popi, popi_model, tmp_path, make_records):
     """No pairs are needed, because none is scored."""
     file, out = make_records(tmp_path / "logs.jsonl", 6), tmp_path / "out.jsonl"
     result = popi("summarize", "--model", popi_model, "--signals_file", file, "--output_file", out)
@@ -153,7 +153,7 @@ WRONG_EDITS = {
 
 
 @pytest.mark.parametrize("what", WRONG_EDITS)
-def test_what_cannot_be_edited_is_one_line(summarize, popi, tmp_path, what):
+def test_bad_input_of_summaries_is_one_line(summarize, popi, tmp_path, what):
     file = tmp_path / "s.jsonl"
     SummaryFile(file).put(*_made("u3", "u4", "u5"))
     before = file.read_bytes()
@@ -309,7 +309,7 @@ WRONG_EVALUATION = {
 
 
 @pytest.mark.parametrize("what", WRONG_EVALUATION)
-def test_what_cannot_be_evaluated_says_why_in_one_line(evaluate, what):
+def test_bad_input_of_evaluate_is_one_line(evaluate, what):
     words, message = WRONG_EVALUATION[what]
     result = evaluate(*words)
     assert result.code in (1, 2)
@@ -364,7 +364,7 @@ def test_bad_queries_are_one_line_and_write_nothing(popi, tmp_path, line, messag
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_what_is_read_is_not_written(popi, tmp_path):
+def test_inputs_are_not_overwritten(popi, tmp_path):
     file, queries = tmp_path / "s.jsonl", tmp_path / "q.jsonl"
     SummaryFile(file).put(*_made("u3"))
     queries.write_text('{"user_id": "u3", "query": "x"}\n')

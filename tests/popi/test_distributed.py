@@ -1,4 +1,4 @@
-"""Two processes learn what one learns of the same users."""
+"""Two processes learn the same from some users as one process does."""
 
 from __future__ import annotations
 

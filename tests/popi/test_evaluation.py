@@ -1,4 +1,4 @@
-"""Pairs scored under contexts: against separate passes, without leaks, independent of what is scored beside them."""
+"""Pairs scored under contexts: equal to separate passes, without leaks, independent of the other pairs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from nextquill.models.tiny_models import ScratchSize, build_model, build_tokeniz
 from nextquill.popi import evaluation
 from nextquill.popi.evaluation import (
     CONTEXTS,
+    PairEvaluation,
     PairScore,
+    measure,
     placebo_summaries,
     score_pairs,
 )
-from nextquill.popi.measures import PairEvaluation, measure
 from nextquill.popi.objective import PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role, Roles
@@ -153,7 +154,7 @@ def test_the_loss_is_the_runs_own(trained, prompts):
         assert score.loss == pytest.approx(float(-logsigmoid(torch.tensor(0.3 * score.margin).double())), abs=2e-6)
 
 
-def test_figures_do_not_depend_on_what_is_scored_beside_them(trained, prompts, monkeypatch):
+def test_scores_do_not_depend_on_the_other_users(trained, prompts, monkeypatch):
     drawn = draws(count=5)
     own = summaries(drawn)
     whole = score_pairs(trained, prompts, drawn, own)
@@ -176,7 +177,7 @@ def test_a_model_that_is_its_own_reference_has_no_margin_without_context(model, 
     assert [score.margin for score in found["none"]] == [0.0] * len(found["none"])
     assert {score.accuracy for score in found["none"]} == {0.5}
     assert all(score.margin for score in found["summary"])
-    for name in CONTEXTS[1:]:  # r is what the context changed
+    for name in CONTEXTS[1:]:  # r is the effect of the context
         for score, bare in zip(found[name], found["none"], strict=True):
             assert score.margin == pytest.approx(score.logprob_margin - bare.logprob_margin, abs=2e-6)
 
@@ -193,7 +194,7 @@ def test_fresh_adapters_are_neither_right_nor_wrong_without_context(words, promp
     assert all(score.margin for score in trained["none"])
 
 
-def test_a_loaded_generator_is_held_against_the_model_it_came_from(words, prompts, tmp_path):
+def test_a_loaded_generator_is_compared_with_its_base_model(words, prompts, tmp_path):
     base = new_model(words)
     expected = {name: value.clone() for name, value in base.state_dict().items()}
     roles = Roles.shared(base, words)
@@ -268,10 +269,10 @@ def test_a_placebo_is_never_ones_own():
     assert placebo_summaries({"a": "x", "b": ""}) == {}
 
 
-# ---- what is missing -------------------------------------------------------------------------------
+# ---- missing summaries and pairs -------------------------------------------------------------------
 
 
-def test_an_empty_summary_is_no_context(trained, prompts):
+def test_an_empty_summary_gives_the_prompt_without_context(trained, prompts):
     drawn = draws()
     own = summaries(drawn) | {"u1": " \n"}
     found = score_pairs(trained, prompts, drawn, own)
@@ -283,7 +284,7 @@ def test_an_empty_summary_is_no_context(trained, prompts):
             assert summary.context_tokens > 0
 
 
-def test_without_summaries_or_a_second_one_there_is_less_to_compare(trained, prompts):
+def test_without_summaries_or_a_second_user_there_are_fewer_contexts(trained, prompts):
     assert tuple(score_pairs(trained, prompts, draws())) == ("none", "signals")
     assert tuple(score_pairs(trained, prompts, draws(1), {"u0": "x"})) == ("none", "signals", "summary")
 
@@ -297,7 +298,7 @@ def test_without_summaries_or_a_second_one_there_is_less_to_compare(trained, pro
         (draws(), {"u0": "x"}, "got none for 2, such as 'u1'"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(trained, prompts, drawn, own, message):
+def test_draws_that_cannot_be_scored_are_refused(trained, prompts, drawn, own, message):
     with pytest.raises(RecordError, match=message):
         score_pairs(trained, prompts, drawn, own)
 
@@ -357,7 +358,7 @@ def test_one_user_has_no_interval_and_json_says_so():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_is_an_error_and_not_a_wrong_answer(words, value):
+def test_a_log_probability_that_is_not_finite_is_an_error_and_not_a_wrong_answer(words, value):
     drawn, model = draws(2, 4), new_model(words)
     with torch.no_grad():
         model.lm_head.weight[5] = value

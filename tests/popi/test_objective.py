@@ -1,7 +1,8 @@
-"""Losses of pairs against TRL's own code, their slopes, and the two parts of their value."""
+"""The loss against TRL's own code, its slopes and its two parts; advantages against the exact gradient of a reward."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextquill.errors import ArgumentError
-from nextquill.popi.objective import PreferenceLoss, generator_error, informativeness
+from nextquill.popi.objective import ESTIMATORS, PreferenceLoss, advantages, generator_error, informativeness
 
 
 def log_probs(pairs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +84,7 @@ def test_losses_are_their_formulas(kind: str, average: bool | None) -> None:
         assert found.loss[row].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_pair_that_is_no_number_spoils_no_other() -> None:
+def test_a_pair_with_a_nan_does_not_change_the_others() -> None:
     policy, reference, lengths = log_probs(3, seed=3)
     policy[1, 0] = math.nan
     found = PreferenceLoss()(policy, reference, lengths)
@@ -100,7 +101,7 @@ def test_unusable_settings_are_refused(arguments: dict[str, Any]) -> None:
 
 
 def test_the_loss_is_entropy_less_information_plus_error() -> None:
-    """In a world small enough to sum over: a hidden taste, a summary that often names it, and a choice by taste."""
+    """In a world small enough to sum over: a hidden taste, a summary that often names it, a choice by taste."""
     taste_says = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)  # p(s | taste)
     chooses = torch.tensor([0.85, 0.1], dtype=torch.float64)  # p(first response | taste)
     joint_s = 0.5 * taste_says  # p(taste, s)
@@ -116,7 +117,7 @@ def test_the_loss_is_entropy_less_information_plus_error() -> None:
         expected_loss = -(p_s * (truth * q.log() + (1 - truth) * (1 - q).log())).sum()
         divergence = (p_s * (truth * (truth / q).log() + (1 - truth) * ((1 - truth) / (1 - q)).log())).sum()
         torch.testing.assert_close(expected_loss, entropy(marginal) - information + divergence)
-    # The estimates, weighted as the world draws, are the two parts where the generator is calibrated.
+    # The estimates, weighted as the world draws, are the two parts if the generator is calibrated.
     own, other = truth.log(), truth.flip(0).log()
     against, against_other = (1 - truth).log(), (1 - truth).flip(0).log()
     estimate = sum(
@@ -135,7 +136,7 @@ def test_the_loss_is_entropy_less_information_plus_error() -> None:
 
 
 @given(st.lists(st.floats(-30, 0), min_size=1, max_size=6), st.floats(-30, 0))
-def test_informativeness_is_bounded_and_nothing_where_summaries_agree(own: list[float], same: float) -> None:
+def test_informativeness_is_bounded_and_0_if_summaries_agree(own: list[float], same: float) -> None:
     mine = torch.tensor(own, dtype=torch.float64)
     others = torch.full((len(own), 3), same, dtype=torch.float64)
     assert float(informativeness(mine, others)) <= math.log(4) + 1e-9
@@ -147,3 +148,103 @@ def test_the_error_of_a_certain_generator_is_a_number_or_infinite(value: float) 
     found = float(generator_error(torch.tensor([value], dtype=torch.float64)))
     assert not math.isnan(found)
     assert found >= -1e-9
+
+
+# ---- advantages ------------------------------------------------------------------------------------
+
+K, TOKENS = 3, 4
+LOGITS = torch.tensor([0.4, -0.3, 0.9, 0.1], dtype=torch.float64)
+#: Negative losses, as in POPI: all of one sign, so that a baseline helps.
+REWARDS = torch.tensor([-1.1, -0.6, -1.4, -0.3], dtype=torch.float64)
+
+
+def exact_gradient() -> Tensor:
+    logits = LOGITS.clone().requires_grad_()
+    (logits.softmax(0) * REWARDS).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def estimates(estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate of every group of K summaries [groups, TOKENS], and the group's probability."""
+    probabilities = LOGITS.softmax(0)
+    groups = torch.tensor(list(itertools.product(range(TOKENS), repeat=K)))
+    weights = advantages(REWARDS[groups], estimator).values
+    scores = torch.nn.functional.one_hot(groups, TOKENS) - probabilities  # gradient of log p by the logits
+    return (weights[..., None] * scores).mean(1), probabilities[groups].prod(1)
+
+
+def mean_and_variance(estimator: str) -> tuple[Tensor, Tensor]:
+    values, p = estimates(estimator)
+    mean = (p[:, None] * values).sum(0)
+    return mean, (p[:, None] * (values - mean).square()).sum()
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce"])
+def test_the_mean_over_all_groups_is_the_gradient(estimator: str) -> None:
+    torch.testing.assert_close(mean_and_variance(estimator)[0], exact_gradient(), rtol=1e-12, atol=1e-14)
+
+
+def test_grpo_points_the_gradients_way_with_another_length() -> None:
+    """Its direction agrees with the gradient's on average; its length is that of a standardised reward."""
+    mean, exact = mean_and_variance("grpo")[0], exact_gradient()
+    cosine = float(mean @ exact / (mean.norm() * exact.norm()))
+    assert 0.9 < cosine < 1
+    assert float((mean - exact).norm()) > 0.1 * float(exact.norm())
+
+
+def test_leave_one_out_has_less_variance_than_reinforce() -> None:
+    rloo, reinforce = mean_and_variance("rloo")[1], mean_and_variance("reinforce")[1]
+    assert float(rloo) < 0.5 * float(reinforce)
+
+
+@given(
+    st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.sampled_from(ESTIMATORS[:2]),
+    st.floats(-100, 100),
+)
+def test_a_constant_changes_nothing(rewards: list[list[float]], estimator: str, constant: float) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    spread = values.amax(1) - values.amin(1)
+    values = values[(spread > 1e-3) | (spread == 0)]
+    if not len(values):
+        return
+    one, other = advantages(values, estimator).values, advantages(values + constant, estimator).values
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.sum(1), torch.zeros(len(values), dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[:2])
+@pytest.mark.parametrize("size", [4, 7])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.3e5 / 3])
+def test_equal_rewards_teach_nothing(estimator: str, value: float, size: int) -> None:
+    """Also for numbers whose product with 7 differs from the sum of seven in floating point."""
+    found = advantages(torch.full((2, size), value, dtype=torch.float64), estimator)
+    assert found.equal == 2
+    assert found.values.eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_reward_that_is_not_finite_is_ignored(bad: float, estimator: str) -> None:
+    found = advantages(torch.tensor([[1.0, bad, 2.0, 4.0]]), estimator)
+    without = advantages(torch.tensor([[1.0, 2.0, 4.0]]), estimator)
+    assert found.not_finite == 1
+    assert found.values[0, 1] == 0
+    torch.testing.assert_close(found.values[0, [0, 2, 3]], without.values[0])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_group_without_two_numbers_teaches_nothing(estimator: str) -> None:
+    found = advantages(torch.tensor([[math.nan, 3.0], [math.nan, math.nan]]), estimator)
+    expected = [[0.0, 3.0], [0.0, 0.0]] if estimator == "reinforce" else [[0.0, 0.0], [0.0, 0.0]]
+    assert found.values.tolist() == expected
+
+
+def test_bad_arguments_of_advantages_are_named() -> None:
+    with pytest.raises(ArgumentError, match="estimator: expected one of"):
+        advantages(torch.zeros(1, 2), "ppo")
+    with pytest.raises(ArgumentError, match="group_size: expected at least 2 for rloo, got 1"):
+        advantages(torch.zeros(1, 1))
+    with pytest.raises(ArgumentError, match="rewards: expected"):
+        advantages(torch.zeros(3))

@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temper
     model, branches = model_of(kind), branches_of()
     weights = [0.5, -1.0, 0.0, 2.0, -0.25, 1.0, -0.75]
     terms = sum(len(branch.input_ids) for branch in branches)  # the longest sum in a gradient: over all tokens
-    exact = copy.deepcopy(model).double()  # but for Gemma's attention, which takes its softmax in float32 all the same
+    exact = copy.deepcopy(model).double()  # except Gemma's attention, whose softmax stays in float32
     plain_values, truth = (one_by_one(m, branches, weights, temperature) for m in (model, exact))
     plain_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -72,7 +72,7 @@ def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temper
         passes.temperature = temperature
         assert_rounds_like(passes.log_probs(branches).float(), plain_values, truth, terms)
         parts = passes.parts(branches, weights)
-        assert sum(part["num_sequences"] for part in parts) == 6  # what has no weight is not computed
+        assert sum(part["num_sequences"] for part in parts) == 6  # branches with weight 0 are not computed
         assert attention == "padded" or len(parts) > 1
         for part in parts:
             passes.loss(part).backward()
@@ -87,7 +87,7 @@ def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temper
         assert_rounds_like(gradient, plain_gradients[name], exact.get_parameter(name).grad, terms, name)
 
 
-def test_nothing_is_nothing() -> None:
+def test_no_branches_give_no_values_and_no_parts() -> None:
     with BranchPasses(model_of("llama")) as passes:
         assert passes.log_probs([]).shape == (0,)
         assert passes.parts(branches_of(), [0.0] * 7) == []

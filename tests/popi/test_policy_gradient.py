@@ -22,7 +22,7 @@ from tests.popi.popi_helpers import WORDS, make_trainer, make_users
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
     r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
 )
-# Beta is large, so that summaries differ in what they are worth.
+# Beta is large, so that summaries differ in their rewards.
 CONFIG = {
     "max_summary_tokens": 1, "pairs_per_user": 3, "signals_per_user": 2, "group_size": 4, "kl_coef": 0.05, "beta": 2.0,
     "length_penalty": 0.1, "unfinished_penalty": 0.3, "temperature": 1.3, "rollout_batch_size": 512,
@@ -37,7 +37,7 @@ def one_user() -> User:
 
 def trainer_of(folder: Path, **config: Any) -> POPITrainer:
     trainer = make_trainer(folder, {**CONFIG, **config}, train_dataset=[one_user()])
-    with torch.no_grad():  # away from the start, where the adapters are no different from the base model
+    with torch.no_grad():  # away from the start, at which the adapters have no effect
         for name, parameter in trainer.roles.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
@@ -115,7 +115,7 @@ def test_the_mean_of_many_steps_is_the_exact_gradient(tmp_path: Path) -> None:
     exact = exact_gradient(trainer)
     size = along(exact, exact)
     assert size > 0
-    # Along the exact gradient, where the mean has to be its squared length, and along a random direction.
+    # Along the exact gradient, the mean must be its squared length. The other direction is random.
     torch.manual_seed(0)
     random = {
         name: torch.randn_like(tensor) * float(tensor.norm()) / tensor.numel() ** 0.5 for name, tensor in exact.items()
@@ -126,7 +126,7 @@ def test_the_mean_of_many_steps_is_the_exact_gradient(tmp_path: Path) -> None:
         error = float(values.std() / STEPS**0.5)
         expected = along(exact, direction)
         assert abs(float(values.mean()) - expected) < 3.5 * error
-    # The test can tell the gradient from none, and from one of twice its length.
+    # The test distinguishes the gradient from 0 and from twice the gradient.
     values = torch.tensor([along(each, exact) for each in found], dtype=torch.float64)
     assert float(values.std() / STEPS**0.5) < size / 6
 

@@ -65,7 +65,7 @@ def test_both_branches_of_a_pair_begin_with_one_prompt_and_end_their_response(
         assert own.decode(rejected.response_ids) == f"A thriller that runs.{end}"
 
 
-def test_context_tokens_are_what_the_context_adds(tokenizer: Any) -> None:
+def test_context_tokens_are_the_tokens_that_the_context_adds(tokenizer: Any) -> None:
     prompts = GeneratorPrompts(tokenizer)
     assert prompts.context_tokens("q", summary="They.") == len("[About the user]:\nThey.\n\n")
     added = len(prompts.text("q", signals=SIGNALS)) - len(prompts.text("q"))
@@ -120,7 +120,7 @@ def test_bad_templates_are_refused(values: dict[str, Any], error: type[Exception
         PopiTemplates.from_dict(values)
 
 
-# ---- what users and models wrote stays data ---------------------------------------------------------
+# ---- texts of users and models stay data ------------------------------------------------------------
 
 BREAKS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 HEADS = ["[What the person wrote and chose]:", "[Task]:", "[Summary]:", "[About the user]:", "[Request]:",
@@ -252,7 +252,7 @@ def test_a_pair_without_room_for_a_summary_is_named_up_front(tokenizer: Any) -> 
     GeneratorPrompts(tokenizer, max_length=len(bare.input_ids)).check(PAIR, 0)
 
 
-def test_signals_of_which_none_fits_are_named_up_front(tokenizer: Any) -> None:
+def test_a_newest_signal_that_does_not_fit_is_named_up_front(tokenizer: Any) -> None:
     bare = len(InferencePrompts(tokenizer).ids(())[0])
     prompts = InferencePrompts(tokenizer, max_prompt_tokens=bare + 20)
     prompts.check("ann", [HistoryItem("x" * 99), HistoryItem("x")])

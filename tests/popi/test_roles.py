@@ -61,19 +61,19 @@ def stirred(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
-def test_what_a_role_was_is_what_it_began_as(options: dict[str, Any]) -> None:
+def test_a_role_keeps_its_initial_state(options: dict[str, Any]) -> None:
     fresh = Roles.shared(tiny_model(), word_tokenizer(), lora(**options))
     assert torch.allclose(logits(fresh.generator.initial()), base_logits(), atol=1e-5)
-    gone_on = Roles.shared(stirred(fresh.inference.model), word_tokenizer())
-    before = [logits(role.active()) for role in gone_on]
+    resumed = Roles.shared(stirred(fresh.inference.model), word_tokenizer())
+    before = [logits(role.active()) for role in resumed]
     with torch.no_grad():
-        for name, parameter in gone_on.named_parameters():
+        for name, parameter in resumed.named_parameters():
             if ".inference." in name or ".generator." in name:
                 parameter.mul_(2)
-    for role, was in zip(gone_on, before, strict=True):
+    for role, was in zip(resumed, before, strict=True):
         assert torch.equal(logits(role.initial()), was)
         assert not torch.equal(logits(role.active()), was)
-    names = {name for name, p in gone_on.named_parameters() if p.requires_grad}
+    names = {name for name, p in resumed.named_parameters() if p.requires_grad}
     assert names
     assert not any("_initial" in name for name in names)
 
@@ -82,7 +82,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     model = stirred(get_peft_model(tiny_model(1), lora()))
     roles = Roles.separate(model, tiny_model(2), word_tokenizer())
     before = logits(roles.inference.active())
-    assert roles.inference._initial == "default_initial"  # what a second copy of the model would be spared
+    assert roles.inference._initial == "default_initial"  # so that the model is not copied
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -94,15 +94,15 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     assert list(fresh.inference.model.peft_config) == ["default"]
 
 
-def test_what_a_model_was_is_where_the_model_is() -> None:
-    """A Trainer moves only the models."""
+def test_an_initial_model_follows_the_device_of_its_model() -> None:
+    """A Trainer moves only the models themselves."""
     roles = Roles.separate(tiny_model(1), tiny_model(2), word_tokenizer())
     roles.generator.model.to("meta")
     with roles.generator.initial() as model:
         assert next(model.parameters()).device.type == "meta"
 
 
-def test_switching_puts_back_what_is_trained() -> None:
+def test_switching_restores_the_trained_parameters() -> None:
     roles = Roles.shared(tiny_model(), word_tokenizer(), lora(), freeze_generator=True)
     model = roles.inference.model
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -113,7 +113,7 @@ def test_switching_puts_back_what_is_trained() -> None:
         assert model.active_adapter == "inference"
 
 
-def test_a_loaded_role_was_the_model_without_its_adapter(tmp_path: Path) -> None:
+def test_a_loaded_role_starts_from_the_model_without_its_adapter(tmp_path: Path) -> None:
     roles = Roles.shared(tiny_model(), word_tokenizer(), lora())
     stirred(roles.inference.model)
     roles.save(tmp_path, {})
@@ -137,7 +137,7 @@ def test_other_base_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_other_precision_is_no_other_base(tmp_path: Path, dtype: str) -> None:
+def test_another_precision_is_still_the_same_base(tmp_path: Path, dtype: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(stored(tmp_path / "base"))
     Roles.shared(model, word_tokenizer(), lora(target_modules=["q_proj", "lm_head"])).save(tmp_path / "run", {})
     assert Roles.load(tmp_path / "run", dtype=dtype).inference.model.dtype == getattr(torch, dtype)
@@ -170,7 +170,7 @@ def test_a_new_base_moves_with_its_folder(tmp_path: Path) -> None:
 # ---- in training -----------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_frozen_role_resumes_whatever_the_state_of_random_numbers(
+def test_a_run_with_a_frozen_role_resumes_with_any_state_of_random_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -178,7 +178,7 @@ def test_a_run_with_a_frozen_role_resumes_whatever_the_state_of_random_numbers(
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-2")
     honest = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: honest(17 if seed == 5 else seed))  # as another process has
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: honest(17 if seed == 5 else seed))  # as in another process
     resumed = make_trainer(tmp_path, {"freeze_generator": True}, **options)
     resumed.train(resume_from_checkpoint=True)
     for name, tensor in trained_weights(whole).items():
@@ -215,7 +215,7 @@ def test_evaluation_has_the_attention_of_training(tmp_path: Path, monkeypatch: p
     assert all((each["attention"], each["max_tokens"]) == ("mask", 60) for each in asked)
 
 
-def test_the_log_of_a_process_that_is_no_more_is_cut_as_well(tmp_path: Path) -> None:
+def test_the_log_of_a_process_that_no_longer_exists_is_cut_as_well(tmp_path: Path) -> None:
     other = tmp_path / "sampled_summaries.rank1.jsonl"
     other.write_text('{"step": 0}\n{"step": 7}\n')
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()

@@ -85,7 +85,7 @@ def test_sequences_have_the_models_probabilities(tokenizer, temperature):
 
 
 def test_log_probs_of_samples_average_to_the_entropy(tokenizer):
-    """The ids scored by a plain forward, as in the policy gradient, have the distribution that they were drawn from."""
+    """A plain forward, as in the policy gradient, gives the distribution that the ids were drawn from."""
     model, temperature, draws = tiny_model(5), 0.8, 1000
     rollouts = ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=3, temperature=temperature, batch_size=500)
     samples = rollouts.sample([Prompt(i, [2, 3], 7 * i) for i in range(draws)])
@@ -150,7 +150,7 @@ def test_temperature_0_gives_the_most_likely_tokens(tokenizer):
     assert sample == Sample(ids, tokenizer.decode(ids, skip_special_tokens=True), ended=False)
 
 
-# ---- adapters, and what is left as it was ------------------------------------------------------
+# ---- adapters, and the model's state -----------------------------------------------------------
 
 
 def state_of(model: Any) -> Any:
@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was(tokenizer, monkeypatch, adapters, fails):
         model.set_adapter("generator")
     model.train()
     inner = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn"))
-    inner.training = False  # a part of its own mode, as a frozen encoder has
+    inner.training = False  # one module in another mode, such as a frozen encoder
     model.generation_config.update(temperature=9.0, do_sample=True, repetition_penalty=2.0)
     before, calls = state_of(model), []
     if fails:
@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was(tokenizer, monkeypatch, adapters, fails):
         )
         ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=3).sample(PROMPTS)
         handle.remove()
-        assert set(calls) == {(adapters, False)}  # a PEFT model's own flag says nothing of the layers inside
+        assert set(calls) == {(adapters, False)}  # a PEFT model's own flag does not show those of the layers inside
     assert state_of(model) == before
 
 
@@ -222,14 +222,14 @@ def test_gradient_checkpointing_keeps_neither_the_cache_away_nor_anything_change
     assert model.is_gradient_checkpointing
 
 
-def test_training_goes_on_after_sampling(tokenizer):
+def test_training_continues_after_sampling(tokenizer):
     model = two_adapters().train()
     ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=2).sample(PROMPTS)
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     assert any(p.grad is not None for p in model.parameters())
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 
 def test_prompts_are_checked(tokenizer):
@@ -254,7 +254,7 @@ def test_options_are_checked(tokenizer, name):
 
 
 class Listed:
-    """Rollouts whose samples are given."""
+    """Rollouts with given samples."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples, self.synced, self.closed = list(samples), 0, False
@@ -269,7 +269,7 @@ class Listed:
         self.closed = True
 
 
-def test_what_was_recorded_is_replayed(tokenizer, tmp_path):
+def test_a_recording_is_replayed(tokenizer, tmp_path):
     path = tmp_path / "new" / "rollouts.jsonl"
     inner = ModelRollouts(tiny_model(), tokenizer, set(range(4, 60)), max_new_tokens=2)
     recording = RecordingRollouts(inner, path)
@@ -283,14 +283,14 @@ def test_what_was_recorded_is_replayed(tokenizer, tmp_path):
 
     recorded = RecordedRollouts(path, tokenizer)
     again = [replace(each, seed=each.seed + 50, index=9) for each in PROMPTS]
-    assert recorded.sample(again) == second, "in any order of steps, whatever the index"
+    assert recorded.sample(again) == second, "in any order of steps, with any index"
     assert recorded.sample(PROMPTS[::-1]) == first[::-1]
     recorded.sync()
     recorded.close()
 
 
 def test_the_same_prompt_and_seed_again_gives_the_next_sample(tokenizer, tmp_path):
-    """An evaluation asks the same at every step, and gets the sample of the weights at that step."""
+    """An evaluation asks for the same prompts at every step, and gets the samples of that step."""
     path, samples = tmp_path / "rollouts.jsonl", [Sample([5, STOP], "", True), Sample([6, 7], "", False)]
     recording = RecordingRollouts(Listed(*samples), path)
     for _ in samples:
@@ -302,7 +302,7 @@ def test_the_same_prompt_and_seed_again_gives_the_next_sample(tokenizer, tmp_pat
         recorded.sample(PROMPTS[:1])
 
 
-def test_what_was_not_recorded_is_named(tokenizer, tmp_path):
+def test_a_prompt_that_was_not_recorded_is_named(tokenizer, tmp_path):
     path = tmp_path / "rollouts.jsonl"
     recording = RecordingRollouts(Listed(Sample([5], "x", False), Sample([6], "y", False)), path)
     recording.sample(PROMPTS[:2])
@@ -316,7 +316,7 @@ def test_what_was_not_recorded_is_named(tokenizer, tmp_path):
     assert ids_of(recorded.sample(PROMPTS[:2])) == [[5], [6]], "a refusal uses nothing up"
 
 
-def test_a_recording_passes_on_what_it_is_told(tmp_path):
+def test_a_recording_passes_on_sync_and_close(tmp_path):
     inner = Listed()
     recording = RecordingRollouts(inner, tmp_path / "rollouts.jsonl")
     recording.sync()
@@ -325,7 +325,7 @@ def test_a_recording_passes_on_what_it_is_told(tmp_path):
     assert (inner.synced, inner.closed) == (1, True)
 
 
-def test_a_recording_does_not_take_the_place_of_another(tmp_path):
+def test_a_recording_does_not_replace_another(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_text("mine")
     with pytest.raises(OutputExistsError, match=r"path: .*rollouts.jsonl exists"):

@@ -66,7 +66,7 @@ class FakeLLM:
         assert self.awake
         self.calls.append(method)
         if self.rpc_error is not None:
-            raise type(self.rpc_error)(*self.rpc_error.args)  # one that holds no traceback, and so no LLM
+            raise type(self.rpc_error)(*self.rpc_error.args)  # without a traceback, which would hold the LLM
         self.base = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"])
 
     def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
@@ -155,12 +155,12 @@ def folders(found: VLLMRollouts) -> list[str]:
     return sorted(each.name for each in Path(found._folder.name).iterdir())
 
 
-# ---- the weights are those in training ---------------------------------------------------------
+# ---- the weights of training -------------------------------------------------------------------
 
 
 def test_an_adapters_samples_follow_its_training(base, tokenizer, rollouts, vllm):
     model = adapted(base)
-    model.set_adapter("generator")  # active while it is made, and not what summaries come from
+    model.set_adapter("generator")  # active while the rollouts are made, but summaries come from the other
     found = rollouts(model, adapter="inference")
     llm, seen = vllm.made[0](), []
     model.set_adapter("inference")
@@ -197,7 +197,7 @@ def test_one_adapter_of_peft_s_own_name(base, tokenizer, rollouts):
 
 
 def test_whole_weights_follow_their_training(base, tokenizer, rollouts, vllm):
-    train(base, "q_proj")  # no longer those of the folder it was loaded from
+    train(base, "q_proj")  # the weights now differ from those in the folder
     found = rollouts(base)
     llm = vllm.made[0]()
     before = found.sample(PROMPTS)
@@ -211,10 +211,10 @@ def test_whole_weights_follow_their_training(base, tokenizer, rollouts, vllm):
     assert llm.asked[0][-1] is None
 
 
-# ---- what it is asked --------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------
 
 
-def test_what_it_is_asked(base, rollouts, vllm):
+def test_the_options_of_vllm_and_of_sampling(base, rollouts, vllm):
     found = rollouts(adapted(base), max_prompt_tokens=20, enforce_eager=True)
     llm = vllm.made[0]()
     assert llm.options == {
@@ -283,7 +283,7 @@ def test_closing_gives_everything_back(base, rollouts, vllm):
         found.sample(PROMPTS)
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 
 def test_weights_it_cannot_load_are_named_at_the_start(base, rollouts, vllm, monkeypatch):
@@ -301,8 +301,8 @@ def test_weights_it_cannot_load_are_named_at_the_start(base, rollouts, vllm, mon
         rollouts(base)
 
 
-def test_what_it_cannot_run_is_refused_before_anything_is_loaded(base, rollouts, vllm):
-    with pytest.raises(ArgumentError, match="adapter: expected None with a model that is no PEFT model, got 'x'"):
+def test_models_it_cannot_run_are_refused_before_anything_is_loaded(base, rollouts, vllm):
+    with pytest.raises(ArgumentError, match="adapter: expected None with a model that is not a PEFT model, got 'x'"):
         rollouts(base, adapter="x")
     with pytest.raises(ArgumentError, match="max_prompt_tokens: expected a positive number, got 0"):
         rollouts(base, max_prompt_tokens=0)
@@ -348,7 +348,7 @@ def test_a_run_of_several_processes_is_refused(base, rollouts, vllm, monkeypatch
     assert vllm.made == []
 
 
-def test_it_is_named_where_it_is_missing(base, rollouts, monkeypatch):
+def test_a_missing_vllm_is_named(base, rollouts, monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError, match="VLLMRollouts needs vLLM, which is not installed"):

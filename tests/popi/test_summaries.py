@@ -1,3 +1,5 @@
+"""Summaries are written from the right signals and users, independently of others, and kept in a file."""
+
 from __future__ import annotations
 
 import json
@@ -13,9 +15,13 @@ from typing import IO, Any
 import pytest
 
 from nextquill.data import HistoryItem
-from nextquill.errors import ArgumentError, OutputExistsError, RecordError
+from nextquill.errors import ArgumentError, BudgetError, OutputExistsError, RecordError
+from nextquill.models.tiny_models import ScratchSize, build_model
 from nextquill.popi import summaries
-from nextquill.popi.summaries import Summary, SummaryFile, signals_hash
+from nextquill.popi.prompts import InferencePrompts
+from nextquill.popi.roles import Role
+from nextquill.popi.summaries import Summary, SummaryFile, all_signals, hold_out, signals_hash, summarize
+from nextquill.popi.users import Pair, User, check_draw
 
 SIGNALS = (HistoryItem("I liked the sea."), HistoryItem("tea", title="drinks", timestamp=3.0))
 
@@ -42,11 +48,11 @@ def test_the_hash_changes_with_everything_in_the_signals_and_their_order() -> No
     ]
     hashes = {signals_hash(signals) for signals in [SIGNALS, *others]}
     assert len(hashes) == 1 + len(others)
-    # Written down: a file of summaries outlives the version that made it.
+    # A fixed value, as a file of summaries outlives the version that wrote it.
     assert signals_hash(SIGNALS) == signals_hash(list(SIGNALS)) == "59536dcf904dae588737eac4f22919f4"
 
 
-def test_a_line_is_what_the_documentation_says(file: SummaryFile) -> None:
+def test_a_line_has_the_documented_fields(file: SummaryFile) -> None:
     file.put(make(summary="Likes thé."))
     raw = json.loads(file.path.read_text(encoding="utf-8"))
     assert datetime.fromisoformat(raw.pop("created")).tzinfo is not None
@@ -67,7 +73,7 @@ def test_no_file_holds_no_summaries(file: SummaryFile) -> None:
     assert not file.path.exists()
 
 
-def test_what_is_put_is_read_and_replaced(file: SummaryFile) -> None:
+def test_summaries_are_read_back_and_replaced(file: SummaryFile) -> None:
     ann, bob = make(), make("bob", "a\u2028b\n\n</s>")
     assert file.put(ann, bob) == []
     assert SummaryFile(file.path).read() == {"ann": ann, "bob": bob}
@@ -76,7 +82,7 @@ def test_what_is_put_is_read_and_replaced(file: SummaryFile) -> None:
     assert list(file.read().values()) == [newer, bob]
 
 
-def test_only_missing_and_stale_summaries_are_to_be_made(file: SummaryFile) -> None:
+def test_only_missing_and_stale_summaries_are_to_be_written(file: SummaryFile) -> None:
     own, other = signals_hash(SIGNALS), signals_hash(SIGNALS[:1])
     file.put(make(), make("bob"))
     assert file.missing({"ann": own, "bob": other, "cy": own}) == ["bob", "cy"]
@@ -154,12 +160,12 @@ def test_a_bad_line_is_named_and_nothing_is_overwritten(file: SummaryFile, line:
     assert file.path.read_text() == content
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"summaries.jsonl: cannot be written: No such file"):
         SummaryFile(tmp_path / "none" / "summaries.jsonl").put(make())
 
 
-def test_what_was_private_stays_private_and_a_link_stays_a_link(file: SummaryFile, tmp_path: Path) -> None:
+def test_a_private_file_stays_private_and_a_link_stays_a_link(file: SummaryFile, tmp_path: Path) -> None:
     file.put(make())
     file.path.chmod(0o600)
     link = tmp_path / "link.jsonl"
@@ -186,7 +192,7 @@ def test_writers_at_the_same_time_lose_nothing(file: SummaryFile, like: str, mon
     assert sorted(file.read()) == sorted(f"{name}{place}" for name in "abcd" for place in range(8))
 
 
-def test_a_file_that_is_replaced_while_it_is_waited_for_is_held_anew(
+def test_a_file_that_is_replaced_during_the_wait_is_locked_again(
     file: SummaryFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
@@ -208,7 +214,7 @@ def test_a_file_that_is_replaced_while_it_is_waited_for_is_held_anew(
             file.put(make("bob"))
 
 
-def test_a_file_that_is_held_is_waited_for_and_then_refused(file: SummaryFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_refused_after_a_wait(file: SummaryFile, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
     file.put(make())
     monkeypatch.setattr(summaries, "_PATIENCE_S", 0.05)
@@ -233,3 +239,68 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(file: SummaryFile, monke
     monkeypatch.undo()
     assert file.path.read_bytes() == before
     assert len(list(file.path.parent.iterdir())) == 1
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+SIZE = ScratchSize(vocabulary=260, hidden_size=32, layers=1, heads=1, intermediate_size=48, positions=2048)
+
+
+def pair(k, timestamp=None):
+    return Pair(f"Question {k} of many?", f"Answer {k}, gladly.", f"Reply {k}, never.", timestamp)
+
+
+def user(name, pairs=4, items=1):
+    return User(name, tuple(map(pair, range(pairs))), tuple(HistoryItem(f"Past text {k}.") for k in range(items)))
+
+
+def test_all_signals_are_the_newest_items_and_pairs():
+    someone = user("a", pairs=2, items=2)
+    known = [*someone.items, *(each.as_item() for each in someone.pairs)]
+    assert all_signals(someone, num_signals=9) == tuple(known)
+    assert all_signals(someone, num_signals=3) == tuple(known[1:])
+    dated = User("b", (pair(0, 1.0), pair(1, 9.0)), (HistoryItem("Between.", timestamp=5.0),))
+    assert [item.timestamp for item in all_signals(dated, num_signals=2)] == [5.0, 9.0]
+
+
+def test_users_who_cannot_be_judged_are_named():
+    found = hold_out([user("a"), user("b", pairs=0), user("c", pairs=1), user("d", pairs=1, items=0)], num_signals=3)
+    assert [draw.user_id for draw in found.draws] == ["a"]
+    assert (found.no_pairs, found.few_signals) == (("b",), ("c", "d"))
+    assert found.left_out == {"no_pairs": 1, "few_signals": 2}
+    assert str(found) == (
+        "1 users, 2 pairs; 1 left out without pairs, such as 'b'; 2 left out with too few signals, such as 'c'"
+    )
+    for draw in found.draws:
+        check_draw(draw)
+    with pytest.raises(RecordError, match="1 left out with too few signals"):
+        hold_out([user("d", pairs=1)], num_signals=3)
+    assert len(hold_out([user("c", pairs=1)], num_signals=1).draws) == 1
+
+
+@pytest.fixture(scope="module")
+def role(tokenizer):
+    return Role("inference", build_model(SIZE, 0).eval(), tokenizer, None, None, frozen=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_summary_does_not_depend_on_the_other_users(role, tokenizer, temperature):
+    prompts = InferencePrompts(tokenizer)
+    signals = {f"u{k}": all_signals(user(f"u{k}", items=1 + k), num_signals=9) for k in range(4)}
+    options = {"max_new_tokens": 8, "temperature": temperature}
+    found = {each.user_id: each for each in summarize(role, prompts, signals, batch_size=3, **options)}
+    assert found.keys() == signals.keys()
+    for name, own in signals.items():
+        (alone,) = summarize(role, prompts, {name: own}, **options)
+        assert alone == found[name]
+        assert alone.tokens <= 8
+    if temperature:
+        again = {each.user_id: each for each in summarize(role, prompts, signals, seed=1, **options)}
+        assert again != found
+
+
+def test_a_signal_that_does_not_fit_is_named_before_any_summary_is_written(role, tokenizer):
+    prompts = InferencePrompts(tokenizer, max_prompt_tokens=400)
+    signals = {"a": (HistoryItem("Short."),), "b": (HistoryItem("long " * 200),)}
+    with pytest.raises(BudgetError, match="user 'b'"):
+        next(summarize(role, prompts, signals))

@@ -87,7 +87,7 @@ def test_no_split_and_no_layout_changes_what_is_learnt(
 ) -> None:
     trainer, folder = plain
     other = run(tmp_path, **SGD, **split)
-    # Which summaries were sampled, in whatever order users came, and what they were worth.
+    # The same summaries and rewards, in any order of users.
     keys = ("step", "user_id", "summary")
     ours, theirs = ([tuple(line[key] for key in keys) for line in summaries_of(f)] for f in (folder, tmp_path))
     assert sorted(ours) == sorted(theirs)
@@ -128,10 +128,10 @@ def test_only_the_role_whose_turn_it_is_moves(tmp_path: Path, config: dict[str, 
         assert changed == expected
 
 
-def test_resumed_training_is_the_uninterrupted_one_bit_by_bit(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted_bit_by_bit(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
     trainer, folder = whole
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
-    # A run that was killed after its third step has logged what the resumed one makes again.
+    # A run that was killed after its third step has logged steps that the resumed one makes again.
     lines = (folder / "sampled_summaries.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "sampled_summaries.jsonl").write_text("".join(lines[:-5]) + '{"step": 3, "us')
     resumed = make_trainer(tmp_path, per_device_train_batch_size=4, save_strategy="steps", save_steps=2)
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path],
         make_trainer(tmp_path, train_dataset=make_users(5)).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
-    assert log.read_text() == '{"step": 9}\n', "what a refused resume found there is lost"
+    assert log.read_text() == '{"step": 9}\n', "a refused resume must leave the log as it is"
 
 
 @pytest.mark.parametrize("name", ["inference", "generator"])
@@ -199,8 +199,8 @@ def test_separate_models_are_trained_and_come_back(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in role.model.state_dict().items())
 
 
-def test_adapters_are_gone_on_with_from_what_they_were(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """A second run's reference is its own starting point, not the base model."""
+def test_given_adapters_are_trained_further(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    """The reference of a second run is its own initial state, not the base model."""
     whole[0].save_model(str(tmp_path / "first"))
     model = Roles.load(tmp_path / "first").inference.model
     trainer = make_trainer(tmp_path / "second", model=model, peft_config=None)
@@ -250,7 +250,7 @@ def test_a_warm_start_on_its_own_texts_learns_each_groups_best(tmp_path: Path) -
         assert weights[best] == pytest.approx(1 / own.lines[best]["tokens"])
 
 
-def test_a_warm_start_learns_no_empty_and_no_endless_text(tmp_path: Path) -> None:
+def test_a_warm_start_ignores_empty_and_unfinished_texts(tmp_path: Path) -> None:
     config = {"warm_start_steps": 1, "warm_start": "self", "unfinished_penalty": 0.0, "kl_coef": 0.0}
     rollouts = Scripted([""])
     samples = {
@@ -267,7 +267,7 @@ def test_a_warm_start_learns_no_empty_and_no_endless_text(tmp_path: Path) -> Non
         assert own.weights["inference"].tolist() == [0.0, 0.0, 0.0]
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------
+# ---- bad samples, users and arguments --------------------------------------------------------------
 
 
 class _AfterStep:
@@ -312,7 +312,7 @@ def test_recorded_samples_train_the_same_model(tmp_path: Path) -> None:
     second = run(tmp_path / "second", rollouts=recorded)
     for name, tensor in trained_weights(first).items():
         assert torch.equal(tensor, trained_weights(second)[name]), name
-    with pytest.raises(CheckpointError, match="seed"):  # another run asks for what was not recorded
+    with pytest.raises(CheckpointError, match="seed"):  # another run asks for other prompts
         run(tmp_path / "third", rollouts=RecordedRollouts(tmp_path / "samples.jsonl", word_tokenizer()), seed=4)
 
 
@@ -354,7 +354,7 @@ def test_longer_summaries_cost_reward(tmp_path: Path) -> None:
     assert [line["advantage"] for line in own.lines] == pytest.approx([-0.2, 0.1, 0.1])
 
 
-def test_a_reward_that_is_no_number_is_counted_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_that_is_not_finite_is_counted_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, calls = BranchPasses.log_probs, []
 
     def broken(self: BranchPasses, branches: Any) -> Tensor:
@@ -443,7 +443,7 @@ def test_unusable_settings_are_named(setting: str, value: Any) -> None:
 # ---- evaluation ------------------------------------------------------------------------------------
 
 
-def test_evaluation_judges_pairs_that_are_no_signals(whole: tuple[POPITrainer, Path]) -> None:
+def test_evaluation_judges_held_out_pairs(whole: tuple[POPITrainer, Path]) -> None:
     trainer, _ = whole
     users = make_users(3)
     metrics = trainer.evaluate(users)
@@ -461,11 +461,11 @@ def test_evaluation_judges_pairs_that_are_no_signals(whole: tuple[POPITrainer, P
     assert set(" ".join(texts).split()) <= set(WORDS)
 
 
-def test_who_cannot_be_evaluated_is_left_out_or_named(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
-    """As in the command, users are left out who have too few signals before the scored pairs."""
+def test_users_that_cannot_be_evaluated_are_left_out_or_named(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    """As in the command, users with too few signals before the scored pairs are left out."""
     trainer, _ = whole
     pairs = tuple(Pair(f"w{i}", f"red w{i}", f"blue w{i}", timestamp=float(i)) for i in range(2))
-    late = tuple(HistoryItem(f"red w{9 + i}", timestamp=50.0) for i in range(3))  # later than what is judged
+    late = tuple(HistoryItem(f"red w{9 + i}", timestamp=50.0) for i in range(3))  # later than the judged pairs
     poor = User("poor", pairs, late)
     assert trainer.evaluate([*make_users(3), poor]) == trainer.evaluate(make_users(3))
     with pytest.raises(RecordError, match="eval_dataset: users: expected some with pairs and signals"):

@@ -1,3 +1,5 @@
+"""Users gathered from records, signals that give a pair away, and draws for training and evaluation."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +47,7 @@ def test_records_are_gathered_by_user_in_the_order_of_their_first() -> None:
     ]
 
 
-def test_items_are_the_union_of_the_histories_and_what_is_no_pair() -> None:
+def test_items_are_the_union_of_the_histories_and_the_responses_without_a_pair() -> None:
     sea, hill = HistoryItem("Sea.", timestamp=5.0), HistoryItem("Hill.", "walks", 2.0)
     (user,) = users_from_records(
         [
@@ -69,7 +71,7 @@ def test_pairs_rendered_in_histories_do_not_stand_beside_the_pairs_themselves() 
     assert (user.pairs, user.items) == ((first, second), ())
 
 
-def test_what_the_loader_of_preferences_makes_of_pairs_is_known_as_those_pairs(tmp_path: Path) -> None:
+def test_pairs_rendered_by_the_loader_of_preferences_are_recognised(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"user_id": "u", "prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
     rows.append({"user_id": "u", "prompt": "", "chosen": "blank good", "rejected": "blank bad"})
@@ -121,7 +123,7 @@ def test_records_without_any_pair_are_refused(records: list[Record]) -> None:
         users_from_records(records)
 
 
-# ---- what gives what away ---------------------------------------------------------------------------
+# ---- signals that give a pair away ------------------------------------------------------------------
 
 GIVING = {
     "query": HistoryItem("Anything.", title=" what  to READ?\n"),
@@ -180,6 +182,34 @@ def test_an_answer_that_begins_like_a_label_is_found_behind_one() -> None:
     assert gives_away(pair.as_item(), pair)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG[:30],
+        f"{LONG[:30]}...",
+        f"... {LONG[4:34]} [...]",
+        LONG[:20] + "\u200b" + LONG[20:],
+        "I read: " + LONG.replace("long", "lo\u00adng"),
+    ],
+)
+def test_a_copy_that_was_cut_or_holds_invisible_characters_gives_an_answer_away(text: str) -> None:
+    assert gives_away(HistoryItem(text), replace(PAIR, chosen=LONG))
+    assert not gives_away(HistoryItem(LONG[:20]), replace(PAIR, chosen=LONG)), "too short to tell"
+
+
+@pytest.mark.parametrize("text", ["> A slow tale.", ">> A slow tale.", "- A slow tale.", "So:\n• A slow tale."])
+def test_a_quoted_or_listed_line_gives_an_answer_away(text: str) -> None:
+    assert gives_away(HistoryItem(text), PAIR)
+    assert not gives_away(HistoryItem("> A slow tale it was."), PAIR)
+
+
+def test_quotation_marks_and_the_end_of_a_query_make_no_difference() -> None:
+    pair = Pair("Is it a 'tale'?", 'He said "it\'s so".', "no")
+    assert gives_away(HistoryItem("He said “it’s so”."), pair)
+    assert gives_away(HistoryItem("Something.", title="is it a ‘tale’"), pair)  # noqa: RUF001
+    assert not gives_away(HistoryItem("Something.", title="Is it a tale"), pair)
+
+
 # ---- draws ------------------------------------------------------------------------------------------
 
 words = st.sampled_from(["", "yes", "no", "A tale.", "a  TALE.", LONG, f"So: {LONG}", "Preferred: yes", "x\ny", "y"])
@@ -223,7 +253,7 @@ def test_a_user_who_is_kept_has_two_signals_in_every_draw(
 
 def test_a_draw_follows_from_seed_and_user_alone(ann: User) -> None:
     numbers = {"num_pairs": 2, "num_signals": 3}
-    # Written down, so that a change of what a seed draws is seen.
+    # Fixed values, so that a change of the draws is noticed.
     assert [pair.query for pair in draw(ann, seed=0, **numbers).pairs] == ["query 5", "query 1"]
     assert draw(ann, seed=0, **numbers) == draw(ann, seed=0, **numbers)
     assert len({draw(ann, seed=seed, **numbers) for seed in range(10)}) > 5
@@ -263,14 +293,14 @@ def test_the_first_pairs_are_signals_and_the_rest_is_evaluated(ann: User) -> Non
     assert held_out(ann, num_signals=99).pairs == ann.pairs[-1:]
 
 
-def test_first_is_by_time_where_all_pairs_are_dated(ann: User) -> None:
+def test_the_first_pairs_are_the_earliest_if_all_are_dated(ann: User) -> None:
     backwards = replace(ann, pairs=tuple(replace(pair, timestamp=-float(i)) for i, pair in enumerate(ann.pairs)))
     one = held_out(backwards, num_signals=2)
     assert [item.timestamp for item in one.signals] == [-5.0, -4.0]
     assert [pair.timestamp for pair in one.pairs] == [-3.0, -2.0, -1.0, 0.0]
 
 
-def test_items_spare_pairs_and_none_is_from_the_future_of_what_is_evaluated() -> None:
+def test_items_spare_pairs_and_none_is_later_than_an_evaluated_pair() -> None:
     pairs = tuple(Pair(f"q{i}", f"good {i}", f"bad {i}", float(i)) for i in range(5))
     items = tuple(HistoryItem(f"note {t}", timestamp=t) for t in (-1.0, 1.5, 9.0))
     one = held_out(User("ann", pairs, items), num_signals=3)
@@ -278,7 +308,36 @@ def test_items_spare_pairs_and_none_is_from_the_future_of_what_is_evaluated() ->
     assert one.pairs == pairs[2:]
 
 
-def test_a_given_away_pair_is_refused_in_a_draw_of_whatever_origin() -> None:
+def test_no_signal_is_later_than_an_evaluated_pair_even_if_others_have_no_time() -> None:
+    pairs = (Pair("1", "a", "b", 1.0), Pair("2", "c", "d"), Pair("3", "e", "f", 3.0))
+    user = User("ann", pairs, (HistoryItem("late", timestamp=9.0), HistoryItem("early", timestamp=0.0)))
+    found = held_out(user, num_signals=3)
+    assert "late" not in [item.text for item in found.signals]
+    assert "early" in [item.text for item in found.signals]
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_an_item_of_later_histories_only_is_not_a_signal_for_earlier_pairs(dated: bool) -> None:
+    notes = [HistoryItem(f"note {k}") for k in range(4)]
+    records = [
+        record(query=f"q{k}", chosen=f"c{k}", rejected=f"r{k}", history=tuple(notes[: k + 1]), timestamp=time)
+        for k in range(4)
+        for time in [float(k) if dated else None]
+    ]
+    for given_records in (records, records[::-1]) if dated else (records,):
+        (user,) = users_from_records(given_records)
+        found = held_out(user, num_signals=2)
+        assert found.pairs[0].query == "q1"
+        assert not {"note 2", "note 3"} & {item.text for item in found.signals}
+    shared = [replace(each, history=tuple(notes)) for each in records]
+    (user,) = users_from_records(shared)
+    assert user.since == ()
+    assert len(held_out(user, num_signals=4).pairs) == 4, "known from the start"
+    (user,) = users_from_records([*records, record(query="5", chosen=None, rejected=None, history=tuple(notes))])
+    assert user.since == (), "the history of a record without a pair is known from the start"
+
+
+def test_a_draw_with_a_given_away_pair_is_refused() -> None:
     bad = Draw("ann", (HistoryItem("fine"), HistoryItem("Preferred: a slow tale.")), (PAIR,))
     with pytest.raises(RecordError, match=r"^user 'ann': .* got signals\[1\], which gives away .* 'What to read\?'$"):
         check_draw(bad)
@@ -321,7 +380,7 @@ def test_bad_numbers_and_users_are_refused(ann: User) -> None:
         draw(replace(ann, pairs=()), num_pairs=1, num_signals=1, seed=0)
 
 
-def test_users_without_pairs_are_users_where_none_is_needed() -> None:
+def test_users_may_have_no_pairs_if_none_is_needed() -> None:
     records = [Record("ann", "q", "r", (HistoryItem("a text"),))]
     (user,) = users_from_records(records, need_pairs=False)
     assert user.pairs == ()

@@ -26,14 +26,14 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-rloo-baseline",
-        "nextquill/popi/estimators.py",
+        "nextquill/popi/objective.py",
         "found = values - (total - values) / (count - 1).clamp(min=1)",
         "found = values - total / count.clamp(min=1)",
         "RLOO's baseline holds the sample itself",
     ),
     Mutation(
         "popi-equal-rewards",
-        "nextquill/popi/estimators.py",
+        "nextquill/popi/objective.py",
         "torch.where(equal[:, None] | (count < 2), 0.0, found)",
         "torch.where(count < 2, 0.0, found)",
         "GRPO makes a signal of rounding where all rewards are equal",
@@ -89,9 +89,9 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-resume-log",
-        "nextquill/popi/sample_log.py",
-        "if _step_of(line) < step]",
-        "if _step_of(line) <= step]",
+        "nextquill/popi/logs.py",
+        '_fields(line).get("step", math.inf) < step]',
+        '_fields(line).get("step", math.inf) <= step]',
         "a resumed run logs a step's summaries twice",
     ),
     Mutation(
@@ -145,7 +145,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-token-ratio",
-        "nextquill/popi/measures.py",
+        "nextquill/popi/evaluation.py",
         'return contexts["signals"].context_tokens / contexts["summary"].context_tokens',
         'return contexts["summary"].context_tokens / contexts["signals"].context_tokens',
         "the report says that summaries lengthen prompts",
@@ -159,7 +159,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-other-base",
-        "nextquill/popi/role_files.py",
+        "nextquill/popi/roles.py",
         "if None not in (known, found) and known != found:",
         "if None in (known, found) and known == found:",
         "adapters are loaded on another base model",
@@ -180,14 +180,14 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-context-room",
-        "nextquill/popi/checks.py",
+        "nextquill/popi/inputs.py",
         "min(config.max_signal_tokens, inference - config.max_summary_tokens)",
         "min(config.max_signal_tokens, inference)",
         "a prompt leaves no room for the summary",
     ),
     Mutation(
         "popi-trained-users",
-        "nextquill/popi/saved_run.py",
+        "nextquill/popi/logs.py",
         'places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]',
         "places = [run]",
         "a checkpoint is evaluated on users that it was trained on without a word",

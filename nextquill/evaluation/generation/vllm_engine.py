@@ -104,12 +104,10 @@ def lora_request(name: str, number: int, folder: str) -> Any:
     return LoRARequest(name, number, folder)
 
 
-def check_installed() -> None:
-    """Raise BackendUnavailableError where vLLM is not installed."""
+def check_installed(argument: str = "engine: 'vllm'", instead: str = "take 'hf'") -> None:
+    """Raise BackendUnavailableError if vLLM is not installed; the message names the argument that needs it."""
     if importlib.util.find_spec("vllm") is None:
-        raise BackendUnavailableError(
-            "engine: 'vllm' needs vLLM, which is not installed; pip install vllm, or take 'hf'"
-        )
+        raise BackendUnavailableError(f"{argument} needs vLLM, which is not installed; pip install vllm, or {instead}")
 
 
 def check_vllm(model: Any, model_name: str | None) -> Adapter | None:

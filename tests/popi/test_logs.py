@@ -1,4 +1,4 @@
-"""The log of samples, whatever the model has written."""
+"""The log of sampled summaries keeps whole lines, with any characters in a summary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextquill.popi.sample_log import SampleLog
+from nextquill.popi.logs import SampleLog
 
 
 @given(
@@ -22,7 +22,7 @@ def test_a_restart_keeps_every_line_of_the_steps_before(tmp_path: Path, texts: l
     lines = [{"step": place, "summary": text} for place, text in enumerate(texts)]
     log.append(lines)
     with log.path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 0, "summ')  # what a killed process leaves
+        file.write('{"step": 0, "summ')  # as a killed process leaves it
     log.restart(step)
     kept = [json.loads(line) for line in log.path.read_text(encoding="utf-8").split("\n") if line]
     assert kept == lines[:step]

@@ -1,4 +1,4 @@
-"""POPI's training refuses settings that it would have to ignore."""
+"""POPI's training refuses arguments that it would have to ignore or could not train exactly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mixture() -> Any:
         ({"peft_config": lora(trainable_token_indices=[3])}, "trainable_token_indices"),
     ],
 )
-def test_what_would_be_ignored_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_arguments_that_would_be_ignored_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make_trainer(tmp_path, **options)
     assert not list(tmp_path.iterdir())
@@ -69,7 +69,7 @@ def test_a_router_loss_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, inference_model=mixture(), generator_model=tiny_model())
 
 
-def test_loaded_roles_are_refused_as_a_model_unless_they_are_what_the_settings_say(tmp_path: Path) -> None:
+def test_loaded_roles_are_refused_as_a_model_unless_they_fit_the_settings(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=1).save_model(str(tmp_path / "saved"))
     roles = Roles.load(tmp_path / "saved")
     with pytest.raises(ArgumentError, match="role inference is frozen, expected what freeze_inference=False"):
@@ -87,14 +87,14 @@ def test_an_adapter_of_a_model_without_a_name_is_refused(tmp_path: Path) -> None
         make_trainer(tmp_path, inference_model=adapted, generator_model=tiny_model(2))
 
 
-def test_a_checkpoint_without_an_optimiser_is_not_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **options, save_only_model=True).train()
     with pytest.raises(CheckpointError, match=r"checkpoint-2 has no optimizer\.pt"):
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
 
 
-def test_a_run_is_resumed_only_as_it_was(tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_with_the_same_arguments(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, **options).train()
     others: list[tuple[dict[str, Any], str]] = [
@@ -127,7 +127,7 @@ def test_users_that_fill_no_batch_are_named(tmp_path: Path) -> None:
     [(lambda prompts: [Sample([], "", ended=False)] * len(prompts), "sample 0 has none"),
      (lambda prompts: [Sample([7, 1], "red", ended=True)], "expected 6 samples, got 1")],
 )  # fmt: skip
-def test_samples_that_are_none_are_named(tmp_path: Path, sample: Any, message: str) -> None:
+def test_missing_and_empty_samples_are_named(tmp_path: Path, sample: Any, message: str) -> None:
     class Broken:
         def sample(self, prompts: Any) -> list[Sample]:
             found: list[Sample] = sample(prompts)
