@@ -10,8 +10,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from nextquill.errors import ArgumentError, CheckpointError
-from nextquill.models.architectures import base_model, random_rates, text_config
-from nextquill.models.loading import context_length
+from nextquill.models.architectures import random_rates
+from nextquill.models.configs import base_model, context_length
+from nextquill.models.router import asks_for_router_loss
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.rollouts import Sample
@@ -65,7 +66,7 @@ def check_roles(roles: Roles) -> None:
     """Raise ArgumentError where what is trained would be another thing than what is measured."""
     for role in roles:
         base = base_model(role.model)
-        if getattr(text_config(base), "output_router_logits", False):
+        if asks_for_router_loss(base):
             raise ArgumentError(
                 f"model: the {role.name} model's config.output_router_logits asks for a router loss, which has no part "
                 "in this objective; set it to False"
@@ -129,4 +130,4 @@ def within_context(config: POPIConfig, roles: Roles) -> POPIConfig:
 
 
 def _context(role: Role) -> int:
-    return context_length(base_model(role.model)) or 2**31
+    return context_length(role.model) or 2**31

@@ -10,7 +10,7 @@ from torch import nn
 
 from nextquill.data import load_records
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
-from nextquill.models.limits import check_vocabulary
+from nextquill.models.configs import check_vocabulary
 from nextquill.popi.checks import check_given_roles
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts

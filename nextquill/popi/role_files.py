@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import CheckpointError
-from nextquill.models.loading import is_adapter, load_tokenizer
+from nextquill.models.configs import is_adapter
+from nextquill.models.loading import load_tokenizer
 from nextquill.storage.fingerprints import fingerprint
 
 # Values of each of the base's weights that tell it from another.

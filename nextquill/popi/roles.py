@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
-from nextquill.models.loading import is_adapter, load_model
+from nextquill.models.configs import is_adapter
+from nextquill.models.loading import load_model
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.popi.role_files import base_digest, check_base, load_role, place_of, save_separate, tokenizer_of
 from nextquill.storage.atomic_files import write_whole

@@ -25,7 +25,7 @@ from nextquill.errors import ArgumentError, BudgetError, CheckpointError, Output
 from nextquill.evaluation.generation import GenerationOptions, Prompt
 from nextquill.evaluation.generation.options import decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
-from nextquill.models.loading import context_length
+from nextquill.models.configs import base_model, context_length
 from nextquill.storage.fingerprints import digest_of
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
@@ -98,7 +98,7 @@ class ModelRollouts:
             ArgumentError: a prompt without tokens.
             BudgetError: a prompt that leaves less than `max_new_tokens` of the model's context.
         """
-        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        base = base_model(self._model)
         check_prompts(prompts, self._options.max_new_tokens, context_length(base))
         with transformers_engine(base, self._tokenizer, self._stops, self._options) as engine:
             return in_order(engine, prompts, self._tokenizer, self._stops)

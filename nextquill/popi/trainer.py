@@ -46,11 +46,10 @@ from nextquill.popi.summarizing import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
 from nextquill.storage.fingerprints import fingerprint
-from nextquill.training.atomic_checkpoints import StagedCheckpoints
-from nextquill.training.run_identity import run_identity
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 
 
-class POPITrainer(StagedCheckpoints, Trainer):
+class POPITrainer(AtomicCheckpoints, Trainer):
     """Train summaries of users, and a generator that conditions on them, under one preference objective.
 
     Args:

@@ -355,7 +355,7 @@ def test_batches_of_another_collator() -> None:
     examples = random_examples(2)
     for attention, other in (("auto", PaddedCollator(0)), ("mask", PaddedCollator(0)), ("padded", TreeCollator())):
         passes = PairPasses(tiny_model(), loss_cases()["official"].loss, attention)
-        with pytest.raises(ArgumentError, match="batch: expected one that this object's own collator made"):
+        with pytest.raises(ArgumentError, match="batch: expected a batch of this object's own collator"):
             passes.training_loss(other(examples))
 
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import CheckpointError, UnsupportedModelError
 from nextquill.models import loading
-from nextquill.models.loading import PROMPT_FILE, PromptSettings, context_length, load_model, load_prompt_settings
+from nextquill.models.configs import context_length
+from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
 
 SETTINGS = PromptSettings(PromptTemplate(order="history_first", system="Être bref."), 700, 50)
 

@@ -124,7 +124,7 @@ def test_an_example_without_effects_is_refused():
 
 
 REFUSED = {
-    "sft": (SFTLoss(), "loss: SFTLoss weighs every token alike"),
+    "sft": (SFTLoss(), "loss: SFTLoss gives all tokens one weight"),
     "reads the effect": (PairLoss(lambda pair: pair.effect), "expected a weighting with `reads_effect = False`"),
 }
 
