@@ -25,8 +25,8 @@ def check_architecture(base: Any) -> None:
     others = layer_types(base) - _LAYER_TYPES
     if others:
         raise UnsupportedModelError(
-            f"{name}: its layers of type {', '.join(sorted(others))} pass a state from row to row, so the branches of "
-            f"a tree would see each other; {advice}"
+            f"{name}: its layers of type {', '.join(sorted(others))} let a token depend on rows outside its path, so "
+            f"the branches of a tree would see each other; {advice}"
         )
     if getattr(base, "_is_stateful", False):
         raise UnsupportedModelError(

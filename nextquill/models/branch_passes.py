@@ -81,7 +81,7 @@ class PairPasses:
             check_stored_weighting(loss)
         self.stored_effects = stored_effects
         self.runner = LossInHead(model)
-        self.loss = fit_to_head(loss, self.runner)
+        self.loss = _fit_to_head(loss, self.runner)
         self.router = RouterLoss.of(model)
         self.trees = None if attention == "padded" else TreeAttention(model, attention)
 
@@ -382,7 +382,7 @@ def _collator(
     return PaddedCollator(pad_token_id, forwards)
 
 
-def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
+def _fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
     """A copy of the loss with the model's own soft cap and scale.
 
     Raises:

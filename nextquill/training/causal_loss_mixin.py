@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nextquill.data import EncodedDataset, EncodedExample, UserGroupSampler
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.scoring import forward_budget
+from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
 from nextquill.models.branch_passes import PairPasses, add_empty_parts, with_empty_parts
 from nextquill.training.checks import check_batching
@@ -74,11 +74,6 @@ class CausalLossMixin(_Base):
         """The loss, with the model's own soft cap and scale."""
         return self.passes.loss
 
-    @property
-    def _pad_token_id(self) -> int:
-        known = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
-        return next((i for i in known if i is not None), 0)
-
     # ---- data ----------------------------------------------------------------------------------
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
@@ -94,7 +89,7 @@ class CausalLossMixin(_Base):
             # A row holds more branches than in training. Without gradient they take a fraction of the memory.
             names = BRANCHES if placebo else BRANCHES[:2]
             budget = forward_budget(_longer(dataset, budget, names), None, budget, names)
-        self.data_collator = self.passes.scoring_collator(self._pad_token_id, budget, placebo=placebo)
+        self.data_collator = self.passes.scoring_collator(pad_token(self.processing_class), budget, placebo=placebo)
         try:
             yield
         finally:

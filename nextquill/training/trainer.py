@@ -26,7 +26,7 @@ from nextquill.data import (
 )
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
-from nextquill.evaluation.scoring import ExampleScores, score_examples
+from nextquill.evaluation.scoring import ExampleScores, pad_token, score_examples
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.configs import default_max_length
@@ -124,7 +124,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         self.watch, callbacks = _with_watch(self.loss, callbacks)
         # Read below; the Trainer sets both again.
         self.args, self.processing_class = args, processing_class
-        collator = passes.collator(self._pad_token_id, max_tokens)
+        collator = passes.collator(pad_token(processing_class), max_tokens)
         train_dataset = _with_effects(self._encoded(train_dataset, placebo=False), effects_file)
         self._check_fits(train_dataset)
         super().__init__(
@@ -160,7 +160,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
             raise ArgumentError(f"records: expected records or an eval_dataset, got {type(given).__name__}")
         attention = "padded" if self.passes.trees is None else self.passes.trees.attention
         model: Any = self.model
-        return score_examples(model, given.examples, self._pad_token_id, attention=attention)
+        return score_examples(model, given.examples, pad_token(self.processing_class), attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if isinstance(source, (str, os.PathLike)) and is_prepared(source):

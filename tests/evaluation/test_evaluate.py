@@ -30,19 +30,6 @@ from nextquill.models.loading import PromptSettings
 from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
 from tests.models.model_helpers import TEMPLATE, tiny_model, word_tokenizer
 
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(initializer_range=0.6)
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
-    """A finished evaluation of everything, which tests only read."""
-    folder = tmp_path_factory.mktemp("evaluation") / "deep" / "folder"
-    return evaluate(model, folder, **ALL), folder
-
-
 # ---- what it says ------------------------------------------------------------------------------
 
 

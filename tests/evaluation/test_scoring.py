@@ -12,7 +12,6 @@ from nextquill.data import Branch, EncodedExample
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.evaluation import scoring
 from nextquill.evaluation.scoring import score_examples, token_texts
-from nextquill.models.branch_passes import PairPasses
 from nextquill.models.tiny_models import build_tokenizer
 from nextquill.tree import build_prefix_tree
 from tests.models.model_helpers import random_examples, tiny_model
@@ -70,19 +69,6 @@ def test_one_example_without_a_placebo_leaves_it_out_for_all():
 
 
 # ---- what is computed together ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """The positions of the examples and the number of tokens, for each forward."""
-    seen, own = [], PairPasses.scores
-
-    def scores(self, part, *rest):
-        seen.append((part["sequence_ids"].unique().tolist(), part["num_tokens"]))
-        return own(self, part, *rest)
-
-    monkeypatch.setattr(PairPasses, "scores", scores)
-    return seen
 
 
 def shared_history(users, each):

@@ -38,7 +38,7 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
             "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
             "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
         },
-        r"Qwen3NextForCausalLM: its layers of type linear_attention pass .* row to row.*use attention='padded'",
+        r"Qwen3NextForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
     ),
     "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM: its layers of type conv "),
     "chunks": ("llama4_text", {"num_local_experts": 2}, "Llama4ForCausalLM: its layers of type chunked_attention "),

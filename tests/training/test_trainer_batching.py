@@ -10,7 +10,15 @@ import torch
 
 from nextquill import ArgumentError, ArgumentTypeError, BudgetError, NextQuillTrainer
 from nextquill.data import EncodedDataset
-from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, shared_examples, tiny_model
+from tests.models.model_helpers import (
+    logs_of,
+    loss_cases,
+    make_records,
+    make_trainer,
+    parameters,
+    shared_examples,
+    tiny_model,
+)
 
 #: Short enough that a device's batch of 4 is several parts, and long enough for each example alone: two branches of an
 #: example together take up to 32 tokens, and three, in an evaluation, up to 50.
@@ -24,10 +32,6 @@ def train(folder: Path, loss_name: str, reduction: str = "sequence", **options: 
     trainer.train()
     assert trainer.state.global_step == 2
     return trainer
-
-
-def parameters(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def assert_same_training(got: NextQuillTrainer, expected: NextQuillTrainer) -> None:
