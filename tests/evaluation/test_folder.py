@@ -43,7 +43,7 @@ NUM_LINES = 6 + 6 + 2 + 18
 
 
 @pytest.mark.parametrize("lines", [0, 1, 6, 8, 12, 13, 15, 21, NUM_LINES - 1])
-def test_a_killed_evaluation_goes_on_and_gives_the_same_bytes(model, whole_in_fours, tmp_path, lines, monkeypatch):
+def test_a_killed_evaluation_resumes_to_the_same_bytes(model, whole_in_fours, tmp_path, lines, monkeypatch):
     with pytest.raises(Killed):
         evaluate(model, tmp_path, **ALL, batch_size=4, progress=killed_after(lines))
     assert not (tmp_path / "evaluation.json").exists()

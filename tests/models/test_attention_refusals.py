@@ -50,14 +50,14 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 @pytest.mark.parametrize("name", sorted(HYBRID))
-def test_layers_that_pass_on_what_they_have_seen(name: str, attention: str) -> None:
+def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> None:
     kind, options, message = HYBRID[name]
     with pytest.raises(UnsupportedModelError, match=message):
         PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
 
 
 @pytest.mark.parametrize("name", ["linear attention", "convolution"])
-def test_such_layers_are_accepted_in_rows_of_their_own(name: str) -> None:
+def test_such_layers_are_accepted_in_separate_rows(name: str) -> None:
     kind, options, _ = HYBRID[name]
     model = tiny_model(kind, **options)
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
@@ -316,7 +316,7 @@ def test_unknown_attention(tmp_path: Path, attention: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_padded_is_no_way_to_attend_over_trees() -> None:
+def test_padded_is_not_an_attention_over_trees() -> None:
     with pytest.raises(ArgumentError, match="'padded'"):
         TreeAttention(tiny_model(), "padded")
 
@@ -381,7 +381,7 @@ def test_dropout_of_a_part_in_training_mode() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_a_window_that_nothing_reads_is_no_window(kind: str) -> None:
+def test_a_window_that_the_model_ignores_is_ignored(kind: str) -> None:
     options = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {**OPT, "dropout": 0.0}}
     model, case, examples = tiny_model(kind, sliding_window=5, **options.get(kind, {})), loss_cases()["official"], []
     examples = shared_examples()

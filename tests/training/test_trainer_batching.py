@@ -81,7 +81,7 @@ def test_a_budget_that_an_example_does_not_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, max_tokens=6)
 
 
-def test_what_a_part_shares_is_logged(tmp_path: Path) -> None:
+def test_sharing_is_logged(tmp_path: Path) -> None:
     """The ratio of branch tokens to computed tokens: at least 1 with trees, at most 1 with padding."""
     factors = {}
     for attention in ("auto", "padded"):
@@ -117,7 +117,7 @@ def test_trees_masks_and_padded_rows_train_the_same(tmp_path: Path, loss_name: s
     ids=str,
 )
 @pytest.mark.parametrize("loss_name", ["official", "sft"])
-def test_evaluation_is_that_of_padded_rows(tmp_path: Path, loss_name: str, options: dict[str, Any]) -> None:
+def test_evaluation_equals_that_of_padded_rows(tmp_path: Path, loss_name: str, options: dict[str, Any]) -> None:
     model, loss, results = tiny_model(), loss_cases()[loss_name].loss, []
     for given in ({"attention": "padded"}, options):
         trainer = make_trainer(tmp_path, loss, model, eval_dataset=make_records(7), **given)
@@ -224,7 +224,7 @@ def test_grouping_shares_more(tmp_path: Path) -> None:
     assert factors[1] > 1.25 * factors[0]
 
 
-# ---- what is refused -------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_it_trains_as_our_own_trainer_does(tmp_path: Path) -> None:
         ({"train_dataset": make_records()}, ArgumentTypeError, "train_dataset: expected an EncodedDataset, got list"),
     ],
 )
-def test_what_would_be_ignored_is_refused(
+def test_options_that_would_be_ignored_are_refused(
     tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
