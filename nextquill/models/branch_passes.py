@@ -113,21 +113,39 @@ class PairPasses:
         Args:
             pad_token_id: fills padded rows; trees need none.
             max_tokens: see `TreeCollator`.
+
+        Raises:
+            ArgumentError: `max_tokens` does not fit the loss's reduction or the attention.
         """
-        return collator_of(
-            self.loss, "padded" if self.trees is None else "auto", pad_token_id, max_tokens,
-            stored_effects=self.stored_effects,
-        )  # fmt: skip
+        loss = self.loss
+        if max_tokens is not None and loss.reduction == "micro_batch":
+            raise ArgumentError(
+                "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a "
+                f"forward; got {max_tokens}"
+            )
+        both = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
+        paired = loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual
+        return self._collator(both if paired else FACTUAL, pad_token_id, max_tokens)
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
     ) -> TreeCollator | PaddedCollator:
         """The collator that makes batches for `scores`: all branches in one row of trees, or padded in turn."""
         others = ("counterfactual", *(["placebo"] if placebo else []))
-        if self.trees is None:
-            return _collator((*((name,) for name in others), ("factual",)), "padded", pad_token_id, max_tokens)
         # The first branch decides which examples share a row, so it is the one with the user's own history.
-        return _collator((("factual", *others),), "auto", pad_token_id, max_tokens)
+        forwards: Forwards = (("factual", *others),)
+        if self.trees is None:
+            forwards = (*((name,) for name in others), ("factual",))
+        return self._collator(forwards, pad_token_id, max_tokens)
+
+    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
+        if self.trees is not None:
+            return TreeCollator(forwards, max_tokens)
+        if max_tokens is not None:
+            raise ArgumentError(
+                f"max_tokens: expected None with attention='padded', which has no token budget; got {max_tokens}"
+            )
+        return PaddedCollator(pad_token_id, forwards)
 
     # ---- training ----------------------------------------------------------------------------------
 
@@ -348,38 +366,6 @@ def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
     selected = state.select(torch.cat(list(rows.values())))
     sizes = [positions.numel() for positions in rows.values()]
     return dict(zip(rows, selected.split(sizes), strict=True))
-
-
-def collator_of(
-    loss: PairLoss,
-    attention: str = "auto",
-    pad_token_id: int = 0,
-    max_tokens: int | None = None,
-    *,
-    stored_effects: bool = False,
-) -> TreeCollator | PaddedCollator:
-    """The collator that makes training batches for a loss, without a model; see `PairPasses.collator`."""
-    if max_tokens is not None and loss.reduction == "micro_batch":
-        raise ArgumentError(
-            "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a "
-            f"forward; got {max_tokens}"
-        )
-    if not (loss.terms_need_counterfactual if stored_effects else loss.needs_counterfactual):
-        return _collator(FACTUAL, attention, pad_token_id, max_tokens)
-    forwards = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
-    return _collator(forwards, attention, pad_token_id, max_tokens)
-
-
-def _collator(
-    forwards: Forwards, attention: str, pad_token_id: int, max_tokens: int | None
-) -> TreeCollator | PaddedCollator:
-    if attention != "padded":
-        return TreeCollator(forwards, max_tokens)
-    if max_tokens is not None:
-        raise ArgumentError(
-            f"max_tokens: expected None with attention='padded', which has no token budget; got {max_tokens}"
-        )
-    return PaddedCollator(pad_token_id, forwards)
 
 
 def _fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from nextquill.data import EncodedDataset
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import NextQuillLoss, PairLoss
-from nextquill.models.branch_passes import PairPasses, collator_of
+from nextquill.models.branch_passes import PairPasses
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 
@@ -66,8 +66,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         for name, accepted in _IGNORED.items():
             if getattr(args, name, accepted) != accepted:
                 raise ArgumentError(
-                    f"args.{name}: {getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
-                    "trained on"
+                    f"args.{name}: {getattr(args, name)!r} would be ignored, because the loss and the examples decide "
+                    "which tokens are trained on"
                 )
         for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for part in given.values() if isinstance(given, dict) else [given]:
@@ -81,7 +81,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
             args=args,
             train_dataset=_stand_in(train_dataset),
             processing_class=processing_class,
-            data_collator=collator_of(loss, attention, 0, max_tokens),
+            data_collator=lambda examples: {},  # replaced below, once the model is known
             compute_metrics=self._eval_metrics,
             **options,
         )
@@ -89,6 +89,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         trained: Any = self.model
         check_model(trained, processing_class, loss)
         self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
+        self.data_collator = self.passes.collator(max_tokens=max_tokens)
         self._check_fits(train_dataset)
         self._set_normalised()
 
@@ -100,7 +101,7 @@ def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
     longest = max(dataset.num_branch_tokens(["factual"]), default=0)
     if longest > limit:
         raise ArgumentError(
-            f"args.max_length: {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
+            f"args.max_length: expected at least the {longest} tokens of the longest example, got {limit}; "
             "encode with a smaller max_length, or set this one larger or to None"
         )
 
