@@ -16,7 +16,8 @@ from nextquill.cli.parsing import parse
 from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
-from nextquill.models.loading import PromptSettings, context_length, find_tokenizer, load_prompt_settings
+from nextquill.models.configs import context_length
+from nextquill.models.loading import PromptSettings, find_tokenizer, load_prompt_settings
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.data import Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
-from nextquill.models.loading import context_length, load_model, load_prompt_settings
+from nextquill.models.configs import check_vocabulary, context_length, default_max_length
+from nextquill.models.loading import load_model, load_prompt_settings
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,6 @@ class Loaded:
         files: ScoreFiles,
         records: list[Record] | None = None,
     ) -> None:
-        from nextquill.models.limits import check_vocabulary, default_max_length
 
         check_files(files)
         self.records = eval_records(files) if records is None else records

@@ -12,7 +12,8 @@ from nextquill.cli.flags import check_positive, check_token_budget, option
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
 from nextquill.models import ATTENTIONS
-from nextquill.models.loading import PromptSettings, is_adapter
+from nextquill.models.configs import is_adapter
+from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:

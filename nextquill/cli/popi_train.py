@@ -18,7 +18,8 @@ from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
 from nextquill.models import ATTENTIONS
-from nextquill.models.loading import is_adapter, load_model
+from nextquill.models.configs import is_adapter
+from nextquill.models.loading import load_model
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import PopiTemplates

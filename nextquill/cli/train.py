@@ -22,11 +22,10 @@ from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
-from nextquill.models.limits import default_max_length
+from nextquill.models.configs import context_length, default_max_length
 from nextquill.models.loading import (
     PROMPT_FILE,
     PromptSettings,
-    context_length,
     load_model,
     load_prompt_settings,
 )

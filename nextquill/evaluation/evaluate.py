@@ -36,7 +36,7 @@ from nextquill.evaluation.preferences import PreferencePair, encode_pairs, prefe
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
 from nextquill.evaluation.task_texts import TaskTexts
-from nextquill.models.limits import check_vocabulary
+from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
 from nextquill.storage.resumable_jsonl import PartialFile
 

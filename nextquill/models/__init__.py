@@ -1,14 +1,14 @@
 """A Hugging Face model as a loss sees it: its head, its attention over trees, its branches.
 
-architectures.py   which models can share prefixes, and why others are refused
-attention.py       how a model attends over rows of trees
+architectures.py   models that cannot share prefixes, and the reason
+attention.py       attention over rows of trees
 branch_passes.py   the forward passes of a batch
+configs.py         the model inside an adapter, its config, and its limits in tokens
 head.py            a loss inside the output head
-limits.py          how many tokens a model knows, and how long it reads
 loading.py         models, tokenizers and their prompts by name
-probe.py           what an architecture does to its logits after its head
+probe.py           the scale or soft cap after a model's head
 router.py          the load-balancing loss of mixtures of experts
-self_check.py      a small tree against its branches one by one
+self_check.py      a small tree compared with its branches in separate rows
 stored_effects.py  token weights from effects that were measured before
 tiny_models.py     models and tokenizers made from the training text
 """
@@ -17,5 +17,5 @@ from __future__ import annotations
 
 from nextquill.tree import TREE_KERNELS
 
-#: How rows of trees are attended, see `attention`.
+#: Kernels for rows of trees, see `attention`.
 ATTENTIONS = ("auto", *TREE_KERNELS, "mask", "padded")

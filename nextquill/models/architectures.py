@@ -1,4 +1,4 @@
-"""Which models can share prefixes exactly: what is refused before anything runs, and why."""
+"""Models that cannot share prefixes exactly are refused before anything runs, with the reason."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 from torch import nn
 
 from nextquill.errors import UnsupportedModelError
+from nextquill.models.configs import text_config
 
-#: Layers whose tokens see their own path only.
+#: Layers in which a token sees only its own path.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 #: Rotary embeddings whose frequencies follow the longest position of a row.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
-#: Parts of the names under which modules keep rates: dropout, attention_dropout, layerdrop, router_jitter_noise …
+#: Parts of the names of attributes that hold rates: dropout, attention_dropout, layerdrop, router_jitter_noise …
 _RANDOM = ("drop", "jitter")
 
 
 def check_architecture(base: Any) -> None:
-    """Raise UnsupportedModelError for layers in which a token depends on more than the tokens on its path."""
+    """Raise UnsupportedModelError for layers in which a token depends on tokens outside its path."""
     name = type(base).__name__
-    advice = "use attention='padded', which runs every branch in a row of its own"
+    advice = "use attention='padded', which runs every branch in a separate row"
     others = layer_types(base) - _LAYER_TYPES
     if others:
         raise UnsupportedModelError(
-            f"{name}: its layers of type {', '.join(sorted(others))} pass what they have seen from row to row, so the "
-            f"branches of a tree would see each other; {advice}"
+            f"{name}: its layers of type {', '.join(sorted(others))} let a token depend on rows outside its path, so "
+            f"the branches of a tree would see each other; {advice}"
         )
     if getattr(base, "_is_stateful", False):
         raise UnsupportedModelError(
@@ -34,7 +35,7 @@ def check_architecture(base: Any) -> None:
 
 
 def random_rates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Where a model keeps the rates of what is random in training: name, module and attribute."""
+    """The rates of a model's random operations in training, as name, module and attribute."""
     found: list[tuple[str, nn.Module, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
@@ -45,30 +46,30 @@ def random_rates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def check_dropout(rates: Sequence[tuple[str, nn.Module, str]], *, in_training_only: bool = False) -> None:
-    """Raise UnsupportedModelError where training would draw once for all branches that share a token.
+    """Raise UnsupportedModelError if training would draw once for all branches that share a token.
 
     Args:
-        rates: of `random_rates`; the values are read now.
-        in_training_only: look at modules in training mode only.
+        rates: the result of `random_rates`; the values are read now.
+        in_training_only: check only modules in training mode.
     """
     for name, module, attribute in rates:
         rate = _rate(module, attribute)
         if rate and (module.training or not in_training_only):
             raise UnsupportedModelError(
                 f"dropout: {name}.{attribute}={rate:g} would drop the same units in all branches that share a prefix, "
-                "which training them apart does not; set it to 0 (for LoRA: lora_dropout=0) or use attention='padded'"
+                "unlike training in separate rows; set it to 0 (for LoRA: lora_dropout=0) or use attention='padded'"
             )
 
 
 def _rate(module: nn.Module, attribute: str) -> float | None:
-    """A rate, or the largest of a dict of them, which PEFT keeps by adapter."""
+    """A rate, or the largest one of a dict that PEFT keeps by adapter."""
     value = getattr(module, attribute, None)
     values = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, float)]
     return max(values, default=None)
 
 
 def rope_limit(base: Any) -> int | None:
-    """The longest branch for which a row of trees has the rotary frequencies each branch has alone; None for any."""
+    """The longest branch that has the same rotary frequencies in a row of trees as alone; None without a limit."""
     config = text_config(base)
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scopes = [scope for scope in parameters.values() if isinstance(scope, dict)] or [parameters]
@@ -84,7 +85,7 @@ def rope_limit(base: Any) -> int | None:
 
 
 def layer_windows(base: Any) -> dict[int, int]:
-    """The sliding window of each layer that has one, by the config."""
+    """The sliding window of each layer that has one, from the config."""
     config = text_config(base)
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None:
@@ -93,17 +94,6 @@ def layer_windows(base: Any) -> dict[int, int]:
     return {i: window for i in layers if types is None or types[i] == "sliding_attention"}
 
 
-def base_model(model: Any) -> Any:
-    """The model of transformers inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def layer_types(base: Any) -> set[str]:
-    """The types of a model's layers; empty where its config does not name them."""
+    """The types of a model's layers; empty if its config does not name them."""
     return set(getattr(text_config(base), "layer_types", None) or ())
-
-
-def text_config(base: Any) -> Any:
-    """The config of a model's language part."""
-    config: Any = getattr(base, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

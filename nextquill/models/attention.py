@@ -1,24 +1,24 @@
-"""How a model of transformers attends over rows of trees.
+"""Attention of a model of transformers over rows of trees.
 
-    pieces     what is visible only, in dense pieces; PyTorch's fused kernel on a CPU (`nextquill.tree.attention`)
+    pieces     only the visible pairs, in dense pieces; PyTorch's fused kernel on a CPU (`nextquill.tree.attention`)
     varlen     a segment per node with its path's keys; torch's or flash-attn's variable-length kernel on a GPU
     flex       FlexAttention with a block mask, on a GPU
     mask       the whole mask, in the model's own sdpa or eager attention: any device, T² scores
     padded     no trees: a padded row per branch
 
-The first three run inside the model through an attention function of ours, which the model's own gives way to while
-trees are in use and which hands every other call on to it. It has to stay until the backward is through, because
-gradient checkpointing runs layers again there; `close` puts the model's own back.
+The first three replace the model's attention function by ours while trees are in use. Ours passes every other call to
+the model's own. It stays until the backward has finished, because gradient checkpointing runs layers again there;
+`close` restores the model's own.
 
-An architecture is refused, with the reason, where a token's computation depends on more than the tokens on its path:
-recurrent layers, rotary scales that follow the longest position in a row, dropout that siblings would share. What no
-list foresees is found by running a small tree and its branches apart.
+An architecture is refused, with the reason, if a token's computation depends on tokens outside its path: recurrent
+layers, rotary scales that follow the longest position in a row, dropout that siblings would share. A small tree is
+compared with its branches in separate rows, which finds every other such dependence.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,23 +30,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.models import ATTENTIONS
 from nextquill.models.architectures import (
-    base_model,
     check_architecture,
     check_dropout,
     layer_types,
     layer_windows,
     random_rates,
     rope_limit,
-    text_config,
 )
+from nextquill.models.configs import base_model, text_config
 from nextquill.models.self_check import check_against_separate_passes, masks_follow_window
-from nextquill.tree import (
-    additive_mask,
-    attend,
-    visibility_mask,
-)
+from nextquill.tree import additive_mask, attend, visibility_mask
 
-#: What a model raises that does not take what it is given for a row of branches.
+#: Errors of a model that does not accept the inputs for a row of branches.
 _DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
 
 
@@ -58,10 +53,10 @@ class TreeAttention:
         attention: "auto" (a kernel by device and dtype at every call), "pieces", "varlen", "flex" or "mask".
 
     Attributes:
-        max_depth: longest branch that a row may hold, or None; see `architectures.rope_limit`.
+        max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
 
     Raises:
-        ArgumentError: `attention` is not one of them.
+        ArgumentError: `attention` has another value.
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
     """
 
@@ -104,38 +99,35 @@ class TreeAttention:
         Raises:
             UnsupportedModelError: a branch is longer than `max_depth`, or the model is training with dropout.
         """
-        self._check_forward(forward)
+        self._check_depth(forward["layout"].depth)
+        check_dropout(self._rates, in_training_only=True)
         inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
         if self.attention == "mask":
             return {**inputs, "attention_mask": self._masks(forward)}
         self._install()
-        # A mask that has four dimensions is used as it is, so none is made; the attention function ignores it.
-        # The model's own could not use it: after `close`, layers that are run again by a backward fail.
+        # The model uses a mask of four dimensions as it is and makes none of its own; our function ignores it. It is
+        # empty so that the model's own function fails on it: after `close`, a backward that runs layers again raises.
         unused = torch.empty(1, 1, 0, 0, device=forward["input_ids"].device)
         tree = (forward["layout"], self.attention, *([] if self._windows is None else [self._windows]))
         return {**inputs, "attention_mask": unused, "nextquill_tree": tree}
 
     def close(self) -> None:
-        """Give the model its own attention back; ours is taken again when it is next needed."""
+        """Restore the model's own attention; the next call of `model_inputs` replaces it again."""
         for key, name in self._previous.items():
-            if self._configs[key]._attn_implementation in _NAMES.values():  # else someone has set another since
+            if self._configs[key]._attn_implementation in _NAMES.values():  # otherwise somebody has set another one
                 self._configs[key]._attn_implementation_internal = name
         self._previous = {}
 
     # ---- checks --------------------------------------------------------------------------------
 
     def check_training(self, max_length: int) -> None:
-        """Raise before training what would be raised during it.
+        """Raise before training the errors that would occur during it.
 
         Raises:
             UnsupportedModelError: branches may be longer than `max_depth`, or the model has dropout.
         """
         self._check_depth(max_length)
         check_dropout(self._rates)
-
-    def _check_forward(self, forward: Mapping[str, Any]) -> None:
-        self._check_depth(forward["layout"].depth)
-        check_dropout(self._rates, in_training_only=True)
 
     def _check_depth(self, depth: int) -> None:
         if self.max_depth is not None and depth > self.max_depth:
@@ -145,7 +137,7 @@ class TreeAttention:
             )
 
     def _verify(self) -> None:
-        """Compare a small tree with its branches apart, and the windows the layers ask for with the config's."""
+        """Compare a small tree with its branches in separate rows, and the layers' windows with the config's."""
         windows: list[tuple[int, Any]] = []
         self._windows = windows
         try:
@@ -157,15 +149,15 @@ class TreeAttention:
         by_mask = _own_name(self._base.config) in ("sdpa", "eager")
         if by_mask and any(window for _, window in windows) and not masks_follow_window(self._model):
             raise UnsupportedModelError(
-                f"{type(self._base).__name__}: its attention is told of a sliding window that its masks do not have; "
+                f"{type(self._base).__name__}: its attention receives a sliding window that its masks do not have; "
                 "use attention='padded', or set config.sliding_window to None"
             )
         wrong = [layer for layer, window in windows if window != expected.get(layer)]
-        # The small tree is shorter than a window, so its logits do not tell.
+        # The small tree is shorter than a window, so its logits do not show the window.
         if wrong and (layer_types(self._base) or masks_follow_window(self._model)):
             raise UnsupportedModelError(
-                f"{type(self._base).__name__}: the sliding window of layer {wrong[0]} is in its mask only, where this "
-                "attention does not look; use attention='mask' or 'padded'"
+                f"{type(self._base).__name__}: the sliding window of layer {wrong[0]} is only in its mask, which this "
+                "attention does not read; use attention='mask' or 'padded'"
             )
 
     # ---- attention inside the model --------------------------------------------------------------
@@ -176,13 +168,13 @@ class TreeAttention:
             if name is None or (key in self._previous and name in _NAMES.values()):
                 continue
             self._previous[key] = _own_name(config)
-            # The setter would set the configs within, whose own may be others.
+            # The public setter would also set the configs inside, which may have other functions.
             config._attn_implementation_internal = _register(self._previous[key])
 
     # ---- masks -----------------------------------------------------------------------------------
 
     def _choose_masks(self) -> None:
-        """One mask for all layers, or a dict by type of layer: whichever the model takes and computes rightly with."""
+        """Choose one mask for all layers or a dict by type of layer, whichever gives correct results in this model."""
         own = _own_name(self._base.config)
         if own not in ("sdpa", "eager"):
             raise UnsupportedModelError(
@@ -190,7 +182,7 @@ class TreeAttention:
                 "attn_implementation='sdpa' or use another attention"
             )
         types = layer_types(self._base)
-        # A config may hold one that nothing reads.
+        # A config may hold a window that the model does not read.
         has = getattr(text_config(self._base), "sliding_window", None) is not None
         self._has_window = has and (bool(types) or masks_follow_window(self._model))
         if types:
@@ -218,7 +210,7 @@ class TreeAttention:
 
         def mask(window: int | None) -> Tensor:
             visible = visibility_mask(forward["position_ids"][0], forward["subtree_end"][0], window)
-            # eager adds its mask to the scores, where a mask of booleans would be silently wrong
+            # eager adds its mask to the scores; a boolean mask would give wrong results without an error
             return (visible if own == "sdpa" else additive_mask(visible, dtype))[None, None]
 
         window, types = getattr(text, "sliding_window", None) if self._has_window else None, layer_types(self._base)
@@ -229,13 +221,13 @@ class TreeAttention:
 
 # ---- the attention function ------------------------------------------------------------------------
 
-# Names under which it replaces the model's own, by the own one's. transformers reads meanings into names that contain
-# "flash", "flex_attention" or "sdpa", and looks up how masks are made by them.
+# Name of our function by the name of the model's own. transformers treats names that contain "flash", "flex_attention"
+# or "sdpa" in special ways, and looks up the function that makes masks by them.
 _NAMES: dict[str, str] = {}
 
 
 def _register(own: str) -> str:
-    """The name of a function that attends over trees and otherwise does what `own` does."""
+    """The name of a function that attends over trees and passes every other call to `own`."""
     if own in _NAMES:
         return _NAMES[own]
 
@@ -244,9 +236,9 @@ def _register(own: str) -> str:
     ) -> tuple[Tensor, Any]:
         tree = options.pop("nextquill_tree", None)
         if tree is None:
-            result: tuple[Tensor, Any] = _own_function(own, module)(
-                module, query, key, value, attention_mask, **options
-            )
+            default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(own, default)
+            result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, **options)
             return result
         return _attend(module, query, key, value, tree, options), None
 
@@ -266,9 +258,9 @@ def _attend(
     if options.get("s_aux") is not None:
         raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
     layout, kernel, *seen = tree
-    for windows in seen:  # of a check
+    for windows in seen:  # only during `_verify`
         windows.append((getattr(module, "layer_idx", 0), options.get("sliding_window")))
-    # Under autocast, q and k that were normalised with float32 weights come in float32, as sdpa would not leave them.
+    # Under autocast, q and k that were normalised with float32 weights arrive in float32; sdpa would cast them.
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = attend(
         query, key, value, layout, scale=options.get("scaling"), window=options.get("sliding_window"),
@@ -278,15 +270,9 @@ def _attend(
 
 
 def _own_name(config: Any) -> str:
-    """The model's own attention, also while ours stands in its place."""
+    """The model's own attention, also while ours replaces it."""
     name = str(config._attn_implementation)
     return next((own for own, ours in _NAMES.items() if ours == name), name)
-
-
-def _own_function(own: str, module: nn.Module) -> Callable[..., Any]:
-    default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, default)
-    return found
 
 
 def _takes_functions(base: Any) -> bool:

@@ -1,11 +1,11 @@
-"""The forward passes of one batch: which branches run, with or without gradient, and where the loss meets them.
+"""The forward passes of one batch, with or without gradient, and the loss over their branches.
 
-    through both passes     one forward of both branches, loss in its head
-    counterfactual constant one forward without gradient whose head keeps the hidden states, then the factual one
-    one stream              the factual forward alone
+    gradient through both    one forward of both branches, with the loss in its head
+    constant counterfactual  one forward without gradient, whose head keeps the hidden states; then the factual forward
+    factual only             the factual forward
 
-A batch comes from one of the collators of `nextquill.data`, as trees or padded. Only rows that predict a label leave
-the head function's first line, so the loss never sees a prompt or a padding position.
+A batch comes from one of the collators of `nextquill.data`, as trees or padded. The head function first selects the
+rows that predict a label, so the loss never sees a prompt or a padding position.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Part = Mapping[str, Any]
 
 
 class PartScores(NamedTuple):
-    """What an evaluation of a part with n labels leaves.
+    """The scores of a part with n labels.
 
     Attributes:
         output: the loss's output over the labels.
         placebo_nll: float32 (float64 for a model in float64) [n], nats, under another user's history; or None.
-        sequence_ids: int64 [n], each label's example in the batch.
+        sequence_ids: int64 [n], the index in the batch of each label's example.
     """
 
     output: PreferenceLossOutput
@@ -57,18 +57,18 @@ class PartScores(NamedTuple):
 
 
 class PairPasses:
-    """Runs a loss over batches of one model. Usable as a context manager, which calls `close` in the end.
+    """Runs a loss over batches of one model. As a context manager it calls `close` at the end.
 
     Args:
         model: the unwrapped model.
         loss: the loss; `self.loss` is a copy with the model's own softcap and logit_scale.
-        attention: how rows of trees are attended, or "padded" for a row per branch; see `models.attention`.
-        stored_effects: in training, take token weights from the effects that the examples bring (`load_effects`), and
-            run the counterfactual only where a term of the loss reads it.
+        attention: the kernel for rows of trees, or "padded" for a row per branch; see `models.attention`.
+        stored_effects: in training, take token weights from the examples' stored effects (`load_effects`), and run the
+            counterfactual only if a term of the loss reads it.
 
     Raises:
-        ArgumentError: the loss was given a softcap or logit_scale that is not the model's, `attention` is unknown, or
-            `stored_effects` are no use to the loss.
+        ArgumentError: the loss has a softcap or logit_scale other than the model's, `attention` is unknown, or the
+            loss cannot use stored effects.
         UnsupportedModelError: the model's head or its attention cannot be handled exactly.
     """
 
@@ -81,7 +81,7 @@ class PairPasses:
             check_stored_weighting(loss)
         self.stored_effects = stored_effects
         self.runner = LossInHead(model)
-        self.loss = fit_to_head(loss, self.runner)
+        self.loss = _fit_to_head(loss, self.runner)
         self.router = RouterLoss.of(model)
         self.trees = None if attention == "padded" else TreeAttention(model, attention)
 
@@ -92,12 +92,12 @@ class PairPasses:
         self.close()
 
     def close(self) -> None:
-        """Leave the model as it was found; a later call takes hold of it again."""
+        """Restore the model's own attention; a later call replaces it again."""
         if self.trees is not None:
             self.trees.close()
 
     def check_training(self, max_length: int) -> None:
-        """Raise before training what would be raised during it.
+        """Raise before training the errors that would occur during it.
 
         Raises:
             UnsupportedModelError: branches may be longer than the model's rotary embedding allows, or it has dropout.
@@ -108,31 +108,49 @@ class PairPasses:
     # ---- batches ---------------------------------------------------------------------------------
 
     def collator(self, pad_token_id: int = 0, max_tokens: int | None = None) -> TreeCollator | PaddedCollator:
-        """What makes training batches of encoded examples.
+        """The collator that makes training batches of encoded examples.
 
         Args:
-            pad_token_id: fills padded rows; trees have none.
+            pad_token_id: fills padded rows; trees need none.
             max_tokens: see `TreeCollator`.
+
+        Raises:
+            ArgumentError: `max_tokens` does not fit the loss's reduction or the attention.
         """
-        return collator_of(
-            self.loss, "padded" if self.trees is None else "auto", pad_token_id, max_tokens,
-            stored_effects=self.stored_effects,
-        )  # fmt: skip
+        loss = self.loss
+        if max_tokens is not None and loss.reduction == "micro_batch":
+            raise ArgumentError(
+                "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a "
+                f"forward; got {max_tokens}"
+            )
+        both = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
+        paired = loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual
+        return self._collator(both if paired else FACTUAL, pad_token_id, max_tokens)
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
     ) -> TreeCollator | PaddedCollator:
-        """What makes batches for `scores`: trees hold all branches in one row; padded ones run one after the other."""
+        """The collator that makes batches for `scores`: all branches in one row of trees, or padded in turn."""
         others = ("counterfactual", *(["placebo"] if placebo else []))
+        # The first branch decides which examples share a row, so it is the one with the user's own history.
+        forwards: Forwards = (("factual", *others),)
         if self.trees is None:
-            return _collator((*((name,) for name in others), ("factual",)), "padded", pad_token_id, max_tokens)
-        # The first branch decides which examples share a row: the one with the user's own history.
-        return _collator((("factual", *others),), "auto", pad_token_id, max_tokens)
+            forwards = (*((name,) for name in others), ("factual",))
+        return self._collator(forwards, pad_token_id, max_tokens)
+
+    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
+        if self.trees is not None:
+            return TreeCollator(forwards, max_tokens)
+        if max_tokens is not None:
+            raise ArgumentError(
+                f"max_tokens: expected None with attention='padded', which has no token budget; got {max_tokens}"
+            )
+        return PaddedCollator(pad_token_id, forwards)
 
     # ---- training ----------------------------------------------------------------------------------
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
-        """What the loss's reduction divides by, over this batch."""
+        """The number that the loss's reduction divides by, for this batch."""
         parts = batch["parts"]
         if self.loss.reduction == "sequence":
             return sum(part["num_sequences"] for part in parts)
@@ -144,8 +162,8 @@ class PairPasses:
         """The loss of a batch with its gradient, and the diagnostics of each of its parts.
 
         Args:
-            batch: of `self.collator`.
-            num_items: what the reduction divides by, a number or a scalar; by default `count_items(batch)`. See
+            batch: made by `self.collator`.
+            num_items: the reduction's divisor, a number or a scalar; by default `count_items(batch)`. See
                 `PairLoss.forward`.
             call: the model in its DDP or FSDP wrapper.
 
@@ -163,12 +181,12 @@ class PairPasses:
         call: nn.Module | None = None,
         backward: Callable[[Tensor], object] = Tensor.backward,
     ) -> Tensor:
-        """Forward and backward of a batch, part by part, so that only one part's activations are held.
+        """Run forward and backward of a batch part by part, holding the activations of one part at a time.
 
         Args:
-            batch, num_items, call: as in `training_loss`. With `call`, ranks of a process group make as many backwards
-                as the one with most parts, some of them of empty parts, since engines meet in each.
-            backward: what is called with each part's loss, such as `accelerator.backward`.
+            batch, num_items, call: as in `training_loss`. With `call`, every rank of a process group runs the same
+                number of backwards, some over empty parts, because engines synchronise in each.
+            backward: called with each part's loss, such as `accelerator.backward`.
 
         Returns:
             The loss without gradient, a scalar of the dtype that `training_loss` returns.
@@ -187,28 +205,25 @@ class PairPasses:
         """The loss of one part with its gradient, and its diagnostics; as `training_loss`.
 
         Raises:
-            ArgumentError: the part does not fit the loss as it is now, or was cut on its way.
+            ArgumentError: the part does not fit the current loss, or was cut after the collator made it.
         """
         constant = any("counterfactual" in forward["rows"] for forward in part["forwards"][:-1])
         if constant and self.loss.needs_counterfactual and not self.loss.detaches_counterfactual:
             raise ArgumentError(
-                "batch: its counterfactual was set apart as a constant, but the loss now has a gradient through it; "
+                "batch: its counterfactual is a constant, but the loss now has a gradient through it; "
                 "make a new collator after changing the objective, or start with an alpha above 0"
             )
-        hidden: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for forward in part["forwards"][:-1]:
-                hidden |= self._hidden(forward, call)
         weights = self._stored_weights(part) if self.stored_effects else None
-        return self._loss(self.loss, part, hidden, num_items, call, token_weights=weights)
+        return self._loss(self.loss, part, num_items, call, token_weights=weights)
 
     def weighted_nll(self, part: Part, token_weights: Tensor, call: nn.Module | None = None) -> Tensor:
-        """Σ w · nll over a part's labels, with its gradient: what any loss of log-probabilities comes to, once its
-        derivatives by them are known.
+        """Σ w · nll over a part's labels, with its gradient.
+
+        With w = −∂L/∂logprob it has the gradient of any loss L of log-probabilities.
 
         Args:
-            part: with one forward, of a collator with `FACTUAL`.
-            token_weights: floating [n], one a label, of either sign; constants.
+            part: with one forward, made by a collator with `FACTUAL`.
+            token_weights: floating [n], one for each label, of either sign; constants.
             call: the model in its DDP or FSDP wrapper.
 
         Returns:
@@ -217,10 +232,7 @@ class PairPasses:
         (forward,) = part["forwards"]
 
         def compute(state: HeadState) -> Tensor:
-            nll = linear_token_nll(
-                _select(state, forward)["factual"], state.weight, part["labels"],
-                bias=state.bias, softcap=self.loss.softcap, logit_scale=self.loss.logit_scale, impl=self.loss.impl,
-            )  # fmt: skip
+            nll = _token_nll(self.loss, _select(state, forward)["factual"], state, part["labels"])
             return (nll * token_weights.to(nll)).sum()
 
         return self.runner.forward(compute, self._model_inputs(forward), call)
@@ -229,53 +241,46 @@ class PairPasses:
 
     @torch.no_grad()
     def scores(self, part: Part, call: nn.Module | None = None) -> PartScores:
-        """All branches of a part of a batch of `scoring_collator`, without gradient.
+        """Score all branches of a part of a batch of `scoring_collator`, without gradient.
 
         The reduction's items count as 1, so each sequence's `token_loss` adds up to its own loss. A "micro_batch"
-        reduction, which has no loss per sequence, is scored as "sequence".
+        reduction has no loss per sequence and is scored as "sequence".
         """
-        hidden: dict[str, Tensor] = {}
-        for forward in part["forwards"][:-1]:
-            hidden |= self._hidden(forward, call)
         loss, placebo = self._scoring_loss(), list[Tensor]()
 
         def score_placebo(streams: Mapping[str, Tensor], state: HeadState) -> None:
             if "placebo" in streams:
-                placebo.append(
-                    linear_token_nll(
-                        streams["placebo"], state.weight, part["labels"],
-                        bias=state.bias, softcap=loss.softcap, logit_scale=loss.logit_scale, impl=loss.impl,
-                    )
-                )  # fmt: skip
+                placebo.append(_token_nll(loss, streams["placebo"], state, part["labels"]))
 
-        _, output = self._loss(loss, part, hidden, 1.0, call, score_placebo)
+        _, output = self._loss(loss, part, 1.0, call, score_placebo)
         return PartScores(output, placebo[0] if placebo else None, part["sequence_ids"])
 
     # ---- forwards ----------------------------------------------------------------------------------
 
     def _model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         if ("layout" in forward) is not (self.trees is not None):
-            raise ArgumentError("batch: expected one that this object's own collator made")
+            raise ArgumentError("batch: expected a batch of this object's own collator, got another layout")
         names = ("input_ids", "attention_mask")
         inputs = self.trees.model_inputs(forward) if self.trees is not None else {name: forward[name] for name in names}
         return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
 
-    def _hidden(self, forward: Mapping[str, Any], call: nn.Module | None) -> dict[str, Tensor]:
-        """Final hidden states [n, D] of the rows that predict labels, by branch."""
+    @torch.no_grad()
+    def _constant_streams(self, part: Part, call: nn.Module | None) -> dict[str, Tensor]:
+        """Final hidden states [n, D] of the rows that predict labels, by branch, of all forwards but the last."""
         kept: dict[str, Tensor] = {}
+        for forward in part["forwards"][:-1]:
 
-        def keep(state: HeadState) -> Tensor:
-            kept.update(_select(state, forward))
-            return state.hidden_states.new_zeros(())
+            def keep(state: HeadState, forward: Mapping[str, Any] = forward) -> Tensor:
+                kept.update(_select(state, forward))
+                return state.hidden_states.new_zeros(())
 
-        self.runner.forward(keep, self._model_inputs(forward), call)
+            self.runner.forward(keep, self._model_inputs(forward), call)
         return kept
 
     def _loss(
         self,
         loss: PairLoss,
         part: Part,
-        hidden: Mapping[str, Tensor],
         num_items: float | Tensor | None,
         call: nn.Module | None,
         afterwards: Callable[[Mapping[str, Tensor], HeadState], None] | None = None,
@@ -283,9 +288,10 @@ class PairPasses:
     ) -> tuple[Tensor, PreferenceLossOutput]:
         if part["labels"].numel() != part["num_labels"]:
             raise ArgumentError(
-                f"batch: expected {part['num_labels']} labels, got {part['labels'].numel()}; it was cut on its way, as "
-                "Accelerate does with dispatch_batches=True"
+                f"batch: expected {part['num_labels']} labels, got {part['labels'].numel()}; it was cut, as Accelerate "
+                "does with dispatch_batches=True"
             )
+        hidden = self._constant_streams(part, call)
         forward, kept = part["forwards"][-1], list[PreferenceLossOutput]()
         router = self.router if torch.is_grad_enabled() else None
 
@@ -307,7 +313,7 @@ class PairPasses:
             return self.runner.forward(compute, self._model_inputs(forward), call), kept[0]
 
     def _share(self, part: Part, num_items: float | Tensor | None) -> float | Tensor:
-        """The part's share of the whole batch, which a loss that is a mean over tokens is weighted with."""
+        """The part's share of the whole batch, the weight of a loss that is a mean over tokens."""
         own = self.count_items({"parts": [part]})
         return own / (max(1, own) if num_items is None else num_items)
 
@@ -328,12 +334,24 @@ class PairPasses:
 
 
 def with_empty_parts(parts: Sequence[Part]) -> list[Part]:
-    """A rank's parts, and as many without labels as the rank with most has more; every rank must call it."""
+    """A rank's parts with empty ones added, so that every rank has the same number; every rank must call it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return list(parts)
     count = torch.tensor(len(parts), device=parts[0]["labels"].device)
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-    return [*parts, *(empty_like(parts[0]) for _ in range(int(count) - len(parts)))]
+    return add_empty_parts(parts, int(count))
+
+
+def add_empty_parts(parts: Sequence[Part], count: int) -> list[Part]:
+    """The parts and copies of the first without labels, `count` in total."""
+    return [*parts, *(empty_like(parts[0]) for _ in range(count - len(parts)))]
+
+
+def _token_nll(loss: PairLoss, rows: Tensor, state: HeadState, labels: Tensor) -> Tensor:
+    return linear_token_nll(
+        rows, state.weight, labels,
+        bias=state.bias, softcap=loss.softcap, logit_scale=loss.logit_scale, impl=loss.impl,
+    )  # fmt: skip
 
 
 def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -350,40 +368,11 @@ def _select(state: HeadState, forward: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(zip(rows, selected.split(sizes), strict=True))
 
 
-def collator_of(
-    loss: PairLoss,
-    attention: str = "auto",
-    pad_token_id: int = 0,
-    max_tokens: int | None = None,
-    *,
-    stored_effects: bool = False,
-) -> TreeCollator | PaddedCollator:
-    """What makes training batches for a loss, before there is a model; see `PairPasses.collator`."""
-    if max_tokens is not None and loss.reduction == "micro_batch":
-        raise ArgumentError(
-            "max_tokens: expected None with reduction='micro_batch', whose result depends on what is computed together"
-        )
-    if not (loss.terms_need_counterfactual if stored_effects else loss.needs_counterfactual):
-        return _collator(FACTUAL, attention, pad_token_id, max_tokens)
-    forwards = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
-    return _collator(forwards, attention, pad_token_id, max_tokens)
-
-
-def _collator(
-    forwards: Forwards, attention: str, pad_token_id: int, max_tokens: int | None
-) -> TreeCollator | PaddedCollator:
-    if attention != "padded":
-        return TreeCollator(forwards, max_tokens)
-    if max_tokens is not None:
-        raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
-    return PaddedCollator(pad_token_id, forwards)
-
-
-def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
+def _fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
     """A copy of the loss with the model's own soft cap and scale.
 
     Raises:
-        ArgumentError: the loss was given others.
+        ArgumentError: the loss was given other values.
     """
     fitted = copy.copy(loss)
     for name, neutral in (("softcap", None), ("logit_scale", 1.0)):
@@ -391,10 +380,10 @@ def fit_to_head(loss: PairLoss, head: LossInHead) -> PairLoss:
         if given != neutral and given != probed:
             raise ArgumentError(f"loss: its {name} is {given!r}, but the model applies {probed!r}")
         setattr(fitted, name, probed)
-    fitted.ignore_index = IGNORE_INDEX  # every label of a batch counts; the loss's own may be a token of a response
+    fitted.ignore_index = IGNORE_INDEX  # every label of a batch counts; the loss's own could be a token of a response
     return fitted
 
 
 def _as_rows(hidden: Tensor, state: HeadState) -> Tensor:
-    """Rows of an earlier pass in the dtype this pass selects its own in."""
+    """Rows of an earlier pass, in the dtype of this pass's own rows."""
     return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(state.weight.dtype)

@@ -1,12 +1,12 @@
 """Running a loss inside a model's output head, during the model's own forward.
 
-The model's head is replaced for the length of one forward by a function that sees the final hidden states and the
-head's weight and returns a scalar. That scalar travels through the model's own return value, so DDP, FSDP and ZeRO-3
-hooks see an ordinary forward and backward; calling the backbone and using `lm_head.weight` outside breaks FSDP and
-silently skips DDP's gradient synchronisation. No logits exist.
+During one forward, a function replaces the model's head. It sees the final hidden states and the head's weight, and
+returns a scalar. The model returns that scalar in place of its logits, so DDP, FSDP and ZeRO-3 hooks see an ordinary
+forward and backward. Calling the backbone and using `lm_head.weight` outside would break FSDP and skip DDP's gradient
+synchronisation without an error. No logits exist.
 
-What an architecture does *after* its head (a scale, a soft cap) is found by probing (`probe.py`). It then belongs to
-the loss, and the scalar is guarded against it. A head that is not exactly x Wᵀ + b, LoRA included, is refused.
+A scale or a soft cap *after* the head is found by probing (`probe.py`) and becomes a part of the loss; it does not
+change the returned scalar. A head that is not exactly x Wᵀ + b, LoRA included, is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
+from nextquill.models.configs import base_model
 from nextquill.models.probe import (
     probe_logits,
     replaced_forward,
@@ -32,10 +33,10 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HeadState:
-    """What a head function sees.
+    """The input of a head function.
 
     Attributes:
-        hidden_states: [B, T, D], what reaches the head, in the dtype of the model's forward.
+        hidden_states: [B, T, D], the head's input, in the dtype of the model's forward.
         weight: [V, D], the effective weight, in that dtype or a wider one.
         bias: [V], in the weight's dtype, or None.
     """
@@ -47,7 +48,7 @@ class HeadState:
     def select(self, positions: Tensor) -> Tensor:
         """Rows [n, D] of the flattened hidden states at `positions` (int64 [n]), in the weight's dtype.
 
-        Under autocast they stay in their own dtype, which autocast then chooses.
+        Under autocast they keep their own dtype, and autocast casts them later.
         """
         # Indexing, unlike index_select, has a backward without atomics on a GPU; branches may share a row.
         rows = self.hidden_states.flatten(0, 1)[positions]
@@ -64,11 +65,11 @@ class LossInHead:
         model: an unwrapped causal language model of transformers, or a PEFT model around one.
 
     Attributes:
-        softcap, logit_scale: what the architecture applies after its head; to be given to the loss.
+        softcap, logit_scale: applied by the architecture after its head; the loss needs both.
 
     Raises:
-        UnsupportedModelError: the head is not a linear layer, plain or with LoRA; something follows it that is neither
-            a scale nor a soft cap; or the model inserts positions of its own (prompt learning).
+        UnsupportedModelError: the head is not a linear layer, plain or with LoRA; the operation after it is neither a
+            scale nor a soft cap; or the model inserts positions (prompt learning).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,9 +83,9 @@ class LossInHead:
         self.logit_scale, self.softcap = probe_logits(model, self.head)
         self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
         self._function: HeadFunction | None = None
-        # One function for good: compiled graphs are guarded by which it is.
+        # Always the same function object: compiled graphs are guarded by its identity.
         self._forward_in_head = torch.compiler.disable(self._run_function)
-        # What is left after the cap is switched off is a scale, which the returned scalar is divided by.
+        # Without the cap only a scale is left; the returned scalar is divided by it.
         with without_softcap(self._capped_configs):
             self._residual_scale, residual_cap = probe_logits(model, self.head)
         if residual_cap is not None:
@@ -94,14 +95,14 @@ class LossInHead:
             )
 
     def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
-        """Run the model on `inputs` and return the scalar, of any floating dtype, that `function` computed in its head.
+        """Run the model on `inputs` and return the scalar of `function` in its head, of any floating dtype.
 
         Args:
             function: maps `HeadState` to a scalar.
             inputs: keyword arguments of the model's forward, without labels.
-            call: what to call in place of the model: the same model inside a DDP or FSDP wrapper.
+            call: the same model inside a DDP or FSDP wrapper, called in its place.
         """
-        _check_adapters(self.head)  # one may have been added or switched since
+        _check_adapters(self.head)  # an adapter may have been added or switched
         self._function = function
         try:
             with without_softcap(self._capped_configs), replaced_forward(self.head, self._forward_in_head):
@@ -117,26 +118,26 @@ class LossInHead:
         return result.reshape(())
 
     def _run_function(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """What stands in the place of the head's forward."""
+        """Replaces the head's forward."""
         assert self._function is not None
         weight, bias = effective_weight(self.head)
         if not torch.is_autocast_enabled(hidden_states.device.type):
             weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
             bias = None if bias is None else bias.to(weight.dtype)
         result = self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale)
-        return result.reshape(1, 1, 1).clone()  # FSDP2 warns of views among what a module returns
+        return result.reshape(1, 1, 1).clone()  # FSDP2 warns if a module returns a view
 
 
 def find_head(model: Any) -> Any:
     """Return the module whose forward computes the logits.
 
     Raises:
-        UnsupportedModelError: the model has none, or one that is not a linear layer.
+        UnsupportedModelError: the model has no such module, or it is not a linear layer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise UnsupportedModelError(f"{type(base).__name__}: expected a model with an output embedding, it has none")
+        raise UnsupportedModelError(f"{type(base).__name__}: expected a model with an output embedding, got none")
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):  # PEFT's copies of a fully trained module
         copies: Any = head.modules_to_save
         adapters: Any = head.active_adapters
@@ -152,10 +153,10 @@ def find_head(model: Any) -> Any:
 
 
 def effective_weight(head: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias a head computes with, LoRA adapters included, differentiable in all of them.
+    """The effective weight and bias of a head, LoRA adapters included, differentiable in all of them.
 
-    W + Σ scaling · B A over the active adapters, [V, D], in the widest dtype among them, so that a small adapter is not
-    rounded away by a half-precision base; the bias [V] in the same dtype, or None.
+    The weight is W + Σ scaling · B A over the active adapters, [V, D]. It has the widest dtype among them, so that a
+    half-precision base does not round a small adapter away. The bias [V] has the same dtype, or is None.
     """
     base = _base_layer(head)
     weight, bias = base.weight, base.bias
@@ -178,16 +179,16 @@ def _active_lora(head: Any) -> list[str]:
 
 
 def _check_positions(model: nn.Module) -> None:
-    """Refuse adapters that put virtual tokens before the input, where no label has a row."""
+    """Refuse adapters that put virtual tokens before the input: labels would no longer match the rows."""
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModelError(
-                f"adapter {name!r}: prompt learning ({config.peft_type}) is not supported, only LoRA and the like"
+                f"adapter {name!r}: prompt learning ({config.peft_type}) is not supported; use LoRA"
             )
 
 
 def _check_adapters(head: Any) -> None:
-    """Refuse an adapted head that `effective_weight` would not reproduce."""
+    """Refuse an adapted head that `effective_weight` does not reproduce."""
     adapted = hasattr(head, "base_layer")
     if not adapted and not type(head).__module__.startswith("peft."):
         return
@@ -207,7 +208,7 @@ def _check_adapters(head: Any) -> None:
 
 @torch.no_grad()
 def _check_reproduced(head: nn.Module) -> None:
-    """Refuse a head whose own result on two rows is not x Wᵀ + b, such as a subclass of Linear with a scale inside."""
+    """Refuse a head that does not return x Wᵀ + b on two rows, such as a subclass of Linear with a scale inside."""
     weight, bias = effective_weight(head)
     if weight.is_meta or weight.numel() == 0:  # not loaded yet, or partitioned by ZeRO-3
         return
@@ -217,5 +218,5 @@ def _check_reproduced(head: nn.Module) -> None:
     if (result - expected).abs().max() > 2e-2 * expected.abs().max():
         raise UnsupportedModelError(
             f"output embedding: the result of {type(head).__name__} is not hidden_states · weightᵀ + bias, "
-            "so a loss in its place would be wrong"
+            "so a loss inside it would be wrong"
         )

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, and the prompt that belongs to a model this library trained."""
+"""Load models and tokenizers by name, and the prompt settings of a model that this library trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HUB_TIMEOUT_SECONDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-    """How a model's prompts are made: the template and the token budgets."""
+    """The template and the token budgets of a model's prompts."""
 
     template: PromptTemplate
     max_length: int
@@ -33,10 +33,10 @@ class PromptSettings:
 
 
 def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
-    """The settings a model folder, or the run folder of a checkpoint, was trained with; None where it says nothing.
+    """The prompt settings stored in a model folder, or in the run folder of a checkpoint; None if there are none.
 
     Raises:
-        CheckpointError: the file is there and unreadable.
+        CheckpointError: the file exists and cannot be read.
     """
     folder = Path(folder)
     places = [folder / PROMPT_FILE]
@@ -69,7 +69,7 @@ def load_model(
         seed: initialisation of a new model.
 
     Raises:
-        UnsupportedModelError: nothing loadable is there, or some of the weights are not.
+        UnsupportedModelError: the model cannot be loaded, or some of its weights are missing.
     """
     if name_or_path in SCRATCH_SIZES:
         return _new_model(name_or_path, records, seed)
@@ -80,25 +80,12 @@ def load_model(
         return _load_base(place, dtype, cached_only), load_tokenizer(place, cached_only)
     except NextQuillError:
         raise
-    # A damaged folder fails in any way: in JSON, safetensors, pickle, shapes, or an architecture's own code.
+    # A damaged folder can fail anywhere: in JSON, safetensors, pickle, shapes, or an architecture's own code.
     except Exception as error:
         reason = _first_sentence(error)
         if cached_only:
             reason = "it is not a folder here, the hub cannot be reached, and it is not in the hub's cache"
         raise UnsupportedModelError(f"model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
-
-
-def context_length(model: Any) -> int | None:
-    """The most positions a model has, or None where its config does not say."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def is_adapter(model: Any) -> bool:
-    """Whether `model` is a PEFT model."""
-    return hasattr(model, "peft_config")
 
 
 def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: int) -> tuple[Any, Any]:
@@ -113,9 +100,10 @@ def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: 
 
 
 def _locate(name_or_path: str) -> tuple[str, bool]:
-    """A folder as an absolute path, so that what is saved from it still finds it; a hub name as it is.
+    """The absolute path of a folder, or the hub name; and whether to load from the hub's cache alone.
 
-    Also whether only the hub's cache can serve it: the hub's client would spend a minute of retries on each file.
+    The path is absolute so that an adapter saved later still finds its base model. Without the cache alone, the hub's
+    client would retry each file for a minute while the hub cannot be reached.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -128,16 +116,16 @@ def _locate(name_or_path: str) -> tuple[str, bool]:
 
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
-        raise UnsupportedModelError(f"model_name_or_path: expected a model folder, {path} is a file")
+        raise UnsupportedModelError(f"model_name_or_path: expected a model folder, got the file {path}")
     if (path / "config.json").is_file() or (path / _ADAPTER_FILE).is_file():
         return
     checkpoints = sorted(path.glob("checkpoint-*"))
-    hint = f"; its run has not finished, there is {checkpoints[-1]}" if checkpoints else ""
+    hint = f"; its run has not finished; its last checkpoint is {checkpoints[-1]}" if checkpoints else ""
     raise UnsupportedModelError(f"model_name_or_path: no model in {path}: no config.json or {_ADAPTER_FILE}{hint}")
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name that does not exist here was meant as a path: a hub name has at most one slash, inside."""
+    """Whether a name was meant as a path that does not exist: a hub name has at most one slash, in the middle."""
     first, _, rest = name.replace(os.sep, "/").partition("/")
     return name.startswith((".", "/", "~", os.sep)) or "/" in rest or (bool(rest) and Path(first).is_dir())
 
@@ -157,13 +145,13 @@ def load_tokenizer(place: str, cached_only: bool = False) -> Any:
     """The tokenizer of a folder or a hub name.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=cached_only)
-    # The file formats of tokenizers fail in ways of their own, in Rust among them.
+    # The file formats of tokenizers raise errors of many types, some from Rust.
     except Exception as error:
         raise UnsupportedModelError(
             f"model_name_or_path: cannot load the tokenizer of {place}: {_first_sentence(error)}"
@@ -171,10 +159,10 @@ def load_tokenizer(place: str, cached_only: bool = False) -> Any:
 
 
 def find_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer that `load_model` would give, without the weights; a folder with a tokenizer alone will do.
+    """The tokenizer that `load_model` would return, without loading weights; a folder with only a tokenizer works too.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: the tokenizer cannot be loaded.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / "tokenizer_config.json").is_file():
@@ -192,7 +180,7 @@ def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
     cached = {"local_files_only": cached_only}  # the search for an adapter does not read the model's own setting
     model, info = load(place, dtype=dtype, adapter_kwargs=cached, **cached, output_loading_info=True)
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers initialises them at random, and says so in a log only
+    if missing:  # transformers initialises them at random, and only logs it
         raise UnsupportedModelError(
             f"model_name_or_path: {place} lacks {len(missing)} of the model's weights, such as {missing[0]}"
         )
@@ -200,7 +188,7 @@ def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
 
 
 def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
-    """The base model with the adapter of a folder; not by PEFT's auto class, which resizes the base's embeddings."""
+    """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     from peft import PeftModel
 
     base_name = _base_name(place)
@@ -216,7 +204,7 @@ def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
 
 
 def _base_name(place: str) -> str:
-    """The base model that an adapter names."""
+    """The name of an adapter's base model."""
     from peft import PeftConfig
 
     name = PeftConfig.from_pretrained(place).base_model_name_or_path

@@ -1,8 +1,7 @@
-"""What an architecture does to its logits after its head: a scale, a soft cap, or something that is refused.
+"""The operation of an architecture on its logits after the head: a scale or a soft cap; any other is refused.
 
-The model runs once on one token with a head that returns known values, and what comes out tells. No list of
-architectures and no names of config fields are needed to *find* it; switching a cap off needs the one name that
-transformers has for it.
+The model runs once on one token with a head that returns known values. The operation follows from the returned logits,
+without a list of architectures or names of config fields. Only switching a cap off needs transformers' name for it.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from torch import Tensor, nn
 from nextquill.errors import UnsupportedModelError
 
 _SOFTCAP = "final_logit_softcapping"
-# Tiny ones, where any cap is the identity, give the scale; huge ones the cap; those between say whether it is a tanh.
+# Tiny values give the scale, since any cap is the identity there. Huge values give the cap. The others show a tanh.
 _POINTS = (-1e6, -37.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 37.0, 1e6)
 
 
 def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None]:
-    """Return (logit_scale, softcap) of what follows the head: cap · tanh(scale · x / cap), or scale · x and None.
+    """Return (logit_scale, softcap) of the step after the head: cap · tanh(scale · x / cap), or scale · x and None.
 
     Raises:
-        UnsupportedModelError: what follows is something else.
+        UnsupportedModelError: the operation is neither.
     """
     device = next(model.parameters()).device
-    # In float64 the constants come out as a config holds them, wherever the model does not round.
+    # In float64 the constants equal the config's, unless the model rounds.
     points = torch.tensor(_POINTS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     known = replaced_forward(head, lambda *_, **__: points.view(1, 1, -1))
     with torch.no_grad(), in_eval_mode(model), whole_parameters(model), known:
@@ -45,7 +44,7 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
     # A half-precision model may round the probe's values; anything but a scale and a cap is far off.
     if not (math.isfinite(scale) and scale != 0 and torch.allclose(values, predicted, rtol=2e-2, atol=1e-9)):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: what it does to its logits is neither a scale nor a soft cap: "
+            f"{type(model).__name__}: the operation on its logits is neither a scale nor a soft cap: "
             f"{points.tolist()} became {values.tolist()}"
         )
     digits = 14 if logits.dtype == torch.float64 else 7
@@ -60,11 +59,11 @@ def softcapped_configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def without_softcap(configs: Sequence[Any]) -> Iterator[None]:
-    """Set the soft cap of these configs to None for the length of the block."""
+    """Set the soft cap of these configs to None inside the block."""
     values = [getattr(config, _SOFTCAP) for config in configs]
     try:
         for config in configs:
-            # Past the check of types that a config makes: gemma3n's says that there always is a cap.
+            # This avoids the config's check of types: gemma3n's does not accept None.
             object.__setattr__(config, _SOFTCAP, None)
         yield
     finally:
@@ -74,20 +73,20 @@ def without_softcap(configs: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Put `forward` in the place of the module's own for the length of the block; hooks around it still run."""
+    """Replace the module's forward by `forward` inside the block; hooks around it still run."""
     previous = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if previous is not None:  # an instance attribute of someone else's, such as an accelerate hook
+        if previous is not None:  # an instance attribute of another library, such as an accelerate hook
             module.forward = previous
 
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Give each module its parameters whole while it runs, where DeepSpeed's ZeRO-3 has loaded the model in shards."""
+    """Gather each module's parameters while it runs, if DeepSpeed's ZeRO-3 has loaded the model in shards."""
     handles = []
     for module in model.modules():
         own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
@@ -116,7 +115,7 @@ def returned_logits(outputs: Any) -> Any:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model and its modules in eval mode for the length of the block."""
+    """Put a model and its modules in eval mode inside the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -127,5 +126,5 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _rounded(value: float, digits: int) -> float:
-    """The number a config would hold: the probe's rounding removed."""
+    """The value without the probe's rounding, as a config would hold it."""
     return float(f"{value:.{digits}g}")

@@ -1,8 +1,8 @@
-"""The load-balancing loss of a mixture of experts, over the tokens the branches have apart.
+"""The load-balancing loss of a mixture of experts, with the value it has over branches in separate rows.
 
-transformers computes it from all rows of a forward. In a row of trees a shared token stands once and counts for every
-branch through it, so it is computed here: the routers' logits are recorded while the model runs, each token's repeated
-as often as branches hold it, and given to the architecture's own formula.
+transformers computes it from all rows of a forward, where a shared token of a tree would count once. Here it counts
+once for every branch that holds it. The routers' logits are recorded while the model runs, repeated for each branch,
+and passed to the architecture's own formula.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
-from nextquill.models.architectures import base_model, text_config
+from nextquill.models.configs import base_model, text_config
 
-#: What keeps a model from computing its own, which counts a shared token once.
+#: Forward arguments that switch off the model's own router loss, which counts a shared token once.
 WITHOUT_ROUTER_LOSS = {"output_router_logits": False}
 
 
@@ -29,13 +29,13 @@ class RouterLoss:
         model: a model whose config says `output_router_logits`.
 
     Raises:
-        UnsupportedModelError: its routers or its formula are not found.
+        UnsupportedModelError: the routers or the formula are not found.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base, config = base_model(model), text_config(base_model(model))
+        base, config = base_model(model), text_config(model)
         recorder = (getattr(base, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorder is None:  # the record is kept by the class of the backbone
+        if recorder is None:  # the class of the backbone holds the record
             found = (getattr(module, "_can_record_outputs", None) or {} for module in base.modules())
             recorder = next((record["router_logits"] for record in found if "router_logits" in record), None)
         kind, self._index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
@@ -46,19 +46,19 @@ class RouterLoss:
         self._factor = float(getattr(config, "router_aux_loss_coef", 0.0))
         if not self._routers or self._formula is None or self._experts is None or self._chosen is None:
             raise UnsupportedModelError(
-                f"{type(base).__name__}: its router loss is not known here; set config.output_router_logits to False"
+                f"{type(base).__name__}: its router loss is not supported; set config.output_router_logits to False"
             )
         self._base = base
         self._logits: list[Tensor] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> RouterLoss | None:
-        """The loss of a model that asks for one, or None."""
-        return cls(model) if getattr(text_config(base_model(model)), "output_router_logits", False) else None
+        """The router loss of a model whose config asks for it, or None."""
+        return cls(model) if asks_for_router_loss(model) else None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record the routers of the forward in this block."""
+        """Record the routers' logits in the forward inside this block."""
         self._logits = []
         handles = [router.register_forward_hook(self._record) for router in self._routers]
         try:
@@ -69,10 +69,10 @@ class RouterLoss:
             self._logits = []
 
     def value(self, forward: Mapping[str, Any]) -> Tensor:
-        """The loss over what was recorded, to be called before the block ends; a float32 scalar without a unit.
+        """The loss over the recorded logits, a float32 scalar without a unit. Call this before the block ends.
 
         Args:
-            forward: of a batch; `multiplicity` or `attention_mask` says how many branches hold each token.
+            forward: a forward of a batch; `multiplicity` or `attention_mask` counts the branches that hold each token.
         """
         if torch.is_grad_enabled() and any(_is_reentrant(module) for module in self._base.modules()):
             raise UnsupportedModelError(
@@ -90,8 +90,13 @@ class RouterLoss:
         self._logits.append(output[self._index] if isinstance(output, tuple) else output)
 
 
+def asks_for_router_loss(model: Any) -> bool:
+    """Whether the model's config asks for a load-balancing loss."""
+    return bool(getattr(text_config(model), "output_router_logits", False))
+
+
 def _is_reentrant(module: nn.Module) -> bool:
-    """Whether a layer is checkpointed in the way that runs its first forward without a graph."""
+    """Whether a layer uses reentrant checkpointing, which runs its first forward without a graph."""
     how = getattr(module, "_gradient_checkpointing_func", None)
     return (
         module.training

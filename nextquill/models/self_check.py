@@ -1,4 +1,4 @@
-"""A small tree run through a model, against its branches one by one: finds what no list of architectures foresees."""
+"""Compares a small tree with its branches in separate rows, in any architecture."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import UnsupportedModelError
-from nextquill.models.architectures import base_model, text_config
+from nextquill.models.configs import base_model, text_config
 from nextquill.models.probe import in_eval_mode, returned_logits
-from nextquill.models.router import WITHOUT_ROUTER_LOSS
+from nextquill.models.router import WITHOUT_ROUTER_LOSS, asks_for_router_loss
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
 
-#: Relative error of the logits. Rounding is a tenth of it or less; wrong attention was seen to give .28 and more.
+#: Limits of the relative error of the logits. Rounding gives at most a tenth, wrong attention at least 0.28.
 _LIMIT, _HALF_LIMIT = 1e-3, 0.1
 
 
@@ -22,11 +22,11 @@ _LIMIT, _HALF_LIMIT = 1e-3, 0.1
 def check_against_separate_passes(
     model: Any, model_inputs: Callable[[Mapping[str, Any]], dict[str, Any]], before_the_others: Callable[[], None]
 ) -> None:
-    """Raise unless branches that share a prefix have the logits they have apart.
+    """Raise unless branches that share a prefix have the same logits as in separate rows.
 
     Args:
-        model: the model; nothing is done where its parameters are not loaded, or partitioned by ZeRO-3.
-        model_inputs: the keyword arguments for a forward over a tree, as a collator makes it.
+        model: the model; not checked if its parameters are not loaded, or partitioned by ZeRO-3.
+        model_inputs: returns the model's keyword arguments for a forward over a tree of a collator.
         before_the_others: called between the tree's forward and the ordinary ones.
 
     Raises:
@@ -43,7 +43,7 @@ def check_against_separate_passes(
         "subtree_end": tree.subtree_end[None].to(device),
         "layout": TreeLayout.of_tree(tree),
     }
-    router = WITHOUT_ROUTER_LOSS if getattr(text_config(base), "output_router_logits", False) else {}
+    router = WITHOUT_ROUTER_LOSS if asks_for_router_loss(base) else {}
     with in_eval_mode(model):
         together = returned_logits(model(**model_inputs(forward), **router, use_cache=False))[0]
         before_the_others()
@@ -54,7 +54,7 @@ def check_against_separate_passes(
 
 @torch.no_grad()
 def masks_follow_window(model: Any) -> bool:
-    """Whether the config's sliding window reaches an ordinary forward: a config may hold one that nothing reads."""
+    """Whether an ordinary forward uses the config's sliding window; some models ignore it."""
     base = base_model(model)
     if not _is_loaded(base):
         return True
@@ -87,11 +87,11 @@ def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
     together, alone = together.double(), alone.double()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     error = float((together - alone).norm() / spread.clamp(min=1e-30))
-    # accelerate leaves its autocast around a model's forward, and marks it so
+    # accelerate keeps its autocast around a model's forward, and sets this attribute
     narrow = next(base_model(model).parameters()).element_size() < 4
     half = narrow or hasattr(model, "_original_forward") or torch.is_autocast_enabled(alone.device.type)
     if not error < (_HALF_LIMIT if half else _LIMIT):
         raise UnsupportedModelError(
-            f"{type(base_model(model)).__name__}: branches that share a prefix do not give the logits they give apart "
-            f"(relative error {error:.1e}); use attention='padded'"
+            f"{type(base_model(model)).__name__}: branches that share a prefix do not give the same logits as in "
+            f"separate rows (relative error {error:.1e}); use attention='padded'"
         )

@@ -1,4 +1,4 @@
-"""Token weights from effects that were measured before training, by this model or another: a frozen estimator."""
+"""Token weights from effects that this model or another measured before training: a frozen estimator."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nextquill.weighting import UniformWeighting
 
 
 def effects_digest(examples: Sequence[EncodedExample]) -> str:
-    """A hash of the examples' stored effects, which tells one file of them from another."""
+    """A hash of the examples' stored effects, which identifies their file."""
     return fingerprint(each.effects.numpy().tobytes() for each in examples if each.effects is not None)
 
 
 def check_stored_weighting(loss: PairLoss) -> None:
-    """Raise ArgumentError where a loss's weighting reads more than the two nll's that are stored, or neither."""
+    """Raise ArgumentError if a loss's weighting reads more than the two stored NLLs, or neither."""
     weighting = loss.objective.weighting
     if type(weighting) is UniformWeighting:
-        raise ArgumentError(f"loss: {type(loss).__name__} weighs every token alike, whatever effects are stored")
-    # The contract of `nextquill.weighting`: what does not say otherwise may read `pair.effect`.
+        raise ArgumentError(f"loss: {type(loss).__name__} gives all tokens one weight and cannot use stored effects")
+    # By the contract of `nextquill.weighting`, a weighting without the attribute may read `pair.effect`.
     if getattr(weighting, "reads_effect", True):
         raise ArgumentError(
             "loss: expected a weighting with `reads_effect = False` for stored effects, which hold nll_factual and "
@@ -34,18 +34,18 @@ def check_stored_weighting(loss: PairLoss) -> None:
 
 
 def stored_weights(loss: PairLoss, effects: Tensor, sequence_ids: Tensor) -> Tensor:
-    """The weights w = weighting(nll's) of stored nll's, as the loss would make them of its own.
+    """The weights w = weighting(NLLs) of stored NLLs, with the loss's own weighting.
 
     Args:
-        loss: whose weighting it is.
+        loss: the loss.
         effects: float32 [2, n], nll_factual and nll_counterfactual in nats.
-        sequence_ids: int64 [n]; rows of a sequence stand together.
+        sequence_ids: int64 [n]; the rows of a sequence are adjacent.
 
     Returns:
         float32 [n], without gradient.
 
     Raises:
-        ArgumentError: the weighting returned something else than a weight per token.
+        ArgumentError: the weighting did not return one weight for each token.
     """
     weighting = loss.objective.weighting
     whole = getattr(weighting, "elementwise", False) or loss.reduction == "micro_batch" or not effects.shape[1]

@@ -1,7 +1,7 @@
 """Small models and tokenizers built from the training text, so that a first run needs no download.
 
-They show that a pipeline works and how its figures move. Trained from scratch on little text they write badly, and a
-causal loss has little to work with until a model can read a history at all.
+They show that a pipeline works, and how its figures change. Trained from scratch on little text, they write badly. A
+causal loss measures little before a model can read a history.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
 @dataclass(frozen=True)
 class ScratchSize:
-    """A Llama architecture by its numbers; head dimension 32 or 64, tied embeddings."""
+    """The sizes of a Llama architecture; head dimension 32 or 64, tied embeddings."""
 
     vocabulary: int
     hidden_size: int
@@ -34,7 +34,7 @@ SCRATCH_SIZES = {
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of at most `vocabulary` tokens; every text can be encoded and read back."""
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens; it decodes every text to itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,9 +63,9 @@ def build_model(
 
     Args:
         size: the architecture.
-        seed: of the initialisation; the global random state is left alone.
-        vocabulary: tokens, where they are not `size.vocabulary`.
-        eos_token_id, pad_token_id: the tokenizer's.
+        seed: seed of the initialisation; the global random state does not change.
+        vocabulary: number of tokens; by default `size.vocabulary`.
+        eos_token_id, pad_token_id: the tokenizer's ids.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 from nextquill.data import load_records
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
-from nextquill.models.architectures import base_model, random_rates, text_config
-from nextquill.models.limits import check_vocabulary
-from nextquill.models.loading import context_length
+from nextquill.models.architectures import random_rates
+from nextquill.models.configs import base_model, check_vocabulary, context_length
+from nextquill.models.router import asks_for_router_loss
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.logs import SAMPLES_FILE
 from nextquill.popi.prompts import GeneratorPrompts
@@ -157,7 +157,7 @@ def _check_given(roles: Roles, frozen: dict[str, bool], others: dict[str, Any]) 
 def _check_role(role: Role, *, shared: bool) -> None:
     """Raise ArgumentError if training would differ from what is measured, or its result could not be loaded."""
     base = base_model(role.model)
-    if getattr(text_config(base), "output_router_logits", False):
+    if asks_for_router_loss(base):
         raise ArgumentError(
             f"model: the {role.name} model's config.output_router_logits asks for a router loss, which is not part of "
             "this objective; set it to False"

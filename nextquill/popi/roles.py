@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import ArgumentError, CheckpointError
-from nextquill.models.loading import is_adapter, load_model, load_tokenizer
+from nextquill.models.configs import is_adapter
+from nextquill.models.loading import load_model, load_tokenizer
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint

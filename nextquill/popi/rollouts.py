@@ -25,8 +25,7 @@ from nextquill.errors import ArgumentError, BudgetError, CheckpointError, Output
 from nextquill.evaluation.generation import GenerationOptions, Prompt
 from nextquill.evaluation.generation.options import decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
-from nextquill.models.architectures import base_model
-from nextquill.models.loading import context_length
+from nextquill.models.configs import base_model, context_length
 from nextquill.storage.fingerprints import digest_of
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}

@@ -34,7 +34,7 @@ from nextquill.evaluation.generation.vllm_engine import (
     plain_lora,
     release,
 )
-from nextquill.models.loading import context_length, is_adapter
+from nextquill.models.configs import context_length, is_adapter
 from nextquill.popi.rollouts import Sample, check_prompts, in_order
 
 

@@ -47,12 +47,11 @@ from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
 from nextquill.storage.fingerprints import fingerprint
-from nextquill.training.atomic_checkpoints import StagedCheckpoints
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.checks import check_options
-from nextquill.training.run_identity import run_identity
 
 
-class POPITrainer(StagedCheckpoints, Trainer):
+class POPITrainer(AtomicCheckpoints, Trainer):
     """Train summaries of users, and a generator that conditions on them, under one preference objective.
 
     Args:

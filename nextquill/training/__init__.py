@@ -2,11 +2,10 @@
 
 trainer.py             `NextQuillTrainer`: transformers' Trainer
 trl.py                 TRL's `SFTTrainer`
-causal_loss_mixin.py   what both have in common
-meter.py               what is measured while a model trains
-checks.py              what is refused before any work
-atomic_checkpoints.py  checkpoints that are complete or absent
-run_identity.py        what a run and its checkpoints must agree in
+causal_loss_mixin.py   the parts that both share
+meter.py               measurements during training and evaluation
+checks.py              checks of arguments, before any work
+atomic_checkpoints.py  checkpoints that are complete or absent, and the run that they belong to
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""Checkpoints of a Trainer that exist completely or not at all, and a resume that checks whose they are."""
+"""Checkpoints of a Trainer that are complete or absent. A resume checks that they belong to the same run."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
+from nextquill.storage.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -18,22 +21,31 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+#: Fields of an adapter's config that change the effect of its weights.
+_SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+#: Values of each frozen parameter that enter the fingerprint.
+_SAMPLE = 16
 
-class StagedCheckpoints(_Base):
-    """Before a Trainer among the bases of a class, which says in `run_identity` what a resumed run must agree in."""
+
+class AtomicCheckpoints(_Base):
+    """A mixin that writes a Trainer's checkpoints atomically; it precedes the Trainer among the bases of a class.
+
+    The class defines `run_identity`, which a run and its checkpoints must share.
+    """
 
     _identity: dict[str, Any] | None = None
     _is_staging = False
 
     def run_identity(self) -> dict[str, Any]:
-        """What must agree between this run and a checkpoint it resumes from; JSON."""
+        """The values that a checkpoint must share with a run that resumes from it, as JSON holds them."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's.
+        """Train as the Trainer does.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, or of another run.
+            CheckpointError: the checkpoint is missing, incomplete, or belongs to another run.
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
@@ -52,9 +64,9 @@ class StagedCheckpoints(_Base):
         return str(Path(folder) / checkpoints.STAGING) if self._is_staging else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when every rank's part is in it."""
+        """Save under a temporary name; rename the folder once every rank has written its part."""
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        staged = folder / checkpoints.STAGING / name
+        staging = folder / checkpoints.STAGING / name
         self._is_staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -63,9 +75,9 @@ class StagedCheckpoints(_Base):
                 self.state.best_model_checkpoint = str(folder / best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-                self._write_identity(staged)
-                move_into_place(staged, folder / name)
+                self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
+                self._write_identity(staging)
+                move_into_place(staging, folder / name)
         finally:
             self._is_staging = False
             if self.args.should_save:
@@ -77,8 +89,43 @@ class StagedCheckpoints(_Base):
             self._push_from_checkpoint(str(folder / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_staging:  # the upload goes on in the background and needs a folder that stays
+        if not self._is_staging:  # the upload runs in the background and needs a folder that stays
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _write_identity(self, folder: Path) -> None:
         write_whole(folder / checkpoints.RUN_FILE, json.dumps(self._identity, indent=2) + "\n")
+
+
+def run_identity(model: Any, loss: Any) -> dict[str, Any]:
+    """The values that a checkpoint must share with a run that resumes from it, as JSON holds them.
+
+    They are the model's shape, its adapters, a fingerprint of its frozen weights, and the loss. A checkpoint of an
+    adapter does not hold the frozen weights.
+    """
+    config = text_config(model)
+    return {
+        "model": {name: getattr(config, name, None) for name in _CONFIG_FIELDS},
+        "adapters": {name: _describe(adapter) for name, adapter in sorted(getattr(model, "peft_config", {}).items())},
+        "frozen_weights": _fingerprint(model),
+        # The address of a function differs between processes.
+        "loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)),
+    }
+
+
+def _describe(adapter: Any) -> str:
+    targets = getattr(adapter, "target_modules", None)
+    targets = sorted(targets) if isinstance(targets, (set, list, tuple)) else targets
+    scaling = {name: value for name in _SCALING if (value := getattr(adapter, name, None))}
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    return f"{kind}, r={getattr(adapter, 'r', None)}, {scaling}, {targets}"
+
+
+def _fingerprint(model: nn.Module) -> str | None:
+    """A hash of the first values of every frozen parameter; None if no parameter is frozen."""
+    parts = list[bytes]()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not parameter.is_meta:
+            sample = parameter.detach().reshape(-1)[:_SAMPLE]
+            sample = sample.float() if sample.is_floating_point() else sample
+            parts.append(name.encode() + sample.cpu().numpy().tobytes())
+    return fingerprint(parts) if parts else None

@@ -1,11 +1,11 @@
-"""What a causal loss changes in a training loop of transformers, as a mixin for `Trainer` and its subclasses.
+"""Training with a causal loss, as a mixin for transformers' `Trainer` and its subclasses.
 
-    batches     parts of trees; every rank gets as many as the one with most
+    batches     parts of trees; every rank runs the same number of parts
     loss        normalised over the accumulation window and all ranks, so that no split of a batch changes the gradient
     logs        the loss's terms and effects, reduced over ranks
     evaluation  a row of figures per example
 
-`NextQuillTrainer` puts it on transformers' Trainer, `training.trl` on TRL's SFTTrainer.
+`NextQuillTrainer` adds it to transformers' Trainer, `training.trl` to TRL's SFTTrainer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, UserGroupSampler
-from nextquill.data.collator import empty_like
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.scoring import forward_budget
+from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
-from nextquill.models.branch_passes import PairPasses, with_empty_parts
+from nextquill.models.branch_passes import PairPasses, add_empty_parts, with_empty_parts
 from nextquill.training.checks import check_batching
 from nextquill.training.meter import TrainingMeter, eval_metrics, example_table
 
@@ -37,10 +36,10 @@ else:
 
 
 class CausalLossMixin(_Base):
-    """Trains with a `PairLoss` in place of a Trainer's own loss; before it among the bases of a class.
+    """Replaces the loss of a Trainer by a `PairLoss`; it precedes the Trainer among the bases of a class.
 
-    A subclass calls `_set_loss` in its constructor, before or after the Trainer's, and gives the Trainer
-    `self.passes.collator(...)` as its data collator, and `EncodedDataset`s.
+    A subclass calls `_set_loss` in its constructor, before or after the Trainer's constructor. It gives the Trainer
+    `EncodedDataset`s, and `self.passes.collator(...)` as the data collator.
     """
 
     passes: PairPasses
@@ -49,70 +48,72 @@ class CausalLossMixin(_Base):
     examples_per_user: int
 
     def _set_loss(self, passes: PairPasses, args: Any, max_tokens: int | None, examples_per_user: int) -> None:
-        check_batching(args, passes.loss, max_tokens, examples_per_user)
+        check_batching(args, max_tokens, examples_per_user)
         if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
             raise ArgumentError(
-                "args.neftune_noise_alpha: not supported with trees, where a shared token has one noise for all "
-                "branches; leave it out or use attention='padded'"
+                "args.neftune_noise_alpha: not supported with trees, where all branches of a shared token get the same "
+                "noise; leave it out or use attention='padded'"
             )
         self.passes, self.meter = passes, TrainingMeter()
         self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
 
     def _check_fits(self, dataset: EncodedDataset | None) -> None:
-        """Raise BudgetError before training where an example alone takes more than `max_tokens`."""
+        """Raise BudgetError before training if a single example takes more than `max_tokens`."""
         if dataset is not None and self.max_tokens is not None:
             collator: Any = self.passes.collator(max_tokens=self.max_tokens)
             names = collator.forwards[-1]
             forward_budget(_longer(dataset, self.max_tokens, names), self.max_tokens, names=names)
 
     def _set_normalised(self) -> None:
-        """To be called after the Trainer's constructor: say that `compute_loss` has normalised over the window."""
-        self.model_accepts_loss_kwargs = True  # to transformers before 5.20 or so
-        self.loss_is_scaled_for_ga = True  # since
+        """Tell the Trainer that `compute_loss` normalises over the window. Call this after its constructor."""
+        self.model_accepts_loss_kwargs = True  # transformers before 5.20 or so
+        self.loss_is_scaled_for_ga = True  # later versions
 
     @property
     def loss(self) -> PairLoss:
         """The loss, with the model's own soft cap and scale."""
         return self.passes.loss
 
-    @property
-    def _pad_token_id(self) -> int:
-        known = (getattr(self.processing_class, name, None) for name in ("pad_token_id", "eos_token_id"))
-        return next((i for i in known if i is not None), 0)
-
     # ---- data ----------------------------------------------------------------------------------
+
+    def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
+        """The examples of `source`, which a subclass may accept in other forms."""
+        return source  # type: ignore[no-any-return]
 
     @contextmanager
     def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
-        """Give the data loaders made in this block a collator of all branches."""
+        """Give data loaders that are made in this block a collator of all branches."""
         placebo = dataset is not None and dataset.has_placebo
         previous, budget = self.data_collator, self.max_tokens
         if budget is not None and dataset is not None:
-            # More branches than in training stand in a row, and without gradient they take a fraction of the memory.
+            # A row holds more branches than in training. Without gradient they take a fraction of the memory.
             names = BRANCHES if placebo else BRANCHES[:2]
             budget = forward_budget(_longer(dataset, budget, names), None, budget, names)
-        self.data_collator = self.passes.scoring_collator(self._pad_token_id, budget, placebo=placebo)
+        self.data_collator = self.passes.scoring_collator(pad_token(self.processing_class), budget, placebo=placebo)
         try:
             yield
         finally:
             self.data_collator = previous
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's, over all branches."""
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            named: Any = self.eval_dataset
-            dataset = named[dataset]
+        """The Trainer's loader, over all branches; `eval_dataset` may be a name in the dict given at first."""
+        own: Any = self.eval_dataset
+        if isinstance(own, dict) and isinstance(eval_dataset, str) and eval_dataset in own:
+            dataset = own[eval_dataset]
+        else:
+            eval_dataset = self._encoded(eval_dataset, placebo=True)
+            dataset = own if eval_dataset is None else eval_dataset
         with self._collating_for(dataset):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The Trainer's, over all branches."""
+        """The Trainer's loader, over all branches."""
+        test_dataset = self._encoded(test_dataset, placebo=True)
         with self._collating_for(test_dataset):
             return super().get_test_dataloader(test_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's, or one that keeps a user's examples together."""
+        """The Trainer's sampler, or one that keeps a user's examples together."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.examples_per_user == 1:
             return super()._get_train_sampler(train_dataset)
@@ -124,10 +125,10 @@ class CausalLossMixin(_Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The accumulation window's batches, and what the reduction divides by over all ranks, a float32 scalar.
+        """The accumulation window's batches, and the divisor of the reduction over all ranks, a float32 scalar.
 
-        A batch over the token budget is several parts. Every rank gets as many as the one with most: each of them is a
-        forward and a backward in which sharded and data-parallel engines meet.
+        A batch over the token budget has several parts. Every rank gets the same number of parts, because sharded and
+        data-parallel engines synchronise in the forward and backward of each.
         """
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
@@ -136,35 +137,35 @@ class CausalLossMixin(_Base):
         users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
         if self.accelerator.num_processes > 1:
             counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=device)
-            self._fill_up(batches, self.accelerator.gather(counts).amax(0).tolist())
+            for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
+                batch["parts"] = add_empty_parts(batch["parts"], count)
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
         self.meter.begin_step(0 if users is None else _count_different(users))
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
-    def _fill_up(self, batches: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
-        """Add parts without labels until every batch has as many as some rank's."""
-        for batch, count in zip(batches, counts, strict=True):
-            parts = batch["parts"]
-            batch["parts"] = [*parts, *(empty_like(parts[0]) for _ in range(count - len(parts)))]
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; the model gets its own attention back at the end.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the model gets its own attention back in the end."""
+        Raises:
+            CheckpointError: the checkpoint is missing, incomplete, or of another model or loss.
+        """
+        self.meter.reset()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.passes.close()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As the Trainer's, part by part: only one part's activations are held, and ranks meet on the last alone.
+        """Run the Trainer's step part by part. It holds one part's activations; ranks synchronise on the last part.
 
-        Takes `num_items_in_batch` as a scalar and returns the micro-batch's loss as one, both of any floating dtype.
+        `num_items_in_batch` and the returned loss of the micro-batch are scalars of any floating dtype.
         """
         parts = inputs["parts"]
-        if len(parts) == 1 or self.is_deepspeed_enabled:  # whose engine counts backwards to find its steps
+        if len(parts) == 1 or self.is_deepspeed_enabled:  # DeepSpeed's engine counts backwards to find its steps
             return super().training_step(model, inputs, num_items_in_batch)
         losses = []
         for part in parts:
-            # A sharded engine would hold all gradients whole until it may reduce them.
+            # Without synchronisation, FSDP would hold all gradients unsharded.
             waits = part is not parts[-1] and not self.is_fsdp_enabled
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 losses.append(super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch))
@@ -185,18 +186,18 @@ class CausalLossMixin(_Base):
         for part, output in zip(inputs["parts"], outputs, strict=True):
             self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
         if num_items_in_batch is not None:
-            # Data-parallel engines average gradients over ranks; the sum over ranks is what was normalised.
+            # Data-parallel engines average gradients over ranks; the loss was normalised as a sum over ranks.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a log of the training loop, which every rank makes, gets the interval's metrics."""
+        """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
         if "loss" in logs and start_time is not None:
             logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """6 · parameters · tokens over the forwards; one without gradient costs a third."""
+        """6 · parameters · tokens over the forwards; a forward without gradient costs a third."""
         total = 0.0
         for part in inputs["parts"]:
             *constant, last = ({"input_ids": forward["input_ids"]} for forward in part["forwards"])
@@ -219,23 +220,20 @@ class CausalLossMixin(_Base):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops what ranks saw twice.
+        """One row of `EVAL_COLUMNS` per example; the Trainer gathers them and drops examples that ranks saw twice.
 
         Returns:
             None, float32 [examples, columns], and int64 [examples], each example's index in the data set.
         """
         inputs = self._prepare_inputs(inputs)
         count = len(inputs["example_index"])
+        parts = with_empty_parts(inputs["parts"]) if self.accelerator.num_processes > 1 else inputs["parts"]
         with self.compute_loss_context_manager():
-            tables = [example_table(self.passes.scores(part, model), count, self.loss) for part in self._met(inputs)]
+            tables = [example_table(self.passes.scores(part, model), count, self.loss) for part in parts]
         return None, torch.stack(tables).sum(0), inputs["example_index"]
 
-    def _met(self, inputs: dict[str, Any]) -> list[Any]:
-        """A batch's parts, with empty ones where another rank has more."""
-        return with_empty_parts(inputs["parts"]) if self.accelerator.num_processes > 1 else inputs["parts"]
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the model is left as it was found unless it is training."""
+        """Evaluate as the Trainer does; outside training, leave the model as it was before."""
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -248,13 +246,13 @@ class CausalLossMixin(_Base):
 
 
 def _longer(dataset: EncodedDataset, budget: int, names: Sequence[str]) -> list[EncodedExample]:
-    """The examples whose branches together, what they share counted twice, are over the budget."""
+    """The examples whose branches exceed the budget together; shared tokens count once for each branch."""
     sizes = dataset.num_branch_tokens(names)
     return [dataset.examples[index] for index, size in enumerate(sizes) if size > budget]
 
 
 def _count_different(users: Tensor) -> Tensor:
-    """How many different numbers there are, but for -1; without waiting for the device."""
+    """The number of different values, -1 left out; without waiting for the device."""
     ordered = users.sort().values
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]

@@ -1,4 +1,4 @@
-"""Checks of a trainer's arguments, before any work: they must fit each other, and none may be silently ignored."""
+"""Checks of a trainer's arguments, before any work: they must fit each other, and the trainer must use each one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
-from nextquill.models.limits import check_vocabulary
+from nextquill.models.configs import check_vocabulary
 
 #: Options of transformers' Trainer that our trainers set themselves.
 FILLED_OPTIONS = (
@@ -19,7 +19,7 @@ FILLED_OPTIONS = (
     "model_init",
 )
 
-# Training arguments that would be ignored or fail later, with the values that are accepted and the reason.
+# Training arguments that would be ignored or fail later, with the accepted values and the reason.
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0, 0.0), "the loss runs inside the model's head, where labels are not smoothed"),
     "batch_eval_metrics": ((False,), "metrics are means over all tokens of an evaluation"),
@@ -52,7 +52,7 @@ def check_arguments(args: Any) -> None:
     if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
         raise ArgumentError(
             "args.accelerator_config: dispatch_batches=True is not supported: it cuts tensors along their first axis, "
-            "and in a batch of trees that axis is not examples"
+            "which does not count examples in a batch of trees"
         )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
@@ -62,7 +62,7 @@ def check_arguments(args: Any) -> None:
             raise ArgumentError(f"args.parallelism_config: {name} above 1 is not supported, only data parallelism")
 
 
-def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user: Any) -> None:
+def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
     """Raise ArgumentError or ArgumentTypeError for batches that cannot be made."""
     for name, value in (("max_tokens", max_tokens), ("examples_per_user", examples_per_user)):
         if name == "max_tokens" and value is None:
@@ -71,14 +71,10 @@ def check_batching(args: Any, loss: PairLoss, max_tokens: Any, examples_per_user
             raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
         if value < 1:
             raise ArgumentError(f"{name}: expected a positive number, got {value}")
-    if max_tokens is not None and loss.reduction == "micro_batch":
-        raise ArgumentError(
-            "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a forward"
-        )
     if examples_per_user > 1 and getattr(args, "train_sampling_strategy", "random") == "sequential":
         raise ArgumentError(
-            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', as a larger number changes "
-            "the order"
+            "examples_per_user: expected 1 with args.train_sampling_strategy='sequential', because a larger number "
+            f"changes the order; got {examples_per_user}"
         )
     if args.per_device_train_batch_size % examples_per_user:
         raise ArgumentError(

@@ -1,6 +1,6 @@
-"""What the trainer measures: sums over an interval of training, means over an evaluation, and a watch on both.
+"""The trainer's measurements: sums over an interval of training, means over an evaluation, and a watch on both.
 
-Sums stay on the device and are reduced over ranks once per log, so measuring never synchronises a step.
+Sums stay on the device and are reduced over ranks once per log, so that a step never waits for them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TrainingMeter:
     )
     _COUNTS = ("num_tokens", "num_sequences")
     _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS)
-    _WORK = ("computed", "branches")  # tokens that were computed, and those of the branches on their own
+    _WORK = ("computed", "branches")  # computed tokens, and tokens of the branches in separate rows
     _UNPAIRED = ("loss_factual", "nll_factual", "token_weight", *_COUNTS)
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class TrainingMeter:
         self._since = time.perf_counter()
 
     def begin_step(self, users: int | Tensor = 0) -> None:
-        """Say that what is added from now on is of another optimiser step; a step that adds nothing does not count.
+        """Start another optimiser step. A step to which nothing is added does not count.
 
         Args:
             users: different users in the step, over all ranks; a number or an int64 scalar.
@@ -65,9 +65,9 @@ class TrainingMeter:
         """Add one part.
 
         Args:
-            output: the loss's.
-            computed_tokens: tokens that were computed for it.
-            branch_tokens: tokens of its branches on their own.
+            output: the loss's output.
+            computed_tokens: tokens computed for it.
+            branch_tokens: tokens of its branches in separate rows.
         """
         pair, count = output.pair_nll, output.num_tokens
         self._steps += self._step_began
@@ -110,14 +110,14 @@ class TrainingMeter:
         return (metrics if paired else {name: metrics[name] for name in self._UNPAIRED}) | work
 
 
-#: Columns of the per-example evaluation table, means over the example's tokens but for the last.
+#: Columns of the per-example evaluation table. All but the last are means over the example's tokens.
 EVAL_COLUMNS = (
     "loss", "nll_factual", "nll_counterfactual", "nll_placebo", "effect_prob", "share_above_threshold", "num_tokens",
 )  # fmt: skip
 
 
 def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tensor:
-    """One row of `EVAL_COLUMNS` per example, float32 [examples, columns]; nll's in nats, NaN without a placebo."""
+    """One row of `EVAL_COLUMNS` per example, float32 [examples, columns]; NLLs in nats, NaN without a placebo."""
     output, ids = scores.output, scores.sequence_ids
     pair = output.pair_nll
     assert pair.counterfactual is not None
@@ -139,9 +139,9 @@ def example_table(scores: PartScores, num_examples: int, loss: PairLoss) -> Tens
 def eval_metrics(table: Tensor, *, token_mean_loss: bool) -> dict[str, float]:
     """Reduce the per-example `table`, floating [examples, columns], to an evaluation's metrics.
 
-    nll's and effects are means over tokens, in nats but for `effect_prob`. `effect_placebo` is nll under another user's
-    history minus nll under the user's own: unlike `effect_logprob`, no loss can raise it by making the no-history pass
-    wrong.
+    NLLs and effects are means over tokens, in nats except `effect_prob`. `effect_placebo` is the NLL under another
+    user's history minus the NLL under the user's own history. Unlike `effect_logprob`, no loss can raise it by a worse
+    no-history pass.
     """
     columns = dict(zip(EVAL_COLUMNS, table.double().unbind(1), strict=True))
     tokens = columns["num_tokens"]
@@ -161,14 +161,14 @@ def eval_metrics(table: Tensor, *, token_mean_loss: bool) -> dict[str, float]:
 class CounterfactualWatch(TrainerCallback, ExportableState):
     """Warns once when the no-history pass gets worse while training.
 
-    A loss with gradient through both passes can lower its effect term by making z0 wrong; then "effects" grow and mean
-    nothing. The training nll without history is averaged over at least `window` sequences, and a rise of more than
-    `tolerance` nats above its lowest average warns; so does a rise of an evaluation's above its lowest while training.
+    A loss with gradient through both passes can lower its effect term by making z0 wrong. Effects then grow and mean
+    nothing. The training NLL without history is averaged over at least `window` sequences. A rise of more than
+    `tolerance` nats above its lowest average gives a warning, and so does such a rise between evaluations of the run.
 
     Args:
         tolerance: nats.
         window: sequences.
-        trained_through: whether the loss has a gradient through the counterfactual, which decides the advice.
+        trained_through: whether the loss has a gradient through the counterfactual; the advice depends on it.
     """
 
     def __init__(self, tolerance: float = 0.5, window: int = 64, trained_through: bool = True) -> None:
@@ -176,19 +176,19 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
         self.window = window
         self.trained_through = trained_through
         self.lowest: dict[str, float] = {}
-        self.pending = [0.0, 0.0, 0.0]  # sum of nll over tokens, tokens, sequences
+        self.pending = [0.0, 0.0, 0.0]  # sum of the NLL over tokens, tokens, sequences
         self.warned = False
         self._training = False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values that a checkpoint stores."""
         return {
             "args": {"tolerance": self.tolerance, "window": self.window, "trained_through": self.trained_through},
             "attributes": {"lowest": dict(self.lowest), "pending": list(self.pending), "warned": self.warned},
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from where a checkpoint left off."""
+        """Restore the values of the checkpoint that the run resumes from."""
         self._training = True
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) and saved else saved
@@ -197,11 +197,11 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
                 setattr(self, name, value)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop watching: an evaluation outside training may be of any other data."""
+        """Stop watching: an evaluation outside training may use other data."""
         self._training = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Look at every reading of the nll without history."""
+        """Check every value of the NLL without history."""
         if not self._training or not logs:
             return
         if "nll_counterfactual" in logs:
@@ -227,8 +227,8 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
             else "The model gets worse without a history, as it may when it overfits"
         )
         logger.warning(
-            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate what "
-            "the history does. %s; trust effect_placebo rather than effect_logprob.",
+            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate the "
+            "effect of the history. %s; trust effect_placebo rather than effect_logprob.",
             state.global_step,
             name,
             lowest,

@@ -1,19 +1,20 @@
 """`NextQuillTrainer`: transformers' Trainer with a causal loss in place of the model's own.
 
-What is added to the Trainer: both branches of every example are built, merged into trees of shared prefixes and run;
-the loss runs inside the model's head; its reduction is exact over gradient accumulation and ranks; evaluation measures
-effects against a placebo; checkpoints are atomic. Everything else (optimisers, schedulers, mixed precision, PEFT,
-callbacks, logging) is the Trainer's.
+It builds both branches of every example and merges them into trees of shared prefixes. The loss runs inside the model's
+head, and its reduction is exact over gradient accumulation and ranks. Evaluation measures effects against a placebo.
+Checkpoints are atomic. Everything else (optimisers, schedulers, mixed precision, PEFT, callbacks, logging) is the
+Trainer's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from nextquill.data import (
@@ -25,60 +26,64 @@ from nextquill.data import (
 )
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
-from nextquill.evaluation.scoring import ExampleScores, score_examples
+from nextquill.evaluation.scoring import ExampleScores, pad_token, score_examples
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
-from nextquill.models.limits import default_max_length
+from nextquill.models.configs import default_max_length
 from nextquill.models.stored_effects import effects_digest
-from nextquill.training.atomic_checkpoints import StagedCheckpoints
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
-from nextquill.training.run_identity import run_identity
 
 
-class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
+class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
     """Fine-tune a causal language model on users' histories with a causal loss.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         args: TrainingArguments; `remove_unused_columns` is turned off, since records are not model inputs.
         train_dataset, eval_dataset: records (`nextquill.data.load_records`: a JSONL path, a `datasets.Dataset`, any
-            iterable of mappings), an `EncodedDataset`, or a folder of `nextquill prepare`, whose tokenizer, template
-            and budget have to be those given here. `eval_dataset` may be a dict of them.
+            iterable of mappings), an `EncodedDataset`, or a folder of `nextquill prepare` with the tokenizer, template
+            and budget given here. `eval_dataset` may be a dict of them.
         processing_class: the tokenizer.
         loss: any `PairLoss`; by default `NextQuillLoss(detach_counterfactual=True)`. Its softcap and logit_scale are
             taken from the model.
-        template: how a prompt is worded; `PromptTemplate()` by default.
-        max_length: budget of prompt and response in tokens; by default 2048 or the model's own limit if that is less.
+        template: the wording of prompts; `PromptTemplate()` by default.
+        max_length: budget of prompt and response in tokens; by default 2048, or the model's own limit if that is less.
         max_response_length: budget of the response alone, or None.
-        attention: how rows of trees are attended, or "padded" for a padded row per branch; see
+        attention: the kernel for rows of trees, or "padded" for a padded row per branch; see
             `nextquill.models.attention`.
-        max_tokens: most tokens of one forward with gradient, after sharing; a device's batch that takes more is run in
-            several, with the same gradient. None runs it in one.
-        examples_per_user: keep so many examples of a user together in a batch, so that they share their history; see
-            `UserGroupSampler`. The batch size stays what it is and must be a multiple of this.
-        effects_file: take token weights from the effects that `nextquill score` has written for the training records,
-            instead of the model's own, which change while it trains. No counterfactual pass is made then, unless a term
-            of the loss reads it: NextQuill with `alpha` above 0 keeps it for its effect term, and any loss with
-            `anchor` for that. Evaluation weighs by the model's own effects.
-        callbacks: as the Trainer's; a `CounterfactualWatch` among them takes the place of the default one.
-        options: everything else the Trainer takes, but for compute_loss_func, compute_metrics, data_collator,
-            preprocess_logits_for_metrics and model_init, which this class fills itself.
+        max_tokens: largest number of tokens in one forward with gradient, after sharing. A larger batch runs in several
+            forwards, with the same gradient. None runs it in one.
+        examples_per_user: keep this many examples of a user together in a batch, so that they share their history; see
+            `UserGroupSampler`. The batch size must be a multiple of it.
+        effects_file: take token weights from the effects that `nextquill score` has written for the training records.
+            The model's own effects change while it trains. The counterfactual pass then runs only for a term of the
+            loss that reads it: the effect term of NextQuill with `alpha` above 0, and `anchor` of any loss. Evaluation
+            uses weights from the model's own effects.
+        callbacks: as the Trainer's; a `CounterfactualWatch` among them replaces the default one.
+        options: everything else the Trainer takes, except compute_loss_func, compute_metrics, data_collator,
+            preprocess_logits_for_metrics and model_init, which this class sets itself.
 
-    Logged while training, over the interval since the last log and all ranks: loss_factual, loss_effect,
-    loss_counterfactual (terms under the loss's reduction), nll_factual, nll_counterfactual, effect_logprob,
-    effect_prob, share_above_threshold, token_weight (means over tokens), num_tokens, num_sequences, tokens_per_second
-    (tokens of the branches on their own, prompts included), sharing_factor (those by the tokens computed) and
-    users_per_step; of a loss of one stream none that needs the other. Evaluation returns eval_loss, eval_nll_factual,
-    eval_nll_counterfactual, eval_effect_logprob, eval_effect_prob, eval_share_above_threshold, eval_num_tokens, and,
-    where the data has more than one user, eval_nll_placebo and eval_effect_placebo. `predict` takes records too; its
-    `predictions` are the per-example table of `metrics.EVAL_COLUMNS`, its `label_ids` the examples' positions.
+    Training logs, over the interval since the last log and all ranks:
+
+    - terms under the loss's reduction: loss_factual, loss_effect, loss_counterfactual;
+    - means over tokens: nll_factual, nll_counterfactual, effect_logprob, effect_prob, share_above_threshold,
+      token_weight;
+    - counts: num_tokens, num_sequences, users_per_step;
+    - tokens_per_second of the branches in separate rows, prompts included; sharing_factor, those tokens divided by the
+      computed ones.
+
+    A loss that reads only the factual branch logs no value of the other. Evaluation returns eval_loss,
+    eval_nll_factual, eval_nll_counterfactual, eval_effect_logprob, eval_effect_prob, eval_share_above_threshold and
+    eval_num_tokens. Data with more than one user adds eval_nll_placebo and eval_effect_placebo. `predict` takes records
+    too; its `predictions` are the per-example table of `meter.EVAL_COLUMNS`, its `label_ids` the examples' positions.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
-        RecordError, BudgetError: a record is malformed or does not fit, or the effects file is of other records; found
-            before training starts.
+        RecordError, BudgetError: a record is malformed or does not fit, or the effects file belongs to other records;
+            raised before training starts.
         CheckpointError: a prepared folder is damaged, or its examples were made in another way.
         UnsupportedModelError: the model's head cannot be handled exactly.
     """
@@ -117,14 +122,15 @@ class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
         passes.check_training(length)
         self.encoder = ExampleEncoder(processing_class, template, length, max_response_length)  # type: ignore[arg-type]
         self.watch, callbacks = _with_watch(self.loss, callbacks)
-        # What is read of these before the Trainer sets them again.
+        # Read below; the Trainer sets both again.
         self.args, self.processing_class = args, processing_class
+        collator = passes.collator(pad_token(processing_class), max_tokens)
         train_dataset = _with_effects(self._encoded(train_dataset, placebo=False), effects_file)
         self._check_fits(train_dataset)
         super().__init__(
             model,
             args,
-            data_collator=passes.collator(self._pad_token_id, max_tokens),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=(
                 {name: self._encoded(part, placebo=True) for name, part in eval_dataset.items()}
@@ -144,17 +150,17 @@ class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
         """Yield the effect of the history on every response token, user by user, without gradient.
 
         Args:
-            records: as `eval_dataset`, and by default the one given at first.
+            records: as `eval_dataset`; by default the data set given at first.
 
         Raises:
-            ArgumentError: there are none, or a dict of them.
+            ArgumentError: there are no records, or a dict of data sets.
         """
         given: Any = self.eval_dataset if records is None else self._encoded(records, placebo=True)
         if not isinstance(given, EncodedDataset):
             raise ArgumentError(f"records: expected records or an eval_dataset, got {type(given).__name__}")
         attention = "padded" if self.passes.trees is None else self.passes.trees.attention
         model: Any = self.model
-        return score_examples(model, given.examples, self._pad_token_id, attention=attention)
+        return score_examples(model, given.examples, pad_token(self.processing_class), attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if isinstance(source, (str, os.PathLike)) and is_prepared(source):
@@ -163,32 +169,11 @@ class NextQuillTrainer(CausalLossMixin, StagedCheckpoints, Trainer):
             source.check(self.encoder)
         if source is None or isinstance(source, EncodedDataset):
             return source
-        progress = None if self.args.disable_tqdm else _progress
+        progress = None if self.args.disable_tqdm else tqdm
         return EncodedDataset(self.encoder.encode_all(load_records(source), placebo, self.args.seed, progress))
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's, over all branches; `eval_dataset` may be records, or a name in the dict given at first."""
-        own: Any = self.eval_dataset
-        is_name = isinstance(own, dict) and isinstance(eval_dataset, str) and eval_dataset in own
-        return super().get_eval_dataloader(eval_dataset if is_name else self._encoded(eval_dataset, placebo=True))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The Trainer's, over all branches of records."""
-        return super().get_test_dataloader(self._encoded(test_dataset, placebo=True))
-
-    # ---- training ------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's.
-
-        Raises:
-            CheckpointError: the checkpoint is missing, incomplete, or of another model or loss.
-        """
-        self.meter.reset()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def run_identity(self) -> dict[str, Any]:
-        """What must agree between this run and a checkpoint it resumes from."""
+        """The values that a checkpoint must share with a run that resumes from it."""
         dataset: Any = self.train_dataset
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
         identity = run_identity(self.model, self.loss)
@@ -203,16 +188,10 @@ def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] |
 
 
 def _with_watch(loss: PairLoss, callbacks: list[Any] | None) -> tuple[CounterfactualWatch, list[Any]]:
-    """The watch among the callbacks, or a new one, and the callbacks with it."""
+    """The watch among the callbacks or a new one, and the callbacks including it."""
     callbacks = list(callbacks or [])
     given = [callback for callback in callbacks if isinstance(callback, CounterfactualWatch)]
     if given:
         return given[0], callbacks
     watch = CounterfactualWatch(trained_through=loss.needs_counterfactual and not loss.detaches_counterfactual)
     return watch, [*callbacks, watch]
-
-
-def _progress(iterable: Iterable[Any], total: int, desc: str) -> Iterable[Any]:
-    from tqdm.auto import tqdm
-
-    return tqdm(iterable, total=total, desc=desc)

@@ -3,8 +3,8 @@
     data = EncodedDataset(encoder.encode_all(load_records("train.jsonl")))
     trainer = CausalSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, loss=nq.PerCELoss())
 
-Everything of TRL's that is not about the loss or the preparation of text stays: its handling of PEFT and quantised
-models, its arguments and callbacks.
+TRL's other features stay: its handling of PEFT and quantised models, its arguments and callbacks. Only the loss and the
+preparation of text are replaced.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from nextquill.data import EncodedDataset
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import NextQuillLoss, PairLoss
-from nextquill.models.branch_passes import PairPasses, collator_of
+from nextquill.models.branch_passes import PairPasses
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 
-# Arguments of TRL's own loss and its preparation of text, with what they are where nothing is asked for.
+# Arguments of TRL's own loss and its preparation of text, with their neutral values.
 _IGNORED = {"loss_type": "nll", "packing": False, "completion_only_loss": None, "assistant_only_loss": False}
 
 
@@ -30,12 +30,12 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, trained with a `PairLoss`.
 
     Args:
-        model: as TRL's.
+        model: as in TRL's trainer.
         args: TRL's `SFTConfig`; the preparation of data sets is switched off.
         train_dataset, eval_dataset: `EncodedDataset`s; the second may be a dict of them.
         processing_class: the tokenizer.
         loss, attention, max_tokens, examples_per_user: as in `NextQuillTrainer`.
-        options: everything else TRL's trainer takes, but for compute_loss_func, compute_metrics, data_collator,
+        options: everything else TRL's trainer takes, except compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init.
 
     Logs and evaluation are `NextQuillTrainer`'s; checkpoints are TRL's own.
@@ -66,8 +66,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         for name, accepted in _IGNORED.items():
             if getattr(args, name, accepted) != accepted:
                 raise ArgumentError(
-                    f"args.{name}: {getattr(args, name)!r} would be ignored: the loss and the examples decide what is "
-                    "trained on"
+                    f"args.{name}: {getattr(args, name)!r} would be ignored, because the loss and the examples decide "
+                    "which tokens are trained on"
                 )
         for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for part in given.values() if isinstance(given, dict) else [given]:
@@ -81,7 +81,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
             args=args,
             train_dataset=_stand_in(train_dataset),
             processing_class=processing_class,
-            data_collator=collator_of(loss, attention, 0, max_tokens),
+            data_collator=lambda examples: {},  # replaced below, once the model is known
             compute_metrics=self._eval_metrics,
             **options,
         )
@@ -89,22 +89,23 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         trained: Any = self.model
         check_model(trained, processing_class, loss)
         self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
+        self.data_collator = self.passes.collator(max_tokens=max_tokens)
         self._check_fits(train_dataset)
         self._set_normalised()
 
 
 def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
-    """TRL would cut what is longer; here it was encoded to a budget already, so that is a contradiction."""
+    """Refuse a limit that TRL would cut examples to: the encoder has already applied a budget."""
     if dataset is None or limit is None:
         return
     longest = max(dataset.num_branch_tokens(["factual"]), default=0)
     if longest > limit:
         raise ArgumentError(
-            f"args.max_length: {limit}, but examples were encoded to up to {longest} tokens, and none is cut; "
+            f"args.max_length: expected at least the {longest} tokens of the longest example, got {limit}; "
             "encode with a smaller max_length, or set this one larger or to None"
         )
 
 
 def _stand_in(dataset: EncodedDataset | None) -> Dataset | None:
-    """What TRL's constructor takes for a data set, of the same length: it refuses any other class."""
+    """A `Dataset` of the same length, since TRL's constructor refuses any other class."""
     return None if dataset is None else Dataset.from_dict({"index": list(range(len(dataset)))})

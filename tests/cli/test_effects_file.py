@@ -111,4 +111,4 @@ def test_a_file_that_is_not_there_is_refused_at_once(train_student, tmp_path):
 def test_a_loss_without_weights_is_refused(train_student, effects):
     result, _ = train_student("--loss", "sft", "--effects_file", effects)
     assert result.code == 2
-    assert "SFTLoss weighs every token alike" in result.err
+    assert "SFTLoss gives all tokens one weight" in result.err

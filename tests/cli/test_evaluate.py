@@ -306,7 +306,7 @@ def test_a_run_that_has_not_finished_names_its_checkpoint(nextquill, data, tmp_p
     (tmp_path / "checkpoint-2").mkdir()
     result = evaluate(nextquill, tmp_path, data)
     assert result.code == 1
-    assert f"its run has not finished, there is {tmp_path / 'checkpoint-2'}" in result.err
+    assert f"its run has not finished; its last checkpoint is {tmp_path / 'checkpoint-2'}" in result.err
 
 
 def test_records_of_one_user_have_no_placebo(nextquill, trained, make_records, tmp_path):

@@ -122,7 +122,7 @@ def test_coverage_is_as_documented(users, expected):
 # ---- paired differences ------------------------------------------------------------------------
 
 
-def test_what_both_share_is_in_neither_interval_nor_p_value():
+def test_shared_differences_change_neither_interval_nor_p_value():
     rng = np.random.default_rng(0)
     shared = 100 * rng.normal(size=200)
     a, b = shared + rng.normal(0.5, 1, size=200), shared + rng.normal(0, 1, size=200)
@@ -151,7 +151,7 @@ def test_same_scores_do_not_differ(num):
     assert not result.excludes_zero
 
 
-def test_single_users_difference_is_no_evidence():
+def test_a_single_users_difference_is_not_evidence():
     result = paired_difference([1.0, 2.0], [0.0, 0.0], ["ann", "ann"])
     assert (result.low, result.high, result.p_value) == (-math.inf, math.inf, 1.0)
     assert not result.excludes_zero

@@ -30,20 +30,7 @@ from nextquill.models.loading import PromptSettings
 from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
 from tests.models.model_helpers import TEMPLATE, tiny_model, word_tokenizer
 
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(initializer_range=0.6)
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
-    """A finished evaluation of everything, which tests only read."""
-    folder = tmp_path_factory.mktemp("evaluation") / "deep" / "folder"
-    return evaluate(model, folder, **ALL), folder
-
-
-# ---- what it says ------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------
 
 
 def test_files(whole):
@@ -160,7 +147,7 @@ def test_items_of_the_first_examples_with_history(model, whole, tmp_path):
     assert [each.index for each in read_item_effects(tmp_path)] == [1, 2]
 
 
-def test_only_what_is_asked_for(model, tmp_path):
+def test_only_the_requested_measures(model, tmp_path):
     records = [dataclasses.replace(record, extra={}) for record in RECORDS]
     evaluation = evaluate(model, tmp_path, records, generate_branches=())
     assert set(contents(tmp_path)) == {"evaluation.json", "examples.jsonl", "effects.jsonl"}
@@ -222,7 +209,7 @@ def test_places_of_measures_cover_all(whole):
     assert place_of("rouge_l_placebo") == ("texts", "ROUGE-L", "another's")
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +252,7 @@ LACKING = {
 
 
 @pytest.mark.parametrize("what", LACKING)
-def test_a_record_that_lacks_what_its_task_needs_is_named_before_anything_runs(model, tmp_path, what):
+def test_a_record_without_its_tasks_fields_is_named_before_anything_runs(model, tmp_path, what):
     options, changed, message = LACKING[what]
     records = [*RECORDS[:2], dataclasses.replace(RECORDS[2], **changed)]
     with pytest.raises(RecordError, match=message):
@@ -279,7 +266,7 @@ def test_the_task_of_pairs_generates_nothing(model, tmp_path):
     assert "preference_accuracy" in evaluation.metrics
 
 
-def test_what_does_not_fit_is_named_before_anything_runs(model, tmp_path):
+def test_texts_that_do_not_fit_are_named_before_anything_runs(model, tmp_path):
     with pytest.raises(BudgetError, match="record 0"):
         evaluate(model, tmp_path / "out", settings=PromptSettings(TEMPLATE, 3))
     wide = [dataclasses.replace(RECORDS[0], extra={"chosen": "w1 " * 30, "rejected": "w2"}), *RECORDS[1:]]

@@ -13,19 +13,6 @@ from tests.models.model_helpers import TEMPLATE, tiny_model
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(initializer_range=0.6)
-
-
-@pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
-    """A finished evaluation of everything, which tests only read."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    evaluate(model, folder, **ALL)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole_in_fours(model, tmp_path_factory):
     """The bytes of an evaluation without interruption."""
     folder = tmp_path_factory.mktemp("evaluation")
@@ -56,7 +43,7 @@ NUM_LINES = 6 + 6 + 2 + 18
 
 
 @pytest.mark.parametrize("lines", [0, 1, 6, 8, 12, 13, 15, 21, NUM_LINES - 1])
-def test_a_killed_evaluation_goes_on_and_gives_the_same_bytes(model, whole_in_fours, tmp_path, lines, monkeypatch):
+def test_a_killed_evaluation_resumes_to_the_same_bytes(model, whole_in_fours, tmp_path, lines, monkeypatch):
     with pytest.raises(Killed):
         evaluate(model, tmp_path, **ALL, batch_size=4, progress=killed_after(lines))
     assert not (tmp_path / "evaluation.json").exists()
@@ -117,22 +104,23 @@ def test_another_evaluation_is_refused_by_name(model, tmp_path, what):
     assert contents(tmp_path) == before
 
 
-def test_overwriting_begins_anew(model, whole, tmp_path):
+def test_overwriting_starts_again(model, whole, tmp_path):
     with pytest.raises(Killed):
         evaluate(model, tmp_path, **ALL, seed=1, progress=killed_after(20))
     evaluate(model, tmp_path, **ALL, overwrite=True)
-    assert contents(tmp_path) == contents(whole)
+    assert contents(tmp_path) == contents(whole[1])
     evaluate(model, tmp_path, generate_branches=(), overwrite=True)
     assert set(contents(tmp_path)) == {"evaluation.json", "examples.jsonl", "effects.jsonl"}
 
 
 def test_a_finished_evaluation_is_refused(model, whole):
-    before = contents(whole)
+    folder = whole[1]
+    before = contents(folder)
     with pytest.raises(
         OutputExistsError, match=r"folder: .* holds a finished evaluation; give another, or overwrite=True"
     ):
-        evaluate(model, whole, **ALL)
-    assert contents(whole) == before
+        evaluate(model, folder, **ALL)
+    assert contents(folder) == before
 
 
 def test_two_at_once_are_refused(model, tmp_path):

@@ -135,7 +135,7 @@ def test_training_mode_is_given_back(model, tokenizer):
     assert model.training
 
 
-def test_what_is_done_is_left_out_and_batches_stay_as_they_were(model, tokenizer, monkeypatch):
+def test_finished_responses_are_left_out_and_batches_stay_the_same(model, tokenizer, monkeypatch):
     whole = respond(model, tokenizer, max_new_tokens=4, batch_size=2)
     shapes, own = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **k: shapes.append(list(k["input_ids"].shape)) or own(**k))
@@ -180,7 +180,7 @@ def test_samples_have_the_models_probabilities(model, tokenizer):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_top_p_leaves_out_what_is_unlikely(model, tokenizer):
+def test_top_p_leaves_out_unlikely_tokens(model, tokenizer):
     with torch.no_grad():
         p = model(torch.tensor([[40]])).logits[0, -1].softmax(0)
     ordered = p.sort(descending=True)
@@ -201,7 +201,7 @@ def test_seeds_differ_between_examples_and_branches():
     assert seeds[1:4] == [prompt.seed for prompt in make_prompts(EXAMPLES[1:], ("factual",), 0)]
 
 
-# ---- what is refused ---------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

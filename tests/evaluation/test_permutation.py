@@ -93,6 +93,6 @@ def test_holm_lies_between_none_and_bonferroni_and_keeps_the_order(p_values):
         ([float("nan")], r"p_values\[0\]: expected"),
     ],
 )
-def test_what_is_no_p_value_is_named(p_values, message):
+def test_numbers_other_than_p_values_are_named(p_values, message):
     with pytest.raises(ArgumentError, match=message):
         holm(p_values)

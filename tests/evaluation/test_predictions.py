@@ -40,7 +40,7 @@ def test_name_of_the_task_may_be_given(path):
 
 
 @given(outputs=st.dictionaries(st.text() | st.integers(), st.text(st.characters())))
-def test_what_is_written_is_read(tmp_path_factory, outputs):
+def test_written_predictions_are_read_back(tmp_path_factory, outputs):
     path = tmp_path_factory.mktemp("predictions") / "predictions.json"
     write_predictions(path, LAMP_3, outputs.items(), ids=list(outputs))
     assert read_predictions(path).outputs == outputs
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path_factory, outputs):
         ([("a", None)], None, ArgumentTypeError, r"predictions\[0\]: expected a string as text, got NoneType"),
     ],
 )
-def test_what_a_scorer_would_refuse_is_not_written(path, predictions, ids, error, message):
+def test_predictions_that_a_scorer_would_refuse_are_not_written(path, predictions, ids, error, message):
     path.write_text("before")
     with pytest.raises(error, match=message):
         write_predictions(path, LAMP_3, predictions, ids=ids)

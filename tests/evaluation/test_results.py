@@ -68,5 +68,5 @@ def test_missing_files_are_named(tmp_path):
         read_examples(tmp_path)
 
 
-def test_json_has_no_number_for_what_is_not_finite():
+def test_json_holds_null_for_numbers_that_are_not_finite():
     assert [finite(each) for each in (1.5, None, math.inf, math.nan)] == [1.5, None, None, None]

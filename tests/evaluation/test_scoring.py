@@ -12,7 +12,6 @@ from nextquill.data import Branch, EncodedExample
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.evaluation import scoring
 from nextquill.evaluation.scoring import score_examples, token_texts
-from nextquill.models.branch_passes import PairPasses
 from nextquill.models.tiny_models import build_tokenizer
 from nextquill.tree import build_prefix_tree
 from tests.models.model_helpers import random_examples, tiny_model
@@ -69,20 +68,7 @@ def test_one_example_without_a_placebo_leaves_it_out_for_all():
     assert [scores.nll_placebo for scores in score(examples)] == [None, None]
 
 
-# ---- what is computed together ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """The positions of the examples and the number of tokens, for each forward."""
-    seen, own = [], PairPasses.scores
-
-    def scores(self, part, *rest):
-        seen.append((part["sequence_ids"].unique().tolist(), part["num_tokens"]))
-        return own(self, part, *rest)
-
-    monkeypatch.setattr(PairPasses, "scores", scores)
-    return seen
+# ---- examples of one forward -----------------------------------------------------------------------
 
 
 def shared_history(users, each):
@@ -134,7 +120,7 @@ def test_an_example_beyond_the_budget_is_named_before_anything_is_computed(forwa
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"max_tokens": 80}, {"attention": "padded", "batch_size": 2}])
 @pytest.mark.parametrize("skip", range(8))
-def test_what_follows_a_skip_is_the_same_to_the_last_bit(options, skip):
+def test_scores_after_a_skip_are_bitwise_equal(options, skip):
     examples, model = random_examples(7), tiny_model()
     whole, rest = score(examples, model, **options), score(examples, model, skip=skip, **options)
     assert [s.example.index for s in rest] == [s.example.index for s in whole[skip:]]
@@ -143,7 +129,7 @@ def test_what_follows_a_skip_is_the_same_to_the_last_bit(options, skip):
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_what_is_skipped_is_not_computed(forwards):
+def test_skipped_examples_are_not_computed(forwards):
     score(shared_history(3, 4), batch_size=4, skip=9)
     assert len(forwards) == 1
 

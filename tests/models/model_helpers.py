@@ -175,6 +175,11 @@ def logs_of(trainer: NextQuillTrainer) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
 
 
+def parameters(trainer: NextQuillTrainer) -> dict[str, Tensor]:
+    """Copies of the model's parameters."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
 # ---- references ------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def test_a_mask_with_a_window_by_row_would_show(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
-def test_layers_with_and_without_a_window_are_told_apart(attention: str) -> None:
+def test_layers_with_and_without_a_window_differ(attention: str) -> None:
     """A model with both kinds of layers differs from one with a window in all layers, or in none."""
     want = float(expected("qwen2", "official")[0])
     for layers in (0, 2):

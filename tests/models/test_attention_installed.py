@@ -59,7 +59,7 @@ def assert_untouched(model: Any, before: list[str]) -> None:
     assert "forward" not in model.get_output_embeddings().__dict__, "the head's forward was not put back"
 
 
-# ---- the model goes on working ---------------------------------------------------------------------
+# ---- the model still works -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -152,7 +152,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, loss
     [True, False],
     ids=["reentrant", "not reentrant"],
 )
-def test_a_checkpointed_backward_after_close_is_no_silent_error(reentrant: bool) -> None:
+def test_a_checkpointed_backward_after_close_raises(reentrant: bool) -> None:
     """The layers that run again would use the model's own attention, which does not know trees."""
     case, examples, model = loss_cases()["official"], shared_examples(), make("sdpa")
     expected = gradients(model, reference_loss(case, model, examples))
@@ -168,7 +168,7 @@ def test_a_checkpointed_backward_after_close_is_no_silent_error(reentrant: bool)
     assert_same_tensors(got, expected, 2e-5, "gradient")
 
 
-# ---- and is given back -----------------------------------------------------------------------------
+# ---- the model gets its attention back -------------------------------------------------------------
 
 
 def use_and_close(model: Any) -> None:

@@ -38,7 +38,7 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
             "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
             "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
         },
-        r"Qwen3NextForCausalLM: its layers of type linear_attention pass .* row to row.*use attention='padded'",
+        r"Qwen3NextForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
     ),
     "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM: its layers of type conv "),
     "chunks": ("llama4_text", {"num_local_experts": 2}, "Llama4ForCausalLM: its layers of type chunked_attention "),
@@ -50,14 +50,14 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
 @pytest.mark.parametrize("name", sorted(HYBRID))
-def test_layers_that_pass_on_what_they_have_seen(name: str, attention: str) -> None:
+def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> None:
     kind, options, message = HYBRID[name]
     with pytest.raises(UnsupportedModelError, match=message):
         PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
 
 
 @pytest.mark.parametrize("name", ["linear attention", "convolution"])
-def test_such_layers_are_accepted_in_rows_of_their_own(name: str) -> None:
+def test_such_layers_are_accepted_in_separate_rows(name: str) -> None:
     kind, options, _ = HYBRID[name]
     model = tiny_model(kind, **options)
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
@@ -316,7 +316,7 @@ def test_unknown_attention(tmp_path: Path, attention: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_padded_is_no_way_to_attend_over_trees() -> None:
+def test_padded_is_not_an_attention_over_trees() -> None:
     with pytest.raises(ArgumentError, match="'padded'"):
         TreeAttention(tiny_model(), "padded")
 
@@ -355,7 +355,7 @@ def test_batches_of_another_collator() -> None:
     examples = random_examples(2)
     for attention, other in (("auto", PaddedCollator(0)), ("mask", PaddedCollator(0)), ("padded", TreeCollator())):
         passes = PairPasses(tiny_model(), loss_cases()["official"].loss, attention)
-        with pytest.raises(ArgumentError, match="batch: expected one that this object's own collator made"):
+        with pytest.raises(ArgumentError, match="batch: expected a batch of this object's own collator"):
             passes.training_loss(other(examples))
 
 
@@ -381,7 +381,7 @@ def test_dropout_of_a_part_in_training_mode() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_a_window_that_nothing_reads_is_no_window(kind: str) -> None:
+def test_a_window_that_the_model_ignores_is_ignored(kind: str) -> None:
     options = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {**OPT, "dropout": 0.0}}
     model, case, examples = tiny_model(kind, sliding_window=5, **options.get(kind, {})), loss_cases()["official"], []
     examples = shared_examples()

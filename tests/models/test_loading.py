@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import CheckpointError, UnsupportedModelError
 from nextquill.models import loading
-from nextquill.models.loading import PROMPT_FILE, PromptSettings, context_length, load_model, load_prompt_settings
+from nextquill.models.configs import context_length
+from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
 
 SETTINGS = PromptSettings(PromptTemplate(order="history_first", system="Être bref."), 700, 50)
 
@@ -72,7 +73,7 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["./no", "../no/where", "/no/where", "~/no", "a/b/c", "runs/no"])
-def test_what_was_meant_as_a_path_never_asks_the_hub(name, no_hub, tmp_path, monkeypatch):
+def test_a_missing_path_never_asks_the_hub(name, no_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(UnsupportedModelError, match=f"there is no folder {name}"):
@@ -80,7 +81,7 @@ def test_what_was_meant_as_a_path_never_asks_the_hub(name, no_hub, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["nosuchmodel", "nosuchowner/nosuchmodel"])
-def test_an_unreachable_hub_is_said_at_once(name, monkeypatch):
+def test_an_unreachable_hub_is_named_at_once(name, monkeypatch):
     monkeypatch.setattr(loading, "_hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     waits = []
@@ -95,7 +96,7 @@ def test_an_unreachable_hub_is_said_at_once(name, monkeypatch):
     assert not waits, "seconds between two requests: the hub was asked all the same, and again"
 
 
-def test_asking_an_unreachable_hub_is_no_error(monkeypatch):
+def test_an_unreachable_hub_raises_nothing(monkeypatch):
     import huggingface_hub
 
     def session():
@@ -105,7 +106,7 @@ def test_asking_an_unreachable_hub_is_no_error(monkeypatch):
     assert not loading._hub_answers()
 
 
-def test_a_file_or_an_empty_folder_is_no_model(tmp_path):
+def test_a_file_or_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UnsupportedModelError, match="expected a model folder"):
         load_model(str(tmp_path / "file"))
@@ -213,7 +214,7 @@ def test_unreadable_prompt_settings(tmp_path, text):
 
 
 @pytest.mark.parametrize("lengths", [{}, {"max_length": "10"}, {"max_length": 10, "max_response_length": 2.5}])
-def test_lengths_that_are_no_integers_are_named(tmp_path, lengths):
+def test_lengths_other_than_integers_are_named(tmp_path, lengths):
     (tmp_path / PROMPT_FILE).write_text(json.dumps({"template": {}, **lengths}))
     with pytest.raises(CheckpointError, match=r"max_(response_)?length"):
         load_prompt_settings(tmp_path)

@@ -70,7 +70,7 @@ def by_hand(case, model, examples, reduction="sequence"):
 @pytest.mark.parametrize("attention", ["auto", "padded"])
 @pytest.mark.parametrize("reduction", ["sequence", "token", "micro_batch"])
 @pytest.mark.parametrize("name", sorted(cases()))
-def test_loss_and_gradients_are_those_of_the_stored_weights(name, reduction, attention):
+def test_loss_and_gradients_use_the_stored_weights(name, reduction, attention):
     case, model, examples = cases(reduction=reduction)[name], tiny_model(), with_effects(random_examples(4))
     passes = PairPasses(model, case.loss, attention, stored_effects=True)
     loss, _ = passes.training_loss(passes.collator()(examples))
@@ -124,13 +124,13 @@ def test_an_example_without_effects_is_refused():
 
 
 REFUSED = {
-    "sft": (SFTLoss(), "loss: SFTLoss weighs every token alike"),
+    "sft": (SFTLoss(), "loss: SFTLoss gives all tokens one weight"),
     "reads the effect": (PairLoss(lambda pair: pair.effect), "expected a weighting with `reads_effect = False`"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_loss_that_stored_effects_are_no_use_to_is_refused(name):
+def test_a_loss_that_cannot_use_stored_effects_is_refused(name):
     loss, message = REFUSED[name]
     with pytest.raises(ArgumentError, match=message):
         PairPasses(tiny_model(), loss, stored_effects=True)
@@ -194,7 +194,7 @@ def effects_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["perce", "official"])
-def test_the_trainers_first_loss_is_that_of_the_stored_weights(tmp_path, effects_file, name):
+def test_the_trainers_first_loss_uses_the_stored_weights(tmp_path, effects_file, name):
     case, model = cases()[name], tiny_model()
     batch = {"per_device_train_batch_size": 12, "max_steps": 1}
     trainer = make_trainer(tmp_path / "run", case.loss, model, effects_file=effects_file, **batch)

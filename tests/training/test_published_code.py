@@ -165,7 +165,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_loss_and_gradients_are_those_of_the_published_code(form: str, tmp_path: Path) -> None:
+def test_loss_and_gradients_equal_the_published_codes(form: str, tmp_path: Path) -> None:
     """In float64 they are equal to the last digits; in float32 the error is at most 4 times the published code's own.
 
     Both round the same numbers in different orders, so the ratio of the errors is random. Over 24 models, the four

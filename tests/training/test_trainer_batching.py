@@ -10,7 +10,15 @@ import torch
 
 from nextquill import ArgumentError, ArgumentTypeError, BudgetError, NextQuillTrainer
 from nextquill.data import EncodedDataset
-from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, shared_examples, tiny_model
+from tests.models.model_helpers import (
+    logs_of,
+    loss_cases,
+    make_records,
+    make_trainer,
+    parameters,
+    shared_examples,
+    tiny_model,
+)
 
 #: Short enough that a device's batch of 4 is several parts, and long enough for each example alone: two branches of an
 #: example together take up to 32 tokens, and three, in an evaluation, up to 50.
@@ -24,10 +32,6 @@ def train(folder: Path, loss_name: str, reduction: str = "sequence", **options: 
     trainer.train()
     assert trainer.state.global_step == 2
     return trainer
-
-
-def parameters(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def assert_same_training(got: NextQuillTrainer, expected: NextQuillTrainer) -> None:
@@ -77,7 +81,7 @@ def test_a_budget_that_an_example_does_not_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, max_tokens=6)
 
 
-def test_what_a_part_shares_is_logged(tmp_path: Path) -> None:
+def test_sharing_is_logged(tmp_path: Path) -> None:
     """The ratio of branch tokens to computed tokens: at least 1 with trees, at most 1 with padding."""
     factors = {}
     for attention in ("auto", "padded"):
@@ -113,7 +117,7 @@ def test_trees_masks_and_padded_rows_train_the_same(tmp_path: Path, loss_name: s
     ids=str,
 )
 @pytest.mark.parametrize("loss_name", ["official", "sft"])
-def test_evaluation_is_that_of_padded_rows(tmp_path: Path, loss_name: str, options: dict[str, Any]) -> None:
+def test_evaluation_equals_that_of_padded_rows(tmp_path: Path, loss_name: str, options: dict[str, Any]) -> None:
     model, loss, results = tiny_model(), loss_cases()[loss_name].loss, []
     for given in ({"attention": "padded"}, options):
         trainer = make_trainer(tmp_path, loss, model, eval_dataset=make_records(7), **given)
@@ -220,7 +224,7 @@ def test_grouping_shares_more(tmp_path: Path) -> None:
     assert factors[1] > 1.25 * factors[0]
 
 
-# ---- what is refused -------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

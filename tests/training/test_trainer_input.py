@@ -16,7 +16,7 @@ from nextquill import (
     PerCELoss,
     RecordError,
 )
-from nextquill.models.limits import default_max_length
+from nextquill.models.configs import default_max_length
 from nextquill.training.checks import FILLED_OPTIONS
 from tests.models.model_helpers import make_args, make_records, make_trainer, tiny_model, word_tokenizer
 

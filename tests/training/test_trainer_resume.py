@@ -227,7 +227,7 @@ def test_interrupt_while_saving_leaves_nothing_to_pick_up(
     assert logs_of(resumed) == logs_of(uninterrupted), "the logs differ"
 
 
-def test_what_a_killed_process_left_is_ignored_and_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path: Path) -> None:
     trainer_in(tmp_path, max_steps=3).train()
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / STAGING / "checkpoint-5")
     left: list[bool] = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from nextquill import NextQuillLoss, NextQuillTrainer, SFTLoss
+from nextquill import NextQuillLoss, SFTLoss
 from nextquill.data import EncodedDataset
 from nextquill.tree import build_prefix_tree
 from tests.models.model_helpers import (
@@ -21,6 +21,7 @@ from tests.models.model_helpers import (
     loss_cases,
     make_records,
     make_trainer,
+    parameters,
     reference_loss,
     tiny_model,
 )
@@ -31,10 +32,6 @@ PAIRED = UNPAIRED | {
     "share_above_threshold", "token_weight",
 }  # fmt: skip
 OWN = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-
-
-def parameters(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 @pytest.mark.covering(1)

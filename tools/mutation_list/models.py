@@ -135,7 +135,7 @@ MUTATIONS = (
     ),
     Mutation(
         "head-ids-unchecked",
-        "nextquill/models/limits.py",
+        "nextquill/models/configs.py",
         "if size and largest >= size:",
         "if size and largest > size:",
         "a tokenizer with one id too many crashes in training",

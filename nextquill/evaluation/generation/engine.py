@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, stop_tokens
+from nextquill.models.configs import base_model
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample
@@ -73,7 +74,7 @@ def generation_engine(
         BackendUnavailableError: `engine="vllm"` and vLLM is not installed.
         ArgumentError: vLLM has no name to load the model by, or does not run its adapter.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     stops = stop_tokens(base, tokenizer, examples)
     if options.engine == "vllm":
         from nextquill.evaluation.generation.vllm_engine import vllm_engine

@@ -27,7 +27,7 @@ from transformers import (
 
 from nextquill.evaluation.generation.engine import Engine
 from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
-from nextquill.models.loading import context_length
+from nextquill.models.configs import context_length
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from nextquill.errors import ArgumentError, BackendUnavailableError
 from nextquill.evaluation.generation.engine import Engine
 from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
-from nextquill.models.loading import context_length, is_adapter
+from nextquill.models.configs import context_length, is_adapter
 
 # Prompts handed over at once: enough to fill its batches, few enough that an interrupted run loses little.
 _AT_ONCE = 512

@@ -62,7 +62,7 @@ def test_any_of_several_references_is_right():
     assert scores["accuracy"].per_example.tolist() == scores["exact_match"].per_example.tolist() == [1, 0]
 
 
-def test_reference_that_is_no_label_is_named():
+def test_reference_other_than_a_label_is_named():
     with pytest.raises(ArgumentError, match=r"references\[1\]: expected one of a, b, got 'c'"):
         compute(["accuracy"], ["a", "c"], ["a", "a"], labels=["a", "b"])
 

@@ -26,7 +26,7 @@ def test_errors_by_their_definition(pairs):
 
 @pytest.mark.parametrize(("truth", "error"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
 @pytest.mark.parametrize("prediction", ["", "great", "4 stars", "nan", "inf", "4/5"])
-def test_what_is_no_number_is_as_wrong_as_can_be(truth, prediction, error):
+def test_an_answer_without_a_number_gets_the_largest_error(truth, prediction, error):
     assert value("mae", [truth], [prediction]) == error
 
 
@@ -34,11 +34,11 @@ def test_number_is_taken_as_it_is():
     assert value("mae", ["4", "4", "4"], [" 4\n", "4.5", "10"]) == pytest.approx((0 + 0.5 + 6) / 3)
 
 
-def test_rmse_is_no_mean_of_examples():
+def test_rmse_is_not_a_mean_of_examples():
     assert compute(["rmse"], ["1"], ["2"])["rmse"].per_example is None
 
 
-def test_reference_that_is_no_rating_is_named():
+def test_reference_other_than_a_rating_is_named():
     with pytest.raises(ArgumentError, match=r"references\[1\]: expected a rating such as '4', got 'good'"):
         compute(["mae"], ["1", "good"], ["1", "1"])
 

@@ -158,7 +158,7 @@ class _ScaledLinear(nn.Linear):
         (nn.Embedding(VOCABULARY, 32), "linear layer"),
         (nn.Linear(32, VOCABULARY).to(torch.float8_e4m3fn), "float8"),
         (_ScaledLinear(32, VOCABULARY), "_ScaledLinear is not hidden_states"),
-        (None, "has none"),
+        (None, "got none"),
     ],
     ids=["sequential", "embedding", "float8", "scaled inside", "none"],
 )

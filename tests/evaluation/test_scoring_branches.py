@@ -15,7 +15,6 @@ from nextquill.errors import ArgumentError, BudgetError, RecordError
 from nextquill.evaluation.item_effects import item_effects, leave_one_out
 from nextquill.evaluation.preferences import encode_pairs, has_pair, preference_scores
 from nextquill.evaluation.scoring import BranchScorer, score_branches
-from nextquill.models.branch_passes import PairPasses
 from tests.helpers import assert_rounds_like
 from tests.models.model_helpers import TEMPLATE, VOCABULARY, branch_nll, make_records, tiny_model, word_tokenizer
 
@@ -34,19 +33,6 @@ def branches(seed=0, count=6):
     prefix = ids(6, 6)
     made = [Branch(prefix[: rng.randint(1, 6)] + ids(0, 5), ids(1, 5)) for _ in range(count)]
     return [*made, made[0]]
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """The number of tokens in each forward."""
-    seen, own = [], PairPasses.scores
-
-    def scores(self, part, *rest):
-        seen.append(part["num_tokens"])
-        return own(self, part, *rest)
-
-    monkeypatch.setattr(PairPasses, "scores", scores)
-    return seen
 
 
 # ---- branches ----------------------------------------------------------------------------------

@@ -146,6 +146,6 @@ def test_unusable_ratio_is_named(sums, counts, message):
         MetricScores.ratio_of(sums, counts)
 
 
-def test_values_that_are_no_numbers_are_named():
+def test_values_other_than_numbers_are_named():
     with pytest.raises(ArgumentTypeError, match="values: expected numbers, got"):
         MetricScores.mean_of(["a"])

@@ -84,7 +84,7 @@ def test_runs_of_a_side_weigh_as_much_as_those_of_the_other():
     assert 0.05 < plain.p_value < 0.9
 
 
-def test_p_value_is_no_smaller_than_the_interval_allows():
+def test_p_value_agrees_with_the_interval():
     rng = np.random.default_rng(0)
     for k in range(40):
         a, b = rng.normal(0.1, 1, size=(5, 20)), rng.normal(size=(5, 20))
@@ -121,13 +121,13 @@ def simulate(num_seeds, comparisons, resamples):
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
-def test_methods_that_do_not_differ_are_rarely_told_apart(num_seeds):
+def test_equal_methods_rarely_differ(num_seeds):
     held, rejected = simulate(num_seeds, 120, 200)
     assert held >= 0.9
     assert rejected <= 0.075
 
 
-def test_of_two_single_runs_the_runs_are_told_apart_not_the_methods():
+def test_single_runs_compare_the_runs_and_not_the_methods():
     assert simulate(1, 60, 200)[1] > 0.3
 
 

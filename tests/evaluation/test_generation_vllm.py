@@ -96,7 +96,7 @@ def test_texts_are_those_of_transformers(model, tokenizer):
     assert any(texts.values())
 
 
-def test_what_it_is_asked(model, tokenizer, vllm):
+def test_the_arguments_of_vllm(model, tokenizer, vllm):
     respond(model, tokenizer, done={1}, engine="vllm", max_new_tokens=6, temperature=0.5, top_p=0.9, seed=7)
     assert vllm.options == {
         "model": "folder",
@@ -159,7 +159,7 @@ def test_many_prompts_go_in_shares(model, tokenizer, vllm, monkeypatch):
     assert [len(prompts) for prompts, *_ in vllm.calls] == [3, 1]
 
 
-def test_what_it_cannot_run_is_refused_before_the_model_is_moved(model, tokenizer, vllm):
+def test_unsupported_models_are_refused_before_the_model_is_moved(model, tokenizer, vllm):
     options = GenerationOptions(engine="vllm")
     with pytest.raises(ArgumentError, match="engine: 'vllm' loads the model by its name, and there is none"):
         check_engine(options, model, None)
