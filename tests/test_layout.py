@@ -12,7 +12,7 @@ BEHAVIOURS = {
     "data/histories": {"selectors"},
     "models": {"compile", "peft"},
     "ops": {"chunk_kernels", "cost", "operators"},
-    "popi": {"distributed", "leaks", "policy_gradient", "refusals"},
+    "popi": {"distributed", "policy_gradient"},
     "report": {"browser"},
     "training": {"distributed", "published_code"},
     "tree": {"on_gpu"},
