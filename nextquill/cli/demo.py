@@ -26,6 +26,9 @@ class DemoOptions:
     quick: bool = option("A few seconds' run that shows the machinery, not the result.", False)
 
 
+OPTIONS = (DemoOptions,)
+
+
 def run(arguments: Sequence[str]) -> int:
     return run_demo("demo", "demos.losses.run", DESCRIPTION, arguments, "demo")
 
@@ -33,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
 def run_demo(command: str, module: str, description: str, arguments: Sequence[str], output_dir: str) -> int:
     """Run a demo of the checkout that this package belongs to; `output_dir` is the flag's default."""
     require_checkout(command, "demos")  # before --help, which would promise what a wheel does not hold
-    (options,) = parse(command, description, (DemoOptions,), arguments, defaults={"output_dir": output_dir})
+    (options,) = parse(command, description, OPTIONS, arguments, defaults={"output_dir": output_dir})
     demo = checkout_module(command, module)
     demo.run_demo(options.output_dir, seed=options.seed, seeds=options.seeds, quick=options.quick)
     return OK

@@ -39,3 +39,9 @@ def test_an_installed_wheel_says_where_the_demos_are(nextquill, monkeypatch, tmp
     assert result.err.startswith(f"nextquill: {command}: the demos are part of the source tree")
     assert f"clone nextquill and run `make {command.replace(' ', '-')}` there" in result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", DEMOS)
+def test_a_wrong_number_is_named_by_its_flag(nextquill, tmp_path, command):
+    result = nextquill(*command.split(), "--seeds", "0", "--output_dir", tmp_path)
+    assert result.err == "nextquill: --seeds: expected at least 1, got 0\n"
