@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import CheckpointError, UnsupportedModelError
@@ -134,6 +135,15 @@ def test_weights_that_are_missing_are_not_made_up(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
     with pytest.raises(UnsupportedModelError, match=r"lacks \d+ of the model's weights, such as model.layers.2"):
+        load_model(str(copy))
+
+
+def test_a_single_weight_that_is_missing_is_not_made_up(copy):
+    (path,) = copy.glob("*.safetensors")
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"lacks 1 of the model's weights, such as model\.norm\.weight"):
         load_model(str(copy))
 
 
