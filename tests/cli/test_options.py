@@ -8,6 +8,7 @@ from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
 from nextquill.losses import LongCELoss, NextQuillLoss, PerCELoss, SFTLoss
 from nextquill.models.loading import PromptSettings
+from tests.models.model_helpers import tiny_model
 
 STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="removal"), 700, 50)
 
@@ -95,3 +96,9 @@ def test_lora_flags_left_out():
 
 def test_check_positive_skips_what_is_not_set():
     check_positive(PromptOptions(), ("max_length", "max_response_length"))
+
+
+@pytest.mark.parametrize(("given", "alpha"), [(None, 8), (3, 3)])
+def test_adapters_are_scaled_as_help_says(given, alpha):
+    adapted = LoraOptions(lora_r=4, lora_alpha=given).apply(tiny_model())
+    assert adapted.peft_config["default"].lora_alpha == alpha

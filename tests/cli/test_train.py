@@ -1,11 +1,13 @@
 """`nextquill train`: its files, repeatable results, and refusals before any work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from nextquill.cli.train import final_metrics
 from nextquill.models.loading import load_prompt_settings
 
 FILES = {
@@ -283,3 +285,12 @@ def test_adapters_on_modules_that_are_not_there(train, trained, tmp_path):
     result = train(tmp_path / "run", *words)
     assert result.code == 2
     assert result.err.startswith("nextquill: --lora_target_modules: Target modules")
+
+
+def test_final_metrics_are_those_of_the_model_that_is_saved():
+    log = {"eval_loss": 1.0, "step": 3}
+    state = SimpleNamespace(log_history=[log], global_step=3)
+    trainer = SimpleNamespace(state=state, evaluate=lambda: {"eval_loss": 2.0})
+    for best, loss in ((False, 1.0), (True, 2.0)):
+        trainer.args = SimpleNamespace(load_best_model_at_end=best)
+        assert final_metrics(trainer) == {"eval_loss": loss}
