@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import GateError, Options, Row, make_row, ratios, time_in_turns
 from benchmarks.prepare import make_tokenizer
-from nextquill.evaluation.generation import Prompt
+from nextquill.generation import Prompt
 from nextquill.models.tiny_models import ScratchSize, build_model
 from nextquill.popi import GeneratorPrompts, InferencePrompts, Pair, POPIConfig, Roles, User
 from nextquill.popi.passes import RolePasses

@@ -23,12 +23,12 @@ from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError, naming
 from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.folder import check_folder
-from nextquill.evaluation.generation import ENGINES, check_engine
 from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
+from nextquill.generation import ENGINES, check_engine
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (

@@ -26,7 +26,6 @@ from nextquill.evaluation.folder import (
     EvaluationFolder,
     Progress,
 )
-from nextquill.evaluation.generation import check_engine, generation_engine, make_prompts
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
 from nextquill.evaluation.measure_names import COUNTS, TOKENS
@@ -36,6 +35,7 @@ from nextquill.evaluation.preferences import PreferencePair, encode_pairs, prefe
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
 from nextquill.evaluation.task_texts import TaskTexts
+from nextquill.generation import check_engine, generation_engine, make_prompts
 from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
 from nextquill.storage.resumable_jsonl import PartialFile

@@ -10,9 +10,9 @@ from typing import Any
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.evaluation.bootstrap import check_draws, check_integer
-from nextquill.evaluation.generation import GenerationOptions
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
+from nextquill.generation import GenerationOptions
 from nextquill.models import ATTENTIONS
 
 # Prompts at a time by default.

@@ -19,7 +19,7 @@ _NOW = {
     "evaluation_folder": "nextquill.evaluation.folder",
     "evaluation_options": "nextquill.evaluation.options",
     "evaluation_tasks": "nextquill.evaluation.task_texts",
-    "generation": "nextquill.evaluation.generation",
+    "generation": "nextquill.generation",
     "head": "nextquill.models.head",
     "identity": "nextquill.evaluation.identity",
     "item_effects": "nextquill.evaluation.item_effects",

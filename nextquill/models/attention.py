@@ -18,7 +18,7 @@ compared with its branches in separate rows, which finds every other such depend
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,8 @@ class TreeAttention:
         check_dropout(self._rates, in_training_only=True)
         inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
         if self.attention == "mask":
-            return {**inputs, "attention_mask": self._masks(forward)}
+            rows = forward["position_ids"][0], forward["subtree_end"][0]
+            return {**inputs, "attention_mask": self.masks(lambda window: visibility_mask(*rows, window))}
         self._install()
         # The model uses a mask of four dimensions as it is and makes none of its own; our function ignores it. It is
         # empty so that the model's own function fails on it: after `close`, a backward that runs layers again raises.
@@ -202,16 +203,23 @@ class TreeAttention:
             )
         self._verify()
 
-    def _masks(self, forward: Mapping[str, Any]) -> Any:
+    def masks(self, visible: Callable[[int | None], Tensor]) -> Any:
+        """The model's `attention_mask` from what each token sees: one mask, or a dict by type of layer.
+
+        Args:
+            visible: called with the sliding window of a layer, or None; returns bool [queries, keys].
+
+        Raises:
+            UnsupportedModelError: the model's attention was changed to one without masks.
+        """
         own, text = _own_name(self._base.config), text_config(self._base)
         if own not in ("sdpa", "eager"):
             raise UnsupportedModelError(f"attention='mask': the model's attention was changed to {own!r}")
         dtype = next(self._base.parameters()).dtype
 
         def mask(window: int | None) -> Tensor:
-            visible = visibility_mask(forward["position_ids"][0], forward["subtree_end"][0], window)
             # eager adds its mask to the scores; a boolean mask would give wrong results without an error
-            return (visible if own == "sdpa" else additive_mask(visible, dtype))[None, None]
+            return (visible(window) if own == "sdpa" else additive_mask(visible(window), dtype))[None, None]
 
         window, types = getattr(text, "sliding_window", None) if self._has_window else None, layer_types(self._base)
         if self._masks_by_type:

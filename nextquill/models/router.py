@@ -22,6 +22,11 @@ from nextquill.models.configs import base_model, text_config
 WITHOUT_ROUTER_LOSS = {"output_router_logits": False}
 
 
+def without_router_loss(model: nn.Module) -> dict[str, bool]:
+    """Forward arguments that switch off the router loss of a model whose config asks for it."""
+    return WITHOUT_ROUTER_LOSS if asks_for_router_loss(model) else {}
+
+
 class RouterLoss:
     """`router_aux_loss_coef` times the architecture's load-balancing loss.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 from nextquill.models.probe import in_eval_mode, returned_logits
-from nextquill.models.router import WITHOUT_ROUTER_LOSS, asks_for_router_loss
+from nextquill.models.router import without_router_loss
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
 
 #: Limits of the relative error of the logits. Rounding gives at most a tenth, wrong attention at least 0.28.
@@ -43,7 +43,7 @@ def check_against_separate_passes(
         "subtree_end": tree.subtree_end[None].to(device),
         "layout": TreeLayout.of_tree(tree),
     }
-    router = WITHOUT_ROUTER_LOSS if asks_for_router_loss(base) else {}
+    router = without_router_loss(base)
     with in_eval_mode(model):
         together = returned_logits(model(**model_inputs(forward), **router, use_cache=False))[0]
         before_the_others()

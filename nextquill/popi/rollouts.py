@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.evaluation.generation import GenerationOptions, Prompt
-from nextquill.evaluation.generation.options import decoded
-from nextquill.evaluation.generation.transformers_engine import transformers_engine
+from nextquill.generation import GenerationOptions, Prompt
+from nextquill.generation.options import decoded
+from nextquill.generation.transformers_engine import transformers_engine
 from nextquill.models.configs import base_model, context_length
 from nextquill.storage.fingerprints import digest_of
 
@@ -191,7 +191,7 @@ class RecordedRollouts:
 
 
 def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
-    """Return the samples of an engine of `evaluation.generation`, in the order of the prompts."""
+    """Return the samples of an engine of `generation`, in the order of the prompts."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = dict(engine.generate_ids(numbered))
     responses = [found[index] for index in range(len(numbered))]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.evaluation.generation import GenerationOptions, Prompt
-from nextquill.evaluation.generation.vllm_engine import (
+from nextquill.generation import GenerationOptions, Prompt
+from nextquill.generation.vllm_engine import (
     VLLMEngine,
     check_installed,
     load_llm,

@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(nextquill, trained, data, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nextquill.evaluation.generation.engine.decoded", interrupt)
+    monkeypatch.setattr("nextquill.generation.engine.decoded", interrupt)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     assert result.code == 130
     assert f"the finished part is in {tmp_path}; the same command resumes" in result.err
@@ -201,7 +201,7 @@ def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, fin
 
 def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("nextquill.evaluation.generation.engine.decoded", lambda *_: 1 / 0)
+        patch.setattr("nextquill.generation.engine.decoded", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)

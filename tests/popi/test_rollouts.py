@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.evaluation.generation import Prompt
+from nextquill.generation import Prompt
 from nextquill.popi.rollouts import ModelRollouts, RecordedRollouts, RecordingRollouts, Sample
 
 # peft 0.21.2 asks models for names that transformers 5.23 has deprecated.

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError
-from nextquill.evaluation.generation import Prompt
+from nextquill.generation import Prompt
 from nextquill.popi.rollouts import ModelRollouts, Sample
 from nextquill.popi.rollouts_vllm import VLLMRollouts
 

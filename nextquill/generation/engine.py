@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, decoded, stop_tokens
+from nextquill.errors import UnsupportedModelError
+from nextquill.generation.options import GenerationOptions, Prompt, decoded, stop_tokens
 from nextquill.models.configs import base_model
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Engine(ABC):
 def check_engine(options: GenerationOptions, model: Any = None, model_name: str | None = None) -> None:
     """Raise, before any work, the errors of `generation_engine`; without a model, those that do not depend on it."""
     if options.engine == "vllm":
-        from nextquill.evaluation.generation.vllm_engine import check_installed, check_vllm
+        from nextquill.generation.vllm_engine import check_installed, check_vllm
 
         check_installed()
         if model is not None:
@@ -77,14 +78,36 @@ def generation_engine(
     base = base_model(model)
     stops = stop_tokens(base, tokenizer, examples)
     if options.engine == "vllm":
-        from nextquill.evaluation.generation.vllm_engine import vllm_engine
+        from nextquill.generation.vllm_engine import vllm_engine
 
         branches = [branch for each in examples for branch in (each.factual, each.counterfactual, each.placebo)]
         longest = max((branch.prompt_length for branch in branches if branch is not None), default=1)
         with vllm_engine(model, tokenizer, stops, options, model_name, longest) as engine:
             yield engine
     else:
-        from nextquill.evaluation.generation.transformers_engine import transformers_engine
-
-        with transformers_engine(base, tokenizer, stops, options) as engine:
+        with local_engine(base, tokenizer, stops, options) as engine:
             yield engine
+
+
+@contextmanager
+def local_engine(model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> Iterator[Engine]:
+    """The engine "tree" or "hf" around a model in memory, not a PEFT model around one; "auto" chooses by the model.
+
+    Raises:
+        UnsupportedModelError: `engine="tree"` and the model cannot run branches in one row.
+    """
+    with ExitStack() as stack:
+        yield _entered(stack, model, tokenizer, stops, options)
+
+
+def _entered(stack: ExitStack, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> Engine:
+    from nextquill.generation.transformers_engine import transformers_engine
+    from nextquill.generation.tree_engine import tree_engine
+
+    if options.engine != "hf":
+        try:
+            return stack.enter_context(tree_engine(model, tokenizer, stops, options))
+        except UnsupportedModelError:
+            if options.engine == "tree":
+                raise
+    return stack.enter_context(transformers_engine(model, tokenizer, stops, options))

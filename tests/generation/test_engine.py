@@ -1,4 +1,4 @@
-"""Responses by transformers' own generate: they stop at the right tokens, and are equal in any batch."""
+"""Responses of both engines in memory: they stop at the right tokens, and are equal in any batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.generation import (
+from nextquill.generation import (
     GenerationOptions,
     Prompt,
     generation_engine,
@@ -24,6 +24,11 @@ from tests.models.model_helpers import tiny_model
 @pytest.fixture
 def tokenizer():
     return build_tokenizer(["the salty soup"], 280)
+
+
+@pytest.fixture(params=["hf", "tree"])
+def engine(request):
+    return request.param
 
 
 @pytest.fixture
@@ -67,27 +72,27 @@ def argmax_responses(model, tokenizer, examples, count, branch="factual"):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_responses_are_the_most_likely_tokens(model, tokenizer, batch_size):
+def test_responses_are_the_most_likely_tokens(model, tokenizer, batch_size, engine):
     branches = ("factual", "counterfactual")
-    texts = respond(model, tokenizer, branches=branches, max_new_tokens=6, batch_size=batch_size)
+    texts = respond(model, tokenizer, branches=branches, max_new_tokens=6, batch_size=batch_size, engine=engine)
     expected = [text for branch in branches for text in argmax_responses(model, tokenizer, EXAMPLES, 6, branch)]
     assert [texts[index] for index in range(8)] == expected
     assert len(set(expected)) > 3
 
 
-def test_the_models_own_generation_config_is_left_out_and_left_alone(model, tokenizer):
-    plain = respond(model, tokenizer, max_new_tokens=6)
+def test_the_models_own_generation_config_is_left_out_and_left_alone(model, tokenizer, engine):
+    plain = respond(model, tokenizer, max_new_tokens=6, engine=engine)
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0, max_length=3, num_beams=2)
     own = model.generation_config
-    assert respond(model, tokenizer, max_new_tokens=6) == plain
+    assert respond(model, tokenizer, max_new_tokens=6, engine=engine) == plain
     assert model.generation_config is own
     assert own.repetition_penalty == 3.0
 
 
-def test_a_response_stops_at_an_end_and_has_nothing_behind_it(model, tokenizer):
+def test_a_response_stops_at_an_end_and_has_nothing_behind_it(model, tokenizer, engine):
     first = int(model(torch.tensor([[40]])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [first, 3]
-    texts = respond(model, tokenizer, max_new_tokens=6)
+    texts = respond(model, tokenizer, max_new_tokens=6, engine=engine)
     assert texts[1] == ""
     assert any(texts.values())
 
@@ -103,12 +108,12 @@ def test_stops(model, tokenizer):
     assert stop_tokens(model, tokenizer, []) == {end, 7, 8}
 
 
-def test_a_tokenizer_without_padding_or_end(model, tokenizer):
-    expected = respond(model, tokenizer, max_new_tokens=3)
+def test_a_tokenizer_without_padding_or_end(model, tokenizer, engine):
+    expected = respond(model, tokenizer, max_new_tokens=3, engine=engine)
     tokenizer.pad_token = None
-    assert respond(model, tokenizer, max_new_tokens=3) == expected
+    assert respond(model, tokenizer, max_new_tokens=3, engine=engine) == expected
     tokenizer.eos_token, model.generation_config.eos_token_id = None, None
-    assert len(respond(model, tokenizer, max_new_tokens=3)) == 4
+    assert len(respond(model, tokenizer, max_new_tokens=3, engine=engine)) == 4
 
 
 @pytest.fixture
@@ -120,59 +125,73 @@ def lengths(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 has no embedding for a position beyond its context
-def test_a_response_ends_with_the_context_and_no_other_does(tokenizer, lengths, kind):
+def test_a_response_ends_with_the_context_and_no_other_does(tokenizer, lengths, kind, engine):
     size = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "gpt2" else {}
     model = tiny_model(kind, vocab_size=len(tokenizer), eos_token_id=None, **size)
     tokenizer.eos_token = None
     prompts = [example([2 + i % 90 for i in range(length)]) for length in (60, 3, 64, 63, 58, 57)]
-    respond(model, tokenizer, prompts, max_new_tokens=6)
-    assert lengths == [0, 1, 4, 6, 6, 6], "longest prompts first"
+    respond(model, tokenizer, prompts, max_new_tokens=6, engine=engine)
+    assert sorted(lengths) == [0, 1, 4, 6, 6, 6]
+    assert engine == "tree" or lengths == sorted(lengths), "longest prompts first"
 
 
-def test_training_mode_is_given_back(model, tokenizer):
+def test_training_mode_is_given_back(model, tokenizer, engine):
     model.train()
-    respond(model, tokenizer, EXAMPLES[:1], max_new_tokens=1)
+    respond(model, tokenizer, EXAMPLES[:1], max_new_tokens=1, engine=engine)
     assert model.training
 
 
 def test_finished_responses_are_left_out_and_batches_stay_the_same(model, tokenizer, monkeypatch):
-    whole = respond(model, tokenizer, max_new_tokens=4, batch_size=2)
+    whole = respond(model, tokenizer, max_new_tokens=4, batch_size=2, engine="hf")
     shapes, own = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **k: shapes.append(list(k["input_ids"].shape)) or own(**k))
-    rest = respond(model, tokenizer, done={2, 3}, max_new_tokens=4, batch_size=2)
+    rest = respond(model, tokenizer, done={2, 3}, max_new_tokens=4, batch_size=2, engine="hf")
     assert rest == {index: whole[index] for index in (0, 1)}
     assert shapes == [[2, 6], [2, 2]], "both batches, each with a prompt that is needed"
     shapes.clear()
-    assert respond(model, tokenizer, done={0, 2}, max_new_tokens=4, batch_size=2) == {1: whole[1], 3: whole[3]}
+    rest = respond(model, tokenizer, done={0, 2}, max_new_tokens=4, batch_size=2, engine="hf")
+    assert rest == {1: whole[1], 3: whole[3]}
     assert shapes == [[2, 2]]
+
+
+def test_the_tree_engine_leaves_out_batches_that_are_finished(model, tokenizer):
+    options = GenerationOptions(max_new_tokens=4, batch_size=2, engine="tree")
+    whole, tokens = respond(model, tokenizer, **dataclasses.asdict(options)), []
+    with generation_engine(model, tokenizer, EXAMPLES, options) as made:
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, __: tokens.append(ids[0].numel()))
+        prompts = make_prompts(EXAMPLES, ("factual",), 0)  # in the order of their tokens: 2, 3 and then 0, 1
+        assert dict(made.generate(prompts, {0, 2})) == {1: whole[1], 3: whole[3]}
+        assert {len(IDS[0] + IDS[1]), len(IDS[2] + IDS[3])} <= set(tokens)
+        tokens.clear()
+        assert dict(made.generate(prompts, {0, 2, 3})) == {1: whole[1]}
+        assert len(IDS[2] + IDS[3]) not in tokens
 
 
 # ---- sampled -----------------------------------------------------------------------------------
 
 
-def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch(model, tokenizer):
+def test_a_sample_depends_on_its_own_seed_and_not_on_its_batch(model, tokenizer, engine):
     sampled = {"temperature": 1.0, "max_new_tokens": 6}
-    texts = respond(model, tokenizer, batch_size=1, seed=3, **sampled)
+    texts = respond(model, tokenizer, batch_size=1, seed=3, **sampled, engine=engine)
     for size in (2, 4):
-        assert respond(model, tokenizer, batch_size=size, seed=3, **sampled) == texts
-    assert respond(model, tokenizer, EXAMPLES[2:], batch_size=1, seed=3, **sampled) == {0: texts[2], 1: texts[3]}
-    assert respond(model, tokenizer, batch_size=1, seed=4, **sampled) != texts
-    assert respond(model, tokenizer, max_new_tokens=6) != texts
+        assert respond(model, tokenizer, batch_size=size, seed=3, **sampled, engine=engine) == texts
+    last = respond(model, tokenizer, EXAMPLES[2:], batch_size=1, seed=3, **sampled, engine=engine)
+    assert last == {0: texts[2], 1: texts[3]}
+    assert respond(model, tokenizer, batch_size=1, seed=4, **sampled, engine=engine) != texts
+    assert respond(model, tokenizer, max_new_tokens=6, engine=engine) != texts
 
 
-def test_samples_have_the_models_probabilities(model, tokenizer):
+def test_samples_have_the_models_probabilities(model, tokenizer, engine):
     """First tokens of many seeds against softmax(logits / temperature), by chi-square."""
     temperature, draws = 0.7, 3000
     with torch.no_grad():
         p = (model(torch.tensor([[40]])).logits[0, -1].double() / temperature).softmax(0)
-    chosen = GenerationOptions(temperature=temperature, max_new_tokens=1, batch_size=1000)
+    chosen = GenerationOptions(temperature=temperature, max_new_tokens=1, batch_size=1000, engine=engine)
     counts = torch.zeros_like(p)
     model.generation_config.eos_token_id = None
-    with generation_engine(model, tokenizer, [], chosen) as engine:
-        prompts = [Prompt(index, [40], 17 * index) for index in range(draws)]
-        for start in range(0, draws, 1000):
-            for ids in engine._respond(prompts[start : start + 1000], 1):
-                counts[ids[0]] += 1
+    with generation_engine(model, tokenizer, [], chosen) as made:
+        for _, ids in made.generate_ids([Prompt(index, [40], 17 * index) for index in range(draws)]):
+            counts[ids[0]] += 1
     common = p * draws >= 5
     observed, expected = (torch.cat([x[common], x[~common].sum()[None]]) for x in (counts, p * draws))
     chi2, freedom = float(((observed - expected) ** 2 / expected).sum()), len(observed) - 1
@@ -180,16 +199,15 @@ def test_samples_have_the_models_probabilities(model, tokenizer):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_top_p_leaves_out_unlikely_tokens(model, tokenizer):
+def test_top_p_leaves_out_unlikely_tokens(model, tokenizer, engine):
     with torch.no_grad():
         p = model(torch.tensor([[40]])).logits[0, -1].softmax(0)
     ordered = p.sort(descending=True)
     nucleus = set(ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist())
     model.generation_config.eos_token_id = None
-    with generation_engine(
-        model, tokenizer, [], GenerationOptions(temperature=1.0, top_p=0.5, max_new_tokens=1)
-    ) as engine:
-        drawn = {ids[0] for ids in engine._respond([Prompt(i, [40], i) for i in range(300)], 1)}
+    chosen = GenerationOptions(temperature=1.0, top_p=0.5, max_new_tokens=1, engine=engine)
+    with generation_engine(model, tokenizer, [], chosen) as made:
+        drawn = {ids[0] for _, ids in made.generate_ids([Prompt(i, [40], i) for i in range(300)])}
     assert drawn <= nucleus
     assert len(drawn) > 1
 
@@ -213,7 +231,11 @@ def test_seeds_differ_between_examples_and_branches():
         ({"temperature": float("nan")}, "temperature: expected 0"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p: expected a share"),
         ({"top_p": 0.5}, "top_p: expected a temperature above 0"),
-        ({"engine": "tgi"}, "engine: expected one of hf, vllm, got 'tgi'"),
+        ({"engine": "tgi"}, "engine: expected one of auto, tree, hf, vllm, got 'tgi'"),
+        ({"guidance": -0.5}, "guidance: expected a finite number of at least 0, got -0.5"),
+        ({"guidance": float("inf")}, "guidance: expected a finite number"),
+        ({"plausibility": 0.0}, r"plausibility: expected a share in \(0, 1\], got 0.0"),
+        ({"guidance": 1.0, "engine": "vllm"}, "guidance: expected 0 with engine 'vllm'"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -230,11 +252,11 @@ def test_a_branch_that_is_not_there_is_named():
         make_prompts(EXAMPLES, ("own",), 0)
 
 
-def test_without_prompts_nothing_is_generated(model, tokenizer):
-    assert respond(model, tokenizer, []) == {}
+def test_without_prompts_nothing_is_generated(model, tokenizer, engine):
+    assert respond(model, tokenizer, [], engine=engine) == {}
 
 
-def test_examples_are_not_changed(model, tokenizer):
+def test_examples_are_not_changed(model, tokenizer, engine):
     before = [dataclasses.replace(each) for each in EXAMPLES]
-    respond(model, tokenizer, max_new_tokens=2)
+    respond(model, tokenizer, max_new_tokens=2, engine=engine)
     assert before == EXAMPLES

@@ -10,8 +10,8 @@ An engine takes prompts as token ids and yields `(index, text)`, or `(index, sam
 
 from __future__ import annotations
 
-from nextquill.evaluation.generation.engine import Engine, check_engine, generation_engine
-from nextquill.evaluation.generation.options import ENGINES, GenerationOptions, Prompt, make_prompts, stop_tokens
+from nextquill.generation.engine import Engine, check_engine, generation_engine
+from nextquill.generation.options import ENGINES, GenerationOptions, Prompt, make_prompts, stop_tokens
 
 __all__ = [
     "ENGINES",

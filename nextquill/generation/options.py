@@ -14,7 +14,11 @@ from nextquill.storage.fingerprints import seed_of
 if TYPE_CHECKING:
     from nextquill.data import Branch, EncodedExample
 
-ENGINES = ("hf", "vllm")
+#: "tree" computes shared prefixes once, "hf" is transformers' own `generate`; "auto": "tree" if the model allows it.
+ENGINES = ("auto", "tree", "hf", "vllm")
+
+#: β: a token stays a candidate with at least this share of the largest probability.
+PLAUSIBILITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Prompt:
         index: identifies the prompt; the engine returns it with the text.
         ids: the prompt's tokens.
         seed: the seed of this prompt's samples.
+        against: the tokens of the prompt that guidance moves away from, or None.
     """
 
     index: int
     ids: list[int]
     seed: int
+    against: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ class GenerationOptions:
         temperature: 0 for greedy responses.
         top_p: in (0, 1].
         seed: the same seed and example give the same sample, on a device of the same kind.
-        engine: "hf" or "vllm".
+        engine: one of `ENGINES`.
+        guidance: γ of guided decoding for prompts with `against`; see `guidance`. vLLM has none.
+        plausibility: β of guided decoding.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -57,7 +65,9 @@ class GenerationOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    engine: str = "hf"
+    engine: str = "auto"
+    guidance: float = 0.0
+    plausibility: float = PLAUSIBILITY
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -71,6 +81,17 @@ class GenerationOptions:
             raise ArgumentError(f"top_p: expected a temperature above 0 with it, got top_p={self.top_p} alone")
         if self.engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        check_guidance(self.guidance, self.plausibility)
+        if self.guidance and self.engine == "vllm":
+            raise ArgumentError(f"guidance: expected 0 with engine 'vllm', which has none, got {self.guidance}")
+
+
+def check_guidance(guidance: float, plausibility: float = PLAUSIBILITY) -> None:
+    """Raise ArgumentError for a γ that is not a finite number of at least 0, or a β outside (0, 1]."""
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ArgumentError(f"guidance: expected a finite number of at least 0, got {guidance}")
+    if not 0 < plausibility <= 1:
+        raise ArgumentError(f"plausibility: expected a share in (0, 1], got {plausibility}")
 
 
 def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], seed: int) -> list[Prompt]:

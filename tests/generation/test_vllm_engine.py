@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.evaluation.generation import GenerationOptions, check_engine, generation_engine, make_prompts
+from nextquill.generation import GenerationOptions, check_engine, generation_engine, make_prompts
 from nextquill.models.tiny_models import build_tokenizer
 from tests.models.model_helpers import tiny_model
 
@@ -154,7 +154,7 @@ def test_it_is_gone_when_the_block_is_left_however_it_is(model, tokenizer, vllm)
 
 
 def test_many_prompts_go_in_shares(model, tokenizer, vllm, monkeypatch):
-    monkeypatch.setattr("nextquill.evaluation.generation.vllm_engine._AT_ONCE", 3)
+    monkeypatch.setattr("nextquill.generation.vllm_engine._AT_ONCE", 3)
     assert list(respond(model, tokenizer, engine="vllm", max_new_tokens=1)) == [0, 1, 2, 3]
     assert [len(prompts) for prompts, *_ in vllm.calls] == [3, 1]
 

@@ -1,12 +1,4 @@
-"""Generation by transformers' own `generate`, in left-padded batches of prompts of similar length.
-
-A sample is argmax(log p + g) with Gumbel noise g, which has the distribution p (E. J. Gumbel, Statistical Theory of
-Extreme Values, 1954). Each prompt has its own generator of noise. With one generator for a batch, a prompt's sample
-would depend on the prompts beside it. Padding changes the logits by rounding alone, so another batch size can give
-another token only if two candidates are closer than that. The noise is drawn in double precision: on a GPU, float32
-exponential variates begin at 6e-8, and the many tokens of a large vocabulary with smaller probabilities would hardly
-ever be drawn.
-"""
+"""Generation by transformers' own `generate`, in left-padded batches of prompts of similar length."""
 
 from __future__ import annotations
 
@@ -16,18 +8,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
-from nextquill.evaluation.generation.engine import Engine
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
+from nextquill.generation.engine import Engine
+from nextquill.generation.guidance import HistoryGuidance
+from nextquill.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
+from nextquill.generation.sampling import sampling
 from nextquill.models.configs import context_length
+from nextquill.models.router import without_router_loss
 
 
 @contextmanager
@@ -95,35 +83,18 @@ class TransformersEngine(Engine):
             for left, each in zip(padding, prompts, strict=True)
         ]
         input_ids, mask = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
+        processors = sampling(self._options, [prompt.seed for prompt in prompts], device)
+        against = [prompt.against for prompt in prompts if prompt.against is not None]
+        if against:
+            processors.insert(
+                0, HistoryGuidance(self._model, against, self._options.guidance, self._options.plausibility)
+            )
         outputs = self._model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            logits_processor=self._sampling(prompts, device),
+            logits_processor=processors,
+            **without_router_loss(self._model),
         )
         responses: list[list[int]] = outputs[:, longest:].tolist()
         return responses
-
-    def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:
-        """The processors that turn the most likely token into a sample; none for greedy responses."""
-        options, found = self._options, LogitsProcessorList()
-        if options.temperature > 0:
-            found.append(TemperatureLogitsWarper(float(options.temperature)))
-            if options.top_p < 1:
-                found.append(TopPLogitsWarper(options.top_p))
-            found.append(_GumbelNoise([prompt.seed for prompt in prompts], device))
-        return found
-
-
-class _GumbelNoise(LogitsProcessor):
-    """Adds to each row -log(E), E exponential, from the row's own generator."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
-        noise = torch.empty_like(scores, dtype=exact)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log()

@@ -1,0 +1,119 @@
+"""Decoding that strengthens what the user's own history contributes (context-aware decoding).
+
+    score(v) = log p1(v) + γ (log p1(v) - log p0(v))     where p1(v) ≥ β max p1, else -∞
+
+p1 is the next token's probability under the user's own history, and p0 without one, or under another user's. γ = 0 is
+ordinary decoding. Without the second condition, tokens that are unlikely under both prompts could win by their ratio
+alone. Sources: Shi et al. 2023 (arXiv 2305.14739); the condition is from Li et al. 2022 (arXiv 2210.15097).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from nextquill.errors import ArgumentError
+from nextquill.generation.options import PLAUSIBILITY, check_guidance
+from nextquill.models.configs import base_model
+from nextquill.models.router import without_router_loss
+
+
+def guide(own: Tensor, against: Tensor, guidance: float, plausibility: float = PLAUSIBILITY) -> Tensor:
+    """The guided scores of the next token.
+
+    Args:
+        own, against: logits [..., V] under the user's own history, and under the prompt to move away from; any
+            floating dtype. A constant added to a row changes nothing.
+        guidance: γ, at least 0.
+        plausibility: β, in (0, 1].
+
+    Returns:
+        Scores [..., V] in nats, float32 or wider, -∞ for tokens that are not plausible. The softmax of a row is the
+        distribution to sample from.
+    """
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own = own.to(wide).log_softmax(-1)
+    implausible = own < own.amax(-1, keepdim=True) + math.log(plausibility)
+    if guidance:  # 0 · (-∞ - -∞) would not be a number
+        own = own + guidance * (own - against.to(wide).log_softmax(-1))
+    return own.masked_fill(implausible, -math.inf)
+
+
+class HistoryGuidance(LogitsProcessor):
+    """Guides `model.generate` of transformers, for any causal language model; see the module's equation.
+
+        guidance = nq.HistoryGuidance(model, prompts_without_history, guidance=1.0)
+        model.generate(**left_padded_prompts, logits_processor=[guidance])
+
+    The prompts to move away from run beside the model's own rows, with a cache of their own that is filled once and
+    then grows by the generated tokens. The same object serves several calls of `generate` with the same rows. Put it
+    before processors that change temperature or cut off candidates.
+
+    Args:
+        model: the model that generates, also a PEFT model.
+        against: for each row of `generate`, the token ids of the prompt without history or with another user's.
+        guidance: γ, at least 0; 0 costs nothing and leaves only the condition of plausibility.
+        plausibility: β, in (0, 1].
+
+    Raises:
+        ArgumentError: a value is out of range, or a prompt has no tokens; when it is called, another number of rows
+            than prompts, as beams give.
+    """
+
+    def __init__(
+        self, model: Any, against: Sequence[Sequence[int]], guidance: float = 1.0, plausibility: float = PLAUSIBILITY
+    ) -> None:
+        check_guidance(guidance, plausibility)
+        if not against or not all(len(ids) for ids in against):
+            raise ArgumentError("against: expected a prompt of at least one token for each row")
+        self._model, self._against = base_model(model), [list(ids) for ids in against]
+        self._guidance, self._plausibility = guidance, plausibility
+        self._width = 0  # tokens of a row that the cache holds
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The guided scores [rows, V] of the next token; called by `generate` with ids [rows, tokens] and logits."""
+        if len(input_ids) != len(self._against):
+            raise ArgumentError(
+                f"against: expected a prompt for each of the {len(input_ids)} rows of generate, got "
+                f"{len(self._against)}; beams and num_return_sequences need one for each row too"
+            )
+        if not self._guidance:
+            return guide(scores, scores, 0.0, self._plausibility)
+        return guide(scores, self._logits(input_ids), self._guidance, self._plausibility)
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        """The logits of the next token after the other prompts and the tokens generated so far."""
+        if self._cache is None or input_ids.shape[1] != self._width + 1:  # a new call of `generate`
+            self._cache, new = None, self._padded(input_ids.device)
+        else:
+            new = input_ids[:, -1:]
+            self._mask = torch.cat([self._mask, torch.ones_like(new)], 1)
+        self._width = input_ids.shape[1]
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        outputs = self._model(
+            input_ids=new,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **without_router_loss(self._model),
+        )
+        self._cache = outputs.past_key_values
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+    def _padded(self, device: torch.device) -> Tensor:
+        """The prompts as left-padded rows; sets their mask."""
+        longest = max(map(len, self._against))
+        rows = [[0] * (longest - len(ids)) + ids for ids in self._against]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in self._against]
+        self._mask = torch.tensor(mask, device=device)
+        return torch.tensor(rows, device=device)
