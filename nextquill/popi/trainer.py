@@ -41,7 +41,7 @@ from nextquill.popi.logs import METRICS, SampleLog
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
-from nextquill.popi.rollouts import ModelRollouts, Rollouts
+from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.steps import StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
@@ -168,8 +168,6 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         common = (role.model, role.tokenizer, self.inference_prompts.stop_ids)
         sampling: dict[str, Any] = {"max_new_tokens": config.max_summary_tokens, "temperature": config.temperature}
         if config.rollouts == "vllm":
-            from nextquill.popi.rollouts_vllm import VLLMRollouts
-
             longest = config.max_signal_tokens
             return VLLMRollouts(*common, **sampling, max_prompt_tokens=longest, adapter=role.adapter)
         return ModelRollouts(*common, **sampling, batch_size=config.rollout_batch_size)
