@@ -17,9 +17,9 @@ from nextquill.models.architectures import random_rates
 from nextquill.models.configs import base_model, check_vocabulary, context_length
 from nextquill.models.router import asks_for_router_loss
 from nextquill.popi.config import POPIConfig
-from nextquill.popi.logs import SAMPLES_FILE
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role, Roles
+from nextquill.popi.saved_run import SAMPLES_FILE
 from nextquill.popi.users import User, UserCounts, check_users, users_from_records
 from nextquill.training.checks import check_arguments
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -37,12 +36,12 @@ from nextquill.popi.inputs import (
     usable_users,
     within_context,
 )
-from nextquill.popi.logs import METRICS, SampleLog
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
 from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
-from nextquill.popi.steps import StepMaker, UserWork
+from nextquill.popi.saved_run import SampleLog
+from nextquill.popi.steps import METRICS, StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
@@ -144,8 +143,8 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             roles,
             args,
             data_collator=_collate,
-            train_dataset=None if self.train_users is None else _Indices(len(self.train_users.users)),
-            eval_dataset=None if self.eval_users is None else _Indices(len(self.eval_users.users)),
+            train_dataset=_places(self.train_users),
+            eval_dataset=_places(self.eval_users),
             processing_class=processing_class,
             **options,
         )
@@ -158,8 +157,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
         self._log = SampleLog(Path(str(args.output_dir)), args.process_index, args.world_size)
-        self._sums: dict[str, list[float]] = {}
-        self._tokens = [0.0, 0.0]
+        self._sums = _no_sums()
 
     # ---- preparation ---------------------------------------------------------------------------------
 
@@ -190,7 +188,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
-        self._sums, self._tokens = {}, [0.0, 0.0]
+        self._sums = _no_sums()
         self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -234,10 +232,8 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         work = iter(step.work)
         for batch in batches:
             batch["work"] = [next(work) for _ in batch["users"]]
-        for name, (total, count) in step.sums.items():
-            known = self._sums.setdefault(name, [0.0, 0.0])
-            known[0] += total
-            known[1] += count
+        for name, pair in step.sums.items():
+            self._sums[name] += torch.tensor(pair, dtype=torch.float64)
         self._log.append(line for each in step.work for line in each.lines)
         own = torch.tensor(float(len(users)), device=device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
@@ -265,8 +261,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         with role.active() as model:
             passes = self.passes.of(role, model)
             for part in passes.parts(branches, weights):
-                self._tokens[0] += part["num_tokens"]
-                self._tokens[1] += part["num_branch_tokens"]
+                self._sums["sharing_factor"] += torch.tensor([part["num_branch_tokens"], part["num_tokens"]])
                 with self._precision():
                     loss = passes.loss(part)
                 self.accelerator.backward(loss)
@@ -299,13 +294,11 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def _metrics(self) -> dict[str, float]:
-        sums = torch.tensor([self._sums.get(name, [0.0, 0.0]) for name in METRICS], dtype=torch.float64)
-        packed = torch.cat((sums, torch.tensor([self._tokens], dtype=torch.float64)))
-        packed = self.accelerator.reduce(packed.to(self.args.device), reduction="sum").cpu()
-        self._sums, self._tokens = {}, [0.0, 0.0]
-        found = {name: total / count for name, (total, count) in zip(METRICS, packed.tolist(), strict=False) if count}
-        computed, own = packed[-1].tolist()
-        return {**found, "num_tokens": computed, "sharing_factor": own / max(1.0, computed)}
+        packed = torch.stack(list(self._sums.values())).to(self.args.device)
+        sums = dict(zip(self._sums, self.accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
+        self._sums = _no_sums()
+        found = {name: total / count for name, (total, count) in sums.items() if count}
+        return {**found, "num_tokens": sums["sharing_factor"][1]}
 
     # ---- evaluation ----------------------------------------------------------------------------------
 
@@ -409,17 +402,14 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
 
 
-class _Indices(Dataset[int]):
+def _places(counts: UserCounts | None) -> Any:
     """A data set of the users' places."""
+    return None if counts is None else range(len(counts.users))
 
-    def __init__(self, count: int) -> None:
-        self._count = count
 
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
+def _no_sums() -> dict[str, Tensor]:
+    """The sum and the count of every logged mean, at the start of an interval; float64 [2] each."""
+    return {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
 
 
 def _collate(indices: Sequence[int]) -> dict[str, Any]:

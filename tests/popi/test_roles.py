@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nextquill.errors import CheckpointError
-from nextquill.evaluation.scoring import BranchScorer
 from nextquill.popi import Roles, evaluation
 from nextquill.popi.adapters import switched
+from nextquill.popi.passes import BranchPasses
 from tests.popi.popi_helpers import (
     logs_of,
     lora,
@@ -204,12 +204,12 @@ def test_mixed_precision_is_that_of_the_arguments(tmp_path: Path) -> None:
 def test_evaluation_has_the_attention_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
-    class Scorer(BranchScorer):
+    class Passes(BranchPasses):
         def __init__(self, *args: Any, **options: Any) -> None:
             asked.append(options)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(evaluation, "BranchScorer", Scorer)
+    monkeypatch.setattr(evaluation, "BranchPasses", Passes)
     make_trainer(tmp_path, attention="mask", max_tokens=60).evaluate(make_users(2))
     assert asked
     assert all((each["attention"], each["max_tokens"]) == ("mask", 60) for each in asked)

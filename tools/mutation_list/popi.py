@@ -89,9 +89,9 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-resume-log",
-        "nextquill/popi/logs.py",
-        '_fields(line).get("step", math.inf) < step]',
-        '_fields(line).get("step", math.inf) <= step]',
+        "nextquill/popi/saved_run.py",
+        'line_fields(line).get("step", math.inf) < step]',
+        'line_fields(line).get("step", math.inf) <= step]',
         "a resumed run logs a step's summaries twice",
     ),
     Mutation(
@@ -187,7 +187,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-trained-users",
-        "nextquill/popi/logs.py",
+        "nextquill/popi/saved_run.py",
         'places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]',
         "places = [run]",
         "a checkpoint is evaluated on users that it was trained on without a word",
