@@ -7,12 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
+from nextquill.data._checks import check_integer
+from nextquill.errors import ArgumentError
 from nextquill.popi.objective import ESTIMATORS, KINDS, PreferenceLoss
-
-UPDATES = ("joint", "alternate")
-WARM_STARTS = ("given", "self")
-ROLLOUTS = ("hf", "vllm")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -59,24 +56,14 @@ class POPIConfig:
     rollout_batch_size: int = _setting(32, "Summaries sampled at once.")
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ArgumentError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in _INTEGERS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-            if value < least:
-                raise ArgumentError(f"{name}: expected at least {least}, got {value}")
-        for name in ("kl_coef", "length_penalty", "unfinished_penalty"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ArgumentError(f"{name}: expected a number of at least 0, got {value!r}")
-        if not (
-            isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature) and self.temperature > 0
-        ):
-            raise ArgumentError(f"temperature: expected a number above 0, got {self.temperature!r}")
-        PreferenceLoss(self.objective, self.beta)
+        for each in dataclasses.fields(self):
+            name, value = each.name, getattr(self, each.name)
+            if name in _CHOICES and value not in _CHOICES[name]:
+                raise ArgumentError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")
+            if type(each.default) is int:
+                check_integer(name, value, _LEAST.get(name, 1))
+            if type(each.default) is float:
+                _check_number(name, value, positive=name in ("beta", "temperature"))
         if self.estimator != "reinforce" and self.group_size < 2 and not self.freeze_inference:
             raise ArgumentError(f"group_size: expected at least 2 with estimator={self.estimator!r}, got 1")
         if self.freeze_inference and self.freeze_generator:
@@ -92,16 +79,12 @@ class POPIConfig:
         return dataclasses.asdict(self)
 
 
-_CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": UPDATES, "warm_start": WARM_STARTS,
-            "rollouts": ROLLOUTS}  # fmt: skip
-_INTEGERS = {
-    "group_size": 1,
-    "pairs_per_user": 1,
-    "signals_per_user": 1,
-    "max_summary_tokens": 1,
-    "max_signal_tokens": 1,
-    "max_length": 2,
-    "alternate_every": 1,
-    "warm_start_steps": 0,
-    "rollout_batch_size": 1,
-}
+_CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": ("joint", "alternate"),
+            "warm_start": ("given", "self"), "rollouts": ("hf", "vllm")}  # fmt: skip
+# The least value of an integer, if it is not 1.
+_LEAST = {"max_length": 2, "warm_start_steps": 0}
+
+
+def _check_number(name: str, value: object, *, positive: bool) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+        raise ArgumentError(f"{name}: expected a number {'above' if positive else 'of at least'} 0, got {value!r}")
