@@ -25,6 +25,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -165,14 +166,15 @@ def score_pairs(
     places = [(draw.user_id, index) for draw in draws for index in range(len(draw.pairs))]
     for name, values in (*found.items(), *reference.items()):
         _check_finite(values, name, places)
-    bare = _prompt_lengths(policy["none"])
-    lengths = torch.tensor([branch.response_length for part in policy["none"] for branch in part]).view(-1, 2)
+    bare = list(chain(*policy["none"]))
+    lengths = torch.tensor([branch.response_length for branch in bare]).view(-1, 2)
     result: dict[str, list[PairScore]] = {}
     for name in contexts:
         base = reference[name if reference_sees_context else "none"]
         judged = (loss or PreferenceLoss())(found[name], base, lengths)
-        tokens = [own - without for own, without in zip(_prompt_lengths(policy[name]), bare, strict=True)]
-        result[name] = _scores(places, found[name], judged, tokens)
+        pairs = zip(chain(*policy[name]), bare, strict=True)
+        tokens = [branch.prompt_length - without.prompt_length for branch, without in pairs]
+        result[name] = _scores(places, found[name], judged, tokens[::2])
     return result
 
 
@@ -229,11 +231,6 @@ def _check_finite(log_probs: Tensor, context: str, places: Sequence[tuple[str, i
             f"user {user!r}: expected finite log-probabilities of pairs[{index}] under {context!r}, got "
             f"{log_probs[broken[0]].tolist()}; {len(broken)} of {len(places)} pairs are affected"
         )
-
-
-def _prompt_lengths(parts: Sequence[Sequence[Branch]]) -> list[int]:
-    """The number of tokens of each pair's prompt."""
-    return [branch.prompt_length for part in parts for branch in part[::2]]
 
 
 def _scores(
@@ -306,36 +303,30 @@ class PairMeasures:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairEvaluation:
     """The result of `nextquill popi evaluate`.
 
     Args:
         model: the run's folder.
+        settings: the settings of the evaluation.
+        left_out: the number of users that were left out, by reason.
+        empty_summaries: the number of users whose summary is empty.
         generator: the measures of the trained generator.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
-        empty_summaries: the number of users whose summary is empty.
-        left_out: the number of users that were left out, by reason.
-        settings: the settings of the evaluation.
     """
 
     model: str
-    generator: PairMeasures
-    transfer: Mapping[str, PairMeasures] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     empty_summaries: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    generator: PairMeasures
+    transfer: dict[str, PairMeasures] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The result as JSON."""
-        content = {
-            "model": self.model,
-            "settings": dict(self.settings),
-            "left_out": dict(self.left_out),
-            "empty_summaries": self.empty_summaries,
-            "generator": self.generator.to_dict(),
-            "transfer": {name: each.to_dict() for name, each in self.transfer.items()},
-        }
+        """The result as JSON, in the order of the fields."""
+        transfer = {name: each.to_dict() for name, each in self.transfer.items()}
+        content = {**vars(self), "generator": self.generator.to_dict(), "transfer": transfer}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -140,7 +140,8 @@ class InferencePrompts:
     @property
     def stop_ids(self) -> set[int]:
         """The tokens that end a sampled summary: the first of `end_ids`, and the end of text."""
-        return {self.renderer.end_ids[0], getattr(self.renderer.tokenizer, "eos_token_id", None)} - {None}
+        eos_id: int | None = getattr(self.renderer.tokenizer, "eos_token_id", None)
+        return {self.renderer.end_ids[0]} | ({eos_id} if eos_id is not None else set())
 
     def ids(self, signals: Sequence[HistoryItem]) -> tuple[list[int], int]:
         """Return the prompt for these signals, oldest first, and the number of the newest ones that fit into it.

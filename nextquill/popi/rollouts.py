@@ -67,9 +67,11 @@ class Rollouts(Protocol):
 
     def sync(self) -> None:
         """Take note that the weights of the inference model have changed; by default, do nothing."""
+        return
 
     def close(self) -> None:
         """Release all resources, after which there are no samples; by default, there are none to release."""
+        return
 
 
 class ModelRollouts(Rollouts):
@@ -117,10 +119,11 @@ class ModelRollouts(Rollouts):
 
 
 class VLLMRollouts(Rollouts):
-    """Samples with vLLM. **It has not been run with a real vLLM**: it follows vLLM's documentation.
+    """Samples with vLLM.
 
-    vLLM holds a second copy of the weights. `sync` marks them as changed, and the next call of `sample` updates them by
-    vLLM's own means. Both use a temporary folder, because vLLM may run its model in another process:
+    **This has not been run with a real vLLM**: it follows vLLM's documentation, and is tested with a module in its place.
+    vLLM holds a second copy of the weights. `sync` marks them as changed, and the next call of `sample` updates them
+    through a temporary folder, because vLLM may run its model in another process:
 
         a LoRA adapter    is requested as an adapter with a new number, `LoRARequest`
         whole weights     are read by the worker's `reload_weights(weights_path=...)`
@@ -132,10 +135,7 @@ class VLLMRollouts(Rollouts):
 
     Args:
         model: the inference model in training: a causal language model, or a PEFT model with a plain LoRA adapter.
-        tokenizer: decodes the samples.
-        stops: the token ids that end a sample.
-        max_new_tokens: the most tokens of a sample.
-        temperature: divides the logits; 0 takes the most likely tokens.
+        tokenizer, stops, max_new_tokens, temperature: see `ModelRollouts`.
         max_prompt_tokens: the most tokens of a prompt.
         adapter: the PEFT adapter that writes summaries; by default the active one.
         model_name: folder or hub name of the base weights; by default the place that the model was loaded from.

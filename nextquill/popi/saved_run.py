@@ -11,14 +11,13 @@ from pathlib import Path
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.popi.config import POPIConfig
+from nextquill.popi.config import SAMPLES_FILE, POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
 from nextquill.popi.rollouts import line_fields
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 
-SAMPLES_FILE = "sampled_summaries.jsonl"
 _STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
 
@@ -92,13 +91,7 @@ def saved_settings(folder: str | Path) -> tuple[POPIConfig, PopiTemplates]:
 
 
 class SampleLog:
-    """The file `sampled_summaries.jsonl` in a run's folder. Each further process has a file of its own beside it.
-
-    Args:
-        folder: the run's folder.
-        rank: the number of this process.
-        processes: how many processes there are.
-    """
+    """The file `sampled_summaries.jsonl` in a run's folder. Each process except rank 0 has its own file beside it."""
 
     def __init__(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
         self._folder, self._rank, self._processes = folder, rank, processes
@@ -125,11 +118,7 @@ class SampleLog:
 
 
 def trained_users(folder: str | Path) -> set[str]:
-    """Return the ids of the users whose summaries a run has sampled, as far as its log is there.
-
-    Args:
-        folder: the run's folder, or a checkpoint in it.
-    """
+    """Return the users whose summaries a run has sampled, by the logs in its folder; also for a checkpoint in it."""
     run = Path(folder).resolve()
     places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
     found: set[str] = set()

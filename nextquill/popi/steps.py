@@ -84,11 +84,7 @@ class StepMaker:
     """Makes steps. The same users, step number and weights give the same step, however they are divided into batches.
 
     Args:
-        roles: both models.
-        config: the settings.
-        inference_prompts, generator_prompts: make the prompts of both models.
-        rollouts: samples summaries with the inference model.
-        passes: computes log-probabilities under each role's model and its initial state.
+        roles, config, inference_prompts, generator_prompts, rollouts, passes: those of the run.
         seed: the seed of draws and samples.
     """
 
@@ -291,7 +287,7 @@ class StepMaker:
             "summaries_unfinished": sum(not sample.ended for sample in samples),
             "summaries_too_long": self._too_long,
         }
-        sums = {
+        sums: dict[str, tuple[float, float]] = {
             "preference_loss": _sum_of_finite(torch.cat([losses.loss for losses in scored.own])),
             "preference_margin": _sum_of_finite(margins),
             "preference_accuracy": _sum_of_finite((margins > 0).double() + 0.5 * (margins == 0)),
@@ -327,22 +323,16 @@ class StepMaker:
 
 def _other_users(draws: Sequence[Draw]) -> list[int | None]:
     """For each place the next place with another user, or None."""
-    count = len(draws)
-    found = list[int | None]()
-    for index, each in enumerate(draws):
-        following = ((index + step) % count for step in range(1, count))
-        found.append(next((other for other in following if draws[other].user_id != each.user_id), None))
-    return found
+    count, own = len(draws), [each.user_id for each in draws]
+    following = [(*range(place + 1, count), *range(place)) for place in range(count)]
+    return [next((other for other in following[i] if own[other] != own[i]), None) for i in range(count)]
 
 
 def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
     """The different objects among these branches, and the place of each branch among them."""
-    first: dict[int, int] = {}
-    distinct = list[Branch]()
-    for branch in branches:
-        if first.setdefault(id(branch), len(distinct)) == len(distinct):
-            distinct.append(branch)
-    return distinct, torch.tensor([first[id(branch)] for branch in branches])
+    distinct = {id(branch): branch for branch in branches}
+    places = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), torch.tensor([places[id(branch)] for branch in branches])
 
 
 def _sum_of_finite(values: Tensor) -> tuple[float, int]:

@@ -131,9 +131,8 @@ class SummaryFile:
 
     def outdated_edits(self, hashes: Mapping[str, str]) -> list[str]:
         """Return the users whose summary a person has edited and whose signals have changed since it was written."""
-        known = self.read()
-        edited = {user: own for user, own in hashes.items() if user in known and known[user].edited}
-        return [user for user, own in edited.items() if known[user].signals_hash != own]
+        edited = {user: summary.signals_hash for user, summary in self.read().items() if summary.edited}
+        return [user for user, own in hashes.items() if edited.get(user, own) != own]
 
     def put(self, *summaries: Summary, force: bool = False) -> list[str]:
         """Add summaries, or replace those of the same users.
@@ -245,8 +244,7 @@ class HeldOut:
 
     Args:
         draws: one for each user, with first signals and later pairs.
-        no_pairs: the users that are left out because they have no pair.
-        few_signals: the users that are left out because they have too few signals beside their pairs.
+        no_pairs, few_signals: the users that are left out, see `UserCounts`.
     """
 
     draws: tuple[Draw, ...]
@@ -259,12 +257,9 @@ class HeldOut:
         return {"no_pairs": len(self.no_pairs), "few_signals": len(self.few_signals)}
 
     def __str__(self) -> str:
-        pairs = sum(len(draw.pairs) for draw in self.draws)
-        parts = [f"{len(self.draws)} users, {pairs} pairs"]
-        for ids, why in ((self.no_pairs, "without pairs"), (self.few_signals, "with too few signals")):
-            if ids:
-                parts.append(f"{len(ids)} left out {why}, such as {ids[0]!r}")
-        return "; ".join(parts)
+        whole = f"{len(self.draws)} users, {sum(len(draw.pairs) for draw in self.draws)} pairs"
+        left_out = ((self.no_pairs, "without pairs"), (self.few_signals, "with too few signals"))
+        return "; ".join([whole, *(f"{len(ids)} left out {why}, such as {ids[0]!r}" for ids, why in left_out if ids)])
 
 
 def hold_out(users: Sequence[User], *, num_signals: int, max_pairs: int | None = None) -> HeldOut:
@@ -344,14 +339,12 @@ def summarize(
         temperature=temperature,
         batch_size=batch_size,
     )
+    for user, own in signals.items():
+        prompts.check(user, own)
     users = list(signals)
-    for user in users:
-        prompts.check(user, signals[user])
-    asked = [
-        Prompt(place, prompts.ids(signals[user])[0], seed_of(seed, "summarize", user))
-        for place, user in enumerate(users)
-    ]
-    asked.sort(key=lambda prompt: (-len(prompt.ids), prompt.index))
+    seeds = [seed_of(seed, "summarize", user) for user in users]
+    asked = [Prompt(place, prompts.ids(signals[user])[0], seeds[place]) for place, user in enumerate(users)]
+    asked.sort(key=lambda prompt: -len(prompt.ids))
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         with role.active():

@@ -7,16 +7,15 @@ other. The loss is divided by the number of users of the whole step, over all mi
 summed over ranks once, at the end of the step. Optimizers, schedules, logging, checkpoints and callbacks are the
 Trainer's.
 
-Draws and samples depend on the seed, the step and the user alone. So a resumed run samples the same summaries as an
-uninterrupted one, and the division of a step into micro-batches or ranks does not change them.
+Draws and samples depend on the seed, the step and the user alone, so a resumed run samples the same summaries.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
-from nextquill.popi.config import POPIConfig
-from nextquill.popi.evaluation import score_pairs
-from nextquill.popi.inputs import (
+from nextquill.popi.config import (
+    POPIConfig,
     check_args,
     check_batches,
     check_resumable,
@@ -36,6 +34,7 @@ from nextquill.popi.inputs import (
     usable_users,
     within_context,
 )
+from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
@@ -46,6 +45,7 @@ from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import json_object
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.checks import check_options
 
@@ -166,8 +166,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         common = (role.model, role.tokenizer, self.inference_prompts.stop_ids)
         sampling: dict[str, Any] = {"max_new_tokens": config.max_summary_tokens, "temperature": config.temperature}
         if config.rollouts == "vllm":
-            longest = config.max_signal_tokens
-            return VLLMRollouts(*common, **sampling, max_prompt_tokens=longest, adapter=role.adapter)
+            return VLLMRollouts(*common, **sampling, max_prompt_tokens=config.max_signal_tokens, adapter=role.adapter)
         return ModelRollouts(*common, **sampling, batch_size=config.rollout_batch_size)
 
     def _users(self, name: str, given: Any) -> UserCounts | None:
@@ -202,7 +201,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             return 0
         check_resumable(checkpoint)
         checkpoints.check_identity(checkpoint, self.run_identity())  # before the log is cut to the checkpoint's steps
-        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        return int(json_object(checkpoint / checkpoints.STATE_FILE)["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
         """Return everything that must be the same in this run and in a checkpoint that it resumes."""
@@ -310,9 +309,10 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             temperature: the sampling temperature; 0 for the most likely tokens.
         """
         draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
-        return self._summaries(draws, temperature)
+        texts = self._summaries(draws, temperature)
+        return [texts[user.user_id] for user in users]
 
-    def _summaries(self, draws: Sequence[Draw], temperature: float = 0.0) -> list[str]:
+    def _summaries(self, draws: Sequence[Draw], temperature: float = 0.0) -> dict[str, str]:
         self.passes.close()
         found = summarize(
             self.roles.inference,
@@ -323,8 +323,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             seed=self.args.seed,
             batch_size=self.config.rollout_batch_size,
         )
-        texts = {each.user_id: each.text for each in found}
-        return [texts[each.user_id] for each in draws]
+        return {each.user_id: each.text for each in found}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -358,21 +357,20 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             self.roles.generator,
             self.generator_prompts,
             draws,
-            {each.user_id: text for each, text in zip(draws, texts, strict=True)},
+            texts,
             loss=self.config.loss,
             reference_sees_context=self.config.reference_sees_summary,
             seed=self.args.seed,
             **self._forwards,
         )
-        found: dict[str, float] = {}
-        for context, suffix in (("summary", ""), ("none", "_none"), ("placebo", "_placebo")):
-            rows = scores.get(context, [])
-            for name in ("accuracy", "margin", "loss"):
-                if rows:
-                    found[f"{name}{suffix}"] = sum(getattr(row, name) for row in rows) / len(rows)
-        rows = scores["summary"]
-        found["summary_tokens"] = sum(row.context_tokens for row in rows) / len(rows)
-        found["summaries_empty"] = sum(not text.strip() for text in texts) / len(texts)
+        found = {
+            f"{name}{suffix}": fmean(getattr(row, name) for row in scores[context])
+            for context, suffix in (("summary", ""), ("none", "_none"), ("placebo", "_placebo"))
+            for name in ("accuracy", "margin", "loss")
+            if context in scores
+        }
+        found["summary_tokens"] = fmean(row.context_tokens for row in scores["summary"])
+        found["summaries_empty"] = fmean(not text.strip() for text in texts.values())
         return found
 
     def predict(self, *_: Any, **__: Any) -> Any:

@@ -82,7 +82,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     model = stirred(get_peft_model(tiny_model(1), lora()))
     roles = Roles.separate(model, tiny_model(2), word_tokenizer())
     before = logits(roles.inference.active())
-    assert roles.inference._initial == "default_initial"  # so that the model is not copied
+    assert roles.inference.initial_state == "default_initial"  # so that the model is not copied
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -90,7 +90,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     assert torch.equal(logits(roles.inference.initial()), before)
     assert not torch.equal(logits(roles.inference.active()), before)
     fresh = Roles.separate(get_peft_model(tiny_model(1), lora()), tiny_model(2), word_tokenizer())
-    assert fresh.inference._initial is None
+    assert fresh.inference.initial_state is None
     assert list(fresh.inference.model.peft_config) == ["default"]
 
 

@@ -180,7 +180,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-context-room",
-        "nextquill/popi/inputs.py",
+        "nextquill/popi/config.py",
         "min(config.max_signal_tokens, inference - config.max_summary_tokens)",
         "min(config.max_signal_tokens, inference)",
         "a prompt leaves no room for the summary",
