@@ -30,15 +30,9 @@ class BranchPasses(BranchScorer):
     adapter of the moment.
     """
 
-    def __init__(
-        self, model: Any, pad_token_id: int = 0, *, attention: str = "auto", max_tokens: int | None = None
-    ) -> None:
-        super().__init__(model, pad_token_id, attention=attention, max_tokens=max_tokens)
-        self._own = (self._passes.loss.logit_scale, self._passes.loss.softcap)
-
     def set_temperature(self, value: float) -> None:
         """From now on take log-probabilities from softmax(logits / value); at first the value is 1."""
-        scale, cap = self._own
+        scale, cap = self._passes.runner.logit_scale, self._passes.runner.softcap
         # cap(x) / T = c/T · tanh((x/T) / (c/T))
         self._passes.loss.logit_scale = scale / value
         self._passes.loss.softcap = None if cap is None else cap / value

@@ -121,9 +121,9 @@ class ModelRollouts(Rollouts):
 class VLLMRollouts(Rollouts):
     """Samples with vLLM.
 
-    **This has not been run with a real vLLM**: it follows vLLM's documentation, and is tested with a module in its place.
-    vLLM holds a second copy of the weights. `sync` marks them as changed, and the next call of `sample` updates them
-    through a temporary folder, because vLLM may run its model in another process:
+    **This has not been run with a real vLLM**: it follows vLLM's documentation, and is tested with a module in vLLM's
+    place. vLLM holds a second copy of the weights. `sync` marks them as changed, and the next call of `sample` updates
+    them through a temporary folder, because vLLM may run its model in another process:
 
         a LoRA adapter    is requested as an adapter with a new number, `LoRARequest`
         whole weights     are read by the worker's `reload_weights(weights_path=...)`

@@ -22,6 +22,7 @@ from torch import Tensor
 from nextquill.data import Branch
 from nextquill.errors import BudgetError
 from nextquill.evaluation.generation.options import Prompt
+from nextquill.evaluation.results import finite
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.objective import PairLosses, advantages, generator_error, informativeness
 from nextquill.popi.passes import RolePasses
@@ -52,14 +53,12 @@ class UserWork:
     """One user's part of a step's gradient.
 
     Attributes:
-        user_id: the user.
         branches: the branches whose log-probabilities are weighted, by role.
         weights: float64 [branches], the weight of each -log p in the user's share of the loss, by role.
         loss: the user's mean preference loss, nats.
         lines: the sampled summaries and their measures, for the log of summaries.
     """
 
-    user_id: str
     branches: dict[str, list[Branch]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     loss: float = 0.0
@@ -134,12 +133,12 @@ class StepMaker:
         shaped = rewards - config.length_penalty * lengths - config.unfinished_penalty * unfinished
         shaped = shaped if kl is None else shaped - config.kl_coef * kl
         found = advantages(shaped, config.estimator if lengths.shape[1] > 1 else "reinforce")
-        work = [UserWork(user.user_id) for user in users]
+        work = [UserWork() for _ in users]
         if phase.generator:
             self._weigh_pairs(work, read, scored)
         if phase.inference:
-            targets = self._warm_targets(shaped, groups) if phase.warm else None
-            self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
+            values = self._warm_targets(shaped, groups) if phase.warm else found.values
+            self._weigh_summaries(work, draws, groups, values, warm=phase.warm)
         for index, each in enumerate(work):
             total, count = _sum_of_finite(scored.own[index].loss)
             each.loss = total / max(1, count)
@@ -312,8 +311,8 @@ class StepMaker:
                 "summary": sample.text,
                 "tokens": len(sample.ids),
                 "ended": sample.ended,
-                "reward": _number(reward),
-                "advantage": _number(weight),
+                "reward": finite(round(float(reward), 6)),
+                "advantage": finite(round(float(weight), 6)),
                 "pairs": len(each.pairs),
                 "signals": len(each.signals),
             }
@@ -338,7 +337,3 @@ def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
 def _sum_of_finite(values: Tensor) -> tuple[float, int]:
     finite = values[values.isfinite()]
     return float(finite.sum()), len(finite)
-
-
-def _number(value: Tensor) -> float | None:
-    return round(float(value), 6) if bool(value.isfinite()) else None
