@@ -27,8 +27,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nextquill.errors import ArgumentError, UnsupportedModelError
-from nextquill.models import ATTENTIONS
+from nextquill.errors import UnsupportedModelError
 from nextquill.models.architectures import (
     check_architecture,
     check_dropout,
@@ -56,13 +55,10 @@ class TreeAttention:
         max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
 
     Raises:
-        ArgumentError: `attention` has another value.
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
     """
 
     def __init__(self, model: nn.Module, attention: str = "auto") -> None:
-        if attention not in ATTENTIONS or attention == "padded":
-            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
         self.attention = attention
         self._model: Any = model
         self._base: Any = base_model(model)

@@ -51,11 +51,6 @@ class RouterLoss:
         self._base = base
         self._logits: list[Tensor] = []
 
-    @classmethod
-    def of(cls, model: nn.Module) -> RouterLoss | None:
-        """The router loss of a model whose config asks for it, or None."""
-        return cls(model) if asks_for_router_loss(model) else None
-
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record the routers' logits in the forward inside this block."""
