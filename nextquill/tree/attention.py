@@ -13,6 +13,8 @@ are the upper halves of the triangles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -81,17 +83,9 @@ def _forward(
 
 @torch.library.custom_op("nextquill::tree_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    segments: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    grad: Tensor, saved: Sequence[Tensor], scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, out, logsumexp, segments = saved
     with torch.autocast(query.device.type, enabled=False):
         kernel, rule = choose_kernel(query, softcap), ScoreRule(scale, softcap)
         summed = torch.promote_types(query.dtype, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,24 +57,24 @@ def register_gradient(forward: Any, backward: Any) -> None:
     """Make the operator `backward` the gradient of the operator `forward`, and describe the results of both.
 
     forward: (query, key, value, segments, *options) -> out, logsumexp [1, H, T] in float32 (float64)
-    backward: (grad, query, key, value, out, logsumexp, segments, *options) -> gradients of query, key, value
+    backward: (grad, saved, *options) -> gradients of query, key, value
+              with saved = [query, key, value, out, logsumexp, segments]
     """
 
     def forward_fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         return heads_last(query, query.dtype), logsumexp
 
-    def backward_fake(_: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(heads_last(tensor, tensor.dtype) for tensor in inputs[:3])
+    def backward_fake(_: Tensor, saved: Sequence[Tensor], *__: object) -> tuple[Tensor, ...]:
+        return tuple(heads_last(tensor, tensor.dtype) for tensor in saved[:3])
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        *saved, segments = inputs[:4]
-        ctx.save_for_backward(*saved, *output, segments)
-        ctx.options = inputs[4:]
+        query, key, value, segments, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, *output, segments)
         ctx.mark_non_differentiable(output[1])
 
     def gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward(grad, *ctx.saved_tensors, *ctx.options)
+        grads = backward(grad, ctx.saved_tensors, *ctx.options)
         return (*grads, None, *(None for _ in ctx.options))
 
     forward.register_fake(forward_fake)

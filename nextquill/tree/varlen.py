@@ -11,6 +11,8 @@ summed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,18 +85,9 @@ def _forward(
 
 @torch.library.custom_op("nextquill::varlen_tree_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    segments: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    kernel: str,
+    grad: Tensor, saved: Sequence[Tensor], scale: float, window: int | None, softcap: float | None, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, out, logsumexp, segments = saved
     chosen = choose_kernel(kernel, query, softcap)
     plan = varlen_plan(segments, window, query.device)
     with torch.autocast(query.device.type, enabled=False):

@@ -386,7 +386,7 @@ def test_opcheck(dtype, window, softcap):
     plain = [tensor.detach() for tensor in tensors]
     out, logsumexp = attention._forward(*plain, segments, 0.3, window, softcap)
     opcheck(
-        attention._backward, (torch.randn_like(out), *plain, out, logsumexp, segments, 0.3, window, softcap)
+        attention._backward, (torch.randn_like(out), [*plain, out, logsumexp, segments], 0.3, window, softcap)
     )  # fmt: skip
 
 
