@@ -28,9 +28,7 @@ from nextquill.training.checks import check_batching
 from nextquill.training.meter import TrainingMeter, eval_metrics, example_table
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 

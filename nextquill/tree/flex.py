@@ -66,11 +66,8 @@ def flex_tree_attention(
     otherwise hold all scores in memory.
 
     Args:
-        query: [1, H, T, D], floating.
-        key, value: [1, H_kv, T, D], in query's dtype; H is a multiple of H_kv.
+        query, key, value, scale, softcap: as in `tree_attention`.
         block_mask: result of `tree_block_mask`.
-        scale: factor on the scores.
-        softcap: c of c · tanh(x / c) on the scores, or None.
 
     Returns:
         [1, H, T, D], in query's dtype, differentiable on GPUs.

@@ -73,8 +73,8 @@ def _device_problem(device: torch.device, head_size: int | None) -> str | None:
 def _torch_problem() -> str | None:
     if torch.version.hip is not None:
         return "is not supported on ROCm, where its logsumexps are laid out otherwise"
-    available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    return None if available() else "this PyTorch was built without FlashAttention"
+    available = torch.backends.cuda.is_flash_attention_available()
+    return None if available else "this PyTorch was built without FlashAttention"
 
 
 @functools.cache
