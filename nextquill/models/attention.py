@@ -10,9 +10,8 @@ The first three replace the model's attention function by ours while trees are i
 the model's own. It stays until the backward has finished, because gradient checkpointing runs layers again there;
 `close` restores the model's own.
 
-An architecture is refused, with the reason, if a token's computation depends on tokens outside its path: recurrent
-layers, rotary scales that follow the longest position in a row, dropout that siblings would share. A small tree is
-compared with its branches in separate rows, which finds every other such dependence.
+A model in which a token's computation depends on tokens outside its path is refused, with the reason: for what
+`architectures` knows, or because a small tree differs from its branches in separate rows (`self_check`).
 """
 
 from __future__ import annotations

@@ -221,11 +221,7 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
             else "The model gets worse without a history, as it may when it overfits"
         )
         logger.warning(
-            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate the "
-            "effect of the history. %s; trust effect_placebo rather than effect_logprob.",
-            state.global_step,
-            name,
-            lowest,
-            nll,
-            cause,
+            f"step {state.global_step}: the nll without history ({name}) rose from {lowest:.2f} to {nll:.2f} nats, so "
+            f"effects against it overstate the effect of the history. {cause}; trust effect_placebo rather than "
+            "effect_logprob."
         )
