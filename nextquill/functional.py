@@ -9,12 +9,7 @@ from torch import Tensor
 
 from nextquill.ops.dispatch import check_impl
 from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
-from nextquill.ops.validation import (
-    check_floating,
-    check_head_inputs,
-    check_head_options,
-    check_ignore_index,
-)
+from nextquill.ops.validation import check_floating, check_head_inputs, check_head_options, check_ignore_index
 from nextquill.outputs import PairNLL, PairStats
 
 
@@ -54,21 +49,9 @@ def linear_token_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    check_head_options(softcap, logit_scale)
-    check_ignore_index(ignore_index)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
-    nll: Tensor = token_nll(
-        hidden=inputs.factual,
-        weight=inputs.weight,
-        bias=inputs.bias,
-        labels=inputs.labels,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        impl=check_impl(impl),
-        chunk_bytes=None,
-        product_dtype=None,  # filled in under autocast
-    )
+    nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, **options)
     return nll.view(inputs.shape)
 
 
@@ -105,10 +88,9 @@ def linear_pair_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    arguments, shape = _pair_arguments(
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
-    )
-    return PairNLL(*(nll.view(shape) for nll in pair_nll(**arguments)))
+    options = _operator_options(ignore_index, softcap, logit_scale, impl)
+    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    return PairNLL(*(nll.view(shape) for nll in pair_nll(*tensors, **options)))
 
 
 def linear_pair_stats(
@@ -139,42 +121,31 @@ def linear_pair_stats(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    arguments, shape = _pair_arguments(
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl
-    )
+    options = _operator_options(ignore_index, softcap, logit_scale, impl)
+    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
     with torch.no_grad():
-        stats = pair_stats(**arguments)
+        stats = pair_stats(*tensors, **options)
     *nlls, kl, entropy = (row.view(shape) for row in stats)
     return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
 
 
-def _pair_arguments(
-    hidden_factual: Tensor,
-    hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    impl: str,
-) -> tuple[dict[str, Any], torch.Size]:
-    """Return the arguments of the pair operators by name, checked and flattened, and the labels' shape."""
+def _operator_options(ignore_index: int, softcap: float | None, logit_scale: float, impl: str) -> dict[str, Any]:
+    """Return the last arguments of every operator, checked."""
     check_head_options(softcap, logit_scale)
-    check_ignore_index(ignore_index)
-    check_floating("hidden_counterfactual", hidden_counterfactual)
-    inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
-    arguments = {
-        "factual": inputs.factual,
-        "counterfactual": inputs.counterfactual,
-        "weight": inputs.weight,
-        "bias": inputs.bias,
-        "labels": inputs.labels,
-        "ignore_index": ignore_index,
+    return {
+        "ignore_index": check_ignore_index(ignore_index),
         "softcap": softcap,
         "logit_scale": logit_scale,
         "impl": check_impl(impl),
         "chunk_bytes": None,
         "product_dtype": None,  # filled in under autocast
     }
-    return arguments, inputs.shape
+
+
+def _pair_tensors(
+    factual: Tensor, counterfactual: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], torch.Size]:
+    """Return the first arguments of the pair operators, checked and flattened, and the labels' shape."""
+    check_floating("hidden_counterfactual", counterfactual)
+    inputs = check_head_inputs(factual, counterfactual, weight, labels, bias)
+    return (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels), inputs.shape

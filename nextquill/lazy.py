@@ -26,8 +26,8 @@ def on_first_use(
 
     Args:
         package: its `__name__`.
-        modules: those of its modules that hold the names of its `__all__`, in the order in which they are searched:
-            first what is quickly imported. Each of them is an attribute too, as if it had been imported.
+        modules: its modules that hold the names of its `__all__`, in the order of search: those that import quickly
+            first. Each of them is an attribute too, as if it had been imported.
         needs: by name, a distribution that may be missing; without it `dir` leaves the name out.
     """
 

@@ -91,8 +91,7 @@ class PairLoss(nn.Module):
         super().__init__()
         if not callable(weighting):
             raise ArgumentTypeError(f"weighting: expected a callable, got {type(weighting).__name__}")
-        check_number("alpha", alpha, low=0.0)
-        check_number("anchor", anchor, low=0.0)
+        alpha, anchor = check_number("alpha", alpha, low=0.0), check_number("anchor", anchor, low=0.0)
         if anchor > 0 and detach_counterfactual:
             raise ArgumentError(
                 "anchor: expected 0 with detach_counterfactual=True (the counterfactual is then a constant), "
@@ -105,10 +104,10 @@ class PairLoss(nn.Module):
         self.objective = PairObjective(
             weighting=weighting,
             normalize_weights=normalize_weights,
-            alpha=float(alpha),
+            alpha=alpha,
             weighted_effect=weighted_effect,
             detach_counterfactual=detach_counterfactual,
-            anchor=float(anchor),
+            anchor=anchor,
             reduction=reduction,
         )
         self.ignore_index = check_ignore_index(ignore_index)

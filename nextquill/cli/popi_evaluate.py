@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
         check_not_read(target, [*files.test_file, *([] if files.summaries is None else [files.summaries])])
-    config = read_settings(models).config
+    config = read_settings(models)
     held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
     _warn_of_trained(models.model, held.draws)
     known = None if files.summaries is None else _read(files.summaries, held.draws)
@@ -168,7 +168,7 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
 
 
 def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
-    from nextquill.popi.logs import trained_users
+    from nextquill.popi.saved_run import trained_users
 
     trained = trained_users(folder)
     both = [draw.user_id for draw in draws if draw.user_id in trained]

@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         from nextquill.popi.saved_run import saved_settings
 
         with naming("model", "model_name_or_path"):
-            templates = saved_settings(options.model).templates
+            _, templates = saved_settings(options.model)
     with naming("queries_file"):
         queries = list(_queries(options.queries_file, known))
         count = write_export(target, queries, format=options.format, templates=templates)

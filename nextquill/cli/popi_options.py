@@ -19,7 +19,7 @@ from nextquill.popi.users import User, users_from_records
 
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
-    from nextquill.popi.saved_run import SavedRun, SavedSettings
+    from nextquill.popi.saved_run import SavedRun
     from nextquill.popi.summaries import HeldOut
 
 #: The format of nextquill's own records; the others are those of `convert`.
@@ -105,9 +105,9 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
     return run
 
 
-def read_settings(options: PopiRunOptions) -> SavedSettings:
-    """Read the settings of the run, before anything that takes time."""
+def read_settings(options: PopiRunOptions) -> POPIConfig:
+    """Read the settings of training, before anything that takes time."""
     from nextquill.popi.saved_run import saved_settings
 
     with naming("model", "model_name_or_path"):
-        return saved_settings(options.model)
+        return saved_settings(options.model)[0]

@@ -10,9 +10,8 @@ The first three replace the model's attention function by ours while trees are i
 the model's own. It stays until the backward has finished, because gradient checkpointing runs layers again there;
 `close` restores the model's own.
 
-An architecture is refused, with the reason, if a token's computation depends on tokens outside its path: recurrent
-layers, rotary scales that follow the longest position in a row, dropout that siblings would share. A small tree is
-compared with its branches in separate rows, which finds every other such dependence.
+A model in which a token's computation depends on tokens outside its path is refused, with the reason: for what
+`architectures` knows, or because a small tree differs from its branches in separate rows (`self_check`).
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nextquill.errors import ArgumentError, UnsupportedModelError
-from nextquill.models import ATTENTIONS
+from nextquill.errors import UnsupportedModelError
 from nextquill.models.architectures import (
     check_architecture,
     check_dropout,
@@ -56,13 +54,10 @@ class TreeAttention:
         max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
 
     Raises:
-        ArgumentError: `attention` has another value.
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
     """
 
     def __init__(self, model: nn.Module, attention: str = "auto") -> None:
-        if attention not in ATTENTIONS or attention == "padded":
-            raise ArgumentError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
         self.attention = attention
         self._model: Any = model
         self._base: Any = base_model(model)

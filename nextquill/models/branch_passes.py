@@ -14,28 +14,20 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nextquill.data import PaddedCollator, TreeCollator
-from nextquill.data.collator import (
-    CONSTANT_COUNTERFACTUAL,
-    FACTUAL,
-    IGNORE_INDEX,
-    JOINT,
-    Forwards,
-    empty_like,
-)
+from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, IGNORE_INDEX, JOINT, Forwards, empty_like
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
 from nextquill.losses import PairLoss
 from nextquill.models import ATTENTIONS
 from nextquill.models.attention import TreeAttention
 from nextquill.models.head import HeadState, LossInHead
-from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss
+from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss, asks_for_router_loss
 from nextquill.models.stored_effects import check_stored_weighting, stored_weights
 from nextquill.outputs import PreferenceLossOutput
 
@@ -82,13 +74,13 @@ class PairPasses:
         self.stored_effects = stored_effects
         self.runner = LossInHead(model)
         self.loss = _fit_to_head(loss, self.runner)
-        self.router = RouterLoss.of(model)
+        self.router = RouterLoss(model) if asks_for_router_loss(model) else None
         self.trees = None if attention == "padded" else TreeAttention(model, attention)
 
     def __enter__(self) -> PairPasses:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model
-from nextquill.models.probe import (
-    probe_logits,
-    replaced_forward,
-    returned_logits,
-    softcapped_configs,
-    without_softcap,
-)
+from nextquill.models.probe import probe_logits, replaced_forward, returned_logits, softcapped_configs, without_softcap
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

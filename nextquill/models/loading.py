@@ -195,8 +195,7 @@ def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
     try:
         base, tokenizer = load_model(base_name, dtype=dtype)
     except UnsupportedModelError as error:
-        reason = str(error).removeprefix("model_name_or_path: ")
-        message = f"model_name_or_path: the adapter in {place} needs its base model: {reason}"
+        message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"
         raise UnsupportedModelError(message) from error
     if (Path(place) / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(place)

@@ -45,7 +45,7 @@ class RouterLoss:
             recorder = next((record["router_logits"] for record in found if "router_logits" in record), None)
         kind, self._index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
         self._routers = [] if kind is None else [module for module in base.modules() if isinstance(module, kind)]
-        self._formula = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+        self._formula: Any = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
         self._experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         self._chosen = getattr(config, "num_experts_per_tok", None)
         self._factor = float(getattr(config, "router_aux_loss_coef", 0.0))
@@ -55,11 +55,6 @@ class RouterLoss:
             )
         self._base = base
         self._logits: list[Tensor] = []
-
-    @classmethod
-    def of(cls, model: nn.Module) -> RouterLoss | None:
-        """The router loss of a model whose config asks for it, or None."""
-        return cls(model) if asks_for_router_loss(model) else None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -87,7 +82,6 @@ class RouterLoss:
         counts = forward["multiplicity"] if "multiplicity" in forward else forward["attention_mask"]
         rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
         gathered = tuple(logits.flatten(0, -2)[rows] for logits in self._logits)
-        assert self._formula is not None
         loss: Tensor = self._formula(gathered, self._experts, self._chosen)
         return self._factor * loss.float()
 

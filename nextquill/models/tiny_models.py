@@ -51,25 +51,19 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING)
 
 
-def build_model(
-    size: ScratchSize,
-    seed: int,
-    *,
-    vocabulary: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> Any:
+def build_model(size: ScratchSize, seed: int, *, vocabulary: int | None = None, **token_ids: int | None) -> Any:
     """A randomly initialised Llama of this size; the same for the same seed.
 
     Args:
         size: the architecture.
         seed: seed of the initialisation; the global random state does not change.
         vocabulary: number of tokens; by default `size.vocabulary`.
-        eos_token_id, pad_token_id: the tokenizer's ids.
+        token_ids: the tokenizer's `eos_token_id` and `pad_token_id`; by default None.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    ids: dict[str, Any] = {"eos_token_id": None, **token_ids}  # LlamaConfig would take token 2
     config = LlamaConfig(
         vocab_size=size.vocabulary if vocabulary is None else vocabulary,
         hidden_size=size.hidden_size,
@@ -80,8 +74,7 @@ def build_model(
         max_position_embeddings=size.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
+        **ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

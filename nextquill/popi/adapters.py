@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,14 +50,9 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
 
 
 def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Container[str] = ()) -> Any:
-    """Return the model with fresh LoRA adapters.
+    """Return the model with a fresh LoRA adapter of each name, by default of rank 16 on all linear layers but the head.
 
-    Args:
-        model: a model without adapters.
-        peft_config: the config of each adapter; None for rank 16 on all linear layers except the head.
-        names: the adapters' names, at least one.
-        frozen: the names of adapters that are not trained. Checkpoints do not restore these, so their random part is
-            always the same.
+    Checkpoints do not restore the `frozen` adapters, so their random part is always the same.
 
     Raises:
         ArgumentError: the config does not fit two roles of one model.
@@ -66,27 +61,24 @@ def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Co
 
     if peft_config is None:
         peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    _check_fresh(peft_config)
+    if not is_lora(peft_config):
+        raise ArgumentError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+    check_trainable(peft_config)
+    if peft_config.init_lora_weights not in _BEGINNINGS:
+        raise ArgumentError(
+            f"peft_config: expected init_lora_weights True or 'gaussian', got {peft_config.init_lora_weights!r}: each "
+            "role starts as the base model, whose weights both share"
+        )
     adapted: Any = None
     for name in names:
-        with _same_every_time() if name in frozen else nullcontext():
+        with torch.random.fork_rng(devices=[], enabled=name in frozen):
+            if name in frozen:
+                torch.manual_seed(0)
             if adapted is None:
                 adapted = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=name)
             else:
                 adapted.add_adapter(name, copy.deepcopy(peft_config))
     return adapted
-
-
-def _check_fresh(config: Any) -> None:
-    """Raise ArgumentError for a config that does not fit two roles of one model."""
-    if not is_lora(config):
-        raise ArgumentError(f"peft_config: expected a LoraConfig, got {type(config).__name__}")
-    check_trainable(config)
-    if config.init_lora_weights not in _BEGINNINGS:
-        raise ArgumentError(
-            f"peft_config: expected init_lora_weights True or 'gaussian', got {config.init_lora_weights!r}: each role "
-            "starts as the base model, whose weights both share"
-        )
 
 
 def check_trainable(config: Any) -> None:
@@ -111,12 +103,7 @@ def is_lora(config: Any) -> bool:
 
 
 def initial_adapter(model: Any, name: str) -> str | None:
-    """Keep the present state of an adapter: return the name of a frozen copy, or None if the adapter has no effect yet.
-
-    Args:
-        model: a PEFT model.
-        name: the name of one of its LoRA adapters.
-    """
+    """Keep the present state of a LoRA adapter: return the name of a frozen copy, or None if it has no effect yet."""
     own = {key: p for key, p in model.named_parameters() if f".{name}." in key and "lora_" in key}
     later = [p for key, p in own.items() if "lora_B" in key]
     plain = all(".lora_A." in key or ".lora_B." in key for key in own)
@@ -133,11 +120,3 @@ def initial_adapter(model: Any, name: str) -> str | None:
             if f".{copied}." in key:
                 parameter.copy_(weights[key.replace(f".{copied}.", f".{name}.")])
     return copied
-
-
-@contextmanager
-def _same_every_time() -> Iterator[None]:
-    """Draw random numbers on the CPU from a fixed seed within the block, and restore the generator after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield

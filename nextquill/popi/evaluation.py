@@ -23,8 +23,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,18 +35,18 @@ from nextquill.data import Branch
 from nextquill.errors import RecordError
 from nextquill.evaluation.bootstrap import Interval, PairedResult, bootstrap_interval, paired_difference
 from nextquill.evaluation.results import finite
-from nextquill.evaluation.scoring import BranchScorer, pad_token
+from nextquill.evaluation.scoring import pad_token
 from nextquill.popi.objective import PairLosses, PreferenceLoss
+from nextquill.popi.passes import BranchPasses
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role
-from nextquill.popi.users import Draw, Pair, check_draw
+from nextquill.popi.users import Draw, check_draw
 
 CONTEXTS = ("none", "signals", "summary", "placebo")
 MEASURES = ("accuracy", "logprob_accuracy", "margin", "loss")
-#: The contexts that a summary is compared with.
-BASELINES = ("none", "signals", "placebo")
 #: `progress(things, total=..., desc=...)` is iterated in place of the things, as `tqdm` is.
 Progress = Callable[..., Iterable[Any]]
+_Context = Mapping[str, Mapping[str, Any]]
 # Pairs whose branches are scored in one call; users stay together, as their prompts begin alike.
 _PAIRS_TOGETHER = 32
 # Margins are compared after rounding: one that differs from 0 only by the order of sums counts as 0.
@@ -142,50 +143,43 @@ def score_pairs(
     policy = {name: [_branches(prompts, block, context) for block in blocks] for name, context in contexts.items()}
     seen = policy if reference_sees_context else {"none": policy["none"]}
     steps = (len(policy) + len(seen)) * sum(len(draw.pairs) for draw in draws)
-    shown = _Shown(progress, steps)
+    shown = iter(range(steps) if progress is None else progress(range(steps), total=steps, desc="Comparing pairs"))
+
+    def counted(pairs: Tensor) -> Tensor:
+        for _ in pairs:
+            next(shown)
+        return pairs
 
     def scored(state: AbstractContextManager[Any], wanted: Mapping[str, list[list[Branch]]]) -> dict[str, Tensor]:
-        pad = pad_token(generator.tokenizer)
-        with state as model, BranchScorer(model, pad, attention=attention, max_tokens=max_tokens) as scorer:
+        options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
+        with state as model, closing(BranchPasses(model, pad_token(generator.tokenizer), **options)) as passes:
             return {
-                name: torch.cat([shown(_log_probs(scorer, part)) for part in parts]) for name, parts in wanted.items()
+                name: torch.cat([counted(passes.log_probs(part).view(-1, 2)) for part in parts])
+                for name, parts in wanted.items()
             }
 
     # Each context is scored in calls of its own, in the same way for policy and reference. So if the two are the same
     # model, their log-probabilities agree to the last bit.
-    with shown:
-        found = scored(generator.active(), policy)
-        reference = scored(generator.initial(), seen)
+    found = scored(generator.active(), policy)
+    reference = scored(generator.initial(), seen)
+    next(shown, None)  # lets a bar close itself
     places = [(draw.user_id, index) for draw in draws for index in range(len(draw.pairs))]
     for name, values in (*found.items(), *reference.items()):
         _check_finite(values, name, places)
-    bare = _prompt_lengths(policy["none"])
-    lengths = torch.tensor([branch.response_length for part in policy["none"] for branch in part]).view(-1, 2)
+    bare = list(chain(*policy["none"]))
+    lengths = torch.tensor([branch.response_length for branch in bare]).view(-1, 2)
     result: dict[str, list[PairScore]] = {}
     for name in contexts:
         base = reference[name if reference_sees_context else "none"]
         judged = (loss or PreferenceLoss())(found[name], base, lengths)
-        tokens = [own - without for own, without in zip(_prompt_lengths(policy[name]), bare, strict=True)]
-        result[name] = _scores(places, found[name], judged, tokens)
+        pairs = zip(chain(*policy[name]), bare, strict=True)
+        tokens = [branch.prompt_length - without.prompt_length for branch, without in pairs]
+        result[name] = _scores(places, found[name], judged, tokens[::2])
     return result
 
 
-@dataclass(frozen=True)
-class _Context:
-    """The context that the generator gets for each user: signals, a text, or neither."""
-
-    signals: bool = False
-    texts: Mapping[str, str] | None = None
-
-    def of(self, draw: Draw) -> dict[str, Any]:
-        """The context of a draw's user, as arguments of `GeneratorPrompts.branches`."""
-        if self.signals:
-            return {"signals": draw.signals}
-        text = "" if self.texts is None else self.texts[draw.user_id]
-        return {"summary": text} if text.strip() else {}
-
-
 def _contexts(draws: Sequence[Draw], summaries: Mapping[str, str] | None, seed: int) -> dict[str, _Context]:
+    """The context of every user, by the context's name, as arguments of `GeneratorPrompts.branches`."""
     users = [draw.user_id for draw in draws]
     if not any(draw.pairs for draw in draws):
         raise RecordError("draws: expected at least one pair to evaluate, got none")
@@ -194,7 +188,10 @@ def _contexts(draws: Sequence[Draw], summaries: Mapping[str, str] | None, seed: 
         raise RecordError(f"draws: expected every user once, got {twice!r} more often")
     for draw in draws:
         check_draw(draw)
-    contexts = {"none": _Context(), "signals": _Context(signals=True)}
+    contexts: dict[str, _Context] = {
+        "none": {user: {} for user in users},
+        "signals": {draw.user_id: {"signals": draw.signals} for draw in draws},
+    }
     if summaries is None:
         return contexts
     missing = [user for user in users if user not in summaries]
@@ -203,9 +200,10 @@ def _contexts(draws: Sequence[Draw], summaries: Mapping[str, str] | None, seed: 
             f"summaries: expected one for every user, got none for {len(missing)}, such as {missing[0]!r}"
         )
     own = {user: summaries[user] for user in users}
-    contexts["summary"] = _Context(texts=own)
-    others = placebo_summaries(own, seed)
-    return contexts | {"placebo": _Context(texts=others)} if others else contexts
+    for name, texts in (("summary", own), ("placebo", placebo_summaries(own, seed))):
+        if texts:
+            contexts[name] = {user: {"summary": text} for user, text in texts.items()}
+    return contexts
 
 
 def _blocks(draws: Sequence[Draw]) -> Iterator[list[Draw]]:
@@ -220,13 +218,8 @@ def _blocks(draws: Sequence[Draw]) -> Iterator[list[Draw]]:
 
 
 def _branches(prompts: GeneratorPrompts, block: Sequence[Draw], context: _Context) -> list[Branch]:
-    pairs: list[tuple[Draw, Pair]] = [(draw, pair) for draw in block for pair in draw.pairs]
-    return [branch for draw, pair in pairs for branch in prompts.branches(pair, **context.of(draw))]
-
-
-def _log_probs(scorer: BranchScorer, branches: Sequence[Branch]) -> Tensor:
-    """The log p of chosen and rejected, float64 [pairs, 2]; a pair's two branches follow each other."""
-    return torch.stack([-nll.double().sum() for nll in scorer(branches)]).view(-1, 2)
+    pairs = [(draw.user_id, pair) for draw in block for pair in draw.pairs]
+    return [branch for user, pair in pairs for branch in prompts.branches(pair, **context[user])]
 
 
 def _check_finite(log_probs: Tensor, context: str, places: Sequence[tuple[str, int]]) -> None:
@@ -238,11 +231,6 @@ def _check_finite(log_probs: Tensor, context: str, places: Sequence[tuple[str, i
             f"user {user!r}: expected finite log-probabilities of pairs[{index}] under {context!r}, got "
             f"{log_probs[broken[0]].tolist()}; {len(broken)} of {len(places)} pairs are affected"
         )
-
-
-def _prompt_lengths(parts: Sequence[Sequence[Branch]]) -> list[int]:
-    """The number of tokens of each pair's prompt."""
-    return [branch.prompt_length for part in parts for branch in part[::2]]
 
 
 def _scores(
@@ -258,26 +246,6 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _side(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
-
-
-class _Shown:
-    """Counts scored pairs on a progress bar, if there is one."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._steps = None if progress is None else iter(progress(range(total), total=total, desc="Comparing pairs"))
-
-    def __enter__(self) -> _Shown:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._steps is not None:
-            next(self._steps, None)  # lets a bar close itself
-
-    def __call__(self, scored: Tensor) -> Tensor:
-        if self._steps is not None:
-            for _ in range(len(scored)):
-                next(self._steps)
-        return scored
 
 
 # ---- measures with intervals ------------------------------------------------------------------------
@@ -335,36 +303,30 @@ class PairMeasures:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairEvaluation:
     """The result of `nextquill popi evaluate`.
 
     Args:
         model: the run's folder.
+        settings: the settings of the evaluation.
+        left_out: the number of users that were left out, by reason.
+        empty_summaries: the number of users whose summary is empty.
         generator: the measures of the trained generator.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
-        empty_summaries: the number of users whose summary is empty.
-        left_out: the number of users that were left out, by reason.
-        settings: the settings of the evaluation.
     """
 
     model: str
-    generator: PairMeasures
-    transfer: Mapping[str, PairMeasures] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     empty_summaries: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    generator: PairMeasures
+    transfer: dict[str, PairMeasures] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The result as JSON."""
-        content = {
-            "model": self.model,
-            "settings": dict(self.settings),
-            "left_out": dict(self.left_out),
-            "empty_summaries": self.empty_summaries,
-            "generator": self.generator.to_dict(),
-            "transfer": {name: each.to_dict() for name, each in self.transfer.items()},
-        }
+        """The result as JSON, in the order of the fields."""
+        transfer = {name: each.to_dict() for name, each in self.transfer.items()}
+        content = {**vars(self), "generator": self.generator.to_dict(), "transfer": transfer}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -398,8 +360,8 @@ def measure(
             name: paired_difference(column("summary", name), column(other, name), users, **options)
             for name in ("accuracy", "margin")
         }
-        for other in (BASELINES if "summary" in scores else ())
-        if other in scores
+        for other in scores
+        if "summary" in scores and other != "summary"
     }
     return PairMeasures(len(users), len(set(users)), contexts, differences, _token_ratio(contexts))
 

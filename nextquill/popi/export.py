@@ -90,12 +90,7 @@ class Exporter:
         return self._renderer.prompt(query, [HistoryItem(tidy)] if tidy else [])
 
     def line(self, query: Query, format: str = "chat") -> dict[str, Any]:
-        """Return the object of one line.
-
-        Raises:
-            ArgumentError: `format` is neither "chat" nor "text".
-        """
-        check_one_of("format", format, FORMATS)
+        """Return the object of one line; `format` is one of `FORMATS`."""
         named: dict[str, Any] = {"user_id": query.user_id, "query": query.query}
         if format == "chat":
             return {**named, "messages": self.messages(query.query, query.summary)}

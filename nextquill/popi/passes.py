@@ -9,7 +9,6 @@ budget, micro-batches and ranks, and the gradient stays the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,64 +16,23 @@ from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
-from nextquill.evaluation.scoring import BranchScorer, forward_budget, pad_token, usual_max_tokens
-from nextquill.losses import SFTLoss
-from nextquill.models.branch_passes import PairPasses
+from nextquill.evaluation.scoring import BranchScorer, forward_budget, pad_token
 from nextquill.popi.roles import INFERENCE, Role
 
 # The rows of a padded forward with gradient.
 _PADDED_TOGETHER = 8
 
 
-class BranchPasses:
-    """Runs branches through one model. As a context manager it calls `close` at the end.
+class BranchPasses(BranchScorer):
+    """Runs branches through one model, with or without gradient.
 
-    Args:
-        model: a causal language model or a PEFT model, with the active adapter of the moment.
-        pad_token_id: fills padded rows.
-        attention: see `PairPasses`.
-        max_tokens: the most tokens of a forward over trees; by default 16384 (4096 on a CPU), or the tokens of the
-            largest branch.
-
-    Attributes:
-        temperature: log-probabilities are those of softmax(logits / temperature); 1 at first.
-
-    Raises:
-        ArgumentError: `attention` is unknown, or `max_tokens` was given for padded batches.
-        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+    Args and errors are those of `BranchScorer`; the model is a causal language model or a PEFT model, with the active
+    adapter of the moment.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        pad_token_id: int = 0,
-        *,
-        attention: str = "auto",
-        max_tokens: int | None = None,
-    ) -> None:
-        self.model, self._pad, self._given = model, pad_token_id, max_tokens
-        self._passes = PairPasses(model, SFTLoss(), attention)
-        self._own = (self._passes.loss.logit_scale, self._passes.loss.softcap)
-        self._temperature = 1.0
-        self._usual = usual_max_tokens(model, attention)
-        self._scorer = BranchScorer(
-            model, pad_token_id, attention=attention, max_tokens=max_tokens, passes=self._passes
-        )
-
-    def __enter__(self) -> BranchPasses:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    @property
-    def temperature(self) -> float:
-        """The number that logits are divided by."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature, (scale, cap) = value, self._own
+    def set_temperature(self, value: float) -> None:
+        """From now on take log-probabilities from softmax(logits / value); at first the value is 1."""
+        scale, cap = self._passes.runner.logit_scale, self._passes.runner.softcap
         # cap(x) / T = c/T · tanh((x/T) / (c/T))
         self._passes.loss.logit_scale = scale / value
         self._passes.loss.softcap = None if cap is None else cap / value
@@ -87,7 +45,7 @@ class BranchPasses:
         """Return log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats."""
         if not branches:
             return torch.zeros(0, dtype=torch.float64)
-        return -torch.stack([nll.double().sum() for nll in self._scorer(branches)])
+        return -torch.stack([nll.double().sum() for nll in self(branches)])
 
     def parts(self, branches: Sequence[Branch], weights: Sequence[float] | Tensor) -> list[dict[str, Any]]:
         """Return parts for `loss`, one for each forward: the branches with a weight other than 0, merged by prefix.
@@ -113,7 +71,7 @@ class BranchPasses:
 
     def loss(self, part: dict[str, Any]) -> Tensor:
         """Return Σ weight · -log p(response | prompt) over a part, a scalar with gradient, float32 or float64."""
-        part = to_device(part, next(self.model.parameters()).device)
+        part = to_device(part, next(self._model.parameters()).device)
         return self._passes.weighted_nll(part, part["token_weights"])
 
     def check_training(self, max_length: int) -> None:
@@ -134,7 +92,7 @@ class RolePasses:
         if id(model) not in self._known:
             self._known[id(model)] = BranchPasses(model, pad_token(role.tokenizer), **self._options)
         passes = self._known[id(model)]
-        passes.temperature = self._temperature if role.name == INFERENCE else 1.0
+        passes.set_temperature(self._temperature if role.name == INFERENCE else 1.0)
         return passes
 
     def close(self) -> None:

@@ -37,19 +37,15 @@ INSTRUCTION = (
 _REPLACEMENT = "\ufffd"
 
 
-def _inference() -> PromptTemplate:
-    return PromptTemplate(
-        order="history_first",
-        history_heading="[What the person wrote and chose]:",
-        query_heading="[Task]:",
-        closing_cue="[Summary]:",
-    )
-
-
-def _generator() -> PromptTemplate:
-    return PromptTemplate(
-        order="history_first", counterfactual="removal", history_heading="[About the user]:", text_label=""
-    )
+_INFERENCE = PromptTemplate(
+    order="history_first",
+    history_heading="[What the person wrote and chose]:",
+    query_heading="[Task]:",
+    closing_cue="[Summary]:",
+)
+_GENERATOR = PromptTemplate(
+    order="history_first", counterfactual="removal", history_heading="[About the user]:", text_label=""
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ class PopiTemplates:
     """
 
     instruction: str = INSTRUCTION
-    inference: PromptTemplate = field(default_factory=_inference)
-    generator: PromptTemplate = field(default_factory=_generator)
+    inference: PromptTemplate = field(default_factory=lambda: _INFERENCE)
+    generator: PromptTemplate = field(default_factory=lambda: _GENERATOR)
 
     def __post_init__(self) -> None:
         check_instance("instruction", self.instruction, str, "a string")
@@ -93,7 +89,7 @@ class PopiTemplates:
         """
         _check_names("templates", values, cls)
         given = dict(values)
-        for name, default in (("inference", _inference()), ("generator", _generator())):
+        for name, default in (("inference", _INFERENCE), ("generator", _GENERATOR)):
             if name in given:
                 _check_names(name, given[name], PromptTemplate)
                 given[name] = PromptTemplate(**{**asdict(default), **given[name]})
@@ -152,7 +148,7 @@ class InferencePrompts:
 
         That number may be 0; `check` finds this out before any work is done.
         """
-        return _newest_that_fit(lambda newest: self._ids(newest), signals, self.max_prompt_tokens)
+        return _newest_that_fit(self._ids, signals, self.max_prompt_tokens)
 
     def check(self, user_id: str, signals: Sequence[HistoryItem]) -> None:
         """Check that the newest signal fits into the prompt.
@@ -220,16 +216,7 @@ class GeneratorPrompts:
             BudgetError: the query and the summary do not fit.
             ArgumentError: both a summary and signals were given.
         """
-        context, limit = _context(summary, signals), self.max_length - room
-        least = () if signals else context
-        needed = len(self._ids(query, least))
-        if needed > limit:
-            what = "and the summary take" if least else "takes"
-            raise BudgetError(
-                f"the prompt of query {query[:60]!r} {what} {needed} tokens; max_length is {self.max_length}, of which "
-                f"the response takes {room}"
-            )
-        return _newest_that_fit(lambda newest: self._ids(query, newest), context, limit)[0]
+        return self._fitting(query, summary, signals, room)[0]
 
     def text(
         self, query: str, *, summary: str | None = None, signals: Sequence[HistoryItem] = (), room: int = 0
@@ -238,14 +225,7 @@ class GeneratorPrompts:
 
         The text lacks the beginning-of-sequence token that the tokenizer adds by itself.
         """
-        context = _context(summary, signals)
-        if not signals:
-            self.ids(query, summary=summary, room=room)
-            return self.renderer.prompt(query, context)
-        limit = self.max_length - room
-        self.ids(query, room=room)
-        _, kept = _newest_that_fit(lambda newest: self._ids(query, newest), context, limit)
-        return self.renderer.prompt(query, context[len(context) - kept :])
+        return self.renderer.prompt(query, self._fitting(query, summary, signals, room)[1])
 
     def branches(
         self, pair: Pair, *, summary: str | None = None, signals: Sequence[HistoryItem] = ()
@@ -291,6 +271,26 @@ class GeneratorPrompts:
                 f"{prompt + summary + response}; max_length is {self.max_length}"
             )
 
+    def _fitting(
+        self, query: str, summary: str | None, signals: Sequence[HistoryItem], room: int
+    ) -> tuple[list[int], Sequence[HistoryItem]]:
+        """The prompt, and the summary or the signals in it; see `ids`."""
+        tidy, limit = tidy_summary(summary or ""), self.max_length - room
+        if tidy and signals:
+            raise ArgumentError(f"summary, signals: expected one of the two, got a summary and {len(signals)} signals")
+        least = [HistoryItem(tidy)] if tidy else []
+        ids = self._ids(query, least)
+        if len(ids) > limit:
+            what = "and the summary take" if tidy else "takes"
+            raise BudgetError(
+                f"the prompt of query {query[:60]!r} {what} {len(ids)} tokens; max_length is {self.max_length}, of "
+                f"which the response takes {room}"
+            )
+        if not signals:
+            return ids, least
+        ids, kept = _newest_that_fit(lambda newest: self._ids(query, newest), signals, limit)
+        return ids, signals[len(signals) - kept :]
+
     def _responses(self, pair: Pair) -> tuple[list[int], list[int]]:
         texts = [self.renderer.response_text(text) for text in (pair.chosen, pair.rejected)]
         chosen, rejected = (ids.tolist() + self.renderer.end_ids for ids in self._tokens.ids(texts))
@@ -299,13 +299,6 @@ class GeneratorPrompts:
     def _ids(self, query: str, context: Sequence[HistoryItem]) -> list[int]:
         (ids,) = self._tokens.ids([self.renderer.prompt(query, context)])
         return self.renderer.start_ids + ids.tolist()
-
-
-def _context(summary: str | None, signals: Sequence[HistoryItem]) -> tuple[HistoryItem, ...]:
-    tidy = tidy_summary(summary or "")
-    if tidy and signals:
-        raise ArgumentError(f"summary, signals: expected one of the two, got a summary and {len(signals)} signals")
-    return (HistoryItem(tidy),) if tidy else tuple(signals)
 
 
 def _newest_that_fit(

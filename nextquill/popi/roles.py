@@ -15,11 +15,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.models.configs import is_adapter
@@ -36,6 +37,7 @@ _FORMAT = 1
 _SAMPLED_VALUES = 64
 
 
+@dataclass(eq=False)
 class Role:
     """One of the two models, with its initial state.
 
@@ -44,23 +46,16 @@ class Role:
         model: the model, which the other role may share.
         tokenizer: its tokenizer.
         adapter: the adapter that makes the model this role; None if there is none to switch.
-        initial: the initial state: a model, the name of an adapter, or None for the model without adapters.
+        initial_state: a model, the name of an adapter, or None for the model without adapters.
         frozen: whether the role stays as it is.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        tokenizer: Any,
-        adapter: str | None,
-        initial: nn.Module | str | None,
-        *,
-        frozen: bool,
-    ) -> None:
-        self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.adapter, self.frozen = adapter, frozen
-        self._initial = initial
+    name: str
+    model: Any
+    tokenizer: Any
+    adapter: str | None
+    initial_state: nn.Module | str | None
+    frozen: bool = field(kw_only=True)
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -72,11 +67,11 @@ class Role:
     def initial(self) -> Iterator[Any]:
         """Give the model in this role's initial state, without gradient, within the block."""
         with torch.no_grad():
-            if isinstance(self._initial, nn.Module):
+            if isinstance(self.initial_state, nn.Module):
                 # A Trainer moves the model, but does not know its initial state.
-                yield self._initial.to(next(self.model.parameters()).device)
+                yield self.initial_state.to(next(self.model.parameters()).device)
             else:
-                with switched(self.model, self._initial):
+                with switched(self.model, self.initial_state):
                     yield self.model
 
     @classmethod
@@ -86,19 +81,19 @@ class Role:
 
     def against(self, reference: nn.Module) -> Role:
         """Return this role with another model as its initial state."""
-        return Role(self.name, self.model, self.tokenizer, self.adapter, reference, frozen=self.frozen)
+        return replace(self, initial_state=reference)
 
     @property
     def is_what_it_was(self) -> bool:
         """Whether the role is its own initial state, so that there is nothing to compare it with."""
-        return self._initial is self.model or (self.adapter is not None and self._initial == self.adapter)
+        return self.initial_state is self.model or (self.adapter is not None and self.initial_state == self.adapter)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters of this role."""
         if self.frozen:
             return []
-        own = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        return [p for name, p in own if self.adapter is None or f".{self.adapter}." in name]
+        own = "" if self.adapter is None else f".{self.adapter}."
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and own in name]
 
 
 class Roles(nn.Module):
@@ -107,9 +102,7 @@ class Roles(nn.Module):
     def __init__(self, inference: Role, generator: Role) -> None:
         super().__init__()
         self.inference, self.generator = inference, generator
-        self.models = nn.ModuleList([inference.model])
-        if generator.model is not inference.model:
-            self.models.append(generator.model)
+        self.models = nn.ModuleList(dict.fromkeys((inference.model, generator.model)))  # a shared model once
 
     @property
     def is_shared(self) -> bool:
@@ -218,12 +211,10 @@ class Roles(nn.Module):
                 raise ArgumentError(f"{name}_model: expected at most one adapter, got {sorted(configs)}")
             for config in configs.values():
                 check_trainable(config)
+            adapter = next((each for each, config in configs.items() if is_lora(config)), None)
+            initial: Any = adapter or model
             if frozen:
                 model.requires_grad_(False)
-            adapter = next((each for each, config in configs.items() if is_lora(config)), None)
-            initial: Any
-            if frozen:
-                initial = model if adapter is None else adapter
             elif adapter is not None and _trains_alone(model, adapter):
                 initial = initial_adapter(model, adapter)
             else:
@@ -318,7 +309,7 @@ class Roles(nn.Module):
     def _begun_without_adapters(self) -> Roles:
         for role in self:
             if role.adapter is not None:
-                role._initial = None
+                role.initial_state = None
         return self
 
 
@@ -356,14 +347,12 @@ def _trains_alone(model: Any, adapter: str) -> bool:
 
 def _load_role(role: Role, folder: Path) -> None:
     """Load a role's weights; raise CheckpointError if they are damaged or do not fit."""
-    found: dict[str, Tensor]
     try:
         if role.adapter is not None or is_adapter(role.model):
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            adapter = role.adapter or role.model.active_adapter
-            found = load_peft_weights(str(folder), device="cpu")
-            set_peft_model_state_dict(role.model, found, adapter_name=adapter)
+            weights = load_peft_weights(str(folder), device="cpu")
+            set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter or role.model.active_adapter)
         else:
             saved: Any = type(role.model).from_pretrained(folder, dtype=role.model.dtype)
             role.model.load_state_dict(saved.state_dict())

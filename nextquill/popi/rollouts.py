@@ -1,7 +1,7 @@
 """Samples summaries from the inference model, as token ids for the policy gradient.
 
     ModelRollouts        samples with transformers' own `generate`, in process, with the present weights
-    VLLMRollouts         samples with vLLM beside the model in training (rollouts_vllm.py)
+    VLLMRollouts         samples with vLLM, on the accelerator that also trains the inference model
     RecordingRollouts    records the samples of another one in a file
     RecordedRollouts     replays such a file, without a model
 
@@ -15,17 +15,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict, deque
+import shutil
+import tempfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
+import torch
+
+from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError, CheckpointError, OutputExistsError
 from nextquill.generation import GenerationOptions, Prompt
 from nextquill.generation.options import decoded
 from nextquill.generation.transformers_engine import transformers_engine
-from nextquill.models.configs import base_model, context_length
+from nextquill.generation.vllm_engine import (
+    VLLMEngine,
+    check_installed,
+    load_llm,
+    lora_request,
+    plain_lora,
+    release,
+)
+from nextquill.models.configs import base_model, context_length, is_adapter
 from nextquill.storage.fingerprints import digest_of
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
@@ -51,15 +63,18 @@ class Rollouts(Protocol):
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Return a sample for each prompt, in their order."""
+        ...
 
     def sync(self) -> None:
-        """Take note that the weights of the inference model have changed."""
+        """Take note that the weights of the inference model have changed; by default, do nothing."""
+        return
 
     def close(self) -> None:
-        """Release all resources; there are no samples after this."""
+        """Release all resources, after which there are no samples; by default, there are none to release."""
+        return
 
 
-class ModelRollouts:
+class ModelRollouts(Rollouts):
     """Samples from a model in memory, by its own `generate`.
 
     Sampling leaves the model as it was, even after an error: training modes, generation config, gradient flags and
@@ -98,18 +113,163 @@ class ModelRollouts:
             BudgetError: a prompt leaves less than `max_new_tokens` of the model's context.
         """
         base = base_model(self._model)
-        check_prompts(prompts, self._options.max_new_tokens, context_length(base))
+        _check_prompts(prompts, self._options.max_new_tokens, context_length(base))
         with transformers_engine(base, self._tokenizer, self._stops, self._options) as engine:
-            return in_order(engine, prompts, self._tokenizer, self._stops)
+            return _in_order(engine, prompts, self._tokenizer, self._stops)
+
+
+class VLLMRollouts(Rollouts):
+    """Samples with vLLM.
+
+    **This has not been run with a real vLLM**: it follows vLLM's documentation, and is tested with a module in vLLM's
+    place. vLLM holds a second copy of the weights. `sync` marks them as changed, and the next call of `sample` updates
+    them through a temporary folder, because vLLM may run its model in another process:
+
+        a LoRA adapter    is requested as an adapter with a new number, `LoRARequest`
+        whole weights     are read by the worker's `reload_weights(weights_path=...)`
+
+    Between samples vLLM sleeps (https://docs.vllm.ai/en/latest/features/sleep_mode/): its weights move to the CPU and
+    its cache is dropped, so that training has the whole accelerator. vLLM's kernels round differently from the model's,
+    so its samples come from nearly the same distribution. Its random numbers are its own, so a seed gives other samples
+    than with `ModelRollouts`.
+
+    Args:
+        model: the inference model in training: a causal language model, or a PEFT model with a plain LoRA adapter.
+        tokenizer, stops, max_new_tokens, temperature: see `ModelRollouts`.
+        max_prompt_tokens: the most tokens of a prompt.
+        adapter: the PEFT adapter that writes summaries; by default the active one.
+        model_name: folder or hub name of the base weights; by default the place that the model was loaded from.
+        gpu_memory_utilization: the share of the accelerator's memory that vLLM takes while it is awake.
+        sleep: whether vLLM sleeps between samples; by default if there is a GPU.
+        llm_options: other options of vLLM's `LLM`.
+
+    Raises:
+        BackendUnavailableError: vLLM is not installed or cannot load new weights, or training runs in several
+            processes.
+        ArgumentError: the adapter is not a plain LoRA, the base has no name, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stops: set[int],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        max_prompt_tokens: int = 2048,
+        adapter: str | None = None,
+        model_name: str | None = None,
+        gpu_memory_utilization: float = 0.3,
+        sleep: bool | None = None,
+        **llm_options: Any,
+    ) -> None:
+        self._options = GenerationOptions(max_new_tokens, temperature=temperature, engine="vllm")
+        if max_prompt_tokens < 1:
+            raise ArgumentError(f"max_prompt_tokens: expected a positive number, got {max_prompt_tokens}")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ArgumentError(f"gpu_memory_utilization: expected a share in (0, 1], got {gpu_memory_utilization}")
+        self._model, self._tokenizer, self._stops = model, tokenizer, set(stops)
+        self._adapter = _adapter_name(model, adapter)
+        check_installed("rollouts: VLLMRollouts", "use ModelRollouts")
+        _check_alone()
+        # The folder is known only when the adapter is handed over.
+        lora = None if self._adapter is None else plain_lora(model, "", self._adapter, model_name)
+        name = lora.base if lora else model_name or model.name_or_path
+        if not name:
+            raise ArgumentError("model_name: vLLM loads the base model by its name, and this one has none")
+
+        context, room = context_length(model), max_prompt_tokens + max_new_tokens
+        self._room = room if context is None else min(context, room)
+        self._sleep = torch.cuda.is_available() if sleep is None else sleep
+        self._stale, self._version = True, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="nextquill-rollouts-")
+        self._engine = VLLMEngine(tokenizer, self._stops, self._options, self._room)
+        try:
+            self._engine.llm = load_llm(
+                name,
+                dtype=model.dtype,
+                max_model_len=self._room,
+                max_lora_rank=None if lora is None else lora.rank,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enable_sleep_mode=self._sleep,
+                **llm_options,
+            )
+            self._hand_over()
+            self._rest()
+        except BaseException:
+            self.close()
+            raise
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """See `Rollouts`.
+
+        Raises:
+            ArgumentError: a prompt has no tokens, or these rollouts were closed.
+            BudgetError: a prompt has more than `max_prompt_tokens`, or leaves no room in the model's context.
+        """
+        if self._engine.llm is None:
+            raise ArgumentError("rollouts: expected open ones, these were closed")
+        _check_prompts(prompts, self._options.max_new_tokens, self._room)
+        if not prompts:
+            return []
+        if self._sleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # torch keeps the memory that training has freed, and vLLM needs it
+            self._engine.llm.wake_up()
+        try:
+            if self._stale:
+                self._hand_over()
+            return _in_order(self._engine, prompts, self._tokenizer, self._stops)
+        finally:
+            self._rest()
 
     def sync(self) -> None:
-        """Do nothing, as the weights are the model's own."""
+        """See `Rollouts`."""
+        self._stale = True
 
     def close(self) -> None:
-        """Do nothing, as there is nothing to release."""
+        """Give back the accelerator's memory and the temporary files."""
+        self._engine.llm = self._engine.lora = None
+        release()
+        self._folder.cleanup()
+
+    def _rest(self) -> None:
+        if self._sleep:
+            self._engine.llm.sleep(level=1)  # level 2 would lose the base weights of an adapter
+
+    def _hand_over(self) -> None:
+        """Update vLLM's weights from the model, and drop its cache of prompts, which the old weights computed."""
+        self._version += 1
+        folder = Path(self._folder.name) / str(self._version)
+        if self._adapter is None:
+            self._model.save_pretrained(folder)
+            self._load_weights(folder)
+            shutil.rmtree(folder)
+        else:
+            self._model.save_pretrained(folder, selected_adapters=[self._adapter], save_embedding_layers=False)
+            # PEFT saves an adapter into a subfolder of its name, except the one called "default".
+            inner = folder / self._adapter
+            place = inner if inner.is_dir() else folder
+            self._engine.lora = lora_request(f"summaries-{self._version}", self._version, str(place))
+            # vLLM reads an adapter at the first request for it, so its files stay until the next one replaces it.
+            shutil.rmtree(folder.with_name(str(self._version - 1)), ignore_errors=True)
+        self._engine.llm.reset_prefix_cache()
+        self._stale = False
+
+    def _load_weights(self, folder: Path) -> None:
+        try:
+            self._engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        # For an unknown argument, versions raise different errors, which may come from another process.
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BackendUnavailableError(
+                f"rollouts: vLLM could not load the model's weights with reload_weights(weights_path=...): {first}; "
+                "train a LoRA adapter, or sample with ModelRollouts"
+            ) from error
 
 
-class RecordingRollouts:
+class RecordingRollouts(Rollouts):
     """Passes on the samples of other rollouts and appends each to a file, as a JSON line.
 
     Args:
@@ -149,7 +309,7 @@ class RecordingRollouts:
             stream.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-class RecordedRollouts:
+class RecordedRollouts(Rollouts):
     """Replays a recording. A prompt gets the sample for its ids and seed; asked again, it gets the next one.
 
     Args:
@@ -172,7 +332,7 @@ class RecordedRollouts:
         Raises:
             CheckpointError: the recording has no further sample for a prompt; no sample is used up then.
         """
-        keys, asked = [_key(prompt) for prompt in prompts], defaultdict[str, int](int)
+        keys, asked = [_key(prompt) for prompt in prompts], Counter[str]()
         for prompt, key in zip(prompts, keys, strict=True):
             asked[key] += 1
             if asked[key] > len(self._recorded.get(key, ())):
@@ -183,14 +343,29 @@ class RecordedRollouts:
                 )
         return [self._recorded[key].popleft() for key in keys]
 
-    def sync(self) -> None:
-        """Do nothing, as there is no model."""
 
-    def close(self) -> None:
-        """Do nothing, as there is nothing to release."""
+def _adapter_name(model: Any, name: str | None) -> str | None:
+    """The name of the PEFT adapter to hand over, or None for whole weights; ArgumentError if it is unknown."""
+    if not is_adapter(model):
+        if name is not None:
+            raise ArgumentError(f"adapter: expected None with a model that is not a PEFT model, got {name!r}")
+        return None
+    chosen = str(model.active_adapter) if name is None else name
+    if chosen not in model.peft_config:
+        raise ArgumentError(f"adapter: expected one of {', '.join(model.peft_config)}, got {chosen!r}")
+    return chosen
 
 
-def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
+def _check_alone() -> None:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if started else 1
+    if processes > 1:
+        raise BackendUnavailableError(
+            f"rollouts: VLLMRollouts samples in a run of one process, got {processes}; use ModelRollouts"
+        )
+
+
+def _in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[int]) -> list[Sample]:
     """Return the samples of an engine of `generation`, in the order of the prompts."""
     numbered = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = dict(engine.generate_ids(numbered))
@@ -198,7 +373,7 @@ def in_order(engine: Any, prompts: Sequence[Prompt], tokenizer: Any, stops: set[
     return [Sample(ids, decoded(tokenizer, ids, stops), bool(ids) and ids[-1] in stops) for ids in responses]
 
 
-def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | None) -> None:
+def _check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, room: int | None) -> None:
     """Raise ArgumentError for a prompt without tokens, BudgetError for one without room for its sample."""
     for prompt in prompts:
         if not prompt.ids:
@@ -226,15 +401,13 @@ def _key(prompt: Prompt) -> str:
 def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
     """Yield the key, the ids and the end of each recorded sample."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        header, *lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
         raise CheckpointError(f"path: cannot read the recording {path}: {error.strerror}") from error
-    if _parsed(lines[0]) != _HEADER:
-        raise CheckpointError(f"{path}, line 1: expected {json.dumps(_HEADER)}, got {_shown(lines[0])}")
-    # A whole file ends with a line break, so a rest after the last one is a line that was cut off.
-    for number, line in enumerate(lines[1:-1] if lines[-1] == b"" else lines[1:], 2):
-        entry = _parsed(line)
-        fields = entry if isinstance(entry, dict) else {}
+    if line_fields(header) != _HEADER:
+        raise CheckpointError(f"{path}, line 1: expected {json.dumps(_HEADER)}, got {_shown(header)}")
+    for number, line in enumerate(lines, 2):
+        fields = line_fields(line)
         key, ids, ended = fields.get("key"), fields.get("ids"), fields.get("ended")
         whole = isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
         if not (isinstance(key, str) and whole and isinstance(ended, bool) and (ids or not ended)):
@@ -244,11 +417,13 @@ def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
         yield key, ids or [], ended
 
 
-def _parsed(line: bytes) -> Any:
+def line_fields(line: str | bytes) -> dict[str, Any]:
+    """Return the JSON object in a line; a line that was cut short, or is not an object, has no fields."""
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _shown(line: bytes) -> str:

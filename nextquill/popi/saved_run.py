@@ -1,31 +1,24 @@
-"""Reads a run of POPI: both models, their prompts, and the settings that they were trained with."""
+"""The folder of a run of POPI: its settings and models, and the log of the summaries that training samples."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.popi.config import POPIConfig
+from nextquill.popi.config import SAMPLES_FILE, POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
+from nextquill.popi.rollouts import line_fields
+from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 
-
-@dataclass(frozen=True)
-class SavedSettings:
-    """The settings that a run was trained with.
-
-    Args:
-        config: the settings of training.
-        templates: the wording of the prompts.
-    """
-
-    config: POPIConfig
-    templates: PopiTemplates
+_STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
 
 class SavedRun:
@@ -41,8 +34,8 @@ class SavedRun:
     """
 
     def __init__(self, folder: str | Path, *, dtype: str = "auto") -> None:
-        settings = saved_settings(folder)
-        self.folder, self.config, self.templates = Path(folder), settings.config, settings.templates
+        self.folder = Path(folder)
+        self.config, self.templates = saved_settings(folder)
         self.roles = Roles.load(folder, dtype=dtype)
 
     @cached_property
@@ -81,14 +74,59 @@ class SavedRun:
         return model_digest(self.roles.inference.model)
 
 
-def saved_settings(folder: str | Path) -> SavedSettings:
-    """Read the settings of the run in a folder, without loading its models.
+def saved_settings(folder: str | Path) -> tuple[POPIConfig, PopiTemplates]:
+    """Read the settings of training and the wording of the prompts of the run in a folder, without loading its models.
 
     Raises:
         CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
     """
     settings = check_roles(Path(folder))["settings"]
     try:
-        return SavedSettings(POPIConfig(**settings["config"]), PopiTemplates.from_dict(settings["templates"]))
+        return POPIConfig(**settings["config"]), PopiTemplates.from_dict(settings["templates"])
     except (KeyError, TypeError, ArgumentError, ArgumentTypeError) as error:
         raise CheckpointError(f"{Path(folder) / ROLES_FILE}: not the settings of POPI: {error}") from error
+
+
+# ---- the log of sampled summaries --------------------------------------------------------------------
+
+
+class SampleLog:
+    """The file `sampled_summaries.jsonl` in a run's folder. Each process except rank 0 has its own file beside it."""
+
+    def __init__(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
+        self._folder, self._rank, self._processes = folder, rank, processes
+        self.path = folder / _name(rank)
+
+    def append(self, lines: Iterable[Mapping[str, object]]) -> None:
+        """Add lines, each with its `step`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def restart(self, step: int) -> None:
+        """Keep only the lines of the steps before this one, as a resumed run writes the others again."""
+        paths = [self.path]
+        if self._rank == 0:  # also the files of processes that this run no longer has
+            known = {_name(rank) for rank in range(self._processes)}
+            paths += [path for path in self._folder.glob(_name("*")) if path.name not in known]
+        for path in paths:
+            if path.is_file():
+                # Not `splitlines`: JSON leaves other line breaks as they are, and a summary may hold some.
+                lines = path.read_text(encoding="utf-8").split("\n")
+                kept = [line for line in lines if line_fields(line).get("step", math.inf) < step]
+                write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+def trained_users(folder: str | Path) -> set[str]:
+    """Return the users whose summaries a run has sampled, by the logs in its folder; also for a checkpoint in it."""
+    run = Path(folder).resolve()
+    places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
+    found: set[str] = set()
+    for log in (log for place in places for log in place.glob(f"{_STEM}*{_SUFFIX}")):
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            found.update(str(fields["user_id"]) for line in lines if "user_id" in (fields := line_fields(line)))
+    return found
+
+
+def _name(rank: int | str) -> str:
+    return SAMPLES_FILE if rank == 0 else f"{_STEM}.rank{rank}{_SUFFIX}"

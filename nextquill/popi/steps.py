@@ -20,17 +20,24 @@ import torch
 from torch import Tensor
 
 from nextquill.data import Branch
-from nextquill.errors import ArgumentError, BudgetError
+from nextquill.errors import BudgetError
+from nextquill.evaluation.results import finite
 from nextquill.generation.options import Prompt
 from nextquill.popi.config import POPIConfig
-from nextquill.popi.logs import LossesByUser, mean_of_finite, split_by_user, sums_of
-from nextquill.popi.objective import advantages
+from nextquill.popi.objective import PairLosses, advantages, generator_error, informativeness
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
 from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
 from nextquill.popi.rollouts import Rollouts, Sample, check_samples
-from nextquill.popi.users import Draw, Pair, User, check_draw, draw
+from nextquill.popi.users import Draw, Pair, User, draw
 from nextquill.storage.fingerprints import seed_of
+
+#: The names of a step's sums, in the order in which they are reduced over ranks.
+METRICS = (
+    "preference_loss", "preference_margin", "preference_accuracy", "informativeness", "generator_error", "reward",
+    "reward_std", "reward_nan", "kl", "summary_tokens", "summaries_empty", "summaries_unfinished", "groups_equal",
+    "summaries_too_long", "prompts_without_signals", "warm_start",
+)  # fmt: skip
 
 
 class Phase(NamedTuple):
@@ -46,14 +53,12 @@ class UserWork:
     """One user's part of a step's gradient.
 
     Attributes:
-        user_id: the user.
         branches: the branches whose log-probabilities are weighted, by role.
         weights: float64 [branches], the weight of each -log p in the user's share of the loss, by role.
         loss: the user's mean preference loss, nats.
         lines: the sampled summaries and their measures, for the log of summaries.
     """
 
-    user_id: str
     branches: dict[str, list[Branch]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     loss: float = 0.0
@@ -67,15 +72,18 @@ class Step(NamedTuple):
     sums: dict[str, tuple[float, float]]
 
 
+class _Losses(NamedTuple):
+    """For each user the losses of its pairs, summary by summary; `swapped`: under another user's summary, if any."""
+
+    own: list[PairLosses]
+    swapped: list[PairLosses]
+
+
 class StepMaker:
     """Makes steps. The same users, step number and weights give the same step, however they are divided into batches.
 
     Args:
-        roles: both models.
-        config: the settings.
-        inference_prompts, generator_prompts: make the prompts of both models.
-        rollouts: samples summaries with the inference model.
-        passes: computes log-probabilities under each role's model and its initial state.
+        roles, config, inference_prompts, generator_prompts, rollouts, passes: those of the run.
         seed: the seed of draws and samples.
     """
 
@@ -125,33 +133,25 @@ class StepMaker:
         shaped = rewards - config.length_penalty * lengths - config.unfinished_penalty * unfinished
         shaped = shaped if kl is None else shaped - config.kl_coef * kl
         found = advantages(shaped, config.estimator if lengths.shape[1] > 1 else "reinforce")
-        work = [UserWork(user.user_id) for user in users]
+        work = [UserWork() for _ in users]
         if phase.generator:
             self._weigh_pairs(work, read, scored)
         if phase.inference:
-            targets = self._warm_targets(shaped, groups) if phase.warm else None
-            self._weigh_summaries(work, draws, groups, found.values if targets is None else targets, warm=phase.warm)
+            values = self._warm_targets(shaped, groups) if phase.warm else found.values
+            self._weigh_summaries(work, draws, groups, values, warm=phase.warm)
         for index, each in enumerate(work):
-            each.loss = mean_of_finite(scored.losses[index].loss)
+            total, count = _sum_of_finite(scored.own[index].loss)
+            each.loss = total / max(1, count)
             each.lines = self._lines(step, draws[index], groups[index], rewards[index], found.values[index])
-        sums = sums_of(
-            config.loss, draws, groups, scored, rewards, kl, found.equal,
-            too_long=self._too_long, without_signals=self._without_signals, warm=phase.warm,
-        )  # fmt: skip
-        return Step(work, sums)
+        sums = self._sums(groups, scored, rewards, kl, found.equal)
+        return Step(work, sums | {"warm_start": (1, 1)} if phase.warm else sums)
 
     # ---- samples -----------------------------------------------------------------------------------
 
     def _draw(self, user: User, step: int) -> Draw:
-        config = self.config
-        found = draw(
-            user,
-            num_pairs=config.pairs_per_user,
-            num_signals=config.signals_per_user,
-            seed=seed_of(self.seed, "draw", step, user.user_id),
-        )
-        check_draw(found)
-        return found
+        pairs, signals = self.config.pairs_per_user, self.config.signals_per_user
+        seed = seed_of(self.seed, "draw", step, user.user_id)
+        return draw(user, num_pairs=pairs, num_signals=signals, seed=seed)
 
     def _sample(self, users: Sequence[User], draws: Sequence[Draw], step: int, phase: Phase) -> list[list[Sample]]:
         """A group of sampled summaries for each user, or the single given summary."""
@@ -183,15 +183,14 @@ class StepMaker:
             return self._read("", pairs)
 
     def _given(self, user: User) -> Sample:
-        if user.summary is None:
-            raise ArgumentError(f"warm_start: expected a given summary for every user, got none for {user.user_id!r}")
+        assert user.summary is not None  # see `check_warm_start`
         return Sample(self._infer.summary_ids(user.summary), user.summary, ended=True)
 
     # ---- scores ------------------------------------------------------------------------------------
 
     def _score(
         self, draws: Sequence[Draw], texts: Sequence[Sequence[str]], read: Sequence[Sequence[list[Branch]]]
-    ) -> LossesByUser:
+    ) -> _Losses:
         """The losses of every pair under every summary of its user, and under one summary of another user."""
         others = _other_users(draws)
         branches, reference = list[Branch](), list[Branch]()
@@ -207,12 +206,16 @@ class StepMaker:
             distinct, places = _distinct(reference)
             initial = self.passes.of(self.roles.generator, model).log_probs(distinct)[places].view(-1, 2)
         lengths = torch.tensor([branch.response_length for branch in branches]).view(-1, 2)
-        return split_by_user(self.config.loss(policy, initial, lengths), draws, texts, others)
+        losses = self.config.loss(policy, initial, lengths)
+        counts = [(len(own), int(other is not None)) for own, other in zip(read, others, strict=True)]
+        sizes = [count * len(each.pairs) for each, both in zip(draws, counts, strict=True) for count in both]
+        parts = [PairLosses(*part) for part in zip(*(values.split(sizes) for values in losses), strict=True)]
+        return _Losses(parts[::2], parts[1::2])
 
-    def _rewards(self, draws: Sequence[Draw], scored: LossesByUser) -> Tensor:
+    def _rewards(self, draws: Sequence[Draw], scored: _Losses) -> Tensor:
         """The rewards, -mean loss over a user's pairs, float64 [users, K]."""
         return torch.stack(
-            [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.losses, draws, strict=True)]
+            [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.own, draws, strict=True)]
         )
 
     def _summary_branches(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> list[Branch]:
@@ -233,11 +236,9 @@ class StepMaker:
 
     # ---- weights -----------------------------------------------------------------------------------
 
-    def _weigh_pairs(
-        self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: LossesByUser
-    ) -> None:
+    def _weigh_pairs(self, work: Sequence[UserWork], read: Sequence[Sequence[list[Branch]]], scored: _Losses) -> None:
         """Set the generator's weights: -∂(mean loss)/∂log p of every response under every summary of the group."""
-        for own, groups, losses in zip(work, read, scored.losses, strict=True):
+        for own, groups, losses in zip(work, read, scored.own, strict=True):
             slopes = torch.stack((losses.chosen_slope, losses.rejected_slope), dim=1)
             slopes = torch.where(losses.loss.isfinite()[:, None], slopes, 0.0) / len(losses.loss)
             own.branches[GENERATOR] = [branch for under in groups for branch in under]
@@ -268,6 +269,38 @@ class StepMaker:
 
     # ---- logs --------------------------------------------------------------------------------------
 
+    def _sums(
+        self, groups: Sequence[Sequence[Sample]], scored: _Losses, rewards: Tensor, kl: Tensor | None, equal: int
+    ) -> dict[str, tuple[float, float]]:
+        """The step's sums as (sum, count); `equal` is the number of groups with equal rewards."""
+        log_choice, samples = self.config.loss.log_choice, [sample for group in groups for sample in group]
+        margins = torch.cat([losses.margin for losses in scored.own])
+        estimates = [  # each summary of the group against one of another user
+            float(informativeness(log_choice(own.margin), log_choice(swapped.margin).repeat(len(group))[:, None]))
+            for group, own, swapped in zip(groups, scored.own, scored.swapped, strict=True)
+            if len(swapped.margin)
+        ]
+        counts = {
+            "summary_tokens": sum(len(sample.ids) for sample in samples),
+            "summaries_empty": sum(not tidy_summary(sample.text) for sample in samples),
+            "summaries_unfinished": sum(not sample.ended for sample in samples),
+            "summaries_too_long": self._too_long,
+        }
+        sums: dict[str, tuple[float, float]] = {
+            "preference_loss": _sum_of_finite(torch.cat([losses.loss for losses in scored.own])),
+            "preference_margin": _sum_of_finite(margins),
+            "preference_accuracy": _sum_of_finite((margins > 0).double() + 0.5 * (margins == 0)),
+            "informativeness": _sum_of_finite(torch.tensor(estimates, dtype=torch.float64)),
+            "generator_error": _sum_of_finite(generator_error(log_choice(margins))),
+            "reward": _sum_of_finite(rewards),
+            "reward_nan": (float((~rewards.isfinite()).sum()), 1),
+            "prompts_without_signals": (self._without_signals, len(groups)),
+            **{name: (count, len(samples)) for name, count in counts.items()},
+        }
+        if rewards.shape[1] > 1:
+            sums |= {"reward_std": _sum_of_finite(rewards.std(1)), "groups_equal": (equal, len(groups))}
+        return sums if kl is None else sums | {"kl": _sum_of_finite(kl)}
+
     def _lines(
         self, step: int, each: Draw, group: Sequence[Sample], rewards: Tensor, weights: Tensor
     ) -> list[dict[str, object]]:
@@ -278,8 +311,8 @@ class StepMaker:
                 "summary": sample.text,
                 "tokens": len(sample.ids),
                 "ended": sample.ended,
-                "reward": _number(reward),
-                "advantage": _number(weight),
+                "reward": finite(round(float(reward), 6)),
+                "advantage": finite(round(float(weight), 6)),
                 "pairs": len(each.pairs),
                 "signals": len(each.signals),
             }
@@ -289,23 +322,18 @@ class StepMaker:
 
 def _other_users(draws: Sequence[Draw]) -> list[int | None]:
     """For each place the next place with another user, or None."""
-    count = len(draws)
-    found = list[int | None]()
-    for index, each in enumerate(draws):
-        following = ((index + step) % count for step in range(1, count))
-        found.append(next((other for other in following if draws[other].user_id != each.user_id), None))
-    return found
+    count, own = len(draws), [each.user_id for each in draws]
+    following = [(*range(place + 1, count), *range(place)) for place in range(count)]
+    return [next((other for other in following[i] if own[other] != own[i]), None) for i in range(count)]
 
 
 def _distinct(branches: Sequence[Branch]) -> tuple[list[Branch], Tensor]:
     """The different objects among these branches, and the place of each branch among them."""
-    first: dict[int, int] = {}
-    distinct = list[Branch]()
-    for branch in branches:
-        if first.setdefault(id(branch), len(distinct)) == len(distinct):
-            distinct.append(branch)
-    return distinct, torch.tensor([first[id(branch)] for branch in branches])
+    distinct = {id(branch): branch for branch in branches}
+    places = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), torch.tensor([places[id(branch)] for branch in branches])
 
 
-def _number(value: Tensor) -> float | None:
-    return round(float(value), 6) if bool(value.isfinite()) else None
+def _sum_of_finite(values: Tensor) -> tuple[float, int]:
+    finite = values[values.isfinite()]
+    return float(finite.sum()), len(finite)

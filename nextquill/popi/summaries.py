@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -32,7 +32,7 @@ from nextquill.data.records import HistoryItem, check_text, check_user_id
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 from nextquill.popi.prompts import InferencePrompts, tidy_summary
-from nextquill.popi.users import LEAST_SIGNALS, Draw, User, check_draw, held_out, in_time
+from nextquill.popi.users import LEAST_SIGNALS, Draw, User, held_out, in_time
 from nextquill.storage.atomic_files import written_whole
 from nextquill.storage.fingerprints import fingerprint, seed_of
 from nextquill.storage.locks import try_lock
@@ -131,9 +131,8 @@ class SummaryFile:
 
     def outdated_edits(self, hashes: Mapping[str, str]) -> list[str]:
         """Return the users whose summary a person has edited and whose signals have changed since it was written."""
-        known = self.read()
-        edited = {user: own for user, own in hashes.items() if user in known and known[user].edited}
-        return [user for user, own in edited.items() if known[user].signals_hash != own]
+        edited = {user: summary.signals_hash for user, summary in self.read().items() if summary.edited}
+        return [user for user, own in hashes.items() if edited.get(user, own) != own]
 
     def put(self, *summaries: Summary, force: bool = False) -> list[str]:
         """Add summaries, or replace those of the same users.
@@ -146,17 +145,15 @@ class SummaryFile:
             The users whose summary was kept because a person has edited it.
         """
         kept = list[str]()
-
-        def change(known: dict[str, Summary]) -> None:
+        if not summaries:
+            return kept
+        with self._changed() as known:
             edited = {user for user, summary in known.items() if summary.edited}
             for summary in summaries:
                 if summary.user_id in edited and not force:
                     kept.append(summary.user_id)
                 else:
                     known[summary.user_id] = summary
-
-        if summaries:
-            self._change(change)
         return kept
 
     def edit(self, user_id: str, text: str) -> Summary:
@@ -166,12 +163,9 @@ class SummaryFile:
             ArgumentError: the user has no summary.
         """
         tidy = check_text(text, "edit", "text").strip()
-
-        def change(known: dict[str, Summary]) -> None:
-            self._check_known(known, user_id)
+        with self._changed(user_id) as known:
             known[user_id] = replace(known[user_id], summary=tidy, created=_now(), tokens=None, edited=True)
-
-        return self._change(change)[user_id]
+            return known[user_id]
 
     def delete(self, user_id: str) -> None:
         """Delete a user's summary, edited or not; the next run writes a new one if it gets the user's signals.
@@ -179,28 +173,23 @@ class SummaryFile:
         Raises:
             ArgumentError: the user has no summary.
         """
-
-        def change(known: dict[str, Summary]) -> None:
-            self._check_known(known, user_id)
+        with self._changed(user_id) as known:
             del known[user_id]
 
-        self._change(change)
-
-    def _check_known(self, known: Mapping[str, Summary], user_id: str) -> None:
-        if user_id not in known:
-            raise ArgumentError(f"user_id: expected one of the {len(known)} users in {self.path}, got {user_id!r}")
-
-    def _change(self, change: Callable[[dict[str, Summary]], None]) -> dict[str, Summary]:
+    @contextmanager
+    def _changed(self, user_id: str | None = None) -> Iterator[dict[str, Summary]]:
+        """Give all summaries, among them this user's, and write them at the end of the block if they have changed."""
         with _ONE_THREAD, self._locked():
             known = self.read()
+            if user_id is not None and user_id not in known:
+                raise ArgumentError(f"user_id: expected one of the {len(known)} users in {self.path}, got {user_id!r}")
             before = dict(known)
-            change(known)
+            yield known
             if known != before:
                 with written_whole(self.path) as stream:
                     shutil.copymode(self.path, stream.name)  # a private file stays private
                     for summary in known.values():
                         stream.write((json.dumps(asdict(summary), ensure_ascii=False) + "\n").encode())
-        return known
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -255,8 +244,7 @@ class HeldOut:
 
     Args:
         draws: one for each user, with first signals and later pairs.
-        no_pairs: the users that are left out because they have no pair.
-        few_signals: the users that are left out because they have too few signals beside their pairs.
+        no_pairs, few_signals: the users that are left out, see `UserCounts`.
     """
 
     draws: tuple[Draw, ...]
@@ -269,12 +257,9 @@ class HeldOut:
         return {"no_pairs": len(self.no_pairs), "few_signals": len(self.few_signals)}
 
     def __str__(self) -> str:
-        pairs = sum(len(draw.pairs) for draw in self.draws)
-        parts = [f"{len(self.draws)} users, {pairs} pairs"]
-        for ids, why in ((self.no_pairs, "without pairs"), (self.few_signals, "with too few signals")):
-            if ids:
-                parts.append(f"{len(ids)} left out {why}, such as {ids[0]!r}")
-        return "; ".join(parts)
+        whole = f"{len(self.draws)} users, {sum(len(draw.pairs) for draw in self.draws)} pairs"
+        left_out = ((self.no_pairs, "without pairs"), (self.few_signals, "with too few signals"))
+        return "; ".join([whole, *(f"{len(ids)} left out {why}, such as {ids[0]!r}" for ids, why in left_out if ids)])
 
 
 def hold_out(users: Sequence[User], *, num_signals: int, max_pairs: int | None = None) -> HeldOut:
@@ -293,8 +278,6 @@ def hold_out(users: Sequence[User], *, num_signals: int, max_pairs: int | None =
     )
     if not found.draws:
         raise RecordError(f"users: expected some with pairs and signals beside them, got none: {found}")
-    for draw in found.draws:
-        check_draw(draw)
     return found
 
 
@@ -356,14 +339,12 @@ def summarize(
         temperature=temperature,
         batch_size=batch_size,
     )
+    for user, own in signals.items():
+        prompts.check(user, own)
     users = list(signals)
-    for user in users:
-        prompts.check(user, signals[user])
-    asked = [
-        Prompt(place, prompts.ids(signals[user])[0], seed_of(seed, "summarize", user))
-        for place, user in enumerate(users)
-    ]
-    asked.sort(key=lambda prompt: (-len(prompt.ids), prompt.index))
+    seeds = [seed_of(seed, "summarize", user) for user in users]
+    asked = [Prompt(place, prompts.ids(signals[user])[0], seeds[place]) for place, user in enumerate(users)]
+    asked.sort(key=lambda prompt: -len(prompt.ids))
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         with role.active():

@@ -7,28 +7,25 @@ other. The loss is divided by the number of users of the whole step, over all mi
 summed over ranks once, at the end of the step. Optimizers, schedules, logging, checkpoints and callbacks are the
 Trainer's.
 
-Draws and samples depend on the seed, the step and the user alone. So a resumed run samples the same summaries as an
-uninterrupted one, and the division of a step into micro-batches or ranks does not change them.
+Draws and samples depend on the seed, the step and the user alone, so a resumed run samples the same summaries.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
-from nextquill.popi.config import POPIConfig
-from nextquill.popi.evaluation import score_pairs
-from nextquill.popi.inputs import (
+from nextquill.popi.config import (
+    POPIConfig,
     check_args,
     check_batches,
     check_resumable,
@@ -37,16 +34,18 @@ from nextquill.popi.inputs import (
     usable_users,
     within_context,
 )
-from nextquill.popi.logs import METRICS, SampleLog
+from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
-from nextquill.popi.rollouts import ModelRollouts, Rollouts
-from nextquill.popi.steps import StepMaker, UserWork
+from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
+from nextquill.popi.saved_run import SampleLog
+from nextquill.popi.steps import METRICS, StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import json_object
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.checks import check_options
 
@@ -144,8 +143,8 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             roles,
             args,
             data_collator=_collate,
-            train_dataset=None if self.train_users is None else _Indices(len(self.train_users.users)),
-            eval_dataset=None if self.eval_users is None else _Indices(len(self.eval_users.users)),
+            train_dataset=_places(self.train_users),
+            eval_dataset=_places(self.eval_users),
             processing_class=processing_class,
             **options,
         )
@@ -158,8 +157,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
         self._log = SampleLog(Path(str(args.output_dir)), args.process_index, args.world_size)
-        self._sums: dict[str, list[float]] = {}
-        self._tokens = [0.0, 0.0]
+        self._sums = _no_sums()
 
     # ---- preparation ---------------------------------------------------------------------------------
 
@@ -168,10 +166,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         common = (role.model, role.tokenizer, self.inference_prompts.stop_ids)
         sampling: dict[str, Any] = {"max_new_tokens": config.max_summary_tokens, "temperature": config.temperature}
         if config.rollouts == "vllm":
-            from nextquill.popi.rollouts_vllm import VLLMRollouts
-
-            longest = config.max_signal_tokens
-            return VLLMRollouts(*common, **sampling, max_prompt_tokens=longest, adapter=role.adapter)
+            return VLLMRollouts(*common, **sampling, max_prompt_tokens=config.max_signal_tokens, adapter=role.adapter)
         return ModelRollouts(*common, **sampling, batch_size=config.rollout_batch_size)
 
     def _users(self, name: str, given: Any) -> UserCounts | None:
@@ -192,7 +187,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
-        self._sums, self._tokens = {}, [0.0, 0.0]
+        self._sums = _no_sums()
         self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -206,7 +201,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             return 0
         check_resumable(checkpoint)
         checkpoints.check_identity(checkpoint, self.run_identity())  # before the log is cut to the checkpoint's steps
-        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        return int(json_object(checkpoint / checkpoints.STATE_FILE)["global_step"])
 
     def run_identity(self) -> dict[str, Any]:
         """Return everything that must be the same in this run and in a checkpoint that it resumes."""
@@ -236,10 +231,8 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         work = iter(step.work)
         for batch in batches:
             batch["work"] = [next(work) for _ in batch["users"]]
-        for name, (total, count) in step.sums.items():
-            known = self._sums.setdefault(name, [0.0, 0.0])
-            known[0] += total
-            known[1] += count
+        for name, pair in step.sums.items():
+            self._sums[name] += torch.tensor(pair, dtype=torch.float64)
         self._log.append(line for each in step.work for line in each.lines)
         own = torch.tensor(float(len(users)), device=device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
@@ -267,8 +260,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         with role.active() as model:
             passes = self.passes.of(role, model)
             for part in passes.parts(branches, weights):
-                self._tokens[0] += part["num_tokens"]
-                self._tokens[1] += part["num_branch_tokens"]
+                self._sums["sharing_factor"] += torch.tensor([part["num_branch_tokens"], part["num_tokens"]])
                 with self._precision():
                     loss = passes.loss(part)
                 self.accelerator.backward(loss)
@@ -301,13 +293,11 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def _metrics(self) -> dict[str, float]:
-        sums = torch.tensor([self._sums.get(name, [0.0, 0.0]) for name in METRICS], dtype=torch.float64)
-        packed = torch.cat((sums, torch.tensor([self._tokens], dtype=torch.float64)))
-        packed = self.accelerator.reduce(packed.to(self.args.device), reduction="sum").cpu()
-        self._sums, self._tokens = {}, [0.0, 0.0]
-        found = {name: total / count for name, (total, count) in zip(METRICS, packed.tolist(), strict=False) if count}
-        computed, own = packed[-1].tolist()
-        return {**found, "num_tokens": computed, "sharing_factor": own / max(1.0, computed)}
+        packed = torch.stack(list(self._sums.values())).to(self.args.device)
+        sums = dict(zip(self._sums, self.accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
+        self._sums = _no_sums()
+        found = {name: total / count for name, (total, count) in sums.items() if count}
+        return {**found, "num_tokens": sums["sharing_factor"][1]}
 
     # ---- evaluation ----------------------------------------------------------------------------------
 
@@ -319,9 +309,10 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             temperature: the sampling temperature; 0 for the most likely tokens.
         """
         draws = [held_out(user, num_signals=self.config.signals_per_user) for user in users]
-        return self._summaries(draws, temperature)
+        texts = self._summaries(draws, temperature)
+        return [texts[user.user_id] for user in users]
 
-    def _summaries(self, draws: Sequence[Draw], temperature: float = 0.0) -> list[str]:
+    def _summaries(self, draws: Sequence[Draw], temperature: float = 0.0) -> dict[str, str]:
         self.passes.close()
         found = summarize(
             self.roles.inference,
@@ -332,8 +323,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             seed=self.args.seed,
             batch_size=self.config.rollout_batch_size,
         )
-        texts = {each.user_id: each.text for each in found}
-        return [texts[each.user_id] for each in draws]
+        return {each.user_id: each.text for each in found}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -367,21 +357,20 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             self.roles.generator,
             self.generator_prompts,
             draws,
-            {each.user_id: text for each, text in zip(draws, texts, strict=True)},
+            texts,
             loss=self.config.loss,
             reference_sees_context=self.config.reference_sees_summary,
             seed=self.args.seed,
             **self._forwards,
         )
-        found: dict[str, float] = {}
-        for context, suffix in (("summary", ""), ("none", "_none"), ("placebo", "_placebo")):
-            rows = scores.get(context, [])
-            for name in ("accuracy", "margin", "loss"):
-                if rows:
-                    found[f"{name}{suffix}"] = sum(getattr(row, name) for row in rows) / len(rows)
-        rows = scores["summary"]
-        found["summary_tokens"] = sum(row.context_tokens for row in rows) / len(rows)
-        found["summaries_empty"] = sum(not text.strip() for text in texts) / len(texts)
+        found = {
+            f"{name}{suffix}": fmean(getattr(row, name) for row in scores[context])
+            for context, suffix in (("summary", ""), ("none", "_none"), ("placebo", "_placebo"))
+            for name in ("accuracy", "margin", "loss")
+            if context in scores
+        }
+        found["summary_tokens"] = fmean(row.context_tokens for row in scores["summary"])
+        found["summaries_empty"] = fmean(not text.strip() for text in texts.values())
         return found
 
     def predict(self, *_: Any, **__: Any) -> Any:
@@ -411,17 +400,14 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
 
 
-class _Indices(Dataset[int]):
+def _places(counts: UserCounts | None) -> Any:
     """A data set of the users' places."""
+    return None if counts is None else range(len(counts.users))
 
-    def __init__(self, count: int) -> None:
-        self._count = count
 
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
+def _no_sums() -> dict[str, Tensor]:
+    """The sum and the count of every logged mean, at the start of an interval; float64 [2] each."""
+    return {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
 
 
 def _collate(indices: Sequence[int]) -> dict[str, Any]:

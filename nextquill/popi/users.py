@@ -112,14 +112,13 @@ class UserCounts:
         return len(self.no_pairs) + len(self.few_signals)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.users)} of {len(self.users) + self.skipped} users can be drawn from"]
-        if self.no_pairs:
-            parts.append(f"{len(self.no_pairs)} left out without pairs ({_listed(self.no_pairs)})")
-        if self.few_signals:
-            parts.append(f"{len(self.few_signals)} left out with too few signals ({_listed(self.few_signals)})")
-        if self.short:
-            parts.append(f"{len(self.short)} with fewer pairs or signals than asked for ({_listed(self.short)})")
-        return "; ".join(parts)
+        whole = f"{len(self.users)} of {len(self.users) + self.skipped} users can be drawn from"
+        parts = [
+            (self.no_pairs, "left out without pairs"),
+            (self.few_signals, "left out with too few signals"),
+            (self.short, "with fewer pairs or signals than asked for"),
+        ]
+        return "; ".join([whole, *(f"{len(ids)} {why} ({_listed(ids)})" for ids, why in parts if ids)])
 
 
 # ---- from records -----------------------------------------------------------------------------------
@@ -127,10 +126,10 @@ class UserCounts:
 
 @dataclass(slots=True)
 class _Gathered:
-    pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
-    places: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    items: dict[tuple[str | None, str], HistoryItem] = field(default_factory=dict)
-    before: dict[tuple[str | None, str], list[int]] = field(default_factory=dict)  # the pairs with the item as history
+    """A user's pairs with their places, items with the places of the pairs that have them as history, and summary."""
+
+    pairs: dict[tuple[str, str, str], tuple[int, Pair]] = field(default_factory=dict)
+    items: dict[tuple[str | None, str], tuple[HistoryItem, list[int]]] = field(default_factory=dict)
     summary: str | None = None
 
 
@@ -172,14 +171,11 @@ def users_from_records(
         own.summary = own.summary or summary
         items, index = record.history, -1
         if pair is not None:
-            key = (pair.query, pair.chosen, pair.rejected)
-            own.pairs.setdefault(key, pair)
-            index = own.places.setdefault(key, len(own.places))
+            index, _ = own.pairs.setdefault((pair.query, pair.chosen, pair.rejected), (len(own.pairs), pair))
         else:
             items = (*items, HistoryItem(record.response, record.query or None, record.timestamp))
         for item in items:
-            own.items.setdefault((item.title or None, item.text), item)
-            own.before.setdefault((item.title or None, item.text), []).append(index)
+            own.items.setdefault((item.title or None, item.text), (item, []))[1].append(index)
     if skipped is not None:
         skipped.check("records")
     if not gathered or (need_pairs and not any(own.pairs for own in gathered.values())):
@@ -213,20 +209,17 @@ def _summary(record: Record, where: str) -> str | None:
 
 
 def _user(user_id: str, own: _Gathered) -> User:
-    pairs = tuple(own.pairs.values())
+    pairs = [pair for _, pair in own.pairs.values()]
     rendered = {(item.title, item.text) for item in (pair.as_item() for pair in pairs)}
-    keys = [key for key in own.items if key not in rendered]
-    items = [own.items[key] for key in keys]
-    order, items_order = in_time(pairs), in_time(items)
+    found = [each for key, each in own.items.items() if key not in rendered]
+    order = in_time(pairs)
     place = {-1: -1, **{index: place for place, index in enumerate(order)}}
-    since = tuple(
-        -1 if items[i].timestamp is not None else min(place[index] for index in own.before[keys[i]])
-        for i in items_order
-    )
+    items = [found[i] for i in in_time([item for item, _ in found])]
+    since = tuple(-1 if item.timestamp is not None else min(place[i] for i in before) for item, before in items)
     return User(
         user_id,
         tuple(pairs[i] for i in order),
-        tuple(items[i] for i in items_order),
+        tuple(item for item, _ in items),
         own.summary,
         since if any(index > 0 for index in since) else (),
     )
@@ -286,8 +279,7 @@ def draw(user: User, *, num_pairs: int, num_signals: int, seed: int) -> Draw:
         RecordError: the user has no pairs.
         ArgumentError: a number is below 1.
     """
-    _check_numbers(num_pairs, num_signals)
-    _check_has_pairs(user)
+    _check(num_pairs, num_signals, user)
     rng = random.Random(f"{seed}/{user.user_id}")
     order = rng.sample(range(len(user.pairs)), len(user.pairs))
     candidates = _Candidates(user)
@@ -314,8 +306,7 @@ def held_out(user: User, *, num_signals: int, max_pairs: int | None = None) -> D
         RecordError: the user has no pairs.
         ArgumentError: a number is below 1.
     """
-    _check_numbers(1 if max_pairs is None else max_pairs, num_signals)
-    _check_has_pairs(user)
+    _check(1 if max_pairs is None else max_pairs, num_signals, user)
     order, candidates = in_time(user.pairs), _Candidates(user)
     until = len(order) if max_pairs is None else max_pairs
     first = min(max(num_signals - len(user.items), 0), len(order) - 1)
@@ -331,7 +322,7 @@ def check_users(users: Sequence[User], *, num_pairs: int, num_signals: int) -> U
         RecordError: no user can be drawn from; the message says why.
         ArgumentError: a number is below 1, or two users have the same id.
     """
-    _check_numbers(num_pairs, num_signals)
+    _check(num_pairs, num_signals)
     if len({user.user_id for user in users}) < len(users):
         raise ArgumentError("users: expected every user once, got one twice")
     no_pairs, few_signals, short, kept = list[str](), list[str](), list[str](), list[User]()
@@ -405,13 +396,10 @@ def _first_with(
     return best
 
 
-def _check_numbers(num_pairs: int, num_signals: int) -> None:
+def _check(num_pairs: int, num_signals: int, user: User | None = None) -> None:
     check_integer("num_pairs", num_pairs, least=1)
     check_integer("num_signals", num_signals, least=1)
-
-
-def _check_has_pairs(user: User) -> None:
-    if not user.pairs:
+    if user is not None and not user.pairs:
         raise RecordError(f"user {user.user_id!r}: expected at least one pair, got none")
 
 

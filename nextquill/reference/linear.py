@@ -87,14 +87,9 @@ def linear_pair_nll(
 ) -> PairNLL:
     """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_nll`."""
     keep = labels != ignore_index
-    kept = labels[keep].long()
-    z1 = linear_logits(hidden_factual[keep], lm_head_weight, bias, softcap, logit_scale)
-    z0 = linear_logits(hidden_counterfactual[keep], lm_head_weight, bias, softcap, logit_scale)
-    return PairNLL(
-        scatter_rows(token_nll(z1, kept), keep),
-        scatter_rows(token_nll(z0, kept), keep),
-        scatter_rows(token_nll(z1 - z0, kept), keep),
-    )
+    head = (lm_head_weight, bias, softcap, logit_scale)
+    z1, z0 = (linear_logits(hidden[keep], *head) for hidden in (hidden_factual, hidden_counterfactual))
+    return _pair_nll(z1, z0, labels, keep)
 
 
 def linear_pair_stats(
@@ -110,21 +105,14 @@ def linear_pair_stats(
 ) -> PairStats:
     """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_stats`."""
     keep = labels != ignore_index
-    pair = linear_pair_nll(
-        hidden_factual,
-        hidden_counterfactual,
-        lm_head_weight,
-        labels,
-        bias=bias,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-    )
-    log_p1, log_p0 = (
-        torch.log_softmax(linear_logits(hidden[keep], lm_head_weight, bias, softcap, logit_scale), -1)
-        for hidden in (hidden_factual, hidden_counterfactual)
-    )
+    head = (lm_head_weight, bias, softcap, logit_scale)
+    z1, z0 = (linear_logits(hidden[keep], *head) for hidden in (hidden_factual, hidden_counterfactual))
+    log_p1, log_p0 = torch.log_softmax(z1, -1), torch.log_softmax(z0, -1)
     p1 = torch.exp(log_p1)
     kl = torch.where(p1 > 0, p1 * (log_p1 - log_p0), p1).sum(-1)
     entropy = -torch.where(p1 > 0, p1 * log_p1, p1).sum(-1)
-    return PairStats(pair, kl=scatter_rows(kl, keep), entropy=scatter_rows(entropy, keep))
+    return PairStats(_pair_nll(z1, z0, labels, keep), kl=scatter_rows(kl, keep), entropy=scatter_rows(entropy, keep))
+
+
+def _pair_nll(z1: Tensor, z0: Tensor, labels: Tensor, keep: Tensor) -> PairNLL:
+    return PairNLL(*(scatter_rows(token_nll(z, labels[keep].long()), keep) for z in (z1, z0, z1 - z0)))

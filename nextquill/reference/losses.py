@@ -64,18 +64,13 @@ def pair_loss(
     if y.numel() == 0:
         return (nll_f + nll_c + nll_e).sum()
 
-    if reduction == "sequence":
-        groups = [ids == i for i in ids.unique()]
-    else:
-        groups = [torch.ones_like(ids, dtype=torch.bool)]
+    groups = [ids == i for i in ids.unique()] if reduction == "sequence" else [torch.ones_like(ids, dtype=torch.bool)]
     losses = []
     for group in groups:
         count = group.sum()
         total = w[group].sum() if normalize_weights and reduction != "token" else count
         effect = (w * nll_e)[group].sum() / total if weighted_effect else nll_e[group].sum() / count
-        losses.append(
-            (w * nll_f)[group].sum() / total + alpha * effect + anchor * nll_c[group].sum() / count,
-        )
+        losses.append((w * nll_f)[group].sum() / total + alpha * effect + anchor * nll_c[group].sum() / count)
     return torch.stack(losses).mean()
 
 
@@ -92,10 +87,7 @@ def clip_weights(pair: PairNLL, minimum: float, maximum: float) -> Tensor:
 
 def exp_clip_weights(pair: PairNLL, maximum: float) -> Tensor:
     """LongCE's w: min(exp(nll_c - nll_f), maximum); shape and dtype of the NLLs."""
-    return torch.minimum(
-        torch.exp(_counterfactual(pair) - pair.factual),
-        pair.factual.new_tensor(maximum),
-    ).detach()
+    return torch.exp(_counterfactual(pair) - pair.factual).clamp(max=maximum).detach()
 
 
 def _counterfactual(pair: PairNLL) -> Tensor:

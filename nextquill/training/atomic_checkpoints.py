@@ -15,9 +15,7 @@ from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 

@@ -28,9 +28,7 @@ from nextquill.training.checks import check_batching
 from nextquill.training.meter import TrainingMeter, eval_metrics, example_table
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -227,7 +225,7 @@ class CausalLossMixin(_Base):
         """
         inputs = self._prepare_inputs(inputs)
         count = len(inputs["example_index"])
-        parts = with_empty_parts(inputs["parts"]) if self.accelerator.num_processes > 1 else inputs["parts"]
+        parts = with_empty_parts(inputs["parts"])
         with self.compute_loss_context_manager():
             tables = [example_table(self.passes.scores(part, model), count, self.loss) for part in parts]
         return None, torch.stack(tables).sum(0), inputs["example_index"]

@@ -34,8 +34,8 @@ class TrainingMeter:
         "token_weight",
     )
     _COUNTS = ("num_tokens", "num_sequences")
-    _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS)
     _WORK = ("computed", "branches")  # computed tokens, and tokens of the branches in separate rows
+    _SUMS = (*_TERMS, *_TOKEN_SUMS, *_COUNTS, *_WORK)
     _UNPAIRED = ("loss_factual", "nll_factual", "token_weight", *_COUNTS)
 
     def __init__(self) -> None:
@@ -46,22 +46,19 @@ class TrainingMeter:
         self._sums: Tensor | None = None
         self._paired = False
         self._steps = 0
-        self._step_began = False
-        self._work = [0, 0]
         self._users: int | Tensor = 0
-        self._step_users: int | Tensor = 0
+        self._step_users: int | Tensor | None = None  # of a step that has begun and has no part yet
         self._since = time.perf_counter()
 
-    def begin_step(self, users: int | Tensor = 0) -> None:
+    def begin_step(self, users: int | Tensor) -> None:
         """Start another optimiser step. A step to which nothing is added does not count.
 
         Args:
             users: different users in the step, over all ranks; a number or an int64 scalar.
         """
-        self._step_began = True
         self._step_users = users
 
-    def add(self, output: PreferenceLossOutput, computed_tokens: int = 0, branch_tokens: int = 0) -> None:
+    def add(self, output: PreferenceLossOutput, computed_tokens: int, branch_tokens: int) -> None:
         """Add one part.
 
         Args:
@@ -70,10 +67,8 @@ class TrainingMeter:
             branch_tokens: tokens of its branches in separate rows.
         """
         pair, count = output.pair_nll, output.num_tokens
-        self._steps += self._step_began
-        self._users += self._step_users * self._step_began
-        self._step_began = False
-        self._work = [self._work[0] + computed_tokens, self._work[1] + branch_tokens]
+        if self._step_users is not None:
+            self._steps, self._users, self._step_users = self._steps + 1, self._users + self._step_users, None
         self._paired = pair.counterfactual is not None
         values = torch.stack(
             [
@@ -86,17 +81,16 @@ class TrainingMeter:
                 output.mean_effect_prob * count,
                 output.share_above_threshold * count,
                 output.weight_sum,
-                output.loss.new_tensor(count),
-                output.loss.new_tensor(output.num_sequences),
             ]
         ).detach().double()  # fmt: skip
+        counts = values.new_tensor([count, output.num_sequences, computed_tokens, branch_tokens])
+        values = torch.cat([values, counts])
         self._sums = values if self._sums is None else self._sums + values
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Reduce over ranks, reset, and return the interval's metrics; every rank must call it."""
-        none = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device)
-        sums = torch.cat([none if self._sums is None else self._sums, none.new_tensor(self._work)])
-        total = dict(zip((*self._SUMS, *self._WORK), reduce(sums).tolist(), strict=True))
+        sums = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device) if self._sums is None else self._sums
+        total = dict(zip(self._SUMS, reduce(sums).tolist(), strict=True))
         steps, tokens, paired = max(1, self._steps), max(1.0, total["num_tokens"]), self._paired
         work = {
             "tokens_per_second": total["branches"] / max(1e-9, time.perf_counter() - self._since),
@@ -227,11 +221,7 @@ class CounterfactualWatch(TrainerCallback, ExportableState):
             else "The model gets worse without a history, as it may when it overfits"
         )
         logger.warning(
-            "step %d: the nll without history (%s) rose from %.2f to %.2f nats, so effects against it overstate the "
-            "effect of the history. %s; trust effect_placebo rather than effect_logprob.",
-            state.global_step,
-            name,
-            lowest,
-            nll,
-            cause,
+            f"step {state.global_step}: the nll without history ({name}) rose from {lowest:.2f} to {nll:.2f} nats, so "
+            f"effects against it overstate the effect of the history. {cause}; trust effect_placebo rather than "
+            "effect_logprob."
         )

@@ -17,13 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from nextquill.data import (
-    EncodedDataset,
-    ExampleEncoder,
-    PromptTemplate,
-    load_effects,
-    load_records,
-)
+from nextquill.data import EncodedDataset, ExampleEncoder, PromptTemplate, load_effects, load_records
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.evaluation.scoring import ExampleScores, pad_token, score_examples

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from nextquill.errors import ArgumentError
 from nextquill.tree import TREE_KERNELS
 from nextquill.tree.attention import tree_attention
+from nextquill.tree.operators import check_arguments
 from nextquill.tree.segments import TreeLayout, row_depths, row_ends
 
 
@@ -59,7 +59,7 @@ def attend(
         # This import takes as long as all others together.
         from nextquill.tree.flex import flex_tree_attention
 
-        scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        scale, window = check_arguments(query, key, value, layout, scale, window, softcap)
         mask = _block_mask(layout, window, query.device)
         return flex_tree_attention(query, key, value, mask, scale=scale, softcap=softcap)
     raise ArgumentError(f"kernel: expected auto or one of {', '.join(TREE_KERNELS)}, got {kernel!r}")
@@ -76,7 +76,6 @@ def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: 
 
 def _block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> Any:
     """Return a layout's block mask, made once for all layers."""
-    window = None if window is None or window >= layout.depth else window
     plan = ("flex", window, device)
     if plan not in layout.plans:
         from nextquill.tree.flex import tree_block_mask

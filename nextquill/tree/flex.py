@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.errors import BackendUnavailableError
 
 
 def tree_block_mask(
@@ -41,17 +41,7 @@ def tree_block_mask(
 
     Returns:
         A mask for one row and all heads, of T queries and T keys.
-
-    Raises:
-        ArgumentError: shapes, window or block size cannot be used.
     """
-    if position_ids.dim() != 1 or position_ids.shape != subtree_end.shape or not position_ids.numel():
-        raise ArgumentError(
-            f"position_ids, subtree_end: expected [T], got {list(position_ids.shape)} and {list(subtree_end.shape)}"
-        )
-    for name, number in (("window", window), ("block_size", block_size)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"{name}: expected a positive number, got {number}")
     depth, end = (_filled(each.to(device, torch.int32), block_size) for each in (position_ids, subtree_end))
     partial, whole = _tiles(depth, end, window, block_size)
     return BlockMask.from_kv_blocks(
@@ -76,11 +66,8 @@ def flex_tree_attention(
     otherwise hold all scores in memory.
 
     Args:
-        query: [1, H, T, D], floating.
-        key, value: [1, H_kv, T, D], in query's dtype; H is a multiple of H_kv.
+        query, key, value, scale, softcap: as in `tree_attention`.
         block_mask: result of `tree_block_mask`.
-        scale: factor on the scores.
-        softcap: c of c · tanh(x / c) on the scores, or None.
 
     Returns:
         [1, H, T, D], in query's dtype, differentiable on GPUs.

@@ -18,7 +18,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -108,8 +108,27 @@ class SortedBranches:
         return SortedBranches([self.ids[branch] for branch in chosen], order, shared)
 
     def tree(self) -> PrefixTree:
-        """Merge the branches by common prefix."""
-        return _layout(self.ids, self.order, self.shared)
+        """Merge the branches: append each, in order, without the tokens that it shares with the one before it."""
+        ids = self.ids
+        lengths = [len(ids[branch]) for branch in self.order]
+        stops = list(accumulate(length - kept for length, kept in zip(lengths, self.shared, strict=True)))
+        runs = list(zip(self.order, self.shared, lengths, [0, *stops[:-1]], stops, strict=True))
+        total, longest = stops[-1], max(lengths)
+
+        path = torch.empty(longest, dtype=torch.long)  # row of the current branch's token at each depth
+        branch_rows: list[Tensor] = [path] * len(ids)
+        for branch, kept, length, start, stop in runs:
+            path[kept:length] = torch.arange(start, stop)
+            branch_rows[branch] = path[:length].clone()
+
+        end = torch.full((longest,), total)  # where a token's subtree ends, by depth; filled from the last row up
+        subtree_end = torch.empty(total, dtype=torch.long)
+        for _, kept, length, start, stop in reversed(runs):
+            subtree_end[start:stop] = end[kept:length]
+            end[kept:] = start  # subtrees below the fork end where this branch's own tokens begin
+        input_ids = torch.cat([ids[branch][kept:] for branch, kept, *_ in runs])
+        position_ids = torch.cat([torch.arange(kept, length) for _, kept, length, *_ in runs])
+        return PrefixTree(input_ids, position_ids, subtree_end, tuple(branch_rows))
 
 
 def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
@@ -124,32 +143,6 @@ def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
     keys = _sort_keys(ids)
     order = sorted(range(len(ids)), key=keys.__getitem__)
     return SortedBranches(ids, order, [0, *(_common_prefix(keys[a], keys[b]) for a, b in pairwise(order))])
-
-
-def _layout(ids: list[Tensor], order: list[int], shared: list[int]) -> PrefixTree:
-    """Append each branch, in sorted order, without the tokens that it shares with the branch before it."""
-    new = [len(ids[branch]) - kept for branch, kept in zip(order, shared, strict=True)]
-    starts = [0]
-    for count in new:
-        starts.append(starts[-1] + count)
-    total, longest = starts[-1], max(len(each) for each in ids)
-
-    path = torch.empty(longest, dtype=torch.long)  # row of the current branch's token at each depth
-    depths, rows = torch.arange(longest), torch.arange(total)
-    branch_rows: list[Tensor] = [path] * len(ids)
-    for branch, kept, start, stop in zip(order, shared, starts, starts[1:], strict=False):
-        length = len(ids[branch])
-        path[kept:length] = rows[start:stop]
-        branch_rows[branch] = path[:length].clone()
-
-    end = torch.full((longest,), total)  # where a token's subtree ends, by depth; filled from the last row up
-    subtree_end = torch.empty(total, dtype=torch.long)
-    for branch, kept, start, stop in reversed(list(zip(order, shared, starts, starts[1:], strict=False))):
-        subtree_end[start:stop] = end[kept : len(ids[branch])]
-        end[kept:] = start  # subtrees below the fork end where this branch's own tokens begin
-    input_ids = torch.cat([ids[branch][kept:] for branch, kept in zip(order, shared, strict=True)])
-    position_ids = torch.cat([depths[kept : len(ids[branch])] for branch, kept in zip(order, shared, strict=True)])
-    return PrefixTree(input_ids, position_ids, subtree_end, tuple(branch_rows))
 
 
 def _common_prefix(a: bytes, b: bytes) -> int:

@@ -93,12 +93,7 @@ def row_ends(segments: Tensor) -> Tensor:
 
 def _check(position_ids: Tensor, subtree_end: Tensor) -> None:
     for name, tensor in (("position_ids", position_ids), ("subtree_end", subtree_end)):
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.is_floating_point()
-            or tensor.is_complex()
-            or tensor.device.type != "cpu"
-        ):
+        if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex() or not tensor.is_cpu:
             raise ArgumentTypeError(f"{name}: expected an integer tensor on the CPU, got {tensor!r:.80}")
         if tensor.dim() != 1 or not tensor.numel():
             raise ArgumentError(f"{name}: expected [T] with at least one row, got shape {list(tensor.shape)}")

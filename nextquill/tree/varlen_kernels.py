@@ -10,15 +10,14 @@ import functools
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentTypeError, BackendUnavailableError
 from nextquill.tree.dense_blocks import Piece
-from nextquill.tree.kernels import MATH
+from nextquill.tree.kernels import MATH, AttentionKernel, ScoreRule
 from nextquill.tree.prefix_tree import build_prefix_tree
 from nextquill.tree.segments import TreeLayout
 from nextquill.tree.varlen_plan import VarlenPlan, varlen_plan
@@ -74,8 +73,8 @@ def _device_problem(device: torch.device, head_size: int | None) -> str | None:
 def _torch_problem() -> str | None:
     if torch.version.hip is not None:
         return "is not supported on ROCm, where its logsumexps are laid out otherwise"
-    available = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    return None if available() else "this PyTorch was built without FlashAttention"
+    available = torch.backends.cuda.is_flash_attention_available()
+    return None if available else "this PyTorch was built without FlashAttention"
 
 
 @functools.cache
@@ -95,45 +94,24 @@ def _flash_attn_problem() -> str | None:
 # ---- the kernels --------------------------------------------------------------------------------------
 
 
-class VarlenKernel(NamedTuple):
-    """Attention of queries [T, H, D] over gathered keys and values [N, H_kv, D], for all segments in one call.
-
-    forward: (query, key, value, plan, scale, window, softcap) -> out [T, H, D], logsumexp [H, T]
-    backward: (grad, query, key, value, out, logsumexp, plan, scale, window, softcap) -> three gradients
-    """
-
-    name: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
 def _torch_forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, _: None
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor]:
     # torch.nn.attention.varlen calls this operator, but exists only since torch 2.10, with scale and window since 2.11.
     out, lse, *_rest = torch.ops.aten._flash_attention_forward(
-        query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0, window is None, False,
-        scale=scale, **_torch_window(window),
+        query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0,
+        plan.window is None, False, scale=rule.scale, **_torch_window(plan.window),
     )  # fmt: skip
     return out, lse
 
 
 def _torch_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    plan: VarlenPlan,
-    scale: float,
-    window: int | None,
-    _: None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.empty(2, dtype=torch.uint64, device=query.device)  # state of dropout, not read
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, logsumexp, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0,
-        window is None, random, random.new_empty(0), scale=scale, **_torch_window(window),
+        grad, query, key, value, out, lse, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, 0.0,
+        plan.window is None, random, random.new_empty(0), scale=rule.scale, **_torch_window(plan.window),
     )  # fmt: skip
     return grads
 
@@ -144,78 +122,60 @@ def _torch_window(window: int | None) -> dict[str, int]:
 
 
 def _flash_attn_forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor]:
     out, lse, *_ = importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
         query, key, value, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
-        **_flash_attn_options(scale, window, softcap), return_softmax=False,
+        **_flash_attn_options(plan.window, rule), return_softmax=False,
     )  # fmt: skip
     return out, lse
 
 
 def _flash_attn_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    plan: VarlenPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward(
-        grad, query, key, value, out, logsumexp, *grads,
+        grad, query, key, value, out, lse, *grads,
         plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys,
-        **_flash_attn_options(scale, window, softcap), deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_flash_attn_options(plan.window, rule), deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return grads
 
 
-def _flash_attn_options(scale: float, window: int | None, softcap: float | None) -> dict[str, Any]:
+def _flash_attn_options(window: int | None, rule: ScoreRule) -> dict[str, Any]:
     left, right = (-1, -1) if window is None else (window - 1, 0)
     return {
         "dropout_p": 0.0,
-        "softmax_scale": scale,
+        "softmax_scale": rule.scale,
         "causal": True,
         "window_size_left": left,
         "window_size_right": right,
-        "softcap": softcap or 0.0,
+        "softcap": rule.softcap or 0.0,
         "alibi_slopes": None,
     }
 
 
 def _emulated_forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor]:
     parts = []
     for q0, q1, k0, k1 in plan.spans:
         q, k, v = _heads_first(query[q0:q1]), _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
-        parts.append(MATH.forward(q, k, v, _aligned(q1 - q0, k1 - k0, window), scale, softcap))
+        parts.append(MATH.forward(q, k, v, _aligned(q1 - q0, k1 - k0, plan.window), rule))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 2)[0].transpose(0, 1).to(query.dtype).contiguous(), torch.cat(lses, 2)[0]
 
 
 def _emulated_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    plan: VarlenPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: VarlenPlan, rule: ScoreRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
     for q0, q1, k0, k1 in plan.spans:
         g, q, o = (_heads_first(tensor[q0:q1]) for tensor in (grad, query, out))
         k, v = _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
-        piece = _aligned(q1 - q0, k1 - k0, window)
-        parts.append(MATH.backward(g, q, k, v, o, logsumexp[None, :, q0:q1], piece, scale, softcap))
+        piece = _aligned(q1 - q0, k1 - k0, plan.window)
+        parts.append(MATH.backward(g, q, k, v, o, lse[None, :, q0:q1], piece, rule))
     dq, dk, dv = (torch.cat(each, 2)[0].transpose(0, 1) for each in zip(*parts, strict=True))
     return dq, dk, dv
 
@@ -231,14 +191,14 @@ def _heads_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)[None]
 
 
-EMULATED = VarlenKernel("emulated", _emulated_forward, _emulated_backward)
+EMULATED = AttentionKernel("emulated", _emulated_forward, _emulated_backward)
 _KERNELS = {
-    "torch": VarlenKernel("torch", _torch_forward, _torch_backward),
-    "flash_attn": VarlenKernel("flash_attn", _flash_attn_forward, _flash_attn_backward),
+    "torch": AttentionKernel("torch", _torch_forward, _torch_backward),
+    "flash_attn": AttentionKernel("flash_attn", _flash_attn_forward, _flash_attn_backward),
 }
 
 
-def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKernel:
+def choose_kernel(name: str, query: Tensor, softcap: float | None) -> AttentionKernel:
     """Return the kernel of that name, checked on this device.
 
     Args:
@@ -264,7 +224,7 @@ def choose_kernel(name: str, query: Tensor, softcap: float | None) -> VarlenKern
 
 
 @functools.cache
-def _verify(kernel: VarlenKernel, device: torch.device) -> None:
+def _verify(kernel: AttentionKernel, device: torch.device) -> None:
     """Compare a kernel with the emulated one, on segments that end inside and beyond a tile of 64 or 128 keys.
 
     With top-left alignment, or a window that is off by one, the errors would be as large as the results.
@@ -278,7 +238,7 @@ def _verify(kernel: VarlenKernel, device: torch.device) -> None:
         half = [torch.randn(n, h, 64, generator=rng).half().to(device) for n, h in ((len(tree), 4), (len(tree), 2))]
         query, key = half[0], half[1].index_select(0, plan.rows)
         value, grad = key.flip(2), query.flip(2)
-        options = (plan, 0.125, window, softcap)
+        options = (plan, ScoreRule(0.125, softcap))
         out, lse = kernel.forward(query, key, value, *options)
         actual = (out, lse, *kernel.backward(grad, query, key, value, out, lse, *options))
         with torch.autocast(device.type, enabled=False):

@@ -17,20 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from nextquill.tree.segments import DEPTH, START, STOP, TreeLayout
-
-
-def num_gathered_rows(layout: TreeLayout, window: int | None = None) -> int:
-    """Return how many key rows one call gathers; divided by T, the factor on the memory of keys and values."""
-    lengths = layout.segments[:, STOP] - layout.segments[:, START]
-    above = layout.segments[:, DEPTH]
-    return int((lengths + (above if window is None else above.clamp_max(window - 1))).sum())
+from nextquill.tree.segments import START, STOP
 
 
 class VarlenPlan(NamedTuple):
     """Segments as sequences, and the order in which copies of key rows are summed.
 
     Attributes:
+        window: keys a query sees along its path, itself included; None for all.
         rows: int64 [N] on the device, the key rows to gather.
         cu_queries, cu_keys: int32 [S + 1] on the device, where each segment's queries and keys begin.
         max_queries, max_keys: at least the largest number of queries and of keys of a segment.
@@ -39,6 +33,7 @@ class VarlenPlan(NamedTuple):
         first_copy: int64 [T] on the device, where the positions of each row begin in `copies`.
     """
 
+    window: int | None
     rows: Tensor
     cu_queries: Tensor
     cu_keys: Tensor
@@ -72,6 +67,7 @@ def _plan_of(segments: bytes, window: int | None, device: torch.device) -> Varle
     key_ends = [0, *accumulate(map(len, keys))]
     counts = rows.bincount(minlength=query_ends[-1])
     return VarlenPlan(
+        window,
         rows.to(device),
         torch.tensor(query_ends, dtype=torch.int32).to(device),
         torch.tensor(key_ends, dtype=torch.int32).to(device),

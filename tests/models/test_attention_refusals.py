@@ -308,17 +308,10 @@ def test_unknown_attention(tmp_path: Path, attention: Any) -> None:
     with pytest.raises(ArgumentError, match=message):
         PairPasses(tiny_model(), SFTLoss(), attention)
     with pytest.raises(ArgumentError, match=message):
-        TreeAttention(tiny_model(), attention)
-    with pytest.raises(ArgumentError, match=message):
         next(score_examples(tiny_model(), random_examples(1), attention=attention))
     with pytest.raises(ArgumentError, match=message):
         make_trainer(tmp_path / "run", attention=attention)
     assert not (tmp_path / "run").exists()
-
-
-def test_padded_is_not_an_attention_over_trees() -> None:
-    with pytest.raises(ArgumentError, match="'padded'"):
-        TreeAttention(tiny_model(), "padded")
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "some_other"])

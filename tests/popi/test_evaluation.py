@@ -347,7 +347,9 @@ def test_measures_are_means_with_intervals_over_users():
 
 def test_one_user_has_no_interval_and_json_says_so():
     found = measure({"none": [score("a", 1.0, 0)], "summary": [score("a", 1.0, 0)]})
-    result = json.loads(PairEvaluation("folder", found, {"other": found}, empty_summaries=1).to_json())
+    result = json.loads(
+        PairEvaluation(model="folder", generator=found, transfer={"other": found}, empty_summaries=1).to_json()
+    )
     assert result["generator"]["contexts"]["none"]["accuracy"] == {"value": 1.0, "low": None, "high": None}
     assert result["transfer"]["other"] == result["generator"]
     assert result["generator"]["signals_tokens_by_summary_tokens"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -68,15 +69,15 @@ def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temper
     plain_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     max_tokens = None if attention == "padded" else 24  # several parts
-    with BranchPasses(model, attention=attention, max_tokens=max_tokens) as passes:
-        passes.temperature = temperature
+    with closing(BranchPasses(model, attention=attention, max_tokens=max_tokens)) as passes:
+        passes.set_temperature(temperature)
         assert_rounds_like(passes.log_probs(branches).float(), plain_values, truth, terms)
         parts = passes.parts(branches, weights)
         assert sum(part["num_sequences"] for part in parts) == 6  # branches with weight 0 are not computed
         assert attention == "padded" or len(parts) > 1
         for part in parts:
             passes.loss(part).backward()
-        passes.temperature = 1.0
+        passes.set_temperature(1.0)
         found = passes.log_probs(branches).float()
         with torch.no_grad():
             ones = [torch.stack([plain(m, branch, 1.0) for branch in branches]) for m in (model, exact)]
@@ -88,6 +89,6 @@ def test_values_and_gradients_are_those_of_forwards_one_by_one(kind: str, temper
 
 
 def test_no_branches_give_no_values_and_no_parts() -> None:
-    with BranchPasses(model_of("llama")) as passes:
+    with closing(BranchPasses(model_of("llama"))) as passes:
         assert passes.log_probs([]).shape == (0,)
         assert passes.parts(branches_of(), [0.0] * 7) == []

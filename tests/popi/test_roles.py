@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nextquill.errors import CheckpointError
-from nextquill.evaluation.scoring import BranchScorer
 from nextquill.popi import Roles, evaluation
 from nextquill.popi.adapters import switched
+from nextquill.popi.passes import BranchPasses
 from tests.popi.popi_helpers import (
     logs_of,
     lora,
@@ -82,7 +82,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     model = stirred(get_peft_model(tiny_model(1), lora()))
     roles = Roles.separate(model, tiny_model(2), word_tokenizer())
     before = logits(roles.inference.active())
-    assert roles.inference._initial == "default_initial"  # so that the model is not copied
+    assert roles.inference.initial_state == "default_initial"  # so that the model is not copied
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -90,7 +90,7 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     assert torch.equal(logits(roles.inference.initial()), before)
     assert not torch.equal(logits(roles.inference.active()), before)
     fresh = Roles.separate(get_peft_model(tiny_model(1), lora()), tiny_model(2), word_tokenizer())
-    assert fresh.inference._initial is None
+    assert fresh.inference.initial_state is None
     assert list(fresh.inference.model.peft_config) == ["default"]
 
 
@@ -204,12 +204,12 @@ def test_mixed_precision_is_that_of_the_arguments(tmp_path: Path) -> None:
 def test_evaluation_has_the_attention_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
-    class Scorer(BranchScorer):
+    class Passes(BranchPasses):
         def __init__(self, *args: Any, **options: Any) -> None:
             asked.append(options)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(evaluation, "BranchScorer", Scorer)
+    monkeypatch.setattr(evaluation, "BranchPasses", Passes)
     make_trainer(tmp_path, attention="mask", max_tokens=60).evaluate(make_users(2))
     assert asked
     assert all((each["attention"], each["max_tokens"]) == ("mask", 60) for each in asked)

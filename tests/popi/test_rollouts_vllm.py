@@ -24,8 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError
 from nextquill.generation import Prompt
-from nextquill.popi.rollouts import ModelRollouts, Sample
-from nextquill.popi.rollouts_vllm import VLLMRollouts
+from nextquill.popi.rollouts import ModelRollouts, Sample, VLLMRollouts
 
 # peft 0.21.2 asks models for names that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings(

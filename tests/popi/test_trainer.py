@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_a_warm_start_teaches_the_given_summaries(tmp_path: Path) -> None:
     users = make_users()
 
     def likelihood() -> float:
-        with trainer.roles.inference.active() as model, BranchPasses(model) as passes:
+        with trainer.roles.inference.active() as model, closing(BranchPasses(model)) as passes:
             draws = [trainer.steps._draw(user, 0) for user in users]
             groups = [[trainer.steps._given(user)] for user in users]
             return float(passes.log_probs(trainer.steps._summary_branches(draws, groups)).sum())

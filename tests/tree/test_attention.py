@@ -347,12 +347,12 @@ def test_no_product_is_spent_on_what_is_masked(monkeypatch):
     layout = TreeLayout.of_tree(GROWN)
     scores = 0
 
-    def counting(query, key, value, piece, scale, softcap):
+    def counting(query, key, value, piece, rule):
         nonlocal scores
         scores += query.shape[2] * key.shape[2]
-        return kernels.MATH.forward(query, key, value, piece, scale, softcap)
+        return kernels.MATH.forward(query, key, value, piece, rule)
 
-    monkeypatch.setattr(attention, "choose_kernel", lambda *_: kernels.PieceKernel("count", counting, None))
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_: kernels.AttentionKernel("count", counting, None))
     tree_attention(*inputs(len(GROWN)), layout)
     lengths = layout.segments[:, 1] - layout.segments[:, 0]
     visible = visibility_mask(GROWN.position_ids, GROWN.subtree_end).sum()
@@ -386,7 +386,7 @@ def test_opcheck(dtype, window, softcap):
     plain = [tensor.detach() for tensor in tensors]
     out, logsumexp = attention._forward(*plain, segments, 0.3, window, softcap)
     opcheck(
-        attention._backward, (torch.randn_like(out), *plain, out, logsumexp, segments, 0.3, window, softcap)
+        attention._backward, (torch.randn_like(out), [*plain, out, logsumexp, segments], 0.3, window, softcap)
     )  # fmt: skip
 
 
@@ -463,8 +463,15 @@ Q, K = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
         (Q, K.expand(2, 2, 5, 8), K, {}, ArgumentError, r"key, value: .*got \[2, 2, 5, 8\]"),
         (Q[:, :3], K, K, {}, ArgumentError, "H_kv dividing 3"),
         (Q, Q.repeat(1, 2, 1, 1), Q.repeat(1, 2, 1, 1), {}, ArgumentError, "H_kv dividing 4"),
-        (Q, K.double(), K, {}, ArgumentTypeError, "one dtype, got torch.float32, torch.float64, torch.float32"),
-        (Q, K, K.bfloat16(), {}, ArgumentTypeError, "one dtype"),
+        (
+            Q,
+            K.double(),
+            K,
+            {},
+            ArgumentTypeError,
+            "one floating dtype, got torch.float32, torch.float64, torch.float32",
+        ),
+        (Q, K, K.bfloat16(), {}, ArgumentTypeError, "one floating dtype"),
         (Q, K, K, {"window": 0}, ArgumentError, "window: expected a positive number or None, got 0"),
         (Q, K, K, {"window": -3}, ArgumentError, "window: .*got -3"),
     ],

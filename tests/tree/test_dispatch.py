@@ -42,6 +42,13 @@ def test_a_kernel_that_cannot_run_says_so() -> None:
         attend(*tensors, layout, kernel="flex")
 
 
+@pytest.mark.parametrize("kernel", TREE_KERNELS)
+def test_every_kernel_names_a_bad_argument(kernel: str) -> None:
+    layout, tensors = inputs()
+    with pytest.raises(ArgumentError, match="window: expected a positive number or None, got 0"):
+        attend(*tensors, layout, window=0, kernel=kernel)
+
+
 def test_an_unknown_kernel_is_named() -> None:
     layout, tensors = inputs()
     with pytest.raises(ArgumentError, match=f"kernel: expected auto or one of {', '.join(TREE_KERNELS)}, got 'fast'"):

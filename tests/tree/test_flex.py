@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import create_block_mask
 
-from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.errors import BackendUnavailableError
 from nextquill.tree import TreeLayout, build_prefix_tree, flex, tree_attention, visibility_mask
 from nextquill.tree.flex import flex_tree_attention, tree_block_mask
 from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close
@@ -205,18 +205,3 @@ def test_without_gradients_leaves_are_taken(monkeypatch):
     mask = tree_block_mask(TREE.position_ids, TREE.subtree_end, "cpu")
     with torch.no_grad():
         assert not flex_tree_attention(*(t.requires_grad_() for t in inputs(len(TREE))), mask, 0.3).requires_grad
-
-
-@pytest.mark.parametrize(
-    ("depth", "end", "options", "message"),
-    [
-        (torch.zeros(2, 3), torch.zeros(2, 3), {}, r"expected \[T\], got \[2, 3\]"),
-        (torch.zeros(3), torch.zeros(4), {}, r"got \[3\] and \[4\]"),
-        (torch.zeros(0), torch.zeros(0), {}, r"got \[0\]"),
-        (torch.zeros(3), torch.ones(3), {"window": 0}, "window: expected a positive number, got 0"),
-        (torch.zeros(3), torch.ones(3), {"block_size": 0}, "block_size: expected a positive number, got 0"),
-    ],
-)
-def test_bad_arguments_are_named(depth, end, options, message):
-    with pytest.raises(ArgumentError, match=message):
-        tree_block_mask(depth, end, "cpu", **options)

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from nextquill.tree import TreeLayout, build_prefix_tree, varlen, visibility_mask
 from nextquill.tree import varlen_kernels as kernels
+from nextquill.tree.kernels import AttentionKernel, ScoreRule
 from nextquill.tree.varlen import varlen_tree_attention
-from nextquill.tree.varlen_kernels import EMULATED, VarlenKernel, why_not
-from nextquill.tree.varlen_plan import num_gathered_rows, sum_copies, varlen_plan
+from nextquill.tree.varlen_kernels import EMULATED, why_not
+from nextquill.tree.varlen_plan import sum_copies, varlen_plan
 from tests.helpers import FLOAT32_RELATIVE, FLOAT64_RELATIVE, assert_close, relative_error
 from tests.tree.strategies import branch_lists
 from tests.tree.trees import (
@@ -189,7 +190,6 @@ def test_plans(branches, window):
     assert plan.cu_queries.dtype == plan.cu_keys.dtype == torch.int32
     assert plan.max_queries == max(2, *(q1 - q0 for q0, q1, *_ in plan.spans))
     assert plan.max_keys == max(k1 - k0 for *_, k0, k1 in plan.spans)
-    assert num_gathered_rows(layout, window) == len(plan.rows)
     bounds = [*plan.first_copy.tolist(), len(plan.rows)]
     for row, (first, last) in enumerate(pairwise(bounds)):
         places = plan.copies[first:last]
@@ -235,7 +235,7 @@ def test_opcheck(dtype, window, softcap):
     opcheck(varlen._forward, (*tensors, segments, *rest))
     plain = [tensor.detach() for tensor in tensors]
     out, logsumexp = varlen._forward(*plain, segments, *rest)
-    opcheck(varlen._backward, (torch.randn_like(out), *plain, out, logsumexp, segments, *rest))
+    opcheck(varlen._backward, (torch.randn_like(out), [*plain, out, logsumexp, segments], *rest))
 
 
 def test_gradcheck():
@@ -313,7 +313,7 @@ def kernel_with(aligned, monkeypatch):
         return call
 
     wrong = lambda *args: aligned(right, *args)  # noqa: E731
-    return VarlenKernel("wrong", under(wrong, EMULATED.forward), under(wrong, EMULATED.backward))
+    return AttentionKernel("wrong", under(wrong, EMULATED.forward), under(wrong, EMULATED.backward))
 
 
 def top_left(right, queries, keys, window):
@@ -346,7 +346,7 @@ def test_a_kernel_of_a_wrong_gradient_is_refused(which):
         return grads
 
     with pytest.raises(BackendUnavailableError, match=f"its {('query', 'key', 'value')[which]} is not"):
-        kernels._verify(VarlenKernel("wrong", EMULATED.forward, backward), CPU)
+        kernels._verify(AttentionKernel("wrong", EMULATED.forward, backward), CPU)
 
 
 def test_the_right_alignment_is_accepted_and_random_numbers_left_alone(monkeypatch):
@@ -367,11 +367,11 @@ def test_pytorch_accepts_the_call(window, kv_heads):
         fake = plan._replace(cu_queries=mode.from_tensor(plan.cu_queries), cu_keys=mode.from_tensor(plan.cu_keys))
         query = torch.empty(len(GROWN), 4, 64, dtype=torch.bfloat16)
         key = torch.empty(len(plan.rows), kv_heads, 64, dtype=torch.bfloat16)
-        out, lse = kernels._torch_forward(query, key, key, fake, 0.3, window, None)
+        out, lse = kernels._torch_forward(query, key, key, fake, ScoreRule(0.3, None))
         assert out.shape == query.shape
         assert lse.shape == (4, len(GROWN))
         assert lse.dtype == torch.float32
-        grads = kernels._torch_backward(query, query, key, key, out, lse, fake, 0.3, window, None)
+        grads = kernels._torch_backward(query, query, key, key, out, lse, fake, ScoreRule(0.3, None))
         assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
 
 
@@ -385,14 +385,12 @@ def flash_attn(monkeypatch):
     """Replace flash-attn by a package whose functions take the arguments of 2.7 and use the emulated kernel."""
     interface = types.ModuleType("flash_attn.flash_attn_interface")
 
-    def plan(cu_q, cu_k, max_q, max_k):
-        spans = zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), cu_k[1:].tolist(), strict=False)
-        return types.SimpleNamespace(spans=tuple(spans))
-
-    def options(softmax_scale, causal, left, right, softcap):
+    def options(cu_q, cu_k, softmax_scale, causal, left, right, softcap):
         assert causal
         assert right == (-1 if left < 0 else 0)
-        return softmax_scale, None if left < 0 else left + 1, softcap or None
+        spans = tuple(zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), cu_k[1:].tolist(), strict=False))
+        plan = types.SimpleNamespace(spans=spans, window=None if left < 0 else left + 1)
+        return plan, ScoreRule(softmax_scale, softcap or None)
 
     def forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -401,8 +399,8 @@ def flash_attn(monkeypatch):
     ):  # fmt: skip
         assert dropout_p == 0
         assert alibi_slopes is None
-        opts = options(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        return (*EMULATED.forward(q, k, v, plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), *opts), 0, 0)
+        given = (cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size_left, window_size_right, softcap)
+        return (*EMULATED.forward(q, k, v, *options(*given)), 0, 0)
 
     def backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
@@ -411,12 +409,10 @@ def flash_attn(monkeypatch):
     ):  # fmt: skip
         assert dropout_p == 0
         assert deterministic == torch.are_deterministic_algorithms_enabled()
-        opts = options(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        spans = plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        for given_, grad in zip(
-            (dq, dk, dv), EMULATED.backward(dout, q, k, v, out, softmax_lse, spans, *opts), strict=True
-        ):
-            given_.copy_(grad)
+        given = (cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size_left, window_size_right, softcap)
+        grads = EMULATED.backward(dout, q, k, v, out, softmax_lse, *options(*given))
+        for target, grad in zip((dq, dk, dv), grads, strict=True):
+            target.copy_(grad)
 
     interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward = forward, backward
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)

@@ -89,9 +89,9 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-resume-log",
-        "nextquill/popi/logs.py",
-        '_fields(line).get("step", math.inf) < step]',
-        '_fields(line).get("step", math.inf) <= step]',
+        "nextquill/popi/saved_run.py",
+        'line_fields(line).get("step", math.inf) < step]',
+        'line_fields(line).get("step", math.inf) <= step]',
         "a resumed run logs a step's summaries twice",
     ),
     Mutation(
@@ -173,21 +173,21 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-vllm-stale",
-        "nextquill/popi/rollouts_vllm.py",
+        "nextquill/popi/rollouts.py",
         "        self._stale = True\n",
         "        self._stale = False\n",
         "vLLM samples with the weights of the first step",
     ),
     Mutation(
         "popi-context-room",
-        "nextquill/popi/inputs.py",
+        "nextquill/popi/config.py",
         "min(config.max_signal_tokens, inference - config.max_summary_tokens)",
         "min(config.max_signal_tokens, inference)",
         "a prompt leaves no room for the summary",
     ),
     Mutation(
         "popi-trained-users",
-        "nextquill/popi/logs.py",
+        "nextquill/popi/saved_run.py",
         'places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]',
         "places = [run]",
         "a checkpoint is evaluated on users that it was trained on without a word",

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextquill.popi.logs import SampleLog
+from nextquill.popi.saved_run import SampleLog
 
 
 @given(
