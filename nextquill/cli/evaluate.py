@@ -29,6 +29,7 @@ from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
 from nextquill.generation import ENGINES, check_engine
+from nextquill.generation.options import PLAUSIBILITY
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
@@ -69,7 +70,21 @@ class EvaluateOptions:
     generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
     temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
     top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
-    engine: str = option("Generate with transformers (hf) or vLLM.", "hf", choices=list(ENGINES))
+    engine: str = option(
+        "Generate with shared prefixes (tree), with transformers' own generate (hf) or with vLLM; auto: tree where the "
+        "model allows it, else hf.", "auto", choices=list(ENGINES),
+    )  # fmt: skip
+    guidance: float = option(
+        "Strengthen the user's own history while generating: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt "
+        "that --guidance_against names. 0: off.", 0.0,
+    )  # fmt: skip
+    guidance_against: str = option(
+        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
+        choices=list(BRANCHES[1:]),
+    )  # fmt: skip
+    plausibility: float = option(
+        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
+    )
     item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
@@ -91,6 +106,9 @@ class EvaluateOptions:
             temperature=self.temperature,
             top_p=self.top_p,
             engine=self.engine,
+            guidance=self.guidance,
+            guidance_against=self.guidance_against,
+            plausibility=self.plausibility,
             item_effects=self.item_effects,
             seed=files.seed,
             resamples=self.resamples,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
@@ -45,6 +45,7 @@ Progress = Callable[..., Iterable[Any]]
 Job = tuple[int, Record, Sequence[HistoryItem] | None, Sequence[HistoryItem] | None]
 #: Yields texts, is sent their token ids, and returns the example.
 Steps = Generator[list[str], list[Ids], EncodedExample]
+Found = TypeVar("Found")
 
 _CACHED_COUNTS = 200_000
 #: Records encoded together. With 2,000 tokens each, they keep all cores busy for 100 ms or longer.
@@ -113,6 +114,38 @@ class ExampleEncoder:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def encode_prompt(
+        self, query: str, history: Sequence[HistoryItem] = (), response_tokens: int = 0
+    ) -> tuple[list[int], int]:
+        """Encode the prompt for a response that is yet to be written.
+
+        Args:
+            query: the request.
+            history: the user's texts, oldest first; the oldest that do not fit are dropped.
+            response_tokens: the tokens of `max_length` to leave for the response.
+
+        Returns:
+            The prompt's token ids, and the number of history items in it.
+
+        Raises:
+            BudgetError: the prompt without history leaves less room than that.
+            RecordError: the template cannot render the query or the history.
+        """
+        start = array("i", self.renderer.start_ids)
+
+        def steps() -> Generator[list[str], list[Ids], tuple[Ids, int]]:
+            text = self.renderer.prompt(query)
+            (bare,) = yield [text]
+            self._check_budget("query", len(start) + len(bare), response_tokens)
+            room = self.max_length - response_tokens - len(start)
+            return (yield from self._fit(_Fitting(query, bare, room, len(bare) / len(text)), history))
+
+        (found,) = self._run([steps()])
+        if isinstance(found, Exception):
+            raise found
+        prompt, kept = found
+        return list(start + prompt), kept
 
     def encode_all(
         self, records: Iterable[Record], placebo: bool = False, seed: int = 0, progress: Progress | None = None
@@ -203,10 +236,14 @@ class ExampleEncoder:
 
     def _encode_jobs(self, jobs: Sequence[Job]) -> list[EncodedExample | Exception]:
         """The example of each job, or the error of its record."""
-        outcomes: dict[int, EncodedExample | Exception] = {}
-        waiting: list[tuple[int, Steps, list[str]]] = []
+        return self._run([self._steps(*job) for job in jobs])
 
-        def advance(place: int, steps: Steps, ids: list[Ids] | None) -> None:
+    def _run(self, jobs: Sequence[Generator[list[str], list[Ids], Found]]) -> list[Found | Exception]:
+        """What each job returns, or its error; the texts that they ask for are tokenised together."""
+        outcomes: dict[int, Found | Exception] = {}
+        waiting: list[tuple[int, Generator[list[str], list[Ids], Found], list[str]]] = []
+
+        def advance(place: int, steps: Generator[list[str], list[Ids], Found], ids: list[Ids] | None) -> None:
             try:
                 waiting.append((place, steps, next(steps) if ids is None else steps.send(ids)))
             except StopIteration as stop:
@@ -214,8 +251,8 @@ class ExampleEncoder:
             except (BudgetError, RecordError) as error:
                 outcomes[place] = error
 
-        for place, job in enumerate(jobs):
-            advance(place, self._steps(*job), None)
+        for place, steps in enumerate(jobs):
+            advance(place, steps, None)
         while waiting:
             asking, waiting = waiting, []
             answers = iter(self._tokenizer.ids([text for _, _, texts in asking for text in texts]))

@@ -120,7 +120,8 @@ class _Work:
             self.examples = self.encoder.encode_all(records, True, options.seed, progress)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
-        self.prompts = make_prompts(self.examples[: options.generate_limit], self.texts.branches, options.seed)
+        against = options.guidance_against if options.guidance else None
+        self.prompts = make_prompts(self.examples[: options.generate_limit], self.texts.branches, options.seed, against)
         self.itemised = [example for example in self.examples if example.history_kept][: options.item_effects]
 
     # ---- stages ----------------------------------------------------------------------------------

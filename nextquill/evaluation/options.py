@@ -13,6 +13,7 @@ from nextquill.evaluation.bootstrap import check_draws, check_integer
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
 from nextquill.generation import GenerationOptions
+from nextquill.generation.options import PLAUSIBILITY
 from nextquill.models import ATTENTIONS
 
 # Prompts at a time by default.
@@ -29,7 +30,8 @@ class EvaluationOptions:
         metrics: metrics of generated texts, instead of the task's.
         generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; empty
             for no generation.
-        max_new_tokens, temperature, top_p, engine: as in `GenerationOptions`.
+        max_new_tokens, temperature, top_p, engine, guidance, plausibility: as in `GenerationOptions`.
+        guidance_against: the branch that responses of the factual branch are guided away from, with `guidance` above 0.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
         item_effects: measure the effect of each history item for the first so many records with a history.
@@ -52,7 +54,10 @@ class EvaluationOptions:
     generate_limit: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
-    engine: str = "hf"
+    engine: str = "auto"
+    guidance: float = 0.0
+    guidance_against: str = "counterfactual"
+    plausibility: float = PLAUSIBILITY
     item_effects: int = 0
     seed: int = 42
     resamples: int = 2000
@@ -64,6 +69,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         _check_name("task", self.task, TASKS)
         _check_names("generate_branches", self.generate_branches, BRANCHES)
+        _check_name("guidance_against", self.guidance_against, BRANCHES[1:])
         if self.metrics is not None:
             _check_names("metrics", self.metrics, METRICS)
         _check_name("attention", self.attention, ATTENTIONS)
@@ -82,7 +88,10 @@ class EvaluationOptions:
     def generation(self) -> GenerationOptions:
         """How responses are generated."""
         size = _GENERATED_TOGETHER if self.batch_size is None else self.batch_size
-        return GenerationOptions(self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine)
+        return GenerationOptions(
+            self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine, self.guidance,
+            self.plausibility,
+        )  # fmt: skip
 
     def text_metrics(self) -> tuple[str, ...]:
         """The metrics of generated texts: those asked for, or the task's."""

@@ -37,6 +37,11 @@ class Engine(ABC):
         for index, ids in self.generate_ids(prompts, done):
             yield index, decoded(self._tokenizer, ids, self._stops)
 
+    def stream(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int]]:
+        """Yield each prompt's index and next token as soon as it is known; some engines know a response as a whole."""
+        for index, ids in self.generate_ids(prompts):
+            yield from ((index, token) for token in ids)
+
     @abstractmethod
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """As `generate`, but with token ids; the last one is a stop token if the response reached one."""
@@ -76,7 +81,7 @@ def generation_engine(
         ArgumentError: vLLM has no name to load the model by, or does not run its adapter.
     """
     base = base_model(model)
-    stops = stop_tokens(base, tokenizer, examples)
+    stops = stop_tokens(base, tokenizer, [example.factual.response_ids[-1] for example in examples[:1]])
     if options.engine == "vllm":
         from nextquill.generation.vllm_engine import vllm_engine
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,25 +94,37 @@ def check_guidance(guidance: float, plausibility: float = PLAUSIBILITY) -> None:
         raise ArgumentError(f"plausibility: expected a share in (0, 1], got {plausibility}")
 
 
-def make_prompts(examples: Sequence[EncodedExample], branches: Sequence[str], seed: int) -> list[Prompt]:
+def make_prompts(
+    examples: Sequence[EncodedExample], branches: Sequence[str], seed: int, against: str | None = None
+) -> list[Prompt]:
     """The prompts of some branches, branch by branch, numbered from 0.
 
-    A prompt's seed follows from `seed`, the example's index and the branch alone.
+    A prompt's seed follows from `seed`, the example's index and the branch alone. With `against`, the prompts of the
+    factual branch are guided away from that branch.
 
     Raises:
         ArgumentError: there is no branch of that name, or an example lacks it.
     """
-    found = [_prompt_ids(example, branch) for branch in branches for example in examples]
-    keys = [f"{seed} {example.index} {branch}" for branch in branches for example in examples]
-    return [Prompt(index, ids, seed_of(key)) for index, (ids, key) in enumerate(zip(found, keys, strict=True))]
+    prompts = list[Prompt]()
+    for branch in branches:
+        for example in examples:
+            other = None if against is None or branch != "factual" else _prompt_ids(example, against)
+            key = f"{seed} {example.index} {branch}"
+            prompts.append(Prompt(len(prompts), _prompt_ids(example, branch), seed_of(key), other))
+    return prompts
 
 
-def stop_tokens(model: Any, tokenizer: Any, examples: Sequence[EncodedExample]) -> set[int]:
-    """The token ids that end a response; a chat model's end of turn is often not its tokenizer's end token."""
+def stop_tokens(model: Any, tokenizer: Any, ends: Collection[int] = ()) -> set[int]:
+    """The token ids that end a response; a chat model's end of turn is often not its tokenizer's end token.
+
+    Args:
+        model, tokenizer: their own end tokens are among them.
+        ends: last tokens of responses in training; those that are special tokens are among them too.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    stops |= {example.factual.response_ids[-1] for example in examples[:1]} & special
+    stops |= special.intersection(ends)
     return stops - {None}
 
 

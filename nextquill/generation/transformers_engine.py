@@ -65,8 +65,11 @@ class TransformersEngine(Engine):
         """
         context, size = context_length(self._model), self._options.batch_size
 
-        ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index))
-        for tokens, group in groupby(ordered, lambda prompt: token_limit(prompt, self._options, context)):
+        def together(prompt: Prompt) -> tuple[bool, int]:
+            return prompt.against is not None, token_limit(prompt, self._options, context)
+
+        ordered = sorted(prompts, key=lambda prompt: (prompt.against is None, -len(prompt.ids), prompt.index))
+        for (_, tokens), group in groupby(ordered, together):
             members = list(group)
             for start in range(0, len(members), size):
                 yield members[start : start + size], tokens

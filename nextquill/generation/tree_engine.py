@@ -83,8 +83,10 @@ class TreeEngine(Engine):
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         ordered, size = sorted(prompts, key=lambda prompt: (prompt.ids, prompt.index)), self._options.batch_size
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
+        for guided in (True, False):
+            group = [prompt for prompt in ordered if (prompt.against is not None) == guided]
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
 
     @torch.no_grad()
     def _tokens(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int]]:
@@ -95,7 +97,7 @@ class TreeEngine(Engine):
             return
         against = [prompt.against for prompt in alive if prompt.against is not None]
         row = _Row(build_prefix_tree([*(prompt.ids for prompt in alive), *against]), self._device)
-        processors = sampling(self._options, [prompt.seed for prompt in alive], self._device)
+        processors: Any = sampling(self._options, [prompt.seed for prompt in alive], self._device)
         logits = self._prefill(row)
         while True:
             scores = processors(None, self._guided(logits, len(alive)))

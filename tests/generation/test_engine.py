@@ -102,8 +102,8 @@ def test_stops(model, tokenizer):
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
     end = tokenizer.eos_token_id
     model.generation_config.eos_token_id = None
-    assert stop_tokens(model, tokenizer, [example([1], response=(5, turn))]) == {end, turn}
-    assert stop_tokens(model, tokenizer, [example([1], response=(5, 6))]) == {end}, "a word ends nothing"
+    assert stop_tokens(model, tokenizer, [turn]) == {end, turn}
+    assert stop_tokens(model, tokenizer, [6]) == {end}, "a word ends nothing"
     model.generation_config.eos_token_id = [7, 8]
     assert stop_tokens(model, tokenizer, []) == {end, 7, 8}
 
