@@ -12,7 +12,7 @@ Works on numbers and texts alone, from whatever model:
 
     metrics/         metrics of texts, labels, ratings and preferences
     tasks.py         the public tasks; task_texts.py applies one to some records
-    measures.py      measures over all examples; measure_names.py names them
+    measures.py      measures over all examples, and their names
     bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
     permutation.py   p-values by exchanging, and their correction for several comparisons
     results.py       the files of an evaluation's folder

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ from nextquill.evaluation.folder import (
 from nextquill.evaluation.generation import check_engine, generation_engine, make_prompts
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
-from nextquill.evaluation.measure_names import COUNTS, TOKENS
-from nextquill.evaluation.measures import LabelledScores, effect_measures, preference_measures
+from nextquill.evaluation.measures import COUNTS, TOKENS, LabelledScores, effect_measures, preference_measures
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_line
+from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_scores
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
 from nextquill.evaluation.task_texts import TaskTexts
@@ -96,34 +96,33 @@ def evaluate_model(
     return evaluation
 
 
+@dataclass
 class _Work:
     """The records, encoded and checked before anything runs; the lines of each stage; and the results."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        records: list[Record],
-        settings: PromptSettings,
-        options: EvaluationOptions,
-        model_name: str,
-        progress: Progress | None,
-    ) -> None:
-        if not records:
+    model: Any
+    tokenizer: Any
+    records: list[Record]
+    settings: PromptSettings
+    options: EvaluationOptions
+    model_name: str
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if not self.records:
             raise RecordError("records: expected at least one, got none")
-        self.model, self.tokenizer, self.records, self.settings = model, tokenizer, records, settings
-        self.options, self.model_name = options, model_name
-        self.texts = TaskTexts.of(records, options)  # before anything is tokenised
-        self.encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+        settings, options = self.settings, self.options
+        self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
+        self.encoder = ExampleEncoder(
+            self.tokenizer, settings.template, settings.max_length, settings.max_response_length
+        )
         with naming("records"):
-            self.pairs = encode_pairs(self.encoder, records, options.seed)
-            self.examples = self.encoder.encode_all(records, True, options.seed, progress)
+            self.pairs = encode_pairs(self.encoder, self.records, options.seed)
+            self.examples = self.encoder.encode_all(self.records, True, options.seed, self.progress)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
         self.prompts = make_prompts(self.examples[: options.generate_limit], self.texts.branches, options.seed)
         self.itemised = [example for example in self.examples if example.history_kept][: options.item_effects]
-
-    # ---- stages ----------------------------------------------------------------------------------
 
     def effect_lines(self, done: PartialFile) -> Lines:
         options, pad = self.options, pad_token(self.tokenizer)
@@ -137,7 +136,7 @@ class _Work:
         with self._scorer() as scorer:
             for pair in self.pairs:
                 if pair.index not in done:
-                    yield preference_line(scorer, pair)
+                    yield {"index": pair.index, "scores": preference_scores(scorer, pair)}
 
     def item_lines(self, done: PartialFile) -> Lines:
         with self._scorer() as scorer:
@@ -155,8 +154,6 @@ class _Work:
     def _scorer(self) -> BranchScorer:
         options, pad = self.options, pad_token(self.tokenizer)
         return BranchScorer(self.model, pad, attention=options.attention, max_tokens=options.max_tokens)
-
-    # ---- results ---------------------------------------------------------------------------------
 
     def results(self, effects: Stage, pairs: Stage, texts: Stage) -> tuple[Evaluation, list[EvaluatedExample]]:
         """The evaluation and its examples; they follow from the lines of the stages."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nextquill.errors import OutputExistsError
@@ -26,15 +25,15 @@ from nextquill.evaluation.results import (
     EvaluatedExample,
     Evaluation,
 )
-from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_objects
 from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
 
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
 # Stages whose content ends up in the examples' file.
 _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
-_STAGES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS)
-_RESULTS = (EXAMPLES_FILE, PREDICTIONS_FILE)
+# All files but `evaluation.json`.
+_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -82,7 +81,7 @@ class EvaluationFolder:
     def __enter__(self) -> EvaluationFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         finished = (self.folder / EVALUATION_FILE).exists()
         self._begun.close(remove=finished or not list(self._present()))
 
@@ -116,17 +115,15 @@ class EvaluationFolder:
 
     def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
         """Write the results; the evaluation itself last."""
-        with written_whole(self.folder / EXAMPLES_FILE) as stream:
-            for example in examples:
-                stream.write((json.dumps(example.to_dict(), ensure_ascii=False) + "\n").encode())
-        with written_whole(self.folder / EVALUATION_FILE) as stream:
-            stream.write(evaluation.to_json().encode())
+        lines = [json.dumps(example.to_dict(), ensure_ascii=False) + "\n" for example in examples]
+        write_whole(self.folder / EXAMPLES_FILE, "".join(lines))
+        write_whole(self.folder / EVALUATION_FILE, evaluation.to_json())
         for name in _PROGRESS:
             (self.folder / name).unlink(missing_ok=True)
 
     def _present(self) -> Iterator[Path]:
         """The files an evaluation has written here, without `evaluation.json` and `evaluation.json.partial`."""
-        for name in (*_STAGES, *_RESULTS):
+        for name in _FILES:
             for path in (self.folder / name, self.folder / f"{name}.partial"):
                 if path.exists():
                     yield path

@@ -155,7 +155,7 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
     examples = dict[int, EvaluatedExample]()
     for where, raw in json_objects(folder / EXAMPLES_FILE):
         example = _built(EvaluatedExample, raw, where)
-        if line_index(raw, where) in examples:
+        if example.index in examples:
             raise RecordError(f"{where}: field 'index': expected each index once, got {example.index} again")
         for name in ("user_id", "query", "response"):
             if not isinstance(raw[name], str):
@@ -219,7 +219,6 @@ def finite(value: float | None) -> float | None:
 
 def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     line: ItemEffects = _built(ItemEffects, raw, where)
-    line_index(raw, where)
     count = len(line_tokens(raw, where))
     if not isinstance(line.items, list) or not all(isinstance(item, dict) for item in line.items):
         raise RecordError(f"{where}: field 'items': expected a list of objects")
@@ -231,6 +230,8 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
+    """A value of this kind from a line with its fields and an index."""
+    line_index(raw, where)
     try:
         return kind(**raw)
     except TypeError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ class BranchScorer:
     def __enter__(self) -> BranchScorer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._passes.close()
 
     def __call__(self, branches: Sequence[Branch]) -> list[Tensor]:
@@ -260,9 +259,7 @@ def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str)
 
 def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     """Positions of the examples with each user's together, users in the order of their first."""
-    first: dict[str, int] = {}
-    for example in examples:
-        first.setdefault(example.user_id, len(first))
+    first = {user: place for place, user in enumerate(dict.fromkeys(example.user_id for example in examples))}
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nextquill.data import Record
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.measures import LabelledScores, text_measures
-from nextquill.evaluation.metrics import compute
+from nextquill.evaluation.measures import PROMPTS, LabelledScores, measure_name
+from nextquill.evaluation.metrics import METRICS, compute
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import has_pair
@@ -61,7 +61,18 @@ class TaskTexts:
 
     def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
         """Measures of every record's generated texts, which are given by branch."""
-        return text_measures(self.metrics, self.branches, self.references, generated, self.task.labels)
+        measures = dict[str, LabelledScores]()
+        for branch in self.branches:
+            members = [index for index, texts in enumerate(generated) if branch in texts]
+            right = [self.references[index] for index in members]
+            texts = [generated[index][branch] for index in members]
+            for kind, scores in compute(self.metrics, right, texts, labels=self.task.labels).items():
+                metric, name = METRICS[kind], measure_name(kind, branch)
+                label = f"{metric.label}, generated {PROMPTS[branch]}"
+                better = metric.higher_is_better if branch == "factual" else None
+                own = None if scores.per_example is None else name
+                measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
+        return measures
 
     def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
         """Write the texts generated with history as the task's own scorers read them, if the records have ids."""

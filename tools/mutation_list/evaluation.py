@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-rouge-recall",
         "nextquill/evaluation/metrics/rouge.py",
-        "result[kind].fmeasure",
-        "result[kind].recall",
+        "[kind].fmeasure",
+        "[kind].recall",
         "ROUGE rewards long texts",
     ),
     Mutation(
@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(
         "evaluation-stray-predictions",
         "nextquill/evaluation/predictions.py",
-        '        (have, set(want), f"id {{!r}} is not in {other}"),\n',
+        '        (given, set(wanted), f"id {{!r}} is not in {other}"),\n',
         "",
         "predictions of unknown ids are accepted",
     ),

@@ -241,8 +241,8 @@ MUTATIONS = (
     Mutation(
         "generation-padding",
         "nextquill/evaluation/generation/transformers_engine.py",
-        "[0] * left + [1] * len(each.ids)",
-        "[1] * (left + len(each.ids))",
+        'for row in rows], batch_first=True, padding_side="left")',
+        'for row in rows], batch_first=True, padding_value=1, padding_side="left")',
         "what is generated depends on the prompts beside it",
     ),
     Mutation(

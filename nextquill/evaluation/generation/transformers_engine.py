@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -28,6 +29,7 @@ from transformers import (
 from nextquill.evaluation.generation.engine import Engine
 from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.configs import context_length
+from nextquill.models.probe import in_eval_mode
 
 
 @contextmanager
@@ -38,18 +40,16 @@ def transformers_engine(
 
     Generation uses a cache even if the model's own config has none, as in training with gradient checkpointing.
     """
-    own, modes = model.generation_config, [(module, module.training) for module in model.modules()]
+    own = model.generation_config
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
     model.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
     )
-    model.eval()
     try:
-        yield TransformersEngine(model, tokenizer, stops, options)
+        with in_eval_mode(model):
+            yield TransformersEngine(model, tokenizer, stops, options)
     finally:
         model.generation_config = own
-        for module, training in modes:
-            module.training = training
 
 
 class TransformersEngine(Engine):
@@ -62,11 +62,10 @@ class TransformersEngine(Engine):
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
         for batch, limit in self._batches(prompts):
-            wanted = [prompt.index not in done for prompt in batch]
-            if not any(wanted):
+            if all(prompt.index in done for prompt in batch):
                 continue
-            for prompt, ids, want in zip(batch, self._respond(batch, limit), wanted, strict=True):
-                if want:
+            for prompt, ids in zip(batch, self._respond(batch, limit), strict=True):
+                if prompt.index not in done:
                     yield prompt.index, up_to_stop(ids, self._stops)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
@@ -76,7 +75,6 @@ class TransformersEngine(Engine):
         run together, so that the length of a response depends on its own prompt alone.
         """
         context, size = context_length(self._model), self._options.batch_size
-
         ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index))
         for tokens, group in groupby(ordered, lambda prompt: token_limit(prompt, self._options, context)):
             members = list(group)
@@ -87,21 +85,17 @@ class TransformersEngine(Engine):
     def _respond(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         if max_new_tokens < 1:
             return [[] for _ in prompts]
-        longest = max(len(prompt.ids) for prompt in prompts)
         device, pad = next(self._model.parameters()).device, self._model.generation_config.pad_token_id
-        padding = [longest - len(prompt.ids) for prompt in prompts]
-        rows = [
-            ([pad] * left + each.ids, [0] * left + [1] * len(each.ids))
-            for left, each in zip(padding, prompts, strict=True)
-        ]
-        input_ids, mask = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
+        rows = [torch.tensor(prompt.ids, device=device) for prompt in prompts]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         outputs = self._model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             logits_processor=self._sampling(prompts, device),
         )
-        responses: list[list[int]] = outputs[:, longest:].tolist()
+        responses: list[list[int]] = outputs[:, input_ids.shape[1] :].tolist()
         return responses
 
     def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:

@@ -48,22 +48,16 @@ def vllm_engine(
 
     It reserves memory for prompts of up to `longest` tokens, because a whole context often does not fit beside the
     weights.
-
-    Raises:
-        BackendUnavailableError, ArgumentError: see `check_vllm`.
     """
     adapter = check_vllm(model, model_name)
     context, needed = context_length(model), longest + options.max_new_tokens
+    name, rank = (str(model_name), None) if adapter is None else (adapter.base, adapter.rank)
     device, engine = next(model.parameters()).device, VLLMEngine(tokenizer, stops, options, context)
     model.to("cpu")
     release()
     try:
-        engine.llm = load_llm(
-            str(model_name) if adapter is None else adapter.base,
-            dtype=model.dtype,
-            max_model_len=needed if context is None else min(context, needed),
-            max_lora_rank=None if adapter is None else adapter.rank,
-        )
+        limit = needed if context is None else min(context, needed)
+        engine.llm = load_llm(name, dtype=model.dtype, max_model_len=limit, max_lora_rank=rank)
         engine.lora = None if adapter is None else lora_request("evaluated", 1, adapter.folder)
         yield engine
     finally:

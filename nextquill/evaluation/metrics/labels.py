@@ -6,52 +6,40 @@ space around them, and otherwise letter by letter. An answer that is not a label
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts
 
-_SPACES = re.compile(r"\s+")
+
+def exact_match(texts: Texts) -> MetricScores:
+    """The share of predictions that equal a reference, up to white space and the Unicode form (NFC) of letters."""
+    return _share_equal(texts, _plain)
 
 
-def labels(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """Accuracy and macro-F1, those of them that are asked for.
+def accuracy(texts: Texts) -> MetricScores:
+    """The share of predictions that equal a reference.
 
     Raises:
         ArgumentError: a reference is not among the task's labels.
     """
-    if texts.labels is not None:
-        for i, references in enumerate(texts.references):
-            for each in references:
-                if each.strip() not in texts.labels:
-                    raise ArgumentError(f"references[{i}]: expected one of {', '.join(texts.labels)}, got {each!r:.80}")
-    compute = {"accuracy": _accuracy, "f1_macro": _f1_macro}
-    return {name: compute[name](texts) for name in names}
+    _check_labels(texts)
+    return _share_equal(texts, str.strip)
 
 
-def exact_match(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """The share of predictions that equal a reference, up to white space and the Unicode form (NFC) of letters."""
-    pairs = zip(texts.references, texts.predictions, strict=True)
-    hits = [float(_plain(prediction) in map(_plain, references)) for references, prediction in pairs]
-    return {name: MetricScores.mean_of(hits, name) for name in names}
-
-
-def _accuracy(texts: Texts) -> MetricScores:
-    pairs = zip(texts.references, texts.predictions, strict=True)
-    hits = [float(prediction.strip() in [each.strip() for each in references]) for references, prediction in pairs]
-    return MetricScores.mean_of(hits, "accuracy")
-
-
-def _f1_macro(texts: Texts) -> MetricScores:
+def f1_macro(texts: Texts) -> MetricScores:
     """The mean over labels of F1 = 2 tp / (predicted + true), which is 0 for a label that does not occur.
 
     As in LaMP, the mean is over every label of the task. Without a list of labels it is over those of the references; a
     resample keeps them all.
+
+    Raises:
+        ArgumentError: a reference is not among the task's labels, or an example has several.
     """
+    _check_labels(texts)
     truth = [each.strip() for each in texts.single_references("f1_macro")]
     answers = [each.strip() for each in texts.predictions]
     known = texts.labels if texts.labels is not None else sorted(set(truth))
@@ -65,6 +53,19 @@ def _f1_macro(texts: Texts) -> MetricScores:
     return MetricScores(counts.reshape(len(truth), -1), _macro_f1_from_sums)
 
 
+def _check_labels(texts: Texts) -> None:
+    for i, references in enumerate(texts.references if texts.labels is not None else ()):
+        for each in references:
+            if each.strip() not in texts.labels:
+                raise ArgumentError(f"references[{i}]: expected one of {', '.join(texts.labels)}, got {each!r:.80}")
+
+
+def _share_equal(texts: Texts, form: Callable[[str], str]) -> MetricScores:
+    """The share of predictions that equal a reference in this form of both."""
+    pairs = zip(texts.references, texts.predictions, strict=True)
+    return MetricScores.mean_of([float(form(given) in map(form, right)) for right, given in pairs])
+
+
 def _macro_f1_from_sums(sums: Floats) -> Floats:
     hits, both = np.split(sums, 2, axis=-1)
     f1: Floats = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both != 0)
@@ -73,4 +74,4 @@ def _macro_f1_from_sums(sums: Floats) -> Floats:
 
 
 def _plain(text: str) -> str:
-    return _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+    return " ".join(unicodedata.normalize("NFC", text).split())

@@ -10,7 +10,6 @@ number beyond the scale is taken as it is, as in LaMP's evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,18 +19,19 @@ from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, rat
 LOWEST, HIGHEST = 1.0, 5.0
 
 
-def ratings(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """MAE and RMSE, those of them that are asked for.
+def mae(texts: Texts) -> MetricScores:
+    """The mean absolute error.
 
     Raises:
         ArgumentError: a reference is not a number, or an example has several references.
     """
+    return MetricScores.mean_of(_errors(texts))
+
+
+def rmse(texts: Texts) -> MetricScores:
+    """The root mean square error; raises as `mae`."""
     errors = np.array(_errors(texts))
-    compute = {
-        "mae": lambda: MetricScores.mean_of(errors, "mae"),
-        "rmse": lambda: MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio),
-    }
-    return {name: compute[name]() for name in names}
+    return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio)
 
 
 def read_rating(text: str) -> float | None:
