@@ -2,7 +2,7 @@
 
 Runs a model:
 
-    evaluate.py      a whole evaluation, from records to a folder; options.py, folder.py and identity.py belong to it
+    evaluate.py      a whole evaluation, from records to a folder; options.py and identity.py belong to it
     scoring.py       the nll of every response token, with, without and under another user's history
     preferences.py   chosen against rejected responses
     item_effects.py  the effect of every single history item
@@ -15,7 +15,7 @@ Works on numbers and texts alone, from whatever model:
     measures.py      measures over all examples, and their names
     bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
     permutation.py   p-values by exchanging, and their correction for several comparisons
-    results.py       the files of an evaluation's folder
+    results.py       the files of an evaluation's folder, written and read
     compare.py       several evaluations, paired example by example
     predictions.py   the prediction files that other scorers read
 """

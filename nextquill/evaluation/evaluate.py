@@ -20,20 +20,24 @@ from typing import Any
 
 from nextquill.data import ExampleEncoder, Record
 from nextquill.errors import BudgetError, RecordError, naming
-from nextquill.evaluation.folder import (
-    GENERATED_FILE,
-    PREDICTIONS_FILE,
-    PREFERENCES_FILE,
-    EvaluationFolder,
-    Progress,
-)
 from nextquill.evaluation.generation import check_engine, generation_engine, make_prompts
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
 from nextquill.evaluation.measures import COUNTS, TOKENS, LabelledScores, effect_measures, preference_measures
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_scores
-from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
+from nextquill.evaluation.results import (
+    EFFECTS_FILE,
+    GENERATED_FILE,
+    ITEM_EFFECTS_FILE,
+    PREDICTIONS_FILE,
+    PREFERENCES_FILE,
+    EvaluatedExample,
+    Evaluation,
+    EvaluationFolder,
+    MetricValue,
+    Progress,
+)
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
 from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.configs import check_vocabulary
@@ -160,8 +164,6 @@ class _Work:
         measures, scores = effect_measures(effects)
         compared = {line["index"]: line["scores"] for line in pairs}
         measures |= preference_measures(compared)
-        for index, own in compared.items():
-            scores[index] |= own
         generated = self._generated(texts)
         measures |= self.texts.measures(generated)
         _add_own_scores(scores, measures)

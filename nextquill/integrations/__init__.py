@@ -16,7 +16,7 @@ _NOW = {
     "checks": "nextquill.training.checks",
     "effects": "nextquill.models.stored_effects",
     "evaluating": "nextquill.evaluation.evaluate",
-    "evaluation_folder": "nextquill.evaluation.folder",
+    "evaluation_folder": "nextquill.evaluation.results",
     "evaluation_options": "nextquill.evaluation.options",
     "evaluation_tasks": "nextquill.evaluation.task_texts",
     "generation": "nextquill.evaluation.generation",

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.evaluation.generation import GenerationOptions, Prompt
-from nextquill.evaluation.generation.options import decoded
+from nextquill.evaluation.generation import GenerationOptions, Prompt, decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
 from nextquill.models.configs import base_model, context_length
 from nextquill.storage.fingerprints import digest_of

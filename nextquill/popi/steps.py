@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import ArgumentError, BudgetError
-from nextquill.evaluation.generation.options import Prompt
+from nextquill.evaluation.generation import Prompt
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.logs import LossesByUser, mean_of_finite, split_by_user, sums_of
 from nextquill.popi.objective import advantages

@@ -154,7 +154,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
 @pytest.mark.parametrize("name", ["effect_line", "decoded"])
 def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
     """SIGKILL, which a process cannot handle, while scoring and while generating."""
-    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation.engine"
+    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation"
     code = (
         "import os, signal; from nextquill.cli import main\n"
         f"from nextquill.evaluation import evaluate; from nextquill.evaluation.{place} import {name} as own\n"
@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(nextquill, trained, data, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nextquill.evaluation.generation.engine.decoded", interrupt)
+    monkeypatch.setattr("nextquill.evaluation.generation.decoded", interrupt)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     assert result.code == 130
     assert f"the finished part is in {tmp_path}; the same command resumes" in result.err
@@ -201,7 +201,7 @@ def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, fin
 
 def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("nextquill.evaluation.generation.engine.decoded", lambda *_: 1 / 0)
+        patch.setattr("nextquill.evaluation.generation.decoded", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)

@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         "generation-seeds",
-        "nextquill/evaluation/generation/options.py",
+        "nextquill/evaluation/generation/__init__.py",
         'f"{seed} {example.index} {branch}"',
         'f"{seed} {branch}"',
         "all examples are sampled with the same random numbers",
@@ -247,7 +247,7 @@ MUTATIONS = (
     ),
     Mutation(
         "generation-stop",
-        "nextquill/evaluation/generation/options.py",
+        "nextquill/evaluation/generation/__init__.py",
         "for position, token in enumerate(ids, 1) if token in stops), len(ids))",
         "for position, token in enumerate(ids) if token in stops), len(ids))",
         "sampled ids lose the token that ended them",

@@ -26,8 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nextquill.evaluation.generation.engine import Engine
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
+from nextquill.evaluation.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode
 

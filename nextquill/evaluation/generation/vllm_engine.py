@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.evaluation.generation.engine import Engine
-from nextquill.evaluation.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
+from nextquill.evaluation.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.configs import context_length, is_adapter
 
 # Prompts handed over at once: enough to fill its batches, few enough that an interrupted run loses little.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation.folder import EvaluationFolder
-from nextquill.evaluation.results import Evaluation
+from nextquill.evaluation.results import Evaluation, EvaluationFolder
 from nextquill.models.loading import PromptSettings
 from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
 from tests.models.model_helpers import TEMPLATE, tiny_model
