@@ -11,7 +11,7 @@ Runs a model:
 Works on numbers and texts alone, from whatever model:
 
     metrics/         metrics of texts, labels, ratings and preferences
-    tasks.py         the public tasks; task_texts.py applies one to some records
+    tasks.py         the public tasks
     measures.py      measures over all examples, and their names
     bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
     permutation.py   p-values by exchanging, and their correction for several comparisons

@@ -18,7 +18,7 @@ _NOW = {
     "evaluating": "nextquill.evaluation.evaluate",
     "evaluation_folder": "nextquill.evaluation.results",
     "evaluation_options": "nextquill.evaluation.options",
-    "evaluation_tasks": "nextquill.evaluation.task_texts",
+    "evaluation_tasks": "nextquill.evaluation.evaluate",
     "generation": "nextquill.evaluation.generation",
     "head": "nextquill.models.head",
     "identity": "nextquill.evaluation.identity",

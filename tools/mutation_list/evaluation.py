@@ -61,14 +61,14 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation-rmse",
-        "nextquill/evaluation/metrics/ratings.py",
+        "nextquill/evaluation/metrics/answers.py",
         "return np.sqrt(ratio(sums))",
         "return ratio(sums)",
         "RMSE is the mean square",
     ),
     Mutation(
         "evaluation-no-rating",
-        "nextquill/evaluation/metrics/ratings.py",
+        "nextquill/evaluation/metrics/answers.py",
         "farthest if rating is None",
         "0.0 if rating is None",
         "a text that is not a rating counts as right",
@@ -82,7 +82,7 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation-macro-f1",
-        "nextquill/evaluation/metrics/labels.py",
+        "nextquill/evaluation/metrics/answers.py",
         "known = texts.labels if texts.labels is not None else sorted(set(truth))",
         "known = sorted(set(truth))",
         "macro-F1 leaves out labels that no record has",

@@ -123,6 +123,7 @@ def decoded(tokenizer: Any, ids: Sequence[int], stops: set[int]) -> str:
     return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 
 
+@dataclass
 class Engine(ABC):
     """Generates responses.
 
@@ -132,8 +133,9 @@ class Engine(ABC):
         options: how responses are chosen.
     """
 
-    def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
-        self._tokenizer, self._stops, self._options = tokenizer, stops, options
+    tokenizer: Any
+    stops: set[int]
+    options: GenerationOptions
 
     def generate(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, str]]:
         """Yield index and text of each response, in any order; `prompts` alone decide which are computed together.
@@ -143,7 +145,7 @@ class Engine(ABC):
             done: indices to leave out; an engine may compute some of them again together with others.
         """
         for index, ids in self.generate_ids(prompts, done):
-            yield index, decoded(self._tokenizer, ids, self._stops)
+            yield index, decoded(self.tokenizer, ids, self.stops)
 
     @abstractmethod
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:

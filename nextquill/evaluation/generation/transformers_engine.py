@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -46,17 +47,16 @@ def transformers_engine(
     )
     try:
         with in_eval_mode(model):
-            yield TransformersEngine(model, tokenizer, stops, options)
+            yield TransformersEngine(tokenizer, stops, options, model)
     finally:
         model.generation_config = own
 
 
+@dataclass
 class TransformersEngine(Engine):
     """See `Engine`; the longest prompts come first."""
 
-    def __init__(self, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
-        super().__init__(tokenizer, stops, options)
-        self._model = model
+    model: Any
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
@@ -65,7 +65,7 @@ class TransformersEngine(Engine):
                 continue
             for prompt, ids in zip(batch, self._respond(batch, limit), strict=True):
                 if prompt.index not in done:
-                    yield prompt.index, up_to_stop(ids, self._stops)
+                    yield prompt.index, up_to_stop(ids, self.stops)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
         """Prompts to run together, longest first, and the most tokens that each may get.
@@ -73,9 +73,9 @@ class TransformersEngine(Engine):
         Near the end of the model's context that number depends on a prompt's length. Only prompts with the same number
         run together, so that the length of a response depends on its own prompt alone.
         """
-        context, size = context_length(self._model), self._options.batch_size
+        context, size = context_length(self.model), self.options.batch_size
         ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.index))
-        for tokens, group in groupby(ordered, lambda prompt: token_limit(prompt, self._options, context)):
+        for tokens, group in groupby(ordered, lambda prompt: token_limit(prompt, self.options, context)):
             members = list(group)
             for start in range(0, len(members), size):
                 yield members[start : start + size], tokens
@@ -84,11 +84,11 @@ class TransformersEngine(Engine):
     def _respond(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         if max_new_tokens < 1:
             return [[] for _ in prompts]
-        device, pad = next(self._model.parameters()).device, self._model.generation_config.pad_token_id
+        device, pad = next(self.model.parameters()).device, self.model.generation_config.pad_token_id
         rows = [torch.tensor(prompt.ids, device=device) for prompt in prompts]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        outputs = self._model.generate(
+        outputs = self.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -99,7 +99,7 @@ class TransformersEngine(Engine):
 
     def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:
         """The processors that turn the most likely token into a sample; none for greedy responses."""
-        options, found = self._options, LogitsProcessorList()
+        options, found = self.options, LogitsProcessorList()
         if options.temperature > 0:
             found.append(TemperatureLogitsWarper(float(options.temperature)))
             if options.top_p < 1:

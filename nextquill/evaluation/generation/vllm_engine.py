@@ -11,6 +11,7 @@ import gc
 import importlib.util
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -116,14 +117,13 @@ def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
     return plain_lora(model, model_name) if is_adapter(model) else None
 
 
+@dataclass
 class VLLMEngine(Engine):
     """See `Engine`; responses come in the order of their prompts."""
 
-    def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions, context: int | None) -> None:
-        super().__init__(tokenizer, stops, options)
-        self.llm: Any = None
-        self.lora: Any = None
-        self._context = context
+    context: int | None
+    llm: Any = None
+    lora: Any = None
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
@@ -139,20 +139,20 @@ class VLLMEngine(Engine):
             )
             made = {prompt.index: out.outputs[0].token_ids for prompt, out in zip(fitting, outputs, strict=True)}
             for prompt in batch:
-                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self._stops)
+                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self.stops)
 
     def _limit(self, prompt: Prompt) -> int:
-        return token_limit(prompt, self._options, self._context)
+        return token_limit(prompt, self.options, self.context)
 
     def _parameters(self, prompt: Prompt) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=self._options.temperature,
-            top_p=self._options.top_p,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
             max_tokens=self._limit(prompt),
             seed=prompt.seed,
-            stop_token_ids=sorted(self._stops),
+            stop_token_ids=sorted(self.stops),
             detokenize=False,
         )
 

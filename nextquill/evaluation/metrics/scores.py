@@ -135,14 +135,9 @@ class Texts:
             raise ArgumentError(
                 f"predictions: expected {len(references)}, as many as references, got {len(predictions)}"
             )
-        if not predictions:
-            raise ArgumentError("predictions: expected at least one, got none")
         several = tuple(
             (each,) if isinstance(each, str) else _texts(f"references[{i}]", each) for i, each in enumerate(references)
         )
-        empty = next((i for i, each in enumerate(several) if not each), None)
-        if empty is not None:
-            raise ArgumentError(f"references[{empty}]: expected at least one text, got none")
         return cls(several, _texts("predictions", predictions), None if labels is None else _texts("labels", labels))
 
     def single_references(self, metric: str) -> list[str]:
@@ -160,6 +155,8 @@ class Texts:
 def _texts(name: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, Sequence):
         raise ArgumentTypeError(f"{name}: expected a text or several, got {type(values).__name__}")
+    if not values:
+        raise ArgumentError(f"{name}: expected at least one text, got none")
     for i, each in enumerate(values):
         if not isinstance(each, str):
             raise ArgumentTypeError(f"{name}[{i}]: expected a string, got {type(each).__name__}")

@@ -1,18 +1,25 @@
-"""Answers that are right or wrong: accuracy and macro-F1 of labels, and exact match of texts.
+"""Answers that are right or wrong, or off by some points: labels, exact texts, and ratings from 1 to 5.
 
-Labels are compared as LaMP's evaluation does (github.com/LaMP-Benchmark/LaMP, eval/evaluation.py): without the white
-space around them, and otherwise letter by letter. An answer that is not a label of the task is wrong.
+    accuracy = mean [ŷ = y]      MAE = mean |ŷ − y|      RMSE = √ mean (ŷ − y)²
+
+Labels and ratings are scored as in LaMP's evaluation (github.com/LaMP-Benchmark/LaMP, eval/evaluation.py). Labels are
+compared without the white space around them, and otherwise letter by letter. An answer that is not a label of the task
+is wrong. A rating that is not a number counts as the one farthest from the right one, 1 or 5. So do "nan" and "inf",
+for which LaMP's evaluation has no score. A number beyond the scale is taken as it is.
 """
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable
 
 import numpy as np
 
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts
+from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, ratio
+
+LOWEST, HIGHEST = 1.0, 5.0
 
 
 def exact_match(texts: Texts) -> MetricScores:
@@ -53,6 +60,30 @@ def f1_macro(texts: Texts) -> MetricScores:
     return MetricScores(counts.reshape(len(truth), -1), _macro_f1_from_sums)
 
 
+def mae(texts: Texts) -> MetricScores:
+    """The mean absolute error.
+
+    Raises:
+        ArgumentError: a reference is not a number, or an example has several references.
+    """
+    return MetricScores.mean_of(_errors(texts))
+
+
+def rmse(texts: Texts) -> MetricScores:
+    """The root mean square error; raises as `mae`."""
+    errors = np.array(_errors(texts))
+    return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio)
+
+
+def read_rating(text: str) -> float | None:
+    """The number that a text spells, or None."""
+    try:
+        rating = float(text)
+    except ValueError:
+        return None
+    return rating if math.isfinite(rating) else None
+
+
 def _check_labels(texts: Texts) -> None:
     for i, references in enumerate(texts.references if texts.labels is not None else ()):
         for each in references:
@@ -75,3 +106,21 @@ def _macro_f1_from_sums(sums: Floats) -> Floats:
 
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _errors(texts: Texts) -> list[float]:
+    """How far each prediction is from its reference, in rating points."""
+    errors = []
+    references = texts.single_references("a rating's error")
+    for i, (reference, prediction) in enumerate(zip(references, texts.predictions, strict=True)):
+        truth = read_rating(reference)
+        if truth is None:
+            raise ArgumentError(f"references[{i}]: expected a rating such as '4', got {reference!r:.80}")
+        rating = read_rating(prediction)
+        farthest = max(abs(LOWEST - truth), abs(HIGHEST - truth))
+        errors.append(farthest if rating is None else abs(rating - truth))
+    return errors
+
+
+def _root_of_ratio(sums: Floats) -> Floats:
+    return np.sqrt(ratio(sums))
