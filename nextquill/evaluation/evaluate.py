@@ -13,7 +13,7 @@ again with the same model, records and options, and gives the same files, to the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from nextquill.evaluation.generation import check_engine, generation_engine, mak
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
 from nextquill.evaluation.measures import (
-    COUNTS,
     PROMPTS,
     TOKENS,
     LabelledScores,
@@ -95,15 +94,13 @@ def evaluate_model(
     check_engine(options.generation(), model, model_name)
     work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
-    with EvaluationFolder(Path(folder), {**run, **options.identity()}, overwrite=options.overwrite) as place:
-
-        def stage(name: str, indices: Iterable[int], make: Callable[[PartialFile], Lines], desc: str) -> Any:
-            return place.stage(name, list(indices), make, desc, progress)
-
-        effects = stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
-        pairs = stage(PREFERENCES_FILE, (pair.index for pair in work.pairs), work.preference_lines, "Comparing pairs")
-        stage(ITEM_EFFECTS_FILE, (each.index for each in work.itemised), work.item_lines, "Leaving items out")
-        texts = stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
+    run |= options.identity()
+    with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
+        pair_indices, item_indices = ([each.index for each in found] for found in (work.pairs, work.itemised))
+        effects = place.stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
+        pairs = place.stage(PREFERENCES_FILE, pair_indices, work.preference_lines, "Comparing pairs")
+        place.stage(ITEM_EFFECTS_FILE, item_indices, work.item_lines, "Leaving items out")
+        texts = place.stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
         evaluation, examples = work.results(effects, pairs, texts)
         work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
         place.finish(evaluation, examples)
@@ -263,13 +260,9 @@ class _Work:
     def _evaluation(self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]]) -> Evaluation:
         options, users = self.options, [record.user_id for record in self.records]
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
-        counts = {
-            "examples": len(users),
-            "users": len(set(users)),
-            "response tokens": sum(own[TOKENS] for own in scores),
-        }
-        for name, (label, count) in zip(COUNTS, counts.items(), strict=True):
-            metrics[name] = MetricValue(label, float(count))
+        metrics["examples"] = MetricValue("examples", float(len(users)))
+        metrics["users"] = MetricValue("users", float(len(set(users))))
+        metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
         settings = {**dataclasses.asdict(self.settings), **options.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
             model=self.model_name,

@@ -130,12 +130,7 @@ class LabelledScores:
     per_example: str | None = None
 
     def with_interval(self, users: Sequence[str], options: EvaluationOptions) -> MetricValue:
-        """The measure with its bootstrap interval over users.
-
-        Args:
-            users: the user of every example.
-            options: the interval's `level`, `resamples` and `seed`.
-        """
+        """The measure with its bootstrap interval; `users` are those of all examples."""
         groups = [users[index] for index in self.members]
         value, *bounds = bootstrap_interval(
             self.scores, groups, level=options.level, resamples=options.resamples, seed=options.seed

@@ -254,15 +254,18 @@ class EvaluationFolder:
         folder: created if it is missing.
         run: the settings that must agree for an evaluation to resume, by name; JSON.
         overwrite: delete the evaluation that is there, finished or not.
+        progress: `progress(lines, total=..., initial=..., desc=...)` is iterated instead of the lines; `tqdm` fits.
 
     Raises:
         OutputExistsError: the folder holds a finished evaluation or a file in the way, or another process writes there.
         CheckpointError: another evaluation was started there; the message names the setting that differs.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False, progress: Progress | None = None
+    ) -> None:
         check_folder(folder, overwrite=overwrite)
-        self.folder = folder
+        self.folder, self._progress = folder, progress
         folder.mkdir(parents=True, exist_ok=True)
         self._begun = BegunFile(folder / EVALUATION_FILE, run, overwrite=overwrite, argument="folder")
         try:
@@ -287,7 +290,6 @@ class EvaluationFolder:
         indices: Sequence[int],
         make: Callable[[PartialFile], Iterable[Mapping[str, Any]]],
         desc: str,
-        progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
         """The lines of a stage: those already written, and those that `make` yields.
 
@@ -296,14 +298,13 @@ class EvaluationFolder:
             indices: the indices of all its lines, in the order of the file.
             make: called with the lines already written; yields the other lines, in any order.
             desc: the text of the progress bar.
-            progress: `progress(lines, total=..., initial=..., desc=...)` is iterated instead of the lines; `tqdm` fits.
         """
         path = self.folder / name
         if not path.exists() and indices:
             with PartialFile(path, {}, argument="folder") as partial:
                 lines = make(partial)
-                if progress is not None:
-                    lines = progress(lines, total=len(indices), initial=len(partial), desc=desc)
+                if self._progress is not None:
+                    lines = self._progress(lines, total=len(indices), initial=len(partial), desc=desc)
                 for line in lines:
                     partial.write(line)
                 partial.finish(indices)

@@ -186,20 +186,16 @@ def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0
 
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
     """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals."""
-    result = {
+    names = ("nll_factual", "nll_counterfactual", "effect_logprob", "effect_prob", "nll_placebo")
+    values = {name: getattr(scores, name) for name in names}
+    return {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
         "history_kept": scores.example.history_kept,
         "tokens": token_texts(tokenizer, scores.token_ids),
         "token_ids": scores.token_ids,
-        "nll_factual": rounded(scores.nll_factual),
-        "nll_counterfactual": rounded(scores.nll_counterfactual),
-        "effect_logprob": rounded(scores.effect_logprob),
-        "effect_prob": rounded(scores.effect_prob),
+        **{name: rounded(value) for name, value in values.items() if value is not None},
     }
-    if scores.nll_placebo is not None:
-        result["nll_placebo"] = rounded(scores.nll_placebo)
-    return result
 
 
 def rounded(values: Tensor) -> list[float]:

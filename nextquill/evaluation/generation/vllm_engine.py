@@ -71,12 +71,7 @@ def load_llm(
 ) -> Any:
     """vLLM's `LLM`, with token ids in and out, without the model's own generation config.
 
-    Args:
-        name: folder or hub name of the weights.
-        dtype: the weights' dtype.
-        max_model_len: the most tokens of a prompt and its response together.
-        max_lora_rank: the highest rank of the adapters to run, if any.
-        options: other options of `LLM`.
+    `name` is the folder or hub name of the weights, and `max_model_len` the tokens of a prompt and its response.
     """
     import vllm
 
@@ -130,10 +125,11 @@ class VLLMEngine(Engine):
         wanted = [prompt for prompt in prompts if prompt.index not in done]
         for start in range(0, len(wanted), _AT_ONCE):
             batch = wanted[start : start + _AT_ONCE]
-            fitting = [prompt for prompt in batch if self._limit(prompt)]
+            limits = {prompt.index: token_limit(prompt, self.options, self.context) for prompt in batch}
+            fitting = [prompt for prompt in batch if limits[prompt.index]]
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt.ids} for prompt in fitting],
-                [self._parameters(prompt) for prompt in fitting],
+                [self._parameters(prompt, limits[prompt.index]) for prompt in fitting],
                 use_tqdm=False,
                 lora_request=self.lora,
             )
@@ -141,16 +137,13 @@ class VLLMEngine(Engine):
             for prompt in batch:
                 yield prompt.index, up_to_stop(made.get(prompt.index, ()), self.stops)
 
-    def _limit(self, prompt: Prompt) -> int:
-        return token_limit(prompt, self.options, self.context)
-
-    def _parameters(self, prompt: Prompt) -> Any:
+    def _parameters(self, prompt: Prompt, max_tokens: int) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
             temperature=self.options.temperature,
             top_p=self.options.top_p,
-            max_tokens=self._limit(prompt),
+            max_tokens=max_tokens,
             seed=prompt.seed,
             stop_token_ids=sorted(self.stops),
             detokenize=False,
@@ -158,11 +151,10 @@ class VLLMEngine(Engine):
 
 
 def plain_lora(model: Any, folder: str, name: str | None = None, base: str | None = None) -> Adapter:
-    """A PEFT model's adapter, as vLLM runs it over its base.
+    """The adapter of a PEFT model that is saved in a folder, as vLLM runs it over its base.
 
     Args:
-        model: the PEFT model.
-        folder: the folder that the adapter is saved in.
+        model, folder: the model, and the adapter's folder.
         name: the adapter's name; by default that of the active one.
         base: folder or hub name of the base model; by default as the adapter's config says.
 

@@ -141,11 +141,7 @@ class Texts:
         return cls(several, _texts("predictions", predictions), None if labels is None else _texts("labels", labels))
 
     def single_references(self, metric: str) -> list[str]:
-        """The one reference of each example.
-
-        Raises:
-            ArgumentError: an example has several, for which `metric` is not defined.
-        """
+        """The one reference of each example; ArgumentError where one has several, for which `metric` is not defined."""
         for i, each in enumerate(self.references):
             if len(each) > 1:
                 raise ArgumentError(f"references[{i}]: {metric} takes one reference an example, got {len(each)}")
@@ -164,11 +160,7 @@ def _texts(name: str, values: object) -> tuple[str, ...]:
 
 
 def required(module: str, package: str) -> Any:
-    """A module of an optional package.
-
-    Raises:
-        BackendUnavailableError: it is not installed; the message says what to install.
-    """
+    """A module of an optional package; BackendUnavailableError says what to install if it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
