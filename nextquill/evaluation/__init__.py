@@ -19,5 +19,3 @@ Works on numbers and texts alone, from whatever model:
     compare.py       several evaluations, paired example by example
     predictions.py   the prediction files that other scorers read
 """
-
-from __future__ import annotations

@@ -153,13 +153,9 @@ def token_values(line: Mapping[str, Any]) -> dict[str, Floats]:
 
 
 def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, LabelledScores], list[dict[str, float]]]:
-    """NLLs and effects over all tokens and over examples, and every example's own means.
+    """NLLs and effects over all tokens and over examples, by name, from the examples' lines of `effects.jsonl`.
 
-    Args:
-        lines: a line of `effect_line` for each example.
-
-    Returns:
-        The measures by name; and for each example its scores by name, with its number of `tokens`.
+    The second result holds every example's own means by name, with its number of `tokens`.
     """
     values = [token_values(line) for line in lines]
     sizes = [len(line["token_ids"]) for line in lines]
@@ -179,11 +175,7 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Label
 
 
 def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:
-    """Means over the examples that hold a pair of responses.
-
-    Args:
-        scores: the examples' `preference_scores`, by the example's position.
-    """
+    """Means over the examples that hold a pair of responses, from their `preference_scores` by position."""
     members, measures = sorted(scores), dict[str, LabelledScores]()
     for branch, prompt in PROMPTS.items():
         for kind, (label, unit, better, _) in PREFERENCE_KINDS.items():

@@ -36,11 +36,7 @@ class PreferencePair:
 
 
 def has_pair(record: Record, index: int) -> bool:
-    """Whether a record holds two responses to compare.
-
-    Raises:
-        RecordError: it holds only one of them, or something that is not a text.
-    """
+    """Whether a record holds two responses to compare; RecordError if it holds one, or something that is not a text."""
     given = [name for name in PAIR if record.extra.get(name) is not None]
     for name in given:
         value = record.extra[name]

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,8 +248,8 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
         raise OutputExistsError(f"folder: expected a folder, {existing} is a file")
 
 
-class EvaluationFolder:
-    """A folder that one evaluation writes into. A context manager; a folder without any line is left as it was.
+class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
+    """A folder that one evaluation writes into. Leaving its context leaves a folder without any line as it was.
 
     Args:
         folder: created if it is missing.
@@ -277,9 +278,6 @@ class EvaluationFolder:
             self._begun.close(remove=self._begun.is_new)
             raise
 
-    def __enter__(self) -> EvaluationFolder:
-        return self
-
     def __exit__(self, *error: object) -> None:
         finished = (self.folder / EVALUATION_FILE).exists()
         self._begun.close(remove=finished or not list(self._present()))
@@ -291,13 +289,12 @@ class EvaluationFolder:
         make: Callable[[PartialFile], Iterable[Mapping[str, Any]]],
         desc: str,
     ) -> list[dict[str, Any]]:
-        """The lines of a stage: those already written, and those that `make` yields.
+        """The lines of a stage's file: those already written, and those that `make` yields.
 
         Args:
-            name: the stage's file.
+            name, desc: of the file, and on the progress bar.
             indices: the indices of all its lines, in the order of the file.
             make: called with the lines already written; yields the other lines, in any order.
-            desc: the text of the progress bar.
         """
         path = self.folder / name
         if not path.exists() and indices:

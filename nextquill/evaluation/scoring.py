@@ -7,6 +7,7 @@ decide which records are computed together, so an interrupted run resumes with t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +107,12 @@ def score_examples(
                 done = max(0, done - part["num_sequences"])
 
 
-class BranchScorer:
+class BranchScorer(AbstractContextManager["BranchScorer"]):
     """Scores any branches of one model without gradient, those that begin alike in one forward.
 
         nll[t] = -log p(response[t] | prompt, response[:t])
 
-    A context manager: leaving it gives the model back as it was.
+    Leaving its context gives the model back as it was.
 
     Args:
         model: a causal language model; used in eval mode.
@@ -138,9 +139,6 @@ class BranchScorer:
         self._passes = PairPasses(model, SFTLoss(), attention) if passes is None else passes
         self._usual = usual_max_tokens(model, attention)
         self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
-
-    def __enter__(self) -> BranchScorer:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._passes.close()

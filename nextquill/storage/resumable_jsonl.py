@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class BegunFile:
         return f"{self.path} was started with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
 
 
-class PartialFile(BegunFile):
+class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
     """A partial file to which lines are added; arguments and errors are those of `BegunFile`.
 
     As a context manager, it deletes a file without lines at the end.
@@ -97,9 +98,6 @@ class PartialFile(BegunFile):
             self.begin()
         else:
             self._read_back()
-
-    def __enter__(self) -> PartialFile:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close(remove=not self._offsets)

@@ -94,8 +94,7 @@ class TransformersEngine(Engine):
             max_new_tokens=max_new_tokens,
             logits_processor=self._sampling(prompts, device),
         )
-        responses: list[list[int]] = outputs[:, input_ids.shape[1] :].tolist()
-        return responses
+        return list(outputs[:, input_ids.shape[1] :].tolist())
 
     def _sampling(self, prompts: Sequence[Prompt], device: torch.device) -> LogitsProcessorList:
         """The processors that turn the most likely token into a sample; none for greedy responses."""

@@ -15,9 +15,8 @@ from functools import partial
 from types import MappingProxyType
 
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, rmse
+from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, preference_accuracy, rmse
 from nextquill.evaluation.metrics.meteor import meteor, meteor_exact_stem, resolve
-from nextquill.evaluation.metrics.preferences import preference_accuracy
 from nextquill.evaluation.metrics.rouge import rouge
 from nextquill.evaluation.metrics.sacre import bleu, chrf
 from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts

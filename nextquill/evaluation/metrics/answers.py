@@ -1,4 +1,4 @@
-"""Answers that are right or wrong, or off by some points: labels, exact texts, and ratings from 1 to 5.
+"""Answers that are right or wrong, or off by some points: labels, exact texts, ratings, and choices of two responses.
 
     accuracy = mean [ŷ = y]      MAE = mean |ŷ − y|      RMSE = √ mean (ŷ − y)²
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -75,6 +75,29 @@ def rmse(texts: Texts) -> MetricScores:
     return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio)
 
 
+def preference_accuracy(chosen: Sequence[float] | Floats, rejected: Sequence[float] | Floats) -> MetricScores:
+    """The share of pairs whose chosen response scores above the rejected one; a tie counts half.
+
+    Args:
+        chosen, rejected: the model's score of each pair's two responses, such as log-probabilities in nats; −inf is
+            allowed.
+
+    Raises:
+        ArgumentError: there are no pairs, different numbers of both, or a score is not a number.
+    """
+    better, worse = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    if better.shape != worse.shape or better.ndim != 1 or not len(better):
+        raise ArgumentError(
+            f"rejected: expected a score for each of chosen, and at least one, got shapes {list(better.shape)} "
+            f"and {list(worse.shape)}"
+        )
+    for name, scores in (("chosen", better), ("rejected", worse)):
+        bad = np.flatnonzero(np.isnan(scores))
+        if len(bad):
+            raise ArgumentError(f"{name}[{bad[0]}]: expected a score, got nan")
+    return MetricScores.mean_of((better > worse) + 0.5 * (better == worse), "preference_accuracy")
+
+
 def read_rating(text: str) -> float | None:
     """The number that a text spells, or None."""
     try:
@@ -85,7 +108,9 @@ def read_rating(text: str) -> float | None:
 
 
 def _check_labels(texts: Texts) -> None:
-    for i, references in enumerate(texts.references if texts.labels is not None else ()):
+    if texts.labels is None:
+        return
+    for i, references in enumerate(texts.references):
         for each in references:
             if each.strip() not in texts.labels:
                 raise ArgumentError(f"references[{i}]: expected one of {', '.join(texts.labels)}, got {each!r:.80}")

@@ -106,12 +106,9 @@ def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Texts:
-    """Checked input of a metric of texts: `references[i]` are the right answers for `predictions[i]`.
+    """Input of a metric of texts: an example has one or more references, the right answers, and one prediction.
 
-    Args:
-        references: one or more an example.
-        predictions: one an example.
-        labels: every possible answer, if the task has a list of them.
+    `labels` are all possible answers, if the task has a list of them.
     """
 
     references: tuple[tuple[str, ...], ...]
@@ -122,7 +119,7 @@ class Texts:
     def checked(
         cls, references: Sequence[Reference], predictions: Sequence[str], labels: Sequence[str] | None = None
     ) -> Texts:
-        """The same, checked.
+        """The input, checked.
 
         Raises:
             ArgumentTypeError: something is not a string.
