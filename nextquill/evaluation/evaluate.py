@@ -187,11 +187,9 @@ class _Work:
     def __post_init__(self) -> None:
         if not self.records:
             raise RecordError("records: expected at least one, got none")
-        settings, options = self.settings, self.options
+        options = self.options
         self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
-        self.encoder = ExampleEncoder(
-            self.tokenizer, settings.template, settings.max_length, settings.max_response_length
-        )
+        self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
             self.pairs = encode_pairs(self.encoder, self.records, options.seed)
             self.examples = self.encoder.encode_all(self.records, True, options.seed, self.progress)

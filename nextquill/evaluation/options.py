@@ -73,7 +73,7 @@ class EvaluationOptions:
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
         if reading and not self.generate_branches:
-            raise ArgumentError(f"metrics: {reading[0]} is of generated texts, and no branch is generated for")
+            raise ArgumentError(f"metrics: {reading[0]} measures generated texts, but generate_branches is empty")
         self.generation()
 
     def generation(self) -> GenerationOptions:
@@ -94,7 +94,7 @@ class EvaluationOptions:
 
 
 def _check_names(argument: str, names: Any, known: Any) -> None:
-    if isinstance(names, str) or not isinstance(names, tuple):
+    if not isinstance(names, tuple):
         raise ArgumentTypeError(f"{argument}: expected a tuple of names, got {names!r}")
     for name in names:
         _check_name(argument, name, known)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,7 +249,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
-    """A folder that one evaluation writes into. Leaving its context leaves a folder without any line as it was.
+    """A folder that one evaluation writes into; at the end of its context, a folder without any line is as it was.
 
     Args:
         folder: created if it is missing.
@@ -280,14 +280,10 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
 
     def __exit__(self, *error: object) -> None:
         finished = (self.folder / EVALUATION_FILE).exists()
-        self._begun.close(remove=finished or not list(self._present()))
+        self._begun.close(remove=finished or not self._present())
 
     def stage(
-        self,
-        name: str,
-        indices: Sequence[int],
-        make: Callable[[PartialFile], Iterable[Mapping[str, Any]]],
-        desc: str,
+        self, name: str, indices: Sequence[int], make: Callable[[PartialFile], Iterable[Mapping[str, Any]]], desc: str
     ) -> list[dict[str, Any]]:
         """The lines of a stage's file: those already written, and those that `make` yields.
 
@@ -315,15 +311,13 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         for name in _PROGRESS:
             (self.folder / name).unlink(missing_ok=True)
 
-    def _present(self) -> Iterator[Path]:
+    def _present(self) -> list[Path]:
         """The files an evaluation has written here, without `evaluation.json` and `evaluation.json.partial`."""
-        for name in _FILES:
-            for path in (self.folder / name, self.folder / f"{name}.partial"):
-                if path.exists():
-                    yield path
+        paths = (self.folder / f"{name}{ending}" for name in _FILES for ending in ("", ".partial"))
+        return [path for path in paths if path.exists()]
 
     def _clear(self, overwrite: bool) -> None:
-        for path in list(self._present()):
+        for path in self._present():
             if not overwrite:
                 raise OutputExistsError(f"folder: {path} exists; give another folder, or overwrite=True")
             path.unlink()

@@ -233,7 +233,7 @@ def test_an_existing_output_file_is_not_replaced_unasked(nextquill, trained, dat
     [
         (["--limit", 0], 2, "--limit: expected a positive number, got 0"),
         (["--batch_size", -1], 2, "--batch_size: expected a positive number, got -1"),
-        (["--generate_limit", 0], 2, "--generate_limit: expected a positive number"),
+        (["--generate_limit", 0], 2, "--generate_limit: expected at least 1"),
         (["--max_new_tokens", 0], 2, "--max_new_tokens: expected a positive number"),
         (["--task", "lamp_33"], 2, "argument --task: invalid choice: 'lamp_33'"),
         (["--metrics", "rogue_l"], 2, "--metrics: expected one of rouge_1"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,14 +162,13 @@ def check_engine(options: GenerationOptions, model: Any = None, model_name: str 
             check_vllm(model, model_name)
 
 
-@contextmanager
 def generation_engine(
     model: Any,
     tokenizer: Any,
     examples: Sequence[EncodedExample],
     options: GenerationOptions,
     model_name: str | None = None,
-) -> Iterator[Engine]:
+) -> AbstractContextManager[Engine]:
     """The engine that `options.engine` names, for the length of the block; the model is left as it was.
 
     A response ends at the token that ended the training responses, at the tokenizer's end token or one of the
@@ -192,13 +191,10 @@ def generation_engine(
 
         branches = [branch for each in examples for branch in (each.factual, each.counterfactual, each.placebo)]
         longest = max((branch.prompt_length for branch in branches if branch is not None), default=1)
-        with vllm_engine(model, tokenizer, stops, options, model_name, longest) as engine:
-            yield engine
-    else:
-        from nextquill.evaluation.generation.transformers_engine import transformers_engine
+        return vllm_engine(model, tokenizer, stops, options, model_name, longest)
+    from nextquill.evaluation.generation.transformers_engine import transformers_engine
 
-        with transformers_engine(base, tokenizer, stops, options) as engine:
-            yield engine
+    return transformers_engine(base, tokenizer, stops, options)
 
 
 def _prompt_ids(example: EncodedExample, name: str) -> list[int]:
