@@ -73,7 +73,7 @@ class EvaluationOptions:
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
         if reading and not self.generate_branches:
-            raise ArgumentError(f"metrics: {reading[0]} measures generated texts, but generate_branches is empty")
+            raise ArgumentError(f"metrics: {reading[0]} measures generated texts, and none are generated")
         self.generation()
 
     def generation(self) -> GenerationOptions:

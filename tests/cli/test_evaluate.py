@@ -238,7 +238,7 @@ def test_an_existing_output_file_is_not_replaced_unasked(nextquill, trained, dat
         (["--task", "lamp_33"], 2, "argument --task: invalid choice: 'lamp_33'"),
         (["--metrics", "rogue_l"], 2, "--metrics: expected one of rouge_1"),
         (["--generate_branches", "own"], 2, "argument --generate_branches: invalid choice: 'own'"),
-        (["--metrics", "bleu", "--generate", "false"], 2, "--metrics: bleu is of generated texts"),
+        (["--metrics", "bleu", "--generate", "false"], 2, "--metrics: bleu measures generated texts"),
         (["--temperature", -1], 2, "--temperature: expected 0 (greedy) or more, got -1.0"),
         (["--top_p", 0.5], 2, "--top_p: expected a temperature above 0 with it"),
         (["--item_effects", -1], 2, "--item_effects: expected at least 0, got -1"),

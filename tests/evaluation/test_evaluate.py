@@ -219,7 +219,7 @@ def test_places_of_measures_cover_all(whole):
         ({"metrics": ("rouge_l", "rogue_l")}, "metrics: .*, got 'rogue_l'; did you mean 'rouge_l'"),
         ({"generate_branches": ("own",)}, "generate_branches: expected one of factual, counterfactual, placebo"),
         ({"generate_branches": ("factual", "factual")}, "generate_branches: expected each name once"),
-        ({"metrics": ("bleu",), "generate_branches": ()}, "metrics: bleu measures generated texts, but generate_branches is empty"),
+        ({"metrics": ("bleu",), "generate_branches": ()}, "metrics: bleu measures generated texts, and none are"),
         ({"level": 1.0}, "level: expected a share between 0 and 1"),
         ({"resamples": 0}, "resamples: expected at least 1, got 0"),
         ({"item_effects": -1}, "item_effects: expected at least 0, got -1"),
