@@ -31,9 +31,8 @@ from nextquill.comparison.running import (
 )
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, OutputExistsError
-from nextquill.evaluation.evaluate import evaluate_model
+from nextquill.evaluation.evaluate import TaskTexts, evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.task_texts import TaskTexts
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.report.comparison.findings import find

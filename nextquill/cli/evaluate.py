@@ -22,12 +22,11 @@ from nextquill.data.skipped import SkippedRecords
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError, naming
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.folder import check_folder
 from nextquill.evaluation.generation import ENGINES, check_engine
 from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
+from nextquill.evaluation.results import Evaluation, check_folder, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
 from nextquill.storage.atomic_files import write_whole
 

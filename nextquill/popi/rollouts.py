@@ -26,8 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.evaluation.generation import GenerationOptions, Prompt
-from nextquill.evaluation.generation.options import decoded
+from nextquill.evaluation.generation import GenerationOptions, Prompt, decoded
 from nextquill.evaluation.generation.transformers_engine import transformers_engine
 from nextquill.evaluation.generation.vllm_engine import (
     VLLMEngine,

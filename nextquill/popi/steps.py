@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nextquill.data import Branch
 from nextquill.errors import BudgetError
-from nextquill.evaluation.generation.options import Prompt
+from nextquill.evaluation.generation import Prompt
 from nextquill.evaluation.results import finite
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.objective import PairLosses, advantages, generator_error, informativeness

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.measure_names import PROMPTS
+from nextquill.evaluation.measures import PROMPTS
 from nextquill.evaluation.results import (
     EFFECTS_FILE,
     ITEM_EFFECTS_FILE,

@@ -13,7 +13,7 @@ from typing import Any
 
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.measure_names import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
+from nextquill.evaluation.measures import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.results import EvaluatedExample, MetricValue
 from nextquill.report.data import Cell, Column, Table

@@ -13,7 +13,7 @@ from nextquill.comparison.folder import RunRecord, read_record, run_folder
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.bootstrap import paired_over_seeds
 from nextquill.evaluation.compare import paired_scores
-from nextquill.evaluation.measure_names import COUNTS, PER_EXAMPLE, is_of_corpus
+from nextquill.evaluation.measures import COUNTS, PER_EXAMPLE, is_of_corpus
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import EVALUATION_FOLDER, EvaluatedExample, Evaluation, read_evaluation, read_examples
