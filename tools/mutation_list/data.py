@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "data-control-tokens",
         "nextquill/data/user_text.py",
-        'return " " if found.lastindex else f"{found[0]} "',
-        "return found[0]",
+        'return f"{head[0]} " if found else head[0]',
+        "return head[0]",
         "a user's text can end the turn of the prompt that it stands in",
     ),
     Mutation(
