@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextquill.data._checks import needed_package
 from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, check_times, item_text
 from nextquill.data.records import Record
-from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.errors import ArgumentError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -69,11 +70,6 @@ class DenseSelector(RankedSelector):
 
 
 def _load(name: str) -> TextEncoder:
-    try:
+    with needed_package("name: 'dense' needs sentence-transformers", "dense"):
         from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"name: 'dense' needs sentence-transformers, which is not installed ({error}); "
-            "pip install 'nextquill[dense]'"
-        ) from error
     return functools.partial(SentenceTransformer(name).encode, show_progress_bar=False)
