@@ -27,9 +27,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from nextquill.data.dataset import EncodedDataset
 from nextquill.data.encoding import ExampleEncoder
-from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.examples import Branch, EncodedDataset, EncodedExample, EncodingStats, encoding_stats
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
@@ -87,21 +86,8 @@ class PreparedDataset(EncodedDataset):
     @property
     def stats(self) -> EncodingStats:
         """Counts of what encoding kept and dropped."""
-        sums = torch.zeros(len(_COLUMNS), dtype=torch.long)
-        truncated = without = 0
-        for index in self._stored.indices():
-            sums += index.sum(0)
-            truncated += int((index[:, _KEPT] < index[:, _TOTAL]).sum())
-            without += int((index[:, _KEPT] == 0).sum())
-        return EncodingStats(
-            examples=len(self),
-            history_items=int(sums[_TOTAL]),
-            history_items_dropped=int(sums[_TOTAL] - sums[_KEPT]),
-            examples_truncated=truncated,
-            examples_without_history=without,
-            prompt_tokens=int(sums[_FACTUAL]),
-            response_tokens=int(sums[_RESPONSE]),
-        )
+        counts = [index[:, [_KEPT, _TOTAL, _FACTUAL, _RESPONSE]] for index in self._stored.indices()]
+        return encoding_stats(torch.cat(counts))
 
     @property
     def skipped(self) -> list[dict[str, Any]]:

@@ -38,8 +38,9 @@ class UserText:
     def __init__(self, literals: Iterable[str] = (), markers: Iterable[str] = ()) -> None:
         self._literals = frozenset(literals) - {""}
         self._lengths = sorted(set(map(len, self._literals)))
-        heads = "|".join(sorted({re.escape(literal[0]) for literal in self._literals}))
-        self._heads = re.compile(heads) if heads else None
+        # A look-ahead takes no characters, so that overlapping literals are found.
+        heads = [f"{re.escape(two[0])}(?={re.escape(two[1:])})" for two in {each[:2] for each in self._literals}]
+        self._heads = re.compile("|".join(heads)) if heads else None
         self._markers = _marker_pattern(set(markers) - {""})
         self._changed: set[int] = set()
         self._kept: dict[str, str] = {}

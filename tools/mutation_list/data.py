@@ -6,15 +6,15 @@ MUTATIONS = (
     Mutation(
         "data-history-order",
         "nextquill/data/records.py",
-        "sorted(dated, key=lambda pair: pair[0])",
-        "sorted(dated, key=lambda pair: -pair[0])",
+        "sorted(history, key=lambda item: item.timestamp or 0.0)",
+        "sorted(history, key=lambda item: -(item.timestamp or 0.0))",
         "histories stand newest first, so that the newest texts are cut",
     ),
     Mutation(
         "data-text-from-the-future",
         "nextquill/data/records.py",
-        "record_timestamp is not None and item.timestamp > record_timestamp:",
-        "record_timestamp is not None and item.timestamp > record_timestamp + 86400:",
+        "timestamp is not None and item.timestamp > timestamp:",
+        "timestamp is not None and item.timestamp > timestamp + 86400:",
         "texts up to a day younger than the record leak its answer",
     ),
     Mutation(

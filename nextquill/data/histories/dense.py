@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nextquill.data._checks import needed_package
-from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, check_times, item_text
-from nextquill.data.records import Record
+from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, describe, item_text
+from nextquill.data.records import Record, check_times
 from nextquill.errors import ArgumentError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -42,7 +42,7 @@ class DenseSelector(RankedSelector):
         """Embed the texts of all records in one call."""
         texts: dict[str, None] = {}
         for record in records:
-            check_times(record)
+            check_times(record.history, record.timestamp, describe(record))
             if record.history:
                 texts.update(dict.fromkeys([record.query, *map(item_text, record.history)]))
         self._embed(texts)

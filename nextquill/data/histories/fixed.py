@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nextquill.data.histories.base import History, Selector, TokenBudget, check_times, describe, in_time_order
-from nextquill.data.records import HistoryItem, Record
+from nextquill.data.histories.base import History, Selector, TokenBudget, describe
+from nextquill.data.records import HistoryItem, Record, check_times, in_time_order
 from nextquill.errors import RecordError
 
 
@@ -41,14 +41,15 @@ class FixedSelector(Selector):
         Raises:
             RecordError: a record has a history item dated after it.
         """
-        users: dict[str, _User] = {}
+        users, self._items = dict[str, _User](), {}
         for record in records:
-            check_times(record)
+            check_times(record.history, record.timestamp, describe(record))
             users.setdefault(record.user_id, _User()).add(record)
-        self._items = {name: self._newest(user.candidates()) for name, user in users.items()}
-        without = [name for name, items in self._items.items() if not items]
-        self.users_without_history = tuple(without)
-        self.records_without_history = sum(users[name].records for name in without)
+        for name, user in users.items():
+            candidates = user.candidates()
+            self._items[name] = self._within_limits(candidates, range(len(candidates) - 1, -1, -1))
+        self.users_without_history = tuple(name for name, items in self._items.items() if not items)
+        self.records_without_history = sum(users[name].records for name in self.users_without_history)
 
     def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
         items = self._items.get(record.user_id)
@@ -61,9 +62,6 @@ class FixedSelector(Selector):
                     "fixed history does not precede"
                 )
         return items
-
-    def _newest(self, candidates: History) -> tuple[HistoryItem, ...]:
-        return self._within_limits(candidates, range(len(candidates) - 1, -1, -1))
 
 
 class _User:
