@@ -49,13 +49,8 @@ def numbered_lines(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield each line's number, from 1, and its bytes with the line break.
 
-    Args:
-        path: a file, plain or gzipped.
-        max_line_bytes: a longer line is an error.
-        skipped: counts lines that are too long, which are then left out; None makes them errors.
-
     Raises:
-        RecordError: the file cannot be read, or a line is too long.
+        RecordError: the file cannot be read, or a line is too long and there is no `skipped` to count it.
     """
     with opened(path) as file:
         number = 0
@@ -79,13 +74,9 @@ def json_lines(
 ) -> Iterator[tuple[str, object]]:
     """Yield the place and the value of each line of a JSONL file, without blank lines.
 
-    Args:
-        path: a file, plain or gzipped.
-        max_line_bytes: a longer line is an error.
-        skipped: counts lines that are too long, not UTF-8 or not JSON, which are then left out; None makes them errors.
-
     Raises:
-        RecordError: the file cannot be read, or a line is too long, not UTF-8 or not JSON.
+        RecordError: the file cannot be read; or a line is too long, not UTF-8 or not JSON, and there is no `skipped` to
+            count it.
     """
     for number, line in numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
         where = f"{os.fspath(path)} line {number}"
@@ -103,11 +94,7 @@ def json_lines(
 
 
 def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
-    """A line as text, without a byte-order mark.
-
-    Raises:
-        RecordError: it is not UTF-8.
-    """
+    """A line as text, without a byte-order mark; RecordError if it is not UTF-8."""
     try:
         # Editors on Windows write a byte-order mark at the start of a file, and JSON parsers refuse it.
         return line.decode("utf-8-sig" if byte_order_mark else "utf-8")

@@ -215,15 +215,20 @@ def check_text(value: object, where: str, name: str) -> str:
     return value
 
 
+def as_float(value: Real) -> float:
+    """The nearest float; infinity if the number is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _timestamp(value: object, where: str, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise unexpected(where, name, "a number of seconds", value)
-    try:
-        seconds = float(value)
-    except OverflowError:
-        seconds = math.inf
+    seconds = as_float(value)
     if not math.isfinite(seconds):
         raise PlacedError(where, f"expected a finite number of seconds, got {seconds}", name)
     return seconds

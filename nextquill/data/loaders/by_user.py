@@ -41,13 +41,9 @@ class Entry(NamedTuple):
 def records_of(
     source: Source, convert: Callable[[Row], Entry], *, min_history: int = 0, max_history: int | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Yield a record for every entry that has enough earlier entries by its user.
+    """Yield a record for every entry that has at least `min_history` earlier entries by its user.
 
-    Args:
-        source: the log. Its `skipped` also counts entries that cannot be placed in time.
-        convert: makes an entry from a row.
-        min_history: the fewest earlier entries that a record needs. Other entries still become history.
-        max_history: the most earlier entries, the latest ones; None takes all.
+    Other entries still become history, of which a record holds the latest `max_history`; None takes all.
 
     Raises:
         RecordError: some entries of a user have a timestamp and others have none, and nothing is skipped.

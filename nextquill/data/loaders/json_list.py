@@ -26,14 +26,10 @@ _TOKEN = 16
 def json_list(path: str | os.PathLike[str], *, max_item_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[str, object]]:
     """Yield the place of each item, with its line and position, and its value.
 
-    A broken list cannot be read any further, so its errors are raised and never skipped.
-
-    Args:
-        path: a file, plain or gzipped, that holds one JSON list.
-        max_item_bytes: a longer item is an error; at most twice as much is held.
+    The file is plain or gzipped. A broken list cannot be read any further, so its errors are raised and never skipped.
 
     Raises:
-        RecordError: the file cannot be read, is not UTF-8, or is not a JSON list.
+        RecordError: the file cannot be read, is not UTF-8 or not a JSON list, or an item is too long.
     """
     with opened(path) as file:
         yield from _Parser(os.fspath(path), file, max_item_bytes).items()

@@ -33,15 +33,10 @@ from nextquill.errors import ArgumentError, RecordError
 
 
 def load_lamp(source: Source, *, outputs: Place | None = None, task: str | None = None) -> Iterator[tuple[str, Record]]:
-    """Yield LaMP's questions with their outputs as records.
-
-    Args:
-        source: the questions.
-        outputs: the file with the outputs; None if every question has its `output`.
-        task: the name of the task in `extra`; None takes it from the file with the outputs.
+    """Yield LaMP's questions as records, with outputs from that file, or their own `output` if there is none.
 
     Raises:
-        RecordError: the file with the outputs is malformed, or a question is malformed and nothing is skipped.
+        RecordError: the file with the outputs is malformed.
     """
     golds: Mapping[str, str] | None = None
     if outputs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,15 +147,14 @@ class _Seen:
 
     def __init__(self) -> None:
         self._first: dict[bytes, tuple[str, str]] = {}
-        self._shared: dict[str, str] = {}
 
     def check(self, record: Record, where: str) -> None:
         # One preferred response may stand in pairs with several others.
         key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
         digest = digest_of(repr(key), 16)
         start, _, number = where.rpartition(" ")
-        place = (self._shared.setdefault(start, start), number)
+        place = (sys.intern(start), number)
         first = self._first.setdefault(digest, place)
         if first is not place:
-            earlier = " ".join(first)
-            raise PlacedError(where, f"the same user, query, response and time as {earlier}", kind="duplicate")
+            problem = f"the same user, query, response and time as {' '.join(first)}"
+            raise PlacedError(where, problem, kind="duplicate")

@@ -28,18 +28,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows, and the way to read them.
+    """A source of rows, and the way to read them; see `load`.
 
-    Args:
-        rows_from: a path, `hf://owner/name[/config]`, several of either, or an iterable of mappings. The suffix tells
-            the kind of a file: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All but
-            .parquet may be followed by .gz.
-        split: the split on the hub; None for "train".
-        columns: the column of each renamed field, such as {"response": "body"}.
-        clock: reads the times.
-        max_line_bytes: the most bytes in a line, CSV record or item of a JSON list.
-        skipped: counts bad rows, which are then left out; None makes the first one an error.
-        argument: the name of the argument `rows_from` in errors.
+    The suffix tells the kind of a file: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet.
+    All but .parquet may be followed by .gz. `argument` is the name of `rows_from` in errors.
     """
 
     rows_from: Rows

@@ -18,11 +18,7 @@ _FIELDS = ("user_id", "query", "response", "history", "timestamp")
 
 
 def load_table(source: Source) -> Iterator[tuple[str, Record]]:
-    """Yield the rows as records.
-
-    Raises:
-        RecordError: a row is malformed and nothing is skipped.
-    """
+    """Yield the rows as records."""
     return source.each(_record)
 
 

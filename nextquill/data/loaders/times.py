@@ -18,7 +18,8 @@ from datetime import datetime, timedelta, timezone
 from numbers import Real
 from zoneinfo import ZoneInfo
 
-from nextquill.data.records import unexpected
+from nextquill.data._checks import check_one_of
+from nextquill.data.records import as_float, unexpected
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError
 
@@ -46,8 +47,7 @@ class Clock:
     """
 
     def __init__(self, time_zone: str | None = None, unit: str = "s") -> None:
-        if unit not in TIME_UNITS:
-            raise ArgumentError(f"time_unit: expected one of {', '.join(map(repr, TIME_UNITS))}, got {unit!r}")
+        check_one_of("time_unit", unit, TIME_UNITS)
         try:
             self._zone = None if time_zone is None else ZoneInfo(time_zone)
         except (ValueError, OSError, KeyError) as error:  # ZoneInfoNotFoundError is a KeyError
@@ -78,11 +78,7 @@ class Clock:
             return self._moment(value, where, name)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise unexpected(where, name, "a number or an ISO 8601 time", value)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        return self._number(number, where, name)
+        return self._number(as_float(value), where, name)
 
     def date(self, value: object, where: str, name: str) -> float | None:
         """Convert as `seconds` does, for a field of dates, in which four digits or a whole number are a year."""
@@ -121,9 +117,8 @@ class Clock:
         try:
             day = datetime(*(int(part or 1) for part in parts), tzinfo=self._zone or timezone.utc)  # type: ignore[misc,arg-type]
         except ValueError as error:
-            raise PlacedError(
-                where, f"expected a date, got {'-'.join(filter(None, parts))!r}: {error}", name
-            ) from error
+            problem = f"expected a date, got {'-'.join(filter(None, parts))!r}: {error}"
+            raise PlacedError(where, problem, name) from error
         return (day - _EPOCH).total_seconds()
 
     def _moment(self, moment: datetime, where: str, name: str) -> float:
