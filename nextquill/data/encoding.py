@@ -327,19 +327,16 @@ class ExampleEncoder:
         return kept
 
     def _count_items(self, items: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], list[int]]:
-        keys = list(map(hash, items))
-        counts = {key: self._item_tokens.get(key) for key in keys}
-        missing = {key: item for key, item in zip(keys, items, strict=True) if counts[key] is None}
+        counts, keys = self._item_tokens, list(map(hash, items))
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in counts}
         if missing:
             # With the blank line and a first letter of the next item, as in prompts, so that the cached pieces are the
             # same. The renderer's changes to texts are left out: they are rare, and cost more time than they save.
             found = yield [f"{self.template.render_item(item)}\n\na" for item in missing.values()]
-            fresh = {key: len(ids) - 1 for key, ids in zip(missing, found, strict=True)}
-            if len(self._item_tokens) >= _CACHED_COUNTS:
-                self._item_tokens.clear()
-            self._item_tokens.update(fresh)
-            counts |= fresh
-        return [counts[key] or 0 for key in keys]
+            counts.update(zip(missing, (len(ids) - 1 for ids in found), strict=True))
+            if len(counts) > _CACHED_COUNTS:
+                self._item_tokens = {}  # other threads keep the one that they started with
+        return [counts[key] for key in keys]
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,13 +53,7 @@ def render_jinja(
     day: Callable[[float], str],
     clean: Callable[[str], str],
 ) -> str:
-    """Render a template.
-
-    Args:
-        source: the template.
-        query, history: see `PromptTemplate.render`.
-        day: returns a timestamp as the template shows it.
-        clean: applied to everything that the template inserts, after the template's own filters.
+    """Render a template; `day` writes timestamps, and `clean` is applied to all that is inserted, after filters.
 
     Raises:
         ArgumentError: the template is malformed, or fails on these values; the message names the line.

@@ -26,11 +26,7 @@ _CHUNK = 2**20
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes. Gzipped contents are decompressed, whatever the file's name.
-
-    Raises:
-        RecordError: the file cannot be opened or read.
-    """
+    """Open a file for reading bytes, decompressed if it is gzipped, whatever its name; RecordError if that fails."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:

@@ -64,8 +64,10 @@ class UserText:
         result = self.plain(text)
         if self._markers is not None:
             result = self._markers.sub(r"\g<0>> ", f"\n{result}")[1:]
-        self._keep(text, result)
-        return self._counted(text, result)
+        if self._kept_characters > _KEPT_CHARACTERS:
+            self._kept, self._kept_characters = {}, 0
+        self._kept_characters += len(text)
+        return self._kept.setdefault(text, self._counted(text, result))
 
     def _broken(self, head: re.Match[str]) -> str:
         """A character, with a space after it where a literal begins; only the space for a literal of one character."""
@@ -76,15 +78,10 @@ class UserText:
         found = any(text[start : start + length] in self._literals for length in self._lengths)
         return f"{head[0]} " if found else head[0]
 
-    def _keep(self, text: str, result: str) -> None:
-        if self._kept_characters > _KEPT_CHARACTERS:
-            self._kept, self._kept_characters = {}, 0
-        self._kept[text] = text if result == text else result
-        self._kept_characters += len(text)
-
     def _counted(self, text: str, result: str) -> str:
-        if result != text:
-            self._changed.add(hash(text))
+        if result == text:
+            return text  # so that no second copy is kept
+        self._changed.add(hash(text))
         return result
 
 

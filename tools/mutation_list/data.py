@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "data-prepare-resume",
         "nextquill/data/preparing.py",
-        "if skip_bad else None, skip=shards.records)",
-        "if skip_bad else None, skip=0)",
+        "on_bad, skip=shards.records)",
+        "on_bad, skip=0)",
         "a resumed run stores the first examples twice",
     ),
     Mutation(

@@ -5,11 +5,10 @@ A selector checks times, ranks the items, keeps those that fit, and puts them ba
 
 from __future__ import annotations
 
-import functools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from nextquill.data.records import HistoryItem, Record, check_times, in_time_order
 from nextquill.storage.fingerprints import digest_of
@@ -24,13 +23,21 @@ def item_text(item: HistoryItem) -> str:
     return item.text if item.title is None else f"{item.title}\n{item.text}"
 
 
+@dataclass
 class TokenBudget:
-    """Limits a history to a number of tokens; `count` gives the tokens of one item."""
+    """Limits a history to a number of tokens. Counts of items are cached, as a user's histories repeat."""
 
-    def __init__(self, max_tokens: int, count_tokens: Callable[[str], int]) -> None:
-        self.max_tokens = max_tokens
-        # Counts are cached, as a user's histories repeat.
-        self.count = functools.lru_cache(_CACHED_COUNTS)(lambda item: count_tokens(item_text(item)))
+    max_tokens: int
+    count_tokens: Callable[[str], int]
+    _counts: dict[HistoryItem, int] = field(default_factory=dict, repr=False)
+
+    def count(self, item: HistoryItem) -> int:
+        """The number of tokens of one item."""
+        if item not in self._counts:
+            if len(self._counts) >= _CACHED_COUNTS:
+                self._counts.clear()
+            self._counts[item] = self.count_tokens(item_text(item))
+        return self._counts[item]
 
 
 class Selector(ABC):

@@ -128,11 +128,7 @@ def _finite(value: Real | Decimal, where: str, name: str) -> Real | Decimal:
 
 
 def json_ready(value: object, where: str, name: str) -> object:
-    """Convert a value of an unknown column for JSON: times to ISO 8601, decimals to numbers.
-
-    Raises:
-        RecordError: it is not finite, not valid Unicode, or has a type that JSON cannot hold.
-    """
+    """Convert a value of an unknown column for JSON: times to ISO 8601, decimals to numbers; or raise RecordError."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -142,9 +138,8 @@ def json_ready(value: object, where: str, name: str) -> object:
     if isinstance(value, (Real, Decimal)):
         return float(_finite(value, where, name))
     if isinstance(value, Mapping):
-        return {
-            check_text(str(key), where, name): json_ready(item, where, f"{name}.{key}") for key, item in value.items()
-        }
+        items = {check_text(str(key), where, name): item for key, item in value.items()}
+        return {key: json_ready(item, where, f"{name}.{key}") for key, item in items.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [json_ready(item, where, f"{name}[{position}]") for position, item in enumerate(value)]
     if hasattr(value, "isoformat"):

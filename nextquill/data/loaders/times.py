@@ -56,11 +56,7 @@ class Clock:
         self._zoned_at: str | None = None  # the first clock time with a zone
 
     def seconds(self, value: object, where: str, name: str) -> float | None:
-        """Convert a time to seconds since the epoch; None and blank strings give None.
-
-        Args:
-            value: a number, a string as above, or a `datetime`.
-            where, name: the row and the field, for errors.
+        """Convert a number, a string as above, or a `datetime` to seconds since the epoch; None or blank gives None.
 
         Raises:
             RecordError: it is not a time, out of range, in the wrong unit, or has no zone.
@@ -140,6 +136,5 @@ def _zone(text: str | None) -> timezone | None:
         return None
     if text[0] not in "+-":
         return timezone.utc
-    hours, minutes = int(text[1:3]), int(text[3:].strip(":") or 0)
-    offset = timedelta(hours=hours, minutes=minutes)
+    offset = timedelta(hours=int(text[1:3]), minutes=int(text[3:].strip(":") or 0))
     return timezone(-offset if text[0] == "-" else offset)
