@@ -33,7 +33,7 @@ from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.storage.fingerprints import seed_of
-from nextquill.tree import PrefixTree, TreeLayout
+from nextquill.tree import TreeLayout
 from nextquill.tree.packing import pack_sorted
 from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
@@ -73,27 +73,16 @@ class TreeCollator:
             ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
             BudgetError: a single example needs more than `max_tokens`.
         """
-        count, branches = len(examples), [_branches(examples, names) for names in self.forwards]
+        branches = [_branches(examples, names) for names in self.forwards]
         ordered = [sort_branches([branch.input_tensor() for branch in each]) for each in branches]
-        groups = [_indices([index], count, self.forwards[-1]) for index in range(count)]
+        groups = [_indices([index], len(examples), self.forwards[-1]) for index in range(len(examples))]
         try:
             packed = pack_sorted(ordered[-1], groups, self.max_tokens)
         except BudgetError as error:
             raise BudgetError(f"examples: {error} (groups are the batch's examples)") from error
-        return _batch(examples, [self._part(examples, branches, ordered, chosen) for chosen in packed])
-
-    def _part(
-        self,
-        examples: Sequence[EncodedExample],
-        branches: Sequence[Sequence[Branch]],
-        ordered: Sequence[SortedBranches],
-        chosen: Sequence[int],
-    ) -> dict[str, Any]:
-        forwards = []
-        for names, own, merged in zip(self.forwards, branches, ordered, strict=True):
-            indices = _indices(chosen, len(examples), names)
-            forwards.append(_tree_forward([own[index] for index in indices], merged.select(indices).tree(), names))
-        return _part(examples, chosen, forwards)
+        passes = list(zip(self.forwards, branches, ordered, strict=True))
+        parts = [_part(examples, chosen, [_tree_forward(*each, chosen) for each in passes]) for chosen in packed]
+        return _batch(examples, parts)
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
@@ -159,8 +148,12 @@ def _indices(chosen: Sequence[int], count: int, names: Sequence[str]) -> list[in
     return [position * count + index for position in range(len(names)) for index in chosen]
 
 
-def _tree_forward(branches: Sequence[Branch], tree: PrefixTree, names: Sequence[str]) -> dict[str, Any]:
-    predicting = [rows[_predicting(branch)] for rows, branch in zip(tree.branch_rows, branches, strict=True)]
+def _tree_forward(
+    names: Sequence[str], branches: Sequence[Branch], ordered: SortedBranches, chosen: Sequence[int]
+) -> dict[str, Any]:
+    indices = _indices(chosen, len(branches) // len(names), names)
+    tree = ordered.select(indices).tree()
+    predicting = [rows[_predicting(branches[i])] for rows, i in zip(tree.branch_rows, indices, strict=True)]
     return {
         "input_ids": tree.input_ids[None],
         "position_ids": tree.position_ids[None],
@@ -172,7 +165,7 @@ def _tree_forward(branches: Sequence[Branch], tree: PrefixTree, names: Sequence[
     }
 
 
-def _rows(predicting: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+def _rows(predicting: list[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """By branch name, the predicting positions of a forward's branches, which are sorted by name first."""
     count = len(predicting) // len(names)
     return {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)}

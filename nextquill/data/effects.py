@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextquill.data.examples import EncodedExample
 from nextquill.data.lines import json_lines
-from nextquill.data.records import unexpected
+from nextquill.data.records import required, unexpected
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, RecordError
 
@@ -91,9 +91,7 @@ def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tenso
 
 
 def _field(raw: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
-    if name not in raw:
-        raise PlacedError(where, "required, but missing", name)
-    value = raw[name]
+    value = required(raw, name, where)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise unexpected(where, name, kind.__name__, value)
     return value

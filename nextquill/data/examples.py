@@ -70,8 +70,6 @@ class Branch:
     def __eq__(self, other: object) -> bool:
         return self.to_arrays() == other.to_arrays() if isinstance(other, Branch) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Branch(prompt_ids={self.prompt_ids}, response_ids={self.response_ids})"
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.data.skipped import PlacedError, SkippedRecords, converted, skip_or_raise
 from nextquill.errors import RecordError
 
 #: The longest line that is read. Lines of the public data sets stay below a tenth of it.
@@ -68,28 +68,27 @@ def numbered_lines(
 def json_lines(
     path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
 ) -> Iterator[tuple[str, object]]:
-    """Yield the place and the value of each line of a JSONL file, without blank lines.
+    """The place and the value of each line of a JSONL file, without blank lines.
 
     Raises:
         RecordError: the file cannot be read; or a line is too long, not UTF-8 or not JSON, and there is no `skipped` to
             count it.
     """
-    for number, line in numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
-        where = f"{os.fspath(path)} line {number}"
-        try:
-            text = decoded(line, where)
-            if not text.strip():
-                continue
-            value: object = json.loads(text)
-        except (ValueError, RecursionError) as error:  # `decoded` raises a RecordError, which is a ValueError
-            if not isinstance(error, RecordError):
-                error = PlacedError(where, f"not valid JSON: {error}", kind="json")
-            skip_or_raise(error, skipped)
-        else:
-            yield where, value
+    lines = numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
+    texts = converted(((f"{os.fspath(path)} line {number}", line) for number, line in lines), decoded, skipped)
+    return converted(((where, text) for where, text in texts if text.strip()), parsed_json, skipped)
 
 
-def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
+def parsed_json(where: str, text: str | bytes, name: str | None = None) -> object:
+    """The value of a JSON text, which stands in the field `name`; RecordError if it is not valid JSON."""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlacedError(where, f"not valid JSON: {error}", name, "json") from error
+    return value
+
+
+def decoded(where: str, line: bytes, *, byte_order_mark: bool = True) -> str:
     """A line as text, without a byte-order mark; RecordError if it is not UTF-8."""
     try:
         # Editors on Windows write a byte-order mark at the start of a file, and JSON parsers refuse it.

@@ -209,11 +209,7 @@ class _Shards:
         self._clear()
 
     def finish(self) -> None:
-        """Rename the partial folder to its final name.
-
-        Raises:
-            RecordError: no record could be encoded.
-        """
+        """Rename the partial folder to its final name; RecordError if no record could be encoded."""
         if not any(shard["examples"] for shard in self.done):
             first = next((skipped["error"] for shard in self.done for skipped in shard["skipped"]), None)
             self.done = []

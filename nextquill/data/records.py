@@ -108,12 +108,12 @@ def parse_record(raw: object, where: str) -> Record:
     if not isinstance(raw, Mapping):
         raise PlacedError(where, f"expected an object with named fields, got {_type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
-    history = _history(_required(raw, "history", where), where)
+    history = _history(required(raw, "history", where), where)
     check_times(history, timestamp, where)
     return Record(
-        user_id=check_user_id(_required(raw, "user_id", where), where),
-        query=check_text(_required(raw, "query", where), where, "query"),
-        response=check_response(_required(raw, "response", where), where),
+        user_id=check_user_id(required(raw, "user_id", where), where),
+        query=check_text(required(raw, "query", where), where, "query"),
+        response=check_response(required(raw, "response", where), where),
         history=tuple(in_time_order(history)),
         timestamp=timestamp,
         extra={str(key): value for key, value in raw.items() if key not in _RECORD_FIELDS},
@@ -174,7 +174,8 @@ def _record(where: str, raw: object) -> Record:
     return raw if isinstance(raw, Record) else parse_record(raw, where)
 
 
-def _required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
+def required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
+    """Return a field's value; raise RecordError if it is missing or None."""
     value = raw.get(name)
     if value is None:
         state = "null" if name in raw else "missing"
@@ -266,7 +267,7 @@ def _history_item(raw: object, where: str, name: str) -> HistoryItem:
         raise unexpected(where, name, "a string or an object with 'text'", raw)
     title = raw.get("title")
     return HistoryItem(
-        text=check_text(_required(raw, "text", where, f"{name}."), where, f"{name}.text"),
+        text=check_text(required(raw, "text", where, f"{name}."), where, f"{name}.text"),
         title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )

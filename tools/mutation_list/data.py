@@ -139,8 +139,8 @@ MUTATIONS = (
     Mutation(
         "data-fixed-leak",
         "nextquill/data/histories/fixed.py",
-        "item.timestamp < record.timestamp",
-        "item.timestamp <= record.timestamp",
+        "item.timestamp < time",
+        "item.timestamp <= time",
         "a fixed history holds a text of the record's own moment",
     ),
     Mutation(

@@ -33,11 +33,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 class BM25Selector(RankedSelector):
-    """Keeps the items with the highest BM25 score for the query; with equal scores, the more recent.
-
-    Raises:
-        BackendUnavailableError: bm25s is not installed.
-    """
+    """Keeps the items with the highest BM25 score for the query; with equal scores, the more recent."""
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
         super().__init__(num_items, budget)

@@ -24,13 +24,6 @@ class DenseSelector(RankedSelector):
     """Keeps the items whose embedding is nearest to the query's; of equally near ones, the more recent.
 
     Every text is embedded once, and its embedding is kept: size · 4 bytes (1.5 KB with the default model).
-
-    Args:
-        num_items, budget: see `Selector`.
-        encoder: see `make_selector`.
-
-    Raises:
-        BackendUnavailableError: sentence-transformers is not installed, and `encoder` is not a function.
     """
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None, encoder: TextEncoder | str | None) -> None:

@@ -99,7 +99,7 @@ class _Lines:
             self.lost = True
             raise PlacedError(self.where, problem, kind="length")
         try:
-            return decoded(line, f"{self._name} line {number}", byte_order_mark=number == 1)
+            return decoded(f"{self._name} line {number}", line, byte_order_mark=number == 1)
         except RecordError as error:
             self.bad = self.bad or error
             return line.decode("utf-8", "replace")

@@ -20,11 +20,10 @@ the question's id unless it has a `user_id`. `extra` keeps `id` and `task`, whic
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 
-from nextquill.data.lines import opened
+from nextquill.data.lines import opened, parsed_json
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import HUB, Place, Source
 from nextquill.data.loaders.times import Clock
@@ -92,11 +91,7 @@ def _golds(place: Place) -> tuple[str | None, dict[str, str]]:
     if name.startswith(HUB):
         raise ArgumentError(f"outputs: expected a file, got {name}")
     with opened(place) as file:
-        content = file.read()
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{name}: not valid JSON: {error}") from error
+        raw = parsed_json(name, file.read())
     if not isinstance(raw, Mapping) or not isinstance(raw.get("golds"), list):
         raise RecordError(f"{name}: expected an object with a list 'golds', as LaMP's outputs are")
     outputs: dict[str, str] = {}

@@ -128,7 +128,6 @@ def load(
         raise ArgumentError(f"{unknown}: format {format!r} has no such option; expected {known}")
     clock = Clock(timezone, time_unit or chosen.time_unit)
     rows = Source(source, split, dict(columns or {}), clock, max_line_bytes, skipped)
-    rows.check()
     found = chosen.load(rows, **options)
     seen = _Seen()
 

@@ -20,18 +20,12 @@ class Row:
 
     Several names for a method are spellings of one field, and the first that is there is read. None counts as absent,
     because data sets use it for missing keys.
-
-    Args:
-        values: the fields.
-        where: the source and the line or row.
-        clock: reads the times.
-        path: stands before a field's name in errors, such as "profile[2].".
     """
 
     values: Mapping[str, object]
     where: str
     clock: Clock
-    path: str = ""
+    path: str = ""  # stands before a field's name in errors, such as "profile[2]."
 
     def has(self, *names: str) -> bool:
         """Whether all these fields are there and not None."""

@@ -35,12 +35,7 @@ _UNIT_BORDER = 1e11
 
 
 class Clock:
-    """Reads the times of one source.
-
-    Args:
-        time_zone: an IANA name such as "Europe/Berlin", for clock times without a zone; None refuses these times. An
-            hour that a clock change repeats is read as the earlier one.
-        unit: the unit of numbers, "s" or "ms".
+    """Reads the times of one source; an hour that a clock change repeats is read as the earlier one.
 
     Raises:
         ArgumentError: an unknown time zone or unit.
