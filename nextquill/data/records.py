@@ -77,15 +77,10 @@ class Record:
         clash = _RECORD_FIELDS & self.extra.keys()
         if clash:
             raise ArgumentError(f"extra: expected keys that are not fields of a record, got {min(clash)!r}")
-        fields: dict[str, Any] = {
-            "user_id": self.user_id,
-            "query": self.query,
-            "response": self.response,
-            "history": [item.to_dict() for item in self.history],
-        }
-        if self.timestamp is not None:
-            fields["timestamp"] = self.timestamp
-        return {**fields, **self.extra}
+        dated = {} if self.timestamp is None else {"timestamp": self.timestamp}
+        history = [item.to_dict() for item in self.history]
+        fields = {"user_id": self.user_id, "query": self.query, "response": self.response, "history": history}
+        return {**fields, **dated, **self.extra}
 
 
 def parse_record(raw: object, where: str) -> Record:
