@@ -61,6 +61,7 @@ _KNOWN_ALTERNATIVES = "|".join(
 _KNOWN_PATTERN = re.compile(rf"(?:{_KNOWN_ALTERNATIVES})(?:\|(?:{_KNOWN_ALTERNATIVES}))*")
 #: In a known pattern, the alternative that takes any white space.
 _ANY_SPACE = re.compile(r"(?:^|\|)\\s\+(?:$|\|)")
+_SPLIT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 class BatchTokenizer:
@@ -194,11 +195,7 @@ def _split_kind(stage: dict[str, Any]) -> str | None:
 def _never_spans(backend: Any) -> bool:
     """Whether the text is not split and no token spans a cut, so that no merge can cross it."""
     model, normalizer = backend.model, _state(backend.normalizer)
-    stages = _stages(_state(backend.pre_tokenizer))
-    splits_at_spaces = [
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    ]
-    if stages and stages != splits_at_spaces:
+    if _stages(_state(backend.pre_tokenizer)) not in ([], [_SPLIT_AT_SPACES]):
         return False
     if normalizer and (normalizer.get("type") != "Replace" or normalizer.get("pattern") != {"String": " "}):
         return False
