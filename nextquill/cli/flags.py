@@ -12,8 +12,11 @@ from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are arguments of argparse's `add_argument`."""
-    return field(default=default, metadata={"help": help, **metadata})
+    """A field whose metadata are arguments of argparse's `add_argument`; each instance gets its own copy of a list."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_positive(options: Any, names: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, check_token_budget
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
+from nextquill.cli.terminal import bar
 from nextquill.data import Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
@@ -19,7 +19,7 @@ from nextquill.models.loading import load_model, load_prompt_settings
 if TYPE_CHECKING:
     import torch
 
-    from nextquill.data import EncodedExample, ExampleEncoder
+    from nextquill.data import EncodedExample, EncodingStats, ExampleEncoder
     from nextquill.evaluation.scoring import ExampleScores
 
 
@@ -33,11 +33,9 @@ class Loaded:
         files: ScoreFiles,
         records: list[Record] | None = None,
     ) -> None:
-
         check_files(files)
         self.records = eval_records(files) if records is None else records
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quieten_transformers()
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
@@ -65,6 +63,25 @@ class Scored(Loaded):
         options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
         scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
         yield from bar(scored, total=len(self.examples), initial=skip, desc="Scoring")
+
+
+def quieten_transformers() -> None:
+    """Hide transformers' own log and bars."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def history_notes(stats: EncodingStats, max_length: int) -> list[str]:
+    """Sentences on the histories that did not fit, and on records without one."""
+    notes = []
+    if stats.history_items_dropped:
+        notes.append(
+            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit {max_length} tokens, "
+            f"in {stats.examples_truncated} examples; a larger --max_length keeps them"
+        )
+    if stats.examples_without_history:
+        notes.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
+    return notes
 
 
 def check_files(files: ScoreFiles) -> None:

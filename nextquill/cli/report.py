@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -28,11 +28,8 @@ DESCRIPTION = (
 class ReportOptions:
     """Runs and output."""
 
-    runs: list[str] = field(
-        metadata={
-            "help": "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.",
-            "metavar": "RUN ...",
-        }
+    runs: list[str] = option(
+        "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.", metavar="RUN ..."
     )
     output_file: str = option("Where to write the page, HTML.", "report.html", metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
@@ -41,9 +38,7 @@ class ReportOptions:
         "Examples to show: a third with the largest effects, a third near the median, a third with the smallest.",
         DEFAULT_EXAMPLES,
     )
-    index: list[int] | None = field(
-        default=None, metadata={"help": "Show the examples with these indices instead.", "metavar": "INDEX ..."}
-    )
+    index: list[int] | None = option("Show the examples with these indices instead.", None, metavar="INDEX ...")
     baseline: str | None = option(
         "The run to compare the others with; by default the first that was evaluated.", None, metavar="RUN"
     )

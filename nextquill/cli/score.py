@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from nextquill.cli.load_and_score import Scored
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, ScoreOptions
 from nextquill.cli.parsing import parse
+from nextquill.cli.terminal import say
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.report.terminal import effect_legend, effect_text
 from nextquill.storage.resumable_jsonl import PartialFile
@@ -36,16 +36,13 @@ def run(arguments: Sequence[str]) -> int:
     total = len(scored.examples)
     with PartialFile(target, identity(scored, files), overwrite=options.overwrite) as partial:
         if len(partial):
-            print(f"nextquill: {len(partial)} of {total} records are already in {partial.path}", file=sys.stderr)
+            say(f"{len(partial)} of {total} records are already in {partial.path}")
         try:
             for scores in scored.scores(skip=len(partial)):
                 partial.write(effect_line(scores, scored.tokenizer))
         except KeyboardInterrupt:
             if len(partial):
-                print(
-                    f"nextquill: {len(partial)} of {total} records are in {partial.path}; the same command resumes",
-                    file=sys.stderr,
-                )
+                say(f"{len(partial)} of {total} records are in {partial.path}; the same command resumes")
             raise
         partial.finish(range(total))
     _print(target, options.show, scored)
