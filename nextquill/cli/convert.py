@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.terminal import bar, say
+from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record, SkippedRecords
 from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load
@@ -128,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
         except RecordError as error:
             failure = error  # raised after the list of skipped records is written, which explains it
     if skipped is not None:
-        _print_skipped(skipped)
+        say_skipped(skipped, more="; --skipped_file lists all")
     if failure is not None:
         raise failure
     for name, path in targets.items():
@@ -266,15 +265,6 @@ def _write_note(stream: BinaryIO, error: RecordError) -> None:
     """Write a skipped record's error as a line; only a `PlacedError` knows its place, field and kind."""
     note = {name: getattr(error, name, None) for name in ("where", "field", "kind")}
     stream.write((json.dumps(note | {"message": str(error)}) + "\n").encode())
-
-
-def _print_skipped(skipped: SkippedRecords) -> None:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.counts.most_common())
-    say(f"skipped {skipped.total:,} bad records{f' ({kinds})' if kinds else ''}")
-    for message in skipped.messages:
-        print(f"  {message}", file=sys.stderr)
-    if skipped.total > len(skipped.messages):
-        print(f"  and {skipped.total - len(skipped.messages):,} more; --skipped_file lists all", file=sys.stderr)
 
 
 class _Summary:

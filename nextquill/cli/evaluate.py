@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -17,7 +16,7 @@ from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
-from nextquill.cli.terminal import bar, say
+from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record
 from nextquill.data.skipped import SkippedRecords
 from nextquill.data.templates import BRANCHES
@@ -89,10 +88,11 @@ def run(arguments: Sequence[str]) -> int:
         check_folder(kept, overwrite=options.overwrite)
     skipped = SkippedRecords() if options.skip_bad else None
     records = eval_records(files, skipped)
-    _report_skipped(skipped)
+    if skipped is not None and skipped.total:
+        say_skipped(skipped)
     if options.baseline is not None:
         _check_baseline(Path(options.baseline), records)
-    loaded = Loaded(model_options, prompt_options, files, records)
+    loaded = Loaded(model_options, prompt_options, records)
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model_name_or_path, kept is not None)
         print_evaluation(evaluation)
@@ -147,11 +147,3 @@ def _check_baseline(folder: Path, records: list[Record]) -> None:
             f"baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
             f"({len(records)}), so they cannot be paired"
         )
-
-
-def _report_skipped(skipped: SkippedRecords | None) -> None:
-    if skipped is not None and skipped.total:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.counts.items()))
-        say(f"left out {skipped.total} bad records ({kinds}):")
-        for message in skipped.messages:
-            print(f"  {message}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
@@ -20,21 +19,13 @@ if TYPE_CHECKING:
     import torch
 
     from nextquill.data import EncodedExample, EncodingStats, ExampleEncoder
-    from nextquill.evaluation.scoring import ExampleScores
 
 
 class Loaded:
     """A model on its device, its tokenizer, the records it is run on, and its prompt settings."""
 
-    def __init__(
-        self,
-        model_options: ModelOptions,
-        prompt_options: PromptOptions,
-        files: ScoreFiles,
-        records: list[Record] | None = None,
-    ) -> None:
-        check_files(files)
-        self.records = eval_records(files) if records is None else records
+    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, records: list[Record]) -> None:
+        self.records = records
         quieten_transformers()
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
@@ -42,27 +33,6 @@ class Loaded:
         self.model.to(device())
         stored = load_prompt_settings(name)
         self.settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
-
-
-class Scored(Loaded):
-    """Records encoded for a model; `scores()` runs the model over them."""
-
-    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
-        from nextquill.data import ExampleEncoder
-
-        super().__init__(model_options, prompt_options, files)
-        self._files, settings = files, self.settings
-        encoder = ExampleEncoder(self.tokenizer, settings.template, settings.max_length, settings.max_response_length)
-        self.examples = encode_records("eval_file", encoder, self.records, placebo=True, seed=files.seed)
-
-    def scores(self, skip: int = 0) -> Iterator[ExampleScores]:
-        """The scores of each record as they are computed, after the first `skip`; see `score_examples`."""
-        from nextquill.evaluation.scoring import pad_token, score_examples
-
-        pad, size = pad_token(self.tokenizer), self._files.batch_size
-        options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
-        scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
-        yield from bar(scored, total=len(self.examples), initial=skip, desc="Scoring")
 
 
 def quieten_transformers() -> None:
@@ -117,5 +87,4 @@ def device() -> torch.device:
     """Where models run: the accelerator, or the CPU."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
