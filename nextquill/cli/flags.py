@@ -41,11 +41,7 @@ def check_file(flag: str, path: str) -> None:
 
 
 def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
-    """Make sure, before any work, that a file can be written, and make its folder.
-
-    Raises:
-        OutputExistsError: the name is taken, or its folder is not a folder.
-    """
+    """Make sure, before any work, that a file can be written, and make its folder."""
     target = Path(path)
     if target.is_dir():
         raise OutputExistsError(f"{flag}: {target} is a folder")

@@ -174,8 +174,7 @@ class LossOptions:
         from nextquill import losses
 
         kind: type[PairLoss] = getattr(losses, LOSSES[self.loss])
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if name != "loss" and value is not None}
         known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}
         for name in given:
             if name not in known:

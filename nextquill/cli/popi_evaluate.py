@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
         check_not_read(target, [*files.test_file, *([] if files.summaries is None else [files.summaries])])
-    config = read_settings(models).config
+    config = read_settings(models.model).config
     held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
     _warn_of_trained(models.model, held.draws)
     known = None if files.summaries is None else _read(files.summaries, held.draws)

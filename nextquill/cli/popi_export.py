@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nextquill.cli.flags import check_file, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.popi_options import check_not_read
+from nextquill.cli.popi_options import check_not_read, read_settings
 from nextquill.cli.terminal import say
 from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text, check_user_id
@@ -46,12 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     check_file("summaries", options.summaries)
     with naming("summaries"):
         known = SummaryFile(options.summaries).read()
-    templates = None
-    if options.model is not None:
-        from nextquill.popi.saved_run import saved_settings
-
-        with naming("model", "model_name_or_path"):
-            templates = saved_settings(options.model).templates
+    templates = None if options.model is None else read_settings(options.model).templates
     with naming("queries_file"):
         queries = list(_queries(options.queries_file, known))
         count = write_export(target, queries, format=options.format, templates=templates)

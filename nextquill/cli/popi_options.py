@@ -96,9 +96,9 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
     return run
 
 
-def read_settings(options: PopiRunOptions) -> SavedSettings:
-    """Read the settings of the run, before anything that takes time."""
+def read_settings(folder: str) -> SavedSettings:
+    """Read the settings of the run in a folder, before anything that takes time."""
     from nextquill.popi.saved_run import saved_settings
 
     with naming("model", "model_name_or_path"):
-        return saved_settings(options.model)
+        return saved_settings(folder)

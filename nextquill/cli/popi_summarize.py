@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     file = SummaryFile(claim_output_file(options.output_file, overwrite=True))
     with naming("output_file"):
         file.read()
-    config = read_settings(models).config
+    config = read_settings(models.model).config
     users = form.users("signals_file", files.signals_file, need_pairs=False)
     if options.held_out:
         draws = shown.hold_out("signals_file", users, config).draws

@@ -141,11 +141,12 @@ def run(arguments: Sequence[str]) -> int:
     if resume is not None:
         check_roles(resume)
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])
-    data = {"train_dataset": users, "eval_dataset": eval_users}
     from nextquill.popi.trainer import POPITrainer
 
     with refusals():
-        trainer = POPITrainer(**loaded, **data, **prompting, args=args, config=config)
+        trainer = POPITrainer(
+            **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
+        )
     check_optimizer(args, trainer.model)
     return train(trainer, folder, resume, _summary(trainer, config))
 

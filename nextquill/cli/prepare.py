@@ -84,11 +84,8 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
                 iter_jsonl(options.train_file),
                 encoder,
                 options.output_dir,
-                placebo=options.placebo,
-                seed=options.seed,
-                skip_bad=options.skip_bad,
-                overwrite=options.overwrite,
                 progress=shown.update,
+                **{name: getattr(options, name) for name in ("placebo", "seed", "skip_bad", "overwrite")},
             )
         except (BudgetError, RecordError) as error:
             hint = "; --skip_bad leaves such records out" if isinstance(error, BudgetError) else ""

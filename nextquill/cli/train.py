@@ -30,8 +30,6 @@ from nextquill.storage.atomic_files import write_whole
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from nextquill.training.trainer import NextQuillTrainer
-
 DESCRIPTION = (
     "Fine-tune a causal language model on users' histories. Every field of transformers' TrainingArguments is a flag "
     "too. The output folder holds the model, its tokenizer, the prompt settings, the metrics and the checkpoints. "
@@ -181,12 +179,10 @@ def datasets(
     return encoded
 
 
-def summary(trainer: NextQuillTrainer, loss: str) -> str:
+def summary(trainer: Any, loss: str) -> str:
     """A report before training: examples, parameters, and what the token budget dropped."""
-    dataset: Any = trainer.train_dataset
-    model: Any = trainer.model
-    stats = dataset.stats
-    trained = [p for p in model.parameters() if p.requires_grad]
+    stats = trainer.train_dataset.stats
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in trained) / 1e6
     lines = [
         f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
@@ -227,5 +223,5 @@ def save(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> None:
         trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
             log = {"log_history": trainer.state.log_history, "eval": metrics}
-            (staging / "metrics.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+            (staging / checkpoints.METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
         wait()

@@ -137,7 +137,7 @@ def peak_memory() -> int | None:
 
 def machine() -> Mapping[str, Any]:
     """The machine that times depend on."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type == "cuda":
         return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     device = "cpu" if accelerator is None else accelerator.type
