@@ -111,12 +111,13 @@ def run(arguments: Sequence[str]) -> int:
     check_positive(source, ("limit",))
     check_positive(rows, ("max_line_bytes",))
     _check_together(rows, output)
-    targets, notes = _claimed(source, form, rows, output)
+    targets = _claimed(source, form, rows, output)
+    note = targets.pop("skipped_file", None)
     skipped = _skipped(rows)
     records = _records(source, form, rows, skipped)
     selector = _selector(output, lambda: _records(source, form, rows, _skipped(rows)))
     failure = None
-    with written_together(notes) as streams:
+    with written_together([] if note is None else [note]) as streams:
         if skipped is not None and streams:
             skipped.on_skip = partial(_write_note, streams[0])
         try:
@@ -232,10 +233,8 @@ def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
             raise ArgumentError(f"{name}: expected together with --split_by, which fills it")
 
 
-def _claimed(
-    source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput
-) -> tuple[dict[str, Path], list[Path]]:
-    """The output files of records by flag, and those of skipped records; each can be written and is not read."""
+def _claimed(source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput) -> dict[str, Path]:
+    """The output files by flag; each can be written and is not read."""
     given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
     given["skipped_file"] = rows.skipped_file
     paths: dict[str, Path] = {}
@@ -249,8 +248,7 @@ def _claimed(
         if taken != f"--{name}":
             raise ArgumentError(f"{name}: expected a file of its own, got {path}, which is that of {taken}")
         paths[name] = path
-    note = paths.pop("skipped_file", None)
-    return paths, [] if note is None else [note]
+    return paths
 
 
 def _skipped(rows: ConvertRows) -> SkippedRecords | None:

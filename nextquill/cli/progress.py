@@ -100,7 +100,7 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(*self._previous.popitem())
 
     def _agreed(self, args: Any) -> bool:
-        """Whether any rank was interrupted: if only one stopped, the others would wait for it for ever."""
+        """Whether any rank was interrupted: if only one stopped, the others would wait for it forever."""
         if args.world_size == 1:
             return self.requested
         flag = torch.tensor(float(self.requested), device=args.device)

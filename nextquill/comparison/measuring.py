@@ -47,9 +47,8 @@ class RunMeter(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint."""
         self.peak_memory = _larger(self.peak_memory, peak_memory())
-        times = ("first_seconds", "later_seconds", "later_steps")
-        names = (*times, "examples", "steps", "peak_memory", "order", "sessions")
-        return {"args": {"order_after": self.order_after}, "attributes": {name: getattr(self, name) for name in names}}
+        noted = {name: value for name, value in vars(self).items() if name != "order_after" and name[0] != "_"}
+        return {"args": {"order_after": self.order_after}, "attributes": noted}
 
     def see(self, batches: list[Any]) -> None:
         """Note the examples of the next step."""
@@ -62,7 +61,6 @@ class RunMeter(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint."""
         saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
@@ -117,7 +115,7 @@ def reset_peak_memory() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
     else:
-        with suppress(OSError):  # no Linux, or a sandbox that forbids it; then the peak is that of the whole process
+        with suppress(OSError):  # not Linux, or a sandbox that forbids it; then the peak is that of the whole process
             _CLEAR_REFS.write_text("5", encoding="ascii")
 
 
