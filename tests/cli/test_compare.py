@@ -296,7 +296,7 @@ def test_overwriting_spares_what_the_runs_read(uninterrupted, nextquill, data, t
     more = ("--eval_file", folder / "eval.jsonl", "--overwrite_output_dir")
     result = nextquill(*words(data, folder, *more))
     assert result.code == 1
-    assert "eval.jsonl, which the runs read" in result.err
+    assert "eval.jsonl, which this run reads" in result.err
     assert (folder / "eval.jsonl").exists()
 
 

@@ -287,7 +287,7 @@ def test_bad_records_are_left_out_and_counted(nextquill, trained, make_records, 
     result = nextquill("evaluate", *words, "--skip_bad")
     assert result.code == 0, result.err
     assert "12 examples" in result.out
-    assert "left out 1 bad records" in result.err
+    assert "skipped 1 bad records" in result.err
     assert f"{file} line 13: field 'response'" in result.err
 
 

@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "cli-lora-alpha",
         "nextquill/cli/options.py",
-        "lora_alpha=self.lora_alpha or 2 * self.lora_r",
-        "lora_alpha=self.lora_alpha or self.lora_r",
+        "lora_alpha=options.lora_alpha or 2 * options.lora_r",
+        "lora_alpha=options.lora_alpha or options.lora_r",
         "--lora_alpha has another default than --help says",
     ),
     Mutation(
@@ -160,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "cli-no-generation",
         "nextquill/cli/evaluate.py",
-        "tuple(self.generate_branches) if self.generate else ()",
-        "tuple(self.generate_branches)",
+        'if not flags["generate"]:',
+        'if flags["generate"] is None:',
         "--generate false generates",
     ),
     Mutation(
