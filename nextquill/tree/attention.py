@@ -93,15 +93,15 @@ def _forward(
         out = _heads_last(query, merged)
         logsumexp = query.new_empty(query.shape[:3], dtype=merged)
         for piece in pieces(segments, window):
-            k, v = key[:, :, piece.keys], value[:, :, piece.keys]
-            part, lse = kernel.forward(query[:, :, piece.queries], k, v, piece, scale, softcap)
+            q, k = piece.queries, piece.keys
+            part, lse = kernel.forward((query[:, :, q], key[:, :, k], value[:, :, k]), piece, scale, softcap)
             if not piece.is_own:
-                before = logsumexp[:, :, piece.queries]
+                before = logsumexp[:, :, q]
                 both = torch.logaddexp(before, lse)
                 theirs, ours = (before - both).exp_()[..., None], (lse - both).exp_()[..., None]
-                part, lse = (out[:, :, piece.queries] * theirs).addcmul_(part, ours), both
-            out[:, :, piece.queries] = part.to(merged)
-            logsumexp[:, :, piece.queries] = lse
+                part, lse = (out[:, :, q] * theirs).addcmul_(part, ours), both
+            out[:, :, q] = part.to(merged)
+            logsumexp[:, :, q] = lse
         return _heads_last(query, query.dtype).copy_(out) if merged != query.dtype else out, logsumexp
 
 
@@ -124,10 +124,8 @@ def _backward(
         grads = tuple(_heads_last(tensor, summed).zero_() for tensor in (query, key, value))
         for piece in pieces(segments, window):
             q, k = piece.queries, piece.keys
-            parts = kernel.backward(
-                grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], logsumexp[:, :, q],
-                piece, scale, softcap,
-            )  # fmt: skip
+            inputs = (query[:, :, q], key[:, :, k], value[:, :, k])
+            parts = kernel.backward(grad[:, :, q], inputs, out[:, :, q], logsumexp[:, :, q], piece, scale, softcap)
             for total, rows, part in zip(grads, (q, k, k), parts, strict=True):
                 total[:, :, rows] += part.to(summed)
         return tuple(

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from nextquill.tree.dense_blocks import Piece
 
-#: (query, key, value, piece, scale, softcap) -> (out, logsumexp)
-_Forward = Callable[[Tensor, Tensor, Tensor, Piece, float, float | None], tuple[Tensor, Tensor]]
-#: (grad, query, key, value, out, logsumexp, piece, scale, softcap) -> gradients of query, key, value
-_Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Piece, float, float | None], tuple[Tensor, Tensor, Tensor]
-]
+#: query, key and value, or their gradients
+_Inputs = tuple[Tensor, Tensor, Tensor]
+#: (inputs, piece, scale, softcap) -> (out, logsumexp)
+_Forward = Callable[[_Inputs, Piece, float, float | None], tuple[Tensor, Tensor]]
+#: (grad, inputs, out, logsumexp, piece, scale, softcap) -> gradients of the inputs
+_Backward = Callable[[Tensor, _Inputs, Tensor, Tensor, Piece, float, float | None], _Inputs]
 
 
 class PieceKernel(NamedTuple):
@@ -50,9 +50,8 @@ def choose_kernel(query: Tensor, softcap: float | None) -> PieceKernel:
 _HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
-def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, _: float | None
-) -> tuple[Tensor, Tensor]:
+def _flash_forward(inputs: _Inputs, piece: Piece, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
+    query, key, value = inputs
     group = query.shape[1] // key.shape[1]  # shared heads are repeated: PyTorch 2.8 and older cannot share them
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_dense, (query, _repeated(key, group), _repeated(value, group))), 0.0, piece.is_causal,
@@ -62,16 +61,9 @@ def _flash_forward(
 
 
 def _flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    piece: Piece,
-    scale: float,
-    _: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, inputs: _Inputs, out: Tensor, logsumexp: Tensor, piece: Piece, scale: float, _: float | None
+) -> _Inputs:
+    query, key, value = inputs
     group = query.shape[1] // key.shape[1]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *map(_dense, (grad, query, _repeated(key, group), _repeated(value, group))), out, logsumexp,
@@ -94,9 +86,8 @@ def _bias(piece: Piece, query: Tensor) -> Tensor | None:
 # ---- plain PyTorch -----------------------------------------------------------------------------------
 
 
-def _math_forward(
-    query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _math_forward(inputs: _Inputs, piece: Piece, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    query, key, value = inputs
     group = query.shape[1] // key.shape[1]
     scores, _ = _scores(query, _repeated(key, group), piece, scale, softcap)
     lse = scores.logsumexp(-1)
@@ -105,16 +96,9 @@ def _math_forward(
 
 
 def _math_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    piece: Piece,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, inputs: _Inputs, out: Tensor, logsumexp: Tensor, piece: Piece, scale: float, softcap: float | None
+) -> _Inputs:
+    query, key, value = inputs
     group = query.shape[1] // key.shape[1]
     k, v = _repeated(key, group), _repeated(value, group)
     scores, slope = _scores(query, k, piece, scale, softcap)

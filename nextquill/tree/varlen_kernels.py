@@ -193,7 +193,7 @@ def _emulated_forward(
     parts = []
     for q0, q1, k0, k1 in plan.spans:
         q, k, v = _heads_first(query[q0:q1]), _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
-        parts.append(MATH.forward(q, k, v, _aligned(q1 - q0, k1 - k0, window), scale, softcap))
+        parts.append(MATH.forward((q, k, v), _aligned(q1 - q0, k1 - k0, window), scale, softcap))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 2)[0].transpose(0, 1).to(query.dtype).contiguous(), torch.cat(lses, 2)[0]
 
@@ -215,7 +215,7 @@ def _emulated_backward(
         g, q, o = (_heads_first(tensor[q0:q1]) for tensor in (grad, query, out))
         k, v = _heads_first(key[k0:k1]), _heads_first(value[k0:k1])
         piece = _aligned(q1 - q0, k1 - k0, window)
-        parts.append(MATH.backward(g, q, k, v, o, logsumexp[None, :, q0:q1], piece, scale, softcap))
+        parts.append(MATH.backward(g, (q, k, v), o, logsumexp[None, :, q0:q1], piece, scale, softcap))
     dq, dk, dv = (torch.cat(each, 2)[0].transpose(0, 1) for each in zip(*parts, strict=True))
     return dq, dk, dv
 
