@@ -35,19 +35,13 @@ def reason() -> str:
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     """Compute as `chunk_torch.token_stats` does, in float32."""
     if len(logits) > 0:
-        _kernels().token_stats(_dlpack(logits), _dlpack(labels), _dlpack(out), torch.get_num_threads())
+        _kernels().token_stats(*map(_dlpack, (logits, labels, out)), torch.get_num_threads())
 
 
-def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
+def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> None:
     """Compute as `chunk_torch.pair_stats` does, in float32; reads the logits of each stream once."""
-    if len(logits_factual) > 0:
-        _kernels().pair_stats(
-            _dlpack(logits_factual),
-            _dlpack(logits_counterfactual),
-            _dlpack(labels),
-            _dlpack(out),
-            torch.get_num_threads(),
-        )
+    if len(logits[0]) > 0:
+        _kernels().pair_stats(*map(_dlpack, (*logits, labels, out)), torch.get_num_threads())
 
 
 def token_grad_(
@@ -62,26 +56,16 @@ def token_grad_(
     """Compute as `chunk_torch.token_grad_` does; the result is float32 whatever `dtype` is."""
     del dtype
     if len(logits) > 0:
-        _kernels().token_grad_(
-            _dlpack(logits),
-            _dlpack(labels),
-            _dlpack(stats),
-            _dlpack(grad_nll),
-            softcap,
-            logit_scale,
-            torch.get_num_threads(),
-        )
+        tensors = map(_dlpack, (logits, labels, stats, grad_nll))
+        _kernels().token_grad_(*tensors, softcap, logit_scale, torch.get_num_threads())
     return logits
 
 
 def pair_grad_(
-    logits_factual: Tensor,
-    logits_counterfactual: Tensor,
+    logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
-    grad_factual: Tensor,
-    grad_counterfactual: Tensor | None,
-    grad_effect: Tensor,
+    grad_nlls: tuple[Tensor, Tensor | None, Tensor],
     softcap: float | None,
     logit_scale: float,
     dtype: torch.dtype,
@@ -89,26 +73,15 @@ def pair_grad_(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute as `chunk_torch.pair_grad_` does; the results are float32 whatever `dtype` is."""
     del dtype
-    if len(logits_factual) > 0:
-        _kernels().pair_grad_(
-            _dlpack(logits_factual),
-            _dlpack(logits_counterfactual),
-            _dlpack(labels),
-            _dlpack(stats),
-            _dlpack(grad_factual),
-            None if grad_counterfactual is None else _dlpack(grad_counterfactual),
-            _dlpack(grad_effect),
-            softcap,
-            logit_scale,
-            detach_counterfactual,
-            torch.get_num_threads(),
-        )
-    return logits_factual, None if detach_counterfactual else logits_counterfactual
+    if len(logits[0]) > 0:
+        tensors = map(_dlpack, (*logits, labels, stats, *grad_nlls))
+        _kernels().pair_grad_(*tensors, softcap, logit_scale, detach_counterfactual, torch.get_num_threads())
+    return logits[0], None if detach_counterfactual else logits[1]
 
 
-def _dlpack(tensor: Tensor) -> Any:
+def _dlpack(tensor: Tensor | None) -> Any:
     # `to_dlpack` takes 0.2 us; `Tensor.__dlpack__`, which the extension would call, is Python code and takes 2 us.
-    return to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
+    return None if tensor is None else to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def _kernels() -> Any:

@@ -105,7 +105,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     except ImportError as error:
         return f"Triton is not installed ({error}); pip install 'nextquill[triton]'"
     if device.type == "cpu":
-        return None if launch.interpreted() else "Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
+        return None if launch.INTERPRETED else "Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return "its kernels are built for CUDA and ROCm devices"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

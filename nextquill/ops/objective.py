@@ -46,12 +46,12 @@ class RowTerms(NamedTuple):
     """One number per row for each term of the loss, `None` if the loss lacks the term; float32 (float64).
 
     Attributes:
-        factual, effect, counterfactual: [n], for the term with nll_f, nll_e and nll_c.
+        factual, counterfactual, effect: [n], for the term with nll_f, nll_c and nll_e.
     """
 
     factual: Tensor
-    effect: Tensor | None
     counterfactual: Tensor | None
+    effect: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,16 @@ class PairObjective:
         """Return the upstream gradient of each nll; `None` means zero."""
         return RowTerms(
             coefficients.weighted,
-            self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
             coefficients.uniform * self.anchor if self.anchor > 0 else None,
+            self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
         )
 
     def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
         """Return each row's share of each term, before `alpha` and `anchor`; `None` if the term's nll is absent."""
         return RowTerms(
             coefficients.weighted * pair.factual,
-            None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
             None if pair.counterfactual is None else coefficients.uniform * pair.counterfactual,
+            None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
         )
 
     def token_loss(self, terms: RowTerms) -> Tensor:

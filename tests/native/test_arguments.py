@@ -39,7 +39,10 @@ def arguments() -> dict[str, Any]:
 
 
 def grad_with(**changed: Any) -> None:
-    chunk_native.pair_grad_(**{**arguments(), **changed}, dtype=torch.float32)
+    given = {**arguments(), **changed}
+    logits = (given.pop("logits_factual"), given.pop("logits_counterfactual"))
+    grads = (given.pop("grad_factual"), given.pop("grad_counterfactual"), given.pop("grad_effect"))
+    chunk_native.pair_grad_(logits, grad_nlls=grads, dtype=torch.float32, **given)
 
 
 BAD = {
@@ -89,7 +92,7 @@ def test_label_out_of_range_is_refused_before_anything_is_written(label: int) ->
 def test_out_of_another_height_is_refused(rows: int) -> None:
     logits, labels = torch.zeros(N, V), torch.zeros(N, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^out: expected "):
-        chunk_native.pair_stats(logits, logits, labels, torch.zeros(rows, N))
+        chunk_native.pair_stats((logits, logits), labels, torch.zeros(rows, N))
     with pytest.raises(ValueError, match=r"^out: expected "):
         chunk_native.token_stats(logits, labels, torch.zeros(rows, N))
 
