@@ -22,13 +22,8 @@ from nextquill.errors import BackendUnavailableError
 _INTERFACE_VERSION = 3
 
 
-def is_available() -> bool:
-    """Whether `nextquill_ext` is installed and fits this version."""
-    return _load()[0] is not None
-
-
-def reason() -> str:
-    """Why `is_available()` is False; empty where it is True."""
+def why_not() -> str | None:
+    """Why `nextquill_ext` cannot be used, or None if it is installed and fits this version."""
     return _load()[1]
 
 
@@ -92,8 +87,8 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _load() -> tuple[Any, str]:
-    """Return the extension and "", or None and the reason why it cannot be used."""
+def _load() -> tuple[Any, str | None]:
+    """Return the extension and None, or None and the reason why it cannot be used."""
     try:
         module = importlib.import_module("nextquill_ext")
     except ImportError as error:
@@ -105,7 +100,7 @@ def _load() -> tuple[Any, str]:
         return None, f"nextquill_ext has interface {found}, expected {_INTERFACE_VERSION}; rebuild it"
     if (path := _openmp_of_torch()) is not None:
         module.use_openmp(path)
-    return module, ""
+    return module, None
 
 
 def _openmp_of_torch() -> str | None:
