@@ -21,7 +21,8 @@ from nextquill.report.tokens import responses_html
 
 def render_page(page: Page) -> str:
     """The whole page as one string."""
-    style, script = (_own_file(name) for name in ("page.css", "page.js"))
+    own = resources.files("nextquill.report")
+    style, script = ("\n" + own.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     is_scripted = bool(page.responses or page.charts)
     sections = list(_sections(page))
     return "\n".join(
@@ -49,10 +50,6 @@ def render_page(page: Page) -> str:
             "",
         ]
     )
-
-
-def _own_file(name: str) -> str:
-    return "\n" + resources.files("nextquill.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, script: str) -> str:

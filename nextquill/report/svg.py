@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nextquill.report.data import Charts, Panel, Series
 from nextquill.report.text import html
@@ -35,7 +35,7 @@ def charts_html(charts: Charts) -> str:
 
 
 def _panel(panel: Panel, curves: Sequence[Series], xs: Sequence[float], x_label: str) -> str:
-    x_axis, y_axis = _Axis.over(min(xs), max(xs), _LEFT, _RIGHT), _y_axis(panel, curves)
+    x_axis, y_axis = _Axis(min(xs), max(xs), _LEFT, _RIGHT), _y_axis(panel, curves)
     lost = sum(not math.isfinite(y) for series in panel.series for y in series.y)
     hint = panel.hint + (f" ({lost} values that are not finite are left out)" if lost else "")
     said = "; ".join(f"{s.label}: {_number(s.y[0])} to {_number(s.y[-1])}" for s in curves)
@@ -49,22 +49,12 @@ def _panel(panel: Panel, curves: Sequence[Series], xs: Sequence[float], x_label:
     )
 
 
-@dataclass(frozen=True)
 class _Axis:
     """Places of values between `low` and `high` on a line from `start` to `end`."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    is_log: bool = False
-
-    @classmethod
-    def over(cls, low: float, high: float, start: float, end: float, *, is_log: bool = False) -> _Axis:
-        if low == high:  # a flat curve runs through the middle
-            room = abs(low) / 2 or 0.5
-            low, high = low - room, high + room
-        return cls(low, high, start, end, is_log)
+    def __init__(self, low: float, high: float, start: float, end: float, *, is_log: bool = False) -> None:
+        room = (abs(low) / 2 or 0.5) if low == high else 0.0  # a flat curve runs through the middle
+        self.low, self.high, self.start, self.end, self.is_log = low - room, high + room, start, end, is_log
 
     def __call__(self, value: float) -> float:
         scale: Callable[[float], float] = math.log if self.is_log else float
@@ -128,7 +118,7 @@ def _y_axis(panel: Panel, curves: Sequence[Series]) -> _Axis:
     if panel.y_limits is None and not is_log:  # a little room, but not below 0 for what is never negative
         room = (high - low) / 20
         low, high = (0.0 if 0 <= low < 2 * room else low - room), (0.0 if high == 0 else high + room)
-    return _Axis.over(low, high, _BOTTOM, _TOP, is_log=is_log)
+    return _Axis(low, high, _BOTTOM, _TOP, is_log=is_log)
 
 
 def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, title: str) -> str:

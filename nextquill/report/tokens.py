@@ -37,12 +37,7 @@ def responses_html(responses: Sequence[ResponseView]) -> str:
 
 
 def effect_class(effect: float, full: float = 1.0) -> str:
-    """The class of an effect's colour, `p1` to `p10` or `n1` to `n10`; empty for a small one and for NaN.
-
-    Args:
-        effect: the effect, in the unit of `full`.
-        full: the effect with the strongest colour.
-    """
+    """The class of an effect's colour, `p1` to `p10` or `n1` to `n10` from `full` on; empty if small, and for NaN."""
     if not math.isfinite(effect) or full <= 0:
         return ""
     step = math.floor(min(1.0, abs(effect) / full) * STEPS + 0.5)
