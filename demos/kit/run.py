@@ -1,4 +1,4 @@
-"""A run from its arguments to its files: train and measure each seed, say what follows, and write it down."""
+"""A run from its settings to its files: train and measure each seed, say what follows, and write it down."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from demos.kit.recipe import DemoRecipe
 from demos.kit.training import one_thread
-from nextquill.errors import OutputExistsError
+from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError
 from nextquill.report.comparison.findings import Finding
 from nextquill.report.data import Page
 from nextquill.report.html import render_page
@@ -24,8 +23,49 @@ from nextquill.storage.atomic_files import write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-R = TypeVar("R", bound=DemoRecipe)
+R = TypeVar("R", bound="DemoRecipe")
 S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """What every demo can be told; each adds settings of its own.
+
+    Args:
+        seed: The first seed.
+        seeds: How many seeds, each with its own users and models.
+        quick: Whether this is the smoke test of a few seconds, whose figures mean nothing.
+    """
+
+    #: The smoke test's settings.
+    QUICK: ClassVar[dict[str, Any]] = {}
+
+    seed: int = 0
+    seeds: int = 3
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        self.check("seed", least=0)
+        self.check("seeds", least=1)
+
+    def check(self, name: str, least: int) -> None:
+        """Raise ArgumentTypeError or ArgumentError unless a setting is an integer of at least `least`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ArgumentTypeError(f"{name}: expected an int, got {value!r}")
+        if value < least:
+            raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+
+    @classmethod
+    def of(cls: type[R], *, quick: bool = False, **given: int | None) -> R:
+        """The recipe with the settings that are given; None stands for the default, which `quick` makes small."""
+        settings = {name: value for name, value in given.items() if value is not None}
+        return cls(**{"quick": quick, **(cls.QUICK if quick else {}), **settings})
+
+    @property
+    def seed_values(self) -> range:
+        """The seeds of the run."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -35,8 +75,8 @@ class DemoReport:
     Args:
         findings: The sentences, in reading order.
         page: The page; the findings come to it, and seeds and versions to its footer.
-        record: What `results.json` holds between the recipe and the versions, the findings among it. Its `rows`, if it
-            has any, are the lines of `results.csv`.
+        record: What `results.json` holds between the findings and the versions. Its `rows`, if it has any, are the
+            lines of `results.csv`.
         printed: How many of the page's tables are printed too.
     """
 
@@ -86,15 +126,14 @@ class Demo(Generic[R, S]):
         """Run the demo on one core, which takes minutes.
 
         Args:
-            output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`. Made
-                if absent; files of these names are replaced, each in one step at the end of the run, others are left
-                alone.
+            output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
+                replace files of these names at the end of the run. Made if absent.
             quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
             progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
             console: Where the results are printed. Default: stdout.
             quiet: Print nothing and show no progress.
-            settings: Of the recipe, `seed` and `seeds` above all; None stands for the default. Two runs with the same
-                settings give the same figures, seconds excepted.
+            settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds
+                excepted.
 
         Raises:
             ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
@@ -120,11 +159,6 @@ class Demo(Generic[R, S]):
         return result
 
 
-def as_records(findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """The findings for JSON."""
-    return [{"heading": each.heading, "text": each.text} for each in findings]
-
-
 def _contents(
     recipe: DemoRecipe, report: DemoReport, versions: Mapping[str, str], seconds: float
 ) -> dict[str, bytes | str]:
@@ -132,9 +166,11 @@ def _contents(
     assert report.page.picture is not None
     seeds = ", ".join(map(str, recipe.seed_values))
     installed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    said = [{"heading": each.heading, "text": each.text} for each in report.findings]
     findings = [(each.heading, each.text) for each in report.findings]
     page = replace(report.page, findings=findings, footer=f"Seeds {seeds}. {report.page.footer} {installed}.")
-    record = {"recipe": asdict(recipe), **report.record, "versions": versions, "seconds": seconds}
+    shared = {"versions": versions, "seconds": seconds}
+    record = {"recipe": asdict(recipe), "findings": said, **report.record, **shared}
     found: dict[str, bytes | str] = {
         "demo.png": report.page.picture.png,
         "demo.html": render_page(page),
