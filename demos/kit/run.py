@@ -97,66 +97,56 @@ class DemoResult(Generic[R, S]):
     paths: dict[str, Path]
 
 
-@dataclass(frozen=True)
-class Demo(Generic[R, S]):
-    """A demo.
+def run_seeds(
+    kind: type[R],
+    measure: Callable[[R, int, Progress], S],
+    conclude: Callable[[R, Sequence[S]], DemoReport],
+    output_dir: str | Path,
+    *,
+    packages: Sequence[str] = ("torch", "transformers"),
+    quick: bool = False,
+    progress: Progress | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+    **settings: int | None,
+) -> DemoResult[R, S]:
+    """Run a demo on one core, which takes minutes.
 
     Args:
-        recipe: The kind of its settings.
+        kind: Its recipe's class.
         measure: Trains and measures one seed.
-        report: Says what follows from all of them.
+        conclude: Says what follows from all of them.
+        output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
+            replace files of these names at the end of the run. Made if absent.
         packages: Those whose versions are noted.
+        quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
+        progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
+        console: Where the results are printed. Default: stdout.
+        quiet: Print nothing and show no progress.
+        settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds excepted.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
+        OutputExistsError: `output_dir` is a file.
     """
-
-    recipe: type[R]
-    measure: Callable[[R, int, Progress], S]
-    report: Callable[[R, Sequence[S]], DemoReport]
-    packages: Sequence[str] = ("torch", "transformers")
-
-    def run(
-        self,
-        output_dir: str | Path,
-        *,
-        quick: bool = False,
-        progress: Progress | None = None,
-        console: Console | None = None,
-        quiet: bool = False,
-        **settings: int | None,
-    ) -> DemoResult[R, S]:
-        """Run the demo on one core, which takes minutes.
-
-        Args:
-            output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
-                replace files of these names at the end of the run. Made if absent.
-            quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
-            progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
-            console: Where the results are printed. Default: stdout.
-            quiet: Print nothing and show no progress.
-            settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds
-                excepted.
-
-        Raises:
-            ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
-            OutputExistsError: `output_dir` is a file.
-        """
-        recipe, folder = self.recipe.of(quick=quick, **settings), Path(output_dir)
-        # Before any work is done, so that a folder that cannot be made costs no run.
-        if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        with one_thread(), phase_bars(progress, quiet) as shown:
-            runs = tuple(self.measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
-        seconds = time.perf_counter() - start
-        report = self.report(recipe, runs)
-        # All is rendered before anything is written, so that a failure leaves the files of an earlier run together.
-        contents = _contents(recipe, report, {name: version(name) for name in self.packages}, seconds)
-        result = DemoResult(recipe, runs, report, seconds, {name: folder / name for name in contents})
-        for name, content in contents.items():
-            write_whole(result.paths[name], content)
-        if not quiet:
-            _print(result, console)
-        return result
+    recipe, folder = kind.of(quick=quick, **settings), Path(output_dir)
+    # Before any work is done, so that a folder that cannot be made costs no run.
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with one_thread(), phase_bars(progress, quiet) as shown:
+        runs = tuple(measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
+    seconds = time.perf_counter() - start
+    report = conclude(recipe, runs)
+    # All is rendered before anything is written, so that a failure leaves the files of an earlier run together.
+    contents = _contents(recipe, report, {name: version(name) for name in packages}, seconds)
+    result = DemoResult(recipe, runs, report, seconds, {name: folder / name for name in contents})
+    for name, content in contents.items():
+        write_whole(result.paths[name], content)
+    if not quiet:
+        _print(result, console)
+    return result
 
 
 def _contents(

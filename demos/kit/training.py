@@ -1,4 +1,4 @@
-"""A small base model made from nothing, and the steps that train it."""
+"""A small base model made from nothing, the steps that train it, and the global state meanwhile."""
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
 from demos.kit.figures import Spread, curve, picture
-from demos.kit.run import Demo, DemoReport
+from demos.kit.run import DemoReport, run_seeds
 from demos.losses.findings import find, timing_note
 from demos.losses.measuring import BASE, LossRow, LossRun, RowTable, UnseenUsers, step_times
 from demos.losses.recipe import LossRecipe
@@ -201,4 +202,4 @@ def report(recipe: LossRecipe, runs: Sequence[LossRun]) -> DemoReport:
 
 
 #: `seed`, `seeds`, `steps` and `long_steps` are its settings; the losses are compared after both numbers of steps.
-run_demo = Demo(LossRecipe, measure, report).run
+run_demo = partial(run_seeds, LossRecipe, measure, report)

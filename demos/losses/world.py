@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 SHOW_PROBABILITY = 0.6
 PAST_REVIEWS = 3
@@ -73,7 +74,10 @@ _TEMPLATE = """
 RESPONSE_TEMPLATE: tuple[str, ...] = tuple(_TEMPLATE.split())
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _PROMPT_WORDS = (PAD, BOS, EOS, "item", "past", "reviews", "review", "none", ":", ";")
-
+_TEMPLATE_WORDS = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
+_WORDS = chain(_PROMPT_WORDS, _TEMPLATE_WORDS, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS)
+#: Every word of the world and its token id; one token is one word. Padding is 0.
+VOCABULARY = {word: index for index, word in enumerate(dict.fromkeys(_WORDS))}
 
 #: A reviewer: one habit for each slot, in the order of `SLOTS`.
 Habits = tuple[str, ...]
@@ -99,17 +103,6 @@ class Example:
     history: tuple[str, ...]
     response: tuple[str, ...]
     personal: tuple[bool, ...]
-
-
-def _vocabulary() -> dict[str, int]:
-    template = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
-    groups: list[Iterable[str]] = [_PROMPT_WORDS, template, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS]
-    words = dict.fromkeys(word for group in groups for word in group)
-    return {word: index for index, word in enumerate(words)}
-
-
-#: Every word of the world and its token id; one token is one word. Padding is 0.
-VOCABULARY = _vocabulary()
 
 
 def encode(words: Iterable[str]) -> list[int]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 
 from demos.kit.figures import curve, picture
-from demos.kit.run import Demo, DemoReport
+from demos.kit.run import DemoReport, run_seeds
 from demos.popi.findings import find
 from demos.popi.measuring import BEFORE, SUMMARY, PopiFigures, PopiRun, Share, figures, measure
 from demos.popi.recipe import PopiRecipe
@@ -121,4 +122,4 @@ def report(recipe: PopiRecipe, runs: Sequence[PopiRun]) -> DemoReport:
 
 
 #: `seed` and `seeds` are its settings.
-run_demo = Demo(PopiRecipe, measure, report, packages=("torch", "transformers", "peft")).run
+run_demo = partial(run_seeds, PopiRecipe, measure, report, packages=("torch", "transformers", "peft"))

@@ -184,7 +184,6 @@ def train_popi(
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_users,
             learning_rate=recipe.learning_rate,
-            lr_scheduler_type="linear",
             warmup_steps=min(5, recipe.steps),
             max_grad_norm=MAX_GRAD_NORM,
             logging_steps=1,
