@@ -93,8 +93,8 @@ def _chunk_call(kernels: ChunkKernels, streams: int, n: int, v: int) -> Callable
     stats = torch.empty(3 * (2 * streams - 1), n)
 
     def pair() -> Tensor:
-        kernels.pair_stats(*logits, labels, stats)
-        kernels.pair_grad_(*logits, labels, stats, ones, None, ones, None, 1.0, torch.float32)
+        kernels.pair_stats(logits, labels, stats)
+        kernels.pair_grad_(logits, labels, stats, (ones, None, ones), None, 1.0, torch.float32)
         return logits[0]
 
     def token() -> Tensor:

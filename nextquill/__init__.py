@@ -5,8 +5,9 @@
     loss_fn = nq.NextQuillLoss(detach_counterfactual=True)
     loss = loss_fn(hidden_with_history, hidden_without, lm_head.weight, labels)
 
-Its names are imported on first use: the losses and operators with torch alone, `NextQuillTrainer` and `PairPasses` with
-Hugging Face packages. `torch.ops.nextquill` is filled by then, or by `import nextquill.functional`.
+Its names are imported on first use: the losses and operators with torch alone; `NextQuillTrainer`, `PairPasses`,
+`Writer`, `HistoryGuidance` and `prompt_for` with Hugging Face packages. `torch.ops.nextquill` is filled by then, or by
+`import nextquill.functional`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from nextquill.lazy import on_first_use
 if TYPE_CHECKING:
     from nextquill import tree
     from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
+    from nextquill.generation.guidance import HistoryGuidance
+    from nextquill.generation.writer import UserPrompt, Writer, prompt_for
     from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
     from nextquill.models.branch_passes import PairPasses
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
@@ -37,8 +40,20 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
-        ("outputs", "weighting", "functional", "losses", "tree", "models.branch_passes", "training.trainer"),
-        needs={"PairPasses": "transformers", "NextQuillTrainer": "transformers"},
+        (
+            "outputs",
+            "weighting",
+            "functional",
+            "losses",
+            "tree",
+            "models.branch_passes",
+            "training.trainer",
+            "generation.guidance",
+            "generation.writer",
+        ),
+        needs=dict.fromkeys(
+            ("PairPasses", "NextQuillTrainer", "HistoryGuidance", "UserPrompt", "Writer", "prompt_for"), "transformers"
+        ),
     )
 
 __version__ = "0.1.0"
@@ -50,6 +65,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "GradientError",
+    "HistoryGuidance",
     "LongCELoss",
     "NextQuillError",
     "NextQuillLoss",
@@ -64,8 +80,11 @@ __all__ = [
     "RecordError",
     "SFTLoss",
     "UnsupportedModelError",
+    "UserPrompt",
+    "Writer",
     "linear_pair_nll",
     "linear_pair_stats",
     "linear_token_nll",
+    "prompt_for",
     "tree",
 ]

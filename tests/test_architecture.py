@@ -38,18 +38,19 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nextquill": _VALUES | {"functional", "lazy", "losses", "tree"},
     "data": frozenset({"errors", "storage", "lazy", "tree"}),
     "models": _BELOW_MODELS,
-    "evaluation": _MODELS,
+    "generation": _MODELS,
+    "evaluation": _MODELS | {"generation"},
     "training": _MODELS | {"evaluation"},
-    "popi": _MODELS | {"evaluation", "training", "lazy"},
+    "popi": _MODELS | {"generation", "evaluation", "training", "lazy"},
     "demo": frozenset(),  # says where its modules are now
     "comparison": _MODELS | {"evaluation", "training"},
     "report": frozenset({"errors", "storage", "evaluation", "comparison"}),
-    "cli": _MODELS | {"evaluation", "training", "popi", "comparison", "report", "nextquill"},
+    "cli": _MODELS | {"generation", "evaluation", "training", "popi", "comparison", "report", "nextquill"},
     # Beside the package, which never imports them but by `nextquill.cli.checkout`.
     "demos": _MODELS | {"evaluation", "training", "popi", "report"},
 }
-# For type checkers only: `nextquill.NextQuillTrainer` is imported on first use.
-MAY_NAME_AS_TYPE = {"nextquill": frozenset({"models", "training"})}
+# For type checkers only: these names are imported on first use.
+MAY_NAME_AS_TYPE = {"nextquill": frozenset({"generation", "models", "training"})}
 
 HUGGING_FACE = frozenset(
     "accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers trl".split()
@@ -68,7 +69,8 @@ MAY_USE: dict[str, frozenset[str]] = {
     "data": _TORCH | {"jinja2", "numpy", "pyarrow"} | _RETRIEVAL | HUGGING_FACE,
     "report": frozenset({"matplotlib", "rich", "tqdm"}),
     **dict.fromkeys(("popi", "demos", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
-    "evaluation": _TORCH | {"numpy", "vllm"} | _TOOLS | HUGGING_FACE,
+    "generation": _TORCH | {"vllm"} | HUGGING_FACE,
+    "evaluation": _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE,
     "training": _TORCH | {"numpy", "tqdm"} | HUGGING_FACE,
     # ZeRO-3 partitions weights, which are gathered to be probed.
     "models": _TORCH | {"deepspeed"} | HUGGING_FACE,

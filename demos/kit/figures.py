@@ -26,11 +26,9 @@ class Spread:
 
 def curve(label: str, x: Sequence[float], values: Sequence[Sequence[float]], **options: Any) -> Series:
     """The means of `values`, which hold for each x a value a seed, and a band over several seeds."""
-    spreads = [Spread.of(each) for each in values]
-    low, high = ([getattr(each, end) for each in spreads] for end in ("low", "high"))
     if len(values[0]) > 1:
-        options |= {"low": low, "high": high}
-    return Series(label, x, [each.mean for each in spreads], **options)
+        options |= {"low": list(map(min, values)), "high": list(map(max, values))}
+    return Series(label, x, list(map(statistics.fmean, values)), **options)
 
 
 def picture(panels: Sequence[Panel], x_label: str, *, alt: str, caption: str) -> Picture:

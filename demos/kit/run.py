@@ -1,4 +1,4 @@
-"""A run from its arguments to its files: train and measure each seed, say what follows, and write it down."""
+"""A run from its settings to its files: train and measure each seed, say what follows, and write it down."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from demos.kit.recipe import DemoRecipe
 from demos.kit.training import one_thread
-from nextquill.errors import OutputExistsError
+from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError
 from nextquill.report.comparison.findings import Finding
 from nextquill.report.data import Page
 from nextquill.report.html import render_page
@@ -24,8 +23,49 @@ from nextquill.storage.atomic_files import write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-R = TypeVar("R", bound=DemoRecipe)
+R = TypeVar("R", bound="DemoRecipe")
 S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """What every demo can be told; each adds settings of its own.
+
+    Args:
+        seed: The first seed.
+        seeds: How many seeds, each with its own users and models.
+        quick: Whether this is the smoke test of a few seconds, whose figures mean nothing.
+    """
+
+    #: The smoke test's settings.
+    QUICK: ClassVar[dict[str, Any]] = {}
+
+    seed: int = 0
+    seeds: int = 3
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        self.check("seed", least=0)
+        self.check("seeds", least=1)
+
+    def check(self, name: str, least: int) -> None:
+        """Raise ArgumentTypeError or ArgumentError unless a setting is an integer of at least `least`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ArgumentTypeError(f"{name}: expected an int, got {value!r}")
+        if value < least:
+            raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+
+    @classmethod
+    def of(cls: type[R], *, quick: bool = False, **given: int | None) -> R:
+        """The recipe with the settings that are given; None stands for the default, which `quick` makes small."""
+        settings = {name: value for name, value in given.items() if value is not None}
+        return cls(**{"quick": quick, **(cls.QUICK if quick else {}), **settings})
+
+    @property
+    def seed_values(self) -> range:
+        """The seeds of the run."""
+        return range(self.seed, self.seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -35,8 +75,8 @@ class DemoReport:
     Args:
         findings: The sentences, in reading order.
         page: The page; the findings come to it, and seeds and versions to its footer.
-        record: What `results.json` holds between the recipe and the versions, the findings among it. Its `rows`, if it
-            has any, are the lines of `results.csv`.
+        record: What `results.json` holds between the findings and the versions. Its `rows`, if it has any, are the
+            lines of `results.csv`.
         printed: How many of the page's tables are printed too.
     """
 
@@ -57,72 +97,56 @@ class DemoResult(Generic[R, S]):
     paths: dict[str, Path]
 
 
-@dataclass(frozen=True)
-class Demo(Generic[R, S]):
-    """A demo.
+def run_seeds(
+    kind: type[R],
+    measure: Callable[[R, int, Progress], S],
+    conclude: Callable[[R, Sequence[S]], DemoReport],
+    output_dir: str | Path,
+    *,
+    packages: Sequence[str] = ("torch", "transformers"),
+    quick: bool = False,
+    progress: Progress | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+    **settings: int | None,
+) -> DemoResult[R, S]:
+    """Run a demo on one core, which takes minutes.
 
     Args:
-        recipe: The kind of its settings.
+        kind: Its recipe's class.
         measure: Trains and measures one seed.
-        report: Says what follows from all of them.
+        conclude: Says what follows from all of them.
+        output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
+            replace files of these names at the end of the run. Made if absent.
         packages: Those whose versions are noted.
+        quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
+        progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
+        console: Where the results are printed. Default: stdout.
+        quiet: Print nothing and show no progress.
+        settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds excepted.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
+        OutputExistsError: `output_dir` is a file.
     """
-
-    recipe: type[R]
-    measure: Callable[[R, int, Progress], S]
-    report: Callable[[R, Sequence[S]], DemoReport]
-    packages: Sequence[str] = ("torch", "transformers")
-
-    def run(
-        self,
-        output_dir: str | Path,
-        *,
-        quick: bool = False,
-        progress: Progress | None = None,
-        console: Console | None = None,
-        quiet: bool = False,
-        **settings: int | None,
-    ) -> DemoResult[R, S]:
-        """Run the demo on one core, which takes minutes.
-
-        Args:
-            output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`. Made
-                if absent; files of these names are replaced, each in one step at the end of the run, others are left
-                alone.
-            quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
-            progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
-            console: Where the results are printed. Default: stdout.
-            quiet: Print nothing and show no progress.
-            settings: Of the recipe, `seed` and `seeds` above all; None stands for the default. Two runs with the same
-                settings give the same figures, seconds excepted.
-
-        Raises:
-            ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
-            OutputExistsError: `output_dir` is a file.
-        """
-        recipe, folder = self.recipe.of(quick=quick, **settings), Path(output_dir)
-        # Before any work is done, so that a folder that cannot be made costs no run.
-        if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        with one_thread(), phase_bars(progress, quiet) as shown:
-            runs = tuple(self.measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
-        seconds = time.perf_counter() - start
-        report = self.report(recipe, runs)
-        # All is rendered before anything is written, so that a failure leaves the files of an earlier run together.
-        contents = _contents(recipe, report, {name: version(name) for name in self.packages}, seconds)
-        result = DemoResult(recipe, runs, report, seconds, {name: folder / name for name in contents})
-        for name, content in contents.items():
-            write_whole(result.paths[name], content)
-        if not quiet:
-            _print(result, console)
-        return result
-
-
-def as_records(findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """The findings for JSON."""
-    return [{"heading": each.heading, "text": each.text} for each in findings]
+    recipe, folder = kind.of(quick=quick, **settings), Path(output_dir)
+    # Before any work is done, so that a folder that cannot be made costs no run.
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with one_thread(), phase_bars(progress, quiet) as shown:
+        runs = tuple(measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
+    seconds = time.perf_counter() - start
+    report = conclude(recipe, runs)
+    # All is rendered before anything is written, so that a failure leaves the files of an earlier run together.
+    contents = _contents(recipe, report, {name: version(name) for name in packages}, seconds)
+    result = DemoResult(recipe, runs, report, seconds, {name: folder / name for name in contents})
+    for name, content in contents.items():
+        write_whole(result.paths[name], content)
+    if not quiet:
+        _print(result, console)
+    return result
 
 
 def _contents(
@@ -132,9 +156,11 @@ def _contents(
     assert report.page.picture is not None
     seeds = ", ".join(map(str, recipe.seed_values))
     installed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    said = [{"heading": each.heading, "text": each.text} for each in report.findings]
     findings = [(each.heading, each.text) for each in report.findings]
     page = replace(report.page, findings=findings, footer=f"Seeds {seeds}. {report.page.footer} {installed}.")
-    record = {"recipe": asdict(recipe), **report.record, "versions": versions, "seconds": seconds}
+    shared = {"versions": versions, "seconds": seconds}
+    record = {"recipe": asdict(recipe), "findings": said, **report.record, **shared}
     found: dict[str, bytes | str] = {
         "demo.png": report.page.picture.png,
         "demo.html": render_page(page),

@@ -1,11 +1,13 @@
-"""A small base model made from nothing, and the steps that train it."""
+"""A small base model made from nothing, the steps that train it, and the global state meanwhile."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,3 +61,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seeded global generators meanwhile: PEFT's and the Trainer's draws come from them."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

@@ -97,14 +97,12 @@ def _counterfactual(table: RowTable, recipe: LossRecipe) -> Finding:
         method: all(value > FALSE_EFFECT for value in table.values(method, step, "generic_effect"))
         for method in (OFFICIAL, DETACHED, ANCHORED)
     }
-    if is_ruined[OFFICIAL] and not is_ruined[DETACHED]:
-        heading = "The published second term ruins its own counterfactual; the detached form does not"
-    elif is_ruined[OFFICIAL]:
-        heading = "Both the published and the detached form ruin their counterfactual in this run"
-    elif is_ruined[DETACHED]:
-        heading = "The detached form ruins its counterfactual in this run, the published one does not"
-    else:
-        heading = f"No clear harm to the counterfactual after {step} steps in this run"
+    heading = {
+        (True, False): "The published second term ruins its own counterfactual; the detached form does not",
+        (True, True): "Both the published and the detached form ruin their counterfactual in this run",
+        (False, True): "The detached form ruins its counterfactual in this run, the published one does not",
+        (False, False): f"No clear harm to the counterfactual after {step} steps in this run",
+    }[is_ruined[OFFICIAL], is_ruined[DETACHED]]
     methods = (SFT, *is_ruined)
     first, last = ([_signed(table, each, at, "generic_effect") for each in methods] for at in (recipe.steps, step))
     effects = join([f"{method} {a} → {b}" for method, a, b in zip(methods, first, last, strict=True)])

@@ -122,9 +122,8 @@ class UnseenUsers:
 
 def f1_score(predicted: Tensor, truth: Tensor) -> float:
     """F1 = 2·TP / (predicted + true), over all tokens together; 0 where both are empty."""
-    both = int((predicted & truth).sum())
-    total = int(predicted.sum()) + int(truth.sum())
-    return 2 * both / total if total else 0.0
+    total = int(predicted.sum() + truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 0.0
 
 
 def exact_match(logits: Tensor, batch: Batch) -> float:
@@ -133,9 +132,7 @@ def exact_match(logits: Tensor, batch: Batch) -> float:
     No decoding is needed: greedy decoding writes the reference exactly if and only if, given each prefix of the
     reference, the most probable next token is the reference's.
     """
-    wrong = (logits.argmax(-1) != batch.labels).long()
-    responses = int(batch.sequence_ids.max()) + 1
-    mistakes = torch.zeros(responses, dtype=torch.long).index_add_(0, batch.sequence_ids, wrong)
+    mistakes = torch.bincount(batch.sequence_ids, (logits.argmax(-1) != batch.labels).double())
     return float((mistakes == 0).double().mean())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from demos.kit.recipe import DemoRecipe
+from demos.kit.run import DemoRecipe
 from nextquill.errors import ArgumentError
 
 
@@ -26,7 +26,7 @@ class LossRecipe(DemoRecipe):
 
     QUICK: ClassVar[dict[str, Any]] = {
         "seeds": 1, "steps": 2, "long_steps": 4, "evaluate_every": 2, "reading_steps": 10, "bland_steps": 3,
-        "dev_users": 8, "test_users": 12, "quick": True,
+        "dev_users": 8, "test_users": 12,
     }  # fmt: skip
 
     steps: int = 16
@@ -43,7 +43,6 @@ class LossRecipe(DemoRecipe):
     batch_size: int = 16
     dev_users: int = 64
     test_users: int = 200
-    quick: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

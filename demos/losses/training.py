@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from demos.kit.training import Learner, build_base
 from demos.losses.recipe import LossRecipe
-from demos.losses.world import EOS, PAD, VOCABULARY, Example, Item, LossWorld, encode, prompt_words
+from demos.losses.world import EOS, PAD, VOCABULARY, Example, LossWorld, encode, prompt_words
 from nextquill.losses import NextQuillLoss, PerCELoss, SFTLoss
 from nextquill.models.tiny_models import ScratchSize
 from nextquill.report.progress import Progress
@@ -171,15 +171,13 @@ def make_contestants(base: Any, learning_rate: float) -> list[Contestant]:
     ]
 
 
-def phase_c_steps(
-    contestants: Sequence[Contestant], world: LossWorld, items: Sequence[Item], recipe: LossRecipe
-) -> Iterator[int]:
+def phase_c_steps(contestants: Sequence[Contestant], world: LossWorld, recipe: LossRecipe) -> Iterator[int]:
     """Step all contestants in turn on the same batch; yields after each round.
 
     In turn rather than one after the other, so that a busy machine slows all of them alike.
     """
     for step in range(1, recipe.long_steps + 1):
-        examples = world.training_examples(recipe.batch_size, items)
+        examples = world.training_examples(recipe.batch_size, world.new_items)
         factual, counterfactual = with_own_histories(examples), make_batch(examples, [None] * len(examples))
         for contestant in contestants:
             contestant.step(factual, counterfactual)

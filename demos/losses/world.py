@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 SHOW_PROBABILITY = 0.6
 PAST_REVIEWS = 3
@@ -73,13 +74,13 @@ _TEMPLATE = """
 RESPONSE_TEMPLATE: tuple[str, ...] = tuple(_TEMPLATE.split())
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _PROMPT_WORDS = (PAD, BOS, EOS, "item", "past", "reviews", "review", "none", ":", ";")
+_TEMPLATE_WORDS = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
+_WORDS = chain(_PROMPT_WORDS, _TEMPLATE_WORDS, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS)
+#: Every word of the world and its token id; one token is one word. Padding is 0.
+VOCABULARY = {word: index for index, word in enumerate(dict.fromkeys(_WORDS))}
 
-
-@dataclass(frozen=True)
-class Reviewer:
-    """One habit for each slot, in the order of `SLOTS`."""
-
-    habits: tuple[str, ...]
+#: A reviewer: one habit for each slot, in the order of `SLOTS`.
+Habits = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,11 @@ class Example:
     `personal` marks the tokens of `response` that are a habit of the user: the ground truth of every effect here.
     """
 
-    user: Reviewer
+    habits: Habits
     item: Item
     history: tuple[str, ...]
     response: tuple[str, ...]
     personal: tuple[bool, ...]
-
-
-def _vocabulary() -> dict[str, int]:
-    template = (word for word in RESPONSE_TEMPLATE if not word.startswith("{"))
-    groups: list[Iterable[str]] = [_PROMPT_WORDS, template, *SLOTS.values(), *FACTS.values(), OLD_ITEMS, NEW_ITEMS]
-    words = dict.fromkeys(word for group in groups for word in group)
-    return {word: index for index, word in enumerate(words)}
-
-
-#: Every word of the world and its token id; one token is one word. Padding is 0.
-VOCABULARY = _vocabulary()
 
 
 def encode(words: Iterable[str]) -> list[int]:
@@ -129,7 +119,7 @@ class LossWorld:
 
     def __init__(self, seed: int, *, dev_users: int = 64, test_users: int = 200) -> None:
         self._rng = random.Random(f"nextquill demo {seed}")
-        self._taken: set[Reviewer] = set()
+        self._taken: set[Habits] = set()
         self.old_items = tuple(_draw_item(name, self._rng) for name in OLD_ITEMS)
         self.new_items = tuple(_draw_item(name, self._rng) for name in NEW_ITEMS)
         dev, test = self._reserve_users(dev_users), self._reserve_users(test_users)
@@ -141,25 +131,25 @@ class LossWorld:
         users = [self._new_user() for _ in range(count)]
         return [self._example(user, items, habit_probability) for user in users]
 
-    def _reserve_users(self, count: int) -> list[Reviewer]:
-        users = list[Reviewer]()
+    def _reserve_users(self, count: int) -> list[Habits]:
+        users = list[Habits]()
         for _ in range(count):
             users.append(self._new_user())
             self._taken.add(users[-1])
         return users
 
-    def _new_user(self) -> Reviewer:
+    def _new_user(self) -> Habits:
         """A user whose combination of habits no dev or test user has."""
         while True:
-            user = Reviewer(tuple(self._rng.choice(words[1:]) for words in SLOTS.values()))
+            user = tuple(self._rng.choice(words[1:]) for words in SLOTS.values())
             if user not in self._taken:
                 return user
 
-    def _example(self, user: Reviewer, items: Sequence[Item], habit_probability: float = 1.0) -> Example:
+    def _example(self, habits: Habits, items: Sequence[Item], habit_probability: float = 1.0) -> Example:
         item = self._rng.choice(items)
-        history = _draw_history(user, self._rng)
-        response, personal = _write_response(user, item, habit_probability, self._rng)
-        return Example(user, item, history, response, personal)
+        history = _draw_history(habits, self._rng)
+        response, personal = _write_response(habits, item, habit_probability, self._rng)
+        return Example(habits, item, history, response, personal)
 
 
 def prompt_words(item: Item, history: Sequence[str] | None) -> list[str]:
@@ -178,26 +168,26 @@ def _draw_item(name: str, rng: random.Random) -> Item:
     return Item(name, tuple(rng.choice(words) for words in FACTS.values()))
 
 
-def _draw_history(user: Reviewer, rng: random.Random) -> tuple[str, ...]:
+def _draw_history(habits: Habits, rng: random.Random) -> tuple[str, ...]:
     """Three past reviews, `item : habit habit … ;`, each habit in each with probability 0.6 and in at least one."""
-    shown = [[rng.random() < SHOW_PROBABILITY for _ in user.habits] for _ in range(PAST_REVIEWS)]
-    for slot in range(len(user.habits)):
+    shown = [[rng.random() < SHOW_PROBABILITY for _ in habits] for _ in range(PAST_REVIEWS)]
+    for slot in range(len(habits)):
         if not any(review[slot] for review in shown):
             rng.choice(shown)[slot] = True
     words: list[str] = []
     for review in shown:
         words += [rng.choice(OLD_ITEMS), ":"]
-        words += [habit for habit, is_shown in zip(user.habits, review, strict=True) if is_shown]
+        words += [habit for habit, is_shown in zip(habits, review, strict=True) if is_shown]
         words.append(";")
     return tuple(words)
 
 
 def _write_response(
-    user: Reviewer, item: Item, habit_probability: float, rng: random.Random
+    habits: Habits, item: Item, habit_probability: float, rng: random.Random
 ) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     fills = {"{item}": item.name} | {f"{{{name}}}": word for name, word in zip(FACTS, item.facts, strict=True)}
     personal_fills = {}
-    for (slot, words), habit in zip(SLOTS.items(), user.habits, strict=True):
+    for (slot, words), habit in zip(SLOTS.items(), habits, strict=True):
         follows = habit_probability >= 1.0 or rng.random() < habit_probability
         personal_fills[f"{{{slot}}}"] = habit if follows else words[0]
     response = tuple(personal_fills.get(word, fills.get(word, word)) for word in RESPONSE_TEMPLATE)

@@ -21,12 +21,10 @@ READS = 0.8
 
 def verdict(own: Sequence[float], other: Sequence[float], difference: PairedResult) -> str:
     """`better`, `worse` or `unclear`: a difference counts if it has one sign in every seed and excludes 0."""
-    signs = [a - b for a, b in zip(own, other, strict=True)]
-    if difference.excludes_zero and difference.difference > 0 and all(sign > 0 for sign in signs):
-        return BETTER
-    if difference.excludes_zero and difference.difference < 0 and all(sign < 0 for sign in signs):
-        return WORSE
-    return UNCLEAR
+    way = 1 if difference.difference > 0 else -1
+    if not difference.excludes_zero or any(way * (a - b) <= 0 for a, b in zip(own, other, strict=True)):
+        return UNCLEAR
+    return BETTER if way > 0 else WORSE
 
 
 def find(measured: PopiFigures, recipe: PopiRecipe) -> tuple[Finding, ...]:
@@ -79,9 +77,9 @@ def _raw(measured: PopiFigures) -> Finding:
         WORSE: "With raw signals more pairs are judged rightly than with summaries",
         UNCLEAR: "Raw signals are not clearly better or worse than summaries",
     }[_verdict(measured, SIGNALS)]
-    ratio = raw.context_tokens / summary.context_tokens if summary.context_tokens else None
-    cost = "" if ratio is None else f": {ratio:.0f} times as many"
-    if ratio is not None and ratio > 1:
+    ratio = raw.context_tokens / summary.context_tokens if summary.context_tokens else 0.0
+    cost = f": {ratio:.0f} times as many" if ratio else ""
+    if ratio > 1:
         heading += f", and the signals take {ratio:.0f} times the tokens"
     text = (
         f"A generator trained on the raw signals, on as many users and pairs, judges "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from demos.kit.recipe import DemoRecipe
+from demos.kit.run import DemoRecipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PopiRecipe(DemoRecipe):
 
     QUICK: ClassVar[dict[str, Any]] = {
         "seeds": 1, "base_steps": 4, "steps": 2, "batch_users": 2, "group_size": 2,
-        "train_users": 12, "test_users": 6, "test_pairs": 7, "quick": True,
+        "train_users": 12, "test_users": 6, "test_pairs": 7,
     }  # fmt: skip
 
     # the base
@@ -61,4 +61,3 @@ class PopiRecipe(DemoRecipe):
     train_pairs: int = 14
     test_users: int = 48
     test_pairs: int = 13
-    quick: bool = False

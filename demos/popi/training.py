@@ -16,18 +16,16 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from demos.kit.training import MAX_GRAD_NORM, Learner, build_base
+from demos.kit.training import MAX_GRAD_NORM, Learner, build_base, own_randomness
 from demos.popi.recipe import PopiRecipe
 from demos.popi.world import (
     ASPECT_OF,
@@ -186,7 +184,6 @@ def train_popi(
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_users,
             learning_rate=recipe.learning_rate,
-            lr_scheduler_type="linear",
             warmup_steps=min(5, recipe.steps),
             max_grad_norm=MAX_GRAD_NORM,
             logging_steps=1,
@@ -265,19 +262,3 @@ def _log_probs(model: Any, branches: Sequence[Branch], pad: int) -> Tensor:
     """log p(response | prompt), [pairs, 2]."""
     nll, _, is_response = _nll(model, branches, pad)
     return -(nll * is_response).sum(1).view(-1, 2)
-
-
-# ---- randomness -------------------------------------------------------------------------
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seeded global generators meanwhile: PEFT's and the Trainer's draws come from them."""
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)

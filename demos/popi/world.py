@@ -21,34 +21,31 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, cycle, islice, product
 
 from demos.popi.recipe import PopiRecipe
 from nextquill.popi.users import Pair, User
 
 #: Aspect -> value -> its words.
 ASPECTS: dict[str, dict[str, tuple[str, ...]]] = {
-    aspect: {value: tuple(words.split()) for value, words in values.items()}
-    for aspect, values in {
-        "tone": {
-            "formal": "indeed certainly accordingly",
-            "casual": "hey yeah sure",
-            "playful": "woohoo yay whee",
-            "poetic": "behold alas verily",
-        },
-        "praise": {
-            "price": "cheap bargain thrifty",
-            "comfort": "soft cosy snug",
-            "beauty": "pretty elegant shiny",
-            "safety": "sturdy harmless tested",
-        },
-        "image": {
-            "animals": "tiger falcon otter",
-            "food": "honey pancake mango",
-            "sports": "goalkeeper sprint volley",
-            "music": "violin chorus drumbeat",
-        },
-    }.items()
+    "tone": {
+        "formal": ("indeed", "certainly", "accordingly"),
+        "casual": ("hey", "yeah", "sure"),
+        "playful": ("woohoo", "yay", "whee"),
+        "poetic": ("behold", "alas", "verily"),
+    },
+    "praise": {
+        "price": ("cheap", "bargain", "thrifty"),
+        "comfort": ("soft", "cosy", "snug"),
+        "beauty": ("pretty", "elegant", "shiny"),
+        "safety": ("sturdy", "harmless", "tested"),
+    },
+    "image": {
+        "animals": ("tiger", "falcon", "otter"),
+        "food": ("honey", "pancake", "mango"),
+        "sports": ("goalkeeper", "sprint", "volley"),
+        "music": ("violin", "chorus", "drumbeat"),
+    },
 }
 VALUES: tuple[str, ...] = tuple(value for values in ASPECTS.values() for value in values)
 #: Word -> the value it shows.
@@ -80,15 +77,14 @@ class PreferenceWorld:
 
     def __init__(self, seed: int, recipe: PopiRecipe) -> None:
         self._rng = random.Random(f"nextquill popi demo {seed}")
-        test, train = self.test_preferences, self.train_preferences = _split(self._rng)
-        self.train = self._users(f"{seed}-train", train, recipe.train_users, recipe.train_pairs)
+        test, self.train_preferences = _split(self._rng)
+        self.train = self._users(f"{seed}-train", self.train_preferences, recipe.train_users, recipe.train_pairs)
         self.test = self._users(f"{seed}-test", test, recipe.test_users, recipe.test_pairs)
 
     def _users(self, name: str, preferences: Sequence[Preferences], count: int, pairs: int) -> list[KnownUser]:
-        chosen = [preferences[i % len(preferences)] for i in range(count)]
         return [
             KnownUser(User(f"{name}-{i}", tuple(draw_pairs(each, pairs, self._rng))), each)
-            for i, each in enumerate(chosen)
+            for i, each in enumerate(islice(cycle(preferences), count))
         ]
 
 

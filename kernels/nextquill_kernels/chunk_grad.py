@@ -8,13 +8,11 @@ See `nextquill_kernels.chunk` for the mathematics.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
+from nextquill_kernels.crosscompile import CompileCase, row_case, with_odd_vocabulary
 from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # To read 4.8 TB/s at a latency of 0.7 us, 3.4 MB must be in flight: 25 KiB on each of 132 multiprocessors. Each of
@@ -78,21 +76,9 @@ def _write_token_grad(
 
 @jit(do_not_specialize=["stats_stride"], do_not_specialize_on_alignment=["label_ptr", "stats_ptr", "grad_ptr"])
 def _token_grad_kernel(
-    z_ptr,
-    out_ptr,
-    label_ptr,
-    stats_ptr,
-    grad_ptr,
-    z_stride,
-    out_stride,
-    stats_stride,
-    V,
-    softcap,
-    factor,
-    BLOCK_V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_NARROW: tl.constexpr,
-):
+    z_ptr, out_ptr, label_ptr, stats_ptr, grad_ptr, z_stride, out_stride, stats_stride, V, softcap, factor,
+    BLOCK_V: tl.constexpr, HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     m, weight, at_label = _load_softmax(stats_ptr, row, stats_stride, 0, tl.load(grad_ptr + row))
@@ -152,47 +138,21 @@ def token_grad_(
     tile = TOKEN_GRAD
     with on_device(logits):
         _token_grad_kernel[(n,)](
-            logits,
-            out,
-            labels.contiguous(),
-            stats,
-            grad_nll.contiguous(),
-            logits.stride(0),
-            out.stride(0),
-            stats.stride(0),
-            vocabulary,
-            *_cap_arguments(softcap, logit_scale),
-            BLOCK_V=tile.block_v,
-            HAS_CAP=softcap is not None,
-            IS_NARROW=dtype != torch.float32,
-            num_warps=tile.num_warps,
-            num_stages=1,
-        )
+            logits, out, labels.contiguous(), stats, grad_nll.contiguous(),
+            logits.stride(0), out.stride(0), stats.stride(0), vocabulary, *_cap_arguments(softcap, logit_scale),
+            BLOCK_V=tile.block_v, HAS_CAP=softcap is not None, IS_NARROW=dtype != torch.float32,
+            num_warps=tile.num_warps, num_stages=1,
+        )  # fmt: skip
     return out
 
 
 @jit()
 def _write_pair_grad(
-    b_z1,
-    b_z0,
-    out1_row,
-    out0_row,
-    cols,
-    mask,
-    label,
-    m1,
-    weight1,
-    at_label1,
-    m0,
-    weight0,
-    at_label0,
-    me,
-    weighte,
-    softcap,
-    factor,
-    HAS_CAP: tl.constexpr,
-    IS_NARROW: tl.constexpr,
-):
+    b_z1, b_z0, out1_row, out0_row, cols, mask, label, softmax1, softmax0, softmaxe, at_label1, at_label0,
+    softcap, factor, HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr,
+):  # fmt: skip
+    m1, weight1 = softmax1
+    me, weighte = softmaxe
     b_effect = weighte * tl.exp(b_z1 - b_z0 - me)
     b_dz1 = tl.where(cols == label, at_label1, weight1 * tl.exp(b_z1 - m1) + b_effect)
     b_dz1 = _through_cap(b_dz1, b_z1, softcap, factor, HAS_CAP)
@@ -201,7 +161,8 @@ def _write_pair_grad(
     tl.store(out1_row + cols, tl.where(label < 0, 0.0, b_dz1).to(out1_row.dtype.element_ty), mask=mask)
     if out0_row is not None:
         b_dz0 = -b_effect
-        if m0 is not None:
+        if softmax0 is not None:
+            m0, weight0 = softmax0
             b_dz0 += weight0 * tl.exp(b_z0 - m0)
         b_dz0 = tl.where(cols == label, at_label0, b_dz0)
         b_dz0 = _through_cap(b_dz0, b_z0, softcap, factor, HAS_CAP)
@@ -213,36 +174,20 @@ def _write_pair_grad(
     do_not_specialize_on_alignment=["label_ptr", "stats_ptr", "grad1_ptr", "grad0_ptr", "grade_ptr"],
 )
 def _pair_grad_kernel(
-    z1_ptr,
-    z0_ptr,
-    out1_ptr,
-    out0_ptr,
-    label_ptr,
-    stats_ptr,
-    grad1_ptr,
-    grad0_ptr,
-    grade_ptr,
-    z1_stride,
-    z0_stride,
-    out1_stride,
-    out0_stride,
-    stats_stride,
-    V,
-    softcap,
-    factor,
-    BLOCK_V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_NARROW: tl.constexpr,
-):
+    z1_ptr, z0_ptr, out1_ptr, out0_ptr, label_ptr, stats_ptr, grad1_ptr, grad0_ptr, grade_ptr,
+    z1_stride, z0_stride, out1_stride, out0_stride, stats_stride, V, softcap, factor,
+    BLOCK_V: tl.constexpr, HAS_CAP: tl.constexpr, IS_NARROW: tl.constexpr,
+):  # fmt: skip
     # A None pointer leaves a part out: grad0 the term g_c, out0 all of dz0.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     m1, weight1, at_label1 = _load_softmax(stats_ptr, row, stats_stride, 0, tl.load(grad1_ptr + row))
     me, weighte, at_labele = _load_softmax(stats_ptr, row, stats_stride, 2, tl.load(grade_ptr + row))
-    m0, weight0, at_label0, out0_row = None, None, -at_labele, None
+    softmax0, at_label0, out0_row = None, -at_labele, None
     at_label1 += at_labele
     if grad0_ptr is not None:
         m0, weight0, own = _load_softmax(stats_ptr, row, stats_stride, 1, tl.load(grad0_ptr + row))
+        softmax0 = m0, weight0
         at_label0 += own
     z1_row = z1_ptr + row * z1_stride
     z0_row = z0_ptr + row * z0_stride
@@ -260,47 +205,35 @@ def _pair_grad_kernel(
         cols = start + lanes
         b_next1 = tl.load(z1_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
         b_next0 = tl.load(z0_row + cols + BLOCK_V, mask=start + 2 * BLOCK_V <= V, other=0.0)
-        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, None, label, m1, weight1, at_label1, m0, weight0,
-                         at_label0, me, weighte, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, None, label, (m1, weight1), softmax0, (me, weighte),
+                         at_label1, at_label0, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
     if whole < V:
         cols = whole + lanes
         inside = cols < V
         b_z1 = tl.load(z1_row + cols, mask=inside, other=0.0)
         b_z0 = tl.load(z0_row + cols, mask=inside, other=0.0)
-        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, inside, label, m1, weight1, at_label1, m0, weight0,
-                         at_label0, me, weighte, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
+        _write_pair_grad(b_z1, b_z0, out1_row, out0_row, cols, inside, label, (m1, weight1), softmax0, (me, weighte),
+                         at_label1, at_label0, softcap, factor, HAS_CAP, IS_NARROW)  # fmt: skip
 
 
 def pair_grad_(
-    logits_factual: Tensor,
-    logits_counterfactual: Tensor,
+    logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
-    grad_factual: Tensor,
-    grad_counterfactual: Tensor | None,
-    grad_effect: Tensor,
+    grad_nlls: tuple[Tensor, Tensor | None, Tensor],
     softcap: float | None,
     logit_scale: float,
     dtype: torch.dtype,
     detach_counterfactual: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Overwrite z1, z0 with the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
-
-        dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
-
-    each times scale·cap'.
+    """Overwrite z1, z0 with scale·cap'·dz1 and scale·cap'·dz0, as `nextquill_kernels.chunk` defines them.
 
     Args:
-        logits_factual: z1 [n, V] float32 after scale and cap, last stride 1, any row stride. Overwritten.
-        logits_counterfactual: z0 [n, V], likewise; in other memory than z1.
+        logits: z1 and z0, each [n, V] float32 after scale and cap, last stride 1, any row stride; in different memory.
         labels: [n] int64; negative is ignored and gets 0.
         stats: [9, n] float32, written by `pair_stats` for the same logits; last stride 1.
-        grad_factual: g_f [n] float32, per nat.
-        grad_counterfactual: g_c [n] float32, per nat; None means 0 and saves its exponentials.
-        grad_effect: g_e [n] float32, per nat.
-        softcap: the cap c, with cap'(z) = 1 - (z/c)²; None for no cap.
-        logit_scale: the scale.
-        dtype: dtype of the results: float32, bfloat16 or float16.
+        grad_nlls: g_f, g_c and g_e, each [n] float32, per nat; None for g_c means 0 and saves its exponentials.
+        softcap, logit_scale, dtype: as in `token_grad_`.
         detach_counterfactual: leave z0 as it is, and return None for dz0.
 
     Returns:
@@ -310,57 +243,33 @@ def pair_grad_(
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
         RuntimeError: not a device Triton runs on.
     """
-    n, vocabulary = check_logits("logits_factual", logits_factual)
-    check_together(
-        logits_factual=logits_factual,
-        logits_counterfactual=logits_counterfactual,
-        labels=labels,
-        stats=stats,
-        grad_factual=grad_factual,
-        grad_counterfactual=grad_counterfactual,
-        grad_effect=grad_effect,
-    )
-    check_tensor("logits_counterfactual", logits_counterfactual, torch.float32, n, vocabulary)
+    (z1, z0), (grad1, grad0, grade) = logits, grad_nlls
+    n, vocabulary = check_logits("logits_factual", z1)
+    grads = {"grad_factual": grad1, "grad_counterfactual": grad0, "grad_effect": grade}
+    check_together(logits_factual=z1, logits_counterfactual=z0, labels=labels, stats=stats, **grads)
+    check_tensor("logits_counterfactual", z0, torch.float32, n, vocabulary)
     check_rows(n, torch.int64, labels=labels)
     check_tensor("stats", stats, torch.float32, 9, n)
-    check_rows(
-        n, torch.float32, grad_factual=grad_factual, grad_counterfactual=grad_counterfactual, grad_effect=grad_effect
-    )
-    out1 = _in_place("logits_factual", logits_factual, dtype)
-    out0 = None if detach_counterfactual else _in_place("logits_counterfactual", logits_counterfactual, dtype)
+    check_rows(n, torch.float32, **grads)
+    out1 = _in_place("logits_factual", z1, dtype)
+    out0 = None if detach_counterfactual else _in_place("logits_counterfactual", z0, dtype)
     if n == 0:
         return out1, out0
-    no_counterfactual = grad_counterfactual is None or detach_counterfactual
     tile = PAIR_GRAD
-    with on_device(logits_factual):
+    with on_device(z1):
         _pair_grad_kernel[(n,)](
-            logits_factual,
-            logits_counterfactual,
-            out1,
-            out0,
-            labels.contiguous(),
-            stats,
-            grad_factual.contiguous(),
-            None if no_counterfactual else grad_counterfactual.contiguous(),  # type: ignore[union-attr]
-            grad_effect.contiguous(),
-            logits_factual.stride(0),
-            logits_counterfactual.stride(0),
-            out1.stride(0),
-            0 if out0 is None else out0.stride(0),
-            stats.stride(0),
-            vocabulary,
-            *_cap_arguments(softcap, logit_scale),
-            BLOCK_V=tile.block_v,
-            HAS_CAP=softcap is not None,
-            IS_NARROW=dtype != torch.float32,
-            num_warps=tile.num_warps,
-            num_stages=1,
-        )
+            z1, z0, out1, out0, labels.contiguous(), stats,
+            grad1.contiguous(), None if grad0 is None or out0 is None else grad0.contiguous(), grade.contiguous(),
+            z1.stride(0), z0.stride(0), out1.stride(0), 0 if out0 is None else out0.stride(0), stats.stride(0),
+            vocabulary, *_cap_arguments(softcap, logit_scale),
+            BLOCK_V=tile.block_v, HAS_CAP=softcap is not None, IS_NARROW=dtype != torch.float32,
+            num_warps=tile.num_warps, num_stages=1,
+        )  # fmt: skip
     return out1, out0
 
 
 def _in_place(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, V] in `dtype` over the memory of `logits`: themselves, or the first half of each row."""
+    """Return [n, V] in `dtype` over the memory of `logits`: themselves, or the first half of each row."""
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
             f"{name}: expected a row stride of at least {logits.shape[1]}, so that rows do not overlap, "
@@ -374,42 +283,30 @@ def _in_place(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cap_arguments(softcap: float | None, logit_scale: float) -> tuple[float, float]:
-    """The kernels' `softcap` and `factor`."""
+    """Return the kernels' `softcap` and `factor`."""
     return (0.0, float(logit_scale)) if softcap is None else (float(softcap), logit_scale / softcap**2)
 
 
 def compile_cases() -> list[CompileCase]:
-    """The configurations that training uses, for `nextquill_kernels.crosscompile`."""
+    """Return the configurations that training uses, for `nextquill_kernels.crosscompile`."""
     rows = {"label_ptr": "*i64", "stats_ptr": "*fp32", **dict.fromkeys(("stats_stride", "V"), "i32")}
     rows |= {"softcap": "fp32", "factor": "fp32"}
     token = {**rows, "z_ptr": "*fp32", "z_stride": "i32", "out_stride": "i32", "grad_ptr": "*fp32"}
-    detached = {
+    pair = {
         **rows,
-        **dict.fromkeys(("z1_ptr", "z0_ptr", "grad1_ptr", "grade_ptr"), "*fp32"),
-        **dict.fromkeys(("z1_stride", "z0_stride", "out1_stride"), "i32"),
+        **dict.fromkeys(("z1_ptr", "z0_ptr", "grad1_ptr", "grad0_ptr", "grade_ptr"), "*fp32"),
+        **dict.fromkeys(("z1_stride", "z0_stride", "out1_stride", "out0_stride"), "i32"),
     }
-    pair = {**detached, "grad0_ptr": "*fp32", "out0_stride": "i32"}
-    left_out = {"out0_ptr": None, "out0_stride": 0, "grad0_ptr": None}
-
-    def case(name: str, kernel: Any, tile: RowTile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
-        return CompileCase(
-            name=name,
-            kernel=kernel,
-            signature=signature,
-            constexprs={"BLOCK_V": tile.block_v, **constexprs},
-            num_warps=tile.num_warps,
-            num_stages=1,
-            divisible_by_16=[name for name in signature if name.startswith(("z", "out"))] + ["V"],
-        )
-
+    aligned = ("z", "out")
     cases = []
     for out in ("fp32", "bf16"):
         flags = {"HAS_CAP": True, "IS_NARROW": out != "fp32"}
-        one, two = {"out_ptr": f"*{out}"}, {"out1_ptr": f"*{out}", "out0_ptr": f"*{out}"}
+        one, two = {**token, "out_ptr": f"*{out}"}, {**pair, "out1_ptr": f"*{out}", "out0_ptr": f"*{out}"}
         cases += [
-            case(f"token_grad/{out}", _token_grad_kernel, TOKEN_GRAD, {**token, **one}, **flags),
-            case(f"pair_grad/{out}", _pair_grad_kernel, PAIR_GRAD, {**pair, **two}, **flags),
+            row_case(f"token_grad/{out}", _token_grad_kernel, TOKEN_GRAD, one, aligned, **flags),
+            row_case(f"pair_grad/{out}", _pair_grad_kernel, PAIR_GRAD, two, aligned, **flags),
         ]
-    signature, flags = {**detached, "out1_ptr": "*bf16"}, {"HAS_CAP": False, "IS_NARROW": True}
-    detached_case = case("pair_grad/detached_bf16", _pair_grad_kernel, PAIR_GRAD, signature, **flags, **left_out)
-    return with_odd_vocabulary([*cases, detached_case])
+    detached = {**two, **dict.fromkeys(("out0_ptr", "out0_stride", "grad0_ptr"))}
+    flags = {"HAS_CAP": False, "IS_NARROW": True}
+    cases.append(row_case("pair_grad/detached_bf16", _pair_grad_kernel, PAIR_GRAD, detached, aligned, **flags))
+    return with_odd_vocabulary(cases)

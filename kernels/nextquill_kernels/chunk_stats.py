@@ -9,13 +9,11 @@ combined once, at the end of the row. See `nextquill_kernels.chunk` for the math
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from nextquill_kernels.crosscompile import CompileCase, with_odd_vocabulary
+from nextquill_kernels.crosscompile import CompileCase, row_case, with_odd_vocabulary
 from nextquill_kernels.launch import RowTile, check_logits, check_rows, check_tensor, check_together, jit, on_device
 
 # Start of a running maximum: finite, so that a lane that has only seen -inf never computes (-inf) - (-inf).
@@ -132,16 +130,9 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     tile = TOKEN_STATS
     with on_device(logits):
         _token_stats_kernel[(n,)](
-            logits,
-            labels.contiguous(),
-            out,
-            logits.stride(0),
-            out.stride(0),
-            vocabulary,
-            BLOCK_V=tile.block_v,
-            num_warps=tile.num_warps,
-            num_stages=1,
-        )
+            logits, labels.contiguous(), out, logits.stride(0), out.stride(0), vocabulary,
+            BLOCK_V=tile.block_v, num_warps=tile.num_warps, num_stages=1,
+        )  # fmt: skip
 
 
 @jit()
@@ -159,17 +150,9 @@ def _accumulate_pair(
 
 @jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["label_ptr", "out_ptr"])
 def _pair_stats_kernel(
-    z1_ptr,
-    z0_ptr,
-    label_ptr,
-    out_ptr,
-    z1_stride,
-    z0_stride,
-    out_stride,
-    V,
-    BLOCK_V: tl.constexpr,
-    HAS_MOMENTS: tl.constexpr,
-):
+    z1_ptr, z0_ptr, label_ptr, out_ptr, z1_stride, z0_stride, out_stride, V,
+    BLOCK_V: tl.constexpr, HAS_MOMENTS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     z1_row = z1_ptr + row * z1_stride
@@ -228,12 +211,11 @@ def _pair_stats_kernel(
         _store_row(out_ptr, row, out_stride, 10, label, tl.log(s1) - mean_gap)
 
 
-def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
+def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> None:
     """Compute the statistics of two streams and of their difference, reading each stream once.
 
     Args:
-        logits_factual: z1 [n, V] float32, last stride 1, any row stride.
-        logits_counterfactual: z0 [n, V], likewise.
+        logits: z1 (factual) and z0 (counterfactual), each [n, V] float32, last stride 1, any row stride.
         labels: [n] int64; negative is ignored.
         out: [9, n] float32, last stride 1: receives max, sum, nll (nats) of z1, of z0, of z1 - z0. With [11, n] also
             KL(p1 || p0) and the entropy of p1, in nats.
@@ -242,30 +224,21 @@ def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Te
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
         RuntimeError: not a device Triton runs on.
     """
-    n, vocabulary = check_logits("logits_factual", logits_factual)
-    check_together(logits_factual=logits_factual, logits_counterfactual=logits_counterfactual, labels=labels, out=out)
-    check_tensor("logits_counterfactual", logits_counterfactual, torch.float32, n, vocabulary)
+    z1, z0 = logits
+    n, vocabulary = check_logits("logits_factual", z1)
+    check_together(logits_factual=z1, logits_counterfactual=z0, labels=labels, out=out)
+    check_tensor("logits_counterfactual", z0, torch.float32, n, vocabulary)
     check_rows(n, torch.int64, labels=labels)
     has_moments = out.ndim == 2 and out.shape[0] == 11
     check_tensor("out", out, torch.float32, 11 if has_moments else 9, n)
     if n == 0:
         return
     tile = PAIR_MOMENTS if has_moments else PAIR_STATS
-    with on_device(logits_factual):
+    with on_device(z1):
         _pair_stats_kernel[(n,)](
-            logits_factual,
-            logits_counterfactual,
-            labels.contiguous(),
-            out,
-            logits_factual.stride(0),
-            logits_counterfactual.stride(0),
-            out.stride(0),
-            vocabulary,
-            BLOCK_V=tile.block_v,
-            HAS_MOMENTS=has_moments,
-            num_warps=tile.num_warps,
-            num_stages=1,
-        )
+            z1, z0, labels.contiguous(), out, z1.stride(0), z0.stride(0), out.stride(0), vocabulary,
+            BLOCK_V=tile.block_v, HAS_MOMENTS=has_moments, num_warps=tile.num_warps, num_stages=1,
+        )  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
@@ -273,22 +246,10 @@ def compile_cases() -> list[CompileCase]:
     common = {"label_ptr": "*i64", "out_ptr": "*fp32", "out_stride": "i32", "V": "i32"}
     token = {**common, "z_ptr": "*fp32", "z_stride": "i32"}
     pair = {**common, "z1_ptr": "*fp32", "z0_ptr": "*fp32", "z1_stride": "i32", "z0_stride": "i32"}
-
-    def case(name: str, kernel: Any, tile: RowTile, signature: dict[str, str], **constexprs: Any) -> CompileCase:
-        return CompileCase(
-            name=name,
-            kernel=kernel,
-            signature=signature,
-            constexprs={"BLOCK_V": tile.block_v, **constexprs},
-            num_warps=tile.num_warps,
-            num_stages=1,
-            divisible_by_16=[name for name in signature if name.startswith("z")] + ["V"],
-        )
-
     return with_odd_vocabulary(
         [
-            case("token_stats", _token_stats_kernel, TOKEN_STATS, token),
-            case("pair_stats", _pair_stats_kernel, PAIR_STATS, pair, HAS_MOMENTS=False),
-            case("pair_stats/moments", _pair_stats_kernel, PAIR_MOMENTS, pair, HAS_MOMENTS=True),
+            row_case("token_stats", _token_stats_kernel, TOKEN_STATS, token, ("z",)),
+            row_case("pair_stats", _pair_stats_kernel, PAIR_STATS, pair, ("z",), HAS_MOMENTS=False),
+            row_case("pair_stats/moments", _pair_stats_kernel, PAIR_MOMENTS, pair, ("z",), HAS_MOMENTS=True),
         ]
     )

@@ -60,21 +60,9 @@ def _token_weights(nll1_ptr, nll0_ptr, rows, live, low, high, threshold, SCHEME:
     do_not_specialize_on_alignment=["nll1_ptr", "nll0_ptr", "offset_ptr", "items_ptr", "out_ptr"],
 )
 def _row_coefficients_kernel(
-    nll1_ptr,
-    nll0_ptr,
-    offset_ptr,
-    items_ptr,
-    out_ptr,
-    out_stride,
-    low,
-    high,
-    threshold,
-    items,
-    SCHEME: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    nll1_ptr, nll0_ptr, offset_ptr, items_ptr, out_ptr, out_stride, low, high, threshold, items,
+    SCHEME: tl.constexpr, NORMALIZE: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     base = tl.load(offset_ptr)
     start = tl.load(offset_ptr + sequence) - base
@@ -168,56 +156,23 @@ def row_coefficients(
         return
     with on_device(nll_factual):
         _row_coefficients_kernel[(offsets.numel() - 1,)](
-            nll_factual,
-            None if scheme == "uniform" else nll_counterfactual,
-            offsets,
-            items,
-            out,
-            out.stride(0),
-            float(low),
-            float(high),
-            float(threshold),
-            0.0 if items is not None else float(num_items),
-            SCHEME=scheme,
-            NORMALIZE=normalize,
-            PER_TOKEN=per_token,
-            BLOCK_N=BLOCK_N,
-            num_warps=_NUM_WARPS,
-            num_stages=1,
-        )
+            nll_factual, None if scheme == "uniform" else nll_counterfactual, offsets, items, out, out.stride(0),
+            float(low), float(high), float(threshold), 0.0 if items is not None else float(num_items),
+            SCHEME=scheme, NORMALIZE=normalize, PER_TOKEN=per_token, BLOCK_N=BLOCK_N,
+            num_warps=_NUM_WARPS, num_stages=1,
+        )  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
     """Return one configuration of every scheme, for `nextquill_kernels.crosscompile`."""
+    signature = {"nll1_ptr": "*fp32", "offset_ptr": "*i64", "out_ptr": "*fp32", "out_stride": "i32"}
+    signature |= dict.fromkeys(("low", "high", "threshold", "items"), "fp32")
     cases = []
     for scheme in SCHEMES:
-        signature = {
-            "nll1_ptr": "*fp32",
-            "offset_ptr": "*i64",
-            "out_ptr": "*fp32",
-            "out_stride": "i32",
-            "low": "fp32",
-            "high": "fp32",
-            "threshold": "fp32",
-            "items": "fp32",
-        }
         # "clip" is compiled with num_items on the device and without normalisation, as a mean over tokens.
         per_token = scheme == "clip"
-        constexprs = {"SCHEME": scheme, "NORMALIZE": not per_token, "PER_TOKEN": per_token, "BLOCK_N": BLOCK_N}
-        pointers = {"nll0_ptr": None if scheme == "uniform" else "*fp32", "items_ptr": "*fp32" if per_token else None}
-        for name, kind in pointers.items():
-            if kind is None:
-                constexprs[name] = None
-            else:
-                signature[name] = kind
-        cases.append(
-            CompileCase(
-                name=f"row_coefficients/{scheme}",
-                kernel=_row_coefficients_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=_NUM_WARPS,
-                num_stages=1,
-            )
-        )
+        optional = {"nll0_ptr": None if scheme == "uniform" else "*fp32", "items_ptr": "*fp32" if per_token else None}
+        flags = {"SCHEME": scheme, "NORMALIZE": not per_token, "PER_TOKEN": per_token, "BLOCK_N": BLOCK_N}
+        name = f"row_coefficients/{scheme}"
+        cases.append(CompileCase(name, _row_coefficients_kernel, {**signature, **optional}, flags, _NUM_WARPS, 1))
     return cases

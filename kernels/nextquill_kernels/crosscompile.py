@@ -19,7 +19,7 @@ import json
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import nextquill_kernels
-from nextquill_kernels.launch import interpreted
+from nextquill_kernels.launch import INTERPRETED, RowTile
 
 _GPU_TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -66,28 +66,83 @@ class Resources:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One configuration to compile: the arguments of `compile_for`, and the targets it is meant for."""
+    """One configuration to compile.
+
+    Attributes:
+        name: name of the case.
+        kernel: a function decorated with `triton.jit`.
+        signature: the type of each run-time argument, such as "*fp32", "i64" or "fp32"; None for one that is left out.
+        constexprs: the value of each compile-time argument.
+        num_warps: warps per program.
+        num_stages: stages of software pipelining.
+        divisible_by_16: names of pointers and integers that are multiples of 16; at a launch Triton detects this.
+        targets: the targets it is meant for.
+    """
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | None]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    divisible_by_16: Iterable[str] = ()
+    divisible_by_16: Sequence[str] = ()
     targets: Sequence[str] = TARGETS
 
     def compile(self, target: str) -> Resources:
-        """Compile for a target such as "sm_90" and return the resources that the kernel uses there."""
-        return compile_for(
-            self.kernel,
-            target,
-            signature=self.signature,
-            constexprs=self.constexprs,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            divisible_by_16=self.divisible_by_16,
+        """Compile for a target such as "sm_90" and return the resources that the kernel uses there; needs no GPU.
+
+        Raises:
+            ValueError: the target is unknown; an argument of the kernel is in neither or both of the mappings; the
+                kernel forbids Triton to specialise on an argument in `divisible_by_16`.
+            RuntimeError: the kernels were imported under TRITON_INTERPRET.
+        """
+        if target not in _GPU_TARGETS:
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+        if INTERPRETED:
+            raise RuntimeError("TRITON_INTERPRET: expected it to be unset when triton is imported, got 1")
+        source = self._source()
+        knobs = triton.knobs
+        # ptxas reports while it compiles: a kernel found in the cache would have no report.
+        with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(io.StringIO()) as ptxas_report:
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.always_compile = True
+            compiled = triton.compile(
+                source,
+                target=GPUTarget(*_GPU_TARGETS[target]),
+                options={"num_warps": self.num_warps, "num_stages": self.num_stages},
+            )
+        is_amd = target.startswith("gfx")
+        assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
+        registers, spills = _amd_usage(assembly) if is_amd else _nvidia_usage(ptxas_report.getvalue())
+        return Resources(target, registers, spills, int(compiled.metadata.shared), assembly, compiled.asm["ttir"])
+
+    def _source(self) -> ASTSource:
+        names, params = list(self.kernel.arg_names), self.kernel.params
+        if sorted(names) != sorted([*self.signature, *self.constexprs]):
+            raise ValueError(
+                f"signature, constexprs: expected {names} to be divided between them, "
+                f"got {list(self.signature)} and {list(self.constexprs)}"
+            )
+        forbidden = {each.name for each in params if each.do_not_specialize or each.do_not_specialize_on_alignment}
+        if unspecialised := sorted(forbidden.intersection(self.divisible_by_16)):
+            raise ValueError(
+                f"divisible_by_16: expected arguments that the kernel is specialised on, got {unspecialised}"
+            )
+        left_out = {name: None for name, kind in self.signature.items() if kind is None}
+        return ASTSource(
+            fn=self.kernel,
+            signature={name: self.signature.get(name) or "constexpr" for name in names},
+            constexprs={**self.constexprs, **left_out},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible_by_16},
         )
+
+
+def row_case(
+    name: str, kernel: Any, tile: RowTile, signature: Mapping[str, str | None], aligned: tuple[str, ...], **flags: bool
+) -> CompileCase:
+    """Return the case of a kernel that walks along rows; V and names starting with `aligned` are multiples of 16."""
+    divisible = [name for name, kind in signature.items() if kind and name.startswith((*aligned, "V"))]
+    return CompileCase(name, kernel, signature, {"BLOCK_V": tile.block_v, **flags}, tile.num_warps, 1, divisible)
 
 
 def with_odd_vocabulary(cases: Sequence[CompileCase]) -> list[CompileCase]:
@@ -101,68 +156,6 @@ def with_odd_vocabulary(cases: Sequence[CompileCase]) -> list[CompileCase]:
         for case in cases
     ]
     return [*cases, *odd]
-
-
-def compile_for(
-    kernel: Any,
-    target: str,
-    *,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    num_warps: int,
-    num_stages: int,
-    divisible_by_16: Iterable[str] = (),
-) -> Resources:
-    """Compile `kernel` for `target`; no GPU is needed.
-
-    Args:
-        kernel: a function decorated with `triton.jit`.
-        target: one of `TARGETS`.
-        signature: the type of each run-time argument, such as "*fp32", "i64" or "fp32".
-        constexprs: the value of each compile-time argument; None for a pointer that is left out.
-        num_warps: warps per program.
-        num_stages: stages of software pipelining.
-        divisible_by_16: names of pointers and integers that are multiples of 16; at a launch Triton detects this.
-
-    Raises:
-        ValueError: the target is unknown; an argument of the kernel is in neither or both of the mappings; the kernel
-            forbids Triton to specialise on an argument in `divisible_by_16`.
-        RuntimeError: the kernels were imported under TRITON_INTERPRET.
-    """
-    if target not in _GPU_TARGETS:
-        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    if interpreted():
-        raise RuntimeError("TRITON_INTERPRET: expected it to be unset when triton is imported, got 1")
-    names = list(kernel.arg_names)
-    if sorted(names) != sorted([*signature, *constexprs]):
-        raise ValueError(
-            f"signature, constexprs: expected {names} to be divided between them, "
-            f"got {list(signature)} and {list(constexprs)}"
-        )
-    divisible_by_16 = list(divisible_by_16)
-    forbidden = {each.name for each in kernel.params if each.do_not_specialize or each.do_not_specialize_on_alignment}
-    if unspecialised := sorted(forbidden.intersection(divisible_by_16)):
-        raise ValueError(f"divisible_by_16: expected arguments that the kernel is specialised on, got {unspecialised}")
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature.get(name, "constexpr") for name in names},
-        constexprs=dict(constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
-    )
-    knobs = triton.knobs
-    # ptxas reports while it compiles: a kernel found in the cache would have no report.
-    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(io.StringIO()) as ptxas_report:
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True
-        compiled = triton.compile(
-            source,
-            target=GPUTarget(*_GPU_TARGETS[target]),
-            options={"num_warps": num_warps, "num_stages": num_stages},
-        )
-    is_amd = target.startswith("gfx")
-    assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
-    registers, spills = _amd_usage(assembly) if is_amd else _nvidia_usage(ptxas_report.getvalue())
-    return Resources(target, registers, spills, int(compiled.metadata.shared), assembly, compiled.asm["ttir"])
 
 
 def refuse(resources: Resources) -> None:
@@ -206,8 +199,6 @@ def registered_cases(modules: Sequence[str] = ()) -> Iterator[CompileCase]:
     if unknown := set(modules) - set(known):
         raise ValueError(f"modules: expected some of {known}, got {sorted(unknown)}")
     for name in modules or known:
-        if name == "crosscompile":
-            continue
         module = importlib.import_module(f"nextquill_kernels.{name}")
         if hasattr(module, "compile_cases"):
             yield from module.compile_cases()
@@ -240,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; all targets by default")
     parser.add_argument("--module", action="append", help="repeatable; all kernel modules by default")
     options = parser.parse_args(arguments)
-    if interpreted():
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET: expected it to be unset, got 1")
     failed = False
     for record in report(options.target or TARGETS, options.module or ()):

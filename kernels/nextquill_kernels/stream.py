@@ -26,9 +26,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nextquill_kernels.crosscompile import TARGETS, CompileCase
-from nextquill_kernels.launch import cdiv, check_together, interpreted, on_device, shared_memory_of, target_of
+from nextquill_kernels.launch import INTERPRETED, cdiv, check_together, on_device, shared_memory_of, target_of
 from nextquill_kernels.stream_kernel import combine_kernel, gather_kernel, stream_fwd_kernel
-from nextquill_kernels.tiles import Tile, entries, lookup
+from nextquill_kernels.tiles import FAMILIES, Tile, entries, lookup
 
 # Rows per pass: bounds the packed copy (2 x 8192 x D) and the partial results, whatever N is.
 _MAX_TOKENS = 8192
@@ -38,16 +38,15 @@ _GATHER_D = 512
 _COMBINE_TILES = 32
 _COMBINE_ROWS = 16  # at 32, sm_80 spills 12 bytes with triton 3.6
 
-_FAMILY = {1: "token", 2: "pair"}
 # For a W without aligned rows. They are loaded 2 or 4 bytes at a time through registers, of which a full-sized tile has
 # none left.
 UNALIGNED = Tile(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=3, group_n=16, interleave=8)
 
-_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def token_stats(
-    hidden: Tensor,
+def label_stats(
+    hiddens: tuple[Tensor, ...],
     weight: Tensor,
     labels: Tensor,
     *,
@@ -56,10 +55,10 @@ def token_stats(
     logit_scale: float = 1.0,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Compute lse(z) and lse(z) - z[y] of z = cap(scale · (h Wᵀ + b)); no logits are stored.
+    """Compute lse(z) and the label's lse(z) - z[y] for each z: z1, or z1, z0 and z1 - z0; no logits are stored.
 
     Args:
-        hidden: [N, D], bfloat16, float16 or float32, any strides.
+        hiddens: one or two streams of hidden states, h1 and h0 [N, D], bfloat16, float16 or float32, any strides.
         weight: [V, D], same dtype. Any row stride; copied if its last stride is not 1.
         labels: [N], int64. A row with a negative label is ignored: its results are 0 and it is not read. A label of V
             or more makes the row's nll NaN.
@@ -69,48 +68,12 @@ def token_stats(
         tile: tile sizes; by default those of the table for this GPU.
 
     Returns:
-        [2, N] float32: logsumexp, nll, in nats. Not finite if a logit of the row is not finite.
+        [2, N] or [6, N] float32, in nats: the logsumexps, then the NLLs. Not finite if a logit of the row is not.
 
     Raises:
         TypeError, ValueError: a dtype, shape or value other than the above.
         RuntimeError: no kernel can run on the tensors' device.
     """
-    return _stats((hidden,), weight, labels, bias, softcap, logit_scale, tile)
-
-
-def pair_stats(
-    hidden_factual: Tensor,
-    hidden_counterfactual: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Compute the logsumexps of z1, z0 and z1 - z0 and the label's NLL under each; no logits are stored.
-
-    Args:
-        hidden_factual: h1 [N, D], as `hidden` of `token_stats`.
-        hidden_counterfactual: h0 [N, D], same dtype.
-        weight, labels, bias, softcap, logit_scale, tile: as in `token_stats`.
-
-    Returns:
-        [6, N] float32, nats: logsumexp of z1, z0, z1 - z0; nll factual, counterfactual, effect.
-    """
-    return _stats((hidden_factual, hidden_counterfactual), weight, labels, bias, softcap, logit_scale, tile)
-
-
-def _stats(
-    hiddens: tuple[Tensor, ...],
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    tile: Tile | None,
-) -> Tensor:
     _check(hiddens, weight, labels, bias, softcap, logit_scale)
     streams, tokens = len(hiddens), labels.shape[0]
     vocabulary, dim = weight.shape
@@ -156,11 +119,9 @@ def _stats(
             stream_fwd_kernel[(slots // block_t * tiles_v,)](
                 *operands, bias, packed_labels, count, partials, at_label,
                 first_token, slots, tiles_v, weight.stride(0), dim, vocabulary, float(logit_scale), float(softcap or 0),
-                STREAMS=streams, BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d,
-                INTERLEAVE=tile.interleave, GROUP_N=tile.group_n, HAS_BIAS=bias is not None,
-                HAS_SCALE=logit_scale != 1, HAS_CAP=softcap is not None, EVEN_D=dim % tile.block_d == 0,
-                DESCRIPTORS=descriptors, WARP_SPECIALIZE=tile.warp_specialize,
-                WIDEN=interpreted() and weight.dtype == torch.bfloat16,
+                STREAMS=streams, **_tile_constants(tile), HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1,
+                HAS_CAP=softcap is not None, EVEN_D=dim % tile.block_d == 0, DESCRIPTORS=descriptors,
+                WIDEN=INTERPRETED and weight.dtype == torch.bfloat16,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
             combine_kernel[(cdiv(slots, _COMBINE_ROWS),)](
@@ -176,12 +137,12 @@ def _check(
     labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
-    logit_scale: float,
+    scale: float,
 ) -> None:
     names = ("hidden",) if len(hiddens) == 1 else ("hidden_factual", "hidden_counterfactual")
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"weight: expected shape [V, D] with V, D > 0, got {list(weight.shape)}")
-    if weight.dtype not in _TYPE_NAMES:
+    if weight.dtype not in TYPE_NAMES:
         raise TypeError(f"weight: expected bfloat16, float16 or float32, got {weight.dtype}")
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 of shape [N], got {labels.dtype} of shape {list(labels.shape)}")
@@ -193,12 +154,12 @@ def _check(
             raise TypeError(f"{name}: expected {weight.dtype} as weight, got {hidden.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    if bias is not None and bias.dtype not in _TYPE_NAMES:
+    if bias is not None and bias.dtype not in TYPE_NAMES:
         raise TypeError(f"bias: expected bfloat16, float16 or float32, got {bias.dtype}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
-    if not -float("inf") < logit_scale < float("inf"):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if not -float("inf") < scale < float("inf"):
+        raise ValueError(f"logit_scale: expected a finite number, got {scale}")
     check_together(weight=weight, **dict(zip(names, hiddens, strict=True)), labels=labels, bias=bias)
 
 
@@ -210,7 +171,7 @@ def _describable(weight: Tensor) -> bool:
 
 def _tile_for(weight: Tensor, streams: int) -> Tile:
     """Return the table's tile for this GPU, or the tile for rows that cannot be loaded 16 bytes at a time."""
-    tile = lookup(_FAMILY[streams], target_of(weight.device), weight.dtype, weight.shape[1])
+    tile = lookup(FAMILIES[streams - 1], target_of(weight.device), weight.dtype, weight.shape[1])
     if not (tile.descriptors and _describable(weight)) and (weight.stride(0) % 16 or weight.data_ptr() % 16):
         tile = UNALIGNED
     return tile.fitted(weight.element_size(), shared_memory_of(weight.device))
@@ -219,6 +180,12 @@ def _tile_for(weight: Tensor, streams: int) -> Tile:
 def _runs(tile: Tile, streams: int) -> int:
     """Return the number of products per step: two if the tile holds one run of each stream."""
     return 2 if streams == 2 and 2 * tile.interleave == tile.block_n else 1
+
+
+def _tile_constants(tile: Tile) -> dict[str, int]:
+    """Return the constants of the streaming kernel that are fields of the tile."""
+    names = ("block_n", "block_v", "block_d", "interleave", "group_n", "warp_specialize")
+    return {name.upper(): getattr(tile, name) for name in names}
 
 
 def compile_cases(thorough: bool = False) -> list[CompileCase]:
@@ -232,7 +199,7 @@ def compile_cases(thorough: bool = False) -> list[CompileCase]:
         if entry.target not in TARGETS:
             continue
         dtype = "bf16" if entry.dtype_class == "half" else "fp32"
-        streams = 1 if entry.family == "token" else 2
+        streams = FAMILIES.index(entry.family) + 1
         pointers = dataclasses.replace(entry.tile, descriptors=False, warp_specialize=False)
         variants = [("", entry.tile, True, True)]
         if thorough:
@@ -253,7 +220,7 @@ def _small_cases(streams: int) -> list[CompileCase]:
     rows = {"order_ptr": "*i64", "count_ptr": "*i64"}
     gather = {"h1_ptr": "*bf16", "h0_ptr": "*bf16", **rows, "label_ptr": "*i64", "packed_ptr": "*bf16"}
     combine = {"partial_ptr": "*fp32", "at_label_ptr": "*fp32", **rows, "out_ptr": "*fp32"}
-    family = _FAMILY[streams]
+    family = FAMILIES[streams - 1]
     return [
         CompileCase(
             name=f"stream/{family}_gather",
@@ -288,7 +255,7 @@ def compile_case(
 
     Args:
         name: name of the case.
-        streams: 1 (`token_stats`) or 2 (`pair_stats`).
+        streams: number of streams of hidden states, 1 or 2.
         dtype: dtype of hidden states and weight: "bf16", "fp16" or "fp32".
         tile: tile sizes.
         target: the target that the tile is meant for.
@@ -300,7 +267,7 @@ def compile_case(
     signature = {
         "packed": f"tensordesc<{dtype}[{tile.block_n // runs}, {tile.block_d}]>" if tile.descriptors else pointer,
         "weight": f"tensordesc<{dtype}[{tile.block_v}, {tile.block_d}]>" if tile.descriptors else pointer,
-        "bias_ptr": pointer,
+        "bias_ptr": pointer if with_options else None,
         "label_ptr": "*i32",
         "count_ptr": "*i64",
         "partial_ptr": "*fp32",
@@ -309,23 +276,15 @@ def compile_case(
         "logit_scale": "fp32",
         "softcap": "fp32",
     }
-    constexprs: dict[str, Any] = {
+    constexprs = {
         "STREAMS": streams,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "INTERLEAVE": tile.interleave,
-        "GROUP_N": tile.group_n,
+        **_tile_constants(tile),
         **dict.fromkeys(("HAS_BIAS", "HAS_SCALE", "HAS_CAP"), with_options),
         "EVEN_D": aligned,
         "DESCRIPTORS": tile.descriptors,
-        "WARP_SPECIALIZE": tile.warp_specialize,
         "WIDEN": False,
     }
-    if not with_options:
-        constexprs["bias_ptr"] = None
-        del signature["bias_ptr"]
-    divisible = [name for name, kind in signature.items() if kind.startswith("*")]
+    divisible = [name for name, kind in signature.items() if kind and kind.startswith("*")]
     return CompileCase(
         name=name,
         kernel=stream_fwd_kernel,

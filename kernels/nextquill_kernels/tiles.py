@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 TABLE_PATH = Path(__file__).with_name("tile_table.json")
-FAMILIES = ("token", "pair")
+FAMILIES = ("token", "pair")  # one stream of hidden states, or two
 TABLE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 DTYPE_CLASSES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "float32"}
 # Largest hidden size of each bucket; the last one has no limit.
@@ -55,14 +54,11 @@ class Tile:
     warp_specialize: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_n", "block_v", "block_d", "num_warps", "interleave"):
+        # The matrix instructions of every target need blocks of at least 16.
+        for name, least in (("block_n", 16), ("block_v", 16), ("block_d", 16), ("num_warps", 1), ("interleave", 1)):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"{name}: expected a power of two, got {value}")
-        # The matrix instructions of every target need at least 16.
-        for name in ("block_n", "block_v", "block_d"):
-            if getattr(self, name) < 16:
-                raise ValueError(f"{name}: expected at least 16, got {getattr(self, name)}")
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two of at least {least}, got {value}")
         for name in ("num_stages", "group_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -105,37 +101,8 @@ def bucket_of(hidden_size: int) -> str:
 
 
 def lookup(family: str, target: str, dtype: torch.dtype, hidden_size: int) -> Tile:
-    """Return the table's tile.
-
-    Args:
-        family: "token" or "pair".
-        target: a name as `launch.target_of` gives; an unknown "sm_*" gets the nearest lower one, an unknown "gfx*"
-            gfx942.
-        dtype: dtype of hidden states and weight.
-        hidden_size: D.
-
-    Raises:
-        ValueError: an unknown family, or a target without a similar one in the table.
-        TypeError: a dtype without kernels.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    if dtype not in DTYPE_CLASSES:
-        raise TypeError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
-    return _table()[family, nearest_target(target), DTYPE_CLASSES[dtype], bucket_of(hidden_size)].tile
-
-
-def nearest_target(target: str) -> str:
-    """Return `target` if the table has it, else the nearest target in the table whose instructions it has."""
-    if target in TABLE_TARGETS:
-        return target
-    kind, _, number = target.partition("_")
-    if kind == "sm" and number.rstrip("af").isdigit():
-        known = sorted(int(name[3:]) for name in TABLE_TARGETS if name.startswith("sm_"))
-        return f"sm_{max((value for value in known if value <= int(number.rstrip('af'))), default=known[0])}"
-    if target.startswith("gfx"):
-        return "gfx942"
-    raise ValueError(f"target: expected one of {', '.join(TABLE_TARGETS)}, sm_* or gfx*, got {target!r}")
+    """Return the table's tile for a family, a target as `launch.target_of` names it, a dtype and a hidden size D."""
+    return _table()[family, target, DTYPE_CLASSES[dtype], bucket_of(hidden_size)].tile
 
 
 def entries(path: Path = TABLE_PATH) -> list[TableEntry]:
@@ -156,25 +123,20 @@ def entries(path: Path = TABLE_PATH) -> list[TableEntry]:
     return list(found.values())
 
 
-def write_entries(path: Path, new: list[TableEntry]) -> None:
-    """Write `new` into the table at `path`, replacing entries with the same keys; the file need not exist.
+def write_entry(path: Path, new: TableEntry) -> None:
+    """Write `new` into a table, in place of the entry with its key; a new table starts as a copy of the package's own.
 
     The file is replaced in one step, so that it is never half-written.
     """
-    merged = {entry.key: entry for entry in [*(entries(path) if path.exists() else []), *new]}
+    merged = {entry.key: entry for entry in [*entries(path if path.exists() else TABLE_PATH), new]}
     ordered = sorted(merged.values(), key=lambda entry: _position(entry.key))
     records = [json.dumps(dataclasses.asdict(entry)) for entry in ordered]
-    text = '{"entries": [\n' + ",\n".join(records) + "\n]}\n"
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner can read.
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        temporary.write_text('{"entries": [\n' + ",\n".join(records) + "\n]}\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _position(key: tuple[str, str, str, str]) -> tuple[int, int, str, int]:

@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,10 +27,18 @@ from torch import Tensor
 from nextquill_kernels import stream
 from nextquill_kernels.crosscompile import refuse
 from nextquill_kernels.launch import shared_memory_of, target_of
-from nextquill_kernels.tiles import DTYPE_CLASSES, FAMILIES, TABLE_PATH, TableEntry, Tile, bucket_of, entries, lookup
-from nextquill_kernels.tiles import write_entries as write_table
+from nextquill_kernels.tiles import (
+    DTYPE_CLASSES,
+    FAMILIES,
+    TABLE_PATH,
+    TableEntry,
+    Tile,
+    bucket_of,
+    lookup,
+    write_entry,
+)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_CLASSES}
 _SAMPLE_ROWS = 64
 # The order of D sums differs from PyTorch's: 1e-5 of a logit of about 10.
 _TOLERANCE = 1e-4
@@ -50,7 +58,7 @@ class Problem:
     @property
     def streams(self) -> int:
         """Number of streams of hidden states that the kernel reads: 1 or 2."""
-        return 1 if self.family == "token" else 2
+        return FAMILIES.index(self.family) + 1
 
     @property
     def flops(self) -> float:
@@ -75,8 +83,8 @@ def candidates(family: str, target: str, dtype: torch.dtype, d: int) -> list[Til
     if dtype == torch.float32:
         sizes = [(128, 64, 32, 8, 2), (128, 64, 16, 8, 3), (64, 64, 32, 4, 3), (128, 128, 16, 8, 2)]
     found = [own]
+    two_products = 2 * own.interleave == own.block_n
     for block_n, block_v, block_d, warps, stages in sizes:
-        two_products = 2 * own.interleave == own.block_n
         tile = replace(
             own,
             block_n=block_n,
@@ -94,7 +102,7 @@ def candidates(family: str, target: str, dtype: torch.dtype, d: int) -> list[Til
 
 
 def fastest(
-    tiles: Iterable[Tile],
+    tiles: Sequence[Tile],
     measure: Callable[[Tile], float],
     report: Callable[[str], object],
     seconds: float = math.inf,
@@ -112,16 +120,17 @@ def fastest(
     """
     end = time.monotonic() + seconds
     best: tuple[Tile, float] | None = None
-    for tile in tiles:
+    for number, tile in enumerate(tiles, start=1):
         if time.monotonic() > end:
             report(f"stopped after {seconds:.0f} s")
             break
         try:
             milliseconds = measure(tile)
         except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other candidates must still run
-            report(f"   refused  {_describe(tile)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            report(f"{number:3d}/{len(tiles)}    refused  {_describe(tile)}: {reason}")
             continue
-        report(f"{milliseconds:7.2f} ms  {_describe(tile)}")
+        report(f"{number:3d}/{len(tiles)} {milliseconds:7.2f} ms  {_describe(tile)}")
         if best is None or milliseconds < best[1]:
             best = tile, milliseconds
     if best is None:
@@ -144,7 +153,7 @@ class _Bench:
         self.problem, self.target, self.device = problem, target, device
         torch.manual_seed(0)
         shape = (problem.n, problem.d)
-        self.hidden = [torch.randn(shape, device=device).to(problem.dtype) for _ in range(problem.streams)]
+        self.hidden = tuple(torch.randn(shape, device=device).to(problem.dtype) for _ in range(problem.streams))
         self.weight = torch.empty(problem.v, problem.d, device=device, dtype=problem.dtype).normal_(std=problem.d**-0.5)
         self.labels = torch.randint(problem.v, (problem.n,), device=device)
         self.expected = self._plain()
@@ -159,20 +168,16 @@ class _Bench:
         return torch.stack([*lse, *(a - z.gather(1, labels)[:, 0] for a, z in zip(lse, logits, strict=True))])
 
     def run(self, tile: Tile) -> Tensor:
-        if self.problem.streams == 1:
-            return stream.token_stats(self.hidden[0], self.weight, self.labels, tile=tile)
-        return stream.pair_stats(self.hidden[0], self.hidden[1], self.weight, self.labels, tile=tile)
+        return stream.label_stats(self.hidden, self.weight, self.labels, tile=tile)
 
     def __call__(self, tile: Tile) -> float:
         problem = self.problem
         limit = shared_memory_of(self.device)
         if tile.fitted(problem.dtype.itemsize, limit) != tile:
             raise ValueError(f"tile: expected at most {limit} bytes of shared memory")
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[problem.dtype]
-        aligned = problem.d % tile.block_d == 0
-        refuse(
-            stream.compile_case("candidate", problem.streams, dtype, tile, self.target, aligned).compile(self.target)
-        )
+        dtype, aligned = stream.TYPE_NAMES[problem.dtype], problem.d % tile.block_d == 0
+        case = stream.compile_case("candidate", problem.streams, dtype, tile, self.target, aligned)
+        refuse(case.compile(self.target))
         difference = (self.run(tile)[:, :_SAMPLE_ROWS] - self.expected).abs().max().item()
         if not difference < _TOLERANCE:
             raise ValueError(f"result: expected within {_TOLERANCE} of PyTorch's, got {difference}")
@@ -234,34 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     _say(f"{name} ({target}): {len(tiles)} candidates, {problem}")
     bench = _Bench(problem, target, device)
-    done = 0
-
-    def report(line: str) -> None:
-        nonlocal done
-        done += 1
-        _say(f"{done:3d}/{len(tiles)} {line}")
-
     try:
-        tile, milliseconds = fastest(tiles, bench, report, options.seconds)
+        tile, milliseconds = fastest(tiles, bench, _say, options.seconds)
     except RuntimeError as error:
         _say(str(error))
         return 1
-    entry = TableEntry(
-        problem.family,
-        target,
-        DTYPE_CLASSES[problem.dtype],
-        bucket_of(problem.d),
-        tile,
-        origin(problem, milliseconds, name),
-    )
-    update(options.out, entry)
+    key = (problem.family, target, DTYPE_CLASSES[problem.dtype], bucket_of(problem.d))
+    write_entry(options.out, TableEntry(*key, tile, origin(problem, milliseconds, name)))
     _say(f"{options.out}: {_describe(tile)}, {milliseconds:.2f} ms, {problem.flops / milliseconds / 1e9:.0f} TFLOP/s")
     return 0
-
-
-def update(path: Path, entry: TableEntry) -> None:
-    """Write `entry` into the table at `path`; a new table starts as a copy of the package's own."""
-    write_table(path, [entry] if path.exists() else [*entries(), entry])
 
 
 def _say(line: str) -> None:

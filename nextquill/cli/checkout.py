@@ -12,14 +12,9 @@ from nextquill.errors import ArgumentError
 
 
 def require_checkout(command: str, folder: str) -> None:
-    """Make the folder beside this package importable; a package of that name elsewhere is not ours.
+    """Make a folder beside this package importable; a package of that name elsewhere is not ours.
 
-    Args:
-        command: needs the folder; `make` has a target of its name, with a hyphen for a space.
-        folder: of the source tree.
-
-    Raises:
-        ArgumentError: nextquill was installed from a wheel, which has no such folder.
+    `make` has a target of the command's name, with a hyphen for a space.
     """
     root = Path(nextquill.__file__).resolve().parent.parent
     if not (root / folder / "__init__.py").is_file():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.bars import bar
-from nextquill.cli.compare_options import EVALUATION_SEED, CompareEvaluation, CompareFiles, CompareOptions
+from nextquill.cli.evaluate import evaluation_options
+from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
 from nextquill.cli.parsing import UsageError, parse, refusals
+from nextquill.cli.run_folder import check_inputs_stay
+from nextquill.cli.terminal import bar, say
 from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.comparison.arms import choose_arms
+from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE, choose_arms
 from nextquill.comparison.folder import RunRecord, check_settings, opened
 from nextquill.comparison.running import (
     PlannedRun,
@@ -28,12 +31,13 @@ from nextquill.comparison.running import (
     perform,
     planned_runs,
     remaining_seconds,
-)
+)  # fmt: skip
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
-from nextquill.errors import ArgumentError, OutputExistsError
-from nextquill.evaluation.evaluate import evaluate_model
+from nextquill.errors import ArgumentError
+from nextquill.evaluation.evaluate import TaskTexts, evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.task_texts import TaskTexts
+from nextquill.evaluation.options import EvaluationOptions
+from nextquill.losses import SFTLoss
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.report.comparison.findings import find
@@ -61,6 +65,77 @@ _NO_SETTINGS = (
     "output_dir", "run_name", "seed", "data_seed", "disable_tqdm", "report_to", "debug", "project", "trackio",
     "log", "save", "hub", "push", "dataloader",
 )  # fmt: skip
+_brief_bar = partial(bar, leave=False)
+#: One seed for every evaluation, so that all arms and seeds have the same placebo and the same draws.
+EVALUATION_SEED = 42
+
+
+@dataclass
+class CompareFiles:
+    """Data: the records, and the folder of the comparison."""
+
+    OUTPUT_DIR = "Where the comparison is written; must be new, empty, or hold the same comparison."
+    train_file: str = option("Training records, JSONL: user_id, query, history, response.", metavar="FILE")
+    eval_file: str = option("Records for the evaluation of every arm, in the same form.", metavar="FILE")
+    overwrite_output_dir: bool = option("Delete the earlier comparison that the output folder holds.", False)
+
+
+@dataclass
+class CompareOptions:
+    """Comparison: the losses and how often each is trained."""
+
+    arms: list[str] = option(f"Arms to train: {', '.join(ARMS)}.", list(ARMS), metavar="ARM")
+    seeds: list[int] = option(
+        "Each arm is trained once per seed, which decides the order and a new model's weights.", [0, 1, 2]
+    )
+    baseline: str = option("The arm to compare the others with.", "sft", metavar="ARM")
+    time_reference: str = option(
+        "The arm whose training time sft_time is given.", DEFAULT_TIME_REFERENCE, metavar="ARM"
+    )
+    save_models: bool = option("Keep every trained model.", False)
+    reduction: str | None = option(
+        "Average over examples, over tokens, or as the published code over a micro-batch.", None,
+        choices=["sequence", "token", "micro_batch"],
+    )  # fmt: skip
+    chunk_bytes: int | None = option("Bytes of logits held at once.", None)
+    impl: str | None = option("Kernels that compute the losses.", None, choices=["auto", "triton", "native", "torch"])
+
+    def loss_options(self) -> dict[str, Any]:
+        """Arguments of every loss."""
+        names = ("reduction", "chunk_bytes", "impl")
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        SFTLoss(**options)  # refuses bad values before any work
+        return options
+
+
+@dataclass
+class CompareEvaluation:
+    """Evaluation: the same for every arm."""
+
+    task: str = option("A task of nextquill evaluate, which decides the measures of generated texts.", "text")
+    metrics: list[str] | None = option("Measures of generated texts, instead of the task's.", None, metavar="NAME")
+    generate: bool = option("Generate responses and score them; false: only NLLs and effects.", True)
+    max_new_tokens: int = option("Most tokens of a generated response.", 128)
+    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
+    eval_limit: int | None = option("Evaluate only on this many records, the first ones.", None)
+    item_effects: int = option("Records for which the effect of each history item is measured.", 0)
+    report_examples: int = option("Responses on the page, coloured by effect, from the first seed.", 6)
+    level: float = option("Confidence level of the intervals.", 0.95)
+    resamples: int = option("Resamples of each interval and test.", 2000)
+
+    def options(self, batches: BatchOptions, batch_size: int) -> EvaluationOptions:
+        """These flags as the options of `evaluate_model`."""
+        check_positive(self, ("eval_limit",))
+        if self.report_examples < 0:
+            raise ArgumentError(f"report_examples: expected at least 0, got {self.report_examples}")
+        return evaluation_options(
+            **vars(self),
+            batch_size=batch_size if batches.attention == "padded" else None,
+            seed=EVALUATION_SEED,
+            attention=batches.attention,
+        )
+
+
 OPTIONS = (
     TrainModelOptions, CompareFiles, CompareOptions, CompareEvaluation, PromptOptions, BatchOptions, LoraOptions,
     TrainingArguments,
@@ -72,7 +147,7 @@ def run(arguments: Sequence[str]) -> int:
     defaults = {**DEFAULTS, "seed": None}
     parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
-    from nextquill.cli import progress
+    from nextquill.cli.progress import shown
 
     arms = choose_arms(options.arms, options.baseline, options.time_reference)
     check_seeds(options.seeds)
@@ -116,8 +191,8 @@ def run(arguments: Sequence[str]) -> int:
         **{k: v for k, v in args.to_dict().items() if not k.startswith(_NO_SETTINGS)},
     }
     check_settings(folder, shared, overwrite=files.overwrite_output_dir)
-    inputs = (files.train_file, files.eval_file, model_options.model_name_or_path)
-    check_inputs(folder, inputs, overwrite=files.overwrite_output_dir)
+    if files.overwrite_output_dir:
+        check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model_name_or_path))
     setup = Setup(
         folder=folder,
         arms=arms,
@@ -127,9 +202,9 @@ def run(arguments: Sequence[str]) -> int:
         args=args,
         settings=settings,
         evaluate=lambda model, tokenizer, settings, folder, name: evaluate_model(
-            model, tokenizer, records["eval"], settings, measured, folder, model_name=name, progress=shown
+            model, tokenizer, records["eval"], settings, measured, folder, model_name=name, progress=_brief_bar
         ),
-        attend=progress.shown,
+        attend=shown,
         loss_options=loss_options,
         trainer_options=dataclasses.asdict(batches),
         time_reference=options.time_reference,
@@ -156,8 +231,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raise ArgumentError unless the seeds are different whole numbers that can seed every library."""
-    if not seeds:
-        raise ArgumentError("seeds: expected at least one, got none")
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ArgumentError(f"seeds: expected whole numbers from 0 to 4294967295, got {seed}")
@@ -170,18 +243,11 @@ def check_training(args: TrainingArguments) -> None:
     for name, (unset, reason) in _NOT_FOR_COMPARISONS.items():
         if getattr(args, name) not in unset:
             raise UsageError(f"{name}: not for comparisons: {reason}")
-    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+    if args.save_strategy == "best":
         raise UsageError("save_strategy: not for comparisons: best would choose on the records that are compared on")
     if args.world_size > 1:
         raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
     check_arguments(args, has_eval_file=True)
-
-
-def check_inputs(folder: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
-    """Raise OutputExistsError where overwriting would delete a file that the runs read."""
-    for path in map(Path, inputs if overwrite else ()):
-        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which the runs read")
 
 
 def encoded(
@@ -189,14 +255,11 @@ def encoded(
 ) -> dict[str, Any]:
     """Both files encoded, so that a record that does not fit is found before training; the second is kept if needed."""
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-    hidden = bool(args.disable_tqdm)
-    train = encode_records("train_file", encoder, records["train"], placebo=False, seed=EVALUATION_SEED, hidden=hidden)
-    test = encode_records("eval_file", encoder, records["eval"], placebo=True, seed=EVALUATION_SEED, hidden=hidden)
-    while_training = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" or args.eval_on_start
-    return {
-        "train_dataset": EncodedDataset(train),
-        "eval_dataset": EncodedDataset(test) if while_training else None,
-    }
+    options: dict[str, Any] = {"seed": EVALUATION_SEED, "hidden": bool(args.disable_tqdm)}
+    train = encode_records("train_file", encoder, records["train"], placebo=False, **options)
+    test = encode_records("eval_file", encoder, records["eval"], placebo=True, **options)
+    while_training = args.eval_strategy != "no" or args.eval_on_start
+    return {"train_dataset": EncodedDataset(train), "eval_dataset": EncodedDataset(test) if while_training else None}
 
 
 def run_all(setup: Setup) -> bool:
@@ -237,15 +300,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def shown(things: Any, **options: Any) -> Any:
-    """A progress bar that leaves no line."""
-    return bar(things, leave=False, **options)
-
-
-def say(text: str) -> None:
-    print(f"nextquill: {text}", file=sys.stderr)
 
 
 def show(comparison: Any, folder: Path) -> None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
+from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record, SkippedRecords
 from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load
 from nextquill.data.loaders.times import TIME_UNITS
-from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.storage.atomic_files import written_together
 
@@ -37,21 +36,16 @@ _SHOWN = 10  # messages of skipped records on the screen; --skipped_file holds a
 class ConvertInput:
     """Data: what is read."""
 
-    input: list[str] = field(
-        metadata={
-            "help": "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG].",
-            "metavar": "PATH",
-        }
+    input: list[str] = option(
+        "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG].",
+        metavar="PATH",
     )
     format: str = option("The format of the rows.", choices=list(FORMATS))
     split: str | None = option("The split on the hub (train).", None)
-    columns: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Columns with other names than their fields, such as user_id=author response=body.",
-            "metavar": "FIELD=COLUMN",
-        },
-    )
+    columns: list[str] | None = option(
+        "Columns with other names than their fields, such as user_id=author response=body.", None,
+        metavar="FIELD=COLUMN",
+    )  # fmt: skip
     timezone: str | None = option("Zone of times without one, such as Europe/Berlin; by default they are errors.", None)
     time_unit: str | None = option("Unit of times that are numbers (amazon: ms; others: s).", None, choices=TIME_UNITS)
     limit: int | None = option("Use only this many records, the first ones.", None)
@@ -117,14 +111,15 @@ def run(arguments: Sequence[str]) -> int:
     check_positive(source, ("limit",))
     check_positive(rows, ("max_line_bytes",))
     _check_together(rows, output)
-    targets, notes = _claimed(source, form, rows, output)
+    targets = _claimed(source, form, rows, output)
+    note = targets.pop("skipped_file", None)
     skipped = _skipped(rows)
     records = _records(source, form, rows, skipped)
     selector = _selector(output, lambda: _records(source, form, rows, _skipped(rows)))
     failure = None
-    with written_together(notes) as streams:
+    with written_together([] if note is None else [note]) as streams:
         if skipped is not None and streams:
-            skipped.on_skip = _Notes(streams[0])
+            skipped.on_skip = partial(_write_note, streams[0])
         try:
             shown = bar(records, total=source.limit, desc="Converting", unit=" records")
             summaries = _convert(shown, selector, output, targets)
@@ -133,11 +128,11 @@ def run(arguments: Sequence[str]) -> int:
         except RecordError as error:
             failure = error  # raised after the list of skipped records is written, which explains it
     if skipped is not None:
-        _print_skipped(skipped)
+        say_skipped(skipped, more="; --skipped_file lists all")
     if failure is not None:
         raise failure
     for name, path in targets.items():
-        print(f"nextquill: {path}: {summaries[name]}", file=sys.stderr)
+        say(f"{path}: {summaries[name]}")
     return OK
 
 
@@ -159,7 +154,6 @@ def _records(
     source: ConvertInput, form: ConvertFormat, rows: ConvertRows, skipped: SkippedRecords | None
 ) -> Iterator[Record]:
     """The records of the input; arguments are checked at once."""
-    given = {each.name: getattr(form, each.name) for each in fields(form)}
     found = load(
         source.format,
         source.input,
@@ -171,7 +165,7 @@ def _records(
         skipped=skipped,
         require_history=rows.require_history,
         keep_duplicates=rows.keep_duplicates,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in vars(form).items() if value is not None},
     )
     return islice(found, source.limit)
 
@@ -198,11 +192,10 @@ def _selector(output: ConvertOutput, records: Callable[[], Iterable[Record]]) ->
     if isinstance(selector, FixedSelector):
         selector.fit(bar(records(), desc="Reading", unit=" records"))
         if selector.users_without_history:
-            print(
-                f"nextquill: --select fixed: {selector.records_without_history:,} records of "
+            say(
+                f"--select fixed: {selector.records_without_history:,} records of "
                 f"{len(selector.users_without_history):,} users get no history, as no text precedes all of a user's "
-                "records; with events, --min_history leaves out the first records",
-                file=sys.stderr,
+                "records; with events, --min_history leaves out the first records"
             )
     return selector
 
@@ -217,7 +210,7 @@ def _parted(records: Iterable[Record], output: ConvertOutput) -> Iterator[tuple[
     if output.split_by == "last":
         splits = leave_last_out(list(records))
         if splits.order == "file order":
-            print("nextquill: no record has a time, so a user's last record is the last in the input", file=sys.stderr)
+            say("no record has a time, so a user's last record is the last in the input")
     else:
         splits = hold_out_users(list(records), output.share, output.seed, validation_share=output.share)
     parts = {"output_file": splits.train, "eval_file": splits.validation, "test_file": splits.test}
@@ -235,21 +228,19 @@ def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
     for name in ("share", "seed"):
         if output.split_by != "users" and getattr(output, name) != getattr(ConvertOutput, name):
             raise ArgumentError(f"{name}: expected together with --split_by users")
-    files = {"eval_file": output.eval_file, "test_file": output.test_file}
-    for name, file in files.items():
-        if (file is None) != (output.split_by is None):
+    for name in ("eval_file", "test_file"):
+        if (getattr(output, name) is None) != (output.split_by is None):
             raise ArgumentError(f"{name}: expected together with --split_by, which fills it")
 
 
-def _claimed(
-    source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput
-) -> tuple[dict[str, Path], list[Path]]:
-    """The output files of records by flag, and those of skipped records; each can be written and is not read."""
+def _claimed(source: ConvertInput, form: ConvertFormat, rows: ConvertRows, output: ConvertOutput) -> dict[str, Path]:
+    """The output files by flag; each can be written and is not read."""
     given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
+    given["skipped_file"] = rows.skipped_file
     paths: dict[str, Path] = {}
     taken_by = {Path(path).resolve(): "--input" for path in source.input}
     taken_by |= {Path(path).resolve(): f"--{name}" for name in ("outputs", "metadata") if (path := getattr(form, name))}
-    for name, word in (given | {"skipped_file": rows.skipped_file}).items():
+    for name, word in given.items():
         if word is None:
             continue
         path = claim_output_file(word, overwrite=output.overwrite, flag=name)
@@ -257,8 +248,7 @@ def _claimed(
         if taken != f"--{name}":
             raise ArgumentError(f"{name}: expected a file of its own, got {path}, which is that of {taken}")
         paths[name] = path
-    notes = [paths.pop(name) for name in ("skipped_file",) if name in paths]
-    return paths, notes
+    return paths
 
 
 def _skipped(rows: ConvertRows) -> SkippedRecords | None:
@@ -269,25 +259,10 @@ def _line(record: Record) -> bytes:
     return (json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-class _Notes:
-    """Writes each skipped record's error as a line."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def __call__(self, error: RecordError) -> None:
-        placed = error if isinstance(error, PlacedError) else None
-        note = {name: getattr(placed, name, None) for name in ("where", "field", "kind")}
-        self._stream.write((json.dumps(note | {"message": str(error)}) + "\n").encode())
-
-
-def _print_skipped(skipped: SkippedRecords) -> None:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.counts.most_common())
-    print(f"nextquill: skipped {skipped.total:,} bad records{f' ({kinds})' if kinds else ''}", file=sys.stderr)
-    for message in skipped.messages:
-        print(f"  {message}", file=sys.stderr)
-    if skipped.total > len(skipped.messages):
-        print(f"  and {skipped.total - len(skipped.messages):,} more; --skipped_file lists all", file=sys.stderr)
+def _write_note(stream: BinaryIO, error: RecordError) -> None:
+    """Write a skipped record's error as a line; only a `PlacedError` knows its place, field and kind."""
+    note = {name: getattr(error, name, None) for name in ("where", "field", "kind")}
+    stream.write((json.dumps(note | {"message": str(error)}) + "\n").encode())
 
 
 class _Summary:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
+from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record
 from nextquill.data.skipped import SkippedRecords
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError, naming
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.folder import check_folder
 from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.results import Evaluation, read_evaluation, read_examples
+from nextquill.evaluation.results import Evaluation, check_folder, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
-from nextquill.generation import ENGINES, check_engine
-from nextquill.generation.options import PLAUSIBILITY
+from nextquill.generation import ENGINES, PLAUSIBILITY, check_engine
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
@@ -54,17 +52,12 @@ class EvaluateOptions:
         metavar="DIR",
     )  # fmt: skip
     task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}."},
+    metrics: list[str] | None = option(
+        f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None
     )
     generate: bool = option("Generate responses and score them.", True)
-    generate_branches: list[str] = field(
-        default_factory=lambda: ["factual"],
-        metadata={
-            "help": "Prompts to generate for: with history, without, with another user's.",
-            "choices": list(BRANCHES),
-        },
+    generate_branches: list[str] = option(
+        "Prompts to generate for: with history, without, with another user's.", ["factual"], choices=list(BRANCHES)
     )
     max_new_tokens: int = option("Most tokens of a generated response.", 128)
     generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
@@ -90,34 +83,6 @@ class EvaluateOptions:
     resamples: int = option("Resamples of each interval.", 2000)
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
 
-    def build(self, files: ScoreFiles) -> EvaluationOptions:
-        """These flags as the options of `evaluate_model`.
-
-        Raises:
-            ArgumentError: a value that does not fit.
-        """
-        return EvaluationOptions(
-            task=self.task,
-            metrics=None if self.metrics is None else tuple(self.metrics),
-            generate_branches=tuple(self.generate_branches) if self.generate else (),
-            max_new_tokens=self.max_new_tokens,
-            batch_size=files.batch_size,
-            generate_limit=self.generate_limit,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            engine=self.engine,
-            guidance=self.guidance,
-            guidance_against=self.guidance_against,
-            plausibility=self.plausibility,
-            item_effects=self.item_effects,
-            seed=files.seed,
-            resamples=self.resamples,
-            level=self.level,
-            attention=files.attention,
-            max_tokens=files.max_tokens,
-            overwrite=self.overwrite,
-        )
-
 
 OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
 FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_branches"}
@@ -126,42 +91,49 @@ FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_bra
 def run(arguments: Sequence[str]) -> int:
     model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
     check_files(files)
-    measured = options.build(files)
+    measured = evaluation_options(**vars(files), **vars(options))
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
     check_engine(measured.generation())
-    if options.output_dir is not None:
-        check_folder(Path(options.output_dir), overwrite=options.overwrite)
+    kept = None if options.output_dir is None else Path(options.output_dir)
+    if kept is not None:
+        check_folder(kept, overwrite=options.overwrite)
     skipped = SkippedRecords() if options.skip_bad else None
     records = eval_records(files, skipped)
-    _report_skipped(skipped)
+    if skipped is not None and skipped.total:
+        say_skipped(skipped)
     if options.baseline is not None:
         _check_baseline(Path(options.baseline), records)
-    loaded = Loaded(model_options, prompt_options, files, records)
-    kept = None if options.output_dir is None else Path(options.output_dir)
+    loaded = Loaded(model_options, prompt_options, records)
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model_name_or_path, kept is not None)
         print_evaluation(evaluation)
         if options.baseline is not None:
-            print_differences(
-                compare_evaluations(
-                    Path(folder),
-                    Path(options.baseline),
-                    level=options.level,
-                    resamples=options.resamples,
-                    seed=files.seed,
-                ),
-                evaluation,
-                read_evaluation(Path(options.baseline)),
-                options.baseline,
-            )
+            _print_differences(Path(folder), Path(options.baseline), measured)
     if kept is not None:
         print(f"Results: {kept}")
     if target is not None:
         metrics = {name: metric.value for name, metric in evaluation.metrics.items()}
         write_whole(target, json.dumps(metrics, indent=2) + "\n")
     return OK
+
+
+def evaluation_options(**flags: Any) -> EvaluationOptions:
+    """The flags that are options of `evaluate_model`."""
+    if not flags["generate"]:
+        flags["generate_branches"] = ()
+    names = {each.name for each in fields(EvaluationOptions)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in flags.items() if name in names
+    }
+    return EvaluationOptions(**values)
+
+
+def _print_differences(folder: Path, baseline: Path, options: EvaluationOptions) -> None:
+    draws: dict[str, Any] = {name: getattr(options, name) for name in ("level", "resamples", "seed")}
+    differences = compare_evaluations(folder, baseline, **draws)
+    print_differences(differences, read_evaluation(folder), read_evaluation(baseline), str(baseline))
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
@@ -174,7 +146,7 @@ def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: st
         )  # fmt: skip
     except KeyboardInterrupt:
         if kept:
-            print(f"nextquill: the finished part is in {folder}; the same command resumes", file=sys.stderr)
+            say(f"the finished part is in {folder}; the same command resumes")
         raise
 
 
@@ -188,11 +160,3 @@ def _check_baseline(folder: Path, records: list[Record]) -> None:
             f"baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
             f"({len(records)}), so they cannot be paired"
         )
-
-
-def _report_skipped(skipped: SkippedRecords | None) -> None:
-    if skipped is not None and skipped.total:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.counts.items()))
-        print(f"nextquill: left out {skipped.total} bad records ({kinds}):", file=sys.stderr)
-        for message in skipped.messages:
-            print(f"  {message}", file=sys.stderr)

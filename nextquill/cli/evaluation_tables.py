@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nextquill.evaluation.bootstrap import PairedResult
-from nextquill.evaluation.measure_names import COUNTS, place_of
+from nextquill.evaluation.measures import COUNTS, place_of
 from nextquill.evaluation.results import Evaluation, MetricValue
 from nextquill.report.numbers import p_value, with_interval
 

@@ -12,8 +12,11 @@ from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are arguments of argparse's `add_argument`."""
-    return field(default=default, metadata={"help": help, **metadata})
+    """A field whose metadata are arguments of argparse's `add_argument`; each instance gets its own copy of a list."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_positive(options: Any, names: Sequence[str]) -> None:
@@ -38,11 +41,7 @@ def check_file(flag: str, path: str) -> None:
 
 
 def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
-    """Make sure, before any work, that a file can be written, and make its folder.
-
-    Raises:
-        OutputExistsError: the name is taken, or its folder is not a folder.
-    """
+    """Make sure, before any work, that a file can be written, and make its folder."""
     target = Path(path)
     if target.is_dir():
         raise OutputExistsError(f"{flag}: {target} is a folder")

@@ -20,12 +20,7 @@ _MOST_CHOICES_BESIDE = 4
 
 
 def help_text(parser: Any, required: Collection[str]) -> str:
-    """The help of an `HfArgumentParser`.
-
-    Args:
-        parser: the parser; each of its `dataclass_types` has a heading.
-        required: destinations of the flags that must be given.
-    """
+    """The help of an `HfArgumentParser`; `required` are the destinations of the flags that must be given."""
     formatter = _Formatter(parser.prog, width=min(_WIDTH, shutil.get_terminal_size().columns))
     actions = {action.dest: action for action in reversed(parser._actions)}  # a flag before its `--no_` twin
     needed = [name for name in actions if name in required][::-1]

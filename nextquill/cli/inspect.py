@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, option
@@ -50,9 +51,7 @@ class InspectFiles:
         "on the Hugging Face hub, or 'tiny' / 'small' for the tokenizer that train would build from the records.",
         metavar="MODEL",
     )
-    index: list[int] | None = dataclasses.field(
-        default=None, metadata={"help": "Records to show, counted from 0 (only the first)."}
-    )
+    index: list[int] | None = option("Records to show, counted from 0 (only the first).", None)
     user_id: str | None = option("Show the records of this user instead, at most --limit.", None)
     limit: int = option("Most records of --user_id.", 4)
 
@@ -67,20 +66,14 @@ class InspectOptions:
 
 
 @dataclass(frozen=True)
-class Section:
-    """Tokens in a row that are of one kind of `_SECTIONS`."""
-
-    name: str
-    token_ids: list[int]
-    tokens: list[str]
-
-
-@dataclass(frozen=True)
 class Inspected:
-    """One record: its sections, and the history items that did not fit, oldest first, with their sizes in tokens."""
+    """One record: the ids and the texts of its tokens, divided as `_SECTIONS` says, and what did not fit.
+
+    `dropped` has the history items' titles or texts, oldest first, and their sizes in tokens.
+    """
 
     example: EncodedExample
-    sections: list[Section]
+    sections: dict[str, tuple[list[int], list[str]]]
     dropped: list[tuple[str, int]]
 
 
@@ -103,7 +96,8 @@ def run(arguments: Sequence[str]) -> int:
     if settings.template.counterfactual == "placebo":
         others = assign_placebo_histories(records, options.seed, COUNTERFACTUAL)
     found = [inspect(encoder, records[index], index, others[index]) for index in chosen]
-    tree = build_prefix_tree([ids for each in found for ids in _branches(each.example)])
+    branches = [branch for each in found for branch in (each.example.factual, each.example.counterfactual)]
+    tree = build_prefix_tree([branch.input_ids for branch in branches])
     if options.format == "json":
         print(json.dumps(as_json(found, tree, encoder, settings), ensure_ascii=False, indent=2))
     else:
@@ -112,11 +106,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
-    """The positions of the records to show.
-
-    Raises:
-        ArgumentError: there are no such records, or both positions and a user were given.
-    """
+    """The positions of the records to show."""
     if files.index is not None and files.user_id is not None:
         raise ArgumentError("user_id: expected none beside --index")
     if files.user_id is not None:
@@ -147,12 +137,8 @@ def _context(name: str) -> int | None:
     """The model's number of positions, if there is a config."""
     from transformers import AutoConfig
 
-    @dataclass
-    class Configured:
-        config: Any
-
     try:
-        return context_length(Configured(AutoConfig.from_pretrained(name, local_files_only=True)))
+        return context_length(SimpleNamespace(config=AutoConfig.from_pretrained(name, local_files_only=True)))
     # A folder with only a tokenizer has no config, and that of an unknown architecture cannot be read.
     except (OSError, ValueError, KeyError):
         return None
@@ -161,10 +147,7 @@ def _context(name: str) -> int | None:
 def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> Inspected:
     """Encode a record and divide its tokens into sections.
 
-    Args:
-        encoder: the encoder of train.
-        record, index: the record and its position.
-        other: another user's history, if the template's prompt without history takes one.
+    `other` is another user's history, if the template's prompt without history takes one.
     """
     from nextquill.evaluation.scoring import token_texts
     from nextquill.tree import build_prefix_tree
@@ -174,26 +157,20 @@ def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> 
     rows, others = build_prefix_tree([factual, counterfactual]).branch_rows
     both = min(len(rows), len(others))
     shared = int((rows[:both] == others[:both]).long().cumprod(0).sum())
-    parts = (
-        ("shared", factual, 0, shared),
-        ("factual", factual, shared, len(factual)),
-        ("counterfactual", counterfactual, shared, len(counterfactual)),
-        ("response", example.factual.response_ids, 0, example.factual.response_length),
-    )
+    parts = {
+        "shared": (factual, slice(shared)),
+        "factual": (factual, slice(shared, None)),
+        "counterfactual": (counterfactual, slice(shared, None)),
+        "response": (example.factual.response_ids, slice(None)),
+    }
     tokenizer: Any = encoder.renderer.tokenizer
     # Decoded as a whole and cut afterwards, as a character may span two sections.
-    sections = [
-        Section(name, ids[start:stop], token_texts(tokenizer, ids)[start:stop]) for name, ids, start, stop in parts
+    sections = {name: (ids[part], token_texts(tokenizer, ids)[part]) for name, (ids, part) in parts.items()}
+    dropped = [
+        (item.title or item.text, len(encoder.renderer.encode(encoder.template.render_item(item))))
+        for item in record.history[: example.history_total - example.history_kept]
     ]
-    dropped = record.history[: example.history_total - example.history_kept]
-    sizes = [len(encoder.renderer.encode(encoder.template.render_item(item))) for item in dropped]
-    return Inspected(
-        example, sections, [(item.title or item.text, size) for item, size in zip(dropped, sizes, strict=True)]
-    )
-
-
-def _branches(example: EncodedExample) -> tuple[list[int], list[int]]:
-    return example.factual.input_ids, example.counterfactual.input_ids
+    return Inspected(example, sections, dropped)
 
 
 # ---- for programs ----------------------------------------------------------------------------------
@@ -212,7 +189,7 @@ def as_json(
                 "history_kept": each.example.history_kept,
                 "history_total": each.example.history_total,
                 "dropped": [{"begins": _excerpt(text, 60), "tokens": size} for text, size in each.dropped],
-                "sections": {s.name: {"token_ids": s.token_ids, "tokens": s.tokens} for s in each.sections},
+                "sections": {n: {"token_ids": ids, "tokens": texts} for n, (ids, texts) in each.sections.items()},
             }
             for each in found
         ],
@@ -241,14 +218,14 @@ def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, 
         placebo = encoder.template.counterfactual == "placebo"
         for text in _heading(each, "under another user's" if placebo else "without"):
             line(text, "bold" if text.startswith("record") else "")
-        for section in each.sections:
-            mark, style, meaning = _SECTIONS[section.name]
-            if placebo and section.name == "counterfactual":
+        for name, (_, tokens) in each.sections.items():
+            mark, style, meaning = _SECTIONS[name]
+            if placebo and name == "counterfactual":
                 meaning = "under another user's history only"
-            if section.tokens:
+            if tokens:
                 line("")
-                line(f"{mark} {meaning}: {_count(len(section.tokens), 'token')}", "bold")
-            for text in _lines(section.tokens, max_shown, max(20, console.width) - 2):
+                line(f"{mark} {meaning}: {_count(len(tokens), 'token')}", "bold")
+            for text in _lines(tokens, max_shown, max(20, console.width) - 2):
                 line(f"{mark} {text}", style)
         line("")
     for text in _summary(found, tree, encoder):
@@ -258,10 +235,9 @@ def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, 
 def _heading(each: Inspected, otherwise: str) -> Iterator[str]:
     example = each.example
     yield f"record {example.index}, user {example.user_id}"
-    yield (
-        f"  prompt with history {example.factual.prompt_length} tokens, {otherwise} "
-        f"{example.counterfactual.prompt_length}, response {example.factual.response_length}"
-    )
+    factual, counterfactual = example.factual, example.counterfactual
+    sizes = f"{factual.prompt_length} tokens, {otherwise} {counterfactual.prompt_length}"
+    yield f"  prompt with history {sizes}, response {factual.response_length}"
     yield f"  {example.history_kept} of {_count(example.history_total, 'history item')} in the prompt"
     for text, size in each.dropped[:_DROPPED_SHOWN]:
         yield f"    dropped {size:6d} tokens: {_excerpt(text, 50)}"

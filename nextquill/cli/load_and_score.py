@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, check_token_budget
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
+from nextquill.cli.terminal import bar
 from nextquill.data import Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
@@ -19,25 +18,15 @@ from nextquill.models.loading import load_model, load_prompt_settings
 if TYPE_CHECKING:
     import torch
 
-    from nextquill.data import EncodedExample, ExampleEncoder
-    from nextquill.evaluation.scoring import ExampleScores
+    from nextquill.data import EncodedExample, EncodingStats, ExampleEncoder
 
 
 class Loaded:
     """A model on its device, its tokenizer, the records it is run on, and its prompt settings."""
 
-    def __init__(
-        self,
-        model_options: ModelOptions,
-        prompt_options: PromptOptions,
-        files: ScoreFiles,
-        records: list[Record] | None = None,
-    ) -> None:
-
-        check_files(files)
-        self.records = eval_records(files) if records is None else records
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, records: list[Record]) -> None:
+        self.records = records
+        quieten_transformers()
         name = model_options.model_name_or_path
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
@@ -46,25 +35,23 @@ class Loaded:
         self.settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
 
 
-class Scored(Loaded):
-    """Records encoded for a model; `scores()` runs the model over them."""
+def quieten_transformers() -> None:
+    """Hide transformers' own log and bars."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
-    def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, files: ScoreFiles) -> None:
-        from nextquill.data import ExampleEncoder
 
-        super().__init__(model_options, prompt_options, files)
-        self._files, settings = files, self.settings
-        encoder = ExampleEncoder(self.tokenizer, settings.template, settings.max_length, settings.max_response_length)
-        self.examples = encode_records("eval_file", encoder, self.records, placebo=True, seed=files.seed)
-
-    def scores(self, skip: int = 0) -> Iterator[ExampleScores]:
-        """The scores of each record as they are computed, after the first `skip`; see `score_examples`."""
-        from nextquill.evaluation.scoring import pad_token, score_examples
-
-        pad, size = pad_token(self.tokenizer), self._files.batch_size
-        options: dict[str, Any] = {"attention": self._files.attention, "max_tokens": self._files.max_tokens}
-        scored = score_examples(self.model, self.examples, pad, size, skip=skip, **options)
-        yield from bar(scored, total=len(self.examples), initial=skip, desc="Scoring")
+def history_notes(stats: EncodingStats, max_length: int) -> list[str]:
+    """Sentences on the histories that did not fit, and on records without one."""
+    notes = []
+    if stats.history_items_dropped:
+        notes.append(
+            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit {max_length} tokens, "
+            f"in {stats.examples_truncated} examples; a larger --max_length keeps them"
+        )
+    if stats.examples_without_history:
+        notes.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
+    return notes
 
 
 def check_files(files: ScoreFiles) -> None:
@@ -100,5 +87,4 @@ def device() -> torch.device:
     """Where models run: the accelerator, or the CPU."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -37,7 +37,6 @@ COMMANDS = {
 }
 DESCRIPTION = "Causal personalisation training of language models."
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-_PACKAGES = "pip install 'nextquill[cli]'"
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
 
@@ -104,10 +103,11 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
         return text, USAGE if isinstance(error, (ArgumentError, ArgumentTypeError)) else FAILED
     text = " ".join(str(error).split())
     if isinstance(error, ImportError):
-        return f"{command} needs a package that is not installed: {text}; {_PACKAGES}", FAILED
+        return f"{command} needs a package that is not installed: {text}; pip install 'nextquill[cli]'", FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return f"out of memory; use a smaller batch, --max_length or --chunk_bytes ({text[:120]})", FAILED
-    if isinstance(error, (OSError, MemoryError, ValueError)) or _is_connection_error(error):
+    is_of_the_connection = type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))
+    if isinstance(error, (OSError, MemoryError, ValueError)) or is_of_the_connection:
         return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
     return None, FAILED
 
@@ -123,10 +123,6 @@ def _with_flags(command: str, error: NextQuillError) -> str:
 
     text = f"--{flags[error.argument]}: {error.message}" if error.argument in flags else str(error)
     return " ".join(_GIVEN.sub(given, text).split())
-
-
-def _is_connection_error(error: Exception) -> bool:
-    return type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
@@ -147,18 +143,9 @@ def _fail(message: str, code: int) -> int:
 
 def _help(program: str, description: str, commands: dict[str, str]) -> str:
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
-    return "\n".join(
-        [
-            f"usage: {program} COMMAND [options]",
-            "",
-            description,
-            "",
-            *lines,
-            "",
-            f"{program} COMMAND --help lists a command's options; --config FILE.yaml gives them from a file.",
-        ]
-    )
+    listed = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    more = f"{program} COMMAND --help lists a command's options; --config FILE.yaml gives them from a file."
+    return f"usage: {program} COMMAND [options]\n\n{description}\n\n{listed}\n\n{more}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,15 @@ from nextquill.models.tiny_models import SCRATCH_SIZES
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss
 
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 #: The losses' class names, as importing the classes imports torch.
 LOSSES = {"nextquill": "NextQuillLoss", "perce": "PerCELoss", "longce": "LongCELoss", "sft": "SFTLoss"}
+
+
+def attention_option() -> Any:
+    """The field of --attention, which several commands have."""
+    help = "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt."
+    return option(help, "auto", choices=list(ATTENTIONS))
 
 
 @dataclass
@@ -36,7 +43,7 @@ class TrainModelOptions:
         "Precision of the weights; 'auto': as stored. Training all weights in half precision rounds small updates "
         "away; float32 with --bf16 does not.",
         "auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        choices=PRECISIONS,
     )
 
 
@@ -47,9 +54,7 @@ class ModelOptions:
     model_name_or_path: str = option(
         "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", metavar="MODEL"
     )
-    dtype: str = option(
-        "Precision the weights are loaded in.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
 @dataclass
@@ -95,16 +100,9 @@ class PromptOptions:
     )
 
     def settings(self, stored: PromptSettings | None, default_length: int, context: int | None) -> PromptSettings:
-        """The settings from the flags, else from the model folder, else the defaults.
+        """The settings from the flags, else those `stored` in the model folder, else the defaults.
 
-        Args:
-            stored: the settings of the model folder, or None.
-            default_length: `max_length` if neither has one.
-            context: the model's number of positions, or None.
-
-        Raises:
-            ArgumentError: a length below 1 or beyond the context, a Jinja template that cannot be used, or a flag
-                that has no effect beside one.
+        `context` is the model's number of positions, if that is known.
         """
         check_positive(self, ("max_length", "max_response_length"))
         template = self._template(PromptTemplate() if stored is None else stored.template)
@@ -172,16 +170,11 @@ class LossOptions:
     )  # fmt: skip
 
     def build(self) -> PairLoss:
-        """The loss these flags describe.
-
-        Raises:
-            NextQuillError: a flag that the chosen loss does not have, or a value it refuses.
-        """
+        """The loss these flags describe; a flag that it does not have is an error."""
         from nextquill import losses
 
         kind: type[PairLoss] = getattr(losses, LOSSES[self.loss])
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "loss"}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if name != "loss" and value is not None}
         known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}
         for name in given:
             if name not in known:
@@ -193,10 +186,7 @@ class LossOptions:
 class BatchOptions:
     """Batches: how they are computed. These change speed and memory, not the gradient."""
 
-    attention: str = option(
-        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
-        choices=list(ATTENTIONS),
-    )  # fmt: skip
+    attention: str = attention_option()
     max_tokens: int | None = option(
         "Most tokens of one forward with gradient; a device's batch of more tokens is run in several.", None
     )
@@ -217,8 +207,8 @@ class LoraOptions:
     lora_r: int | None = option("Rank of the adapters; given, only they are trained.", None)
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
     lora_dropout: float = option("Dropout inside the adapters.", 0.0)
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers except the head)."}
+    lora_target_modules: list[str] | None = option(
+        "Names of the modules that get adapters (all linear layers except the head).", None
     )
 
     def check(self, model_name: str) -> None:
@@ -243,19 +233,30 @@ class LoraOptions:
             return model
         if is_adapter(model):
             raise ArgumentError("lora_r: the model already has an adapter, which is trained; leave --lora_r out")
-        from peft import LoraConfig, get_peft_model
+        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout))
 
-        config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha or 2 * self.lora_r,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
-            task_type="CAUSAL_LM",
-        )
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise ArgumentError(f"lora_target_modules: {error}") from error
+
+def lora_config(options: Any, **more: Any) -> Any:
+    """PEFT's config of the adapters that the flags --lora_* describe."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha or 2 * options.lora_r,
+        target_modules=options.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+        **more,
+    )
+
+
+def adapted(model: Any, config: Any) -> Any:
+    """The model in new adapters."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ArgumentError(f"lora_target_modules: {error}") from error
 
 
 @dataclass
@@ -267,10 +268,7 @@ class ScoreFiles:
     batch_size: int | None = option(
         "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None
     )
-    attention: str = option(
-        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
-        choices=list(ATTENTIONS),
-    )  # fmt: skip
+    attention: str = attention_option()
     max_tokens: int | None = option("Most tokens of one forward; shared ones count once (16384; 4096 on a CPU).", None)
     seed: int = option("Decides whose history is the placebo; the default is that of train.", 42)
 

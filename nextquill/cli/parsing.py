@@ -23,8 +23,6 @@ from nextquill.errors import NextQuillError
 
 #: Flags that are not booleans and take "true".
 _BARE_MEANS_TRUE = ("resume_from_checkpoint",)
-
-
 #: Errors of transformers and PEFT about values they do not take.
 REFUSALS = (ValueError, TypeError, ImportError, RuntimeError)
 #: The same, with the errors of their lookups by name and of their dataclasses.
@@ -76,11 +74,7 @@ class Parser(HfArgumentParser):
         return {name: action for action in self._actions for name in action.option_strings if name.startswith("--")}
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The values of all flags.
-
-        Raises:
-            UsageError: an unknown flag, or a value of the wrong type.
-        """
+        """The values of all flags, each of the right type."""
         namespace, unknown = self.parse_known_args(list(words))
         if unknown:
             raise UsageError(self.unknown_message(unknown[0]))
@@ -107,11 +101,7 @@ def parse(
     defaults: dict[str, Any] | None = None,
     required: Sequence[str] = (),
 ) -> tuple[Any, ...]:
-    """Parse `arguments` into one instance of each of `option_types`; see `Parser`.
-
-    Raises:
-        UsageError: an unknown flag or key, a missing one, or a value of the wrong type.
-    """
+    """Parse `arguments` into one instance of each of `option_types`; see `Parser`."""
     parser = Parser(command, description, option_types, defaults or {}, required)
     values = parser.parse([*_config_words(parser, arguments), *arguments])
     missing = sorted(name for name in parser.required if values[name] is None)

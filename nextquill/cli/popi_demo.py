@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nextquill.cli.demo import OPTIONS, run_demo
+from nextquill.cli import demo
 
 DESCRIPTION = (
     "Train a small model to write and to read summaries of synthetic users, whose preferences are known, and measure "
     "both on unseen users."
 )
-
-__all__ = ["DESCRIPTION", "OPTIONS", "run"]
+OPTIONS = demo.OPTIONS
 
 
 def run(arguments: Sequence[str]) -> int:
-    return run_demo("popi demo", "demos.popi.run", DESCRIPTION, arguments, "popi-demo")
+    return demo.run_demo("popi demo", "demos.popi.run", DESCRIPTION, arguments, "popi-demo")

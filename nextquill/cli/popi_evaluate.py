@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nextquill.cli.bars import bar
 from nextquill.cli.evaluation_tables import new_table, show
 from nextquill.cli.flags import check_file, check_positive, check_token_budget, claim_output_file, option
 from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
+from nextquill.cli.options import attention_option
 from nextquill.cli.parsing import parse
 from nextquill.cli.popi_options import (
     PopiFormat,
@@ -21,8 +21,9 @@ from nextquill.cli.popi_options import (
     loaded_run,
     read_settings,
 )
-from nextquill.errors import ArgumentError, RecordError, naming
-from nextquill.models import ATTENTIONS
+from nextquill.cli.terminal import bar, say
+from nextquill.errors import RecordError, naming
+from nextquill.evaluation.bootstrap import check_draws
 from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash, summarize
@@ -48,7 +49,7 @@ _HEADINGS = {"accuracy": "accuracy", "logprob_accuracy": "of log p", "margin": "
 class PopiPairs:
     """Data: pairs and summaries."""
 
-    test_file: list[str] = field(metadata={"help": "Pairs of users who were not trained on.", "metavar": "PATH"})
+    test_file: list[str] = option("Pairs of users who were not trained on.", metavar="PATH")
     summaries: str | None = option(
         "Summaries from summarize --held_out, edited or not; by default the model writes them.", None, metavar="FILE"
     )
@@ -58,9 +59,8 @@ class PopiPairs:
 class PopiEvaluateOptions:
     """Measures and output."""
 
-    transfer_model: list[str] | None = field(
-        default=None,
-        metadata={"help": "Other, untrained generators to measure with the same contexts.", "metavar": "MODEL"},
+    transfer_model: list[str] | None = option(
+        "Other, untrained generators to measure with the same contexts.", None, metavar="MODEL"
     )
     reference_model: str | None = option(
         "The generator before training, if it was a whole model (for adapters: their base).", None, metavar="MODEL"
@@ -68,10 +68,7 @@ class PopiEvaluateOptions:
     output_file: str | None = option("Also write the results here, as JSON.", None, metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
     batch_size: int = option("Summaries that are written at once.", 16)
-    attention: str = option(
-        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
-        choices=list(ATTENTIONS),
-    )  # fmt: skip
+    attention: str = attention_option()
     max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
     seed: int = option("Seed of the placebos and of the intervals' resamples.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
@@ -79,12 +76,9 @@ class PopiEvaluateOptions:
 
     def check(self) -> None:
         """Raise ArgumentError for values that do not fit."""
-        check_positive(self, ("batch_size", "resamples"))
+        check_positive(self, ("batch_size",))
         check_token_budget(self)
-        if not 0 < self.level < 1:
-            raise ArgumentError(f"level: expected a share between 0 and 1, got {self.level}")
-        if self.seed < 0:
-            raise ArgumentError(f"seed: expected at least 0, got {self.seed}")
+        check_draws(self.level, self.resamples, self.seed)
 
 
 OPTIONS = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptions)
@@ -100,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
         check_not_read(target, [*files.test_file, *([] if files.summaries is None else [files.summaries])])
-    config = read_settings(models)
+    config = read_settings(models.model)[0]
     held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
     _warn_of_trained(models.model, held.draws)
     known = None if files.summaries is None else _read(files.summaries, held.draws)
@@ -111,34 +105,27 @@ def run(arguments: Sequence[str]) -> int:
         summaries = {user: summary.summary for user, summary in known.items()}
     else:
         summaries = _written(saved, held.draws, options.batch_size)
-    generator, reference = saved.roles.generator, _reference(options, models)
-    if reference is not None:
-        generator = generator.against(reference)
+    generator = saved.roles.generator
+    if options.reference_model is not None:
+        generator = generator.against(_loaded("reference_model", options.reference_model, models.dtype)[0])
     if generator.is_what_it_was and not config.freeze_generator:
-        print(
-            "nextquill: the folder lacks the generator before training, so the reference is the trained one without "
-            "context; --reference_model names it",
-            file=sys.stderr,
+        say(
+            "the folder lacks the generator before training, so the reference is the trained one without context; "
+            "--reference_model names it"
         )
-    sees = config.reference_sees_summary
-    found = _measured(saved, generator, saved.generator_prompts, held.draws, summaries, options, sees=sees)
+    measured, sees = partial(_measured, saved, held.draws, summaries, options), config.reference_sees_summary
     evaluation = PairEvaluation(
         model=models.model,
-        generator=found,
-        transfer={name: _transferred(name, saved, held.draws, summaries, options, models) for name in _others(options)},
+        generator=measured(generator, saved.generator_prompts, sees=sees),
+        transfer={name: measured(*_untrained(name, saved, models.dtype), sees=False) for name in _others(options)},
         empty_summaries=sum(not text.strip() for text in summaries.values()),
         left_out=held.left_out,
         settings={
             "signals_per_user": shown.signals_per_user or config.signals_per_user,
             "max_pairs": shown.max_pairs,
             "summaries": files.summaries,
-            "objective": config.objective,
-            "beta": config.beta,
-            "reference_sees_summary": sees,
-            "reference_model": options.reference_model,
-            "seed": options.seed,
-            "level": options.level,
-            "resamples": options.resamples,
+            **{name: getattr(config, name) for name in ("objective", "beta", "reference_sees_summary")},
+            **{name: getattr(options, name) for name in ("reference_model", "seed", "level", "resamples")},
         },
     )
     _print(evaluation, options.level)
@@ -173,10 +160,9 @@ def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
     trained = trained_users(folder)
     both = [draw.user_id for draw in draws if draw.user_id in trained]
     if both:
-        print(
-            f"nextquill: {len(both)} of {len(draws)} users were trained on, if the same id is the same user, such as "
-            f"{both[0]!r}; their pairs are not held out",
-            file=sys.stderr,
+        say(
+            f"{len(both)} of {len(draws)} users were trained on, if the same id is the same user, such as {both[0]!r}; "
+            "their pairs are not held out"
         )
 
 
@@ -184,10 +170,9 @@ def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> Non
     """Print a warning where another model wrote summaries; edited ones are meant to differ."""
     other = [user for user, summary in known.items() if not summary.edited and not summary.is_by(saved.writer())]
     if other:
-        print(
-            f"nextquill: summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such "
-            f"as that of {other[0]!r}, by {known[other[0]].model}",
-            file=sys.stderr,
+        say(
+            f"summaries by another model than {saved.writer()}, or with other settings: {len(other)}, such as that of "
+            f"{other[0]!r}, by {known[other[0]].model}"
         )
 
 
@@ -217,41 +202,28 @@ def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[st
     return {each.user_id: each.text for each in bar(written, total=len(draws), desc="Summarizing", unit=" users")}
 
 
-def _reference(options: PopiEvaluateOptions, models: PopiRunOptions) -> Any:
-    if options.reference_model is None:
-        return None
-    return _loaded("reference_model", options.reference_model, models.dtype)[0]
-
-
 def _loaded(flag: str, name: str, dtype: str) -> tuple[Any, Any]:
     with naming(flag, "model_name_or_path"):
         model, tokenizer = load_model(name, dtype=dtype)
     return model.to(device()), tokenizer
 
 
-def _transferred(
-    name: str,
-    saved: SavedRun,
-    draws: Sequence[Draw],
-    summaries: Mapping[str, str],
-    options: PopiEvaluateOptions,
-    models: PopiRunOptions,
-) -> PairMeasures:
-    """The same measures for an untrained model, which is its own reference."""
+def _untrained(name: str, saved: SavedRun, dtype: str) -> tuple[Role, GeneratorPrompts]:
+    """A transfer model as a generator, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
-    model, tokenizer = _loaded("transfer_model", name, models.dtype)
+    model, tokenizer = _loaded("transfer_model", name, dtype)
     prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
-    return _measured(saved, Role.untrained(GENERATOR, model, tokenizer), prompts, draws, summaries, options, sees=False)
+    return Role.untrained(GENERATOR, model, tokenizer), prompts
 
 
 def _measured(
     saved: SavedRun,
-    generator: Role,
-    prompts: GeneratorPrompts,
     draws: Sequence[Draw],
     summaries: Mapping[str, str],
     options: PopiEvaluateOptions,
+    generator: Role,
+    prompts: GeneratorPrompts,
     *,
     sees: bool,
 ) -> PairMeasures:
@@ -289,7 +261,7 @@ def _print(evaluation: PairEvaluation, level: float) -> None:
     if "placebo" not in found.contexts:
         show("No placebo: it needs two users with a summary.")
     if evaluation.empty_summaries:
-        print(f"nextquill: empty summaries, which give no context: {evaluation.empty_summaries}", file=sys.stderr)
+        say(f"empty summaries, which give no context: {evaluation.empty_summaries}")
 
 
 def _print_contexts(title: str, found: PairMeasures) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nextquill.cli.flags import check_file, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.popi_options import check_not_read
+from nextquill.cli.popi_options import check_not_read, read_settings
+from nextquill.cli.terminal import say
 from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text, check_user_id
 from nextquill.errors import RecordError, naming
@@ -26,9 +26,7 @@ DESCRIPTION = (
 class PopiExportOptions:
     """Options."""
 
-    queries_file: list[str] = field(
-        metadata={"help": "Queries, JSONL: user_id and query; other fields are ignored.", "metavar": "PATH"}
-    )
+    queries_file: list[str] = option("Queries, JSONL: user_id and query; other fields are ignored.", metavar="PATH")
     summaries: str = option("The file with the summaries.", metavar="FILE")
     output_file: str = option("Where to write the prompts, JSONL.", metavar="FILE")
     format: str = option("Chat messages, or plain text.", "chat", choices=list(FORMATS))
@@ -48,19 +46,14 @@ def run(arguments: Sequence[str]) -> int:
     check_file("summaries", options.summaries)
     with naming("summaries"):
         known = SummaryFile(options.summaries).read()
-    templates = None
-    if options.model is not None:
-        from nextquill.popi.saved_run import saved_settings
-
-        with naming("model", "model_name_or_path"):
-            _, templates = saved_settings(options.model)
+    templates = None if options.model is None else read_settings(options.model)[1]
     with naming("queries_file"):
         queries = list(_queries(options.queries_file, known))
         count = write_export(target, queries, format=options.format, templates=templates)
     bare = [query.user_id for query in queries if not (query.summary or "").strip()]
-    print(f"nextquill: {target}: {count} prompts", file=sys.stderr)
+    say(f"{target}: {count} prompts")
     if bare:
-        print(f"nextquill: {len(bare)} of them without a summary, such as that of {bare[0]!r}", file=sys.stderr)
+        say(f"{len(bare)} of them without a summary, such as that of {bare[0]!r}")
     return OK
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
 from nextquill.cli.flags import check_positive, option
-from nextquill.cli.load_and_score import device
+from nextquill.cli.load_and_score import device, quieten_transformers
+from nextquill.cli.options import PRECISIONS
+from nextquill.cli.terminal import say
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
 from nextquill.errors import ArgumentError, naming
@@ -19,6 +18,7 @@ from nextquill.popi.users import User, users_from_records
 
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
+    from nextquill.popi.prompts import PopiTemplates
     from nextquill.popi.saved_run import SavedRun
     from nextquill.popi.summaries import HeldOut
 
@@ -31,9 +31,7 @@ class PopiRunOptions:
     """Models: the trained run."""
 
     model: str = option("The output folder of popi train, or a checkpoint in it.", metavar="DIR")
-    dtype: str = option(
-        "Precision the weights are loaded in.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
 @dataclass
@@ -47,11 +45,7 @@ class PopiFormat:
     limit: int | None = option("Use only this many users, the first ones.", None)
 
     def users(self, flag: str, paths: list[str], *, need_pairs: bool = True) -> list[User]:
-        """Read the users in these files; an error in them names the flag.
-
-        Raises:
-            RecordError: a row is malformed, or there are no pairs although they are needed.
-        """
+        """Read the users in these files; an error in them names the flag."""
         check_positive(self, ("limit",))
         with naming(flag):
             return users_from_records(self._records(paths), need_pairs=need_pairs)[: self.limit]
@@ -85,11 +79,10 @@ class PopiSignals:
         """Return the signals and the held-out pairs of every user; name users who cannot be evaluated on stderr."""
         from nextquill.popi.summaries import hold_out
 
+        most = self.signals_per_user or config.signals_per_user
         with naming(flag):
-            found = hold_out(
-                users, num_signals=self.signals_per_user or config.signals_per_user, max_pairs=self.max_pairs
-            )
-        print(f"nextquill: {found}", file=sys.stderr)
+            found = hold_out(users, num_signals=most, max_pairs=self.max_pairs)
+        say(str(found))
         return found
 
 
@@ -97,17 +90,16 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
     """Load the run onto the device; an error in its folder names the flag."""
     from nextquill.popi.saved_run import SavedRun
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten_transformers()
     with naming("model", "model_name_or_path"):
         run = SavedRun(options.model, dtype=options.dtype)
     run.roles.to(device())
     return run
 
 
-def read_settings(options: PopiRunOptions) -> POPIConfig:
-    """Read the settings of training, before anything that takes time."""
+def read_settings(folder: str) -> tuple[POPIConfig, PopiTemplates]:
+    """Read the settings of the run in a folder, before anything that takes time."""
     from nextquill.popi.saved_run import saved_settings
 
     with naming("model", "model_name_or_path"):
-        return saved_settings(options.model)[0]
+        return saved_settings(folder)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nextquill.cli.flags import check_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.terminal import say
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.summaries import Summary, SummaryFile
 
@@ -23,9 +23,8 @@ class PopiSummariesOptions:
 
     summaries: str = option("The file with the summaries.", metavar="FILE")
     show: str | None = option("Show only this user's summary.", None, metavar="USER")
-    edit: list[str] | None = field(
-        default=None,
-        metadata={"help": "Replace the user's summary with this text, in quotation marks.", "metavar": "USER TEXT"},
+    edit: list[str] | None = option(
+        "Replace the user's summary with this text, in quotation marks.", None, metavar="USER TEXT"
     )
     delete: str | None = option("Delete this user's summary.", None, metavar="USER")
 
@@ -54,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         _print(file.edit(*options.edit))
     elif options.delete is not None:
         file.delete(options.delete)
-        print(f"nextquill: deleted the summary of {options.delete!r}", file=sys.stderr)
+        say(f"deleted the summary of {options.delete!r}")
     else:
         for summary in known.values() if options.show is None else [known[options.show]]:
             _print(summary)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_positive, claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
-from nextquill.cli.popi_options import (
-    PopiFormat,
-    PopiRunOptions,
-    PopiSignals,
-    loaded_run,
-    read_settings,
-)
+from nextquill.cli.popi_options import PopiFormat, PopiRunOptions, PopiSignals, loaded_run, read_settings
+from nextquill.cli.terminal import bar, say
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.popi.summaries import Summary, SummaryFile, all_signals, signals_hash, summarize
@@ -64,7 +57,7 @@ class PopiSummarizeOptions:
 class PopiSignalFiles:
     """Data: the users' records."""
 
-    signals_file: list[str] = field(metadata={"help": "Users' records: pairs and past texts.", "metavar": "PATH"})
+    signals_file: list[str] = option("Users' records: pairs and past texts.", metavar="PATH")
 
 
 OPTIONS = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummarizeOptions)
@@ -79,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     file = SummaryFile(claim_output_file(options.output_file, overwrite=True))
     with naming("output_file"):
         file.read()
-    config = read_settings(models)
+    config = read_settings(models.model)[0]
     users = form.users("signals_file", files.signals_file, need_pairs=False)
     if options.held_out:
         draws = shown.hold_out("signals_file", users, config).draws
@@ -104,8 +97,8 @@ def _signals(users: Sequence[User], most: int) -> Signals:
     if len(few) == len(found):
         raise RecordError(f"signals_file: expected users with at least {least} signals, got none of {len(found)}")
     if few:
-        print(f"nextquill: users left out with too few signals: {len(few)}, such as {few[0]!r}", file=sys.stderr)
-    return {user: own for user, own in found.items() if user not in set(few)}
+        say(f"users left out with too few signals: {len(few)}, such as {few[0]!r}")
+    return {user: own for user, own in found.items() if len(own) >= least}
 
 
 def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSummarizeOptions) -> None:
@@ -136,12 +129,9 @@ def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: 
     empty = [user for user in hashes if user in known and not known[user].summary.strip()]
     outdated = file.outdated_edits(hashes)
     kept = f"{len(hashes) - written} kept" + (f" ({len(edited)} edited by a person)" if edited else "")
-    print(f"nextquill: {file.path}: {written} written, {kept}", file=sys.stderr)
+    say(f"{file.path}: {written} written, {kept}")
     if empty:
-        print(f"nextquill: empty summaries: {len(empty)}, such as that of {empty[0]!r}", file=sys.stderr)
+        say(f"empty summaries: {len(empty)}, such as that of {empty[0]!r}")
     if outdated:
-        print(
-            f"nextquill: edited summaries whose signals have changed: {len(outdated)}, such as that of {outdated[0]!r}"
-            "; --force replaces them",
-            file=sys.stderr,
-        )
+        named = f"{len(outdated)}, such as that of {outdated[0]!r}"
+        say(f"edited summaries whose signals have changed: {named}; --force replaces them")

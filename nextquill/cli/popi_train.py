@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
 from nextquill.cli.flags import check_token_budget, option
+from nextquill.cli.options import PRECISIONS, adapted, attention_option, lora_config
 from nextquill.cli.parsing import UsageError, parse, refusals
 from nextquill.cli.popi_options import PopiFormat
-from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
-from nextquill.cli.train import DEFAULTS, end, quieten, say, train
+from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
+from nextquill.cli.train import DEFAULTS, quieten, train
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
-from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import load_model
 from nextquill.models.tiny_models import SCRATCH_SIZES
@@ -25,7 +25,6 @@ from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import PopiTemplates
 from nextquill.popi.roles import INFERENCE, check_roles
 from nextquill.popi.users import User
-from nextquill.storage import checkpoints
 
 if TYPE_CHECKING:
     from nextquill.popi.trainer import POPITrainer
@@ -50,9 +49,7 @@ class PopiModelOptions:
     )  # fmt: skip
     inference_model: str | None = option("Instead: the model that writes summaries.", None, metavar="MODEL")
     generator_model: str | None = option("With --inference_model: the model that reads them.", None, metavar="MODEL")
-    dtype: str = option(
-        "Precision of the weights; 'auto': as stored.", "auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    dtype: str = option("Precision of the weights; 'auto': as stored.", "auto", choices=PRECISIONS)
 
     @property
     def names(self) -> dict[str, str]:
@@ -75,12 +72,8 @@ class PopiFiles:
     """Data: pairs and the run's folder."""
 
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
-    train_file: list[str] = field(
-        metadata={"help": "Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", "metavar": "PATH"}
-    )
-    eval_file: list[str] | None = field(
-        default=None, metadata={"help": "Pairs of other users, for evaluation during training.", "metavar": "PATH"}
-    )
+    train_file: list[str] = option("Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", metavar="PATH")
+    eval_file: list[str] | None = option("Pairs of other users, for evaluation during training.", None, metavar="PATH")
     overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
 
 
@@ -89,18 +82,11 @@ class PopiPromptOptions:
     """Prompts: wording and attention."""
 
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
-    attention: str = option(
-        "Attention over prompts that share a prefix (auto: by device); padded: a row per prompt.", "auto",
-        choices=list(ATTENTIONS),
-    )  # fmt: skip
+    attention: str = attention_option()
     max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
 
     def build(self) -> dict[str, Any]:
-        """These flags as arguments of POPITrainer.
-
-        Raises:
-            ArgumentError: a value that does not fit.
-        """
+        """These flags as arguments of POPITrainer."""
         check_token_budget(self)
         templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
         return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
@@ -112,8 +98,8 @@ class PopiLoraOptions:
 
     lora_r: int = option("Rank of the adapters; 0, with a model for each role, trains whole models.", 16)
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules that get adapters (all linear layers except the head)."}
+    lora_target_modules: list[str] | None = option(
+        "Names of the modules that get adapters (all linear layers except the head).", None
     )
 
     def check(self, models: Mapping[str, str]) -> None:
@@ -129,17 +115,6 @@ class PopiLoraOptions:
         for name in ("lora_alpha", "lora_target_modules"):
             if self.lora_r == 0 and getattr(self, name) is not None:
                 raise ArgumentError(f"{name}: expected --lora_r above 0 with it")
-
-    def config(self) -> Any:
-        """PEFT's config of the adapters."""
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha or 2 * self.lora_r,
-            target_modules=self.lora_target_modules or "all-linear",
-            task_type="CAUSAL_LM",
-        )
 
 
 OPTIONS = (PopiModelOptions, PopiFiles, PopiFormat, POPIConfig, PopiPromptOptions, PopiLoraOptions, TrainingArguments)
@@ -166,20 +141,14 @@ def run(arguments: Sequence[str]) -> int:
     if resume is not None:
         check_roles(resume)
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])
-    data = {"train_dataset": users, "eval_dataset": eval_users}
     from nextquill.popi.trainer import POPITrainer
 
     with refusals():
-        trainer = POPITrainer(**loaded, **data, **prompting, args=args, config=config)
+        trainer = POPITrainer(
+            **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
+        )
     check_optimizer(args, trainer.model)
-    if resume is not None:  # before the output folder is changed
-        checkpoints.check_identity(resume, trainer.run_identity())
-    if args.should_save:
-        open_output_dir(folder, resume)
-    say(trainer, _summary(trainer, config))
-    code = train(trainer, folder, resume)
-    end(trainer)
-    return code
+    return train(trainer, folder, resume, _summary(trainer, config))
 
 
 def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], seed: int) -> dict[str, Any]:
@@ -189,24 +158,15 @@ def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], s
         with naming("model_name_or_path" if name == "model" else name, "model_name_or_path"):
             model, tokenizer = load_model(given, dtype=options.dtype, records=lambda: _as_records(users), seed=seed)
         if name != "model" and lora.lora_r and not is_adapter(model):
-            model = _adapted(model, lora)
+            model = adapted(model, lora_config(lora))
         result[name] = model
         tokenizers.append(tokenizer)
     result["processing_class"] = tokenizers[0]
     if "model" not in result:
         result["generator_tokenizer"] = tokenizers[1]
     elif not is_adapter(result["model"]):
-        result["peft_config"] = lora.config()
+        result["peft_config"] = lora_config(lora)
     return result
-
-
-def _adapted(model: Any, lora: PopiLoraOptions) -> Any:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, lora.config())
-    except ValueError as error:
-        raise ArgumentError(f"lora_target_modules: {error}") from error
 
 
 def _as_records(users: Sequence[User]) -> list[Record]:

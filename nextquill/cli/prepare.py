@@ -7,22 +7,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
-from nextquill.cli.bars import bar
 from nextquill.cli.flags import check_file, option
 from nextquill.cli.inspect import prepare as load_prompts
+from nextquill.cli.load_and_score import history_notes, quieten_transformers
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.terminal import bar, say
 from nextquill.data import iter_jsonl
 from nextquill.errors import BudgetError, RecordError
 from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
-    from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset
+    from nextquill.data import ExampleEncoder, PreparedDataset
 
 DESCRIPTION = (
     "Tokenise records once, into a folder that train takes as --train_file or --eval_file and reads from disk. The "
@@ -66,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             "model that has a tokenizer"
         )
     check_file("train_file", options.train_file)
-    transformers_logging.set_verbosity_error()
+    quieten_transformers()
     tokenizer, settings = load_prompts(name, prompt_options, ())
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
     prepared = _prepare(options, encoder)
@@ -85,18 +84,15 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
                 iter_jsonl(options.train_file),
                 encoder,
                 options.output_dir,
-                placebo=options.placebo,
-                seed=options.seed,
-                skip_bad=options.skip_bad,
-                overwrite=options.overwrite,
                 progress=shown.update,
+                **{name: getattr(options, name) for name in ("placebo", "seed", "skip_bad", "overwrite")},
             )
         except (BudgetError, RecordError) as error:
             hint = "; --skip_bad leaves such records out" if isinstance(error, BudgetError) else ""
             raise RecordError(f"train_file: {error.message}{hint}{_what_is_there(options)}") from error
         except KeyboardInterrupt:
             if there := _what_is_there(options):
-                print(f"nextquill: stopped{there}", file=sys.stderr)
+                say(f"stopped{there}")
             raise
         finally:
             gc.unfreeze()
@@ -117,17 +113,10 @@ def _lines(path: str) -> int | None:
 
 def summary(prepared: PreparedDataset) -> str:
     """A report: what is in the folder, what the budget dropped, and which records were left out."""
-    stats: EncodingStats = prepared.stats
-    settings: dict[str, Any] = prepared.settings
+    stats = prepared.stats
     tokens = f"{stats.prompt_tokens} prompt tokens, {stats.response_tokens} supervised tokens"
     lines = [f"Wrote {stats.examples} examples to {prepared.folder}: {tokens}"]
-    if stats.history_items_dropped:
-        lines.append(
-            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit "
-            f"{settings['max_length']} tokens, in {stats.examples_truncated} examples"
-        )
-    if stats.examples_without_history:
-        lines.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
+    lines += history_notes(stats, prepared.settings["max_length"])
     if prepared.skipped:
         lines.append(f"{len(prepared.skipped)} records left out, listed in {prepared.folder / 'header.json'}:")
         lines += [f"  {skipped['error']}" for skipped in prepared.skipped[:_SHOWN]]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from nextquill.cli.bars import bar
+from nextquill.cli.terminal import bar
 
 _SHOWN = (
     ("loss", "loss {:.4f}"),
@@ -43,34 +43,24 @@ def log_line(step: int, total: int, logs: dict[str, Any]) -> str | None:
     return f"step {step}/{total}  " + " · ".join(parts) if len(parts) > 1 else None
 
 
-class TrainingProgress(TrainerCallback):
+class TrainingProgress(ProgressCallback):
     """A bar for the training, one for each evaluation, and a line for each log."""
 
-    def __init__(self) -> None:
-        self._training: Any = None
-        self._evaluation: Any = None
+    training_bar: Any
+    prediction_bar: Any
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hidden = args.disable_tqdm or not state.is_world_process_zero
-        self._training = bar(total=state.max_steps, initial=state.global_step, desc="Training", disable=hidden)
+        self.current_step = state.global_step
+        self.training_bar = bar(total=state.max_steps, initial=self.current_step, desc="Training", disable=hidden)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training.update(state.global_step - self._training.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training.close()
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._evaluation is None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.prediction_bar is None:
             hidden = args.disable_tqdm or not state.is_world_process_zero
-            total = len(kwargs["eval_dataloader"])
-            self._evaluation = bar(total=total, desc="Evaluating", leave=False, disable=hidden)
-        self._evaluation.update()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._evaluation is not None:
-            self._evaluation.close()
-            self._evaluation = None
+            self.prediction_bar = bar(total=len(eval_dataloader), desc="Evaluating", leave=False, disable=hidden)
+        self.prediction_bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         line = log_line(state.global_step, state.max_steps, logs or {})
@@ -110,7 +100,7 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(*self._previous.popitem())
 
     def _agreed(self, args: Any) -> bool:
-        """Whether any rank was interrupted: if only one stopped, the others would wait for it for ever."""
+        """Whether any rank was interrupted: if only one stopped, the others would wait for it forever."""
         if args.world_size == 1:
             return self.requested
         flag = torch.tensor(float(self.requested), device=args.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -28,11 +28,8 @@ DESCRIPTION = (
 class ReportOptions:
     """Runs and output."""
 
-    runs: list[str] = field(
-        metadata={
-            "help": "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.",
-            "metavar": "RUN ...",
-        }
+    runs: list[str] = option(
+        "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.", metavar="RUN ..."
     )
     output_file: str = option("Where to write the page, HTML.", "report.html", metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
@@ -41,9 +38,7 @@ class ReportOptions:
         "Examples to show: a third with the largest effects, a third near the median, a third with the smallest.",
         DEFAULT_EXAMPLES,
     )
-    index: list[int] | None = field(
-        default=None, metadata={"help": "Show the examples with these indices instead.", "metavar": "INDEX ..."}
-    )
+    index: list[int] | None = option("Show the examples with these indices instead.", None, metavar="INDEX ...")
     baseline: str | None = option(
         "The run to compare the others with; by default the first that was evaluated.", None, metavar="RUN"
     )
@@ -66,11 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def with_runs_flag(arguments: Sequence[str]) -> list[str]:
-    """The words, with `--runs` in front if they begin without a flag.
-
-    Raises:
-        UsageError: `--runs` is given too.
-    """
+    """The words, with `--runs` in front if they begin without a flag."""
     first = list(takewhile(lambda word: not word.startswith("-"), arguments))
     if first and any(word == "--runs" or word.startswith("--runs=") for word in arguments):
         raise UsageError("runs: expected all runs in one place, got some before the flags and some here")
@@ -78,23 +69,17 @@ def with_runs_flag(arguments: Sequence[str]) -> list[str]:
 
 
 def read_runs(folders: Sequence[str], baseline: str | None) -> tuple[list[Run], Run | None]:
-    """The runs, each with its own label, and the one of them that is the baseline.
-
-    Raises:
-        ArgumentError: a folder is not a run, or is given twice, or the baseline is not one of them.
-        RecordError: a run is damaged.
-    """
+    """The runs, each with its own label, and the one of them that is the baseline."""
     paths = [Path(folder) for folder in folders]
     places = [path.resolve() for path in paths]
     for position, place in enumerate(places):
         if place in places[:position]:
             raise ArgumentError(f"runs: {paths[position]} is given twice")
     names = labels(paths)
-    chosen = None
     if baseline is not None:
-        chosen = next((at for at in range(len(paths)) if Path(baseline).resolve() == places[at]), None)
-        chosen = names.index(baseline) if chosen is None and baseline in names else chosen
-        if chosen is None:
+        place = Path(baseline).resolve()
+        if place not in places and baseline not in names:
             raise ArgumentError(f"baseline: expected one of the runs, {', '.join(folders)}, got {baseline}")
+        chosen = places.index(place) if place in places else names.index(baseline)
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    return runs, None if chosen is None else runs[chosen]
+    return runs, None if baseline is None else runs[chosen]

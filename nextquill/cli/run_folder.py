@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nextquill.comparison.folder import empty_folder
 from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedModelError
 from nextquill.models.loading import load_tokenizer
 from nextquill.storage import checkpoints
 
 
 def resume_point(folder: Path, given: str | None) -> Path | None:
-    """The checkpoint folder to resume from, or None.
-
-    Raises:
-        CheckpointError: it does not exist, or is not complete.
-    """
+    """The checkpoint folder to resume from, or None."""
     word = "false" if given is None else given.lower()
     if word in ("false", "no", "0", ""):
         return None
@@ -33,9 +29,6 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
         resume: the checkpoint it resumes from, which may be in this folder.
         overwrite: replace an earlier run there.
         inputs: files and folders the run reads, which must not be replaced.
-
-    Raises:
-        OutputExistsError: the folder holds something else, is a file, or cannot be written.
     """
     place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not place.is_dir():
@@ -53,21 +46,21 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
             f"output_dir: {folder} holds another run; resume it with --resume_from_checkpoint true, replace it with "
             "--overwrite_output_dir, or choose another folder"
         )
-    for path in [*inputs, None if resume is None else str(resume)]:
+    check_inputs_stay(folder, [*inputs, None if resume is None else str(resume)])
+
+
+def check_inputs_stay(folder: Path, inputs: Iterable[str | None]) -> None:
+    """Raise OutputExistsError where replacing what `folder` holds would delete an input."""
+    for path in inputs:
         if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
             raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which this run reads")
 
 
 def open_output_dir(folder: Path, resume: Path | None) -> None:
-    """Make `folder`, or empty it unless its own run is resumed; it may be a mount or a link, so it stays."""
+    """Make `folder`, or empty it unless its own run is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if resume is not None and resume.resolve().parent == folder.resolve():
-        return
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    if resume is None or resume.resolve().parent != folder.resolve():
+        empty_folder(folder)
 
 
 def check_tokenizer(resume: Path, tokenizer: Any) -> None:

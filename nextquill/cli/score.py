@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import claim_output_file
-from nextquill.cli.load_and_score import Scored
+from nextquill.cli.load_and_score import Loaded, check_files, encode_records, eval_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, ScoreOptions
 from nextquill.cli.parsing import parse
+from nextquill.cli.terminal import bar, say
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.report.terminal import effect_legend, effect_text
 from nextquill.storage.resumable_jsonl import PartialFile
+
+if TYPE_CHECKING:
+    from nextquill.data import EncodedExample
+    from nextquill.evaluation.scoring import ExampleScores
 
 DESCRIPTION = (
     "Score records without gradient and write one JSON line per record: tokens, nll_factual, nll_counterfactual, "
@@ -29,39 +33,50 @@ OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
 
 def run(arguments: Sequence[str]) -> int:
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, OPTIONS, arguments)
+    from nextquill.data import ExampleEncoder
     from nextquill.evaluation.scoring import effect_line
 
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
-    scored = Scored(model_options, prompt_options, files)
-    total = len(scored.examples)
-    with PartialFile(target, identity(scored, files), overwrite=options.overwrite) as partial:
+    check_files(files)
+    loaded = Loaded(model_options, prompt_options, eval_records(files))
+    encoder = ExampleEncoder(loaded.tokenizer, **vars(loaded.settings))
+    examples = encode_records("eval_file", encoder, loaded.records, placebo=True, seed=files.seed)
+    total = len(examples)
+    with PartialFile(target, identity(loaded, files), overwrite=options.overwrite) as partial:
         if len(partial):
-            print(f"nextquill: {len(partial)} of {total} records are already in {partial.path}", file=sys.stderr)
+            say(f"{len(partial)} of {total} records are already in {partial.path}")
         try:
-            for scores in scored.scores(skip=len(partial)):
-                partial.write(effect_line(scores, scored.tokenizer))
+            for scores in _scores(loaded, examples, files, skip=len(partial)):
+                partial.write(effect_line(scores, loaded.tokenizer))
         except KeyboardInterrupt:
             if len(partial):
-                print(
-                    f"nextquill: {len(partial)} of {total} records are in {partial.path}; the same command resumes",
-                    file=sys.stderr,
-                )
+                say(f"{len(partial)} of {total} records are in {partial.path}; the same command resumes")
             raise
         partial.finish(range(total))
-    _print(target, options.show, scored)
+    _print(target, options.show, loaded)
     return OK
 
 
-def identity(scored: Scored, files: ScoreFiles) -> dict[str, Any]:
+def _scores(loaded: Loaded, examples: list[EncodedExample], files: ScoreFiles, skip: int) -> Iterator[ExampleScores]:
+    """The scores of each record as they are computed, after the first `skip`; see `score_examples`."""
+    from nextquill.evaluation.scoring import pad_token, score_examples
+
+    pad, size = pad_token(loaded.tokenizer), files.batch_size
+    options: dict[str, Any] = {"attention": files.attention, "max_tokens": files.max_tokens}
+    scored = score_examples(loaded.model, examples, pad, size, skip=skip, **options)
+    yield from bar(scored, total=len(examples), initial=skip, desc="Scoring")
+
+
+def identity(loaded: Loaded, files: ScoreFiles) -> dict[str, Any]:
     """Everything that the figures depend on: a run resumes from a partial file only if all of it agrees."""
     return {
-        "content of --eval_file": records_digest(scored.records),
-        **model_identity(scored.model, scored.tokenizer, scored.settings),
+        "content of --eval_file": records_digest(loaded.records),
+        **model_identity(loaded.model, loaded.tokenizer, loaded.settings),
         **{f"--{name}": getattr(files, name) for name in ("seed", "batch_size", "attention", "max_tokens")},
     }
 
 
-def _print(file: Path, count: int, scored: Scored) -> None:
+def _print(file: Path, count: int, loaded: Loaded) -> None:
     """The first lines of a finished file, coloured."""
     if count < 1:
         return
@@ -71,7 +86,7 @@ def _print(file: Path, count: int, scored: Scored) -> None:
     console = Console(highlight=False)
     with file.open(encoding="utf-8") as stream:
         for found in map(json.loads, islice(stream, count)):
-            query = scored.records[found["index"]].query
+            query = loaded.records[found["index"]].query
             console.print()
             console.print(Text.assemble((found["user_id"], "bold"), "  ", query), soft_wrap=True)
             console.print(effect_text(found["tokens"], found["effect_prob"]), soft_wrap=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 from nextquill.cli.flags import check_file
-from nextquill.cli.load_and_score import encode_records, read_records
+from nextquill.cli.load_and_score import encode_records, history_notes, quieten_transformers, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
 from nextquill.cli.parsing import parse, refusals
@@ -23,20 +22,13 @@ from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
-from nextquill.models.loading import (
-    PROMPT_FILE,
-    PromptSettings,
-    load_model,
-    load_prompt_settings,
-)
+from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-    from nextquill.training.trainer import NextQuillTrainer
 
 DESCRIPTION = (
     "Fine-tune a causal language model on users' histories. Every field of transformers' TrainingArguments is a flag "
@@ -75,27 +67,33 @@ def run(arguments: Sequence[str]) -> int:
     check_optimizer(args, model)
     if resume is not None:
         check_tokenizer(resume, tokenizer)
-    trainer = build_trainer(
-        model=model,
-        args=args,
-        **datasets(tokenizer, settings, sources, args),
-        processing_class=tokenizer,
-        loss=loss,
-        effects_file=files.effects_file,
-        attention=batches.attention,
-        max_tokens=batches.max_tokens,
-        examples_per_user=batches.examples_per_user,
-        template=settings.template,
-        max_length=settings.max_length,
-        max_response_length=settings.max_response_length,
-    )
+    data = datasets(tokenizer, settings, sources, args)
+    from nextquill.training.trainer import NextQuillTrainer
+
+    with refusals():
+        trainer = NextQuillTrainer(
+            model,
+            args,
+            **data,
+            processing_class=tokenizer,
+            loss=loss,
+            effects_file=files.effects_file,
+            **vars(batches),
+            **vars(settings),
+        )
+    return train(trainer, folder, resume, summary(trainer, loss_options.loss), settings)
+
+
+def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings: PromptSettings | None = None) -> int:
+    """Open the output folder, then train, measure and save; the exit code."""
     if resume is not None:  # before the output folder is changed; the trainer would notice later
         checkpoints.check_identity(resume, trainer.run_identity())
-    if args.should_save:
+    if trainer.args.should_save:
         open_output_dir(folder, resume)
-        write_whole(folder / PROMPT_FILE, settings.to_json())
-    say(trainer, summary(trainer, loss_options.loss))
-    code = train(trainer, folder, resume)
+        if settings is not None:
+            write_whole(folder / PROMPT_FILE, settings.to_json())
+    say(trainer, report)
+    code = run_trainer(trainer, folder, resume)
     end(trainer)
     return code
 
@@ -112,7 +110,7 @@ def end(trainer: Trainer) -> None:
     trainer.accelerator.end_training()
 
 
-def train(trainer: Trainer, folder: Path, resume: Path | None) -> int:
+def run_trainer(trainer: Trainer, folder: Path, resume: Path | None) -> int:
     """Train, measure and save; the exit code."""
     from nextquill.cli import progress
 
@@ -132,8 +130,7 @@ def quieten(args: TrainingArguments) -> None:
     if args.disable_tqdm is not True and not sys.stderr.isatty():
         args.disable_tqdm = True
     args.log_level_replica = "error"
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten_transformers()
 
 
 def read_source(flag: str, path: str) -> Source:
@@ -155,7 +152,8 @@ def load(
             f"model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
         )
-    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: _records(source), seed=seed)
+    records: Any = source  # for a new model, which has no prepared examples
+    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
     length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
     stored = None if is_new else load_prompt_settings(name)
     if stored is None and isinstance(source, PreparedDataset):
@@ -164,17 +162,12 @@ def load(
     return model, tokenizer, prompt_options.settings(stored, length, context_length(model))
 
 
-def _records(source: Source) -> list[Record]:
-    assert isinstance(source, list)
-    return source
-
-
 def datasets(
     tokenizer: Any, settings: PromptSettings, sources: dict[str, Source], args: TrainingArguments
-) -> dict[str, EncodedDataset]:
+) -> dict[str, Any]:
     """The trainer's `train_dataset` and, where there are records for it, `eval_dataset`."""
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-    encoded: dict[str, EncodedDataset] = {}
+    encoded: dict[str, Any] = {}
     for name, source in sources.items():
         if isinstance(source, PreparedDataset):
             with naming(f"{name}_file"):
@@ -186,20 +179,10 @@ def datasets(
     return encoded
 
 
-def build_trainer(**options: Any) -> NextQuillTrainer:
-    """The trainer; a value that transformers refuses is a usage error."""
-    from nextquill.training.trainer import NextQuillTrainer
-
-    with refusals():
-        return NextQuillTrainer(**options)
-
-
-def summary(trainer: NextQuillTrainer, loss: str) -> str:
+def summary(trainer: Any, loss: str) -> str:
     """A report before training: examples, parameters, and what the token budget dropped."""
-    dataset: Any = trainer.train_dataset
-    model: Any = trainer.model
-    stats = dataset.stats
-    trained = [p for p in model.parameters() if p.requires_grad]
+    stats = trainer.train_dataset.stats
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in trained) / 1e6
     lines = [
         f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
@@ -210,15 +193,7 @@ def summary(trainer: NextQuillTrainer, loss: str) -> str:
             "the trained weights are in half precision, which rounds small updates away; --dtype float32 with --bf16 "
             "keeps them"
         )
-    if stats.history_items_dropped:
-        lines.append(
-            f"{stats.history_items_dropped} of {stats.history_items} history items dropped to fit "
-            f"{trainer.encoder.max_length} tokens, in {stats.examples_truncated} examples; a larger --max_length keeps "
-            "them"
-        )
-    if stats.examples_without_history:
-        lines.append(f"{stats.examples_without_history} examples have no history, so their two prompts are equal")
-    return "\n".join(lines)
+    return "\n".join(lines + history_notes(stats, trainer.encoder.max_length))
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
@@ -248,5 +223,5 @@ def save(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> None:
         trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
             log = {"log_history": trainer.state.log_history, "eval": metrics}
-            (staging / "metrics.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+            (staging / checkpoints.METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
         wait()

@@ -124,7 +124,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested settings under one name each, such as "prompt template order"."""
-    found = dict[str, Any]()
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= _flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
     return found
@@ -142,12 +142,12 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
         if not try_lock(lock):
             raise OutputExistsError(f"folder: another process is comparing in {folder}")
         if overwrite:
-            empty(folder, keep=_LOCK_FILE)
+            empty_folder(folder, keep=_LOCK_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
         yield
 
 
-def empty(folder: Path, keep: str | None = None) -> None:
+def empty_folder(folder: Path, keep: str | None = None) -> None:
     """Delete the contents of a folder; the folder itself stays, as it may be a mount or a link."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name == keep:

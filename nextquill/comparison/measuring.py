@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from nextquill.storage.fingerprints import fingerprint
 from nextquill.training.trainer import NextQuillTrainer
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_DIGITS = 16
 
 
 class RunMeter(TrainerCallback, ExportableState):
@@ -32,8 +32,7 @@ class RunMeter(TrainerCallback, ExportableState):
         self.order_after = order_after
         self.first_seconds = 0.0  # in the first steps of all sessions
         self.later_seconds, self.later_steps = 0.0, 0
-        self.examples = 0
-        self.steps = 0
+        self.examples = self.steps = 0
         self.peak_memory: int | None = None
         self.order = ""
         self.sessions = 0
@@ -48,9 +47,8 @@ class RunMeter(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint."""
         self.peak_memory = _larger(self.peak_memory, peak_memory())
-        times = ("first_seconds", "later_seconds", "later_steps")
-        names = (*times, "examples", "steps", "peak_memory", "order", "sessions")
-        return {"args": {"order_after": self.order_after}, "attributes": {name: getattr(self, name) for name in names}}
+        noted = {name: value for name, value in vars(self).items() if name != "order_after" and name[0] != "_"}
+        return {"args": {"order_after": self.order_after}, "attributes": noted}
 
     def see(self, batches: list[Any]) -> None:
         """Note the examples of the next step."""
@@ -58,19 +56,17 @@ class RunMeter(TrainerCallback, ExportableState):
         self.examples += len(indices)
         self.steps += 1
         if self.order_after is None or self.steps <= self.order_after:
-            self.order = fingerprint([f"{self.order} {indices}"], digits=_DIGITS)
+            self.order = fingerprint([f"{self.order} {indices}"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint."""
         saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         self.sessions += 1
-        self._is_first = True
         reset_peak_memory()
-        self._since = time.perf_counter()
+        self._since, self._is_first = time.perf_counter(), True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step."""
@@ -118,11 +114,9 @@ def reset_peak_memory() -> None:
     """Start measuring a new peak."""
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
-    elif _CLEAR_REFS.exists():
-        try:
+    else:
+        with suppress(OSError):  # not Linux, or a sandbox that forbids it; then the peak is that of the whole process
             _CLEAR_REFS.write_text("5", encoding="ascii")
-        except OSError:  # a sandbox may forbid it; then the peak is that of the whole process
-            return
 
 
 def peak_memory() -> int | None:
@@ -141,7 +135,7 @@ def peak_memory() -> int | None:
 
 def machine() -> Mapping[str, Any]:
     """The machine that times depend on."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type == "cuda":
         return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     device = "cpu" if accelerator is None else accelerator.type

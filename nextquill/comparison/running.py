@@ -19,19 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 
 from nextquill.comparison.arms import BASE, Arm, in_running_order, own_pace
-from nextquill.comparison.folder import (
-    RunRecord,
-    empty,
-    read_record,
-    run_folder,
-    write_record,
-)
+from nextquill.comparison.folder import RunRecord, empty_folder, read_record, run_folder, write_record
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.identity import model_digest
@@ -42,18 +36,6 @@ from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from nextquill.comparison.measuring import ComparedTrainer
-
-
-class Evaluate(Protocol):
-    """Evaluates a model into a folder, or resumes there; `evaluate_model` with its options given."""
-
-    def __call__(self, model: Any, tokenizer: Any, settings: PromptSettings, folder: Path, name: str) -> Evaluation: ...
-
-
-class Attend(Protocol):
-    """Watches over a trainer; its context's value says whether the training was asked to stop."""
-
-    def __call__(self, trainer: ComparedTrainer) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -68,8 +50,8 @@ class Setup:
         args: TrainingArguments; output folder, seed, learning rate and, to match times, steps are set for each run.
         train_dataset, eval_dataset: encoded; the second for evaluations while training, or None.
         settings: how prompts are made.
-        evaluate: evaluates a model.
-        attend: watches over a training.
+        evaluate: model, tokenizer, settings, folder, name → its `Evaluation`, which is written into the folder.
+        attend: trainer → a context in which it trains; its value's `requested` says whether to stop there.
         loss_options: options of every loss, such as `reduction`.
         trainer_options: options of `NextQuillTrainer`, such as `max_tokens`.
         time_reference: the arm whose time an arm with `matches_time` gets.
@@ -84,17 +66,13 @@ class Setup:
     args: TrainingArguments
     train_dataset: EncodedDataset
     settings: PromptSettings
-    evaluate: Evaluate
-    attend: Attend
+    evaluate: Callable[[Any, Any, PromptSettings, Path, str], Evaluation]
+    attend: Callable[[Any], AbstractContextManager[Any]]
     eval_dataset: EncodedDataset | None = None
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     time_reference: str = ""
     save_models: bool = False
-
-    def base_seed(self, seed: int) -> int:
-        """The seed whose base stands for this one's."""
-        return self.seeds[0] if self.shares_start else seed
 
 
 @dataclass(frozen=True)
@@ -114,7 +92,7 @@ def planned_runs(setup: Setup) -> list[PlannedRun]:
     """All runs in their order: seed by seed, so that a stopped comparison has whole seeds."""
     found = []
     for seed in setup.seeds:
-        if setup.base_seed(seed) == seed:
+        if seed == setup.seeds[0] or not setup.shares_start:
             found.append(PlannedRun(None, seed))
         found += [PlannedRun(arm, seed) for arm in in_running_order(setup.arms)]
     return found
@@ -132,16 +110,13 @@ def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
         return None
     expected: dict[str, Any] = {"arm": planned.name, "seed": planned.seed}
     if planned.arm is not None:
-        expected |= {
-            "loss": repr(planned.arm.loss(**setup.loss_options)),
-            "learning_rate": setup.args.learning_rate * planned.arm.learning_rate_factor,
-        }
+        expected["loss"] = repr(planned.arm.loss(**setup.loss_options))
+        expected["learning_rate"] = setup.args.learning_rate * planned.arm.learning_rate_factor
     for name, value in expected.items():
         if getattr(record, name) != value:
             raise CheckpointError(
                 f"folder: the run in {folder} has another {name.replace('_', ' ')}: there "
-                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it "
-                "with overwrite=True"
+                f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it with overwrite=True"
             )
     return record
 
@@ -217,12 +192,10 @@ def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
     Raises:
         CheckpointError: one of these two runs is not finished.
     """
-    records = [read_record(run_folder(setup.folder, name, seed)) for name in (setup.time_reference, own_pace(arm).name)]
-    reference, pace = records
+    names = (setup.time_reference, own_pace(arm).name)
+    reference, pace = (read_record(run_folder(setup.folder, name, seed)) for name in names)
     if reference is None or pace is None:
-        raise CheckpointError(
-            f"{arm.name}: expected the runs of {setup.time_reference} and {own_pace(arm).name} with seed {seed}"
-        )
+        raise CheckpointError(f"{arm.name}: expected the runs of {' and '.join(names)} with seed {seed}")
     ratio = reference.seconds / pace.seconds
     return {
         "reference": reference.arm,
@@ -256,9 +229,7 @@ def _trainer(
         eval_dataset=setup.eval_dataset,
         processing_class=tokenizer,
         loss=arm.loss(**setup.loss_options),
-        template=setup.settings.template,
-        max_length=setup.settings.max_length,
-        max_response_length=setup.settings.max_response_length,
+        **vars(setup.settings),
         callbacks=[RunMeter(None if matched is None else matched["order_after"])],
         **setup.trainer_options,
     )
@@ -269,7 +240,7 @@ def _train(
 ) -> RunRecord | None:
     last = checkpoints.last_checkpoint(folder)
     if last is None:
-        empty(folder)
+        empty_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
     matched = match_time(setup, arm, seed) if arm.matches_time else None
     trainer = _trainer(setup, arm, seed, folder, model, tokenizer, matched)
@@ -286,11 +257,8 @@ def _train(
         loss=repr(arm.loss(**setup.loss_options)),
         learning_rate=trainer.args.learning_rate,
         steps=steps,
-        examples=meter.examples,
-        seconds=meter.seconds,
-        peak_memory=meter.peak_memory,
-        sessions=meter.sessions,
         matched=matched,
+        **{name: getattr(meter, name) for name in ("examples", "seconds", "peak_memory", "sessions")},
     )
 
 

@@ -17,10 +17,9 @@ from nextquill.lazy import on_first_use
 
 if TYPE_CHECKING:
     from nextquill.data.collator import PaddedCollator, TreeCollator, to_device
-    from nextquill.data.dataset import EncodedDataset
     from nextquill.data.effects import load_effects
     from nextquill.data.encoding import ExampleEncoder
-    from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+    from nextquill.data.examples import Branch, EncodedDataset, EncodedExample, EncodingStats
     from nextquill.data.histories import make_selector
     from nextquill.data.leaks import check_no_leaks
     from nextquill.data.placebo import assign_placebo_histories, stream_placebo_histories
@@ -37,8 +36,7 @@ else:
         __name__,
         (
             *("records", "skipped", "splits", "templates", "placebo", "leaks", "rendering"),  # need no torch
-            *("examples", "encoding", "collator", "dataset", "effects", "histories", "prepared", "preparing"),
-            "sampling",
+            *("examples", "encoding", "collator", "effects", "histories", "prepared", "preparing", "sampling"),
         ),
     )
 

@@ -1,8 +1,22 @@
-"""Checks of arguments, shared by the files of this folder."""
+"""Checks of arguments and of optional packages, shared by the files of this folder."""
 
 from __future__ import annotations
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+
+
+@contextmanager
+def needed_package(need: str, extra: str) -> Iterator[None]:
+    """Say what to install if a package cannot be imported; `need` says which argument needs which package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
+            f"{need}, which is not installed ({error}); pip install 'nextquill[{extra}]'"
+        ) from error
 
 
 def check_integer(name: str, value: object, least: int, *, or_none: bool = False) -> None:

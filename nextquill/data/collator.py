@@ -33,7 +33,7 @@ from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.storage.fingerprints import seed_of
-from nextquill.tree import PrefixTree, TreeLayout
+from nextquill.tree import TreeLayout
 from nextquill.tree.packing import pack_sorted
 from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
@@ -73,27 +73,16 @@ class TreeCollator:
             ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
             BudgetError: a single example needs more than `max_tokens`.
         """
-        _check_examples(examples, self.forwards)
-        count = len(examples)
-        ordered = [
-            sort_branches([branch_of(each, name).input_tensor() for name in names for each in examples])
-            for names in self.forwards
-        ]
-        groups = [_indices([index], count, self.forwards[-1]) for index in range(count)]
+        branches = [_branches(examples, names) for names in self.forwards]
+        ordered = [sort_branches([branch.input_tensor() for branch in each]) for each in branches]
+        groups = [_indices([index], len(examples), self.forwards[-1]) for index in range(len(examples))]
         try:
             packed = pack_sorted(ordered[-1], groups, self.max_tokens)
         except BudgetError as error:
             raise BudgetError(f"examples: {error} (groups are the batch's examples)") from error
-        return _batch(examples, [self._part(examples, ordered, chosen) for chosen in packed])
-
-    def _part(
-        self, examples: Sequence[EncodedExample], ordered: Sequence[SortedBranches], chosen: Sequence[int]
-    ) -> dict[str, Any]:
-        own, count = [examples[index] for index in chosen], len(examples)
-        forwards = []
-        for names, branches in zip(self.forwards, ordered, strict=True):
-            forwards.append(_tree_forward(own, branches.select(_indices(chosen, count, names)).tree(), names))
-        return _part(examples, chosen, forwards)
+        passes = list(zip(self.forwards, branches, ordered, strict=True))
+        parts = [_part(examples, chosen, [_tree_forward(*each, chosen) for each in passes]) for chosen in packed]
+        return _batch(examples, parts)
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
@@ -131,8 +120,7 @@ class PaddedCollator:
         Raises:
             ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
         """
-        _check_examples(examples, self.forwards)
-        forwards = [self._forward(examples, names) for names in self.forwards]
+        forwards = [self._forward(_branches(examples, names), names) for names in self.forwards]
         return _batch(examples, [_part(examples, range(len(examples)), forwards)])
 
     def empty_part(self) -> dict[str, Any]:
@@ -142,8 +130,7 @@ class PaddedCollator:
             [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in self.forwards], self.forwards
         )
 
-    def _forward(self, examples: Sequence[EncodedExample], names: Sequence[str]) -> dict[str, Any]:
-        branches = [branch_of(example, name) for name in names for example in examples]
+    def _forward(self, branches: Sequence[Branch], names: Sequence[str]) -> dict[str, Any]:
         lengths = [branch.prompt_length + branch.response_length for branch in branches]
         multiple = self.pad_to_multiple_of or 1
         longest = -(-max(lengths) // multiple) * multiple
@@ -152,8 +139,7 @@ class PaddedCollator:
             input_ids[row, : lengths[row]] = branch.input_tensor()
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
         predicting = [row * longest + _predicting(branch) for row, branch in enumerate(branches)]
-        count = len(examples)
-        rows = {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)}
+        rows = _rows(predicting, names)
         return {"input_ids": input_ids, "attention_mask": mask, "rows": rows, "num_branch_tokens": sum(lengths)}
 
 
@@ -162,19 +148,27 @@ def _indices(chosen: Sequence[int], count: int, names: Sequence[str]) -> list[in
     return [position * count + index for position in range(len(names)) for index in chosen]
 
 
-def _tree_forward(examples: Sequence[EncodedExample], tree: PrefixTree, names: Sequence[str]) -> dict[str, Any]:
-    branches = [branch_of(example, name) for name in names for example in examples]
-    predicting = [rows[_predicting(branch)] for rows, branch in zip(tree.branch_rows, branches, strict=True)]
-    count = len(examples)
+def _tree_forward(
+    names: Sequence[str], branches: Sequence[Branch], ordered: SortedBranches, chosen: Sequence[int]
+) -> dict[str, Any]:
+    indices = _indices(chosen, len(branches) // len(names), names)
+    tree = ordered.select(indices).tree()
+    predicting = [rows[_predicting(branches[i])] for rows, i in zip(tree.branch_rows, indices, strict=True)]
     return {
         "input_ids": tree.input_ids[None],
         "position_ids": tree.position_ids[None],
         "subtree_end": tree.subtree_end[None],
         "multiplicity": torch.bincount(torch.cat(tree.branch_rows), minlength=len(tree))[None],
         "layout": TreeLayout.of_tree(tree),
-        "rows": {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)},
+        "rows": _rows(predicting, names),
         "num_branch_tokens": tree.num_branch_tokens,
     }
+
+
+def _rows(predicting: list[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """By branch name, the predicting positions of a forward's branches, which are sorted by name first."""
+    count = len(predicting) // len(names)
+    return {name: torch.cat(predicting[i * count : (i + 1) * count]) for i, name in enumerate(names)}
 
 
 def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,13 +233,6 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
 
 
-def branch_of(example: EncodedExample, name: str) -> Branch:
-    """The branch of an example with this name, which must exist."""
-    branch: Branch | None = getattr(example, name)
-    assert branch is not None
-    return branch
-
-
 def _check_forwards(forwards: Any) -> None:
     names = [name for part in forwards for name in part] if isinstance(forwards, (tuple, list)) else []
     if (
@@ -259,19 +246,23 @@ def _check_forwards(forwards: Any) -> None:
         )
 
 
-def _check_examples(examples: Sequence[EncodedExample], forwards: Forwards) -> None:
+def _branches(examples: Sequence[EncodedExample], names: Sequence[str]) -> list[Branch]:
+    """The branches of a forward, sorted by name first."""
     if not examples:
         raise ArgumentError("examples: expected at least one, got none")
-    for example in examples:
-        for name in (name for names in forwards for name in names):
-            branch: Branch | None = getattr(example, name)
-            if branch is None:
-                raise ArgumentError(
-                    f"examples: expected a {name} branch in each, got none in example {example.index} "
-                    f"(user {example.user_id!r}); encode with placebo=True, on records of at least two users"
-                )
-            if not branch.prompt_length or not branch.response_length:
-                raise ArgumentError(
-                    f"examples: expected a prompt and a response in each branch, got an empty one in the {name} branch "
-                    f"of example {example.index}"
-                )
+    return [_branch(example, name) for name in names for example in examples]
+
+
+def _branch(example: EncodedExample, name: str) -> Branch:
+    branch: Branch | None = getattr(example, name)
+    if branch is None:
+        raise ArgumentError(
+            f"examples: expected a {name} branch in each, got none in example {example.index} "
+            f"(user {example.user_id!r}); encode with placebo=True, on records of at least two users"
+        )
+    if not branch.prompt_length or not branch.response_length:
+        raise ArgumentError(
+            f"examples: expected a prompt and a response in each branch, got an empty one in the {name} branch "
+            f"of example {example.index}"
+        )
+    return branch

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from nextquill.data.examples import EncodedExample
 from nextquill.data.lines import json_lines
-from nextquill.data.records import unexpected
+from nextquill.data.records import required, unexpected
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, RecordError
 
@@ -46,7 +45,7 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
     if len(wanted) < len(examples):
         raise ArgumentError("examples: expected a different index for each, got some index twice")
     found: dict[int, Tensor] = {}
-    for where, raw in json_lines(Path(path)):
+    for where, raw in json_lines(path):
         if not isinstance(raw, Mapping):
             raise PlacedError(where, f"expected an object with named fields, got {type(raw).__name__}")
         index = _field(raw, "index", where, int)
@@ -86,15 +85,13 @@ def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tenso
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
         raise PlacedError(where, "expected numbers only", name)
     numbers = torch.tensor(values, dtype=torch.float32)
-    if not bool(numbers.isfinite().all()):
+    if not numbers.isfinite().all():
         raise PlacedError(where, "expected finite numbers", name)
     return numbers
 
 
 def _field(raw: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
-    if name not in raw:
-        raise PlacedError(where, "required, but missing", name)
-    value = raw[name]
+    value = required(raw, name, where)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise unexpected(where, name, kind.__name__, value)
     return value

@@ -18,11 +18,12 @@ takes its own steps. A single record takes the same steps and gives the same res
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, TypeVar
 
 from nextquill.data._checks import check_integer
@@ -123,7 +124,8 @@ class ExampleEncoder:
         Args:
             query: the request.
             history: the user's texts, oldest first; the oldest that do not fit are dropped.
-            response_tokens: the tokens of `max_length` to leave for the response.
+            response_tokens: the tokens of `max_length` to leave for the response; no more than `max_response_length`
+                are left.
 
         Returns:
             The prompt's token ids, and the number of history items in it.
@@ -133,6 +135,7 @@ class ExampleEncoder:
             RecordError: the template cannot render the query or the history.
         """
         start = array("i", self.renderer.start_ids)
+        response_tokens = min(response_tokens, self.max_response_length or response_tokens)
 
         def steps() -> Generator[list[str], list[Ids], tuple[Ids, int]]:
             text = self.renderer.prompt(query)
@@ -239,7 +242,7 @@ class ExampleEncoder:
         return self._run([self._steps(*job) for job in jobs])
 
     def _run(self, jobs: Sequence[Generator[list[str], list[Ids], Found]]) -> list[Found | Exception]:
-        """What each job returns, or its error; the texts that they ask for are tokenised together."""
+        """The result of each job, or its error; the texts that they ask for are tokenised together."""
         outcomes: dict[int, Found | Exception] = {}
         waiting: list[tuple[int, Generator[list[str], list[Ids], Found], list[str]]] = []
 
@@ -345,38 +348,29 @@ class ExampleEncoder:
 
     def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], int]:
         """Estimate the number of items that fit, from their characters if all clearly fit, else from token counts."""
-        density = _CLEARLY * fitting.tokens_per_character
-        lengths = [density * (len(item.text) + len(item.title or "") + _LABELS) for item in reversed(history)]
-        if len(fitting.bare) + sum(lengths) <= fitting.room:
+        room, density = fitting.room - len(fitting.bare), fitting.tokens_per_character
+        newest = history[::-1]
+        lengths = [density * (len(item.text) + len(item.title or "") + _LABELS) for item in newest]
+        if _CLEARLY * sum(lengths) <= room:
             return len(history)
-        tokens, kept = len(fitting.bare), 0
-        while kept < len(history):
-            asked, expected = kept, tokens
-            while asked < len(history) and expected <= fitting.room:
-                expected += int(lengths[asked])
-                asked += 1
-            newest = history[len(history) - asked : len(history) - kept]
-            for count in reversed((yield from self._count_items(newest))):
-                tokens += count
-                if tokens > fitting.room:
-                    return max(kept, 1)
-                kept += 1
-        return kept
+        counts: list[int] = []
+        while len(counts) < len(history) and sum(counts) <= room:
+            done = len(counts)
+            more = bisect_right(list(accumulate(lengths[done:])), room - sum(counts)) + 1
+            counts += yield from self._count_items(newest[done : done + more])
+        return max(bisect_right(list(accumulate(counts)), room), 1)
 
     def _count_items(self, items: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], list[int]]:
-        keys = list(map(hash, items))
-        counts = {key: self._item_tokens.get(key) for key in keys}
-        missing = {key: item for key, item in zip(keys, items, strict=True) if counts[key] is None}
+        counts, keys = self._item_tokens, list(map(hash, items))
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in counts}
         if missing:
             # With the blank line and a first letter of the next item, as in prompts, so that the cached pieces are the
             # same. The renderer's changes to texts are left out: they are rare, and cost more time than they save.
             found = yield [f"{self.template.render_item(item)}\n\na" for item in missing.values()]
-            fresh = {key: len(ids) - 1 for key, ids in zip(missing, found, strict=True)}
-            if len(self._item_tokens) >= _CACHED_COUNTS:
-                self._item_tokens.clear()
-            self._item_tokens.update(fresh)
-            counts |= fresh
-        return [counts[key] or 0 for key in keys]
+            counts.update(zip(missing, (len(ids) - 1 for ids in found), strict=True))
+            if len(counts) > _CACHED_COUNTS:
+                self._item_tokens = {}  # other threads keep the one that they started with
+        return [counts[key] for key in keys]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
-"""A record as token ids, and the counts of a list of them."""
+"""Records as token ids, one by one and as a data set that a data loader can read."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nextquill.data.tokenizing import Ids
 
@@ -68,8 +69,6 @@ class Branch:
 
     def __eq__(self, other: object) -> bool:
         return self.to_arrays() == other.to_arrays() if isinstance(other, Branch) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Branch(prompt_ids={self.prompt_ids}, response_ids={self.response_ids})"
@@ -142,12 +141,56 @@ class EncodingStats:
     @classmethod
     def from_examples(cls, examples: Sequence[EncodedExample]) -> EncodingStats:
         """The counts over `examples`."""
-        return cls(
-            examples=len(examples),
-            history_items=sum(example.history_total for example in examples),
-            history_items_dropped=sum(example.history_total - example.history_kept for example in examples),
-            examples_truncated=sum(example.history_kept < example.history_total for example in examples),
-            examples_without_history=sum(example.history_kept == 0 for example in examples),
-            prompt_tokens=sum(example.factual.prompt_length for example in examples),
-            response_tokens=sum(example.factual.response_length for example in examples),
-        )
+        rows = [(e.history_kept, e.history_total, e.factual.prompt_length, e.factual.response_length) for e in examples]
+        return encoding_stats(torch.tensor(rows, dtype=torch.long).view(-1, 4))
+
+
+def encoding_stats(counts: Tensor) -> EncodingStats:
+    """The sums of examples' counts, int64 [examples, 4]: items kept, all items, prompt tokens, response tokens."""
+    kept, total, prompt, response = counts.unbind(1)
+    return EncodingStats(
+        examples=len(counts),
+        history_items=int(total.sum()),
+        history_items_dropped=int((total - kept).sum()),
+        examples_truncated=int((kept < total).sum()),
+        examples_without_history=int((kept == 0).sum()),
+        prompt_tokens=int(prompt.sum()),
+        response_tokens=int(response.sum()),
+    )
+
+
+class EncodedDataset(Dataset[EncodedExample]):
+    """Encoded examples as a map-style data set.
+
+    Args:
+        examples: the examples, in the order of the data set.
+    """
+
+    def __init__(self, examples: Iterable[EncodedExample]) -> None:
+        self.examples: Sequence[EncodedExample] = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> EncodedExample:
+        return self.examples[index]
+
+    @property
+    def has_placebo(self) -> bool:
+        """Whether every example has a placebo branch."""
+        return bool(self.examples) and all(example.placebo is not None for example in self.examples)
+
+    @property
+    def user_ids(self) -> list[str]:
+        """The user of each example."""
+        return [example.user_id for example in self.examples]
+
+    @property
+    def stats(self) -> EncodingStats:
+        """Counts of what encoding kept and dropped."""
+        return EncodingStats.from_examples(self.examples)
+
+    def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
+        """The tokens of each example's branches with these names, counted separately; 0 for a missing branch."""
+        branches = ([getattr(example, name) for name in names] for example in self.examples)
+        return [sum(b.prompt_length + b.response_length for b in found if b is not None) for found in branches]

@@ -17,15 +17,19 @@ only these values and cannot change them.
 from __future__ import annotations
 
 import functools
+import re
+import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
+from nextquill.data._checks import needed_package
 from nextquill.data.records import HistoryItem
-from nextquill.errors import ArgumentError, BackendUnavailableError, RecordError
+from nextquill.errors import ArgumentError, RecordError
 
 # Lower-case letters, which most filters leave alone.
-_PROBES = _QUERY, _TITLE, _TEXT, _OTHER_TEXT = "nqprobequery", "nqprobetitle", "nqprobetext", "nqprobeother"
+_QUERY, _TITLE, _TEXT, _OTHER_TEXT = "nqprobequery", "nqprobetitle", "nqprobetext", "nqprobeother"
+_SPOKEN = {_QUERY: "the query", _TITLE: "a title", _TEXT: "a text", _OTHER_TEXT: "a text"}
+_TOUCHING = re.compile("({0})({0})".format("|".join(_SPOKEN)))
 _PROBE_HISTORY = (HistoryItem(_TEXT, title=_TITLE, timestamp=0.0), HistoryItem(_OTHER_TEXT))
 _FILE_NAME = "<template>"  # Jinja's name, in tracebacks, for a template made from a string
 
@@ -49,13 +53,7 @@ def render_jinja(
     day: Callable[[float], str],
     clean: Callable[[str], str],
 ) -> str:
-    """Render a template.
-
-    Args:
-        source: the template.
-        query, history: see `PromptTemplate.render`.
-        day: returns a timestamp as the template shows it.
-        clean: applied to everything that the template inserts, after the template's own filters.
+    """Render a template; `day` writes timestamps, and `clean` is applied to all that is inserted, after filters.
 
     Raises:
         ArgumentError: the template is malformed, or fails on these values; the message names the line.
@@ -68,7 +66,7 @@ def render_jinja(
     except RecordError:  # from a timestamp without a day
         raise
     except Exception as error:  # a template is a program that can raise any error
-        message = f"{_line(error.__traceback__)}{' '.join(str(error).split()) or type(error).__name__}"
+        message = f"{_line(error)}{' '.join(str(error).split()) or type(error).__name__}"
         raise ArgumentError(f"prompt_jinja: {message}") from error
 
 
@@ -87,28 +85,19 @@ def check_jinja(source: str, day: Callable[[float], str]) -> None:
             raise ArgumentError(f"prompt_jinja: expected a template that shows the query, got none {name}")
     if len({bare, one, two}) < 3:
         raise ArgumentError("prompt_jinja: expected a template that shows the history, got one prompt for all")
-    for first in _PROBES:
-        for second in _PROBES:
-            if first + second in two + "\0" + one:
-                # Two texts together could form a control token that neither of them holds.
-                raise ArgumentError(
-                    "prompt_jinja: expected a space, a line break or words between the texts, got "
-                    f"{_SPOKEN[first]} followed by {_SPOKEN[second]} at once"
-                )
-
-
-_SPOKEN = {_QUERY: "the query", _TITLE: "a title", _TEXT: "a text", _OTHER_TEXT: "a text"}
+    # Two texts together could form a control token that neither of them holds.
+    if touching := _TOUCHING.search(f"{two}\0{one}"):
+        raise ArgumentError(
+            "prompt_jinja: expected a space, a line break or words between the texts, got "
+            f"{_SPOKEN[touching[1]]} followed by {_SPOKEN[touching[2]]} at once"
+        )
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
-    try:
+    with needed_package("prompt_jinja: needs jinja2", "cli"):
         from jinja2 import StrictUndefined, TemplateSyntaxError, pass_context
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"prompt_jinja: needs jinja2, which is not installed ({error}); pip install 'nextquill[cli]'"
-        ) from error
 
     @pass_context
     def cleaned(context: Any, value: object) -> str:
@@ -124,11 +113,8 @@ def _compiled(source: str) -> Any:
         raise ArgumentError(f"prompt_jinja: line {error.lineno}: {error.message}") from error
 
 
-def _line(traceback: TracebackType | None) -> str:
-    """The innermost line of the template in a traceback."""
-    line = 0
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == _FILE_NAME:
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return f"line {line}: " if line else ""
+def _line(error: Exception) -> str:
+    """The innermost line of the template that an error passed through."""
+    calls = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in calls if frame.f_code.co_filename == _FILE_NAME]
+    return f"line {lines[-1]}: " if lines else ""

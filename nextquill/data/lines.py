@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
-from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
+from nextquill.data.skipped import PlacedError, SkippedRecords, converted, skip_or_raise
 from nextquill.errors import RecordError
 
 #: The longest line that is read. Lines of the public data sets stay below a tenth of it.
@@ -26,11 +26,7 @@ _CHUNK = 2**20
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes. Gzipped contents are decompressed, whatever the file's name.
-
-    Raises:
-        RecordError: the file cannot be opened or read.
-    """
+    """Open a file for reading bytes, decompressed if it is gzipped, whatever its name; RecordError if that fails."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
@@ -49,13 +45,8 @@ def numbered_lines(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield each line's number, from 1, and its bytes with the line break.
 
-    Args:
-        path: a file, plain or gzipped.
-        max_line_bytes: a longer line is an error.
-        skipped: counts lines that are too long, which are then left out; None makes them errors.
-
     Raises:
-        RecordError: the file cannot be read, or a line is too long.
+        RecordError: the file cannot be read, or a line is too long and there is no `skipped` to count it.
     """
     with opened(path) as file:
         number = 0
@@ -77,37 +68,28 @@ def numbered_lines(
 def json_lines(
     path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
 ) -> Iterator[tuple[str, object]]:
-    """Yield the place and the value of each line of a JSONL file, without blank lines.
-
-    Args:
-        path: a file, plain or gzipped.
-        max_line_bytes: a longer line is an error.
-        skipped: counts lines that are too long, not UTF-8 or not JSON, which are then left out; None makes them errors.
+    """The place and the value of each line of a JSONL file, without blank lines.
 
     Raises:
-        RecordError: the file cannot be read, or a line is too long, not UTF-8 or not JSON.
+        RecordError: the file cannot be read; or a line is too long, not UTF-8 or not JSON, and there is no `skipped` to
+            count it.
     """
-    for number, line in numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped):
-        where = f"{os.fspath(path)} line {number}"
-        try:
-            text = decoded(line, where)
-            if not text.strip():
-                continue
-            value: object = json.loads(text)
-        except (ValueError, RecursionError) as error:  # `decoded` raises a RecordError, which is a ValueError
-            if not isinstance(error, RecordError):
-                error = PlacedError(where, f"not valid JSON: {error}", kind="json")
-            skip_or_raise(error, skipped)
-        else:
-            yield where, value
+    lines = numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
+    texts = converted(((f"{os.fspath(path)} line {number}", line) for number, line in lines), decoded, skipped)
+    return converted(((where, text) for where, text in texts if text.strip()), parsed_json, skipped)
 
 
-def decoded(line: bytes, where: str, *, byte_order_mark: bool = True) -> str:
-    """A line as text, without a byte-order mark.
+def parsed_json(where: str, text: str | bytes, name: str | None = None) -> object:
+    """The value of a JSON text, which stands in the field `name`; RecordError if it is not valid JSON."""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlacedError(where, f"not valid JSON: {error}", name, "json") from error
+    return value
 
-    Raises:
-        RecordError: it is not UTF-8.
-    """
+
+def decoded(where: str, line: bytes, *, byte_order_mark: bool = True) -> str:
+    """A line as text, without a byte-order mark; RecordError if it is not UTF-8."""
     try:
         # Editors on Windows write a byte-order mark at the start of a file, and JSON parsers refuse it.
         return line.decode("utf-8-sig" if byte_order_mark else "utf-8")

@@ -23,8 +23,6 @@ EVALUATION, COUNTERFACTUAL = "evaluation", "counterfactual"
 # Rejected draws before all donors are searched. With two users of equal size one draw in two is rejected, so the search
 # is reached about once in 10^19 records. It is meant for data in which one user owns nearly everything.
 _DRAWS = 64
-
-
 #: The most records that donors of a stream are drawn from, and that are read ahead.
 POOL_SIZE = 2048
 
@@ -150,10 +148,9 @@ def _draw_history(
     record: Record, donors: list[Record], newest: list[float], rng: random.Random
 ) -> tuple[HistoryItem, ...]:
     until = len(donors) if record.timestamp is None else bisect_right(newest, record.timestamp)
-    donor = _draw_other_user(record.user_id, donors, until, rng)
-    if donor is None:
-        donor = _draw_other_user(record.user_id, donors, len(donors), rng)
-    return () if donor is None else donor.history
+    found = _draw_other_user(record.user_id, donors, until, rng)
+    found = found or _draw_other_user(record.user_id, donors, len(donors), rng)
+    return found.history if found else ()
 
 
 def _draw_other_user(user_id: str, donors: list[Record], until: int, rng: random.Random) -> Record | None:

@@ -27,9 +27,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from nextquill.data.dataset import EncodedDataset
 from nextquill.data.encoding import ExampleEncoder
-from nextquill.data.examples import Branch, EncodedExample, EncodingStats
+from nextquill.data.examples import Branch, EncodedDataset, EncodedExample, EncodingStats, encoding_stats
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
@@ -37,7 +36,7 @@ from nextquill.errors import CheckpointError
 HEADER = "header.json"
 FORMAT = 1
 PARTS = ("tokens", "index", "users")
-_BYTES = {"tokens": 4, "index": 8}
+_DTYPES = {"tokens": torch.int32, "index": torch.int64}
 _COLUMNS = ("start", "factual", "counterfactual", "placebo", "response", "index", "history_kept", "history_total")
 _START, _FACTUAL, _COUNTERFACTUAL, _PLACEBO, _RESPONSE, _INDEX, _KEPT, _TOTAL = range(len(_COLUMNS))
 #: Stands for the length of a missing placebo prompt.
@@ -87,21 +86,8 @@ class PreparedDataset(EncodedDataset):
     @property
     def stats(self) -> EncodingStats:
         """Counts of what encoding kept and dropped."""
-        sums = torch.zeros(len(_COLUMNS), dtype=torch.long)
-        truncated = without = 0
-        for index in self._stored.indices():
-            sums += index.sum(0)
-            truncated += int((index[:, _KEPT] < index[:, _TOTAL]).sum())
-            without += int((index[:, _KEPT] == 0).sum())
-        return EncodingStats(
-            examples=len(self),
-            history_items=int(sums[_TOTAL]),
-            history_items_dropped=int(sums[_TOTAL] - sums[_KEPT]),
-            examples_truncated=truncated,
-            examples_without_history=without,
-            prompt_tokens=int(sums[_FACTUAL]),
-            response_tokens=int(sums[_RESPONSE]),
-        )
+        counts = [index[:, [_KEPT, _TOTAL, _FACTUAL, _RESPONSE]] for index in self._stored.indices()]
+        return encoding_stats(torch.cat(counts))
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
@@ -186,9 +172,8 @@ class _StoredExamples(Sequence[EncodedExample]):
     def _map(self, shard: int, part: str) -> Tensor:
         found = self._mapped.get((shard, part))
         if found is None:
-            path = self._folder / f"{self._shards[shard]['name']}.{part}"
-            dtype = torch.int32 if part == "tokens" else torch.int64
-            size = self._shards[shard]["files"][part]["bytes"] // _BYTES[part]
+            path, dtype = self._folder / f"{self._shards[shard]['name']}.{part}", _DTYPES[part]
+            size = self._shards[shard]["files"][part]["bytes"] // dtype.itemsize
             found = self._mapped[shard, part] = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
         return found
 
@@ -221,11 +206,7 @@ def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 
 def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
-    """The header of a prepared folder.
-
-    Raises:
-        CheckpointError: it is missing, or has another format or byte order.
-    """
+    """The header of a prepared folder; CheckpointError if it is missing, or has another format or byte order."""
     path = folder / name
     try:
         header: dict[str, Any] = json.loads(path.read_bytes())
@@ -244,16 +225,12 @@ def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
 
 
 def check_shard(folder: Path, shard: dict[str, Any], *, verify: bool) -> None:
-    """Compare a shard's files with their entry in the header.
-
-    Raises:
-        CheckpointError: a file is missing, has another size or, with `verify`, another check sum.
-    """
+    """Raise CheckpointError if a shard's file is missing, has another size or, with `verify`, another check sum."""
     for part in PARTS:
         path, expected = folder / f"{shard['name']}.{part}", shard["files"][part]
         try:
             size = path.stat().st_size
-            found = check_sum(path) if verify and size == expected["bytes"] else expected["crc32"]
+            found = zlib.crc32(path.read_bytes()) if verify and size == expected["bytes"] else expected["crc32"]
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}; prepare the records again") from error
         if size != expected["bytes"]:
@@ -262,12 +239,3 @@ def check_shard(folder: Path, shard: dict[str, Any], *, verify: bool) -> None:
             )
         if found != expected["crc32"]:
             raise CheckpointError(f"{path}: damaged, its check sum differs; prepare the records again")
-
-
-def check_sum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found

@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nextquill.data._checks import check_integer
@@ -28,7 +28,6 @@ from nextquill.data.prepared import (
     PARTS,
     PreparedDataset,
     check_shard,
-    check_sum,
     encoder_settings,
     first_difference,
     is_prepared,
@@ -70,7 +69,7 @@ def prepare(
             an error.
         overwrite: replace a prepared folder, and the shards of a stopped run with other settings or records.
         shard_examples: examples in a shard.
-        progress: called with the number of records read since the last call.
+        progress: called with the number of records read since the last call, those read again included.
 
     Raises:
         OutputExistsError: the folder exists, or another process is writing it.
@@ -84,24 +83,13 @@ def prepare(
     _check_target(target, overwrite)
     settings = {**encoder_settings(encoder), "placebo": placebo, "seed": seed, "skip_bad": skip_bad}
     with _Shards(target, settings, overwrite) as shards:
-        source, told = _Followed(records, shards.done), 0
-
-        def report(read: int) -> None:
-            nonlocal told
-            if progress is not None:
-                progress(read - told)
-            told = read
-
-        report(shards.records)
-        examples = encoder.encode_iter(source, placebo, seed, shards.skip if skip_bad else None, skip=shards.records)
-        for example in examples:
+        source = _Followed(records, shards.done, progress)
+        on_bad = shards.skip if skip_bad else None
+        for example in encoder.encode_iter(source, placebo, seed, on_bad, skip=shards.records):
             shards.add(example)
-            report(example.index + 1)
             if len(shards) == shard_examples:
                 shards.write(*source.until(example.index))
-        read, digest = source.until(None)
-        shards.write(read, digest)
-        report(read)
+        shards.write(*source.until(None))
         shards.finish()
     return PreparedDataset(target, verify=False)
 
@@ -112,8 +100,11 @@ class _Followed:
     The encoder reads ahead, so digests wait in a queue until the examples of their records are written.
     """
 
-    def __init__(self, records: Iterable[Record], done: list[dict[str, Any]]) -> None:
-        self._records, self._digest, self._count = records, hashlib.sha256(), 0
+    def __init__(
+        self, records: Iterable[Record], done: list[dict[str, Any]], progress: Callable[[int], None] | None
+    ) -> None:
+        self._records, self._progress = records, progress or (lambda count: None)
+        self._digest, self._count = hashlib.sha256(), 0
         self._known = {shard["records"]: shard for shard in done}
         self._digests = deque[tuple[int, str]]()
 
@@ -126,6 +117,7 @@ class _Followed:
                 self._compare(shard)
             if self._count >= last:
                 self._digests.append((self._count, self._digest.hexdigest()[:16]))
+            self._progress(1)
             yield record
         if self._count < last:
             raise CheckpointError(f"records: the stopped run read {last} of them, now there are {self._count}")
@@ -174,7 +166,7 @@ class _Shards:
     def __enter__(self) -> _Shards:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.close()
         if self._folder.exists() and not self.done:
             shutil.rmtree(self._folder)
@@ -217,11 +209,7 @@ class _Shards:
         self._clear()
 
     def finish(self) -> None:
-        """Rename the partial folder to its final name.
-
-        Raises:
-            RecordError: no record could be encoded.
-        """
+        """Rename the partial folder to its final name; RecordError if no record could be encoded."""
         if not any(shard["examples"] for shard in self.done):
             first = next((skipped["error"] for shard in self.done for skipped in shard["skipped"]), None)
             self.done = []
@@ -238,9 +226,8 @@ class _Shards:
         contents = (self._tokens.tobytes(), self._index.tobytes(), json.dumps(self._users).encode())
         files = {}
         for part, content in zip(PARTS, contents, strict=True):
-            path = self._folder / f"{name}.{part}"
-            write_whole(path, content)
-            files[part] = {"bytes": len(content), "crc32": check_sum(path)}
+            write_whole(self._folder / f"{name}.{part}", content)
+            files[part] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         return {"name": name, "examples": len(self._users), "files": files, "skipped": []}
 
     def _header(self, *, complete: bool) -> bytes:
@@ -267,14 +254,7 @@ class _Shards:
             return []
         try:
             with naming("folder"):
-                header = read_header(self._folder, _PROGRESS)
-                if (difference := first_difference(header["settings"], self._settings)) is not None:
-                    raise CheckpointError(
-                        f"{self._folder} was started with another {difference}; delete it, or start again with "
-                        "overwrite=True"
-                    )
-                for shard in header["shards"]:
-                    check_shard(self._folder, shard, verify=True)
+                return self._checked_shards()
         except CheckpointError:
             if not overwrite:
                 raise
@@ -282,7 +262,16 @@ class _Shards:
                 if each.name != _LOCK:
                     each.unlink()
             return []
+
+    def _checked_shards(self) -> list[dict[str, Any]]:
+        header = read_header(self._folder, _PROGRESS)
+        if (difference := first_difference(header["settings"], self._settings)) is not None:
+            raise CheckpointError(
+                f"{self._folder} was started with another {difference}; delete it, or start again with overwrite=True"
+            )
         shards: list[dict[str, Any]] = header["shards"]
+        for shard in shards:
+            check_shard(self._folder, shard, verify=True)
         return shards
 
 

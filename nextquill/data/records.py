@@ -77,15 +77,10 @@ class Record:
         clash = _RECORD_FIELDS & self.extra.keys()
         if clash:
             raise ArgumentError(f"extra: expected keys that are not fields of a record, got {min(clash)!r}")
-        fields: dict[str, Any] = {
-            "user_id": self.user_id,
-            "query": self.query,
-            "response": self.response,
-            "history": [item.to_dict() for item in self.history],
-        }
-        if self.timestamp is not None:
-            fields["timestamp"] = self.timestamp
-        return {**fields, **self.extra}
+        dated = {} if self.timestamp is None else {"timestamp": self.timestamp}
+        history = [item.to_dict() for item in self.history]
+        fields = {"user_id": self.user_id, "query": self.query, "response": self.response, "history": history}
+        return {**fields, **dated, **self.extra}
 
 
 def parse_record(raw: object, where: str) -> Record:
@@ -108,12 +103,13 @@ def parse_record(raw: object, where: str) -> Record:
     if not isinstance(raw, Mapping):
         raise PlacedError(where, f"expected an object with named fields, got {_type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
-    history = _history(_required(raw, "history", where), where, timestamp)
+    history = _history(required(raw, "history", where), where)
+    check_times(history, timestamp, where)
     return Record(
-        user_id=check_user_id(_required(raw, "user_id", where), where),
-        query=check_text(_required(raw, "query", where), where, "query"),
-        response=check_response(_required(raw, "response", where), where),
-        history=history,
+        user_id=check_user_id(required(raw, "user_id", where), where),
+        query=check_text(required(raw, "query", where), where, "query"),
+        response=check_response(required(raw, "response", where), where),
+        history=tuple(in_time_order(history)),
         timestamp=timestamp,
         extra={str(key): value for key, value in raw.items() if key not in _RECORD_FIELDS},
     )
@@ -173,7 +169,8 @@ def _record(where: str, raw: object) -> Record:
     return raw if isinstance(raw, Record) else parse_record(raw, where)
 
 
-def _required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
+def required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> object:
+    """Return a field's value; raise RecordError if it is missing or None."""
     value = raw.get(name)
     if value is None:
         state = "null" if name in raw else "missing"
@@ -182,11 +179,7 @@ def _required(raw: Mapping[Any, Any], name: str, where: str, path: str = "") -> 
 
 
 def check_user_id(value: object, where: str, name: str = "user_id") -> str:
-    """Return a user's name as a string; `name` is its field.
-
-    Raises:
-        RecordError: it is neither a string nor an integer, or blank.
-    """
+    """Return a user's name as a string; raise RecordError if it is neither a string nor an integer, or blank."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return str(int(value))
     if not isinstance(value, str):
@@ -198,11 +191,7 @@ def check_user_id(value: object, where: str, name: str = "user_id") -> str:
 
 
 def check_response(value: object, where: str, name: str = "response") -> str:
-    """Return a response; `name` is its field.
-
-    Raises:
-        RecordError: it is not a string, blank, or not valid Unicode.
-    """
+    """Return a response; raise RecordError if it is not a string, blank, or not valid Unicode."""
     text = check_text(value, where, name)
     if not text.strip():
         raise PlacedError(where, "expected some text, got a blank string", name)
@@ -210,21 +199,24 @@ def check_response(value: object, where: str, name: str = "response") -> str:
 
 
 def check_text(value: object, where: str, name: str) -> str:
-    """Return a text, which may be empty; `name` is its field.
-
-    Raises:
-        RecordError: it is not a string, or not valid Unicode.
-    """
+    """Return a text, which may be empty; raise RecordError if it is not a string, or not valid Unicode."""
     if not isinstance(value, str):
         raise unexpected(where, name, "a string", value)
     try:
         # JSON can hold half of a surrogate pair, on which tokenizers fail much later without naming the record.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PlacedError(
-            where, f"expected valid Unicode, got a lone surrogate at character {error.start}", name
-        ) from error
+        problem = f"expected valid Unicode, got a lone surrogate at character {error.start}"
+        raise PlacedError(where, problem, name) from error
     return value
+
+
+def as_float(value: Real) -> float:
+    """The nearest float; infinity if the number is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _timestamp(value: object, where: str, name: str) -> float | None:
@@ -232,31 +224,35 @@ def _timestamp(value: object, where: str, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise unexpected(where, name, "a number of seconds", value)
-    try:
-        seconds = float(value)
-    except OverflowError:
-        seconds = math.inf
+    seconds = as_float(value)
     if not math.isfinite(seconds):
         raise PlacedError(where, f"expected a finite number of seconds, got {seconds}", name)
     return seconds
 
 
-def _history(value: object, where: str, record_timestamp: float | None) -> tuple[HistoryItem, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise unexpected(where, "history", "a list of strings or of objects with 'text'", value)
-    items = [_history_item(raw, where, f"history[{position}]") for position, raw in enumerate(value)]
-    for position, item in enumerate(items):
-        if item.timestamp is not None and record_timestamp is not None and item.timestamp > record_timestamp:
+def check_times(history: Sequence[HistoryItem], timestamp: float | None, where: str) -> None:
+    """Raise RecordError if an item is dated after the record, whose time is `timestamp`."""
+    for position, item in enumerate(history):
+        if item.timestamp is not None and timestamp is not None and item.timestamp > timestamp:
             raise PlacedError(
                 where,
-                f"expected no later than the record's own {record_timestamp}, got {item.timestamp}: a text from the "
-                "future leaks the answer",
+                f"expected no later than the record's own {timestamp}, got {item.timestamp}: a text from the future "
+                "leaks the answer",
                 f"history[{position}].timestamp",
             )
-    dated = [(item.timestamp, item) for item in items if item.timestamp is not None]
-    if len(dated) == len(items):
-        return tuple(item for _, item in sorted(dated, key=lambda pair: pair[0]))
-    return tuple(items)
+
+
+def in_time_order(history: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
+    """The items sorted by timestamp if all have one; otherwise in the given order, which should be oldest first."""
+    if any(item.timestamp is None for item in history):
+        return history
+    return sorted(history, key=lambda item: item.timestamp or 0.0)
+
+
+def _history(value: object, where: str) -> list[HistoryItem]:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise unexpected(where, "history", "a list of strings or of objects with 'text'", value)
+    return [_history_item(raw, where, f"history[{position}]") for position, raw in enumerate(value)]
 
 
 def _history_item(raw: object, where: str, name: str) -> HistoryItem:
@@ -266,7 +262,7 @@ def _history_item(raw: object, where: str, name: str) -> HistoryItem:
         raise unexpected(where, name, "a string or an object with 'text'", raw)
     title = raw.get("title")
     return HistoryItem(
-        text=check_text(_required(raw, "text", where, f"{name}."), where, f"{name}.text"),
+        text=check_text(required(raw, "text", where, f"{name}."), where, f"{name}.text"),
         title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )

@@ -103,8 +103,8 @@ class PromptRenderer:
 
     def _messages(self, text: str) -> list[dict[str, str]]:
         if not self._system_role:
-            return [_message("user", self._with_system(text))]
-        return [_message("system", self.template.system or ""), _message("user", text)]
+            return [{"role": "user", "content": self._with_system(text)}]
+        return [{"role": "system", "content": self.template.system or ""}, {"role": "user", "content": text}]
 
     def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
         tokenizer: Any = self.tokenizer
@@ -118,7 +118,7 @@ class PromptRenderer:
 
     def _accepts_system_role(self) -> bool:
         system = self.template.system or ""
-        messages = [_message("system", system), _message("user", _QUERY_MARKER)]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": _QUERY_MARKER}]
         rendered = self._try_apply(messages, generation_prompt=True)
         return isinstance(rendered, str) and system.strip() in rendered
 
@@ -171,7 +171,7 @@ class PromptRenderer:
         return [eos_id]
 
     def _end_of_turn(self) -> str:
-        messages = [*self._messages(_QUERY_MARKER), _message("assistant", _RESPONSE_MARKER)]
+        messages = [*self._messages(_QUERY_MARKER), {"role": "assistant", "content": _RESPONSE_MARKER}]
         rendered = self._try_apply(messages, generation_prompt=False)
         if isinstance(rendered, Exception) or rendered.count(_RESPONSE_MARKER) != 1:
             return ""
@@ -183,10 +183,6 @@ def _uses_chat(template: PromptTemplate, tokenizer: Tokenizer) -> bool:
     if template.chat and not available:
         raise ArgumentError("chat: expected a tokenizer with a chat template for chat=True, got one without")
     return available if template.chat is None else template.chat
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

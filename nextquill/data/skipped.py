@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from nextquill.data._checks import check_integer
 from nextquill.errors import ArgumentError, RecordError
 
 _T = TypeVar("_T")
@@ -52,8 +53,7 @@ class SkippedRecords:
     def __init__(
         self, max_kept: int = 100, max_share: float = 0.1, on_skip: Callable[[RecordError], None] | None = None
     ) -> None:
-        if max_kept < 0:
-            raise ArgumentError(f"max_kept: expected at least 0, got {max_kept}")
+        check_integer("max_kept", max_kept, least=0)
         if not 0 <= max_share <= 1:
             raise ArgumentError(f"max_share: expected a share from 0 to 1, got {max_share}")
         self.max_kept, self.max_share, self.on_skip = max_kept, max_share, on_skip

@@ -113,7 +113,8 @@ class PromptTemplate:
         items = history[::-1] if self.newest_first else history
         if self.prompt_jinja is not None:
             return render_jinja(self.prompt_jinja, query, items, _day, clean)
-        sections = [self._query_section(clean(query)), self._history_section(items, clean)]
+        asked = clean(query)
+        sections = [_section(self.query_heading, asked) if asked else "", self._history_section(items, clean)]
         if self.order == "history_first":
             sections.reverse()
         return _SECTION_BREAK.join(section for section in [*sections, self.closing_cue] if section)
@@ -126,9 +127,6 @@ class PromptTemplate:
         if self.show_dates and item.timestamp is not None:
             lines.insert(0, f"{self.date_label}{_day(item.timestamp)}")
         return "\n".join(lines)
-
-    def _query_section(self, query: str) -> str:
-        return _section(self.query_heading, query) if query else ""
 
     def _history_section(self, items: Sequence[HistoryItem], clean: Clean) -> str:
         if not items:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import threading
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -36,8 +35,8 @@ _SPANNING = re.compile(rf"\n[{_CUT_BEFORE}]")
 #: lines and headings. A longer paragraph, as a custom prompt may have, is cut at every line.
 _LONG_PARAGRAPH = 8_000
 _PROBE = "[Text]: a tale\n\n[Text]: slow, \n \n- and good.\n"
-#: Tokens in each of the two halves of a cache: some 50 MB with the texts.
-_CACHED_TOKENS = 2_000_000
+#: Tokens of cached pieces, after which a cache is emptied: some 100 MB with the texts.
+_CACHED_TOKENS = 4_000_000
 
 _CASED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _CASED_TAIL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -45,8 +44,9 @@ _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # The alternatives of published splitting patterns. None of them matches a line break and then a visible character
 # (except o200k's "/"), none looks behind, and only `(?!\S)` looks ahead. So a match ends at every cut, whether the
 # guard or the text follows.
-_KNOWN_ALTERNATIVES = frozenset(
-    {
+_KNOWN_ALTERNATIVES = "|".join(
+    re.escape(alternative)
+    for alternative in (
         *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _SUFFIX, r"'(?i:[sdmt]|ll|ve|re)"),
         *(r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\p{N}", r"\p{N}{1,3}"),
         *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"),
@@ -56,9 +56,12 @@ _KNOWN_ALTERNATIVES = frozenset(
         *(f"{_CASED_WORD}*{_CASED_TAIL}+{_SUFFIX}?", f"{_CASED_WORD}+{_CASED_TAIL}*{_SUFFIX}?"),
         *(r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*", "[一-龥぀-ゟ゠-ヿ]+"),  # noqa: RUF001
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    }
+    )
 )
-_ANY_SPACE = r"\s+"
+_KNOWN_PATTERN = re.compile(rf"(?:{_KNOWN_ALTERNATIVES})(?:\|(?:{_KNOWN_ALTERNATIVES}))*")
+#: In a known pattern, the alternative that takes any white space.
+_ANY_SPACE = re.compile(r"(?:^|\|)\\s\+(?:$|\|)")
+_SPLIT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 class BatchTokenizer:
@@ -67,24 +70,16 @@ class BatchTokenizer:
     Args:
         tokenizer: a Hugging Face tokenizer, or an object with its interface; a fast one is used on all cores.
         encode: returns the ids of one text, with no token added.
-        cached_tokens: the tokens in each half of the cache; 0 for no cache and no cuts.
     """
 
-    def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]], cached_tokens: int = _CACHED_TOKENS) -> None:
+    def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]]) -> None:
         self._encode_one = encode
         self._tokenizer = tokenizer if self._agrees(tokenizer) else None
-        self._cut = None
-        self._cache = _PieceCache(cached_tokens)
-        if self._tokenizer is not None and cached_tokens:
-            self._cut = cut_pattern(self._tokenizer.backend_tokenizer)
-            self._cut_items = self._cut and re.compile(rf"\n(?<=[\n:]\n){self._cut.pattern.removeprefix(_BREAK)}")
-            if self._cut is not None and self.ids([_PROBE]) != [array("i", encode(_PROBE))]:
-                self._cut = None
-
-    @property
-    def cuts(self) -> bool:
-        """Whether texts are cut into pieces that are encoded once."""
-        return self._cut is not None
+        self._cache, self._cached_tokens = dict[str, Ids](), 0
+        self._cut = None if self._tokenizer is None else cut_pattern(self._tokenizer.backend_tokenizer)
+        self._cut_items = self._cut and re.compile(rf"\n(?<=[\n:]\n){self._cut.pattern.removeprefix(_BREAK)}")
+        if self._cut is not None and self.ids([_PROBE]) != [array("i", encode(_PROBE))]:
+            self._cut = None
 
     @property
     def is_parallel(self) -> bool:
@@ -97,11 +92,13 @@ class BatchTokenizer:
             distinct = list(dict.fromkeys(texts))
             known = dict(zip(distinct, self._encode(distinct), strict=True))
             return [known[text] for text in texts]
-        cut = [self._pieces(text) for text in texts]
-        missing = list(dict.fromkeys(piece for pieces in cut for piece in pieces if piece not in self._cache))
-        fresh = dict(zip(missing, self._encode(missing), strict=True))
-        self._cache.update(fresh)
-        return [self._joined(pieces, fresh) for pieces in cut]
+        cut, known = [self._pieces(text) for text in texts], self._cache
+        missing = list(dict.fromkeys(piece for pieces in cut for piece in pieces if piece not in known))
+        known.update(zip(missing, self._encode(missing), strict=True))
+        self._cached_tokens += sum(len(known[piece]) for piece in missing)
+        if self._cached_tokens > _CACHED_TOKENS:
+            self._cache, self._cached_tokens = {}, 0  # other threads keep the one that they started with
+        return [_joined([known[piece] for piece in pieces]) for pieces in cut]
 
     def _pieces(self, text: str) -> list[str]:
         """The pieces to encode: each with its line break and the guard, except the last one."""
@@ -112,19 +109,6 @@ class BatchTokenizer:
             pieces += [paragraph] if len(paragraph) <= _LONG_PARAGRAPH else self._cut.split(paragraph)
         *lines, last = pieces
         return [*(f"{line}\n{_GUARD}" for line in lines), last]
-
-    def _joined(self, pieces: list[str], fresh: dict[str, Ids]) -> Ids:
-        ids: Ids = array("i")
-        for position, piece in enumerate(pieces, start=1 - len(pieces)):
-            found = fresh.get(piece)
-            if found is None:
-                found = self._cache.get(piece)
-            if found is None:  # dropped from the cache since
-                (found,) = self._encode([piece])
-            ids += found
-            if position:  # all pieces but the last end with the guard
-                ids.pop()
-        return ids
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         if self._tokenizer is None:
@@ -155,33 +139,13 @@ def reset_backend(tokenizer: Any) -> Any:
     return backend
 
 
-class _PieceCache:
-    """Token ids by text, in two halves. When the newer half is full, it replaces the older one.
-
-    An entry of the older half moves to the newer one when it is used.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self._limit, self._size = tokens, 0
-        self._new: dict[str, Ids] = {}
-        self._old: dict[str, Ids] = {}
-        self._lock = threading.Lock()
-
-    def __contains__(self, text: str) -> bool:
-        return text in self._new or text in self._old
-
-    def get(self, text: str) -> Ids | None:
-        found = self._new.get(text)
-        if found is None and (found := self._old.get(text)) is not None:
-            self.update({text: found})
-        return found
-
-    def update(self, found: dict[str, Ids]) -> None:
-        with self._lock:
-            self._new.update(found)
-            self._size += sum(map(len, found.values()))
-            if self._size > self._limit:
-                self._old, self._new, self._size = self._new, {}, 0
+def _joined(pieces: list[Ids]) -> Ids:
+    """The ids of a text from those of its pieces, all of which end with the guard, except the last one."""
+    ids: Ids = array("i")
+    for piece in pieces[:-1]:
+        ids += piece
+        ids.pop()
+    return ids + pieces[-1]
 
 
 def cut_pattern(backend: Any) -> re.Pattern[str] | None:
@@ -206,10 +170,9 @@ def cut_pattern(backend: Any) -> re.Pattern[str] | None:
 
 def _splits_safely(backend: Any) -> bool:
     """Whether known patterns split the text at every cut."""
-    stages = _stages(_state(backend.pre_tokenizer))
     if _state(backend.normalizer).get("type") not in (None, "NFC"):  # NFC never joins an ASCII letter to its left
         return False
-    kinds = [_split_kind(stage) for stage in stages]
+    kinds = [_split_kind(stage) for stage in _stages(_state(backend.pre_tokenizer))]
     return None not in kinds and "spaces" in kinds
 
 
@@ -224,20 +187,15 @@ def _split_kind(stage: dict[str, Any]) -> str | None:
     how = (stage.get("behavior"), stage.get("invert"))
     if pattern is None or how not in (("Isolated", False), ("Removed", True)):
         return None
-    alternatives = _alternatives(pattern)
-    if not _KNOWN_ALTERNATIVES.issuperset(alternatives):
+    if not _KNOWN_PATTERN.fullmatch(pattern):
         return None
-    return "spaces" if _ANY_SPACE in alternatives else "other" if how[0] == "Isolated" else None
+    return "spaces" if _ANY_SPACE.search(pattern) else "other" if how[0] == "Isolated" else None
 
 
 def _never_spans(backend: Any) -> bool:
     """Whether the text is not split and no token spans a cut, so that no merge can cross it."""
     model, normalizer = backend.model, _state(backend.normalizer)
-    stages = _stages(_state(backend.pre_tokenizer))
-    splits_at_spaces = [
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    ]
-    if stages and stages != splits_at_spaces:
+    if _stages(_state(backend.pre_tokenizer)) not in ([], [_SPLIT_AT_SPACES]):
         return False
     if normalizer and (normalizer.get("type") != "Replace" or normalizer.get("pattern") != {"String": " "}):
         return False
@@ -256,26 +214,6 @@ def _state(part: Any) -> dict[str, Any]:
     """The description of a tokenizer's part in its file; empty for None."""
     found: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return found
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """The alternatives on the top level of a regular expression."""
-    found, depth, in_class, start, position = list[str](), 0, False, 0, 0
-    while position < len(pattern):
-        letter = pattern[position]
-        if letter == "\\":
-            position += 1
-        elif in_class:
-            in_class = letter != "]"
-        elif letter == "[":
-            in_class = True
-        elif letter in "()":
-            depth += 1 if letter == "(" else -1
-        elif letter == "|" and not depth:
-            found.append(pattern[start:position])
-            start = position + 1
-        position += 1
-    return [*found, pattern[start:]]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -36,7 +36,11 @@ class UserText:
     """
 
     def __init__(self, literals: Iterable[str] = (), markers: Iterable[str] = ()) -> None:
-        self._literals = _literal_pattern(set(literals) - {""})
+        self._literals = frozenset(literals) - {""}
+        self._lengths = sorted(set(map(len, self._literals)))
+        # A look-ahead takes no characters, so that overlapping literals are found.
+        heads = [f"{re.escape(two[0])}(?={re.escape(two[1:])})" for two in {each[:2] for each in self._literals}]
+        self._heads = re.compile("|".join(heads)) if heads else None
         self._markers = _marker_pattern(set(markers) - {""})
         self._changed: set[int] = set()
         self._kept: dict[str, str] = {}
@@ -49,7 +53,7 @@ class UserText:
 
     def plain(self, text: str) -> str:
         """Return `text` with its literals broken."""
-        result = text if self._literals is None else self._literals.sub(_with_space, text)
+        result = text if self._heads is None else self._heads.sub(self._broken, text)
         return self._counted(text, result)
 
     def quoted(self, text: str) -> str:
@@ -60,51 +64,25 @@ class UserText:
         result = self.plain(text)
         if self._markers is not None:
             result = self._markers.sub(r"\g<0>> ", f"\n{result}")[1:]
-        self._keep(text, result)
-        return self._counted(text, result)
-
-    def _keep(self, text: str, result: str) -> None:
         if self._kept_characters > _KEPT_CHARACTERS:
             self._kept, self._kept_characters = {}, 0
-        self._kept[text] = text if result == text else result
         self._kept_characters += len(text)
+        return self._kept.setdefault(text, self._counted(text, result))
+
+    def _broken(self, head: re.Match[str]) -> str:
+        """A character, with a space after it where a literal begins; only the space for a literal of one character."""
+        text, start = head.string, head.start()
+        if head[0] in self._literals:
+            return " "
+        # Literals are looked up by length, because one public tokenizer has 6,000 of them.
+        found = any(text[start : start + length] in self._literals for length in self._lengths)
+        return f"{head[0]} " if found else head[0]
 
     def _counted(self, text: str, result: str) -> str:
-        if result != text:
-            self._changed.add(hash(text))
+        if result == text:
+            return text  # so that no second copy is kept
+        self._changed.add(hash(text))
         return result
-
-
-def _with_space(found: re.Match[str]) -> str:
-    """The first character of a literal and a space; only the space if the literal is a single character."""
-    return " " if found.lastindex else f"{found[0]} "
-
-
-def _literal_pattern(literals: set[str]) -> re.Pattern[str] | None:
-    """A pattern of the first character of every literal. A look-ahead matches the rest, so that overlaps are found.
-
-    Alternatives begin with plain characters, so that text without any of them is scanned fast. Literals share common
-    beginnings, because one public tokenizer has 6,000 literals.
-    """
-    if not literals:
-        return None
-    single = {literal for literal in literals if len(literal) == 1}
-    branches = [f"({re.escape(literal)})" for literal in sorted(single)]
-    for head in sorted({literal[0] for literal in literals} - single):
-        rest = _any_of({literal[1:] for literal in literals if literal[0] == head})
-        branches.append(f"{re.escape(head)}(?={rest})")
-    return re.compile("|".join(branches))
-
-
-def _any_of(words: set[str]) -> str:
-    """A pattern of the shortest of `words` that follows in a text."""
-    if "" in words:
-        return ""
-    branches = [
-        re.escape(head) + _any_of({word[1:] for word in words if word[0] == head})
-        for head in sorted({word[0] for word in words})
-    ]
-    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 def _marker_pattern(markers: set[str]) -> re.Pattern[str] | None:

@@ -2,7 +2,7 @@
 
 Runs a model:
 
-    evaluate.py      a whole evaluation, from records to a folder; options.py, folder.py and identity.py belong to it
+    evaluate.py      a whole evaluation, from records to a folder; options.py and identity.py belong to it
     scoring.py       the nll of every response token, with, without and under another user's history
     preferences.py   chosen against rejected responses
     item_effects.py  the effect of every single history item
@@ -11,13 +11,11 @@ Runs a model:
 Works on numbers and texts alone, from whatever model:
 
     metrics/         metrics of texts, labels, ratings and preferences
-    tasks.py         the public tasks; task_texts.py applies one to some records
-    measures.py      measures over all examples; measure_names.py names them
+    tasks.py         the public tasks
+    measures.py      measures over all examples, and their names
     bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
     permutation.py   p-values by exchanging, and their correction for several comparisons
-    results.py       the files of an evaluation's folder
+    results.py       the files of an evaluation's folder, written and read
     compare.py       several evaluations, paired example by example
     predictions.py   the prediction files that other scorers read
 """
-
-from __future__ import annotations

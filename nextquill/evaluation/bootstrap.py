@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nextquill.data._checks import check_integer
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.evaluation.metrics.scores import Floats, MetricScores
 from nextquill.evaluation.permutation import sign_flip_p_value
@@ -205,8 +206,7 @@ def _difference(
         rng = np.random.default_rng([seed, 0])
         drawn = np.concatenate(
             [
-                sum(from_sums(counts @ run) for run in users_a) / len(runs_a)
-                - sum(from_sums(counts @ run) for run in users_b) / len(runs_b)
+                from_sums(counts @ users_a).mean(axis=0) - from_sums(counts @ users_b).mean(axis=0)
                 for counts in _draws(rng, users_a.shape[1], resamples)
             ]
         )
@@ -283,22 +283,8 @@ def check_draws(level: float, resamples: int, seed: int) -> None:
     """
     if not 0 < level < 1:
         raise ArgumentError(f"level: expected a share between 0 and 1, got {level!r}")
-    check_integer("resamples", resamples, 1)
-    check_integer("seed", seed, 0)
-
-
-def check_integer(name: str, value: object, least: int) -> None:
-    """Refuse a value that is not an integer, or below the least allowed one.
-
-    Raises:
-        ArgumentError: it is too small.
-        ArgumentTypeError: it is not an integer.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-    if value < least:
-        expected = "a positive number" if least == 1 else f"at least {least}"
-        raise ArgumentError(f"{name}: expected {expected}, got {value}")
+    check_integer("resamples", resamples, least=1)
+    check_integer("seed", seed, least=0)
 
 
 def _runs(name: str, runs: Sequence[Scores]) -> list[MetricScores]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.bootstrap import PairedResult, paired_difference
-from nextquill.evaluation.measure_names import TOKENS, is_of_corpus, kind_and_branch
+from nextquill.evaluation.measures import TOKENS, is_of_corpus, kind_and_branch
 from nextquill.evaluation.metrics import MetricScores, compute
 from nextquill.evaluation.results import EvaluatedExample, Evaluation, finite, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS

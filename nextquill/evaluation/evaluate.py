@@ -13,28 +13,41 @@ again with the same model, records and options, and gives the same files, to the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nextquill.data import ExampleEncoder, Record
-from nextquill.errors import BudgetError, RecordError, naming
-from nextquill.evaluation.folder import (
-    GENERATED_FILE,
-    PREDICTIONS_FILE,
-    PREFERENCES_FILE,
-    EvaluationFolder,
-    Progress,
-)
+from nextquill.errors import ArgumentError, BudgetError, RecordError, naming
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
-from nextquill.evaluation.measure_names import COUNTS, TOKENS
-from nextquill.evaluation.measures import LabelledScores, effect_measures, preference_measures
+from nextquill.evaluation.measures import (
+    PROMPTS,
+    TOKENS,
+    LabelledScores,
+    effect_measures,
+    measure_name,
+    preference_measures,
+)
+from nextquill.evaluation.metrics import METRICS, compute
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.preferences import PreferencePair, encode_pairs, preference_line
-from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, Evaluation, MetricValue
+from nextquill.evaluation.predictions import Id, is_id, write_predictions
+from nextquill.evaluation.preferences import PreferencePair, encode_pairs, has_pair, preference_scores
+from nextquill.evaluation.results import (
+    EFFECTS_FILE,
+    GENERATED_FILE,
+    ITEM_EFFECTS_FILE,
+    PREDICTIONS_FILE,
+    PREFERENCES_FILE,
+    EvaluatedExample,
+    Evaluation,
+    EvaluationFolder,
+    MetricValue,
+    Progress,
+)
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
-from nextquill.evaluation.task_texts import TaskTexts
+from nextquill.evaluation.tasks import TASKS, Task
 from nextquill.generation import check_engine, generation_engine, make_prompts
 from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
@@ -81,50 +94,113 @@ def evaluate_model(
     check_engine(options.generation(), model, model_name)
     work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
-    with EvaluationFolder(Path(folder), {**run, **options.identity()}, overwrite=options.overwrite) as place:
-
-        def stage(name: str, indices: Iterable[int], make: Callable[[PartialFile], Lines], desc: str) -> Any:
-            return place.stage(name, list(indices), make, desc, progress)
-
-        effects = stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
-        pairs = stage(PREFERENCES_FILE, (pair.index for pair in work.pairs), work.preference_lines, "Comparing pairs")
-        stage(ITEM_EFFECTS_FILE, (each.index for each in work.itemised), work.item_lines, "Leaving items out")
-        texts = stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
+    run |= options.identity()
+    with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
+        pair_indices, item_indices = ([each.index for each in found] for found in (work.pairs, work.itemised))
+        effects = place.stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
+        pairs = place.stage(PREFERENCES_FILE, pair_indices, work.preference_lines, "Comparing pairs")
+        place.stage(ITEM_EFFECTS_FILE, item_indices, work.item_lines, "Leaving items out")
+        texts = place.stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
         evaluation, examples = work.results(effects, pairs, texts)
         work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
         place.finish(evaluation, examples)
     return evaluation
 
 
+@dataclass(frozen=True)
+class TaskTexts:
+    """A task on some records.
+
+    Attributes:
+        task: the task.
+        metrics: names of the metrics of generated texts; empty if nothing is generated.
+        branches: the branches whose prompts texts are generated from.
+        references: the right text of each record that texts are generated for.
+        ids: those records' names in the task's prediction files; None if it has no such files, or a record has no `id`.
+    """
+
+    task: Task
+    metrics: tuple[str, ...]
+    branches: tuple[str, ...]
+    references: list[str]
+    ids: list[Id] | None = None
+
+    @classmethod
+    def of(cls, records: Sequence[Record], options: EvaluationOptions) -> TaskTexts:
+        """The task that the options name, on these records.
+
+        Raises:
+            RecordError: a record has no answer that the task can score.
+            BackendUnavailableError: a library that a metric needs is not installed.
+        """
+        task, metrics = TASKS[options.task], options.text_metrics()
+        if not task.generates:
+            for index, record in enumerate(records):
+                if not has_pair(record, index):
+                    problem = f"{task.name} needs it, with 'rejected'; got none"
+                    raise RecordError(f"record {index}: field 'chosen': {problem}", argument="records")
+        if not (metrics and options.generate_branches):
+            return cls(task, (), (), [])
+        try:
+            shown = records[: options.generate_limit]
+            references = [task.read_reference(record.response, f"record {i}") for i, record in enumerate(shown)]
+            # Scoring empty answers finds references that cannot be scored, before hours of generation.
+            compute(metrics, references, [""] * len(references), labels=task.labels)
+        except ArgumentError as error:
+            raise RecordError(str(error), argument=error.argument or "records") from error
+        return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
+
+    def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
+        """Measures of every record's generated texts, which are given by branch."""
+        measures = dict[str, LabelledScores]()
+        for branch in self.branches:
+            members = [index for index, texts in enumerate(generated) if branch in texts]
+            right = [self.references[index] for index in members]
+            texts = [generated[index][branch] for index in members]
+            for kind, scores in compute(self.metrics, right, texts, labels=self.task.labels).items():
+                metric, name = METRICS[kind], measure_name(kind, branch)
+                label = f"{metric.label}, generated {PROMPTS[branch]}"
+                better = metric.higher_is_better if branch == "factual" else None
+                own = None if scores.per_example is None else name
+                measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
+        return measures
+
+    def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
+        """Write the texts generated with history as the task's own scorers read them, if the records have ids."""
+        if self.ids is not None and "factual" in self.branches:
+            texts = [generated[index]["factual"] for index in range(len(self.ids))]
+            write_predictions(path, self.task, zip(self.ids, texts, strict=True))
+
+
+@dataclass
 class _Work:
     """The records, encoded and checked before anything runs; the lines of each stage; and the results."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        records: list[Record],
-        settings: PromptSettings,
-        options: EvaluationOptions,
-        model_name: str,
-        progress: Progress | None,
-    ) -> None:
-        if not records:
+    model: Any
+    tokenizer: Any
+    records: list[Record]
+    settings: PromptSettings
+    options: EvaluationOptions
+    model_name: str
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if not self.records:
             raise RecordError("records: expected at least one, got none")
-        self.model, self.tokenizer, self.records, self.settings = model, tokenizer, records, settings
-        self.options, self.model_name = options, model_name
-        self.texts = TaskTexts.of(records, options)  # before anything is tokenised
-        self.encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+        options = self.options
+        self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
+        self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
-            self.pairs = encode_pairs(self.encoder, records, options.seed)
-            self.examples = self.encoder.encode_all(records, True, options.seed, progress)
+            self.pairs = encode_pairs(self.encoder, self.records, options.seed)
+            self.examples = self.encoder.encode_all(self.records, True, options.seed, self.progress)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
-        against = options.guidance_against if options.guidance else None
-        self.prompts = make_prompts(self.examples[: options.generate_limit], self.texts.branches, options.seed, against)
+        against, examples = (
+            options.guidance_against if options.guidance else None,
+            self.examples[: options.generate_limit],
+        )
+        self.prompts = make_prompts(examples, self.texts.branches, options.seed, against)
         self.itemised = [example for example in self.examples if example.history_kept][: options.item_effects]
-
-    # ---- stages ----------------------------------------------------------------------------------
 
     def effect_lines(self, done: PartialFile) -> Lines:
         options, pad = self.options, pad_token(self.tokenizer)
@@ -138,7 +214,7 @@ class _Work:
         with self._scorer() as scorer:
             for pair in self.pairs:
                 if pair.index not in done:
-                    yield preference_line(scorer, pair)
+                    yield {"index": pair.index, "scores": preference_scores(scorer, pair)}
 
     def item_lines(self, done: PartialFile) -> Lines:
         with self._scorer() as scorer:
@@ -157,15 +233,11 @@ class _Work:
         options, pad = self.options, pad_token(self.tokenizer)
         return BranchScorer(self.model, pad, attention=options.attention, max_tokens=options.max_tokens)
 
-    # ---- results ---------------------------------------------------------------------------------
-
     def results(self, effects: Stage, pairs: Stage, texts: Stage) -> tuple[Evaluation, list[EvaluatedExample]]:
         """The evaluation and its examples; they follow from the lines of the stages."""
         measures, scores = effect_measures(effects)
         compared = {line["index"]: line["scores"] for line in pairs}
         measures |= preference_measures(compared)
-        for index, own in compared.items():
-            scores[index] |= own
         generated = self._generated(texts)
         measures |= self.texts.measures(generated)
         _add_own_scores(scores, measures)
@@ -190,11 +262,9 @@ class _Work:
     def _evaluation(self, measures: Mapping[str, LabelledScores], scores: Sequence[Mapping[str, float]]) -> Evaluation:
         options, users = self.options, [record.user_id for record in self.records]
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
-        counts = (len(users), len(set(users)), sum(own[TOKENS] for own in scores))
-        labels = ("examples", "users", "response tokens")
-        metrics |= {
-            name: MetricValue(label, float(count)) for name, label, count in zip(COUNTS, labels, counts, strict=True)
-        }
+        metrics["examples"] = MetricValue("examples", float(len(users)))
+        metrics["users"] = MetricValue("users", float(len(set(users))))
+        metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
         settings = {**dataclasses.asdict(self.settings), **options.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
             model=self.model_name,
@@ -223,3 +293,16 @@ def _check_budget(pair: PreferencePair, max_tokens: int | None) -> None:
             f"max_tokens: expected at least the {longest} tokens that a prompt and a response of record {pair.index} "
             f"take, got {max_tokens}"
         )
+
+
+def _ids(task: Task, records: Sequence[Record]) -> list[Id] | None:
+    """The records' ids, if all have one and the task has prediction files; RecordError if two have the same."""
+    ids = [each for record in records if is_id(each := record.extra.get("id"))]
+    if not task.file_names or len(ids) < len(records):
+        return None
+    first = {each: index for index, each in reversed(list(enumerate(ids)))}
+    for index, each in enumerate(ids):
+        if first[each] < index:
+            problem = f"expected one of its own for {task.name}, got {each!r} again"
+            raise RecordError(f"record {index}: field 'id': {problem}", argument="records")
+    return ids

@@ -10,7 +10,6 @@ All n + 1 prompts share the part before the item that is left out, and run in on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,10 +59,9 @@ def item_effects(
     scorer: BranchScorer, renderer: PromptRenderer, tokenizer: Any, record: Record, example: EncodedExample
 ) -> ItemEffects:
     """`leave_one_out` as a line of an evaluation's folder, rounded to six decimals; arguments as there."""
-    effects: Sequence[Sequence[float]] = [rounded(row) for row in leave_one_out(scorer, renderer, record, example)]
     return ItemEffects(
         index=example.index,
         items=[dataclasses.asdict(item) for item in kept_items(record, example)],
-        effects=effects,
+        effects=[rounded(row) for row in leave_one_out(scorer, renderer, record, example)],
         tokens=token_texts(tokenizer, example.factual.response_ids),
     )

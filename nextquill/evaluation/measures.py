@@ -1,27 +1,115 @@
-"""Measures over all examples, with intervals, from the scores of each example.
+"""Measures over all examples: their names, what tables call them, and their values with intervals.
 
 NLLs and effects are given twice: as a mean over all response tokens, in which a long response weighs more, as training
 reports them; and as a mean over examples of each example's own mean. Intervals resample users, not examples, because
-the examples of one user are not independent.
+the examples of one user are not independent. A measure's name is its kind and the prompt it was measured under:
+
+    rouge_l                   of texts generated with the user's history
+    rouge_l_counterfactual    of texts generated without history
+    rouge_l_placebo           of texts generated with another user's history
+    nll_factual               over all response tokens; such kinds name their prompt themselves
+    nll_factual_per_example   the same as a mean over examples of each example's own mean
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from nextquill.data.templates import BRANCHES
 from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.evaluation.bootstrap import bootstrap_interval
-from nextquill.evaluation.measure_names import PER_EXAMPLE, PREFERENCE_KINDS, PROMPTS, TOKEN_KINDS, TOKENS, measure_name
-from nextquill.evaluation.metrics import METRICS, MetricScores, compute
+from nextquill.evaluation.metrics import METRICS, Metric, MetricScores
+from nextquill.evaluation.metrics.scores import Floats
 from nextquill.evaluation.results import MetricValue, finite
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions
+
+PER_EXAMPLE = "_per_example"
+#: The number of response tokens: a count of an evaluation, and among the scores of every example.
+TOKENS = "tokens"
+#: The counts among an evaluation's measures.
+COUNTS = ("examples", "users", TOKENS)
+#: The prompts in words, by branch.
+PROMPTS = dict(zip(BRANCHES, ("with history", "without history", "with another's history"), strict=True))
+# Headings of columns in tables of 80 characters.
+_COLUMNS = dict(zip(BRANCHES, ("with history", "without", "another's"), strict=True))
+_NATS = "nats per token"
+
+
+class Kind(NamedTuple):
+    """A kind of measure: its label, its unit, which way is better if either is, and the heading of its table row."""
+
+    label: str
+    unit: str
+    higher_is_better: bool | None
+    row: str = ""
+
+
+#: Measures that have a value for every response token.
+TOKEN_KINDS = {
+    "nll_factual": Kind("nll with history", _NATS, False),
+    "nll_counterfactual": Kind("nll without history", _NATS, None),
+    "nll_placebo": Kind("nll with another's history", _NATS, None),
+    "effect_logprob": Kind("effect of the history", _NATS, None),
+    "effect_placebo": Kind("effect against the placebo", _NATS, None),
+    "effect_prob": Kind("mean probability effect", "", None),
+    "share_above_threshold": Kind(f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
+}
+#: Measures of a chosen against a rejected response.
+PREFERENCE_KINDS = {
+    "preference_accuracy": Kind("prefers the chosen", "", True, "prefers"),
+    "preference_accuracy_per_token": Kind("prefers the chosen per token", "", True, "prefers/token"),
+    "preference_margin": Kind("margin of the chosen", "nats", None, "margin"),
+    "preference_margin_per_token": Kind("margin of the chosen per token", _NATS, None, "margin/token"),
+}
+
+
+class Place(NamedTuple):
+    """Where a measure stands: the table ("responses", "pairs" or "texts"), and the headings of its row and column."""
+
+    table: str
+    row: str
+    column: str
+
+
+def measure_name(kind: str, branch: str) -> str:
+    """The name of a kind of measure under the prompt of a branch."""
+    return kind if branch == "factual" else f"{kind}_{branch}"
+
+
+def kind_and_branch(name: str) -> tuple[str, str]:
+    """The two parts that `measure_name` joins."""
+    branch = next((each for each in BRANCHES if name.endswith(f"_{each}")), "factual")
+    return name.removesuffix(f"_{branch}"), branch
+
+
+def text_metric(name: str) -> Metric | None:
+    """The metric of generated texts that a measure is, or None where it is another measure."""
+    metric = METRICS.get(kind_and_branch(name)[0])
+    return metric if metric is not None and metric.score is not None else None
+
+
+def is_of_corpus(name: str) -> bool:
+    """Whether a measure is computed from all texts together, as BLEU is, and so is not a mean of examples' scores."""
+    metric = text_metric(name)
+    return metric is not None and not metric.per_example
+
+
+def place_of(name: str) -> Place | None:
+    """The measure's place in tables, or None for a count and for an unknown name."""
+    over_tokens = name.removesuffix(PER_EXAMPLE)
+    if over_tokens in TOKEN_KINDS:
+        column = "per token" if over_tokens == name else "mean of examples"
+        return Place("responses", TOKEN_KINDS[over_tokens].label, column)
+    kind, branch = kind_and_branch(name)
+    if kind in PREFERENCE_KINDS:
+        return Place("pairs", PREFERENCE_KINDS[kind].row, _COLUMNS[branch])
+    return Place("texts", METRICS[kind].label, _COLUMNS[branch]) if kind in METRICS else None
 
 
 @dataclass(frozen=True)
@@ -42,12 +130,7 @@ class LabelledScores:
     per_example: str | None = None
 
     def with_interval(self, users: Sequence[str], options: EvaluationOptions) -> MetricValue:
-        """The measure with its bootstrap interval over users.
-
-        Args:
-            users: the user of every example.
-            options: the interval's `level`, `resamples` and `seed`.
-        """
+        """The measure with its bootstrap interval; `users` are those of all examples."""
         groups = [users[index] for index in self.members]
         value, *bounds = bootstrap_interval(
             self.scores, groups, level=options.level, resamples=options.resamples, seed=options.seed
@@ -56,32 +139,23 @@ class LabelledScores:
         return MetricValue(self.label, value, low, high, self.unit, self.higher_is_better, self.per_example)
 
 
-def token_values(line: Mapping[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+def token_values(line: Mapping[str, Any]) -> dict[str, Floats]:
     """Every measure of a response's tokens, [tokens] each, from its line of `effects.jsonl`."""
-    nll = {
-        name: np.asarray(line[f"nll_{name}"], dtype=np.float64)
-        for name in BRANCHES
-        if line.get(f"nll_{name}") is not None
-    }
-    factual, counterfactual = nll["factual"], nll["counterfactual"]
-    effect_prob = np.exp(-factual) - np.exp(-counterfactual)
-    values = {f"nll_{name}": value for name, value in nll.items()}
+    names = (f"nll_{branch}" for branch in BRANCHES)
+    values = {name: np.asarray(line[name], dtype=np.float64) for name in names if line.get(name) is not None}
+    factual, counterfactual = values["nll_factual"], values["nll_counterfactual"]
     values["effect_logprob"] = counterfactual - factual
-    if "placebo" in nll:
-        values["effect_placebo"] = nll["placebo"] - factual
-    values["effect_prob"] = effect_prob
-    values["share_above_threshold"] = (effect_prob > DEFAULT_THRESHOLD).astype(np.float64)
+    if "nll_placebo" in values:
+        values["effect_placebo"] = values["nll_placebo"] - factual
+    values["effect_prob"] = np.exp(-factual) - np.exp(-counterfactual)
+    values["share_above_threshold"] = (values["effect_prob"] > DEFAULT_THRESHOLD).astype(np.float64)
     return values
 
 
 def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, LabelledScores], list[dict[str, float]]]:
-    """NLLs and effects over all tokens and over examples, and every example's own means.
+    """NLLs and effects over all tokens and over examples, by name, from the examples' lines of `effects.jsonl`.
 
-    Args:
-        lines: a line of `effect_line` for each example.
-
-    Returns:
-        The measures by name; and for each example its scores by name, with its number of `tokens`.
+    The second result holds every example's own means by name, with its number of `tokens`.
     """
     values = [token_values(line) for line in lines]
     sizes = [len(line["token_ids"]) for line in lines]
@@ -101,11 +175,7 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Label
 
 
 def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:
-    """Means over the examples that hold a pair of responses.
-
-    Args:
-        scores: the examples' `preference_scores`, by the example's position.
-    """
+    """Means over the examples that hold a pair of responses, from their `preference_scores` by position."""
     members, measures = sorted(scores), dict[str, LabelledScores]()
     for branch, prompt in PROMPTS.items():
         for kind, (label, unit, better, _) in PREFERENCE_KINDS.items():
@@ -115,33 +185,4 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
                 mean = MetricScores.mean_of([scores[index][name] for index in held], name)
                 own = better if branch == "factual" else None
                 measures[name] = LabelledScores(f"{label}, {prompt}", mean, held, unit, own, name)
-    return measures
-
-
-def text_measures(
-    names: Sequence[str],
-    branches: Sequence[str],
-    references: Sequence[str],
-    generated: Sequence[Mapping[str, str]],
-    labels: Sequence[str] | None = None,
-) -> dict[str, LabelledScores]:
-    """Measures of the generated texts, branch by branch.
-
-    Args:
-        names: the names of metrics of texts.
-        branches: the branches whose prompts texts were generated from.
-        references: the right text of each example that texts were generated for.
-        generated: the texts of every example, by branch.
-        labels: every possible answer, if the task has a list of them.
-    """
-    measures = dict[str, LabelledScores]()
-    for branch in branches:
-        members = [index for index, texts in enumerate(generated) if branch in texts]
-        right, texts = [references[index] for index in members], [generated[index][branch] for index in members]
-        for kind, scores in compute(names, right, texts, labels=labels).items():
-            metric, name = METRICS[kind], measure_name(kind, branch)
-            label = f"{metric.label}, generated {PROMPTS[branch]}"
-            better = metric.higher_is_better if branch == "factual" else None
-            own = None if scores.per_example is None else name
-            measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
     return measures

@@ -7,17 +7,14 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from nextquill.data._checks import check_integer
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.evaluation.bootstrap import check_draws, check_integer
+from nextquill.evaluation.bootstrap import check_draws
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
-from nextquill.generation import GenerationOptions
-from nextquill.generation.options import PLAUSIBILITY
+from nextquill.generation import PLAUSIBILITY, GenerationOptions
 from nextquill.models import ATTENTIONS
-
-# Prompts at a time by default.
-_GENERATED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -74,24 +71,21 @@ class EvaluationOptions:
             _check_names("metrics", self.metrics, METRICS)
         _check_name("attention", self.attention, ATTENTIONS)
         check_draws(self.level, self.resamples, self.seed)
-        check_integer("item_effects", self.item_effects, 0)
+        check_integer("item_effects", self.item_effects, least=0)
         for name in ("batch_size", "generate_limit", "max_tokens"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), least=1, or_none=True)
         if self.max_tokens is not None and self.attention == "padded":
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
         if reading and not self.generate_branches:
-            raise ArgumentError(f"metrics: {reading[0]} is of generated texts, and no branch is generated for")
+            raise ArgumentError(f"metrics: {reading[0]} measures generated texts, and none are generated")
         self.generation()
 
     def generation(self) -> GenerationOptions:
         """How responses are generated."""
-        size = _GENERATED_TOGETHER if self.batch_size is None else self.batch_size
-        return GenerationOptions(
-            self.max_new_tokens, size, self.temperature, self.top_p, self.seed, self.engine, self.guidance,
-            self.plausibility,
-        )  # fmt: skip
+        names = {each.name for each in dataclasses.fields(GenerationOptions)}
+        values = {name: value for name, value in vars(self).items() if name in names}
+        return GenerationOptions(**{**values, "batch_size": self.batch_size or GenerationOptions.batch_size})
 
     def text_metrics(self) -> tuple[str, ...]:
         """The metrics of generated texts: those asked for, or the task's."""
@@ -106,7 +100,7 @@ class EvaluationOptions:
 
 
 def _check_names(argument: str, names: Any, known: Any) -> None:
-    if isinstance(names, str) or not isinstance(names, tuple):
+    if not isinstance(names, tuple):
         raise ArgumentTypeError(f"{argument}: expected a tuple of names, got {names!r}")
     for name in names:
         _check_name(argument, name, known)

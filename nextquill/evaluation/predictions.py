@@ -9,12 +9,12 @@ github.com/LongLaMP-benchmark/LongLaMP-Benchmark). A scorer takes two files that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
 from nextquill.storage.atomic_files import write_whole
@@ -64,7 +64,7 @@ def write_predictions(
             raise ArgumentError(f"predictions[{k}]: id {key!r} comes twice")
         outputs[key] = text
     if ids is not None:
-        _check_ids("predictions", outputs, "ids", ids)
+        _check_ids(ArgumentError, "predictions", outputs, "ids", ids)
     golds = [{"id": key, "output": text} for key, text in outputs.items()]
     name = task.file_names[0] if isinstance(task, Task) else task
     write_whole(path, json.dumps({"task": name, "golds": golds}, indent=1) + "\n")
@@ -102,10 +102,7 @@ def score_predictions(predictions: Path, golds: Path, task: Task | None = None) 
     given, right = read_predictions(predictions), read_predictions(golds)
     if given.task != right.task:
         raise RecordError(f"{predictions}: expected predictions of {right.task!r} as in {golds}, got {given.task!r}")
-    try:
-        _check_ids(str(predictions), given.outputs, str(golds), right.outputs)
-    except ArgumentError as error:
-        raise RecordError(str(error)) from error
+    _check_ids(RecordError, str(predictions), given.outputs, str(golds), right.outputs)
     task = task or task_of_file(right.task)
     references = [task.read_reference(text, f"{golds}: id {key!r}") for key, text in right.outputs.items()]
     return task.compute(references, [given.outputs[key] for key in right.outputs])
@@ -131,13 +128,14 @@ def _entry(entry: Any, where: str) -> tuple[Id, str]:
     return key, str(text)
 
 
-def _check_ids(name: str, given: Iterable[Id], other: str, wanted: Iterable[Id]) -> None:
-    have, want = list(given), list(wanted)
+def _check_ids(
+    error: type[NextQuillError], name: str, given: Collection[Id], other: str, wanted: Collection[Id]
+) -> None:
     for keys, known, what in (
-        (want, set(have), f"no prediction for id {{!r}} of {other}"),
-        (have, set(want), f"id {{!r}} is not in {other}"),
+        (wanted, set(given), f"no prediction for id {{!r}} of {other}"),
+        (given, set(wanted), f"id {{!r}} is not in {other}"),
     ):
         strange = [key for key in keys if key not in known]
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            raise ArgumentError(f"{name}: {what.format(strange[0])}{more}")
+            raise error(f"{name}: {what.format(strange[0])}{more}")

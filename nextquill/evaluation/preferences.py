@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from nextquill.data import Branch, ExampleEncoder, Record
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import RecordError
-from nextquill.evaluation.measure_names import measure_name
+from nextquill.evaluation.measures import measure_name
 from nextquill.evaluation.scoring import BranchScorer
 
 PAIR = ("chosen", "rejected")
@@ -37,11 +36,7 @@ class PreferencePair:
 
 
 def has_pair(record: Record, index: int) -> bool:
-    """Whether a record holds two responses to compare.
-
-    Raises:
-        RecordError: it holds only one of them, or something that is not a text.
-    """
+    """Whether a record holds two responses to compare; RecordError if it holds one, or something that is not a text."""
     given = [name for name in PAIR if record.extra.get(name) is not None]
     for name in given:
         value = record.extra[name]
@@ -119,8 +114,3 @@ def preference_scores(scorer: BranchScorer, pair: PreferencePair) -> dict[str, f
             result[measure_name(f"preference_margin{kind}", name)] = value
             result[measure_name(f"preference_accuracy{kind}", name)] = 0.5 if value == 0 else float(value > 0)
     return result
-
-
-def preference_line(scorer: BranchScorer, pair: PreferencePair) -> dict[str, Any]:
-    """`preference_scores` of a record as JSON."""
-    return {"index": pair.index, "scores": preference_scores(scorer, pair)}

@@ -1,4 +1,4 @@
-"""The files of an evaluation's folder, as values that go to JSON and back.
+"""The files of an evaluation's folder: their values, how they are read, and how they are written.
 
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
@@ -6,6 +6,14 @@
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
+
+While an evaluation runs, each of its stages is a file of JSON lines. The same evaluation, started again, resumes from
+these lines. The results follow from them alone, so it gives the same bytes as an uninterrupted one.
+
+    evaluation.json.partial   says which evaluation writes here; one process at a time holds it
+    NAME.partial              lines of an unfinished stage
+    NAME                      a finished stage
+    evaluation.json           appears last
 """
 
 from __future__ import annotations
@@ -13,13 +21,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nextquill.errors import RecordError
+from nextquill.errors import OutputExistsError, RecordError
+from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object, json_objects
+from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
 
 #: The folder of an evaluation within that of its run.
 EVALUATION_FOLDER = "evaluation"
@@ -27,6 +38,13 @@ EVALUATION_FILE = "evaluation.json"
 EXAMPLES_FILE = "examples.jsonl"
 EFFECTS_FILE = "effects.jsonl"
 ITEM_EFFECTS_FILE = "item_effects.jsonl"
+PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
+# Stages whose content ends up in the examples' file.
+_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
+# All files but `evaluation.json`.
+_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+
+Progress = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,7 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
     examples = dict[int, EvaluatedExample]()
     for where, raw in json_objects(folder / EXAMPLES_FILE):
         example = _built(EvaluatedExample, raw, where)
-        if line_index(raw, where) in examples:
+        if example.index in examples:
             raise RecordError(f"{where}: field 'index': expected each index once, got {example.index} again")
         for name in ("user_id", "query", "response"):
             if not isinstance(raw[name], str):
@@ -217,9 +235,96 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def check_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that cannot be written into, before any work.
+
+    Raises:
+        OutputExistsError: it holds a finished evaluation, or is not a folder.
+    """
+    if (folder / EVALUATION_FILE).exists() and not overwrite:
+        raise OutputExistsError(f"folder: {folder} holds a finished evaluation; give another, or overwrite=True")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OutputExistsError(f"folder: expected a folder, {existing} is a file")
+
+
+class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
+    """A folder that one evaluation writes into; at the end of its context, a folder without any line is as it was.
+
+    Args:
+        folder: created if it is missing.
+        run: the settings that must agree for an evaluation to resume, by name; JSON.
+        overwrite: delete the evaluation that is there, finished or not.
+        progress: `progress(lines, total=..., initial=..., desc=...)` is iterated instead of the lines; `tqdm` fits.
+
+    Raises:
+        OutputExistsError: the folder holds a finished evaluation or a file in the way, or another process writes there.
+        CheckpointError: another evaluation was started there; the message names the setting that differs.
+    """
+
+    def __init__(
+        self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False, progress: Progress | None = None
+    ) -> None:
+        check_folder(folder, overwrite=overwrite)
+        self.folder, self._progress = folder, progress
+        folder.mkdir(parents=True, exist_ok=True)
+        self._begun = BegunFile(folder / EVALUATION_FILE, run, overwrite=overwrite, argument="folder")
+        try:
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)
+            if self._begun.is_new:
+                self._clear(overwrite)  # first: files beside a partial file of ours would be taken for ours
+                self._begun.begin()
+        except BaseException:
+            self._begun.close(remove=self._begun.is_new)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        finished = (self.folder / EVALUATION_FILE).exists()
+        self._begun.close(remove=finished or not self._present())
+
+    def stage(
+        self, name: str, indices: Sequence[int], make: Callable[[PartialFile], Iterable[Mapping[str, Any]]], desc: str
+    ) -> list[dict[str, Any]]:
+        """The lines of a stage's file: those already written, and those that `make` yields.
+
+        Args:
+            name, desc: of the file, and on the progress bar.
+            indices: the indices of all its lines, in the order of the file.
+            make: called with the lines already written; yields the other lines, in any order.
+        """
+        path = self.folder / name
+        if not path.exists() and indices:
+            with PartialFile(path, {}, argument="folder") as partial:
+                lines = make(partial)
+                if self._progress is not None:
+                    lines = self._progress(lines, total=len(indices), initial=len(partial), desc=desc)
+                for line in lines:
+                    partial.write(line)
+                partial.finish(indices)
+        return [value for _, value in json_objects(path)] if indices else []
+
+    def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
+        """Write the results; the evaluation itself last."""
+        lines = [json.dumps(example.to_dict(), ensure_ascii=False) + "\n" for example in examples]
+        write_whole(self.folder / EXAMPLES_FILE, "".join(lines))
+        write_whole(self.folder / EVALUATION_FILE, evaluation.to_json())
+        for name in _PROGRESS:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _present(self) -> list[Path]:
+        """The files an evaluation has written here, without `evaluation.json` and `evaluation.json.partial`."""
+        paths = (self.folder / f"{name}{ending}" for name in _FILES for ending in ("", ".partial"))
+        return [path for path in paths if path.exists()]
+
+    def _clear(self, overwrite: bool) -> None:
+        for path in self._present():
+            if not overwrite:
+                raise OutputExistsError(f"folder: {path} exists; give another folder, or overwrite=True")
+            path.unlink()
+
+
 def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     line: ItemEffects = _built(ItemEffects, raw, where)
-    line_index(raw, where)
     count = len(line_tokens(raw, where))
     if not isinstance(line.items, list) or not all(isinstance(item, dict) for item in line.items):
         raise RecordError(f"{where}: field 'items': expected a list of objects")
@@ -231,6 +336,8 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
+    """A value of this kind from a line with its fields and an index."""
+    line_index(raw, where)
     try:
         return kind(**raw)
     except TypeError as error:

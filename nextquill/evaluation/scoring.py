@@ -7,8 +7,8 @@ decide which records are computed together, so an interrupted run resumes with t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,12 +107,12 @@ def score_examples(
                 done = max(0, done - part["num_sequences"])
 
 
-class BranchScorer:
+class BranchScorer(AbstractContextManager["BranchScorer"]):
     """Scores any branches of one model without gradient, those that begin alike in one forward.
 
         nll[t] = -log p(response[t] | prompt, response[:t])
 
-    A context manager: leaving it gives the model back as it was.
+    Leaving its context gives the model back as it was.
 
     Args:
         model: a causal language model; used in eval mode.
@@ -140,10 +140,7 @@ class BranchScorer:
         self._usual = usual_max_tokens(model, attention)
         self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
 
-    def __enter__(self) -> BranchScorer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._passes.close()
 
     def __call__(self, branches: Sequence[Branch]) -> list[Tensor]:
@@ -187,20 +184,16 @@ def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0
 
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
     """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals."""
-    result = {
+    names = ("nll_factual", "nll_counterfactual", "effect_logprob", "effect_prob", "nll_placebo")
+    values = {name: getattr(scores, name) for name in names}
+    return {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
         "history_kept": scores.example.history_kept,
         "tokens": token_texts(tokenizer, scores.token_ids),
         "token_ids": scores.token_ids,
-        "nll_factual": rounded(scores.nll_factual),
-        "nll_counterfactual": rounded(scores.nll_counterfactual),
-        "effect_logprob": rounded(scores.effect_logprob),
-        "effect_prob": rounded(scores.effect_prob),
+        **{name: rounded(value) for name, value in values.items() if value is not None},
     }
-    if scores.nll_placebo is not None:
-        result["nll_placebo"] = rounded(scores.nll_placebo)
-    return result
 
 
 def rounded(values: Tensor) -> list[float]:
@@ -260,9 +253,7 @@ def _token_texts_from_start(tokenizer: Any, token_ids: Sequence[int], full: str)
 
 def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     """Positions of the examples with each user's together, users in the order of their first."""
-    first: dict[str, int] = {}
-    for example in examples:
-        first.setdefault(example.user_id, len(first))
+    first = {user: place for place, user in enumerate(dict.fromkeys(example.user_id for example in examples))}
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.metrics import MetricScores, compute
-from nextquill.evaluation.metrics.ratings import read_rating
+from nextquill.evaluation.metrics.answers import read_rating
 from nextquill.evaluation.metrics.scores import Reference
 
 

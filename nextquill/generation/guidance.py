@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from nextquill.errors import ArgumentError
-from nextquill.generation.options import PLAUSIBILITY, check_guidance
+from nextquill.generation import PLAUSIBILITY, check_guidance
 from nextquill.models.configs import base_model
 from nextquill.models.router import without_router_loss
 

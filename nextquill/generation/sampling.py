@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from nextquill.generation.options import GenerationOptions
+from nextquill.generation import GenerationOptions
 
 
 class GumbelNoise(LogitsProcessor):

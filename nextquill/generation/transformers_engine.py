@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from nextquill.generation.engine import Engine
+from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.generation.guidance import HistoryGuidance
-from nextquill.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.generation.sampling import sampling
 from nextquill.models.configs import context_length
+from nextquill.models.probe import in_eval_mode
 from nextquill.models.router import without_router_loss
 
 
@@ -26,36 +28,32 @@ def transformers_engine(
 
     Generation uses a cache even if the model's own config has none, as in training with gradient checkpointing.
     """
-    own, modes = model.generation_config, [(module, module.training) for module in model.modules()]
+    own = model.generation_config
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
     model.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
     )
-    model.eval()
     try:
-        yield TransformersEngine(model, tokenizer, stops, options)
+        with in_eval_mode(model):
+            yield TransformersEngine(tokenizer, stops, options, model)
     finally:
         model.generation_config = own
-        for module, training in modes:
-            module.training = training
 
 
+@dataclass
 class TransformersEngine(Engine):
     """See `Engine`; the longest prompts come first."""
 
-    def __init__(self, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> None:
-        super().__init__(tokenizer, stops, options)
-        self._model = model
+    model: Any
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
         for batch, limit in self._batches(prompts):
-            wanted = [prompt.index not in done for prompt in batch]
-            if not any(wanted):
+            if all(prompt.index in done for prompt in batch):
                 continue
-            for prompt, ids, want in zip(batch, self._respond(batch, limit), wanted, strict=True):
-                if want:
-                    yield prompt.index, up_to_stop(ids, self._stops)
+            for prompt, ids in zip(batch, self._respond(batch, limit), strict=True):
+                if prompt.index not in done:
+                    yield prompt.index, up_to_stop(ids, self.stops)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
         """Prompts to run together, longest first, and the most tokens that each may get.
@@ -63,10 +61,10 @@ class TransformersEngine(Engine):
         Near the end of the model's context that number depends on a prompt's length. Only prompts with the same number
         run together, so that the length of a response depends on its own prompt alone.
         """
-        context, size = context_length(self._model), self._options.batch_size
+        context, size = context_length(self.model), self.options.batch_size
 
         def together(prompt: Prompt) -> tuple[bool, int]:
-            return prompt.against is not None, token_limit(prompt, self._options, context)
+            return prompt.against is not None, token_limit(prompt, self.options, context)
 
         ordered = sorted(prompts, key=lambda prompt: (prompt.against is None, -len(prompt.ids), prompt.index))
         for (_, tokens), group in groupby(ordered, together):
@@ -78,26 +76,20 @@ class TransformersEngine(Engine):
     def _respond(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         if max_new_tokens < 1:
             return [[] for _ in prompts]
-        longest = max(len(prompt.ids) for prompt in prompts)
-        device, pad = next(self._model.parameters()).device, self._model.generation_config.pad_token_id
-        padding = [longest - len(prompt.ids) for prompt in prompts]
-        rows = [
-            ([pad] * left + each.ids, [0] * left + [1] * len(each.ids))
-            for left, each in zip(padding, prompts, strict=True)
-        ]
-        input_ids, mask = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
-        processors = sampling(self._options, [prompt.seed for prompt in prompts], device)
+        device, pad = next(self.model.parameters()).device, self.model.generation_config.pad_token_id
+        rows = [torch.tensor(prompt.ids, device=device) for prompt in prompts]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        processors = sampling(self.options, [prompt.seed for prompt in prompts], device)
         against = [prompt.against for prompt in prompts if prompt.against is not None]
         if against:
-            processors.insert(
-                0, HistoryGuidance(self._model, against, self._options.guidance, self._options.plausibility)
-            )
-        outputs = self._model.generate(
+            gamma, beta = self.options.guidance, self.options.plausibility
+            processors.insert(0, HistoryGuidance(self.model, against, gamma, beta))
+        outputs = self.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             logits_processor=processors,
-            **without_router_loss(self._model),
+            **without_router_loss(self.model),
         )
-        responses: list[list[int]] = outputs[:, longest:].tolist()
-        return responses
+        return list(outputs[:, input_ids.shape[1] :].tolist())

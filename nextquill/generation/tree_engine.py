@@ -20,16 +20,17 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from nextquill.errors import UnsupportedModelError
-from nextquill.generation.engine import Engine
+from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
 from nextquill.generation.guidance import guide
-from nextquill.generation.options import GenerationOptions, Prompt, token_limit
 from nextquill.generation.sampling import GumbelNoise, sampling
 from nextquill.models.attention import TreeAttention
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
 from nextquill.models.router import without_router_loss
-from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
+from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree, visibility_mask
 
+#: Keys and values by layer, [1, H_kv, T, D] each.
+Layers = Sequence[tuple[Tensor, Tensor]]
 #: Tokens by which a cache grows.
 _BLOCK = 256
 
@@ -60,6 +61,7 @@ class TreeEngine(Engine):
             raise UnsupportedModelError(f"{type(model).__name__}: its rotary embedding changes with the longest branch")
         self._prompt_attention = TreeAttention(model)
         self._extra = without_router_loss(model)
+        self.kept: tuple[list[int], Layers] | None = None
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def close(self) -> None:
@@ -77,28 +79,34 @@ class TreeEngine(Engine):
             yield from ((index, ids) for index, ids in found.items() if index not in done)
 
     def stream(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int]]:
-        """Yield each prompt's index and next token as soon as it is chosen."""
+        """Yield each prompt's index and next token as soon as it is chosen.
+
+        The beginning that prompts share with the first one of an earlier batch or call is not computed again.
+        """
         for batch in self._batches(prompts):
-            yield from self._tokens(batch)
+            yield from self._tokens(batch, reuse=True)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        ordered, size = sorted(prompts, key=lambda prompt: (prompt.ids, prompt.index)), self._options.batch_size
+        ordered, size = sorted(prompts, key=lambda prompt: (prompt.ids, prompt.index)), self.options.batch_size
         for guided in (True, False):
             group = [prompt for prompt in ordered if (prompt.against is not None) == guided]
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
     @torch.no_grad()
-    def _tokens(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int]]:
+    def _tokens(self, prompts: Sequence[Prompt], reuse: bool = False) -> Iterator[tuple[int, int]]:
         context = context_length(self._model)
-        room = {prompt.index: token_limit(prompt, self._options, context) for prompt in prompts}
+        room = {prompt.index: token_limit(prompt, self.options, context) for prompt in prompts}
         alive = [prompt for prompt in prompts if room[prompt.index]]
         if not alive:
             return
         against = [prompt.against for prompt in alive if prompt.against is not None]
-        row = _Row(build_prefix_tree([*(prompt.ids for prompt in alive), *against]), self._device)
-        processors: Any = sampling(self._options, [prompt.seed for prompt in alive], self._device)
+        own = [prompt.ids for prompt in alive]
+        row = _Row(build_prefix_tree([*own, *against]), self._device, *(self._known(own) if reuse else ()))
+        processors: Any = sampling(self.options, [prompt.seed for prompt in alive], self._device)
         logits = self._prefill(row)
+        if reuse:
+            self.kept = own[0], row.first_prompt()
         while True:
             scores = processors(None, self._guided(logits, len(alive)))
             tokens: list[int] = scores.argmax(-1).tolist()
@@ -106,7 +114,7 @@ class TreeEngine(Engine):
             for place, (prompt, token) in enumerate(zip(alive, tokens, strict=True)):
                 yield prompt.index, token
                 room[prompt.index] -= 1
-                if token not in self._stops and room[prompt.index]:
+                if token not in self.stops and room[prompt.index]:
                     going.append(place)
             if not going:
                 return
@@ -127,11 +135,24 @@ class TreeEngine(Engine):
     def _guided(self, logits: Tensor, prompts: int) -> Tensor:
         """The scores of the prompts' next tokens, from their own logits and those to move away from."""
         own, against = logits[:prompts], logits[prompts:]
-        return guide(own, against, self._options.guidance, self._options.plausibility) if len(against) else own
+        return guide(own, against, self.options.guidance, self.options.plausibility) if len(against) else own
+
+    def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
+        """How many of the prompts' first tokens are kept from before, and their keys and values."""
+        if self.kept is None:
+            return ()
+        ids, layers = self.kept
+        # At least the last token of a prompt is computed, for its logits.
+        same = min(_common(ids, own[:-1]) for own in prompts)
+        return (same, layers) if same else ()
 
     def _prefill(self, row: _Row) -> Tensor:
         """The logits after each prompt, [prompts, V]; fills the cache."""
-        inputs = self._prompt_attention.model_inputs(row.forward())
+        if row.known:
+            inputs = row.rest()
+            inputs["attention_mask"] = self._step_attention.masks(inputs.pop("visible"))
+        else:
+            inputs = self._prompt_attention.model_inputs(row.forward())
         if not self._selects:
             return self._logits(inputs, row)[row.ends]
         return self._logits({**inputs, "logits_to_keep": row.ends}, row)
@@ -149,22 +170,58 @@ class TreeEngine(Engine):
         return logits
 
 
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b))
+    )
+
+
 class _Row:
     """A row of prompts and of the tokens after them: what each prompt's next token sees, and the keys and values.
 
+    Args:
+        tree: the prompts.
+        known: how many first tokens of the first prompt are computed already.
+        layers: their keys and values, by layer; there may be more.
+
     Attributes:
-        ends: int64 [prompts], the row of each prompt's last token.
+        ends: int64 [prompts], where each prompt's last token is among those that are computed first.
         cache: keys and values of all tokens of the row.
     """
 
-    def __init__(self, tree: PrefixTree, device: torch.device) -> None:
-        self._tree, self._device = tree, device
-        self.ends = torch.stack([rows[-1] for rows in tree.branch_rows]).to(device)
-        self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
-        rows, ends = torch.arange(len(tree), device=device), self.ends[:, None]
-        self._visible = (rows <= ends) & (ends < tree.subtree_end.to(device))
-        self._positions = tree.position_ids.to(device)  # of every token in the cache
-        self._next = self._positions[self.ends] + 1  # of each prompt's next token
+    def __init__(self, tree: PrefixTree, device: torch.device, known: int = 0, layers: Layers = ()) -> None:
+        self._tree, self._device, self.known = tree, device, known
+        rows = torch.arange(len(tree))
+        first = tree.branch_rows[0][:known]
+        # The tree's rows in the order of the cache: known ones, then the others.
+        self._order = torch.cat([first, rows[~torch.isin(rows, first)]])
+        ends = torch.stack([branch[-1] for branch in tree.branch_rows])
+        self.ends = (torch.argsort(self._order)[ends] - known).to(device)
+        self.cache = (
+            Cache([_GrowingLayer.of(*layer, known) for layer in layers])
+            if known
+            else Cache(layer_class_to_replicate=_GrowingLayer)
+        )
+        visible = (rows <= ends[:, None]) & (ends[:, None] < tree.subtree_end)
+        self._visible = visible[:, self._order].to(device)
+        self._positions = tree.position_ids[self._order].to(device)  # of every token in the cache
+        self._next = (tree.position_ids[ends] + 1).to(device)  # of each prompt's next token
+
+    def first_prompt(self) -> Layers:
+        """The keys and values of the first prompt, by layer."""
+        columns = torch.argsort(self._order)[self._tree.branch_rows[0]].to(self._device)
+        return [(layer.keys[..., columns, :], layer.values[..., columns, :]) for layer in self.cache.layers]
+
+    def rest(self) -> dict[str, Any]:
+        """The tokens that are not known, and what they see by window, bool [tokens, cache]."""
+        tree, rest = self._tree, self._order[self.known :]
+
+        def visible(window: int | None) -> Tensor:
+            return visibility_mask(tree.position_ids, tree.subtree_end, window)[rest][:, self._order].to(self._device)
+
+        inputs = {name: getattr(tree, name)[rest][None].to(self._device) for name in ("input_ids", "position_ids")}
+        return {**inputs, "visible": visible}
 
     def forward(self) -> dict[str, Any]:
         """The prompts as a forward of a tree batch."""
@@ -193,6 +250,13 @@ class _Row:
 
 class _GrowingLayer(DynamicLayer):
     """Keys and values in buffers that grow in blocks; appending to a tensor would copy all of it for each token."""
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, tokens: int) -> _GrowingLayer:
+        """A layer that begins with a copy of some keys and values."""
+        layer = cls()
+        layer.update(keys[..., :tokens, :].clone(), values[..., :tokens, :].clone())
+        return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         used = self.get_seq_length()

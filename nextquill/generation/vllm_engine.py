@@ -11,13 +11,13 @@ import gc
 import importlib.util
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.generation.engine import Engine
-from nextquill.generation.options import GenerationOptions, Prompt, token_limit, up_to_stop
+from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.models.configs import context_length, is_adapter
 
 # Prompts handed over at once: enough to fill its batches, few enough that an interrupted run loses little.
@@ -48,22 +48,16 @@ def vllm_engine(
 
     It reserves memory for prompts of up to `longest` tokens, because a whole context often does not fit beside the
     weights.
-
-    Raises:
-        BackendUnavailableError, ArgumentError: see `check_vllm`.
     """
     adapter = check_vllm(model, model_name)
     context, needed = context_length(model), longest + options.max_new_tokens
+    name, rank = (str(model_name), None) if adapter is None else (adapter.base, adapter.rank)
     device, engine = next(model.parameters()).device, VLLMEngine(tokenizer, stops, options, context)
     model.to("cpu")
     release()
     try:
-        engine.llm = load_llm(
-            str(model_name) if adapter is None else adapter.base,
-            dtype=model.dtype,
-            max_model_len=needed if context is None else min(context, needed),
-            max_lora_rank=None if adapter is None else adapter.rank,
-        )
+        limit = needed if context is None else min(context, needed)
+        engine.llm = load_llm(name, dtype=model.dtype, max_model_len=limit, max_lora_rank=rank)
         engine.lora = None if adapter is None else lora_request("evaluated", 1, adapter.folder)
         yield engine
     finally:
@@ -77,12 +71,7 @@ def load_llm(
 ) -> Any:
     """vLLM's `LLM`, with token ids in and out, without the model's own generation config.
 
-    Args:
-        name: folder or hub name of the weights.
-        dtype: the weights' dtype.
-        max_model_len: the most tokens of a prompt and its response together.
-        max_lora_rank: the highest rank of the adapters to run, if any.
-        options: other options of `LLM`.
+    `name` is the folder or hub name of the weights, and `max_model_len` the tokens of a prompt and its response.
     """
     import vllm
 
@@ -123,53 +112,49 @@ def check_vllm(model: Any, model_name: str | None) -> Adapter | None:
     return plain_lora(model, model_name) if is_adapter(model) else None
 
 
+@dataclass
 class VLLMEngine(Engine):
     """See `Engine`; responses come in the order of their prompts."""
 
-    def __init__(self, tokenizer: Any, stops: set[int], options: GenerationOptions, context: int | None) -> None:
-        super().__init__(tokenizer, stops, options)
-        self.llm: Any = None
-        self.lora: Any = None
-        self._context = context
+    context: int | None
+    llm: Any = None
+    lora: Any = None
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
         wanted = [prompt for prompt in prompts if prompt.index not in done]
         for start in range(0, len(wanted), _AT_ONCE):
             batch = wanted[start : start + _AT_ONCE]
-            fitting = [prompt for prompt in batch if self._limit(prompt)]
+            limits = {prompt.index: token_limit(prompt, self.options, self.context) for prompt in batch}
+            fitting = [prompt for prompt in batch if limits[prompt.index]]
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt.ids} for prompt in fitting],
-                [self._parameters(prompt) for prompt in fitting],
+                [self._parameters(prompt, limits[prompt.index]) for prompt in fitting],
                 use_tqdm=False,
                 lora_request=self.lora,
             )
             made = {prompt.index: out.outputs[0].token_ids for prompt, out in zip(fitting, outputs, strict=True)}
             for prompt in batch:
-                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self._stops)
+                yield prompt.index, up_to_stop(made.get(prompt.index, ()), self.stops)
 
-    def _limit(self, prompt: Prompt) -> int:
-        return token_limit(prompt, self._options, self._context)
-
-    def _parameters(self, prompt: Prompt) -> Any:
+    def _parameters(self, prompt: Prompt, max_tokens: int) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=self._options.temperature,
-            top_p=self._options.top_p,
-            max_tokens=self._limit(prompt),
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            max_tokens=max_tokens,
             seed=prompt.seed,
-            stop_token_ids=sorted(self._stops),
+            stop_token_ids=sorted(self.stops),
             detokenize=False,
         )
 
 
 def plain_lora(model: Any, folder: str, name: str | None = None, base: str | None = None) -> Adapter:
-    """A PEFT model's adapter, as vLLM runs it over its base.
+    """The adapter of a PEFT model that is saved in a folder, as vLLM runs it over its base.
 
     Args:
-        model: the PEFT model.
-        folder: the folder that the adapter is saved in.
+        model, folder: the model, and the adapter's folder.
         name: the adapter's name; by default that of the active one.
         base: folder or hub name of the base model; by default as the adapter's config says.
 

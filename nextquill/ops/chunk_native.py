@@ -22,32 +22,21 @@ from nextquill.errors import BackendUnavailableError
 _INTERFACE_VERSION = 3
 
 
-def is_available() -> bool:
-    """Whether `nextquill_ext` is installed and fits this version."""
-    return _load()[0] is not None
-
-
-def reason() -> str:
-    """Why `is_available()` is False; empty where it is True."""
+def why_not() -> str | None:
+    """Why `nextquill_ext` cannot be used, or None if it is installed and fits this version."""
     return _load()[1]
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     """Compute as `chunk_torch.token_stats` does, in float32."""
     if len(logits) > 0:
-        _kernels().token_stats(_dlpack(logits), _dlpack(labels), _dlpack(out), torch.get_num_threads())
+        _kernels().token_stats(*map(_dlpack, (logits, labels, out)), torch.get_num_threads())
 
 
-def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
+def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> None:
     """Compute as `chunk_torch.pair_stats` does, in float32; reads the logits of each stream once."""
-    if len(logits_factual) > 0:
-        _kernels().pair_stats(
-            _dlpack(logits_factual),
-            _dlpack(logits_counterfactual),
-            _dlpack(labels),
-            _dlpack(out),
-            torch.get_num_threads(),
-        )
+    if len(logits[0]) > 0:
+        _kernels().pair_stats(*map(_dlpack, (*logits, labels, out)), torch.get_num_threads())
 
 
 def token_grad_(
@@ -62,26 +51,16 @@ def token_grad_(
     """Compute as `chunk_torch.token_grad_` does; the result is float32 whatever `dtype` is."""
     del dtype
     if len(logits) > 0:
-        _kernels().token_grad_(
-            _dlpack(logits),
-            _dlpack(labels),
-            _dlpack(stats),
-            _dlpack(grad_nll),
-            softcap,
-            logit_scale,
-            torch.get_num_threads(),
-        )
+        tensors = map(_dlpack, (logits, labels, stats, grad_nll))
+        _kernels().token_grad_(*tensors, softcap, logit_scale, torch.get_num_threads())
     return logits
 
 
 def pair_grad_(
-    logits_factual: Tensor,
-    logits_counterfactual: Tensor,
+    logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
-    grad_factual: Tensor,
-    grad_counterfactual: Tensor | None,
-    grad_effect: Tensor,
+    grad_nlls: tuple[Tensor, Tensor | None, Tensor],
     softcap: float | None,
     logit_scale: float,
     dtype: torch.dtype,
@@ -89,26 +68,15 @@ def pair_grad_(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute as `chunk_torch.pair_grad_` does; the results are float32 whatever `dtype` is."""
     del dtype
-    if len(logits_factual) > 0:
-        _kernels().pair_grad_(
-            _dlpack(logits_factual),
-            _dlpack(logits_counterfactual),
-            _dlpack(labels),
-            _dlpack(stats),
-            _dlpack(grad_factual),
-            None if grad_counterfactual is None else _dlpack(grad_counterfactual),
-            _dlpack(grad_effect),
-            softcap,
-            logit_scale,
-            detach_counterfactual,
-            torch.get_num_threads(),
-        )
-    return logits_factual, None if detach_counterfactual else logits_counterfactual
+    if len(logits[0]) > 0:
+        tensors = map(_dlpack, (*logits, labels, stats, *grad_nlls))
+        _kernels().pair_grad_(*tensors, softcap, logit_scale, detach_counterfactual, torch.get_num_threads())
+    return logits[0], None if detach_counterfactual else logits[1]
 
 
-def _dlpack(tensor: Tensor) -> Any:
+def _dlpack(tensor: Tensor | None) -> Any:
     # `to_dlpack` takes 0.2 us; `Tensor.__dlpack__`, which the extension would call, is Python code and takes 2 us.
-    return to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
+    return None if tensor is None else to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def _kernels() -> Any:
@@ -119,8 +87,8 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _load() -> tuple[Any, str]:
-    """Return the extension and "", or None and the reason why it cannot be used."""
+def _load() -> tuple[Any, str | None]:
+    """Return the extension and None, or None and the reason why it cannot be used."""
     try:
         module = importlib.import_module("nextquill_ext")
     except ImportError as error:
@@ -132,7 +100,7 @@ def _load() -> tuple[Any, str]:
         return None, f"nextquill_ext has interface {found}, expected {_INTERFACE_VERSION}; rebuild it"
     if (path := _openmp_of_torch()) is not None:
         module.use_openmp(path)
-    return module, ""
+    return module, None
 
 
 def _openmp_of_torch() -> str | None:

@@ -36,20 +36,20 @@ def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
         _row_stats(logits[rows], labels[rows], scratch, out[:, rows])
 
 
-def pair_stats(logits_factual: Tensor, logits_counterfactual: Tensor, labels: Tensor, out: Tensor) -> None:
+def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> None:
     """Write the statistics of z1, of z0 and of z1 - z0, as `token_stats` does for one stream.
 
     Args:
-        logits_factual, logits_counterfactual: z1 and z0 [n, V], float32 or float64.
+        logits: z1 (factual) and z0 (counterfactual), each [n, V], float32 or float64.
         labels: y [n], int64.
         out: [9, n], dtype of the logits; receives max, sum and nll (nats) of z1, then of z0, then of z1 - z0. With
             [11, n] also KL(p1 ‖ p0) and the entropy of p1, in nats.
     """
-    for rows, (difference, scratch) in _row_blocks(logits_factual, buffers=2):
-        z1, z0, y, stats = logits_factual[rows], logits_counterfactual[rows], labels[rows], out[:, rows]
+    for rows, (difference, scratch) in _row_blocks(logits[0], buffers=2):
+        z1, z0, y, stats = logits[0][rows], logits[1][rows], labels[rows], out[:, rows]
         torch.sub(z1, z0, out=difference)
-        for stream, logits in enumerate((z1, z0, difference)):
-            _row_stats(logits, y, scratch, stats[3 * stream : 3 * stream + 3])
+        for index, z in enumerate((z1, z0, difference)):
+            _row_stats(z, y, scratch, stats[3 * index : 3 * index + 3])
         if out.shape[0] == 11:
             _divergences(z1, difference, scratch, stats)
 
@@ -86,13 +86,10 @@ def token_grad_(
 
 
 def pair_grad_(
-    logits_factual: Tensor,
-    logits_counterfactual: Tensor,
+    logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
-    grad_factual: Tensor,
-    grad_counterfactual: Tensor | None,
-    grad_effect: Tensor,
+    grad_nlls: tuple[Tensor, Tensor | None, Tensor],
     softcap: float | None,
     logit_scale: float,
     dtype: torch.dtype,
@@ -105,11 +102,10 @@ def pair_grad_(
     each times scale·cap'.
 
     Args:
-        logits_factual, logits_counterfactual: z1 and z0 [n, V], float32 or float64.
+        logits: z1 (factual) and z0 (counterfactual), each [n, V], float32 or float64.
         labels: y [n], int64.
         stats: [9, n], dtype of the logits; written by `pair_stats` for the same logits.
-        grad_factual, grad_effect: g_f and g_e [n], dtype of the logits, per nat.
-        grad_counterfactual: g_c [n], likewise; None means zero and saves a softmax.
+        grad_nlls: g_f, g_c and g_e, each [n], dtype of the logits, per nat; a g_c of None is zero and saves a softmax.
         softcap, logit_scale, dtype: as in `token_grad_`.
         detach_counterfactual: leave z0 as it is.
 
@@ -117,21 +113,22 @@ def pair_grad_(
         dz1 and dz0 [n, V], each as `token_grad_` returns it; None for dz0 with `detach_counterfactual`.
     """
     del dtype
-    for rows, (effect, own) in _row_blocks(logits_factual, buffers=2):
-        z1, z0, y = logits_factual[rows], logits_counterfactual[rows], labels[rows]
+    g_f, g_c, g_e = grad_nlls
+    for rows, (effect, own) in _row_blocks(logits[0], buffers=2):
+        z1, z0, y = logits[0][rows], logits[1][rows], labels[rows]
         stats1, stats0, stats_e = stats[:, rows].split(3)
         torch.sub(z1, z0, out=own)
-        _weighted_softmax_grad(own, y, stats_e, grad_effect[rows], effect)
-        _weighted_softmax_grad(z1, y, stats1, grad_factual[rows], own)
+        _weighted_softmax_grad(own, y, stats_e, g_e[rows], effect)
+        _weighted_softmax_grad(z1, y, stats1, g_f[rows], own)
         _through_cap_(z1, own.add_(effect), softcap, logit_scale)
         if detach_counterfactual:
             continue
         effect.neg_()
-        if grad_counterfactual is not None:
-            _weighted_softmax_grad(z0, y, stats0, grad_counterfactual[rows], own)
+        if g_c is not None:
+            _weighted_softmax_grad(z0, y, stats0, g_c[rows], own)
             effect.add_(own)
         _through_cap_(z0, effect, softcap, logit_scale)
-    return logits_factual, None if detach_counterfactual else logits_counterfactual
+    return logits[0], None if detach_counterfactual else logits[1]
 
 
 def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> None:

@@ -60,10 +60,10 @@ class Chunk:
     hidden: Tensor
     logits: Tensor
 
-    def stream(self, index: int) -> Tensor:
-        """Return the logits [n, V] of one stream."""
-        count = self.indices.numel()
-        return self.logits[index * count : (index + 1) * count]
+    @property
+    def streams(self) -> tuple[Tensor, ...]:
+        """The logits [n, V] of each stream."""
+        return torch.split(self.logits, self.indices.numel())
 
     def add_gradient(self, into: HeadGradients, dtype: torch.dtype, streams: Sequence[int]) -> None:
         """Add this chunk's share to the gradients of the inputs of `streams`.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError, BackendUnavailableError
-from nextquill.ops import chunk_torch
+from nextquill.ops import chunk_native, chunk_torch
 
 # Number of statistics per row, see `nextquill.ops.chunk_torch`.
 TOKEN_STATS = 3  # max, sum, nll
@@ -82,12 +82,8 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _kernels(impl: str) -> ChunkKernels:
-    if impl == "torch":
-        return _from_module(impl, chunk_torch)
-    if impl == "native":
-        from nextquill.ops import chunk_native
-
-        return _from_module(impl, chunk_native)
+    if impl != "triton":
+        return _from_module(impl, chunk_torch if impl == "torch" else chunk_native)
     from nextquill.ops import chunk_triton
 
     return _from_module(
@@ -105,7 +101,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     except ImportError as error:
         return f"Triton is not installed ({error}); pip install 'nextquill[triton]'"
     if device.type == "cpu":
-        return None if launch.interpreted() else "Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
+        return None if launch.INTERPRETED else "Triton needs a GPU (or, for tests, TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return "its kernels are built for CUDA and ROCm devices"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -114,8 +110,4 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 
 def _why_not_native(device: torch.device) -> str | None:
-    from nextquill.ops import chunk_native
-
-    if device.type != "cpu":
-        return "the native extension runs on CPUs only"
-    return None if chunk_native.is_available() else chunk_native.reason()
+    return chunk_native.why_not() if device.type == "cpu" else "the native extension runs on CPUs only"

@@ -97,7 +97,7 @@ class PairLossEngine:
         kernels, found = self.head.kernels, self.stats[:, rows]
         if self.together:
             chunk = self._fill(rows)
-            kernels.pair_stats(chunk.stream(0), chunk.stream(1), chunk.labels, found)
+            kernels.pair_stats(chunk.streams, chunk.labels, found)
             streams = 3 if self.effect else 2
             self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
@@ -118,23 +118,14 @@ class PairLossEngine:
         options = (head.softcap, head.logit_scale, head.grad_dtype)
         streams = (0, 1) if self.through_counterfactual else (0,)
         if grads.effect is not None:
-            dz, _ = kernels.pair_grad_(
-                chunk.stream(0),
-                chunk.stream(1),
-                chunk.labels,
-                stats,
-                grads.factual,
-                grads.counterfactual,
-                grads.effect,
-                *options,
-                detach_counterfactual=not self.through_counterfactual,
-            )
+            detached = not self.through_counterfactual
+            dz, _ = kernels.pair_grad_(chunk.streams, chunk.labels, stats, grads, *options, detached)
         else:
-            dz = kernels.token_grad_(chunk.stream(0), chunk.labels, stats[:3], grads.factual, *options)
+            dz = kernels.token_grad_(chunk.streams[0], chunk.labels, stats[:3], grads.factual, *options)
             if grads.counterfactual is None:
                 streams = (0,)
             elif self.through_counterfactual:
-                kernels.token_grad_(chunk.stream(1), chunk.labels, stats[3:6], grads.counterfactual, *options)
+                kernels.token_grad_(chunk.streams[1], chunk.labels, stats[3:6], grads.counterfactual, *options)
         chunk.add_gradient(self.gradients, dz.dtype, streams)
 
 

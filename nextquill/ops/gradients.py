@@ -54,8 +54,6 @@ class HeadGradients:
             hidden: [s·n, D], any floating dtype, the hidden states behind `grad_logits`.
             streams: the s streams, 0 for factual and 1 for counterfactual.
         """
-        if rows.numel() == 0:
-            return
         self._add_hidden(rows, grad_logits, streams)
         if self.weight is not None:
             self.head.add_weight_grad(self.weight, grad_logits, hidden)
@@ -66,17 +64,12 @@ class HeadGradients:
 
     def _add_hidden(self, rows: Tensor, grad_logits: Tensor, streams: Sequence[int]) -> None:
         targets = [(self.factual, self.counterfactual)[stream] for stream in streams]
-        pieces = grad_logits.split(rows.numel())
-        if all(target is not None for target in targets):
-            pieces = self.head.hidden_grad(grad_logits).split(rows.numel())
-        else:
-            pieces = tuple(
-                piece if target is None else self.head.hidden_grad(piece)
-                for target, piece in zip(targets, pieces, strict=True)
-            )
+        at_once = all(target is not None for target in targets)
+        pieces = (self.head.hidden_grad(grad_logits) if at_once else grad_logits).split(rows.numel())
         for target, piece in zip(targets, pieces, strict=True):
             if target is not None:
-                target.index_copy_(0, rows, piece.to(target.dtype))
+                dh = piece if at_once else self.head.hidden_grad(piece)
+                target.index_copy_(0, rows, dh.to(target.dtype))
 
 
 def rows_dtype(hidden: Tensor) -> torch.dtype:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,26 +15,8 @@ from torch import Tensor
 from nextquill.errors import ArgumentError
 from nextquill.ops.row_groups import check_label_range, wrong_labels
 
-
-class _Event(Protocol):
-    def query(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A flag on its way to the host: `values` holds (number of wrong labels, one of them) once `arrived` is reached."""
-
-    values: Tensor
-    arrived: _Event
-    message: str
-
-    def check(self) -> None:
-        count, example = self.values.tolist()
-        if count:
-            raise ArgumentError(self.message.format(count=count, example=example))
-
-
-_pending: deque[_Pending] = deque()
+# Flags on their way to the host, (number of wrong labels, one of them), there once the event is reached; and messages.
+_pending: deque[tuple[Tensor, torch.cuda.Event, str]] = deque()
 _lock = threading.Lock()
 
 
@@ -58,7 +38,7 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
         defer(values, event, ignore_index, vocabulary)
 
 
-def defer(values: Tensor, arrived: _Event, ignore_index: int, vocabulary: int) -> None:
+def defer(values: Tensor, arrived: torch.cuda.Event, ignore_index: int, vocabulary: int) -> None:
     """Remember a check whose result is on its way to the host.
 
     Args:
@@ -70,24 +50,23 @@ def defer(values: Tensor, arrived: _Event, ignore_index: int, vocabulary: int) -
         f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}; "
         "an earlier call got {count} others, such as {example} (their nll was NaN)"
     )
-    _pending.append(_Pending(values, arrived, message))
+    _pending.append((values, arrived, message))
 
 
-def raise_pending(*, wait: bool = False) -> None:
-    """Raise the error of the earliest check that has arrived; with `wait`, wait for the devices' work first.
+def raise_pending() -> None:
+    """Raise the error of the earliest check that has arrived.
 
     Raises:
         ArgumentError: labels of an earlier call were out of range.
     """
-    if wait and _pending and torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
     while True:
         with _lock:
-            if not (_pending and _pending[0].arrived.query()):
+            if not (_pending and _pending[0][1].query()):
                 return
-            arrived = _pending.popleft()
-        arrived.check()
+            values, _, message = _pending.popleft()
+        count, example = values.tolist()
+        if count:
+            raise ArgumentError(message.format(count=count, example=example))
 
 
 def _summary(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:

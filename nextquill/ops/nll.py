@@ -97,17 +97,9 @@ def pair_gradients(
     g_f, g_e = (zero if g is None else g for g in (g_f, g_e))
     options = (head.softcap, head.logit_scale, head.grad_dtype)
     for chunk in _chunks(plan, head, streams):
-        rows = chunk.rows
-        dz, _ = head.kernels.pair_grad_(
-            chunk.stream(0),
-            chunk.stream(1),
-            chunk.labels,
-            _statistics(chunk, head.kernels, PAIR_STATS),
-            g_f[rows],
-            None if g_c is None else g_c[rows],
-            g_e[rows],
-            *options,
-        )
+        rows, stats = chunk.rows, _statistics(chunk, head.kernels, PAIR_STATS)
+        g = (g_f[rows], None if g_c is None else g_c[rows], g_e[rows])
+        dz, _ = head.kernels.pair_grad_(chunk.streams, chunk.labels, stats, g, *options)
         chunk.add_gradient(grads, dz.dtype, (0, 1))
     return grads
 
@@ -123,7 +115,7 @@ def _statistics(chunk: Chunk, kernels: ChunkKernels, kinds: int) -> Tensor:
     if kinds == TOKEN_STATS:
         kernels.token_stats(chunk.logits, chunk.labels, found)
     else:
-        kernels.pair_stats(chunk.stream(0), chunk.stream(1), chunk.labels, found)
+        kernels.pair_stats(chunk.streams, chunk.labels, found)
     return found
 
 

@@ -6,6 +6,7 @@ without a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +17,45 @@ from nextquill.ops.nll import head_nll, pair_gradients, token_gradients
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import define, nothing, open_head, results_dtype
 
+# Every operator ends with labels (and in a backward `needs`), ignore_index and the head's five options.
+_AFTER_LABELS = 6
 
-def _token_nll(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, *options: Any
-) -> Tensor:
+
+def _token_nll(hidden: Tensor, *arguments: Any) -> Tensor:
     """Compute the nll [N]."""
-    head = open_head(hidden, weight, bias, *options)
-    with autocast_off(hidden.device):
-        return head_nll((hidden,), head, labels, ignore_index)[0]
+    return _nlls((hidden,), *arguments)[0]
 
 
-def _token_nll_fake(hidden: Tensor, _weight: Tensor, _bias: Any, labels: Tensor, _: int, *options: Any) -> Any:
-    return hidden.new_empty(labels.shape[0], dtype=results_dtype(hidden, options))
+def _pair_nll(factual: Tensor, counterfactual: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the NLLs of z1, z0 and z1 - z0, each [N]."""
+    nlls = _nlls((factual, counterfactual), *arguments)
+    return tuple(row.clone() for row in nlls)  # an operator's results share no memory
+
+
+def _pair_stats(factual: Tensor, counterfactual: Tensor, *arguments: Any) -> Tensor:
+    """Compute the three NLLs, the divergence and the entropy: [5, N]."""
+    return _nlls((factual, counterfactual), *arguments, divergence=True)
+
+
+def _nlls(
+    streams: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    *options: Any,
+    divergence: bool = False,
+) -> Tensor:
+    head = open_head(streams[0], weight, bias, *options)
+    with autocast_off(labels.device):
+        return head_nll(streams, head, labels, ignore_index, divergence=divergence)
+
+
+def _fake_row(*arguments: Any) -> Tensor:
+    """Return the fake nll [N] of a forward operator."""
+    hidden: Tensor = arguments[0]
+    labels: Tensor = arguments[-1 - _AFTER_LABELS]
+    return hidden.new_empty(labels.shape[0], dtype=results_dtype(hidden, arguments))
 
 
 def _token_nll_backward(
@@ -46,33 +74,6 @@ def _token_nll_backward(
         grads = token_gradients(grad_nll, hidden, head, labels, ignore_index, wanted)
     dh, _, dw, db = _deliver(grads, hidden, hidden, weight, bias)
     return dh, dw, db
-
-
-def _token_nll_backward_fake(*arguments: Any) -> Any:
-    _, hidden, weight, bias, _, needs, *_ = arguments
-    return _fake_gradients((hidden, weight, bias), needs)
-
-
-def _pair_nll(
-    factual: Tensor,
-    counterfactual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    """Compute the NLLs of z1, z0 and z1 - z0, each [N]."""
-    head = open_head(factual, weight, bias, *options)
-    with autocast_off(factual.device):
-        nll = head_nll((factual, counterfactual), head, labels, ignore_index)
-    return tuple(row.clone() for row in nll)  # an operator's results share no memory
-
-
-def _pair_nll_fake(*arguments: Any) -> Any:
-    factual, _, _, _, labels, _, *options = arguments
-    rows = factual.new_empty(labels.shape[0], dtype=results_dtype(factual, options))
-    return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
 def _pair_nll_backward(
@@ -95,31 +96,6 @@ def _pair_nll_backward(
     return _deliver(grads, factual, counterfactual, weight, bias)
 
 
-def _pair_nll_backward_fake(*arguments: Any) -> Any:
-    *inputs, _, needs = arguments[3:9]
-    return _fake_gradients(tuple(inputs), needs)
-
-
-def _pair_stats(
-    factual: Tensor,
-    counterfactual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    *options: Any,
-) -> Tensor:
-    head = open_head(factual, weight, bias, *options)
-    with autocast_off(factual.device):
-        return head_nll((factual, counterfactual), head, labels, ignore_index, divergence=True)
-
-
-def _pair_stats_fake(*arguments: Any) -> Any:
-    factual, _, _, _, labels, _, *options = arguments
-    dtype = results_dtype(factual, options)
-    return factual.new_empty(5, labels.shape[0], dtype=dtype)
-
-
 def _deliver(
     grads: HeadGradients, factual: Tensor, counterfactual: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -132,11 +108,12 @@ def _deliver(
     )
 
 
-def _fake_gradients(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    first = inputs[0]
-    assert first is not None
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the fake results of a backward operator."""
+    *tensors, _labels, needs = arguments[:-_AFTER_LABELS]
+    inputs = tensors[-len(needs) :]
     return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and need else nothing(first)
+        tensor.new_empty(tensor.shape) if tensor is not None and need else nothing(inputs[0])
         for tensor, need in zip(inputs, needs, strict=True)
     )
 
@@ -164,43 +141,37 @@ pair_nll_backward = define(
 )
 pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 1, 2))
 
-token_nll.register_fake(_token_nll_fake)
-token_nll_backward.register_fake(_token_nll_backward_fake)
-pair_nll.register_fake(_pair_nll_fake)
-pair_nll_backward.register_fake(_pair_nll_backward_fake)
-pair_stats.register_fake(_pair_stats_fake)
+token_nll.register_fake(_fake_row)
+token_nll_backward.register_fake(_fake_gradients)
+pair_nll.register_fake(lambda *arguments: tuple(_fake_row(*arguments) for _ in range(3)))
+pair_nll_backward.register_fake(_fake_gradients)
+pair_stats.register_fake(lambda *arguments: torch.stack([_fake_row(*arguments)] * 5))
 
 
-def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     del output
-    hidden, weight, bias, labels, *ctx.arguments = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels)
+    ctx.save_for_backward(*inputs[:-_AFTER_LABELS])
+    ctx.arguments = inputs[-_AFTER_LABELS:]
 
 
-@first_order_only
-def _token_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    grads = token_nll_backward(grad_nll, *ctx.saved_tensors, needs, *ctx.arguments)
-    return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
-
-
-def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    del output
-    factual, counterfactual, weight, bias, labels, *ctx.arguments = inputs
-    ctx.save_for_backward(factual, counterfactual, weight, bias, labels)
+def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _token_setup(ctx, inputs, output)
     ctx.set_materialize_grads(False)
 
 
-@first_order_only
-def _pair_autograd(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    grads = pair_nll_backward(*grad_outputs, *ctx.saved_tensors, needs, *ctx.arguments)
-    return *_wanted(grads, needs), None, *(None for _ in ctx.arguments)
+def _autograd(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Return the gradient formula of an operator whose gradients `backward` computes."""
+
+    @first_order_only
+    def formula(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        *inputs, labels = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[: len(inputs)])
+        grads = backward(*grad_outputs, *inputs, labels, needs, *ctx.arguments)
+        wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *wanted, None, *(None for _ in ctx.arguments)
+
+    return formula
 
 
-def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-token_nll.register_autograd(_token_autograd, setup_context=_token_setup)
-pair_nll.register_autograd(_pair_autograd, setup_context=_pair_setup)
+token_nll.register_autograd(_autograd(token_nll_backward), setup_context=_token_setup)
+pair_nll.register_autograd(_autograd(pair_nll_backward), setup_context=_pair_setup)

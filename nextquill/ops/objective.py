@@ -7,7 +7,8 @@ scheme and reduction is an elementwise computation on a few numbers per row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +47,12 @@ class RowTerms(NamedTuple):
     """One number per row for each term of the loss, `None` if the loss lacks the term; float32 (float64).
 
     Attributes:
-        factual, effect, counterfactual: [n], for the term with nll_f, nll_e and nll_c.
+        factual, counterfactual, effect: [n], for the term with nll_f, nll_c and nll_e.
     """
 
     factual: Tensor
-    effect: Tensor | None
     counterfactual: Tensor | None
+    effect: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,9 @@ class PairObjective:
         """Whether a row's coefficient depends on other rows of its sequence."""
         return not self.elementwise or (self.normalize_weights and self.reduction != "token")
 
-    @property
-    def needs_effect(self) -> bool:
-        """Whether the loss itself reads nll_e: in its effect term, or in its weighting."""
-        return self.alpha > 0 or bool(getattr(self.weighting, "reads_effect", True))
-
     def computes_effect(self, *, paired: bool, asked: bool) -> bool:
-        """Whether nll_e is computed: there are two streams, and the loss reads it or the caller asks for it."""
-        return paired and (asked or self.needs_effect)
+        """Whether nll_e is computed: there are two streams, and the loss, its weighting or the caller reads it."""
+        return paired and (asked or self.alpha > 0 or bool(getattr(self.weighting, "reads_effect", True)))
 
     @property
     def counterfactual_is_constant(self) -> bool:
@@ -151,7 +147,7 @@ class PairObjective:
         if self.reduction == "token":
             counts = totals = torch.ones_like(weights)
         else:
-            counts = group.plan.sequence_lengths(group.rows).to(weights.dtype)
+            counts = group.plan.row_lengths[group.rows].to(weights.dtype)
             totals = _sequence_sums(weights, group.offsets) if self.normalize_weights else counts
         return RowCoefficients(weights, weights / (totals * num_items), 1.0 / (counts * num_items))
 
@@ -159,16 +155,16 @@ class PairObjective:
         """Return the upstream gradient of each nll; `None` means zero."""
         return RowTerms(
             coefficients.weighted,
-            self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
             coefficients.uniform * self.anchor if self.anchor > 0 else None,
+            self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
         )
 
     def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
         """Return each row's share of each term, before `alpha` and `anchor`; `None` if the term's nll is absent."""
         return RowTerms(
             coefficients.weighted * pair.factual,
-            None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
             None if pair.counterfactual is None else coefficients.uniform * pair.counterfactual,
+            None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
         )
 
     def token_loss(self, terms: RowTerms) -> Tensor:
@@ -190,10 +186,8 @@ class PairObjective:
             pair = PairNLL(*(None if t is None else t.clone() for t in pair))  # type: ignore[arg-type]
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
-        pieces = [
-            PairNLL(*(None if t is None else t[rows] for t in pair))  # type: ignore[arg-type]
-            for rows in _sequence_slices(group.lengths)
-        ]
+        streams = [repeat(None) if t is None else t.split(group.lengths) for t in pair]
+        pieces = [PairNLL(*piece) for piece in zip(*streams, strict=False)]
         return torch.cat([_checked_weights(self.weighting(piece), piece) for piece in pieces])
 
 
@@ -203,9 +197,7 @@ def _scheme(weighting: Weighting) -> dict[str, Any] | None:
     if type(weighting) is UniformWeighting:
         return {"scheme": "uniform", "low": 1.0, "high": 1.0, "threshold": 0.0}
     if type(weighting) is ThresholdWeighting:
-        return {
-            "scheme": "threshold", "low": weighting.low, "high": weighting.high, "threshold": weighting.threshold
-        }  # fmt: skip
+        return {"scheme": "threshold", **asdict(weighting)}
     if type(weighting) is ClipWeighting:
         return {"scheme": "clip", "low": weighting.minimum, "high": weighting.maximum, "threshold": 0.0}
     if type(weighting) is ExpClipWeighting:
@@ -223,14 +215,6 @@ def _checked_weights(weights: object, pair: PairNLL) -> Tensor:
             f"weighting: expected real weights on {pair.factual.device}, got {weights.dtype} on {weights.device}"
         )
     return weights.detach().to(pair.factual)
-
-
-def _sequence_slices(lengths: tuple[int, ...]) -> list[slice]:
-    slices, start = [], 0
-    for length in lengths:
-        slices.append(slice(start, start + length))
-        start += length
-    return slices
 
 
 def _sequence_sums(weights: Tensor, offsets: Tensor) -> Tensor:

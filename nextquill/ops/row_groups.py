@@ -48,13 +48,10 @@ class RowPlan:
         return len(self.lengths)
 
     @cached_property
-    def _row_lengths(self) -> Tensor:
+    def row_lengths(self) -> Tensor:
+        """The number of supervised rows in the sequence of each row: [n], int64."""
         lengths = self.offsets.diff()
         return lengths.repeat_interleave(lengths, output_size=self.num_rows)
-
-    def sequence_lengths(self, rows: slice) -> Tensor:
-        """Return, for each of these n rows, the number of supervised rows of its sequence: [n], int64."""
-        return self._row_lengths[rows]
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def plan_rows(
 
 
 def _check_weights(token_weights: Tensor, unusable: Tensor) -> None:
-    if unusable.numel() and bool(unusable.any()):
+    if bool(unusable.any()):
         position = int(unusable.nonzero()[0])
         raise ArgumentError(
             "token_weights: expected finite numbers of at least 0 where labels count, got "
@@ -141,7 +138,7 @@ def _check_weights(token_weights: Tensor, unusable: Tensor) -> None:
 def check_label_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
     """Raise ArgumentError if one of the labels ([N], int64, on the host) is wrong, as `wrong_labels` finds them."""
     wrong = wrong_labels(labels, ignore_index, vocabulary)
-    if labels.numel() and bool(wrong.any()):
+    if bool(wrong.any()):
         position = int(wrong.nonzero()[0])
         raise ArgumentError(
             f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, "

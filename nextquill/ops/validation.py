@@ -88,10 +88,8 @@ def check_head_inputs(
         _check_same("bias", bias, hidden_name, hidden_factual)
     flat_labels = _check_labels(labels, hidden_factual, hidden_name)
     return HeadInputs(
-        factual=_usable(hidden_factual).reshape(-1, hidden_size),
-        counterfactual=None
-        if hidden_counterfactual is None
-        else _usable(hidden_counterfactual).reshape(-1, hidden_size),
+        factual=_flat(hidden_factual),
+        counterfactual=None if hidden_counterfactual is None else _flat(hidden_counterfactual),
         weight=lm_head_weight,
         bias=bias,
         labels=flat_labels,
@@ -151,10 +149,7 @@ def check_sequence_ids(sequence_ids: Tensor | None, labels: Tensor) -> Tensor:
         got = sequence_ids.dtype if isinstance(sequence_ids, Tensor) else type(sequence_ids).__name__
         raise ArgumentTypeError(f"sequence_ids: expected an integer tensor, got {got}")
     _check_dense("sequence_ids", sequence_ids)
-    if sequence_ids.shape != labels.shape:
-        raise ArgumentError(f"sequence_ids: expected the labels' shape {_shape(labels)}, got {_shape(sequence_ids)}")
-    if sequence_ids.device != labels.device:
-        raise ArgumentError(f"sequence_ids: expected device {labels.device}, got {sequence_ids.device}")
+    _check_beside_labels("sequence_ids", sequence_ids, labels)
     return sequence_ids.reshape(-1).long()
 
 
@@ -168,20 +163,24 @@ def check_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor 
     if token_weights is None:
         return None
     check_floating("token_weights", token_weights)
-    if token_weights.shape != labels.shape:
-        raise ArgumentError(f"token_weights: expected the labels' shape {_shape(labels)}, got {_shape(token_weights)}")
-    if token_weights.device != labels.device:
-        raise ArgumentError(f"token_weights: expected device {labels.device}, got {token_weights.device}")
+    _check_beside_labels("token_weights", token_weights, labels)
     if token_weights.requires_grad:
         raise ArgumentError("token_weights: expected constants, got a tensor that requires grad; detach it")
     return token_weights.reshape(-1)
 
 
-def _usable(hidden: Tensor) -> Tensor:
-    """Return `hidden`, copied if it was made in inference mode: such a tensor cannot be saved for a backward."""
-    if torch.compiler.is_compiling() or not hidden.is_inference() or torch.is_inference_mode_enabled():
-        return hidden
-    return hidden.clone()
+def _check_beside_labels(name: str, tensor: Tensor, labels: Tensor) -> None:
+    if tensor.shape != labels.shape:
+        raise ArgumentError(f"{name}: expected the labels' shape {_shape(labels)}, got {_shape(tensor)}")
+    if tensor.device != labels.device:
+        raise ArgumentError(f"{name}: expected device {labels.device}, got {tensor.device}")
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """Return `hidden` as [N, D], copied if made in inference mode: such a tensor cannot be saved for a backward."""
+    if not torch.compiler.is_compiling() and hidden.is_inference() and not torch.is_inference_mode_enabled():
+        hidden = hidden.clone()
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:

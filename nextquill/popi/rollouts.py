@@ -26,8 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.generation import GenerationOptions, Prompt
-from nextquill.generation.options import decoded
+from nextquill.generation import GenerationOptions, Prompt, decoded
 from nextquill.generation.transformers_engine import transformers_engine
 from nextquill.generation.vllm_engine import (
     VLLMEngine,

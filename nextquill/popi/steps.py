@@ -22,7 +22,7 @@ from torch import Tensor
 from nextquill.data import Branch
 from nextquill.errors import BudgetError
 from nextquill.evaluation.results import finite
-from nextquill.generation.options import Prompt
+from nextquill.generation import Prompt
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.objective import PairLosses, advantages, generator_error, informativeness
 from nextquill.popi.passes import RolePasses

@@ -328,7 +328,7 @@ def summarize(
         BudgetError: a user's newest signal does not fit into the prompt; raised before any summary is written.
         ArgumentError: a number is out of range.
     """
-    from nextquill.generation.options import Prompt
+    from nextquill.generation import Prompt
     from nextquill.popi.rollouts import ModelRollouts
 
     rollouts = ModelRollouts(

@@ -9,17 +9,13 @@ Render plain data:
     terminal.py    tables, and tokens coloured by effect, by rich
     progress.py    a progress bar for each phase of a run
 
-Make the page of some runs:
+Make the page of some runs, or of a comparison:
 
     runs.py        reads the folders of runs
-    curves.py      the curves of their trainings
     run_tables.py  their measures, and paired differences
     examples.py    some of the evaluated examples
-    run_page.py    all of it as one page
-
-Make the report of a comparison of losses: comparison/.
+    run_page.py    the curves of their trainings, and all of it as one page
+    comparison/    the report of a comparison of losses
 
 Nothing here computes a loss or loads a model. rich and matplotlib are imported only where they are used.
 """
-
-from __future__ import annotations

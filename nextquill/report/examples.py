@@ -6,14 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nextquill.errors import ArgumentError, RecordError
-from nextquill.evaluation.measure_names import PROMPTS
-from nextquill.evaluation.results import (
-    EFFECTS_FILE,
-    ITEM_EFFECTS_FILE,
-    EvaluatedExample,
-    finite,
-    read_item_effects,
-)
+from nextquill.evaluation.measures import PROMPTS
+from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, ItemEffects, finite
 from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.run_tables import scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
@@ -26,13 +20,8 @@ MIX = "a third the largest, a third near the median, a third the smallest"
 def choose(effects: Mapping[int, float], count: int, with_items: Collection[int] = ()) -> dict[int, str]:
     """A mix that does not flatter: a third with the largest effects, a third near the median, a third the smallest.
 
-    A quarter of the places, and at least one, goes to the largest effects among examples whose items were measured, if
-    there are any and the mix does not have as many already. The same effects give the same choice.
-
-    Args:
-        effects: the effect of each example, by index.
-        count: the number of examples to choose, 0 or more.
-        with_items: indices of the examples whose item effects were measured.
+    A quarter of the places, and at least one, goes to the largest effects among `with_items`, the examples whose items
+    were measured, if there are any and the mix does not have as many already. The same effects give the same choice.
 
     Returns:
         The chosen indices and why each was chosen, from the largest effect to the smallest.
@@ -64,10 +53,7 @@ def _mix(order: list[int], count: int) -> dict[int, str]:
 def example_views(runs: Sequence[Run], count: int, indices: Sequence[int] | None = None) -> list[ResponseView]:
     """Some examples of each set of records that runs were evaluated on, as every such run sees them.
 
-    Args:
-        runs: with or without an evaluation.
-        count: the number of examples of each set of records; `choose` picks them by the effects of its first run.
-        indices: these examples instead, in this order.
+    `choose` picks `count` examples of each set by the effects of its first run, unless `indices` names them, in order.
 
     Raises:
         ArgumentError: no run has an example of one of `indices`.
@@ -77,23 +63,24 @@ def example_views(runs: Sequence[Run], count: int, indices: Sequence[int] | None
     _check_indices(groups, indices)
     views = []
     for group in groups:
-        several = len(groups) > 1
-        chosen = _chosen(group, count, indices)
-        tokens = [read_tokens(run, chosen) for run in group]
-        items = [read_items(run, chosen) for run in group]
-        examples = [{example.index: example for example in run.examples} for run in group]
-        for index, why in chosen.items():
-            parts = [
-                (run, own[index], its_tokens.get(index), its_items.get(index))
-                for run, own, its_tokens, its_items in zip(group, examples, tokens, items, strict=True)
-                if index in own
-            ]
-            where = f" of {', '.join(run.label for run in group)}" if several else ""
-            views.append(_view(f"Example {index}{where}", why, parts, alone=len(group) == 1))
+        items = [read_items(run) for run in group]
+        chosen = _chosen(group, count, indices, set[int]().union(*items))
+        parts: dict[int, list[_Part]] = {index: [] for index in chosen}
+        for run, its_items in zip(group, items, strict=True):
+            its_tokens = read_tokens(run, chosen)
+            for example in run.examples:
+                if (index := example.index) in parts:
+                    parts[index].append((run, example, its_tokens.get(index), its_items.get(index)))
+        where = f" of {', '.join(run.label for run in group)}" if len(groups) > 1 else ""
+        views += [
+            _view(f"Example {index}{where}", why, parts[index], alone=len(group) == 1)
+            for index, why in chosen.items()
+            if parts[index]
+        ]
     return views
 
 
-_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, tuple[list[str], list[LeftOutItem]] | None]
+_Part = tuple[Run, EvaluatedExample, list[TokenEffect] | None, ItemEffects | None]
 
 
 def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> ResponseView:
@@ -119,10 +106,8 @@ def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> Respo
     return ResponseView(title, context, variants, texts)
 
 
-def _variant(
-    run: Run, tokens: list[TokenEffect] | None, items: tuple[list[str], list[LeftOutItem]] | None
-) -> ResponseVariant:
-    texts, history = items or ([], [])
+def _variant(run: Run, tokens: list[TokenEffect] | None, items: ItemEffects | None) -> ResponseVariant:
+    texts, history = ([], []) if items is None else (items.tokens, _left_out(items))
     if tokens is None:
         tokens = [TokenEffect(text, math.nan, math.nan) for text in texts]
     elif items is not None and texts != [token.text for token in tokens]:
@@ -132,6 +117,13 @@ def _variant(
     return ResponseVariant(run.label, tokens, separator="", items=history)
 
 
+def _left_out(items: ItemEffects) -> list[LeftOutItem]:
+    return [
+        LeftOutItem(str(item.get("title") or ""), str(item.get("text") or ""), effects)
+        for item, effects in zip(items.items, items.effects, strict=True)
+    ]
+
+
 def _by_records(runs: Iterable[Run]) -> list[list[Run]]:
     groups: dict[str | None, list[Run]] = {}
     for run in runs:
@@ -139,19 +131,18 @@ def _by_records(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _chosen(group: Sequence[Run], count: int, indices: Sequence[int] | None) -> dict[int, str]:
+def _chosen(
+    group: Sequence[Run], count: int, indices: Sequence[int] | None, with_items: Collection[int]
+) -> dict[int, str]:
     """Indices of examples and why they are shown."""
     if indices is not None:
-        known = {example.index for run in group for example in run.examples}
-        return {index: "" for index in dict.fromkeys(indices) if index in known}
+        return dict.fromkeys(indices, "")
     first = group[0]
     effects = {example.index: finite(example.scores.get("effect_logprob")) or 0.0 for example in first.examples}
-    folders = [run.evaluation_folder for run in group if run.evaluation_folder is not None]
-    measured = {line.index for folder in folders for line in read_item_effects(folder)}
     where = f" in {first.label}" if len(group) > 1 else ""
     return {
         index: f"{why} (whole history {effects[index]:+.4f} nats per token{where})"
-        for index, why in choose(effects, count, measured).items()
+        for index, why in choose(effects, count, with_items).items()
     }
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from itertools import groupby
 
-from nextquill.report.data import Cell, Charts, Column, Page, Picture, Table
+from nextquill.report.data import Cell, Column, Page, Picture, Table
 from nextquill.report.svg import charts_html
 from nextquill.report.text import html
 from nextquill.report.tokens import responses_html
@@ -21,8 +21,10 @@ from nextquill.report.tokens import responses_html
 
 def render_page(page: Page) -> str:
     """The whole page as one string."""
-    style, script = (_own_file(name) for name in ("page.css", "page.js"))
+    own = resources.files("nextquill.report")
+    style, script = ("\n" + own.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     is_scripted = bool(page.responses or page.charts)
+    sections = list(_sections(page))
     return "\n".join(
         [
             "<!doctype html>",
@@ -34,14 +36,13 @@ def render_page(page: Page) -> str:
             f'<link rel="icon" href="data:,"><title>{html(page.title)}</title>',
             f"<style>{style}</style></head>",
             "<body><main>",
-            f"<header><h1>{html(page.title)}</h1>{_paragraph(page.lead, 'lead')}{_contents(page)}</header>",
-            _findings(page.findings),
+            f"<header><h1>{html(page.title)}</h1>{_paragraph(page.lead, 'lead')}",
+            # A page that is long enough to explain itself has links to its sections.
+            f"{_contents(sections) if page.reading else ''}</header>",
+            _findings(page.findings) if page.findings else "",
             "".join(_paragraph(notice, "notice") for notice in page.notices),
             _picture(page.picture) if page.picture else "",
-            _charts(page.charts) if page.charts else "",
-            _tables(page.tables, page.table_notes),
-            responses_html(page.responses, page.responses_lead),
-            _reading(page.reading),
+            *(f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections),
             f"<footer>{_paragraph(page.footer)}</footer>" if page.footer else "",
             "</main>",
             f"<script>{script}</script>" if is_scripted else "",
@@ -49,10 +50,6 @@ def render_page(page: Page) -> str:
             "",
         ]
     )
-
-
-def _own_file(name: str) -> str:
-    return "\n" + resources.files("nextquill.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, script: str) -> str:
@@ -67,35 +64,32 @@ def _policy(style: str, script: str) -> str:
 
 
 def _paragraph(text: str, css_class: str = "") -> str:
-    if not text:
-        return ""
-    return f'<p class="{css_class}">{html(text)}</p>' if css_class else f"<p>{html(text)}</p>"
+    attribute = f' class="{css_class}"' if css_class else ""
+    return f"<p{attribute}>{html(text)}</p>" if text else ""
 
 
-def _contents(page: Page) -> str:
-    """Links to the sections, if the page is long enough to explain itself."""
-    sections = [
-        ("curves", "Curves", page.charts),
-        ("measures", "Results", page.tables),
-        ("examples", "Tokens by effect", page.responses),
-        ("reading", "How to read this", page.reading),
-    ]
-    links = [f'<a href="#{anchor}">{label}</a>' for anchor, label, content in sections if content]
-    return f'<nav aria-label="Sections">{"".join(links)}</nav>' if page.reading else ""
+def _sections(page: Page) -> Iterator[tuple[str, str, str]]:
+    """The anchor, the heading and the content of each section."""
+    if page.charts:
+        yield "curves", "Curves", _paragraph(page.charts.lead) + charts_html(page.charts)
+    if page.tables:
+        notes = (_paragraph(note, "note") for note in page.table_notes)
+        yield "measures", "Results", "".join([*map(_table, page.tables), *notes])
+    if page.responses:
+        yield "examples", "Tokens by effect", _paragraph(page.responses_lead) + responses_html(page.responses)
+    if page.reading:
+        parts = "".join(f"<dt>{html(heading)}</dt><dd>{html(text)}</dd>" for heading, text in page.reading)
+        yield "reading", "How to read this", f'<dl class="reading">{parts}</dl>'
+
+
+def _contents(sections: Iterable[tuple[str, str, str]]) -> str:
+    links = (f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
+    return f'<nav aria-label="Sections">{"".join(links)}</nav>'
 
 
 def _findings(findings: Sequence[tuple[str, str]]) -> str:
-    if not findings:
-        return ""
     items = "".join(f"<li><h3>{html(heading)}</h3><p>{html(text)}</p></li>" for heading, text in findings)
     return f'<ul class="findings">{items}</ul>'
-
-
-def _reading(parts: Sequence[tuple[str, str]]) -> str:
-    if not parts:
-        return ""
-    items = "".join(f"<dt>{html(heading)}</dt><dd>{html(text)}</dd>" for heading, text in parts)
-    return f'<section id="reading"><h2>How to read this</h2><dl class="reading">{items}</dl></section>'
 
 
 def _picture(picture: Picture) -> str:
@@ -113,27 +107,13 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _charts(charts: Charts) -> str:
-    return f'<section id="curves"><h2>Curves</h2>{_paragraph(charts.lead)}{charts_html(charts)}</section>'
-
-
-def _tables(tables: Sequence[Table], notes: Sequence[str]) -> str:
-    if not tables:
-        return ""
-    body = "".join(_table(table) for table in tables)
-    said = "".join(_paragraph(note, "note") for note in notes)
-    return f'<section id="measures"><h2>Results</h2>{body}{said}</section>'
-
-
 def _table(table: Table) -> str:
-    head = _table_head(table.columns)
+    title, head = html(table.title), _table_head(table.columns)
     rows = "".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
-    caption = f"<caption><span>{html(table.title)}</span></caption>"
     # A scrolling box must be reachable by keyboard, and therefore needs a name.
-    label = html(table.title)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">'
-        f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{title}">'
+        f"<table><caption><span>{title}</span></caption><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -154,7 +134,7 @@ def _column_heading(column: Column, *, first: bool) -> str:
     return f'<th scope="col"{css_class}{title}>{html(column.heading)}</th>'
 
 
-def _cells(row: Sequence[Cell]) -> Iterable[str]:
+def _cells(row: Sequence[Cell]) -> Iterator[str]:
     for index, cell in enumerate(row):
         detail = f"<small>{html(cell.detail)}</small>" if cell.detail else ""
         content = (f"<strong>{html(cell.text)}</strong>" if cell.marked else html(cell.text)) + detail

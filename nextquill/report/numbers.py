@@ -6,12 +6,9 @@ import math
 
 
 def number(value: float, *, sign: str = "", digits: int = 4) -> str:
-    """A figure: `digits` after the point, two from 10 on, and fewer significant ones where it would read as 0.
+    """A figure: `digits` after the point, and two from 10 on. `sign` is "+" to show that of a positive number too.
 
-    Args:
-        value: finite.
-        sign: "+" to show the sign of a positive number too.
-        digits: digits after the point; two fewer are significant below a thousandth.
+    Below a thousandth `digits` - 2 are significant, so that it does not read as 0.
     """
     if 1e-9 < abs(value) < 0.001:
         return f"{value:{sign}.{digits - 2}g}"

@@ -49,14 +49,12 @@ def draw_panels(panels: Sequence[Panel], *, x_label: str, theme: Theme = "light"
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(9, 0.75 + 2.75 * rows), dpi=DPI, facecolor=look.ground, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
-    for axis, panel in zip(axes, panels, strict=False):
+    for place, panel in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, COLUMNS, place)
         _draw_panel(axis, panel, look)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis in axes[max(0, len(panels) - COLUMNS) : len(panels)]:
-        axis.set_xlabel(x_label, color=look.ink, fontsize=10)
-    _draw_legend(figure, axes[0], look)
+        if place > len(panels) - COLUMNS:
+            axis.set_xlabel(x_label, color=look.ink, fontsize=10)
+    _draw_legend(figure, figure.axes[0], look)
     return _to_png(figure)
 
 
@@ -100,17 +98,8 @@ def _set_log_scale(axis: Axes) -> None:
 
 
 def _draw_legend(figure: Figure, axis: Axes, look: _Look) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=10,
-        labelcolor=look.ink,
-        handlelength=2.2,
-    )
+    style: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": look.ink, "handlelength": 2.2}
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=3, **style)
 
 
 def _to_png(figure: Figure) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 #: Takes the phase, the steps done, and the most steps.
@@ -18,19 +18,13 @@ def phase_bars(progress: Progress | None, quiet: bool) -> Iterator[Progress]:
         return
     from tqdm import tqdm
 
-    bar: Any = None
-    current = ""
+    with ExitStack() as opened:
+        bars: dict[str, Any] = {}
 
-    def report(what: str, done: int, at_most: int) -> None:
-        nonlocal bar, current
-        if what != current:
-            if bar is not None:
-                bar.close()
-            bar, current = tqdm(total=at_most, desc=what, leave=False, disable=None), what
-        bar.update(done - bar.n)
+        def report(what: str, done: int, at_most: int) -> None:
+            if what not in bars:
+                opened.close()
+                bars[what] = opened.enter_context(tqdm(total=at_most, desc=what, leave=False, disable=None))
+            bars[what].update(done - bars[what].n)
 
-    try:
         yield report
-    finally:
-        if bar is not None:
-            bar.close()

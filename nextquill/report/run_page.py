@@ -6,17 +6,25 @@ write_whole(Path("report.html"), render_page(runs_page(runs)))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nextquill.errors import ArgumentError
-from nextquill.report.curves import training_charts
-from nextquill.report.data import Page, ResponseView, Table
+from nextquill.evaluation.results import is_number
+from nextquill.report.data import Charts, Page, Panel, ResponseView, Series, Table
 from nextquill.report.examples import MIX, example_views
 from nextquill.report.run_tables import evaluated, measures_tables, same_records
 from nextquill.report.runs import Run
 
 DEFAULT_EXAMPLES = 20
-
+# Heading, unit or meaning and which way is good, the trainer's name for it, and whether it is a distance from 0.
+_PANELS = (
+    ("Loss", "the training objective", "loss", False),
+    ("nll with the user's history", "nats per token, lower is better", "nll_factual", False),
+    ("nll without history", "nats per token; should not rise", "nll_counterfactual", False),
+    ("Effect against the placebo", "nll under another user's history − own, higher is better", "effect_placebo", True),
+    ("Share of tokens above the threshold", "of the effect in probability", "share_above_threshold", True),
+    ("Learning rate", "as scheduled", "learning_rate", True),
+)
 _READING = {
     "An effect is the model's own": (
         "A token's effect is the difference of two probabilities of one model: with the user's history in the prompt "
@@ -81,10 +89,9 @@ def runs_page(
         raise ArgumentError(f"examples: expected 0 or more, got {examples}")
     measured = evaluated(runs)
     baseline = baseline or (measured[0] if len(measured) > 1 else None)
-    names = ", ".join(run.label for run in runs)
     views = example_views(runs, examples, indices)
     return Page(
-        title=title or f"nextquill: {names}",
+        title=title or f"nextquill: {', '.join(run.label for run in runs)}",
         lead=lead or _lead(runs),
         findings=findings,
         notices=[
@@ -99,6 +106,38 @@ def runs_page(
         reading=tuple(_READING.items()),
         footer="; ".join(_source(run) for run in runs),
     )
+
+
+def training_charts(runs: Sequence[Run]) -> Charts | None:
+    """The curves of all runs that have any; None if no run has."""
+    trained = [(place, run) for place, run in enumerate(runs) if run.training is not None]
+    panels = [
+        Panel(title, hint, series, with_zero=with_zero)
+        for title, hint, name, with_zero in _PANELS
+        if (series := [each for place, run in trained for each in _series(run, name, place, alone=len(trained) == 1)])
+    ]
+    if not panels:
+        return None
+    has_dots = any(series.dots for panel in panels for series in panel.series)
+    dots = ", dots evaluations on the records of --eval_file" if has_dots else ""
+    return Charts(
+        panels,
+        "steps",
+        [(run.label, place) for place, run in trained],
+        f"Lines are means over the training batches since the last log{dots}. "
+        "Losses of different objectives are not comparable; NLLs are.",
+    )
+
+
+def _series(run: Run, name: str, place: int, *, alone: bool) -> Iterator[Series]:
+    """The curves of a quantity in training and in its evaluations, as far as they were logged."""
+    for key, what in ((name, "training"), (f"eval_{name}", "evaluation")):
+        log = run.training.log if run.training is not None else ()
+        # If a step has several entries, as after a resume, the last one counts.
+        points = {entry["step"]: entry[key] for entry in log if is_number(entry.get(key))}
+        if points:
+            x, label, is_eval = sorted(points), what if alone else f"{run.label}, {what}", what == "evaluation"
+            yield Series(label, x, [points[step] for step in x], dashed=is_eval, colour=place, dots=is_eval)
 
 
 def _lead(runs: Sequence[Run]) -> str:
@@ -118,13 +157,11 @@ def _table_notes(measured: Sequence[Run]) -> list[str]:
 def _mixed_records(measured: Sequence[Run], baseline: Run | None) -> list[str]:
     if baseline is None:
         return []
-    if not any(same_records(baseline, run) for run in measured):
+    if baseline.evaluation is None:
         return [f"{baseline.label} has no evaluation, so nothing is compared with it."]
-    others = [run.label for run in measured if not same_records(run, baseline)]
-    if not others:
-        return []
-    text = "evaluated on other records than {}; figures stand side by side, but no difference can be tested."
-    return [f"{', '.join(others)}: {text.format(baseline.label)}"]
+    others = ", ".join(run.label for run in measured if not same_records(run, baseline))
+    text = "figures stand side by side, but no difference can be tested."
+    return [f"{others}: evaluated on other records than {baseline.label}; {text}"] if others else []
 
 
 def _examples_lead(views: Sequence[ResponseView], measured: Sequence[Run], indices: Sequence[int] | None) -> str:

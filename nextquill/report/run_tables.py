@@ -13,7 +13,7 @@ from typing import Any
 
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.measure_names import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
+from nextquill.evaluation.measures import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.results import EvaluatedExample, MetricValue
 from nextquill.report.data import Cell, Column, Table
@@ -41,12 +41,13 @@ class Pairing:
         first, second = run.evaluation_folder, other.evaluation_folder
         if first is None or second is None or not same_records(run, other) or not (run.examples and other.examples):
             return {}
-        if run is self._baseline and other is not run:
-            return {name: _negated(result) for name, result in self(other, run).items()}
         if (first, second) not in self._found:
-            found = compare_evaluations(first, second, **_draws(run))
-            self._found[first, second] = found
-            self._found[second, first] = {name: _negated(result) for name, result in found.items()}
+            is_turned = run is self._baseline or (second, first) in self._found
+            self._found[first, second] = (
+                {name: _negated(result) for name, result in self(other, run).items()}
+                if is_turned
+                else compare_evaluations(first, second, **_draws(run))
+            )
         return self._found[first, second]
 
 
@@ -79,12 +80,8 @@ def measures_tables(runs: Sequence[Run], baseline: Run | None) -> list[Table]:
 
 
 def _metrics_of(runs: Sequence[Run]) -> dict[str, MetricValue]:
-    """The measures of all runs, without counts, in the order of the first run that has each."""
-    found: dict[str, MetricValue] = {}
-    for run in runs:
-        for name, metric in run.metrics.items():
-            found.setdefault(name, metric)
-    return {name: metric for name, metric in found.items() if name not in COUNTS}
+    """The measures of all runs by name, without counts; their values are those of one run."""
+    return {name: metric for run in runs for name, metric in run.metrics.items() if name not in COUNTS}
 
 
 def _runs_table(runs: Sequence[Run]) -> Table:
@@ -117,11 +114,8 @@ def _evaluation_cells(run: Run) -> list[Cell]:
     if run.evaluation is None:
         return [_ABSENT] * 4
     counts = [run.metrics[name].value if name in run.metrics else math.nan for name in ("users", TOKENS)]
-    return [
-        Cell(run.evaluation.task or "–"),
-        Cell(f"{run.evaluation.num_examples:,}"),
-        *(_fixed(count, 0) for count in counts),
-    ]
+    examples = run.evaluation.num_examples
+    return [Cell(run.evaluation.task or "–"), _fixed(examples, 0), *(_fixed(count, 0) for count in counts)]
 
 
 def _final_table(runs: Sequence[Run]) -> Table:
@@ -138,8 +132,7 @@ def _metrics_table(runs: Sequence[Run], pairing: Pairing) -> Table:
     rows = []
     for name, metric in _metrics_of(runs).items():
         best = _best(runs, name, metric, pairing)
-        cells = [_value_cell(run, name, is_best=run is best) for run in runs]
-        rows.append([_name_cell(metric), *cells])
+        rows.append([_name_cell(metric), *(_value_cell(run, name, is_best=run is best) for run in runs)])
     levels = " and ".join(f"{100 * level:g}%" for level in sorted({_level(run) for run in runs}))
     title = f"Measures on the evaluated records, with {levels} intervals"
     return Table(title, [Column("measure"), *_columns(runs)], rows)
@@ -151,12 +144,10 @@ def _best(runs: Sequence[Run], name: str, metric: MetricValue, pairing: Pairing)
         return None
     sign = 1 if metric.higher_is_better else -1
     best = max(runs, key=lambda run: sign * run.metrics[name].value)
-    for other in runs:
-        if other is not best:
-            result = pairing(best, other).get(name)
-            if result is None or not result.is_clear(_level(best)) or sign * result.difference < 0:
-                return None
-    return best
+    level = _level(best)
+    results = (pairing(best, other).get(name) for other in runs if other is not best)
+    is_best = all(each is not None and each.is_clear(level) and sign * each.difference > 0 for each in results)
+    return best if is_best else None
 
 
 def _differences_table(runs: Sequence[Run], baseline: Run, pairing: Pairing) -> list[Table]:
@@ -213,9 +204,7 @@ def _level(run: Run) -> float:
 def _draws(run: Run) -> dict[str, Any]:
     """The settings that the intervals of a run's evaluation were drawn with, as far as it names them."""
     settings = run.evaluation.settings if run.evaluation is not None else {}
-    known = {name: settings.get(name) for name in ("seed", "resamples")}
-    drawn = {name: value for name, value in known.items() if isinstance(value, int) and value > 0}
-    return {"level": _level(run), **drawn}
+    return {"level": _level(run), **{name: settings[name] for name in ("seed", "resamples") if name in settings}}
 
 
 def _fixed(value: float, digits: int) -> Cell:

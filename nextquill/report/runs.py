@@ -21,6 +21,7 @@ from nextquill.evaluation.results import (
     ITEM_EFFECTS_FILE,
     EvaluatedExample,
     Evaluation,
+    ItemEffects,
     MetricValue,
     are_numbers,
     is_number,
@@ -30,8 +31,8 @@ from nextquill.evaluation.results import (
     read_examples,
     read_item_effects,
 )
-from nextquill.report.data import LeftOutItem, TokenEffect
-from nextquill.storage.checkpoints import METRICS_FILE, RUN_FILE, STATE_FILE
+from nextquill.report.data import TokenEffect
+from nextquill.storage.checkpoints import METRICS_FILE, RUN_FILE, STATE_FILE, last_checkpoint
 from nextquill.storage.json_files import json_object, json_objects
 
 
@@ -84,7 +85,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     """
     if not folder.is_dir():
         raise ArgumentError(f"runs: expected a folder, {folder} is {'a file' if folder.exists() else 'not there'}")
-    training = read_training(folder)
+    training = _read_training(folder)
     inside = folder / EVALUATION_FOLDER
     place = next((each for each in (folder, inside) if (each / EVALUATION_FILE).is_file()), None)
     if training is None and place is None and not (folder / RUN_FILE).is_file():
@@ -123,12 +124,8 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-def read_training(folder: Path) -> Training | None:
-    """The log of a finished run, or of the last checkpoint of an unfinished one; None if there is neither.
-
-    Raises:
-        RecordError: the file is damaged.
-    """
+def _read_training(folder: Path) -> Training | None:
+    """The log of a finished run, or of the last checkpoint of an unfinished one; None if there is neither."""
     path = folder / METRICS_FILE
     if path.is_file():
         raw = json_object(path)
@@ -136,43 +133,24 @@ def read_training(folder: Path) -> Training | None:
         if not isinstance(final, dict):
             raise RecordError(f"{path}: field 'eval': expected an object, got {type(final).__name__}")
         return Training(_log(path, raw), {name: float(value) for name, value in final.items() if is_number(value)})
-    states = [each for each in folder.glob(f"checkpoint-*/{STATE_FILE}") if each.parent.name[11:].isdigit()]
-    if not states:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None or not (path := checkpoint / STATE_FILE).is_file():
         return None
-    path = max(states, key=lambda each: int(each.parent.name[11:]))
     return Training(_log(path, json_object(path)), {}, is_finished=False)
 
 
 def read_tokens(run: Run, indices: Collection[int]) -> dict[int, list[TokenEffect]]:
-    """The response tokens of some examples with their probabilities; nothing if the run has no such file.
-
-    Raises:
-        RecordError: a line is damaged.
-    """
+    """The response tokens of some examples with their probabilities; nothing if the run has no such file."""
     if run.evaluation_folder is None or not (run.evaluation_folder / EFFECTS_FILE).is_file():
         return {}
     lines = json_objects(run.evaluation_folder / EFFECTS_FILE)
     return {raw["index"]: _tokens(raw, where) for where, raw in lines if line_index(raw, where) in indices}
 
 
-def read_items(run: Run, indices: Collection[int]) -> dict[int, tuple[list[str], list[LeftOutItem]]]:
-    """The response tokens and history items of those of the examples whose item effects were measured.
-
-    Raises:
-        RecordError: a line is damaged.
-    """
+def read_items(run: Run) -> dict[int, ItemEffects]:
+    """The item effects of the examples that they were measured for, by index."""
     lines = [] if run.evaluation_folder is None else read_item_effects(run.evaluation_folder)
-    return {
-        line.index: (
-            list(line.tokens),
-            [
-                LeftOutItem(str(item.get("title") or ""), str(item.get("text") or ""), effects)
-                for item, effects in zip(line.items, line.effects, strict=True)
-            ],
-        )
-        for line in lines
-        if line.index in indices
-    }
+    return {line.index: line for line in lines}
 
 
 def _missing_of_training(folder: Path, training: Training | None) -> list[str]:

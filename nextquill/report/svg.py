@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from nextquill.report.data import Charts, Panel, Series
 from nextquill.report.text import html
@@ -28,58 +28,33 @@ def charts_html(charts: Charts) -> str:
         f'd="M1 5H33"/></svg>{html(label)}</li>'
         for label, colour in charts.legend
     )
-    shown = [panel for panel in charts.panels if _has_values(panel)]
-    xs = [x for panel in shown for series in panel.series for x in _finite(series).x]
-    panels = "".join(panel_html(panel, charts.x_label, (min(xs), max(xs))) for panel in shown)
+    drawn = [(panel, _drawn(panel)) for panel in charts.panels]
+    xs = [x for _, curves in drawn for series in curves for x in series.x]
+    panels = "".join(_panel(panel, curves, xs, charts.x_label) for panel, curves in drawn if curves)
     return f'<ul class="legend">{legend}</ul><div class="charts">{panels}</div>'
 
 
-def panel_html(panel: Panel, x_label: str, x_range: tuple[float, float] | None = None) -> str:
-    """One plot with its heading; `x_range` is the range of its own curves by default."""
-    drawn = [(index, _finite(series)) for index, series in enumerate(panel.series)]
-    drawn = [(index, series) for index, series in drawn if series.y]
-    first, last = x_range or (min(x for _, s in drawn for x in s.x), max(x for _, s in drawn for x in s.x))
-    ys = [y for _, s in drawn for values in (s.y, s.low or (), s.high or ()) for y in values]
-    low, high = panel.y_limits or (min(ys), max(ys))
-    if panel.with_zero and panel.y_limits is None:
-        low, high = min(low, 0.0), max(high, 0.0) or float(low == 0)
-    is_log = panel.log_scale and low > 0
-    if panel.y_limits is None and not is_log:  # a little room, but not below 0 for what is never negative
-        room = (high - low) / 20
-        low, high = (0.0 if 0 <= low < 2 * room else low - room), (0.0 if high == 0 else high + room)
-    x_axis, y_axis = _Axis.over(first, last, _LEFT, _RIGHT), _Axis.over(low, high, _BOTTOM, _TOP, is_log=is_log)
-    curves = "".join(
-        _curve(s, index if s.colour is None else s.colour, x_axis, y_axis, panel.title) for index, s in drawn
-    )
+def _panel(panel: Panel, curves: Sequence[Series], xs: Sequence[float], x_label: str) -> str:
+    x_axis, y_axis = _Axis(min(xs), max(xs), _LEFT, _RIGHT), _y_axis(panel, curves)
     lost = sum(not math.isfinite(y) for series in panel.series for y in series.y)
     hint = panel.hint + (f" ({lost} values that are not finite are left out)" if lost else "")
-    said = "; ".join(f"{s.label}: {_number(s.y[0])} to {_number(s.y[-1])}" for _, s in drawn)
+    said = "; ".join(f"{s.label}: {_number(s.y[0])} to {_number(s.y[-1])}" for s in curves)
     return (
         f'<figure class="chart"><figcaption><b>{html(panel.title)}</b> <span>{html(hint)}</span></figcaption>'
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" tabindex="0" data-x-label="{html(x_label)}" '
         f'aria-label="{html(f"{panel.title}, {hint}, over {x_label}. {said}")}">'
         f"{_grid(x_axis, y_axis, panel.x_ticks)}"
         f'<text class="axis" x="{_RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{html(x_label)}</text>'
-        f'<path class="guide" d=""/>{curves}</svg></figure>'
+        f'<path class="guide" d=""/>{"".join(_curve(s, x_axis, y_axis, panel.title) for s in curves)}</svg></figure>'
     )
 
 
-@dataclass(frozen=True)
 class _Axis:
     """Places of values between `low` and `high` on a line from `start` to `end`."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    is_log: bool = False
-
-    @classmethod
-    def over(cls, low: float, high: float, start: float, end: float, *, is_log: bool = False) -> _Axis:
-        if low == high:  # a flat curve runs through the middle
-            room = abs(low) / 2 or 0.5
-            low, high = low - room, high + room
-        return cls(low, high, start, end, is_log)
+    def __init__(self, low: float, high: float, start: float, end: float, *, is_log: bool = False) -> None:
+        room = (abs(low) / 2 or 0.5) if low == high else 0.0  # a flat curve runs through the middle
+        self.low, self.high, self.start, self.end, self.is_log = low - room, high + room, start, end, is_log
 
     def __call__(self, value: float) -> float:
         scale: Callable[[float], float] = math.log if self.is_log else float
@@ -101,14 +76,9 @@ class _Axis:
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
-    """At most `most` of the points: the ends, and the least and greatest of each of equally long stretches.
+    """At most `most` points, 4 or more: the ends, and the least and greatest of each of equally long stretches.
 
-    Args:
-        x, y: the points, in order, of equal number.
-        most: 4 or more.
-
-    Returns:
-        Some of the points, unchanged and in order.
+    The points, of equally many x and y, stay unchanged and in order.
     """
     count = len(x)
     if count <= most:
@@ -122,25 +92,38 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tup
     return [x[index] for index in order], [y[index] for index in order]
 
 
-def _finite(series: Series) -> Series:
-    """The points of a series that can be drawn, thinned where there is no band."""
+def _drawn(panel: Panel) -> list[Series]:
+    """The curves that have a finite value: their finite points, and their colours."""
+    found = (_finite(series, colour) for colour, series in enumerate(panel.series))
+    return [series for series in found if series.y]
+
+
+def _finite(series: Series, colour: int) -> Series:
+    """The points of a series that can be drawn, thinned where there is no band; `colour` is that of its place."""
     bands = [] if series.low is None or series.high is None else [series.low, series.high]
     points = [row for row in zip(series.x, series.y, *bands, strict=True) if all(map(math.isfinite, row))]
-    x, y, *edges = ([list(column) for column in zip(*points, strict=True)]) if points else ([], [])
+    x, y, *edges = map(list, zip(*points, strict=True)) if points else ([], [])
     low, high = edges or (None, None)
     if low is None:
         x, y = thin(x, y)
-    return Series(series.label, x, y, low, high, series.dashed, series.colour, series.dots)
+    return replace(series, x=x, y=y, low=low, high=high, colour=colour if series.colour is None else series.colour)
 
 
-def _has_values(panel: Panel) -> bool:
-    return any(math.isfinite(y) for series in panel.series for y in series.y)
+def _y_axis(panel: Panel, curves: Sequence[Series]) -> _Axis:
+    ys = [y for series in curves for values in (series.y, series.low or (), series.high or ()) for y in values]
+    low, high = panel.y_limits or (min(ys), max(ys))
+    if panel.with_zero and panel.y_limits is None:
+        low, high = min(low, 0.0), max(high, 0.0) or float(low == 0)
+    is_log = panel.log_scale and low > 0
+    if panel.y_limits is None and not is_log:  # a little room, but not below 0 for what is never negative
+        room = (high - low) / 20
+        low, high = (0.0 if 0 <= low < 2 * room else low - room), (0.0 if high == 0 else high + room)
+    return _Axis(low, high, _BOTTOM, _TOP, is_log=is_log)
 
 
-def _curve(series: Series, colour: int, x_axis: _Axis, y_axis: _Axis, title: str) -> str:
+def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, title: str) -> str:
     points = [(x_axis(x), y_axis(y)) for x, y in zip(series.x, series.y, strict=True)]
-    name = f"c{colour % COLOURS}"
-    band = ""
+    name, band = f"c{(series.colour or 0) % COLOURS}", ""
     if series.low is not None and series.high is not None:
         edge = [*zip(series.x, series.high, strict=True), *reversed([*zip(series.x, series.low, strict=True)])]
         corners = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in edge)

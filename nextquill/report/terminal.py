@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # From weak to strong. Text and ground are both set, to be legible on light and dark terminals. Colour-blind readers can
 # tell blue from orange; strong effects are bold too, for terminals without colour.
-_HELPS = ("black on #d6e8fa", "black on #9dc9f2", "bold black on #5aa5e8", "bold white on #1c62a8")
-_HURTS = ("black on #fbe6cf", "black on #f6c48c", "bold black on #ee9a3f", "bold white on #9c4a06")
+_HELPS = ("", "black on #d6e8fa", "black on #9dc9f2", "bold black on #5aa5e8", "bold white on #1c62a8")
+_HURTS = ("", "black on #fbe6cf", "black on #f6c48c", "bold black on #ee9a3f", "bold white on #9c4a06")
 # |effect| from which each step applies; below the first a token is left plain.
 _STEPS = (0.05, 0.2, 0.4, 0.7)
 
@@ -39,31 +39,22 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
 
     if len(tokens) != len(effects):
         raise ArgumentError(f"effects: expected one for each of {len(tokens)} tokens, got {len(effects)}")
-    text = Text()
-    for index, (token, effect) in enumerate(zip(tokens, effects, strict=True)):
-        if index and separator:
-            text.append(separator)
-        text.append(plain(token), effect_style(effect))  # an escape sequence would be obeyed
-    return text
+    # Plain, because an escape sequence would be obeyed.
+    pieces = [Text(plain(token), effect_style(effect)) for token, effect in zip(tokens, effects, strict=True)]
+    return Text(separator).join(pieces)
 
 
 def effect_style(effect: float) -> str:
     """The rich style of an effect in probability; the empty string below 0.05 and for NaN."""
-    level = sum(abs(effect) >= step for step in _STEPS)
-    if level == 0:
-        return ""
-    return (_HELPS if effect > 0 else _HURTS)[level - 1]
+    return (_HELPS if effect > 0 else _HURTS)[sum(abs(effect) >= step for step in _STEPS)]
 
 
 def effect_legend() -> Text:
     """One line that explains the colours."""
     from rich.text import Text
 
-    values = [*(-step for step in reversed(_STEPS)), *_STEPS]
-    text = Text("history lowered p ")
-    for value in values:
-        text.append(f" {value:+.2f} ", effect_style(value))
-    return text.append(" raised p")
+    steps = [(f" {value:+.2f} ", effect_style(value)) for value in (*(-step for step in reversed(_STEPS)), *_STEPS)]
+    return Text.assemble("history lowered p ", *steps, " raised p")
 
 
 def results_table(table: Table) -> rich.table.Table:
@@ -73,12 +64,7 @@ def results_table(table: Table) -> rich.table.Table:
 
     shown = [index for index, column in enumerate(table.columns) if not column.secondary]
     rendered = RichTable(
-        title=table.title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        show_edge=False,
+        title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
     )
     group = ""
     for index in shown:

@@ -20,12 +20,7 @@ def plain(text: str) -> str:
 
 
 def html(text: str, most: int | None = None) -> str:
-    """`text` escaped for an element or a quoted attribute.
-
-    Args:
-        text: any text.
-        most: the number of characters after which it is cut; the cut says how many are left out.
-    """
+    """`text` escaped for an element or a quoted attribute; one longer than `most` characters is cut and says so."""
     if most is not None and len(text) > most:
         return f"{escape(plain(text[:most]))} … [{len(text) - most:,} more characters]"
     return escape(plain(text))

@@ -23,35 +23,21 @@ LEAST_FULL, LEAST_FULL_TOTAL = 0.5, 1.0
 TABLE_TOKENS = 12
 
 
-def responses_html(responses: Sequence[ResponseView], lead: str = "") -> str:
-    """The section of all responses; empty if there are none."""
-    if not responses:
-        return ""
+def responses_html(responses: Sequence[ResponseView]) -> str:
+    """A legend, if there are tokens, and a card for each response."""
     tokens = [token for view in responses for variant in view.variants for token in variant.tokens]
-    truth = (
-        '<span><span class="personal">underlined</span> truly personal</span>'
-        if any(token.personal is not None for token in tokens)
-        else ""
-    )
+    has_truth = any(token.personal is not None for token in tokens)
+    truth = '<span><span class="personal">underlined</span> truly personal</span>' if has_truth else ""
     legend = (
         '<p class="legend"><span class="scale">history lowered p(token) by 1 '
         f"<svg viewBox='0 0 {20 * STEPS} 12' aria-hidden='true'>{_scale()}</svg> raised it by 1</span>"
         f"<span>plain: less than {0.5 / STEPS:g} either way</span>{truth}</p>"
-        if tokens
-        else ""
     )
-    paragraph = f"<p>{html(lead)}</p>" if lead else ""
-    cards = "".join(_card(view) for view in responses)
-    return f'<section id="examples"><h2>Tokens by effect</h2>{paragraph}{legend}{cards}</section>'
+    return (legend if tokens else "") + "".join(map(_card, responses))
 
 
 def effect_class(effect: float, full: float = 1.0) -> str:
-    """The class of an effect's colour, `p1` to `p10` or `n1` to `n10`; empty for a small one and for NaN.
-
-    Args:
-        effect: the effect, in the unit of `full`.
-        full: the effect with the strongest colour.
-    """
+    """The class of an effect's colour, `p1` to `p10` or `n1` to `n10` from `full` on; empty if small, and for NaN."""
     if not math.isfinite(effect) or full <= 0:
         return ""
     step = math.floor(min(1.0, abs(effect) / full) * STEPS + 0.5)

@@ -7,5 +7,3 @@ json_files.py       reads JSON files, and names damaged files and lines
 locks.py            locks that one process at a time can hold
 resumable_jsonl.py  JSONL files whose writing can stop at any moment and resume
 """
-
-from __future__ import annotations

@@ -55,12 +55,9 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
     """
     if given is None or given is False:
         return None
-    if given is True:
-        path = last_checkpoint(folder)
-        if path is None:
-            raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint in {folder}, found none")
-    else:
-        path = Path(given)
+    path = last_checkpoint(folder) if given is True else Path(given)
+    if path is None:
+        raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint in {folder}, found none")
     if not (path / STATE_FILE).is_file():
         raise CheckpointError(f"resume_from_checkpoint: {path} is not a complete checkpoint: it has no {STATE_FILE}")
     return path

@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-DIGITS = 16
 
-
-def fingerprint(parts: Iterable[str | bytes], digits: int = DIGITS) -> str:
+def fingerprint(parts: Iterable[str | bytes], digits: int = 16) -> str:
     """The first hexadecimal digits of SHA-256 over all parts, one after another."""
     digest = hashlib.sha256()
     for part in parts:

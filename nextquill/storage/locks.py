@@ -22,8 +22,6 @@ def try_lock(stream: Any) -> bool:
         return True
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError as error:  # a file system without locks raises another one
+        return not isinstance(error, BlockingIOError)
     return True

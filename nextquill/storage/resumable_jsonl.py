@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
@@ -83,14 +83,10 @@ class BegunFile:
         return f"{self.path} was started with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
 
 
-class PartialFile(BegunFile):
-    """A partial file to which lines are added. As a context manager, it deletes a file without lines at the end.
+class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
+    """A partial file to which lines are added; arguments and errors are those of `BegunFile`.
 
-    Args:
-        target, run, overwrite, argument: see `BegunFile`.
-
-    Raises:
-        CheckpointError, OutputExistsError: see `BegunFile`.
+    As a context manager, it deletes a file without lines at the end.
     """
 
     def __init__(
@@ -103,10 +99,7 @@ class PartialFile(BegunFile):
         else:
             self._read_back()
 
-    def __enter__(self) -> PartialFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close(remove=not self._offsets)
 
     def __len__(self) -> int:
@@ -137,12 +130,8 @@ class PartialFile(BegunFile):
 
     def _read_back(self) -> None:
         """Find the lines in the file, and cut it off at the first broken one, which a killed process may leave."""
-        while True:
-            offset = self._stream.tell()
-            line = self._stream.readline()
-            if not line:
-                return
-            index = _decoded(line).get("index")
+        while line := self._stream.readline():
+            offset, index = self._stream.tell() - len(line), _decoded(line).get("index")
             if not line.endswith(b"\n") or not isinstance(index, int) or index in self._offsets:
                 self._stream.truncate(offset)
                 return

@@ -260,7 +260,7 @@ def test_equal_time(nextquill, data, tmp_path):
         (["--reduction", "median"], 2, "argument --reduction: invalid choice: 'median'"),
         (["--chunk_bytes", 0], 2, "--chunk_bytes: expected"),
         (["--level", 1.5], 2, "--level: expected a share between 0 and 1, got 1.5"),
-        (["--resamples", 0], 2, "--resamples: expected a positive number, got 0"),
+        (["--resamples", 0], 2, "--resamples: expected at least 1, got 0"),
         (["--eval_limit", 0], 2, "--eval_limit: expected a positive number, got 0"),
         (["--report_examples", -1], 2, "--report_examples: expected at least 0, got -1"),
         (["--task", "lamp_9"], 2, "--task: expected one of"),
@@ -296,7 +296,7 @@ def test_overwriting_spares_what_the_runs_read(uninterrupted, nextquill, data, t
     more = ("--eval_file", folder / "eval.jsonl", "--overwrite_output_dir")
     result = nextquill(*words(data, folder, *more))
     assert result.code == 1
-    assert "eval.jsonl, which the runs read" in result.err
+    assert "eval.jsonl, which this run reads" in result.err
     assert (folder / "eval.jsonl").exists()
 
 

@@ -154,7 +154,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
 @pytest.mark.parametrize("name", ["effect_line", "decoded"])
 def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
     """SIGKILL, which a process cannot handle, while scoring and while generating."""
-    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation.engine"
+    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation"
     code = (
         "import os, signal; from nextquill.cli import main\n"
         f"from nextquill.evaluation import evaluate; from nextquill.evaluation.{place} import {name} as own\n"
@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(nextquill, trained, data, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nextquill.generation.engine.decoded", interrupt)
+    monkeypatch.setattr("nextquill.generation.decoded", interrupt)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     assert result.code == 130
     assert f"the finished part is in {tmp_path}; the same command resumes" in result.err
@@ -201,7 +201,7 @@ def test_a_second_run_is_refused_before_the_model_is_loaded(nextquill, data, fin
 
 def test_another_evaluation_in_the_folder_is_refused_by_name(nextquill, trained, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("nextquill.generation.engine.decoded", lambda *_: 1 / 0)
+        patch.setattr("nextquill.generation.decoded", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path)
     result = evaluate(nextquill, trained, data, *SMALL, "--output_dir", tmp_path, "--seed", 1)
@@ -233,12 +233,12 @@ def test_an_existing_output_file_is_not_replaced_unasked(nextquill, trained, dat
     [
         (["--limit", 0], 2, "--limit: expected a positive number, got 0"),
         (["--batch_size", -1], 2, "--batch_size: expected a positive number, got -1"),
-        (["--generate_limit", 0], 2, "--generate_limit: expected a positive number"),
+        (["--generate_limit", 0], 2, "--generate_limit: expected at least 1"),
         (["--max_new_tokens", 0], 2, "--max_new_tokens: expected a positive number"),
         (["--task", "lamp_33"], 2, "argument --task: invalid choice: 'lamp_33'"),
         (["--metrics", "rogue_l"], 2, "--metrics: expected one of rouge_1"),
         (["--generate_branches", "own"], 2, "argument --generate_branches: invalid choice: 'own'"),
-        (["--metrics", "bleu", "--generate", "false"], 2, "--metrics: bleu is of generated texts"),
+        (["--metrics", "bleu", "--generate", "false"], 2, "--metrics: bleu measures generated texts"),
         (["--temperature", -1], 2, "--temperature: expected 0 (greedy) or more, got -1.0"),
         (["--top_p", 0.5], 2, "--top_p: expected a temperature above 0 with it"),
         (["--item_effects", -1], 2, "--item_effects: expected at least 0, got -1"),
@@ -287,7 +287,7 @@ def test_bad_records_are_left_out_and_counted(nextquill, trained, make_records, 
     result = nextquill("evaluate", *words, "--skip_bad")
     assert result.code == 0, result.err
     assert "12 examples" in result.out
-    assert "left out 1 bad records" in result.err
+    assert "skipped 1 bad records" in result.err
     assert f"{file} line 13: field 'response'" in result.err
 
 

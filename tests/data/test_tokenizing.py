@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nextquill.data import tokenizing
 from nextquill.data.tokenizing import BatchTokenizer, cut_pattern
 
 CORPUS = [
@@ -80,14 +81,20 @@ def one_by_one(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def batch(tokenizer: Any, **options: Any) -> BatchTokenizer:
-    return BatchTokenizer(tokenizer, lambda text: list(tokenizer.encode(text, add_special_tokens=False)), **options)
+def batch(tokenizer: Any) -> BatchTokenizer:
+    return BatchTokenizer(tokenizer, lambda text: list(tokenizer.encode(text, add_special_tokens=False)))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_texts_are_cut_where_that_is_proven_and_nowhere_else(of_kind: Any, name: str) -> None:
-    assert batch(of_kind[name]).cuts is KINDS[name][2]
-    assert not batch(of_kind[name], cached_tokens=0).cuts
+    assert (cut_pattern(of_kind[name].backend_tokenizer) is not None) is KINDS[name][2]
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, LLAMA3 + "|", LLAMA3.replace(r"|\s+(", r"||\s+("), rf"(?:{LLAMA3})"])
+def test_only_a_list_of_known_alternatives_is_a_known_pattern(of_kind: Any, pattern: str) -> None:
+    tokenizer = Tokenizer.from_str(of_kind["llama3"].backend_tokenizer.to_str())
+    tokenizer.pre_tokenizer = byte_level(split(pattern))
+    assert (cut_pattern(tokenizer) is not None) is (pattern == LLAMA3)
 
 
 # What joins and splits in the patterns: letters, digits, marks, space of several kinds, breaks, markers, "/".
@@ -110,9 +117,12 @@ def test_a_list_gives_what_its_texts_give(of_kind: Any, name: str, texts: list[s
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.lists(TEXTS, min_size=1, max_size=5), min_size=1, max_size=6))
 def test_a_cache_that_overflows_changes_nothing(of_kind: Any, texts: list[list[str]]) -> None:
-    together = batch(of_kind["llama3"], cached_tokens=5)
-    for each in texts:
-        assert [ids.tolist() for ids in together.ids(each)] == one_by_one(of_kind["llama3"], each)
+    together = batch(of_kind["llama3"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizing, "_CACHED_TOKENS", 5)
+        for each in texts:
+            assert [ids.tolist() for ids in together.ids(each)] == one_by_one(of_kind["llama3"], each)
+            assert together._cached_tokens <= 5
 
 
 def test_a_piece_is_tokenised_once(of_kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +157,7 @@ def test_an_added_token_that_takes_white_space_is_exact(of_kind: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=False)
     texts = ["a \n\n<mask> b\n\n[end]\n\n[x", "[end] \n\nb", "a\n- no\n- no\nb", "a\n- now\n\n\n- no"]
     together = batch(tokenizer)
-    assert together.cuts
+    assert cut_pattern(backend) is not None
     assert [ids.tolist() for ids in together.ids(texts)] == one_by_one(tokenizer, texts)
 
 

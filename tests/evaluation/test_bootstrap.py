@@ -213,7 +213,7 @@ def test_exchanged_sums_are_those_of_exchanged_texts(name, references, a, b):
     ("arguments", "error", "message"),
     [
         ({"level": 1.0}, ArgumentError, "level: expected a share between 0 and 1, got 1.0"),
-        ({"resamples": 0}, ArgumentError, "resamples: expected a positive number, got 0"),
+        ({"resamples": 0}, ArgumentError, "resamples: expected at least 1, got 0"),
         ({"resamples": 9.5}, ArgumentTypeError, "resamples: expected an integer, got 9.5"),
         ({"seed": -1}, ArgumentError, "seed: expected at least 0, got -1"),
         ({"groups": ["ann"]}, ArgumentError, "groups: expected 2, one for each example, got 1"),

@@ -20,7 +20,7 @@ from nextquill.errors import (
 )
 from nextquill.evaluation import measures
 from nextquill.evaluation.bootstrap import bootstrap_interval
-from nextquill.evaluation.measure_names import place_of
+from nextquill.evaluation.measures import place_of
 from nextquill.evaluation.metrics import MetricScores, compute
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.predictions import read_predictions
@@ -219,11 +219,11 @@ def test_places_of_measures_cover_all(whole):
         ({"metrics": ("rouge_l", "rogue_l")}, "metrics: .*, got 'rogue_l'; did you mean 'rouge_l'"),
         ({"generate_branches": ("own",)}, "generate_branches: expected one of factual, counterfactual, placebo"),
         ({"generate_branches": ("factual", "factual")}, "generate_branches: expected each name once"),
-        ({"metrics": ("bleu",), "generate_branches": ()}, "metrics: bleu is of generated texts, and no branch"),
+        ({"metrics": ("bleu",), "generate_branches": ()}, "metrics: bleu measures generated texts, and none are"),
         ({"level": 1.0}, "level: expected a share between 0 and 1"),
-        ({"resamples": 0}, "resamples: expected a positive number, got 0"),
+        ({"resamples": 0}, "resamples: expected at least 1, got 0"),
         ({"item_effects": -1}, "item_effects: expected at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size: expected a positive number, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a positive number, got 0"),
         ({"attention": "fast"}, "attention: expected one of auto"),
         ({"attention": "padded", "max_tokens": 99}, "max_tokens: expected None with attention='padded'"),

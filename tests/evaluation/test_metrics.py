@@ -91,7 +91,7 @@ def test_scores_come_in_the_order_asked_for():
     [
         (["rouge"], ["a"], ["a"], ArgumentError, "metrics: expected some of rouge_1, .*, got 'rouge'"),
         (["preference_accuracy"], ["a"], ["a"], ArgumentError, "metrics: preference_accuracy is computed from the sc"),
-        (["bleu"], [], [], ArgumentError, "predictions: expected at least one, got none"),
+        (["bleu"], [], [], ArgumentError, "predictions: expected at least one text, got none"),
         (["bleu"], ["a", "b"], ["a"], ArgumentError, "predictions: expected 2, as many as references, got 1"),
         (["bleu"], ["a", []], ["a", "b"], ArgumentError, r"references\[1\]: expected at least one text, got none"),
         (["bleu"], ["a"], [None], ArgumentTypeError, r"predictions\[0\]: expected a string, got NoneType"),

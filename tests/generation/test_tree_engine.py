@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nextquill.errors import UnsupportedModelError
-from nextquill.generation import GenerationOptions, Prompt
-from nextquill.generation.engine import local_engine
+from nextquill.generation import GenerationOptions, Prompt, local_engine
 from nextquill.models.tiny_models import build_tokenizer
 from tests.models.model_helpers import tiny_model
 
@@ -100,6 +99,25 @@ def test_a_shared_history_is_computed_once(tokenizer):
     assert tokens(model, tokenizer, GUIDED, max_new_tokens=3) == {
         i: [token for index, token in streamed if index == i] for i in range(4)
     }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("prompts", [PROMPTS, GUIDED], ids=["plain", "guided"])
+def test_a_stream_does_not_compute_a_known_beginning_again(kind, prompts, tokenizer):
+    model = tiny_model(kind, eos_token_id=None, **ARCHITECTURES[kind])
+    counted = []
+    options = GenerationOptions(engine="tree", max_new_tokens=5, batch_size=1, guidance=1.5, plausibility=0.05)
+    with local_engine(model, tokenizer, set(), options) as engine:
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, __: counted.append(ids[0].numel()))
+        for chosen in ([prompts[0]], [prompts[1]], [prompts[1]], [prompts[2]], prompts):
+            counted.clear()
+            found = {p.index: [] for p in chosen}
+            for index, token in engine.stream(chosen):
+                found[index].append(token)
+            assert found == {p.index: separate(model, p, 5, 1.5, 0.05) for p in chosen}
+            own = len(chosen[0].ids) + len(chosen[0].against or ())
+            if chosen == [prompts[1]] and prompts is PROMPTS:
+                assert counted[0] in (own - len(HISTORY) - 1, 1), "what is not known yet, or the last token"
 
 
 def test_a_model_that_cannot_share_prefixes_is_refused_or_run_by_transformers(tokenizer):

@@ -49,7 +49,7 @@ class Case:
 
     def stats(self, rows: int = 9, logits: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = torch.full((rows, self.labels.numel()), torch.nan, device=self.z1.device)
-        chunk.pair_stats(*(logits or self.logits), self.labels, out)
+        chunk.pair_stats(logits or self.logits, self.labels, out)
         return out
 
 
@@ -178,7 +178,7 @@ def test_pair_grad(n, v, softcap, counterfactual, detach, device):
     z1, z0 = case.z1.clone(), case.z0.clone()
     g_f, g_c, g_e = case.grads
     dz1, dz0 = chunk.pair_grad_(
-        z1, z0, case.labels, stats, g_f, g_c if counterfactual else None, g_e, softcap, 0.5, torch.float32, detach
+        (z1, z0), case.labels, stats, (g_f, g_c if counterfactual else None, g_e), softcap, 0.5, torch.float32, detach
     )
     floor = case.grads.abs().max().item() * 2e-6
     assert (dz1 - truth1).abs().max() <= RELATIVE * truth1.abs().max() + floor
@@ -197,10 +197,10 @@ def test_half_gradients_fill_the_first_half_of_each_row(n, v, dtype, device):
     g_f, g_c, g_e = case.grads
     stats = true_pair_stats(case)[:9].float()
     exact = [z.clone() for z in case.logits]
-    chunk.pair_grad_(*exact, case.labels, stats, g_f, g_c, g_e, 6.0, 1.0, torch.float32)
+    chunk.pair_grad_(exact, case.labels, stats, (g_f, g_c, g_e), 6.0, 1.0, torch.float32)
     (buffer1, z1), (buffer0, z0) = padded(case.z1), padded(case.z0)
     outside = [buffer.clone() for buffer in (buffer1, buffer0)]
-    results = chunk.pair_grad_(z1, z0, case.labels, stats, g_f, g_c, g_e, 6.0, 1.0, dtype)
+    results = chunk.pair_grad_((z1, z0), case.labels, stats, (g_f, g_c, g_e), 6.0, 1.0, dtype)
     for result, z, float32, buffer, before in zip(results, (z1, z0), exact, (buffer1, buffer0), outside, strict=True):
         assert result.dtype == dtype
         assert result.data_ptr() == z.data_ptr()
@@ -224,14 +224,14 @@ def test_half_gradients_of_many_rows_do_not_race(v, device):
     z1 = torch.randn(400, v, device=device) * 3
     z0 = z1 + torch.randn_like(z1)
     case = Case(z1, z0, torch.randint(v, (400,), device=device), torch.randn(3, 400, device=device))
-    arguments = (case.labels, case.stats(), *case.grads, 30.0, 1.0)
-    exact = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.float32)
-    first = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.bfloat16)
+    arguments = (case.labels, case.stats(), case.grads, 30.0, 1.0)
+    exact = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.float32)
+    first = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.bfloat16)
     for actual, truth in zip(first, exact, strict=True):
         # A value made of overwritten logits is of the order of 1/V >= 6.6e-6, and the error allowed is far below.
         assert ((actual.float() - truth).abs() <= 2**-8 * truth.abs() + 1e-7).all()
     for _ in range(20):
-        again = chunk.pair_grad_(z1.clone(), z0.clone(), *arguments, torch.bfloat16)
+        again = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.bfloat16)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
@@ -262,13 +262,13 @@ def test_rows_of_larger_buffers(device):
     big = torch.full((13, 20), torch.nan, device=device)
     out = big[1:12, 7:12]
     labels = torch.full((10,), -1, device=device)[::2].copy_(case.labels)
-    chunk.pair_stats(z1, z0, labels, out)
+    chunk.pair_stats((z1, z0), labels, out)
     assert same(out, case.stats(11))
     assert big.isnan().sum() == 260 - 55
     grads = case.grads.t().contiguous().t()  # a stride of 3 between rows
-    results = chunk.pair_grad_(z1, z0, labels, out[:9], *grads, None, 1.0, torch.float32)
+    results = chunk.pair_grad_((z1, z0), labels, out[:9], grads, None, 1.0, torch.float32)
     expected = [z.clone() for z in case.logits]
-    chunk.pair_grad_(*expected, case.labels, out[:9].contiguous(), *case.grads, None, 1.0, torch.float32)
+    chunk.pair_grad_(expected, case.labels, out[:9].contiguous(), case.grads, None, 1.0, torch.float32)
     for actual, truth, buffer in zip(results, expected, (buffer1, buffer0), strict=True):
         assert same(actual, truth)
         assert buffer.isnan().sum() == buffer.numel() - 1500
@@ -297,7 +297,7 @@ def test_ignored_rows_give_zero_whatever_they_hold(poison, dtype, device):
     assert torch.equal(stats[:, live], reference[:, live])
     case.grads[:, ~live] = torch.nan
     stats = reference[:9].masked_fill(~live, torch.nan)
-    results = chunk.pair_grad_(*(z.clone() for z in case.logits), case.labels, stats, *case.grads, None, 1.0, dtype)
+    results = chunk.pair_grad_([z.clone() for z in case.logits], case.labels, stats, case.grads, None, 1.0, dtype)
     for result in results:
         assert torch.equal(result[~live], torch.zeros_like(result[~live]))
         assert result[live].isfinite().all()
@@ -378,7 +378,7 @@ def test_huge_logits(shift, device):
     chunk.token_stats(case.z1, case.labels, out)
     assert_near(out[2], truth[2])
     dz1, dz0 = chunk.pair_grad_(
-        *(z.clone() for z in case.logits), case.labels, stats[:9], *case.grads, None, 1.0, torch.float32
+        [z.clone() for z in case.logits], case.labels, stats[:9], case.grads, None, 1.0, torch.float32
     )
     truth1, truth0 = true_pair_grad(case, None, 1.0, counterfactual=True)
     assert_near(dz1, truth1)
@@ -393,7 +393,7 @@ def test_zero_upstream_gradient_gives_exact_zero(dtype, device):
     case = make_case(5, 300, device, softcap=5.0)
     zeros = torch.zeros(5, device=device)
     results = chunk.pair_grad_(
-        *(z.clone() for z in case.logits), case.labels, case.stats(), zeros, zeros, zeros, 5.0, 2.0, dtype
+        [z.clone() for z in case.logits], case.labels, case.stats(), (zeros, zeros, zeros), 5.0, 2.0, dtype
     )
     assert all((result == 0).all() for result in results)
 
@@ -418,7 +418,7 @@ def test_bitwise_repeatable(dtype, device):
 
     def run() -> list[Tensor]:
         z1, z0 = (z.clone() for z in case.logits)
-        return bits(case.stats(11), *chunk.pair_grad_(z1, z0, case.labels, stats, *case.grads, None, 1.0, dtype))
+        return bits(case.stats(11), *chunk.pair_grad_((z1, z0), case.labels, stats, case.grads, None, 1.0, dtype))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -435,9 +435,9 @@ def test_no_rows(device):
     case = make_case(1, 300, device)
     z, labels, none = case.z1[:0], case.labels[:0], torch.empty(9, 0, device=device)
     chunk.token_stats(z, labels, none[:3])
-    chunk.pair_stats(z, z, labels, none)
+    chunk.pair_stats((z, z), labels, none)
     assert chunk.token_grad_(z, labels, none[:3], none[0], None, 1.0, torch.float16).shape == (0, 300)
-    dz1, dz0 = chunk.pair_grad_(z, z, labels, none, none[0], None, none[0], None, 1.0, torch.float32)
+    dz1, dz0 = chunk.pair_grad_((z, z), labels, none, (none[0], None, none[0]), None, 1.0, torch.float32)
     assert dz1.shape == dz0.shape == (0, 300)
 
 
@@ -487,9 +487,9 @@ def test_bad_arguments_of_stats(name, device):
 def test_bad_arguments_of_pair_stats(device):
     case = make_case(5, 300, device)
     with pytest.raises(ValueError, match=r"logits_counterfactual: expected shape \[5, 300\], got \[5, 299\]"):
-        chunk.pair_stats(case.z1, case.z0[:, :299], case.labels, torch.empty(9, 5, device=device))
+        chunk.pair_stats((case.z1, case.z0[:, :299]), case.labels, torch.empty(9, 5, device=device))
     with pytest.raises(ValueError, match=r"out: expected shape \[9, 5\], got \[7, 5\]"):
-        chunk.pair_stats(case.z1, case.z0, case.labels, torch.empty(7, 5, device=device))
+        chunk.pair_stats(case.logits, case.labels, torch.empty(7, 5, device=device))
 
 
 BAD_GRADS = {

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from nextquill_kernels import chunk_grad
-from nextquill_kernels.crosscompile import SHARED_LIMIT, TARGETS, Resources, compile_for, refuse
-from nextquill_kernels.launch import interpreted
+from nextquill_kernels.crosscompile import SHARED_LIMIT, TARGETS, Resources, refuse
+from nextquill_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.compiles
 
@@ -203,10 +203,10 @@ def test_refuse_names_the_figures():
 
 def test_unknown_target():
     with pytest.raises(ValueError, match=r"target: expected one of sm_80, sm_90, sm_100, gfx942, got 'sm_75'"):
-        compile_for(chunk_grad, "sm_75", signature={}, constexprs={}, num_warps=4, num_stages=1)
+        chunk_grad.compile_cases()[0].compile("sm_75")
 
 
-@pytest.mark.skipif(not interpreted(), reason="the kernels are compiled here")
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")
 def test_interpreted_kernels_are_refused():
     case = chunk_grad.compile_cases()[0]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected it to be unset"):

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from nextquill_kernels.launch import cdiv, check_together, interpreted, on_device, target_of
+from nextquill_kernels.launch import INTERPRETED, cdiv, check_together, on_device, target_of
 
 
 def test_interpreted_where_there_is_no_gpu(device):
-    assert interpreted() == (device.type == "cpu")
+    assert (device.type == "cpu") == INTERPRETED
 
 
 IMPORT = """
@@ -21,7 +21,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 {steps}
 import torch
 from nextquill_kernels import chunk, chunk_stats, launch
-print(launch.interpreted(), type(chunk_stats._token_stats_kernel).__name__)
+print(launch.INTERPRETED, type(chunk_stats._token_stats_kernel).__name__)
 out = torch.full((3, 3), torch.nan)
 try:
     chunk.token_stats(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), out)

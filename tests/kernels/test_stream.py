@@ -69,13 +69,12 @@ class Case:
 
     def pair(self, tile: Tile | None = SMALL) -> Tensor:
         with poisoned_memory():
-            return stream.pair_stats(
-                self.factual, self.counterfactual, self.weight, self.labels, tile=tile, **self.options
-            )
+            hiddens = (self.factual, self.counterfactual)
+            return stream.label_stats(hiddens, self.weight, self.labels, tile=tile, **self.options)
 
     def token(self, tile: Tile | None = SMALL) -> Tensor:
         with poisoned_memory():
-            return stream.token_stats(self.factual, self.weight, self.labels, tile=tile, **self.options)
+            return stream.label_stats((self.factual,), self.weight, self.labels, tile=tile, **self.options)
 
     def logits(self, hidden: Tensor, compute: torch.dtype = torch.float64) -> Tensor:
         z = (hidden.to(compute) @ self.weight.to(compute).T).to(torch.promote_types(compute, torch.float32))
@@ -83,7 +82,7 @@ class Case:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def truth(self, compute: torch.dtype = torch.float64) -> Tensor:
-        """[6, N] as `pair_stats` returns it, in plain PyTorch."""
+        """[6, N] as `label_stats` returns it, in plain PyTorch."""
         z1, z0 = self.logits(self.factual, compute), self.logits(self.counterfactual, compute)
         labels = self.labels.clamp(min=0)[:, None]
         streams = (z1, z0, z1 - z0)
@@ -405,7 +404,7 @@ def test_weight_of_more_than_2_31_elements(device):
     weight = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
     weight[-1] = 1.0
     hidden = torch.full((3, columns), 2**-4, dtype=torch.bfloat16, device=device)
-    out = stream.token_stats(hidden, weight, torch.full((3,), rows - 1, device=device))
+    out = stream.label_stats((hidden,), weight, torch.full((3,), rows - 1, device=device))
     # One logit of 64 over many of 0.
     assert (out[0] - 64).abs().max() < 1e-4
     assert out[1].abs().max() < 1e-4

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nextquill.ops import chunk_native
 
-needs_native = pytest.mark.skipif(not chunk_native.is_available(), reason=chunk_native.reason())
+needs_native = pytest.mark.skipif(chunk_native.why_not() is not None, reason=str(chunk_native.why_not()))
 
-if chunk_native.is_available():
+if chunk_native.why_not() is None:
     import nextquill_ext
 
     ISAS = nextquill_ext.available_isas()

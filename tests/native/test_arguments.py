@@ -39,7 +39,10 @@ def arguments() -> dict[str, Any]:
 
 
 def grad_with(**changed: Any) -> None:
-    chunk_native.pair_grad_(**{**arguments(), **changed}, dtype=torch.float32)
+    given = {**arguments(), **changed}
+    logits = (given.pop("logits_factual"), given.pop("logits_counterfactual"))
+    grads = (given.pop("grad_factual"), given.pop("grad_counterfactual"), given.pop("grad_effect"))
+    chunk_native.pair_grad_(logits, grad_nlls=grads, dtype=torch.float32, **given)
 
 
 BAD = {
@@ -89,7 +92,7 @@ def test_label_out_of_range_is_refused_before_anything_is_written(label: int) ->
 def test_out_of_another_height_is_refused(rows: int) -> None:
     logits, labels = torch.zeros(N, V), torch.zeros(N, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^out: expected "):
-        chunk_native.pair_stats(logits, logits, labels, torch.zeros(rows, N))
+        chunk_native.pair_stats((logits, logits), labels, torch.zeros(rows, N))
     with pytest.raises(ValueError, match=r"^out: expected "):
         chunk_native.token_stats(logits, labels, torch.zeros(rows, N))
 
@@ -136,8 +139,7 @@ def test_environment_fixes_the_instruction_set() -> None:
 
 @needs_native
 def test_available() -> None:
-    assert chunk_native.is_available()
-    assert chunk_native.reason() == ""
+    assert chunk_native.why_not() is None
 
 
 @pytest.fixture
@@ -153,8 +155,7 @@ def test_absent_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(chunk_native.importlib, "import_module", absent)
-    assert not chunk_native.is_available()
-    assert "pip install ./csrc" in chunk_native.reason()
+    assert "pip install ./csrc" in str(chunk_native.why_not())
     with pytest.raises(BackendUnavailableError, match="nextquill_ext is not installed"):
         chunk_native.token_stats(torch.zeros(N, V), torch.zeros(N, dtype=torch.int64), torch.zeros(3, N))
 
@@ -165,14 +166,13 @@ def test_extension_that_fails_to_import_is_reported(monkeypatch: pytest.MonkeyPa
         raise ImportError("NEXTQUILL_ISA: isa: no")
 
     monkeypatch.setattr(chunk_native.importlib, "import_module", broken)
-    assert chunk_native.reason() == "nextquill_ext cannot be imported: NEXTQUILL_ISA: isa: no"
+    assert chunk_native.why_not() == "nextquill_ext cannot be imported: NEXTQUILL_ISA: isa: no"
 
 
 @pytest.mark.usefixtures("_fresh_load")
 def test_extension_with_another_interface_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_native.importlib, "import_module", lambda name: SimpleNamespace(INTERFACE_VERSION=0))
-    assert not chunk_native.is_available()
-    assert "interface 0" in chunk_native.reason()
+    assert "interface 0" in str(chunk_native.why_not())
 
 
 def test_versions_agree() -> None:

@@ -37,7 +37,7 @@ def stats_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 def pair_stats_of(factual: Tensor, counterfactual: Tensor, labels: Tensor, rows: int = 11) -> Tensor:
     out = torch.full((rows, len(labels)), NAN)
-    chunk_native.pair_stats(factual, counterfactual, labels, out)
+    chunk_native.pair_stats((factual, counterfactual), labels, out)
     return out
 
 
@@ -83,13 +83,10 @@ def test_pair_grad(
     factual, other = pair.logits
     own, detach = counterfactual == "own-gradient", counterfactual == "detached"
     result1, result0 = chunk_native.pair_grad_(
-        factual,
-        other,
+        (factual, other),
         pair.labels,
         true_pair_stats(factual, other, pair.labels)[:9].float(),
-        pair.grad_factual,
-        pair.grad_counterfactual if own else None,
-        pair.grad_effect,
+        (pair.grad_factual, pair.grad_counterfactual if own else None, pair.grad_effect),
         softcap,
         logit_scale,
         torch.float32,
@@ -142,13 +139,10 @@ def test_views_of_a_poisoned_buffer(
     chosen = nextquill_ext.current_isa()
     nextquill_ext.set_isa(isa)
     try:
-        chunk_native.pair_stats(z1, z0, pair.labels, out)
+        chunk_native.pair_stats((z1, z0), pair.labels, out)
         close(out, true_pair_stats(pair.factual, pair.counterfactual, pair.labels))
-        gradient = pair.grad_counterfactual if own else None
-        chunk_native.pair_grad_(
-            z1, z0, pair.labels, out[:9], pair.grad_factual, gradient, pair.grad_effect, softcap, logit_scale,
-            torch.float32, detach,
-        )  # fmt: skip
+        gradients = (pair.grad_factual, pair.grad_counterfactual if own else None, pair.grad_effect)
+        chunk_native.pair_grad_((z1, z0), pair.labels, out[:9], gradients, softcap, logit_scale, torch.float32, detach)
     finally:
         nextquill_ext.set_isa(chosen)
     expected1, expected0 = true_pair_grad(pair, softcap, logit_scale, with_counterfactual=own)
@@ -266,7 +260,7 @@ def test_zero_gradient_gives_zero(isa: str) -> None:
     pair = make_pair(4, 77, spread=50.0)
     zero = torch.zeros(4)
     stats = pair_stats_of(*pair.logits, pair.labels)
-    for z in chunk_native.pair_grad_(*pair.logits, pair.labels, stats[:9], zero, zero, zero, 60.0, 2.0, torch.float32):
+    for z in chunk_native.pair_grad_(pair.logits, pair.labels, stats[:9], (zero,) * 3, 60.0, 2.0, torch.float32):
         assert z is not None
         assert bool((z == 0).all())
 
@@ -312,9 +306,9 @@ def test_logits_that_require_grad_are_read() -> None:
 def test_no_rows() -> None:
     empty, labels, none = torch.empty(0, 7), torch.empty(0, dtype=torch.int64), torch.empty(0)
     chunk_native.token_stats(empty, labels, torch.empty(3, 0))
-    chunk_native.pair_stats(empty, empty, labels, torch.empty(9, 0))
+    chunk_native.pair_stats((empty, empty), labels, torch.empty(9, 0))
     assert chunk_native.token_grad_(empty, labels, torch.empty(3, 0), none, None, 1.0, torch.float32) is empty
     results = chunk_native.pair_grad_(
-        empty, empty, labels, torch.empty(9, 0), none, None, none, None, 1.0, torch.float32
+        (empty, empty), labels, torch.empty(9, 0), (none, None, none), None, 1.0, torch.float32
     )
     assert results == (empty, empty)

@@ -61,8 +61,8 @@ def test_stats_are_those_of_the_softmax_and_leave_the_logits(kernels, n, v):
     kept = z1.clone(), z0.clone()
     token, pair, full = narrow_view(n, 3), narrow_view(n, 9), narrow_view(n, 11)
     kernels.token_stats(z1, y, token)
-    kernels.pair_stats(z1, z0, y, pair)
-    kernels.pair_stats(z1, z0, y, full)
+    kernels.pair_stats((z1, z0), y, pair)
+    kernels.pair_stats((z1, z0), y, full)
     for index, z in enumerate((raw1, raw0, raw1 - raw0)):
         for actual, expected in zip(pair[3 * index :], true_stats(z, y), strict=False):
             assert_close(actual, expected)
@@ -104,7 +104,7 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
     kept, detached = z0.clone(), mode == "detached"
     g_c = g_c.float() if mode == "counterfactual" else None
     results = kernels.pair_grad_(
-        z1, z0, y, stats, g_f.float(), g_c, g_e.float(), softcap, scale, FLOAT32, detach_counterfactual=detached
+        (z1, z0), y, stats, (g_f.float(), g_c, g_e.float()), softcap, scale, FLOAT32, detach_counterfactual=detached
     )
     assert results[0].data_ptr() == z1.data_ptr()
     assert_close(z1, raw1.grad, FLOAT32_RELATIVE)
@@ -134,7 +134,7 @@ def test_a_masked_column_adds_nothing_to_divergence_and_entropy(kernels):
     """Its probability is 0, and 0 · inf would be NaN. Its counterfactual logit does not matter."""
     z1, z0, y, out = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([0, 1, 2]), torch.empty(11, 3)
     z1[:, 5] = -torch.inf
-    kernels.pair_stats(z1, z0, y, out)
+    kernels.pair_stats((z1, z0), y, out)
     can_occur = torch.arange(7) != 5
     log_p1, log_p0 = (z.double().log_softmax(1)[:, can_occur] for z in (z1, z0))
     assert_close(out[9], (log_p1.exp() * (log_p1 - log_p0)).sum(1))
@@ -146,7 +146,7 @@ def test_a_broken_row_is_visible_and_alone(kernels, bad):
     z1, z0, y = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
     z1[2, 7] = bad
     out = torch.empty(9, 4)
-    kernels.pair_stats(z1, z0, y, out)
+    kernels.pair_stats((z1, z0), y, out)
     broken = ~torch.isfinite(out)
     assert broken[2].tolist() == broken[8].tolist() == [False, False, True, False]
     assert not broken[3:6].any()
@@ -167,9 +167,9 @@ def test_work_stays_inside_the_given_rows(kernels):
 def test_extreme_logits_do_not_overflow(kernels):
     z1, z0 = 1e4 * torch.randn(4, 33), 1e4 * torch.randn(4, 33)
     y, out = torch.randint(33, (4,)), torch.empty(9, 4)
-    kernels.pair_stats(z1, z0, y, out)
+    kernels.pair_stats((z1, z0), y, out)
     for index, z in enumerate((z1.double(), z0.double(), z1.double() - z0.double())):
         assert_close(out[3 * index + 2], nll(z, y))
-    kernels.pair_grad_(z1, z0, y, out, torch.ones(4), torch.ones(4), torch.ones(4), None, 1.0, FLOAT32)
+    kernels.pair_grad_((z1, z0), y, out, torch.ones(3, 4), None, 1.0, FLOAT32)
     assert torch.isfinite(z1).all()
     assert torch.isfinite(z0).all()

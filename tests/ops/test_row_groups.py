@@ -16,7 +16,7 @@ def test_plan_sorts_rows_by_sequence_and_keeps_their_order_within():
     assert plan.labels.tolist() == [8, 5, 7, 4, 6]
     assert plan.lengths == (1, 2, 2)
     assert plan.offsets.tolist() == [0, 1, 3, 5]
-    assert plan.sequence_lengths(slice(0, 5)).tolist() == [1, 2, 2, 2, 2]
+    assert plan.row_lengths.tolist() == [1, 2, 2, 2, 2]
 
 
 def test_plan_without_ids_is_one_sequence_in_order():

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.report.data import LeftOutItem
 from nextquill.report.html import render_page
 from nextquill.report.run_page import runs_page
-from nextquill.report.runs import Run, read_run
+from nextquill.report.runs import Run, read_items, read_run
 from tests.report.example_runs import write_evaluation, write_training
 
 
@@ -103,6 +104,11 @@ def test_examples_without_effects_show_their_texts(tmp_path: Path) -> None:
     views = runs_page([read_run(folder)], indices=[0, 1]).responses
     assert views[0].variants == []
     assert views[0].texts[0].label == "the user's own response"
+    items = read_items(read_run(folder))[1]
+    assert views[1].variants[0].items == [
+        LeftOutItem(item["title"], item["text"], effects)
+        for item, effects in zip(items.items, items.effects, strict=True)
+    ]
     # Example 1 has item effects, whose tokens are shown without probabilities.
     assert [token.p_with == token.p_with for token in views[1].variants[0].tokens] == [False] * 25
 

@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextquill.report.data import Charts, Panel, Series
-from nextquill.report.svg import MOST_POINTS, charts_html, panel_html, thin
+from nextquill.report.svg import MOST_POINTS, charts_html, thin
+
+
+def svg(panel: Panel) -> str:
+    return charts_html(Charts([panel], "steps", []))
 
 
 def drawn(panel: Panel) -> ElementTree.Element:
-    return ElementTree.fromstring(panel_html(panel, "steps"))
+    return ElementTree.fromstring(f"<div>{svg(panel)}</div>")
 
 
 def lines(panel: Panel) -> list[tuple[list[list[float]], dict[str, str]]]:
@@ -76,7 +80,7 @@ def test_small_ticks_fit_beside_the_axis() -> None:
 
 
 def test_a_single_point_is_a_dot() -> None:
-    html = panel_html(Panel("t", "h", [Series("a", [3], [2.5])]), "steps")
+    html = svg(Panel("t", "h", [Series("a", [3], [2.5])]))
     assert re.search(r'class="dots c0" d="M\d', html)
 
 
@@ -84,7 +88,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted() -> None:
     panel = Panel("t", "h", [Series("a", [0, 1, 2, 3], [1.0, math.nan, math.inf, 2.0]), Series("b", [0], [math.nan])])
     ((_, attributes),) = lines(panel)
     assert attributes["data-x"] == "0 3"
-    assert "3 values that are not finite are left out" in panel_html(panel, "steps")
+    assert "3 values that are not finite are left out" in svg(panel)
 
 
 def test_a_panel_without_a_finite_value_is_left_out() -> None:
@@ -103,7 +107,7 @@ def test_a_panel_without_a_finite_value_is_left_out() -> None:
 def test_any_values_give_a_plot_inside_its_frame(ys: list[float], log_scale: bool) -> None:
     panel = Panel("t", "h", [Series("a", list(range(len(ys))), ys)], log_scale=log_scale)
     if not any(map(math.isfinite, ys)):
-        assert "<polyline" not in charts_html(Charts([panel], "x", []))
+        assert "<polyline" not in svg(panel)
         return
     ((points, _),) = lines(panel)
     assert all(0 <= x <= 400 and 0 <= y <= 216 for x, y in points)

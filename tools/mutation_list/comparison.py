@@ -82,7 +82,7 @@ MUTATIONS = (
     ),
     Mutation(
         "demo-bad-seeds",
-        "demos/kit/recipe.py",
+        "demos/kit/run.py",
         "        if value < least:\n",
         "        if value < 0:\n",
         "a demo of no seeds begins, and fails when it has nothing to report",

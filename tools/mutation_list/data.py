@@ -6,15 +6,15 @@ MUTATIONS = (
     Mutation(
         "data-history-order",
         "nextquill/data/records.py",
-        "sorted(dated, key=lambda pair: pair[0])",
-        "sorted(dated, key=lambda pair: -pair[0])",
+        "sorted(history, key=lambda item: item.timestamp or 0.0)",
+        "sorted(history, key=lambda item: -(item.timestamp or 0.0))",
         "histories stand newest first, so that the newest texts are cut",
     ),
     Mutation(
         "data-text-from-the-future",
         "nextquill/data/records.py",
-        "record_timestamp is not None and item.timestamp > record_timestamp:",
-        "record_timestamp is not None and item.timestamp > record_timestamp + 86400:",
+        "timestamp is not None and item.timestamp > timestamp:",
+        "timestamp is not None and item.timestamp > timestamp + 86400:",
         "texts up to a day younger than the record leak its answer",
     ),
     Mutation(
@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "data-control-tokens",
         "nextquill/data/user_text.py",
-        'return " " if found.lastindex else f"{found[0]} "',
-        "return found[0]",
+        'return f"{head[0]} " if found else head[0]',
+        "return head[0]",
         "a user's text can end the turn of the prompt that it stands in",
     ),
     Mutation(
@@ -139,8 +139,8 @@ MUTATIONS = (
     Mutation(
         "data-fixed-leak",
         "nextquill/data/histories/fixed.py",
-        "item.timestamp < record.timestamp",
-        "item.timestamp <= record.timestamp",
+        "item.timestamp < time",
+        "item.timestamp <= time",
         "a fixed history holds a text of the record's own moment",
     ),
     Mutation(
@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "data-prepare-resume",
         "nextquill/data/preparing.py",
-        "if skip_bad else None, skip=shards.records)",
-        "if skip_bad else None, skip=0)",
+        "on_bad, skip=shards.records)",
+        "on_bad, skip=0)",
         "a resumed run stores the first examples twice",
     ),
     Mutation(

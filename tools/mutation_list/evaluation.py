@@ -61,14 +61,14 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation-rmse",
-        "nextquill/evaluation/metrics/ratings.py",
+        "nextquill/evaluation/metrics/answers.py",
         "return np.sqrt(ratio(sums))",
         "return ratio(sums)",
         "RMSE is the mean square",
     ),
     Mutation(
         "evaluation-no-rating",
-        "nextquill/evaluation/metrics/ratings.py",
+        "nextquill/evaluation/metrics/answers.py",
         "farthest if rating is None",
         "0.0 if rating is None",
         "a text that is not a rating counts as right",
@@ -76,13 +76,13 @@ MUTATIONS = (
     Mutation(
         "evaluation-rouge-recall",
         "nextquill/evaluation/metrics/rouge.py",
-        "result[kind].fmeasure",
-        "result[kind].recall",
+        "[kind].fmeasure",
+        "[kind].recall",
         "ROUGE rewards long texts",
     ),
     Mutation(
         "evaluation-macro-f1",
-        "nextquill/evaluation/metrics/labels.py",
+        "nextquill/evaluation/metrics/answers.py",
         "known = texts.labels if texts.labels is not None else sorted(set(truth))",
         "known = sorted(set(truth))",
         "macro-F1 leaves out labels that no record has",
@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(
         "evaluation-stray-predictions",
         "nextquill/evaluation/predictions.py",
-        '        (have, set(want), f"id {{!r}} is not in {other}"),\n',
+        '        (given, set(wanted), f"id {{!r}} is not in {other}"),\n',
         "",
         "predictions of unknown ids are accepted",
     ),

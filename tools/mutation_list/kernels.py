@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "kernels-detached-overwritten",
         f"{_FOLDER}/chunk_grad.py",
-        'out0 = None if detach_counterfactual else _in_place("logits_counterfactual", logits_counterfactual, dtype)',
-        'out0 = _in_place("logits_counterfactual", logits_counterfactual, dtype)',
+        'out0 = None if detach_counterfactual else _in_place("logits_counterfactual", z0, dtype)',
+        'out0 = _in_place("logits_counterfactual", z0, dtype)',
         "a detached counterfactual's logits are overwritten",
     ),
     Mutation(

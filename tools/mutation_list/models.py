@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         "generation-seeds",
-        "nextquill/generation/options.py",
+        "nextquill/generation/__init__.py",
         'f"{seed} {example.index} {branch}"',
         'f"{seed} {branch}"',
         "all examples are sampled with the same random numbers",
@@ -241,13 +241,13 @@ MUTATIONS = (
     Mutation(
         "generation-padding",
         "nextquill/generation/transformers_engine.py",
-        "[0] * left + [1] * len(each.ids)",
-        "[1] * (left + len(each.ids))",
+        'for row in rows], batch_first=True, padding_side="left")',
+        'for row in rows], batch_first=True, padding_value=1, padding_side="left")',
         "what is generated depends on the prompts beside it",
     ),
     Mutation(
         "generation-stop",
-        "nextquill/generation/options.py",
+        "nextquill/generation/__init__.py",
         "for position, token in enumerate(ids, 1) if token in stops), len(ids))",
         "for position, token in enumerate(ids) if token in stops), len(ids))",
         "sampled ids lose the token that ended them",

@@ -48,8 +48,8 @@ MUTATIONS = (
     Mutation(
         "report-axis",
         "nextquill/report/svg.py",
-        "_Axis.over(low, high, _BOTTOM, _TOP, is_log=is_log)",
-        "_Axis.over(low, high, _TOP, _BOTTOM, is_log=is_log)",
+        "_Axis(low, high, _BOTTOM, _TOP, is_log=is_log)",
+        "_Axis(low, high, _TOP, _BOTTOM, is_log=is_log)",
         "curves are upside down",
     ),
     Mutation(
@@ -68,10 +68,10 @@ MUTATIONS = (
     ),
     Mutation(
         "report-last-checkpoint",
-        "nextquill/report/runs.py",
-        "path = max(states, key=lambda each: int(each.parent.name[11:]))",
-        "path = max(states, key=lambda each: each.parent.name[11:])",
-        "curves of an unfinished run end at checkpoint-90 of 100",
+        "nextquill/storage/checkpoints.py",
+        "max(_checkpoints(folder), key=_step, default=None)",
+        "max(_checkpoints(folder), default=None)",
+        "training resumes from, and curves of an unfinished run end at checkpoint-90 of 100",
     ),
     Mutation(
         "terminal-colours",
@@ -83,8 +83,8 @@ MUTATIONS = (
     Mutation(
         "terminal-escapes",
         "nextquill/report/terminal.py",
-        "text.append(plain(token), ",
-        "text.append(token, ",
+        "Text(plain(token), ",
+        "Text(token, ",
         "a token's escape sequence clears the terminal",
     ),
     Mutation(
@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "cli-lora-alpha",
         "nextquill/cli/options.py",
-        "lora_alpha=self.lora_alpha or 2 * self.lora_r",
-        "lora_alpha=self.lora_alpha or self.lora_r",
+        "lora_alpha=options.lora_alpha or 2 * options.lora_r",
+        "lora_alpha=options.lora_alpha or options.lora_r",
         "--lora_alpha has another default than --help says",
     ),
     Mutation(
@@ -160,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "cli-no-generation",
         "nextquill/cli/evaluate.py",
-        "tuple(self.generate_branches) if self.generate else ()",
-        "tuple(self.generate_branches)",
+        'if not flags["generate"]:',
+        'if flags["generate"] is None:',
         "--generate false generates",
     ),
     Mutation(

@@ -10,8 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from nextquill.data.records import HistoryItem, Record
-from nextquill.errors import RecordError
+from nextquill.data.records import HistoryItem, Record, check_times, in_time_order
 from nextquill.storage.fingerprints import digest_of
 
 History = Sequence[HistoryItem]
@@ -34,12 +33,11 @@ class TokenBudget:
 
     def count(self, item: HistoryItem) -> int:
         """The number of tokens of one item."""
-        count = self._counts.get(item)
-        if count is None:
+        if item not in self._counts:
             if len(self._counts) >= _CACHED_COUNTS:
                 self._counts.clear()
-            count = self._counts[item] = self.count_tokens(item_text(item))
-        return count
+            self._counts[item] = self.count_tokens(item_text(item))
+        return self._counts[item]
 
 
 class Selector(ABC):
@@ -70,7 +68,7 @@ class Selector(ABC):
         Raises:
             RecordError: a history item is dated after the record, or "fixed" has not seen the user in `fit`.
         """
-        check_times(record)
+        check_times(record.history, record.timestamp, describe(record))
         return replace(record, history=self._chosen(record))
 
     @abstractmethod
@@ -125,25 +123,6 @@ class RandomSelector(RankedSelector):
     def _ranked(self, record: Record, history: History) -> Sequence[int]:
         key = repr((self.seed, record.user_id, record.query, record.response, record.timestamp))
         return random.Random(digest_of(key)).sample(range(len(history)), len(history))
-
-
-def in_time_order(history: History) -> History:
-    """The items sorted by timestamp if all have one; otherwise in the given order, which should be oldest first."""
-    if any(item.timestamp is None for item in history):
-        return history
-    return sorted(history, key=lambda item: item.timestamp or 0.0)
-
-
-def check_times(record: Record) -> None:
-    """Raise RecordError if a history item is dated after its record."""
-    if record.timestamp is None:
-        return
-    for position, item in enumerate(record.history):
-        if item.timestamp is not None and item.timestamp > record.timestamp:
-            raise RecordError(
-                f"{describe(record)}: history[{position}]: expected a text dated no later than the record's own "
-                f"{record.timestamp}, got {item.timestamp}: a text from the future leaks the answer"
-            )
 
 
 def describe(record: Record) -> str:

@@ -15,17 +15,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nextquill.data._checks import needed_package
 from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, item_text
 from nextquill.data.records import HistoryItem, Record
-from nextquill.errors import BackendUnavailableError
 
 K1, B = 1.5, 0.75
 
 # Thai and Lao, kana, CJK ideographs: scripts without spaces between words, in which each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-# Indexes kept, one per user. The records of a user often share a history and mostly stand together.
-_USERS = 64
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -35,51 +33,33 @@ def words(text: str) -> tuple[str, ...]:
 
 
 class BM25Selector(RankedSelector):
-    """Keeps the items with the highest BM25 score for the query; with equal scores, the more recent.
-
-    Raises:
-        BackendUnavailableError: bm25s is not installed.
-    """
+    """Keeps the items with the highest BM25 score for the query; with equal scores, the more recent."""
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None) -> None:
         super().__init__(num_items, budget)
-        _import_bm25s()
-        self._indexes: dict[str, tuple[tuple[HistoryItem, ...], Any]] = {}
+        with needed_package("name: 'bm25' needs bm25s", "cli"):
+            import bm25s  # noqa: F401
 
     def _ranked(self, record: Record, history: History) -> Sequence[int]:
-        return best_first(self.scores(record, history))
-
-    def scores(self, record: Record, history: History) -> list[float]:
-        """The score of every item in `history`, in order."""
-        query = list(words(record.query))
-        index = self._index(record.user_id, tuple(history)) if query else None
-        return [0.0] * len(history) if index is None else index.get_scores(query).tolist()
-
-    def _index(self, user_id: str, history: tuple[HistoryItem, ...]) -> Any:
-        """An index of these items, reused if the user's last history was the same; None if they hold no word."""
-        known = self._indexes.pop(user_id, None)
-        if known is None or known[0] != history:
-            known = (history, _build_index([list(words(item_text(item))) for item in history]))
-        self._indexes[user_id] = known  # at the end, as the last one used
-        if len(self._indexes) > _USERS:
-            del self._indexes[next(iter(self._indexes))]
-        return known[1]
+        return best_first(scores(record.query, tuple(history)))
 
 
-def _build_index(documents: list[list[str]]) -> Any:
+def scores(query: str, history: tuple[HistoryItem, ...]) -> list[float]:
+    """The score of every item in `history`, in order."""
+    asked = list(words(query))
+    index = _index(history) if asked else None
+    return [0.0] * len(history) if index is None else index.get_scores(asked).tolist()
+
+
+@functools.lru_cache(maxsize=64)  # the records of a user often share a history and mostly stand together
+def _index(history: tuple[HistoryItem, ...]) -> Any:
+    """An index of these items; None if they hold no word."""
+    import bm25s
+
+    documents = [list(words(item_text(item))) for item in history]
     if not any(documents):
         return None
     # In single precision, texts with nearly equal scores could change places.
-    index = _import_bm25s().BM25(method="lucene", k1=K1, b=B, dtype="float64")
+    index = bm25s.BM25(method="lucene", k1=K1, b=B, dtype="float64")
     index.index(documents, show_progress=False)
     return index
-
-
-def _import_bm25s() -> Any:
-    try:
-        import bm25s
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"name: 'bm25' needs bm25s, which is not installed ({error}); pip install 'nextquill[cli]'"
-        ) from error
-    return bm25s

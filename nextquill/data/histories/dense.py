@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, check_times, item_text
-from nextquill.data.records import Record
-from nextquill.errors import ArgumentError, BackendUnavailableError
+from nextquill.data._checks import needed_package
+from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, describe, item_text
+from nextquill.data.records import Record, check_times
+from nextquill.errors import ArgumentError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -23,13 +24,6 @@ class DenseSelector(RankedSelector):
     """Keeps the items whose embedding is nearest to the query's; of equally near ones, the more recent.
 
     Every text is embedded once, and its embedding is kept: size · 4 bytes (1.5 KB with the default model).
-
-    Args:
-        num_items, budget: see `Selector`.
-        encoder: see `make_selector`.
-
-    Raises:
-        BackendUnavailableError: sentence-transformers is not installed, and `encoder` is not a function.
     """
 
     def __init__(self, num_items: int | None, budget: TokenBudget | None, encoder: TextEncoder | str | None) -> None:
@@ -41,7 +35,7 @@ class DenseSelector(RankedSelector):
         """Embed the texts of all records in one call."""
         texts: dict[str, None] = {}
         for record in records:
-            check_times(record)
+            check_times(record.history, record.timestamp, describe(record))
             if record.history:
                 texts.update(dict.fromkeys([record.query, *map(item_text, record.history)]))
         self._embed(texts)
@@ -69,11 +63,6 @@ class DenseSelector(RankedSelector):
 
 
 def _load(name: str) -> TextEncoder:
-    try:
+    with needed_package("name: 'dense' needs sentence-transformers", "dense"):
         from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"name: 'dense' needs sentence-transformers, which is not installed ({error}); "
-            "pip install 'nextquill[dense]'"
-        ) from error
     return functools.partial(SentenceTransformer(name).encode, show_progress_bar=False)

@@ -12,10 +12,12 @@ The newest `num_items` of them are kept.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 
-from nextquill.data.histories.base import History, Selector, TokenBudget, check_times, describe, in_time_order
-from nextquill.data.records import HistoryItem, Record
+from nextquill.data.histories.base import History, Selector, TokenBudget, describe
+from nextquill.data.records import HistoryItem, Record, check_times, in_time_order
 from nextquill.errors import RecordError
 
 
@@ -41,57 +43,53 @@ class FixedSelector(Selector):
         Raises:
             RecordError: a record has a history item dated after it.
         """
-        users: dict[str, _User] = {}
+        users, self._items = dict[str, _User](), {}
         for record in records:
-            check_times(record)
+            check_times(record.history, record.timestamp, describe(record))
             users.setdefault(record.user_id, _User()).add(record)
-        self._items = {name: self._newest(user.candidates()) for name, user in users.items()}
-        without = [name for name, items in self._items.items() if not items]
-        self.users_without_history = tuple(without)
-        self.records_without_history = sum(users[name].records for name in without)
+        for name, user in users.items():
+            candidates = user.candidates()
+            self._items[name] = self._within_limits(candidates, range(len(candidates) - 1, -1, -1))
+        self.users_without_history = tuple(name for name, items in self._items.items() if not items)
+        self.records_without_history = sum(users[name].records for name in self.users_without_history)
 
     def _chosen(self, record: Record) -> tuple[HistoryItem, ...]:
         items = self._items.get(record.user_id)
         if items is None:
             raise RecordError(f"{describe(record)}: expected a user from the records given to `fit`, got a new one")
         for item in items:
-            if item not in record.history and not _is_before(item, record):
+            if item not in record.history and not _is_before(item, record.timestamp):
                 raise RecordError(
                     f"{describe(record)}: expected a record given to `fit`, got one that a text of the user's "
                     "fixed history does not precede"
                 )
         return items
 
-    def _newest(self, candidates: History) -> tuple[HistoryItem, ...]:
-        return self._within_limits(candidates, range(len(candidates) - 1, -1, -1))
-
 
 class _User:
-    """The records and items seen for one user."""
+    """The records of one user: their number, the time of the first, and how many of them hold each item."""
 
     def __init__(self) -> None:
         self.records = 0
-        self._common: dict[HistoryItem, None] = {}
-        self._all: dict[HistoryItem, None] = {}
-        self._earliest: Record | None = None
-        self._dated = True
+        self._earliest: float | None = math.inf  # None if a record has no time
+        self._holding = Counter[HistoryItem]()
 
     def add(self, record: Record) -> None:
-        own = dict.fromkeys(in_time_order(record.history))
-        self._common = {item: None for item in self._common if item in own} if self.records else own
-        self._all |= own
-        self._dated = self._dated and record.timestamp is not None
-        if self._earliest is None or (record.timestamp or 0.0) < (self._earliest.timestamp or 0.0):
-            self._earliest = record
         self.records += 1
+        self._holding.update(dict.fromkeys(in_time_order(record.history)).keys())
+        if self._earliest is None or record.timestamp is None:
+            self._earliest = None
+        else:
+            self._earliest = min(self._earliest, record.timestamp)
 
     def candidates(self) -> History:
         """The items that precede every record, oldest first."""
-        common, earliest = self._common, self._earliest
-        if earliest is None or not self._dated or any(item.timestamp is None for item in common):
-            return list(common)
-        return in_time_order(list(common | {item: None for item in self._all if _is_before(item, earliest)}))
+        common = [item for item, count in self._holding.items() if count == self.records]
+        if any(item.timestamp is None for item in common):
+            return common
+        others = [item for item, count in self._holding.items() if count < self.records]
+        return [*in_time_order(common + [item for item in others if _is_before(item, self._earliest)])]
 
 
-def _is_before(item: HistoryItem, record: Record) -> bool:
-    return item.timestamp is not None and record.timestamp is not None and item.timestamp < record.timestamp
+def _is_before(item: HistoryItem, time: float | None) -> bool:
+    return item.timestamp is not None and time is not None and item.timestamp < time

@@ -29,16 +29,11 @@ class _Product(NamedTuple):
 def load_amazon(
     source: Source, *, metadata: Place | None = None, metadata_split: str = "full"
 ) -> Iterator[tuple[str, Record]]:
-    """Yield the reviews as records.
-
-    Args:
-        source: the rows.
-        metadata: rows {asin, title, description}; all of them are held in memory.
-        metadata_split: the split of the metadata, if they are on the hub.
+    """Yield the reviews as records. The metadata, rows {asin, title, description}, are held in memory.
 
     Raises:
         ArgumentError: `metadata` is missing.
-        RecordError: the metadata are malformed, or a row is malformed and nothing is skipped.
+        RecordError: the metadata are malformed.
     """
     if metadata is None:
         raise ArgumentError("metadata: required by format 'amazon', the items' titles and descriptions")

@@ -23,31 +23,21 @@ from nextquill.data.skipped import PlacedError, SkippedRecords, skip_or_raise
 
 
 class Entry(NamedTuple):
-    """One entry of a log.
-
-    Args:
-        user_id: the entry's user.
-        timestamp: seconds since the epoch, or None if the log has no times.
-        where: the entry's place in the source, for errors.
-        content: `text`, `query`, `response`, `extra` and optionally `title`, ready for JSON.
-    """
+    """One entry of a log."""
 
     user_id: str
     timestamp: float | None
     where: str
+    #: `text`, `query`, `response`, `extra` and optionally `title`, ready for JSON.
     content: Mapping[str, Any]
 
 
 def records_of(
     source: Source, convert: Callable[[Row], Entry], *, min_history: int = 0, max_history: int | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Yield a record for every entry that has enough earlier entries by its user.
+    """Yield a record for every entry that has at least `min_history` earlier entries by its user.
 
-    Args:
-        source: the log. Its `skipped` also counts entries that cannot be placed in time.
-        convert: makes an entry from a row.
-        min_history: the fewest earlier entries that a record needs. Other entries still become history.
-        max_history: the most earlier entries, the latest ones; None takes all.
+    Other entries still become history, of which a record holds the latest `max_history`; None takes all.
 
     Raises:
         RecordError: some entries of a user have a timestamp and others have none, and nothing is skipped.
@@ -60,10 +50,7 @@ def by_user(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Yield each user's entries by timestamp; entries with equal timestamps, or none, keep their order.
 
     Users come in the order of their names. Only one user's entries are in memory at a time: 300 MiB of texts by 20,000
-    users take 7 MiB.
-
-    Raises:
-        OSError: the disk is full.
+    users take 7 MiB. OSError if the disk is full.
     """
     with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as log:
         try:

@@ -35,16 +35,10 @@ class _Turn(NamedTuple):
 def load_chat(
     source: Source, *, respond_as: str = "assistant", max_history: int | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Yield conversations as records.
-
-    Args:
-        source: the conversations, in any order.
-        respond_as: the role whose last turn is the response, "assistant" or "user".
-        max_history: the most earlier conversations, the latest ones; None takes all.
+    """Yield conversations, which stand in any order, as records with at most the latest `max_history` ones before.
 
     Raises:
         ArgumentError: `respond_as` has another value, or `max_history` is negative.
-        RecordError: a row is malformed and nothing is skipped.
     """
     check_one_of("respond_as", respond_as, ("assistant", "user"))
     check_integer("max_history", max_history, 0, or_none=True)

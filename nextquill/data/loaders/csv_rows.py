@@ -20,17 +20,12 @@ def csv_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the first line of each record, and its cells by column.
 
-    A quote that is never closed is always an error and never skipped, because the next record cannot be found.
-
-    Args:
-        path: a file, plain or gzipped, whose first record names the columns.
-        delimiter: stands between cells.
-        max_line_bytes: the most bytes in a record, over all its lines; this also limits a quote that is never closed.
-        skipped: counts bad records, which are then left out; None makes the first one an error.
+    The first record of the file, plain or gzipped, names the columns. `max_line_bytes` limits a record over all its
+    lines. A quote that is never closed is always an error and never skipped, because the next record cannot be found.
 
     Raises:
-        RecordError: the file cannot be read, its header is unusable, or a record is too long, not UTF-8, not CSV, or
-            has another number of cells than the header.
+        RecordError: the file cannot be read, or its header is unusable; or a record is too long, not UTF-8, not CSV, or
+            has another number of cells than the header, and there is no `skipped` to count it.
     """
     name = os.fspath(path)
     lines = _Lines(name, numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped), max_line_bytes)
@@ -104,7 +99,7 @@ class _Lines:
             self.lost = True
             raise PlacedError(self.where, problem, kind="length")
         try:
-            return decoded(line, f"{self._name} line {number}", byte_order_mark=number == 1)
+            return decoded(f"{self._name} line {number}", line, byte_order_mark=number == 1)
         except RecordError as error:
             self.bad = self.bad or error
             return line.decode("utf-8", "replace")

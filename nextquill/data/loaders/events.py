@@ -24,17 +24,10 @@ _FIELDS = ("user_id", "timestamp", "text", "title", "query", *_MADE)
 def load_events(
     source: Source, *, query: str | None = None, min_history: int = 0, max_history: int | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Yield a record for every text.
-
-    Args:
-        source: the log.
-        query: the sentence; None reads the column `query`. It cannot show the text, which is the answer.
-        min_history: the fewest earlier texts that a record needs. Other texts still become history.
-        max_history: the most earlier texts, the latest ones; None takes all, so n texts of a user become n²/2 items.
+    """Yield a record for every text; without `max_history`, n texts of a user become n²/2 history items.
 
     Raises:
-        ArgumentError: the sentence is malformed, or a number is negative.
-        RecordError: a row is malformed and nothing is skipped.
+        ArgumentError: the sentence is malformed or shows the text, which is the answer, or a number is negative.
     """
     parts = None if query is None else _parsed(query)
     check_integer("min_history", min_history, 0)

@@ -26,14 +26,10 @@ _TOKEN = 16
 def json_list(path: str | os.PathLike[str], *, max_item_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[str, object]]:
     """Yield the place of each item, with its line and position, and its value.
 
-    A broken list cannot be read any further, so its errors are raised and never skipped.
-
-    Args:
-        path: a file, plain or gzipped, that holds one JSON list.
-        max_item_bytes: a longer item is an error; at most twice as much is held.
+    The file is plain or gzipped. A broken list cannot be read any further, so its errors are raised and never skipped.
 
     Raises:
-        RecordError: the file cannot be read, is not UTF-8, or is not a JSON list.
+        RecordError: the file cannot be read, is not UTF-8 or not a JSON list, or an item is too long.
     """
     with opened(path) as file:
         yield from _Parser(os.fspath(path), file, max_item_bytes).items()
@@ -75,8 +71,8 @@ class _Parser:
                 raise self._error(f"not valid JSON: {error}") from error
             except ValueError as error:
                 if not self._cut_off(error) or not self._read():
-                    line = self._line + self._buffer.count("\n", self._at, getattr(error, "pos", self._at))
-                    raise PlacedError(f"{self._name} line {line}", f"not valid JSON: {error}", kind="json") from error
+                    self._line += self._buffer.count("\n", self._at, getattr(error, "pos", self._at))
+                    raise self._error(f"not valid JSON: {error}") from error
                 continue
             # A number this near to the end may be cut off: "1" can be the beginning of "1.5" or, from "1e-", of "1e-5".
             safe = len(self._buffer) - (_TOKEN if isinstance(value, (int, float)) else 0)
@@ -114,8 +110,8 @@ class _Parser:
         try:
             self._buffer, self._at = unread + self._decoder.decode(data, final=self._ended), 0
         except UnicodeDecodeError as error:
-            line = self._line + unread.count("\n") + data.count(b"\n", 0, error.start)
-            raise PlacedError(f"{self._name} line {line}", f"not UTF-8: {error.reason}", kind="utf-8") from error
+            self._line += unread.count("\n") + data.count(b"\n", 0, error.start)
+            raise self._error(f"not UTF-8: {error.reason}", "utf-8") from error
         return True
 
     def _error(self, problem: str, kind: str = "json") -> PlacedError:

@@ -20,11 +20,10 @@ the question's id unless it has a `user_id`. `extra` keeps `id` and `task`, whic
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 
-from nextquill.data.lines import opened
+from nextquill.data.lines import opened, parsed_json
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import HUB, Place, Source
 from nextquill.data.loaders.times import Clock
@@ -33,15 +32,10 @@ from nextquill.errors import ArgumentError, RecordError
 
 
 def load_lamp(source: Source, *, outputs: Place | None = None, task: str | None = None) -> Iterator[tuple[str, Record]]:
-    """Yield LaMP's questions with their outputs as records.
-
-    Args:
-        source: the questions.
-        outputs: the file with the outputs; None if every question has its `output`.
-        task: the name of the task in `extra`; None takes it from the file with the outputs.
+    """Yield LaMP's questions as records, with outputs from that file, or their own `output` if there is none.
 
     Raises:
-        RecordError: the file with the outputs is malformed, or a question is malformed and nothing is skipped.
+        RecordError: the file with the outputs is malformed.
     """
     golds: Mapping[str, str] | None = None
     if outputs is not None:
@@ -97,11 +91,7 @@ def _golds(place: Place) -> tuple[str | None, dict[str, str]]:
     if name.startswith(HUB):
         raise ArgumentError(f"outputs: expected a file, got {name}")
     with opened(place) as file:
-        content = file.read()
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{name}: not valid JSON: {error}") from error
+        raw = parsed_json(name, file.read())
     if not isinstance(raw, Mapping) or not isinstance(raw.get("golds"), list):
         raise RecordError(f"{name}: expected an object with a list 'golds', as LaMP's outputs are")
     outputs: dict[str, str] = {}

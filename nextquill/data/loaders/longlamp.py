@@ -25,11 +25,7 @@ _REVIEWS = ("reviewText", "review_text")
 
 
 def load_longlamp(source: Source) -> Iterator[tuple[str, Record]]:
-    """Yield LongLaMP's rows as records.
-
-    Raises:
-        RecordError: a row is malformed and nothing is skipped.
-    """
+    """Yield LongLaMP's rows as records."""
     return source.each(_record)
 
 

@@ -48,13 +48,8 @@ class _Pair(NamedTuple):
 def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[str, Record]]:
     """Yield preference pairs as records.
 
-    Args:
-        source: the rows.
-        max_pairs: the most earlier pairs of a user that become the history, if the rows have none of their own.
-
     Raises:
         ArgumentError: `max_pairs` is negative.
-        RecordError: a row is malformed and nothing is skipped.
     """
     check_integer("max_pairs", max_pairs, 0)
     # Twice as many are held, as some may give the answer away.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
+from typing import Any
 
 from nextquill.data.loaders.times import Clock
 from nextquill.data.records import check_response, check_text, check_user_id, unexpected
@@ -19,18 +20,12 @@ class Row:
 
     Several names for a method are spellings of one field, and the first that is there is read. None counts as absent,
     because data sets use it for missing keys.
-
-    Args:
-        values: the fields.
-        where: the source and the line or row.
-        clock: reads the times.
-        path: stands before a field's name in errors, such as "profile[2].".
     """
 
     values: Mapping[str, object]
     where: str
     clock: Clock
-    path: str = ""
+    path: str = ""  # stands before a field's name in errors, such as "profile[2]."
 
     def has(self, *names: str) -> bool:
         """Whether all these fields are there and not None."""
@@ -38,8 +33,7 @@ class Row:
 
     def text(self, *names: str) -> str:
         """A string, which may be empty."""
-        name = self._name(names)
-        return check_text(self.values[name], self.where, self.path + name)
+        return check_text(*self._field(names))
 
     def optional_text(self, *names: str) -> str | None:
         """A string, or None if the field is absent."""
@@ -47,48 +41,40 @@ class Row:
 
     def response(self, *names: str) -> str:
         """A string that is not blank."""
-        name = self._name(names)
-        return check_response(self.values[name], self.where, self.path + name)
+        return check_response(*self._field(names))
 
     def user_id(self, *names: str) -> str:
         """A user's name: a string, or an integer as a string."""
-        name = self._name(names)
-        return check_user_id(self.values[name], self.where, self.path + name)
+        return check_user_id(*self._field(names))
 
     def label(self, *names: str) -> str:
         """A label such as a rating: a string, or a finite number as a string."""
-        name = self._name(names)
-        value = self.values[name]
+        value, where, name = self._field(names)
         if isinstance(value, str):
-            return check_text(value, self.where, self.path + name)
+            return check_text(value, where, name)
         if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-            raise unexpected(self.where, self.path + name, "a string or a number", value)
-        if not math.isfinite(value):
-            raise self.error(name, f"expected a finite number, got {value}")
-        return str(value)
+            raise unexpected(where, name, "a string or a number", value)
+        return str(_finite(value, where, name))
 
     def seconds(self, *names: str) -> float | None:
         """A time in seconds since the epoch, or None if the field is absent."""
-        name = next(filter(self.has, names), None)
-        return None if name is None else self.clock.seconds(self.values[name], self.where, self.path + name)
+        return self.clock.seconds(*self._field(names)) if any(map(self.has, names)) else None
 
     def date(self, *names: str) -> float | None:
         """A date in seconds since the epoch, or None if the field is absent. Four digits are a year."""
-        name = next(filter(self.has, names), None)
-        return None if name is None else self.clock.date(self.values[name], self.where, self.path + name)
+        return self.clock.date(*self._field(names)) if any(map(self.has, names)) else None
 
     def row(self, name: str) -> Row:
         """A mapping inside this one."""
-        value = self.values[self._name((name,))]
-        return self._inside(value, name)
+        return self._inside(self._field((name,))[0], name)
 
     def rows(self, name: str) -> list[Row]:
         """A list of mappings inside this one. A mapping of equally long columns is read as such a list."""
-        value = self.values[self._name((name,))]
+        value, where, path = self._field((name,))
         if isinstance(value, Mapping):
-            return list(self._transposed(value, name))
+            value = self._transposed(value, name)
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-            raise unexpected(self.where, self.path + name, "a list of objects", value)
+            raise unexpected(where, path, "a list of objects", value)
         return [self._inside(item, f"{name}[{position}]") for position, item in enumerate(value)]
 
     def others(self, names: Collection[str]) -> dict[str, object]:
@@ -105,37 +91,38 @@ class Row:
         """The names of the fields that are there, for errors."""
         return ", ".join(sorted(str(name) for name in self.values if self.has(name))) or "none"
 
-    def _name(self, names: tuple[str, ...]) -> str:
+    def _field(self, names: tuple[str, ...]) -> tuple[object, str, str]:
+        """The value of the first of these fields that is there, and the place and the field for errors."""
         found = next(filter(self.has, names), None)
         if found is None:
             state = "null" if any(name in self.values for name in names) else "missing"
             others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
             raise self.error(names[0], f"required{others}, but {state}; there are {self.keys()}")
-        return found
+        return self.values[found], self.where, self.path + found
 
     def _inside(self, value: object, name: str) -> Row:
         if not isinstance(value, Mapping):
             raise unexpected(self.where, self.path + name, "an object with named fields", value)
         return Row(value, self.where, self.clock, f"{self.path}{name}.")
 
-    def _transposed(self, columns: Mapping[str, object], name: str) -> Iterator[Row]:
+    def _transposed(self, columns: Mapping[str, Any], name: str) -> list[dict[str, object]]:
         for key, column in columns.items():
             if not isinstance(column, Sequence) or isinstance(column, (str, bytes)):
                 raise unexpected(self.where, f"{self.path}{name}.{key}", "a list", column)
-        lengths = {key: len(column) for key, column in columns.items() if isinstance(column, Sequence)}
+        lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise self.error(name, f"expected columns of one length, got {lengths}")
-        for position in range(max(lengths.values(), default=0)):
-            item = {key: column[position] for key, column in columns.items() if isinstance(column, Sequence)}
-            yield self._inside(item, f"{name}[{position}]")
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _finite(value: Real | Decimal, where: str, name: str) -> Real | Decimal:
+    if not math.isfinite(value):
+        raise PlacedError(where, f"expected a finite number, got {value}", name)
+    return value
 
 
 def json_ready(value: object, where: str, name: str) -> object:
-    """Convert a value of an unknown column for JSON: times to ISO 8601, decimals to numbers.
-
-    Raises:
-        RecordError: it is not finite, not valid Unicode, or has a type that JSON cannot hold.
-    """
+    """Convert a value of an unknown column for JSON: times to ISO 8601, decimals to numbers; or raise RecordError."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -143,13 +130,10 @@ def json_ready(value: object, where: str, name: str) -> object:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, (Real, Decimal)):
-        if not math.isfinite(value):
-            raise PlacedError(where, f"expected a finite number, got {value}", name)
-        return float(value)
+        return float(_finite(value, where, name))
     if isinstance(value, Mapping):
-        return {
-            check_text(str(key), where, name): json_ready(item, where, f"{name}.{key}") for key, item in value.items()
-        }
+        items = {check_text(str(key), where, name): item for key, item in value.items()}
+        return {key: json_ready(item, where, f"{name}.{key}") for key, item in items.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [json_ready(item, where, f"{name}[{position}]") for position, item in enumerate(value)]
     if hasattr(value, "isoformat"):

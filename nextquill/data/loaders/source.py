@@ -28,18 +28,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows, and the way to read them.
+    """A source of rows, and the way to read them; see `load`.
 
-    Args:
-        rows_from: a path, `hf://owner/name[/config]`, several of either, or an iterable of mappings. The suffix tells
-            the kind of a file: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All but
-            .parquet may be followed by .gz.
-        split: the split on the hub; None for "train".
-        columns: the column of each renamed field, such as {"response": "body"}.
-        clock: reads the times.
-        max_line_bytes: the most bytes in a line, CSV record or item of a JSON list.
-        skipped: counts bad rows, which are then left out; None makes the first one an error.
-        argument: the name of the argument `rows_from` in errors.
+    A file's suffix tells its kind: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All
+    but .parquet may be followed by .gz. `argument` is the name of `rows_from` in errors.
+
+    Raises:
+        ArgumentTypeError: `rows_from` is neither a place nor an iterable of rows.
+        ArgumentError: a name on the hub is malformed, a suffix is unknown, or a split is given for local files.
     """
 
     rows_from: Rows
@@ -50,19 +46,7 @@ class Source:
     skipped: SkippedRecords | None = None
     argument: str = "source"
 
-    @property
-    def name(self) -> str:
-        """The name of the source in errors."""
-        places = self._places()
-        return "source" if places is None else ", ".join(places)
-
-    def check(self) -> None:
-        """Refuse a source that cannot be read, before reading starts.
-
-        Raises:
-            ArgumentTypeError: `rows_from` is neither a place nor an iterable of rows.
-            ArgumentError: a name on the hub is malformed, a suffix is unknown, or a split is given for local files.
-        """
+    def __post_init__(self) -> None:
         places = self._places()
         if places is None:
             if isinstance(self.rows_from, (Mapping, bytes)) or not isinstance(self.rows_from, Iterable):
@@ -81,6 +65,12 @@ class Source:
         if self.split is not None and not any(place.startswith(HUB) for place in places):
             raise ArgumentError(f"split: expected none for local files, got {self.split!r}; name the split's file")
 
+    @property
+    def name(self) -> str:
+        """The name of the source in errors."""
+        places = self._places()
+        return "source" if places is None else ", ".join(places)
+
     def each(self, convert: Callable[[Row], _T]) -> Iterator[tuple[str, _T]]:
         """Yield the place of each good row, and the result of `convert`, which skips a row by a `RecordError`."""
         return converted(
@@ -89,12 +79,8 @@ class Source:
 
     def other(self, argument: str, place: Place, split: str) -> Source:
         """A second file, or configuration on the hub, that belongs to this source; bad rows in it are errors."""
-        hub = os.fspath(place).startswith(HUB)
-        other = replace(
-            self, rows_from=place, split=split if hub else None, columns={}, skipped=None, argument=argument
-        )
-        other.check()
-        return other
+        on_hub = split if os.fspath(place).startswith(HUB) else None
+        return replace(self, rows_from=place, split=on_hub, columns={}, skipped=None, argument=argument)
 
     def _places(self) -> list[str] | None:
         """The places, or None if the source is an iterable of rows."""

@@ -7,9 +7,9 @@ table without histories is a log, and format "events" makes its histories.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
+from nextquill.data.lines import parsed_json
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record, parse_record
@@ -18,11 +18,7 @@ _FIELDS = ("user_id", "query", "response", "history", "timestamp")
 
 
 def load_table(source: Source) -> Iterator[tuple[str, Record]]:
-    """Yield the rows as records.
-
-    Raises:
-        RecordError: a row is malformed and nothing is skipped.
-    """
+    """Yield the rows as records."""
     return source.each(_record)
 
 
@@ -43,10 +39,7 @@ def _history(row: Row) -> object:
         raise row.error("history", f"required, but missing; format 'events' makes histories; there are {row.keys()}")
     value = row.values["history"]
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise row.error("history", f"not valid JSON: {error}") from error
+        value = parsed_json(row.where, value, "history") if value.strip() else []
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         return value  # `parse_record` refuses it
     if all(isinstance(item, str) for item in value):

@@ -18,7 +18,8 @@ from datetime import datetime, timedelta, timezone
 from numbers import Real
 from zoneinfo import ZoneInfo
 
-from nextquill.data.records import unexpected
+from nextquill.data._checks import check_one_of
+from nextquill.data.records import as_float, unexpected
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError
 
@@ -34,20 +35,14 @@ _UNIT_BORDER = 1e11
 
 
 class Clock:
-    """Reads the times of one source.
-
-    Args:
-        time_zone: an IANA name such as "Europe/Berlin", for clock times without a zone; None refuses these times. An
-            hour that a clock change repeats is read as the earlier one.
-        unit: the unit of numbers, "s" or "ms".
+    """Reads the times of one source; an hour that a clock change repeats is read as the earlier one.
 
     Raises:
         ArgumentError: an unknown time zone or unit.
     """
 
     def __init__(self, time_zone: str | None = None, unit: str = "s") -> None:
-        if unit not in TIME_UNITS:
-            raise ArgumentError(f"time_unit: expected one of {', '.join(map(repr, TIME_UNITS))}, got {unit!r}")
+        check_one_of("time_unit", unit, TIME_UNITS)
         try:
             self._zone = None if time_zone is None else ZoneInfo(time_zone)
         except (ValueError, OSError, KeyError) as error:  # ZoneInfoNotFoundError is a KeyError
@@ -56,11 +51,7 @@ class Clock:
         self._zoned_at: str | None = None  # the first clock time with a zone
 
     def seconds(self, value: object, where: str, name: str) -> float | None:
-        """Convert a time to seconds since the epoch; None and blank strings give None.
-
-        Args:
-            value: a number, a string as above, or a `datetime`.
-            where, name: the row and the field, for errors.
+        """Convert a number, a string as above, or a `datetime` to seconds since the epoch; None or blank gives None.
 
         Raises:
             RecordError: it is not a time, out of range, in the wrong unit, or has no zone.
@@ -78,11 +69,7 @@ class Clock:
             return self._moment(value, where, name)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise unexpected(where, name, "a number or an ISO 8601 time", value)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        return self._number(number, where, name)
+        return self._number(as_float(value), where, name)
 
     def date(self, value: object, where: str, name: str) -> float | None:
         """Convert as `seconds` does, for a field of dates, in which four digits or a whole number are a year."""
@@ -121,9 +108,8 @@ class Clock:
         try:
             day = datetime(*(int(part or 1) for part in parts), tzinfo=self._zone or timezone.utc)  # type: ignore[misc,arg-type]
         except ValueError as error:
-            raise PlacedError(
-                where, f"expected a date, got {'-'.join(filter(None, parts))!r}: {error}", name
-            ) from error
+            problem = f"expected a date, got {'-'.join(filter(None, parts))!r}: {error}"
+            raise PlacedError(where, problem, name) from error
         return (day - _EPOCH).total_seconds()
 
     def _moment(self, moment: datetime, where: str, name: str) -> float:
@@ -145,6 +131,5 @@ def _zone(text: str | None) -> timezone | None:
         return None
     if text[0] not in "+-":
         return timezone.utc
-    hours, minutes = int(text[1:3]), int(text[3:].strip(":") or 0)
-    offset = timedelta(hours=hours, minutes=minutes)
+    offset = timedelta(hours=int(text[1:3]), minutes=int(text[3:].strip(":") or 0))
     return timezone(-offset if text[0] == "-" else offset)

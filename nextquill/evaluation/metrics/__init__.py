@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.metrics.labels import exact_match, labels
-from nextquill.evaluation.metrics.meteor import meteor, resolve
-from nextquill.evaluation.metrics.preferences import preference_accuracy
-from nextquill.evaluation.metrics.ratings import ratings
+from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, preference_accuracy, rmse
+from nextquill.evaluation.metrics.meteor import meteor, meteor_exact_stem, resolve
 from nextquill.evaluation.metrics.rouge import rouge
-from nextquill.evaluation.metrics.sacre import sacre
+from nextquill.evaluation.metrics.sacre import bleu, chrf
 from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts
 
 __all__ = ["METRICS", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
 
-Scorer = Callable[[Sequence[str], Texts], dict[str, MetricScores]]
+Scorer = Callable[[Texts], MetricScores]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Metric:
     Args:
         name: its key in `METRICS` and in results.
         label: its name in tables.
-        score: computes the scores of several metrics of one kind from texts; None for a metric that reads no texts.
+        score: computes it from texts; None for a metric that reads no texts.
         unit: empty for shares and F1, which lie between 0 and 1.
         higher_is_better: which way is better.
         per_example: whether it is the mean of the examples' scores.
@@ -49,21 +48,21 @@ class Metric:
 
 
 _METRICS = (
-    Metric("rouge_1", "ROUGE-1", rouge),
-    Metric("rouge_2", "ROUGE-2", rouge),
-    Metric("rouge_l", "ROUGE-L", rouge),
-    Metric("rouge_1_stem", "ROUGE-1 (stemmed)", rouge),
-    Metric("rouge_2_stem", "ROUGE-2 (stemmed)", rouge),
-    Metric("rouge_l_stem", "ROUGE-L (stemmed)", rouge),
+    Metric("rouge_1", "ROUGE-1", partial(rouge, kind="rouge1")),
+    Metric("rouge_2", "ROUGE-2", partial(rouge, kind="rouge2")),
+    Metric("rouge_l", "ROUGE-L", partial(rouge, kind="rougeL")),
+    Metric("rouge_1_stem", "ROUGE-1 (stemmed)", partial(rouge, kind="rouge1", stem=True)),
+    Metric("rouge_2_stem", "ROUGE-2 (stemmed)", partial(rouge, kind="rouge2", stem=True)),
+    Metric("rouge_l_stem", "ROUGE-L (stemmed)", partial(rouge, kind="rougeL", stem=True)),
     Metric("meteor", "METEOR", meteor),
-    Metric("meteor_exact_stem", "METEOR (exact + stem)", meteor),
-    Metric("bleu", "BLEU", sacre, unit="of 100", per_example=False),
-    Metric("chrf", "chrF", sacre, unit="of 100", per_example=False),
-    Metric("accuracy", "Accuracy", labels),
-    Metric("f1_macro", "Macro-F1", labels, per_example=False),
+    Metric("meteor_exact_stem", "METEOR (exact + stem)", meteor_exact_stem),
+    Metric("bleu", "BLEU", bleu, unit="of 100", per_example=False),
+    Metric("chrf", "chrF", chrf, unit="of 100", per_example=False),
+    Metric("accuracy", "Accuracy", accuracy),
+    Metric("f1_macro", "Macro-F1", f1_macro, per_example=False),
     Metric("exact_match", "Exact match", exact_match),
-    Metric("mae", "MAE", ratings, unit="rating points", higher_is_better=False),
-    Metric("rmse", "RMSE", ratings, unit="rating points", higher_is_better=False, per_example=False),
+    Metric("mae", "MAE", mae, unit="rating points", higher_is_better=False),
+    Metric("rmse", "RMSE", rmse, unit="rating points", higher_is_better=False, per_example=False),
     Metric("preference_accuracy", "Preference accuracy", None),
 )
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _METRICS})
@@ -94,13 +93,9 @@ def compute(
         ArgumentTypeError: a text is not a string.
         BackendUnavailableError: the library that computes a metric is not installed.
     """
-    scorers = {name: _scorer(name) for name in names}  # before anything is scored
+    scorers = {name: _scorer(name) for name in map(resolve, names)}  # before anything is scored
     texts = Texts.checked(references, predictions, labels)
-    wanted = {resolve(name): scorer for name, scorer in scorers.items()}
-    scores: dict[str, MetricScores] = {}
-    for scorer in dict.fromkeys(wanted.values()):
-        scores |= scorer([name for name, its in wanted.items() if its is scorer], texts)
-    return {name: scores[name] for name in wanted}
+    return {name: score(texts) for name, score in scorers.items()}
 
 
 def metric_named(name: str) -> Metric:

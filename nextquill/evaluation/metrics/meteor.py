@@ -17,12 +17,12 @@ Source: A. Lavie and A. Agarwal, Meteor: An Automatic Metric for MT Evaluation, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from nextquill.evaluation.metrics.rouge import UNSPACED
 from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
 
-FULL, EXACT_STEM = "meteor", "meteor_exact_stem"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _CHARACTER = re.compile(rf"[{UNSPACED}]")
 
@@ -47,24 +47,27 @@ def has_word_data() -> bool:
 
 def resolve(name: str) -> str:
     """The metric that can be computed here: "meteor" becomes "meteor_exact_stem" without nltk's data."""
-    return EXACT_STEM if name == FULL and not has_word_data() else name
+    return "meteor_exact_stem" if name == "meteor" and not has_word_data() else name
 
 
-def meteor(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """METEOR under each of the names, the mean of the examples' scores."""
-    return {name: MetricScores.mean_of(_scores(name, texts), name) for name in names}
-
-
-def _scores(name: str, texts: Texts) -> list[float]:
-    score = required("nltk.translate.meteor_score", "nltk").meteor_score
+def meteor(texts: Texts) -> MetricScores:
+    """METEOR with synonyms, the mean of the examples' scores."""
     nltk = required("nltk", "nltk")
-    synonyms = nltk.corpus.wordnet if name == FULL else _NoSynonyms()
-    words: Callable[[str], list[str]] = nltk.tokenize.word_tokenize if name == FULL else _words
-    scores = []
-    for references, prediction in zip(texts.references, texts.predictions, strict=True):
-        tokens = [words(_spaced(reference)) for reference in references]
-        scores.append(float(score(tokens, words(_spaced(prediction)), wordnet=synonyms)))
-    return scores
+    return _meteor(texts, nltk.corpus.wordnet, nltk.tokenize.word_tokenize)
+
+
+def meteor_exact_stem(texts: Texts) -> MetricScores:
+    """METEOR without synonyms, the mean of the examples' scores."""
+    return _meteor(texts, _NoSynonyms(), _words)
+
+
+def _meteor(texts: Texts, synonyms: Any, words: Callable[[str], list[str]]) -> MetricScores:
+    score = required("nltk.translate.meteor_score", "nltk").meteor_score
+    scores = [
+        float(score([words(_spaced(each)) for each in references], words(_spaced(prediction)), wordnet=synonyms))
+        for references, prediction in zip(texts.references, texts.predictions, strict=True)
+    ]
+    return MetricScores.mean_of(scores)
 
 
 def _spaced(text: str) -> str:

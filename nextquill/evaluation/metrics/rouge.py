@@ -14,15 +14,11 @@ Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
 
 #: Thai and Lao, kana, CJK ideographs: scripts without spaces between words.
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-
-_ROUGE_TYPES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-_STEMMED = "_stem"
 
 
 class RougeWords:
@@ -48,19 +44,8 @@ class RougeWords:
         return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 
-def rouge(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """The ROUGE scores of that name, each the mean of the examples' F1; a text without a word scores 0."""
-    scores: dict[str, MetricScores] = {}
-    for stem in (False, True):
-        asked = [name for name in names if name.endswith(_STEMMED) == stem]
-        if not asked:
-            continue
-        types = {name: _ROUGE_TYPES[name.removesuffix(_STEMMED)] for name in asked}
-        scorer = required("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
-            list(types.values()), tokenizer=RougeWords(stem)
-        )
-        pairs = zip(texts.references, texts.predictions, strict=True)
-        results = [scorer.score_multi(references, prediction) for references, prediction in pairs]
-        for name, kind in types.items():
-            scores[name] = MetricScores.mean_of([float(result[kind].fmeasure) for result in results], name)
-    return scores
+def rouge(texts: Texts, kind: str, *, stem: bool = False) -> MetricScores:
+    """The mean of the examples' F1 of a kind of ROUGE, as rouge_score names it; a text without a word scores 0."""
+    scorer = required("rouge_score.rouge_scorer", "rouge-score").RougeScorer([kind], tokenizer=RougeWords(stem))
+    pairs = zip(texts.references, texts.predictions, strict=True)
+    return MetricScores.mean_of([float(scorer.score_multi(*pair)[kind].fmeasure) for pair in pairs])

@@ -14,7 +14,6 @@ Sources: K. Papineni et al., BLEU, 2002; M. Popović, chrF, 2015; M. Post, A Cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,14 @@ import numpy as np
 from nextquill.evaluation.metrics.scores import Floats, MetricScores, Texts, required
 
 
-def sacre(names: Sequence[str], texts: Texts) -> dict[str, MetricScores]:
-    """BLEU and chrF, those of them that are asked for."""
-    module = required("sacrebleu.metrics", "sacrebleu")
-    # `force`: no warning about text that looks tokenized.
-    metrics = {"bleu": lambda: module.BLEU(force=True), "chrf": lambda: module.CHRF()}
-    return {name: _corpus_scores(metrics[name](), texts) for name in names}
+def bleu(texts: Texts) -> MetricScores:
+    """BLEU, without a warning about text that looks tokenized."""
+    return _corpus_scores(required("sacrebleu.metrics", "sacrebleu").BLEU(force=True), texts)
+
+
+def chrf(texts: Texts) -> MetricScores:
+    """The metric chrF."""
+    return _corpus_scores(required("sacrebleu.metrics", "sacrebleu").CHRF(), texts)
 
 
 def _corpus_scores(metric: Any, texts: Texts) -> MetricScores:

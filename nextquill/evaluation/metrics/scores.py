@@ -106,12 +106,9 @@ def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Texts:
-    """Checked input of a metric of texts: `references[i]` are the right answers for `predictions[i]`.
+    """Input of a metric of texts: an example has one or more references, the right answers, and one prediction.
 
-    Args:
-        references: one or more an example.
-        predictions: one an example.
-        labels: every possible answer, if the task has a list of them.
+    `labels` are all possible answers, if the task has a list of them.
     """
 
     references: tuple[tuple[str, ...], ...]
@@ -122,7 +119,7 @@ class Texts:
     def checked(
         cls, references: Sequence[Reference], predictions: Sequence[str], labels: Sequence[str] | None = None
     ) -> Texts:
-        """The same, checked.
+        """The input, checked.
 
         Raises:
             ArgumentTypeError: something is not a string.
@@ -135,22 +132,13 @@ class Texts:
             raise ArgumentError(
                 f"predictions: expected {len(references)}, as many as references, got {len(predictions)}"
             )
-        if not predictions:
-            raise ArgumentError("predictions: expected at least one, got none")
         several = tuple(
             (each,) if isinstance(each, str) else _texts(f"references[{i}]", each) for i, each in enumerate(references)
         )
-        empty = next((i for i, each in enumerate(several) if not each), None)
-        if empty is not None:
-            raise ArgumentError(f"references[{empty}]: expected at least one text, got none")
         return cls(several, _texts("predictions", predictions), None if labels is None else _texts("labels", labels))
 
     def single_references(self, metric: str) -> list[str]:
-        """The one reference of each example.
-
-        Raises:
-            ArgumentError: an example has several, for which `metric` is not defined.
-        """
+        """The one reference of each example; ArgumentError where one has several, for which `metric` is not defined."""
         for i, each in enumerate(self.references):
             if len(each) > 1:
                 raise ArgumentError(f"references[{i}]: {metric} takes one reference an example, got {len(each)}")
@@ -160,6 +148,8 @@ class Texts:
 def _texts(name: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, Sequence):
         raise ArgumentTypeError(f"{name}: expected a text or several, got {type(values).__name__}")
+    if not values:
+        raise ArgumentError(f"{name}: expected at least one text, got none")
     for i, each in enumerate(values):
         if not isinstance(each, str):
             raise ArgumentTypeError(f"{name}[{i}]: expected a string, got {type(each).__name__}")
@@ -167,11 +157,7 @@ def _texts(name: str, values: object) -> tuple[str, ...]:
 
 
 def required(module: str, package: str) -> Any:
-    """A module of an optional package.
-
-    Raises:
-        BackendUnavailableError: it is not installed; the message says what to install.
-    """
+    """A module of an optional package; BackendUnavailableError says what to install if it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -6,5 +6,3 @@ findings.py  the sentences that follow from them
 tables.py    tables for a page, a terminal and Markdown
 page.py      the page, the Markdown, and the files
 """
-
-from __future__ import annotations

@@ -13,7 +13,7 @@ from nextquill.comparison.folder import RunRecord, read_record, run_folder
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.bootstrap import paired_over_seeds
 from nextquill.evaluation.compare import paired_scores
-from nextquill.evaluation.measure_names import COUNTS, PER_EXAMPLE, is_of_corpus
+from nextquill.evaluation.measures import COUNTS, PER_EXAMPLE, is_of_corpus
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import EVALUATION_FOLDER, EvaluatedExample, Evaluation, read_evaluation, read_examples
@@ -41,17 +41,10 @@ def collect(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Comparison:
-    """Read the finished runs in `folder` and compare them.
+    """Read the finished runs in `folder`, a comparison's, and compare them; see `Comparison`.
 
-    Args:
-        folder: the comparison's folder.
-        arms, seeds: every arm is finished with every seed, and so is the base of the first seed. That base stands for
-            every seed without one of its own.
-        baseline: name of an arm.
-        model: the model's name as given.
-        num_train_examples: the number of records trained on.
-        level: confidence level of the intervals.
-        resamples: draws of every interval and test.
+    Every arm is finished with every seed, and so is the base of the first seed. That base stands for every seed without
+    one of its own. `resamples` is the number of draws of every interval and test.
 
     Raises:
         CheckpointError: a run is missing, or was evaluated on other records.
@@ -68,10 +61,7 @@ def collect(
     references = [baseline, *(arm.name for arm in arms if arm.is_sft and arm.name != baseline), BASE]
     against = {reference: table.differences(names, reference) for reference in references}
     labels = {BASE: BASE_LABEL, **{arm.name: arm.label for arm in arms}}
-    machines: list[Mapping[str, Any]] = []
-    for run in every:
-        if run.record.machine not in machines:
-            machines.append(run.record.machine)
+    machines = [run.record.machine for run in every]
     return Comparison(
         model=model,
         baseline=baseline,
@@ -93,7 +83,7 @@ def collect(
         num_users=len({example.user_id for example in first.examples}),
         num_train_examples=num_train_examples,
         level=level,
-        machines=machines,
+        machines=[machine for at, machine in enumerate(machines) if machine not in machines[:at]],
         resumed=[f"{run.record.arm}/seed-{run.record.seed}" for run in every if run.record.sessions > 1],
         starts={str(run.record.seed): run.record.start for run in runs[baseline]},
         counterfactual=first.evaluation.template.get("counterfactual", "none"),

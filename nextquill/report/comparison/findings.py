@@ -51,8 +51,8 @@ def _one_seed(comparison: Comparison) -> list[Finding]:
         f"Intervals and tests are over users alone and take the runs of seed {comparison.seeds[0]} as they are. Two "
         "runs of the same method from different seeds may differ as clearly. Several --seeds compare the methods."
     )
-    one_seed = Finding("One seed: these trained models are compared, not the methods", text, is_warning=True)
-    return [one_seed] if len(comparison.seeds) == 1 else []
+    heading = "One seed: these trained models are compared, not the methods"
+    return [Finding(heading, text, is_warning=True)] if len(comparison.seeds) == 1 else []
 
 
 def _of_runs(comparison: Comparison) -> str:
@@ -72,14 +72,12 @@ def _against_baseline(comparison: Comparison) -> list[Finding]:
         for arm, difference in tested:
             groups[_verdict(comparison, measure, difference)].append(arm.label)
         parts = [f"{join(groups[word])} {word}" for word in ("better", "worse") if groups[word]]
-        if parts:
-            heading = f"{measure.short_label}: {', '.join(parts)} than {baseline}{_of_runs(comparison)}"
-            findings.append(Finding(heading, _figures(comparison, measure)))
-        elif measure.name == FACTUAL:
-            heading = f"{measure.short_label}: no clear difference from {baseline}"
-            findings.append(Finding(heading, _figures(comparison, measure)))
-        else:
+        if not parts and measure.name != FACTUAL:
             alike.append(measure.short_label)
+            continue
+        differs = f"{', '.join(parts)} than {baseline}{_of_runs(comparison)}"
+        found = differs if parts else f"no clear difference from {baseline}"
+        findings.append(Finding(f"{measure.short_label}: {found}", _figures(comparison, measure)))
     if alike:
         text = f"{join(alike)}: no arm is clearly better or worse than {baseline}."
         findings.append(Finding("No clear difference in the other measures", text))
@@ -97,13 +95,12 @@ def _figures(comparison: Comparison, measure: Measure) -> str:
 def _controls(comparison: Comparison) -> list[Finding]:
     """Whether an arm that beats the baseline also beats the other forms of SFT."""
     controls = [arm for arm in comparison.arms if arm.is_sft and arm.name != comparison.baseline]
-    findings = []
+    measure, findings = comparison.measures[FACTUAL], []
     for arm, difference in comparison.differences(FACTUAL):
-        measure = comparison.measures[FACTUAL]
         tested = [each for each in controls if FACTUAL in arm.against.get(each.name, {})]
-        if arm.is_sft or not tested or _verdict(comparison, measure, difference) != "better":
+        found = [(each.label, arm.against[each.name][FACTUAL]) for each in tested]
+        if arm.is_sft or not found or _verdict(comparison, measure, difference) != "better":
             continue
-        found = [(control.label, arm.against[control.name][FACTUAL]) for control in tested]
         verdicts = {label: _verdict(comparison, measure, each) for label, each in found}
         unbeaten = [label for label, verdict in verdicts.items() if verdict != "better"]
         rest = f"but not clearly {join(unbeaten)}" if unbeaten else f"and {join(list(verdicts))}"
@@ -156,11 +153,12 @@ def _of_these(difference: Difference) -> str:
 
 def _times(comparison: Comparison) -> list[Finding]:
     """Names the arms whose training time should equal another's and does not."""
-    off = []
-    for arm in comparison.arms:
-        wanted = None if arm.cost is None else arm.cost.reference_seconds
-        if arm.cost is not None and wanted and abs(arm.cost.seconds / wanted - 1) > TIME_TOLERANCE:
-            off.append(f"{arm.label} trained for {arm.cost.seconds:.3g} s, its reference for {wanted:.3g} s")
+    off = [
+        f"{arm.label} trained for {arm.cost.seconds:.3g} s, its reference for {wanted:.3g} s"
+        for arm in comparison.arms
+        if arm.cost is not None and (wanted := arm.cost.reference_seconds)
+        if abs(arm.cost.seconds / wanted - 1) > TIME_TOLERANCE
+    ]
     text = f"{'; '.join(off)}. Something else ran on the machine, or the runs are so short that starting up counts."
     return _warning("The times that should be equal are not", text, off)
 

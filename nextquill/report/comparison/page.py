@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nextquill.comparison.arms import BASE, BASE_LABEL
 from nextquill.comparison.folder import run_folder
 from nextquill.report.comparison.collect import collect
 from nextquill.report.comparison.figures import Comparison
 from nextquill.report.comparison.findings import Finding, find
 from nextquill.report.comparison.tables import machine_text, notes, tables
-from nextquill.report.curves import training_charts
 from nextquill.report.data import Page, Table
 from nextquill.report.examples import example_views
 from nextquill.report.html import render_page
+from nextquill.report.run_page import training_charts
 from nextquill.report.runs import read_run
 from nextquill.storage.atomic_files import write_whole
 
@@ -49,14 +48,10 @@ _READING = {
 
 
 def write_report(setup: Setup, *, model: str, baseline: str, level: float, resamples: int, examples: int) -> Comparison:
-    """Compare the finished runs and write three files: figures, Markdown, and a page that shows the first seed's runs.
+    """Compare the finished runs of `setup` and write three files: figures, Markdown, and a page.
 
-    Args:
-        setup: the comparison; all its runs are finished.
-        model: the model's name as given.
-        baseline: the arm that the others are compared with.
-        level, resamples: settings of the intervals.
-        examples: the number of responses on the page.
+    The page shows the curves of the first seed's runs, and `examples` responses as these see them; `collect` describes
+    the other options.
 
     Raises:
         CheckpointError, RecordError: a run is missing or damaged, or was evaluated on other records.
@@ -72,14 +67,12 @@ def write_report(setup: Setup, *, model: str, baseline: str, level: float, resam
         resamples=resamples,
     )
     findings, seed = find(comparison), setup.seeds[0]
-    labels = {BASE: BASE_LABEL, **{arm.name: arm.label for arm in setup.arms}}
-    runs = [read_run(run_folder(setup.folder, name, seed), label) for name, label in labels.items()]
+    runs = [read_run(run_folder(setup.folder, arm.name, seed), arm.label) for arm in comparison.arms]
     charts = training_charts(runs[1:])
     if charts is not None and len(setup.seeds) > 1:
         charts = dataclasses.replace(charts, lead=f"The runs of seed {seed}. {charts.lead}")
-    responses = example_views(runs, examples) if examples else ()
-    whole = dataclasses.replace(page(comparison, findings), charts=charts, responses=responses)
-    write_whole(setup.folder / MARKDOWN_FILE, markdown(comparison, findings))
+    whole = dataclasses.replace(page(comparison, findings), charts=charts, responses=example_views(runs, examples))
+    write_whole(setup.folder / MARKDOWN_FILE, markdown(whole, findings))
     write_whole(setup.folder / PAGE_FILE, render_page(whole))
     write_whole(setup.folder / RESULT_FILE, comparison.to_json())
     return comparison
@@ -88,9 +81,14 @@ def write_report(setup: Setup, *, model: str, baseline: str, level: float, resam
 def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
     """The comparison as one page, without the runs' curves and responses."""
     machine = machine_text(comparison.machines[0]) if comparison.machines else ""
+    count = len(comparison.arms) - 1
     return Page(
-        title=_title(comparison),
-        lead=_lead(comparison),
+        title=f"Losses compared: {comparison.model}",
+        lead=(
+            f"{count} {'way' if count == 1 else 'ways'} of training {comparison.model} on the same "
+            f"{comparison.num_train_examples} records, from the same start and in the same order, and the model before "
+            f"training. Compared with {comparison.arm(comparison.baseline).label}."
+        ),
         findings=[(each.heading, each.text) for each in findings if not each.is_warning],
         notices=[f"{each.heading}. {each.text}" for each in findings if each.is_warning],
         tables=tables(comparison),
@@ -102,26 +100,13 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
     )
 
 
-def markdown(comparison: Comparison, findings: Sequence[Finding]) -> str:
-    """The findings and tables as Markdown."""
-    parts = [f"# {_escaped(_title(comparison))}", _escaped(_lead(comparison))]
+def markdown(whole: Page, findings: Sequence[Finding]) -> str:
+    """The page's title, tables and notes, and the findings in reading order, as Markdown."""
+    parts = [f"# {_escaped(whole.title)}", _escaped(whole.lead)]
     parts.append("\n".join(f"- **{_escaped(each.heading)}.** {_escaped(each.text)}" for each in findings))
-    for table in tables(comparison):
+    for table in whole.tables:
         parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
-    return "\n\n".join([*parts, *map(_escaped, notes(comparison))]) + "\n"
-
-
-def _title(comparison: Comparison) -> str:
-    return f"Losses compared: {comparison.model}"
-
-
-def _lead(comparison: Comparison) -> str:
-    count = len(comparison.arms) - 1
-    return (
-        f"{count} {'way' if count == 1 else 'ways'} of training {comparison.model} on the same "
-        f"{comparison.num_train_examples} records, from the same start and in the same order, and the model before "
-        f"training. Compared with {comparison.arm(comparison.baseline).label}."
-    )
+    return "\n\n".join([*parts, *map(_escaped, whole.table_notes)]) + "\n"
 
 
 def _markdown_table(table: Table) -> str:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nextquill.comparison.arms import BASE
-from nextquill.report.comparison.figures import ArmFigures, Comparison, Difference, Measure
+from nextquill.report.comparison.figures import Comparison, Cost, Difference, Measure
 from nextquill.report.data import Cell, Column, Table
 from nextquill.report.numbers import interval, number, p_text
 
@@ -23,7 +22,6 @@ _HEADINGS = {
 _FIRST = ("nll_factual", "nll_counterfactual", "effect_placebo")
 # In the file of figures only.
 _UNSHOWN = ("effect_prob", "share_above_threshold")
-_ABSENT = Cell("")
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -52,10 +50,11 @@ def notes(comparison: Comparison) -> list[str]:
         f"over the arms. *: p is below {1 - comparison.level:.2g} and the interval excludes 0"
         f"{'.' if several else ', for these trained models; another seed may give other marks.'}"
     )
+    on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
     costs = (
         "Time: the training steps and the making of their batches, without evaluations and checkpoints. The first step "
         "of a process, in which kernels are compiled, counts as the mean of the others. Peak memory: "
-        f"{_memory_note(comparison)}"
+        f"{'of the whole process.' if on_cpu else 'allocated on the device.'}"
     )
     found = [what, effects, tests, costs]
     if len(comparison.machines) > 1:
@@ -85,8 +84,8 @@ def _columns(measures: Sequence[Measure]) -> list[Column]:
 
 def _column(measure: Measure, *, is_first: bool) -> Column:
     unit = f", {measure.unit}" if measure.unit else ""
-    better = {True: "; higher is better", False: "; lower is better", None: ""}[measure.higher_is_better]
-    arrow = {True: " ↑", False: " ↓", None: ""}[measure.higher_is_better]
+    ways = {True: (" ↑", "; higher is better"), False: (" ↓", "; lower is better"), None: ("", "")}
+    arrow, better = ways[measure.higher_is_better]
     heading = _HEADINGS.get(measure.name, measure.short_label)
     return Column(f"{heading}{arrow}", explanation=f"{measure.label}{unit}{better}", secondary=not is_first)
 
@@ -114,7 +113,7 @@ def _differences(comparison: Comparison) -> Table:
 
 def _difference(comparison: Comparison, difference: Difference | None) -> Cell:
     if difference is None:
-        return _ABSENT
+        return Cell("")
     marked = difference.is_clear(comparison.level)
     bounds = interval(difference.low, difference.high, digits=3)
     return Cell(
@@ -136,19 +135,15 @@ def _costs(comparison: Comparison) -> Table:
         Column("peak MiB", explanation="peak memory"),
     )
     base = comparison.arm(comparison.baseline).cost
-    rows = [
-        _cost_row(arm, base.seconds if base is not None else math.nan) for arm in comparison.arms if arm.name != BASE
-    ]
+    baseline_seconds = base.seconds if base is not None else math.nan
+    rows = [_cost_row(arm.label, arm.cost, baseline_seconds) for arm in comparison.arms if arm.cost is not None]
     return Table("What they cost", columns, rows)
 
 
-def _cost_row(arm: ArmFigures, baseline_seconds: float) -> list[Cell]:
-    cost = arm.cost
-    if cost is None:
-        return [Cell(arm.label), *[_ABSENT] * 7]
+def _cost_row(label: str, cost: Cost, baseline_seconds: float) -> list[Cell]:
     wanted = "" if cost.reference_seconds is None else f"to match {cost.reference_seconds:.1f}"
     return [
-        Cell(arm.label),
+        Cell(label),
         Cell(f"{cost.learning_rate:.3g}"),
         Cell(f"{cost.steps:g}"),
         Cell(f"{cost.seconds:.1f}", wanted),
@@ -157,8 +152,3 @@ def _cost_row(arm: ArmFigures, baseline_seconds: float) -> list[Cell]:
         Cell(f"{cost.examples_per_second:.3g}"),
         Cell("" if cost.peak_memory is None else f"{cost.peak_memory / 2**20:.0f}"),
     ]
-
-
-def _memory_note(comparison: Comparison) -> str:
-    on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
-    return "of the whole process." if on_cpu else "allocated on the device."

@@ -70,7 +70,8 @@ def test_a_selection_is_a_part_of_the_history_in_its_order_within_the_limits(
 @pytest.mark.parametrize("name", SELECTORS)
 def test_an_item_from_the_future_is_an_error(name: str) -> None:
     late = record("a", "b", times=[1.0, 5.0], timestamp=4.0)
-    with pytest.raises(RecordError, match=r"user 'ann' with query 'the sea': history\[1\]: .*own 4\.0, got 5\.0"):
+    place = r"user 'ann' with query 'the sea': field 'history\[1\]\.timestamp'"
+    with pytest.raises(RecordError, match=rf"{place}: .*own 4\.0, got 5\.0"):
         selector(name).select(late)
 
 

@@ -43,22 +43,22 @@ def test_vocabulary_encodes_every_word_once() -> None:
 def test_personal_tokens_are_the_habits_and_the_history_shows_each(world: LossWorld) -> None:
     for example in world.test:
         personal = tuple(word for word, mark in zip(example.response, example.personal, strict=True) if mark)
-        assert sorted(personal) == sorted(example.user.habits)
+        assert sorted(personal) == sorted(example.habits)
         assert set(personal) <= set(example.history)
 
 
 def test_a_habit_is_shown_about_as_often_as_said(world: LossWorld) -> None:
-    shown = sum(example.history.count(habit) for example in world.test for habit in example.user.habits)
+    shown = sum(example.history.count(habit) for example in world.test for habit in example.habits)
     possible = 3 * len(SLOTS) * len(world.test)
     # A habit that no review happened to show is put into one: + (1 - p)^3 / 3 in the mean.
     assert shown / possible == pytest.approx(SHOW_PROBABILITY + (1 - SHOW_PROBABILITY) ** 3 / 3, abs=0.03)
 
 
 def test_test_users_are_seen_nowhere_else_and_review_new_items(world: LossWorld) -> None:
-    held_out = {example.user for example in world.test} | {example.user for example in world.dev}
+    held_out = {example.habits for example in world.test} | {example.habits for example in world.dev}
     assert len(held_out) == len(world.test) + len(world.dev)
     training = world.training_examples(500, world.old_items)
-    assert not held_out & {example.user for example in training}
+    assert not held_out & {example.habits for example in training}
     assert {example.item.name for example in training} <= set(OLD_ITEMS)
     assert {example.item.name for example in world.test} <= set(NEW_ITEMS)
 
@@ -78,8 +78,8 @@ def test_the_missing_history_is_the_literal_none(world: LossWorld) -> None:
     example = world.test[0]
     without, with_history = prompt_words(example.item, None), prompt_words(example.item, example.history)
     assert without.count("none") == 1
-    assert [word for word in with_history if word in example.user.habits]
-    assert not [word for word in without if word in example.user.habits]
+    assert [word for word in with_history if word in example.habits]
+    assert not [word for word in without if word in example.habits]
 
 
 def test_the_placebo_is_somebody_elses_history(world: LossWorld) -> None:

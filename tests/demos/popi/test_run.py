@@ -20,6 +20,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from demos.kit.run import DemoResult
+from demos.kit.training import own_randomness
 from demos.popi.findings import BETTER, UNCLEAR, WORSE, find, verdict
 from demos.popi.measuring import (
     BEFORE,
@@ -37,7 +38,7 @@ from demos.popi.measuring import (
 )
 from demos.popi.recipe import PopiRecipe
 from demos.popi.run import run_demo
-from demos.popi.training import Prompts, own_randomness
+from demos.popi.training import Prompts
 from demos.popi.world import (
     ASPECT_OF,
     ASPECTS,

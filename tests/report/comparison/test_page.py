@@ -67,7 +67,8 @@ def test_notes_name_machines_and_interruptions(comparison):
 
 
 def test_markdown_tables_are_whole_and_texts_are_escaped(comparison):
-    text = markdown(comparison, find(comparison))
+    findings = find(comparison)
+    text = markdown(page(comparison, findings), findings)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows[:4]}
     assert len(widths) == 1

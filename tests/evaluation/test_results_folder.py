@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation.folder import EvaluationFolder
-from nextquill.evaluation.results import Evaluation
+from nextquill.evaluation.results import Evaluation, EvaluationFolder
 from nextquill.models.loading import PromptSettings
 from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
 from tests.models.model_helpers import TEMPLATE, tiny_model
@@ -51,13 +50,13 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(model, whole_in_fours, tm
     made = []
     own = EvaluationFolder.stage
 
-    def stage(self, name, indices, make, desc, progress=None):
+    def stage(self, name, indices, make, desc):
         def counted(partial):
             for line in make(partial):
                 made.append(name)
                 yield line
 
-        return own(self, name, indices, counted, desc, progress)
+        return own(self, name, indices, counted, desc)
 
     monkeypatch.setattr(EvaluationFolder, "stage", stage)
     evaluate(model, tmp_path, **ALL, batch_size=4)
