@@ -30,6 +30,8 @@ COMMANDS = {
     "train": "Fine-tune a model on users' histories with a causal loss.",
     "evaluate": "Measure a model: generated text, nll with, without and under another user's history, effects.",
     "score": "Write every response token's effect, and show some in colour.",
+    "generate": "Write responses as a user would, from the user's texts and one or many queries.",
+    "chat": "The same for queries that you type, with the history in view.",
     "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
     "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
     "compare": "Train several losses from the same start and report how they differ.",

@@ -211,7 +211,8 @@ class _Row:
     def first_prompt(self) -> Layers:
         """The keys and values of the first prompt, by layer."""
         columns = torch.argsort(self._order)[self._tree.branch_rows[0]].to(self._device)
-        return [(layer.keys[..., columns, :], layer.values[..., columns, :]) for layer in self.cache.layers]
+        layers: Any = self.cache.layers
+        return [(layer.keys[..., columns, :], layer.values[..., columns, :]) for layer in layers]
 
     def rest(self) -> dict[str, Any]:
         """The tokens that are not known, and what they see by window, bool [tokens, cache]."""

@@ -69,7 +69,8 @@ def prompt_for(
 def user_prompt(encoder: ExampleEncoder, query: str, history: Sequence[HistoryItem], max_new_tokens: int) -> UserPrompt:
     """The prompt of one user; see `prompt_for`."""
     ids, kept = encoder.encode_prompt(query, history, max_new_tokens)
-    start = encoder.renderer.tokenizer.decode(encoder.renderer.start_ids)
+    tokenizer: Any = encoder.renderer.tokenizer
+    start = tokenizer.decode(encoder.renderer.start_ids)
     text = encoder.renderer.prompt(query, history[len(history) - kept :])
     return UserPrompt(f"{start}{text}", ids, kept, len(history))
 

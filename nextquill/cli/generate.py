@@ -1,0 +1,292 @@
+"""`nextquill generate`: writes as a user would, from the user's texts and one or many queries."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nextquill.cli.flags import check_file, claim_output_file, option
+from nextquill.cli.load_and_score import Loaded
+from nextquill.cli.main import OK
+from nextquill.cli.options import ModelOptions, PromptOptions
+from nextquill.cli.parsing import parse
+from nextquill.cli.terminal import bar, say
+from nextquill.data import HistoryItem, Record, read_jsonl
+from nextquill.data.lines import json_lines
+from nextquill.data.records import check_text
+from nextquill.errors import ArgumentError, RecordError, naming
+from nextquill.generation import PLAUSIBILITY, GenerationOptions
+from nextquill.storage.atomic_files import write_whole
+
+if TYPE_CHECKING:
+    from nextquill.generation.writer import Writer
+
+DESCRIPTION = (
+    "Write responses as a user would. The history is a file of the user's texts, or comes from a file of records. The "
+    "prompt has the order and the wording that the model was trained with."
+)
+OWN = "own history"
+#: The histories to write with, by what they are called on the screen.
+Histories = dict[str, tuple[HistoryItem, ...]]
+
+
+@dataclass
+class HistoryOptions:
+    """History: the user's texts."""
+
+    history_file: str | None = option(
+        "The user's texts, oldest first, JSONL: strings, or objects with text and optionally title and timestamp; '-' "
+        "reads standard input.", None, metavar="FILE",
+    )  # fmt: skip
+    records_file: str | None = option(
+        "Records in the form of train, instead: the history of the last record of --user_id.", None, metavar="FILE"
+    )
+    user_id: str | None = option("The user in --records_file.", None, metavar="USER")
+    other_user_id: str | None = option(
+        "Another user in --records_file, for --compare_history and --guidance_against placebo (the next one in the "
+        "file).", None, metavar="USER",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ArgumentError or RecordError for flags that do not go together, and for a file that is not there."""
+        if (self.history_file is None) == (self.records_file is None):
+            raise ArgumentError("history_file: expected either it or --records_file with --user_id")
+        if (self.records_file is None) != (self.user_id is None):
+            raise ArgumentError("user_id: expected with --records_file, and only with it")
+        if self.other_user_id is not None and self.records_file is None:
+            raise ArgumentError("other_user_id: expected --records_file with it")
+        for name in ("history_file", "records_file"):
+            path = getattr(self, name)
+            if path not in (None, "-"):
+                check_file(name, path)
+
+    def read(self) -> Histories:
+        """The user's own history and, from records of several users, another's."""
+        if self.history_file is not None:
+            with naming("history_file"):
+                return {OWN: _texts(self.history_file)}
+        with naming("records_file"):
+            last = {record.user_id: record for record in read_jsonl(str(self.records_file))}
+        users, own = list(last), self._known("user_id", last)
+        others = users[users.index(own) + 1 :] + users[: users.index(own)]
+        other = others[0] if self.other_user_id is None and others else self._known("other_user_id", last, own)
+        found: Histories = {OWN: last[own].history}
+        return found if other == own else {**found, f"history of {other}": last[other].history}
+
+    def _known(self, flag: str, last: Mapping[str, Record], default: str = "") -> str:
+        user = str(getattr(self, flag) or default)
+        if user not in last:
+            some = ", ".join(list(last)[:3])
+            raise ArgumentError(f"{flag}: {self.records_file} has no user {user!r}; it has {len(last)}, such as {some}")
+        return user
+
+
+@dataclass
+class WritingOptions:
+    """Writing: how the next token is chosen."""
+
+    guidance: float = option(
+        "Strengthen the user's own history: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt that "
+        "--guidance_against names. 0: off; 0.5 to 1 makes texts clearly more personal.", 0.0,
+    )  # fmt: skip
+    guidance_against: str = option(
+        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
+        choices=["counterfactual", "placebo"],
+    )  # fmt: skip
+    plausibility: float = option(
+        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
+    )
+    max_new_tokens: int = option("Most tokens of a response.", 128)
+    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
+    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
+    seed: int = option("Of the samples.", 0)
+    batch_size: int = option("Queries at a time.", 8)
+    engine: str = option(
+        "Shared prefixes computed once (tree), or transformers' generate (hf); auto: tree where the model allows it.",
+        "auto", choices=["auto", "tree", "hf"],
+    )  # fmt: skip
+
+    def options(self) -> dict[str, Any]:
+        """The flags as options of `Writer.write`.
+
+        Raises:
+            ArgumentError: a value is out of range.
+        """
+        values = {name: value for name, value in vars(self).items() if name != "guidance_against"}
+        GenerationOptions(**values)
+        return values
+
+
+@dataclass
+class GenerateOptions:
+    """Queries and output."""
+
+    query: list[str] | None = option("What to write: one or more requests.", None, metavar="TEXT")
+    queries_file: str | None = option("Queries, JSONL: strings, or objects with query.", None, metavar="FILE")
+    compare_history: bool = option(
+        "Also write without history and, from records, with another user's; shown side by side.", False
+    )
+    output_file: str | None = option("Also write the responses here, JSONL.", None, metavar="FILE")
+    overwrite: bool = option("Replace an existing output file.", False)
+
+    def read(self) -> list[str]:
+        """The queries.
+
+        Raises:
+            ArgumentError: neither flag, or both.
+            RecordError: a line of the file is no query.
+        """
+        if (self.query is None) == (self.queries_file is None):
+            raise ArgumentError("query: expected either it or --queries_file")
+        if self.query is not None:
+            return self.query
+        with naming("queries_file"):
+            lines = [
+                (where, raw.get("query") if isinstance(raw, Mapping) else raw)
+                for where, raw in json_lines(str(self.queries_file))
+            ]
+            queries = [check_text(raw, where, "query") for where, raw in lines]
+            if not queries:
+                raise RecordError(f"{self.queries_file}: no queries, the file is empty")
+        return queries
+
+
+OPTIONS = (ModelOptions, HistoryOptions, GenerateOptions, WritingOptions, PromptOptions)
+
+
+def run(arguments: Sequence[str]) -> int:
+    model_options, history, options, writing, prompt_options = parse("generate", DESCRIPTION, OPTIONS, arguments)
+    chosen = writing.options()
+    history.check()
+    queries = options.read()
+    target = None
+    if options.output_file is not None:
+        target = claim_output_file(options.output_file, overwrite=options.overwrite)
+    histories = history.read()
+    against = contrast(writing, histories)
+    writer = load_writer(model_options, prompt_options)
+    say_history(writer, queries[0], histories[OWN], chosen)
+    stream = writer.stream(queries, histories[OWN], against=against, **chosen)
+    if len(queries) == 1 and not options.compare_history:
+        texts = {OWN: [print_stream(stream)]}
+    else:
+        shown = histories if options.compare_history else {}
+        texts = compared(writer, stream, queries, shown, chosen)
+        print_side_by_side(queries, texts)
+    if target is not None:
+        guidance = {name: chosen["guidance"] if name == OWN else 0.0 for name in texts}
+        lines = [
+            {"query": query, "history": name, "guidance": guidance[name], "text": text}
+            for name, found in texts.items()
+            for query, text in zip(queries, found, strict=True)
+        ]
+        write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return OK
+
+
+def load_writer(model_options: ModelOptions, prompt_options: PromptOptions) -> Writer:
+    """The model with its prompt settings, or those of the flags; it keeps the history that it has computed."""
+    from nextquill.generation.writer import Writer
+
+    loaded = Loaded(model_options, prompt_options, [])
+    return Writer(loaded.model, loaded.tokenizer, loaded.settings, keep_history=True)
+
+
+def contrast(writing: WritingOptions, histories: Histories) -> tuple[HistoryItem, ...]:
+    """The history that guidance moves away from.
+
+    Raises:
+        ArgumentError: another user's is asked for, and there is none.
+    """
+    if not writing.guidance or writing.guidance_against == "counterfactual":
+        return ()
+    others = [texts for name, texts in histories.items() if name != OWN]
+    if not others:
+        raise ArgumentError("guidance_against: placebo needs --records_file with another user")
+    return others[0]
+
+
+def say_history(writer: Writer, query: str, texts: Sequence[HistoryItem], chosen: Mapping[str, Any]) -> None:
+    """Say how much of the history the prompt holds, and whether guidance can do anything."""
+    from nextquill.generation.writer import user_prompt
+
+    prompt = user_prompt(writer.encoder, query, texts, chosen["max_new_tokens"])
+    dropped = f", the newest of {prompt.history_total}" if prompt.history_kept < prompt.history_total else ""
+    say(f"{prompt.history_kept} texts of the user in the prompt{dropped}; {len(prompt.ids)} tokens")
+    if chosen["guidance"] and not texts:
+        say("the history is empty, so --guidance changes nothing")
+
+
+def print_stream(stream: Iterable[tuple[int, str]]) -> str:
+    """Print the only response as it is written, and return it."""
+    text = ""
+    for _, piece in stream:
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+def compared(
+    writer: Writer,
+    own: Iterable[tuple[int, str]],
+    queries: Sequence[str],
+    histories: Histories,
+    chosen: Mapping[str, Any],
+) -> dict[str, list[str]]:
+    """The responses of a stream and, with histories, also those without one and with another user's, unguided."""
+    texts = {OWN: _joined(own, len(queries), OWN)}
+    others = {"no history": (), **histories} if histories else {}
+    for name, history in others.items():
+        if name != OWN:
+            stream = writer.stream(queries, history, **{**chosen, "guidance": 0.0})
+            texts[name] = _joined(stream, len(queries), name)
+    return texts
+
+
+def _joined(stream: Iterable[tuple[int, str]], count: int, name: str) -> list[str]:
+    """The responses, with a bar that counts pieces of text."""
+    texts = [""] * count
+    for index, piece in bar(stream, desc=f"Writing with {name}", unit=" pieces", leave=False):
+        texts[index] += piece
+    return texts
+
+
+def print_side_by_side(queries: Sequence[str], texts: Mapping[str, Sequence[str]]) -> None:
+    """Print the responses to each query, a column for each history."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for index, query in enumerate(queries):
+        console.print(Text(query, "bold"), soft_wrap=True)
+        if len(texts) == 1:
+            console.print(Text(texts[OWN][index]), soft_wrap=True)
+        else:
+            table = Table(*texts, expand=True, show_lines=False)
+            table.add_row(*(Text(found[index]) for found in texts.values()))
+            console.print(table)
+        console.print()
+
+
+def _texts(path: str) -> tuple[HistoryItem, ...]:
+    """The items of a JSONL file, or of standard input."""
+    from nextquill.generation.writer import history_items
+
+    if path == "-":
+        lines = [(f"standard input line {number}", line) for number, line in enumerate(sys.stdin, 1)]
+        raw = [_parsed(where, line) for where, line in lines if line.strip()]
+    else:
+        raw = [value for _, value in json_lines(path)]
+    return history_items(raw)
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise RecordError(f"{where}: expected a JSON string or object: {error}") from error
