@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEHAVIOURS = {
     "cli": {"effects_file", "start"},
     "data/histories": {"selectors"},
+    "generation": {"engine"},
     "models": {"compile", "peft"},
     "ops": {"chunk_kernels", "cost", "operators"},
     "popi": {"distributed", "policy_gradient"},

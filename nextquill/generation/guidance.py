@@ -79,7 +79,12 @@ class HistoryGuidance(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The guided scores [rows, V] of the next token; called by `generate` with ids [rows, tokens] and logits."""
+        """Return the guided scores [rows, V] of the next token, float32 or wider.
+
+        Args:
+            input_ids: int64 [rows, T], prompts and responses so far; `generate` passes them.
+            scores: logits [rows, V], any floating dtype.
+        """
         if len(input_ids) != len(self._against):
             raise ArgumentError(
                 f"against: expected a prompt for each of the {len(input_ids)} rows of generate, got "

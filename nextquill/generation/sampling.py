@@ -26,6 +26,12 @@ class GumbelNoise(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Return noisy scores [rows, V], float64 (float32 on mps).
+
+        Args:
+            input_ids: int64 [rows, T], or None; not used.
+            scores: [rows, V], nats, any floating dtype.
+        """
         exact = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
         noise = torch.empty_like(scores, dtype=exact)
         for row, generator in zip(noise, self._generators, strict=True):
