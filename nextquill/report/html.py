@@ -23,7 +23,7 @@ def render_page(page: Page) -> str:
     """The whole page as one string."""
     own = resources.files("nextquill.report")
     style, script = ("\n" + own.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    is_scripted = bool(page.responses or page.charts)
+    is_scripted = bool(page.responses or page.charts or page.folded)
     sections = list(_sections(page))
     return "\n".join(
         [
