@@ -57,7 +57,9 @@ class ReportOptions:
         name = self.output_file or f"report.{self.format or FORMATS[0]}"
         ending = Path(name).suffix.removeprefix(".").lower()
         if self.format is not None and ending in FORMATS and ending != self.format:
-            raise ArgumentError(f"format: expected {ending}, as {name} ends, or another output_file, got {self.format}")
+            raise ArgumentError(
+                f"format: expected {ending}, as {Path(name).name} ends, or another output_file, got {self.format}"
+            )
         return name, self.format or (ending if ending in FORMATS else FORMATS[0])
 
 

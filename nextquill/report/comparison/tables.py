@@ -8,7 +8,7 @@ from typing import Any
 
 from nextquill.report.comparison.figures import Comparison, Cost, Difference, Measure
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.numbers import interval, number, p_text
+from nextquill.report.numbers import p_text, rounded
 
 # Short headings of the measures that every evaluation has; the others keep their labels.
 _HEADINGS = {
@@ -95,7 +95,7 @@ def _measures(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
         estimates = [arm.estimates[measure.name] for measure in shown]
-        cells = [Cell(number(e.value, digits=3), interval(e.low, e.high, digits=3)) for e in estimates]
+        cells = [Cell(*rounded(each.value, each.low, each.high)) for each in estimates]
         rows.append([Cell(arm.label), *cells])
     return Table("What they reach", _columns(shown), rows)
 
@@ -115,9 +115,9 @@ def _difference(comparison: Comparison, difference: Difference | None) -> Cell:
     if difference is None:
         return Cell("")
     marked = difference.is_clear(comparison.level)
-    bounds = interval(difference.low, difference.high, digits=3)
+    figure, bounds = rounded(difference.value, difference.low, difference.high, sign="+")
     return Cell(
-        f"{number(difference.value, sign='+', digits=3)}{'*' if marked else ''}",
+        f"{figure}{'*' if marked else ''}",
         f"{bounds} {p_text(difference.p_adjusted)}".strip(),
         marked,
     )
