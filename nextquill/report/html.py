@@ -41,7 +41,7 @@ def render_page(page: Page) -> str:
             _paragraph(page.lead, "lead"),
             # A page that is long enough to explain itself has links to its sections.
             f"{_contents(sections) if page.reading else ''}</header>",
-            _findings(page.findings) if page.findings else "",
+            "" if page.measures else _findings(page.findings),
             "".join(_paragraph(notice, "notice") for notice in page.notices),
             _picture(page.picture) if page.picture else "",
             *(f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections),
@@ -74,11 +74,8 @@ def _sections(page: Page) -> Iterator[tuple[str, str, str]]:
     """The anchor, the heading and the content of each section."""
     notes = "".join(_paragraph(note, "note") for note in page.table_notes)
     if page.measures:
-        yield (
-            "measures",
-            "The measures that matter",
-            _paragraph(page.measures_lead, "note") + forest_html(page.measures),
-        )
+        plot = _paragraph(page.measures_lead, "note") + forest_html(page.measures)
+        yield "measures", "The measures that matter", plot + _findings(page.findings)
     if page.tables:
         yield "results", "Results", "".join(map(_table, page.tables)) + ("" if page.folded else notes)
     if page.responses:
@@ -104,7 +101,7 @@ def _contents(sections: Iterable[tuple[str, str, str]]) -> str:
 
 def _findings(findings: Sequence[tuple[str, str]]) -> str:
     items = "".join(f"<li><h3>{html(heading)}</h3><p>{html(text)}</p></li>" for heading, text in findings)
-    return f'<ul class="findings">{items}</ul>'
+    return f'<ul class="findings">{items}</ul>' if items else ""
 
 
 def _picture(picture: Picture) -> str:

@@ -50,8 +50,8 @@ _READING = {
     "A dot before a figure": (
         "Among the measures, the best run is marked only if its paired difference to every other run is clear: its "
         "interval excludes 0, and its p-value, from exchanging the two runs within users, is below 0.05 at a level of "
-        "95%. Among the differences, the clear ones are marked. None is corrected for the number of comparisons: at "
-        "95%, up to one in twenty would be marked by chance."
+        "95%. Among the differences, the clear ones are marked, and clearly worse ones say so. Only the verdict on "
+        "texts is corrected for the number of its measures: at 95%, one in twenty others would be marked by chance."
     ),
     "An item's effect": (
         "It is the effect of leaving out one item of the history while all others stay. Two items that say the same "

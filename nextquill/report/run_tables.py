@@ -142,7 +142,7 @@ def _differences_table(runs: Sequence[Run], baseline: Run, pairing: Pairing) -> 
     for name, metric in _metrics_of([baseline]).items():
         results = [pairing(run, baseline).get(name) for run in others]
         if any(results):
-            rows.append([_name_cell(metric), *(_difference_cell(each, level_of(baseline)) for each in results)])
+            rows.append([_name_cell(metric), *(_difference_cell(each, level_of(baseline), metric) for each in results)])
     if not rows:
         return []
     title = f"Difference to {baseline.label} (run minus {baseline.label}), paired by example, users drawn whole"
@@ -179,12 +179,14 @@ def generated(run: Run, branch: str = "factual") -> int:
     return sum(branch in example.generated for example in run.examples)
 
 
-def _difference_cell(result: PairedResult | None, level: float) -> Cell:
+def _difference_cell(result: PairedResult | None, level: float, metric: MetricValue) -> Cell:
     if result is None:
         return _ABSENT
     figure, bounds = rounded(result.difference, result.low, result.high, sign="+")
     detail = f"{bounds or 'no interval'}; {p_text(result.p_value)}; n {result.num}"
-    return Cell(figure, detail, result.is_clear(level))
+    is_better = metric.higher_is_better is None or (result.difference > 0) == metric.higher_is_better
+    is_clear = result.is_clear(level)
+    return Cell(figure, detail if is_better or not is_clear else f"{detail}; worse", is_clear and is_better)
 
 
 def level_of(run: Run) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextquill.report.comparison.figures import Comparison, Cost, Difference, Measure
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.numbers import p_text, rounded
+from nextquill.report.numbers import interval, number, p_text, rounded
 
 # Short headings of the measures that every evaluation has; the others keep their labels.
 _HEADINGS = {
@@ -115,9 +115,9 @@ def _difference(comparison: Comparison, difference: Difference | None) -> Cell:
     if difference is None:
         return Cell("")
     marked = difference.is_clear(comparison.level)
-    figure, bounds = rounded(difference.value, difference.low, difference.high, sign="+")
+    bounds = interval(difference.low, difference.high, digits=3)
     return Cell(
-        f"{figure}{'*' if marked else ''}",
+        f"{number(difference.value, sign='+', digits=3)}{'*' if marked else ''}",
         f"{bounds} {p_text(difference.p_adjusted)}".strip(),
         marked,
     )
