@@ -24,6 +24,7 @@ OWN_HISTORY = ", generated with history"
 _WORTH = {
     "summary_minus_placebo": ("own summary", "another person's"),
     "summary_minus_none": ("own summary", "none"),
+    "summary_minus_signals": ("own summary", "the raw signals"),
     "effect_placebo": ("own history", "another person's"),
     "effect_logprob": ("own history", "none"),
 }

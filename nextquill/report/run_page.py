@@ -27,8 +27,8 @@ _PANELS = (
     ("nll without history", "nats per token; should not rise", "nll_counterfactual", False),
     ("Effect against the placebo", "nll under another user's history − own, higher is better", "effect_placebo", True),
     ("Share of tokens above the threshold", "of the effect in probability", "share_above_threshold", True),
-    ("Accuracy", "share of held-out pairs in which the user's choice is preferred", "accuracy", False),
-    ("Margin", "nats, chosen − rejected, against the reference", "margin", True),
+    ("Accuracy", "share of pairs in which the user's choice is preferred", "preference_accuracy", False),
+    ("Margin", "nats, chosen − rejected, against the reference", "preference_margin", True),
     ("Learning rate", "as scheduled", "learning_rate", True),
 )
 _READING = {
@@ -222,7 +222,8 @@ def training_charts(runs: Sequence[Run]) -> Charts | None:
 
 def _series(run: Run, name: str, place: int, *, alone: bool) -> Iterator[Series]:
     """The curves of a quantity in training and in its evaluations, as far as they were logged."""
-    for key, what in ((name, "training"), (f"eval_{name}", "evaluation")):
+    # POPI's evaluations leave out the first word.
+    for key, what in ((name, "training"), (f"eval_{name.removeprefix('preference_')}", "evaluation")):
         log = run.training.log if run.training is not None else ()
         # If a step has several entries, as after a resume, the last one counts.
         points = {entry["step"]: entry[key] for entry in log if is_number(entry.get(key))}

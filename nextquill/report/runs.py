@@ -136,11 +136,11 @@ def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
         found = raw["generator"]
         metrics = {
             f"summary_minus_{name}": _metric(
-                f"own summary against {_POPI_CONTEXTS[name]}", each["accuracy"], "difference"
+                f"Own summary against {_POPI_CONTEXTS[name]}", each["accuracy"], "difference"
             )
             for name, each in found["summary_minus"].items()
         }
-        for measure, (label, unit) in {"accuracy": ("accuracy", _ACCURACY), "margin": ("margin r", "nats")}.items():
+        for measure, (label, unit) in {"accuracy": ("Accuracy", _ACCURACY), "margin": ("Margin r", "nats")}.items():
             for name, each in found["contexts"].items():
                 text = f"{label}, {_POPI_CONTEXTS.get(name, 'own summary')}"
                 metrics[f"{measure}_{name}"] = _metric(text, each[measure], "value", unit, better=True)

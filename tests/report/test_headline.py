@@ -41,9 +41,8 @@ def test_a_clear_gain_is_said_with_its_figures() -> None:
 
 def test_an_interval_around_zero_is_no_gain() -> None:
     said = verdict(subject("a", effect(0.02, -0.03, 0.06), 3.0), None, 0.95)
-    assert (
-        "a's own history is not clearly worth more than another person's: 0.020 nats per token [-0.030, 0.060]" in said
-    )
+    worth = "a's own history is not clearly worth more than another person's"
+    assert f"{worth}: 0.020 nats per token [-0.030, 0.060]; nll" in said
     assert "; nll 3.00 [2.90, 3.10]; ROUGE-L of 12 texts 0.20 [0.10, 0.30]." in said
 
 

@@ -216,10 +216,8 @@ def write_popi(folder: Path, **changed: Any) -> Path:
 def test_a_run_of_popi_has_its_verdict_on_the_same_page(tmp_path: Path) -> None:
     run = read_run(write_popi(tmp_path / "p"))
     page = runs_page([run])
-    assert page.verdict == [
-        "On 60 pairs of 30 people, p's own summary is worth 0.10 of accuracy [0.02, 0.20] more than another person's; "
-        "accuracy 0.60 [0.50, 0.70]."
-    ]
+    worth = "p's own summary is worth 0.10 of accuracy [0.02, 0.20] more than another person's"
+    assert page.verdict == [f"On 60 pairs of 30 people, {worth}; accuracy 0.60 [0.50, 0.70]."]
     assert [measure.rows[0].value for measure in page.measures] == [0.1, 0.6]
     assert page.measures_lead == "Dots with 90% intervals over people."
     assert page.notices == []
