@@ -15,7 +15,7 @@ from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_token
 
 ROOT = Path(__file__).parent.parent
 #: What a reader runs but a test cannot: it installs, downloads, uploads or serves, or is `make`, tested by CI itself.
-NOT_RUN = ("pip", "hf", "make", "vllm", "transformers", "tensorboard", "source")
+NOT_RUN = ("pip", "hf", "make", "vllm", "transformers")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -60,7 +60,7 @@ def _check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
 
 def _check_reports(args: TrainingArguments) -> None:
     for name, packages in {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.items():
-        if name in args.report_to and not any(map(find_spec, packages)):
+        if name in (args.report_to or ()) and not any(map(find_spec, packages)):
             raise BackendUnavailableError(f"report_to: {name} is not installed; pip install 'nextquill[{name}]'")
 
 

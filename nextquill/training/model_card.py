@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -12,18 +13,18 @@ from nextquill.data import HistoryItem
 from nextquill.models.configs import base_model
 
 CARD_FILE = "README.md"
-#: The measures that a card shows, by the name of their log without "eval_"; nats a token.
+#: The measures that a card shows, by the name of their log without "eval_".
 _MEASURES = {
-    "nll_factual": "NLL under the user's own history",
-    "nll_counterfactual": "NLL without a history",
-    "nll_placebo": "NLL under another user's history",
-    "effect_placebo": "gain of the own history over another user's",
+    "nll_factual": "NLL under the user's own history, nats a token",
+    "nll_counterfactual": "NLL without a history, nats a token",
+    "nll_placebo": "NLL under another user's history, nats a token",
+    "effect_placebo": "what the own history gains over another user's, nats a token",
 }
 
 
 def model_card(trainer: Any) -> str:
     """The Markdown of a `NextQuillTrainer`'s model card; it names no path of this machine."""
-    base, adapter = _hub_name(trainer.model), hasattr(trainer.model, "peft_config")
+    base, adapter = hub_name(trainer.model), hasattr(trainer.model, "peft_config")
     data = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
@@ -34,14 +35,14 @@ def model_card(trainer: Any) -> str:
         "base model": base or "not on the hub",
         "trained weights": "an adapter" if adapter else "all",
         "loss": f"`{re.sub(', (impl|chunk_bytes)=[^,)]+', '', repr(trainer.loss))}`",
-        "training": _training(trainer.args, trainer.state.global_step),
+        "training": steps(trainer.args, trainer.state.global_step, "examples"),
         "data": _data(trainer.train_dataset),
         "order of the prompt": trainer.encoder.template.order,
         "longest prompt and response": f"{trainer.encoder.max_length} tokens",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in {"": "", "---": "---", **rows}.items())
     return _CARD.format(
-        data=data.to_yaml(), table=table, prompt=_prompt(trainer.encoder), measures="\n".join(_measures(trainer.state))
+        data=data.to_yaml(), table=table, prompt=_prompt(trainer.encoder), measures=measures(trainer.state, _MEASURES)
     )
 
 
@@ -81,15 +82,16 @@ For another engine, `nq.prompt_for(".", query, history)` makes the same prompt a
 """
 
 
-def _hub_name(model: Any) -> str | None:
+def hub_name(model: Any) -> str | None:
     """The base model's name on the hub; None for a new model and for a folder of this machine."""
     name = str(getattr(getattr(base_model(model), "config", None), "_name_or_path", ""))
     return None if not name or os.path.isabs(name) or os.path.exists(name) else name
 
 
-def _training(args: Any, steps: int) -> str:
+def steps(args: Any, number: int, of: str) -> str:
+    """How long a run trained, in words."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{steps} steps of {batch} examples, learning rate {args.learning_rate:g}, seed {args.seed}"
+    return f"{number} steps of {batch} {of}, learning rate {args.learning_rate:g}, seed {args.seed}"
 
 
 def _data(dataset: Any) -> str:
@@ -107,11 +109,12 @@ def _prompt(encoder: Any) -> str:
     return f"{start}{renderer.prompt('THE QUERY', history)}"
 
 
-def _measures(state: Any) -> list[str]:
-    """A table of the last evaluation."""
-    log = next((log for log in reversed(state.log_history) if "eval_nll_factual" in log), None)
+def measures(state: Any, names: Mapping[str, str]) -> str:
+    """A table of the last evaluation: a row for each of `names` (without "eval_") that it logged."""
+    log = next((log for log in reversed(state.log_history) if f"eval_{next(iter(names))}" in log), None)
     if log is None:
-        return ["None during training; `nextquill evaluate` makes them."]
-    rows = [f"| {said} | {log[f'eval_{name}']:.3g} |" for name, said in _MEASURES.items() if f"eval_{name}" in log]
-    tokens = f"On {log['eval_num_tokens']:.0f} response tokens of the evaluation data, after step {log.get('step', 0)}:"
-    return [tokens, "", "| measure | nats a token |", "|---|---|", *rows]
+        return "None during training."
+    rows = [f"| {said} | {log[f'eval_{name}']:.3g} |" for name, said in names.items() if f"eval_{name}" in log]
+    return "\n".join(
+        [f"On the evaluation data, after step {log['step']}:", "", "| measure | mean |", "|---|---|", *rows]
+    )

@@ -44,7 +44,7 @@ def test_it_has_the_loss_the_data_the_prompt_and_the_measures(tmp_path):
     assert "detach_counterfactual=True" in text
     assert "2 steps of" in text
     assert "learning rate 0.001" in text
-    assert "| NLL without a history | " + f"{measured['eval_nll_counterfactual']:.3g} |" in text
+    assert "| NLL without a history, nats a token | " + f"{measured['eval_nll_counterfactual']:.3g} |" in text
     renderer = trainer.encoder.renderer
     assert "past" in text[text.index("~~~~text") :]
     assert renderer.template.closing_cue in text
