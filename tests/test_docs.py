@@ -8,14 +8,13 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -28,6 +27,8 @@ from nextquill.comparison.arms import ARMS, BASE
 from nextquill.data import parse_record, read_jsonl
 from nextquill.data.loaders import FORMATS
 from nextquill.evaluation.results import read_evaluation, read_item_effects
+from nextquill.generation.writer import prompt_for
+from tests.snippets import blocks, commands, make_model, run, run_page, write_files
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
@@ -37,40 +38,8 @@ PAGES = sorted(DOCS.rglob("*.md"))
 INTERNAL = {"nextquill.ops", "nextquill.reference"}
 
 
-class Block(NamedTuple):
-    """A fenced block on a page."""
-
-    page: Path
-    line: int
-    language: str
-    title: str | None
-    text: str
-
-    @property
-    def id(self) -> str:
-        return f"{self.page.relative_to(DOCS).as_posix()}:{self.line}"
-
-
-def blocks(page: Path, *languages: str) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    found = re.finditer(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
-    return [
-        Block(page, text.count("\n", 0, each.start()) + 1, *each.groups())
-        for each in found
-        if each[1] in languages and "--8<--" not in each[3]
-    ]
-
-
 def all_blocks(*languages: str) -> list:
     return [pytest.param(block, id=block.id) for page in PAGES for block in blocks(page, *languages)]
-
-
-def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each line of a shell block; a line that ends with a backslash is joined to the next."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            yield words
 
 
 # ---- the reference -------------------------------------------------------------------------------------
@@ -273,18 +242,6 @@ def test_a_wrong_command_is_noticed(words):
         check_command(words)
 
 
-def run(words: list[str]) -> None:
-    """Run `nextquill` in this process.
-
-    Raises:
-        AssertionError: it fails.
-    """
-    assert words[0] == "nextquill"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main(words[1:])
-    assert code == 0, f"{shlex.join(words)}: {said.getvalue()}"
-
-
 def test_every_format_is_shown_and_its_example_is_converted(tmp_path, monkeypatch):
     page = DOCS / "guides" / "data-formats.md"
     monkeypatch.chdir(tmp_path)
@@ -323,6 +280,71 @@ def test_the_way_from_a_log_to_a_report_runs_as_printed(tmp_path, monkeypatch):
     assert evaluated.num_examples == 24
     assert {"nll_factual", "effect_placebo"} <= set(evaluated.metrics)
     assert len(read_item_effects(Path("runs/causal/evaluation"))) == 3
+
+
+def run_tutorial() -> None:
+    """Run the way from a log to texts, with the model in `model`, and check what it leaves."""
+    run_page(DOCS / "guides" / "from-log-to-texts.md")
+    assert read_evaluation(Path("runs/mine/evaluation")).num_examples == 24
+    assert Path("report.html").is_file()
+    lines = [json.loads(line) for line in Path("texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["history"] for line in lines] == ["own history"] * 2 + ["no history"] * 2 + ["history of user1"] * 2
+
+
+def test_the_way_from_a_log_to_texts_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("model"))
+    run_tutorial()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+@pytest.mark.skipif("NEXTQUILL_REAL_MODEL" not in os.environ, reason="NEXTQUILL_REAL_MODEL names no model's folder")
+def test_the_way_from_a_log_to_texts_with_a_real_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(Path(os.environ["NEXTQUILL_REAL_MODEL"]).resolve())
+    run_tutorial()
+    base, trained = (read_evaluation(Path(run)).metrics for run in ("runs/base", "runs/mine/evaluation"))
+    assert trained["nll_factual"].value < base["nll_factual"].value
+    assert trained["effect_placebo"].value > 0
+
+
+def test_the_first_run_of_the_index_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = run_page(DOCS / "index.md")
+    assert "1 texts of the user in the prompt" in "".join(printed.values())
+
+
+@pytest.mark.parametrize("name", ["data-formats", "migrating", "popi"])
+def test_the_python_of_a_guide_runs_as_printed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("model"))
+    page = DOCS / "guides" / f"{name}.md"
+    write_files(page)
+    for block in blocks(page, "python"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block.text, block.id, "exec"), {})
+
+
+def test_writing_runs_as_printed(tmp_path, monkeypatch):
+    """The block that asks a server gets its answer from here."""
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("model"))
+    page = DOCS / "guides" / "writing.md"
+    printed = "".join(run_page(page).values())
+    assert "history of ben" in printed
+    assert len(Path("texts.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.data))
+        return io.BytesIO(b'{"choices": [{"text": "Fine, cheers!"}]}')
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(Path("ask.py").read_text(encoding="utf-8"), "ask.py", "exec"), {})
+    assert out.getvalue() == "Fine, cheers!\n"
+    assert asked[0]["prompt"] == prompt_for("merged", "Review of: Cafe Nero", ["Nice soup, cheers!"]).ids
 
 
 # ---- the site ------------------------------------------------------------------------------------------

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from pathlib import Path
 
 from nextquill import NextQuillLoss
-from nextquill.cli.main import COMMANDS, main
-from tests.models.model_helpers import make_args, make_records, tiny_model
-from tests.models.model_helpers import word_tokenizer as make_tokenizer
+from nextquill.cli.main import COMMANDS
+from nextquill.evaluation.results import read_evaluation
+from nextquill.models.loading import load_prompt_settings
+from tests.snippets import blocks, make_model, run_page
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_it_runs_from_top_to_bottom_in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("model"))
+    printed = list(run_page(ROOT / "README.md").values())
+    assert all(name in "".join(printed) for name in ("own history", "no history", "history of user"))
+    for run in ("runs/base", "runs/mine/evaluation"):
+        evaluated = read_evaluation(Path(run))
+        assert evaluated.num_examples == 24
+        assert "effect_placebo" in evaluated.metrics
+    assert Path("report.html").is_file()
+    for run in ("runs/mine", "runs/trainer"):
+        card = Path(run, "README.md").read_text(encoding="utf-8")
+        assert "of 24 users" in card
+        assert str(tmp_path) not in card
+        assert load_prompt_settings(run) is not None
 
 
 def test_the_five_lines_run_with_torch_alone():
+    block = next(block for block in blocks(ROOT / "README.md", "python") if "with_history, without" in block.text)
     names = {}
-    exec(BLOCKS[0], names)
+    exec(block.text, names)
     assert names["loss"].isfinite()
     assert names["head"].weight.grad.norm() > 0
-    assert len([line for line in BLOCKS[0].splitlines() if line and not line.startswith("import")]) == 5
-
-
-def test_the_trainer_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("train", "test"):
-        lines = [json.dumps(record) for record in make_records(8)]
-        Path(f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    names = {"model": tiny_model(max_position_embeddings=512), "tokenizer": make_tokenizer()}
-    exec(BLOCKS[1][BLOCKS[1].index("# after") :], names | {"args": make_args(tmp_path / "out", max_steps=1)})
+    assert len([line for line in block.text.splitlines() if line and not line.startswith("import")]) == 5
 
 
 def test_defaults_are_the_numbers_in_the_table_of_losses():
@@ -51,18 +58,6 @@ def test_commands_targets_and_files_exist():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
-
-
-def test_flags_of_the_commands_are_flags(capsys):
-    commands = "\n".join(re.findall(r"```bash\n(nextquill.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    for line in commands.splitlines():
-        command = line.split()[1]
-        with contextlib.suppress(SystemExit):
-            main([command, "--help"])
-        shown = capsys.readouterr().out
-        flags = re.findall(r"--\w+", line)
-        assert flags
-        assert [flag for flag in flags if flag not in shown] == []
 
 
 def test_it_is_under_200_lines():

@@ -35,6 +35,7 @@ COMMANDS = {
     "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
     "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
     "compare": "Train several losses from the same start and report how they differ.",
+    "completion": "Print a script that completes commands and flags in bash or zsh.",
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
 DESCRIPTION = "Causal personalisation training of language models."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 
 from nextquill.cli.flags import check_positive
 from nextquill.cli.parsing import WIDE_REFUSALS, UsageError, refusals
+from nextquill.errors import BackendUnavailableError
 from nextquill.training.meter import EVAL_COLUMNS
 
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -34,6 +36,7 @@ def check_arguments(args: TrainingArguments, *, has_eval_file: bool, metrics: Se
         if asked and not has_eval_file:
             raise UsageError(f"{name}: expected --eval_file with it, to evaluate on")
     _check_metric(args, metrics)
+    _check_reports(args)
     _check_schedule(args)
 
 
@@ -53,6 +56,12 @@ def _check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
         raise UsageError(f"metric_for_best_model: expected one of {', '.join(metrics)}, got {name!r}")
     if name.startswith("nll_"):
         args.greater_is_better = False  # by default transformers minimises only names that end in "loss"
+
+
+def _check_reports(args: TrainingArguments) -> None:
+    for name, packages in {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.items():
+        if name in (args.report_to or ()) and not any(map(find_spec, packages)):
+            raise BackendUnavailableError(f"report_to: {name} is not installed; pip install 'nextquill[{name}]'")
 
 
 def _check_schedule(args: TrainingArguments) -> None:

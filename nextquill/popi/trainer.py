@@ -35,6 +35,7 @@ from nextquill.popi.config import (
     within_context,
 )
 from nextquill.popi.evaluation import score_pairs
+from nextquill.popi.model_card import popi_card
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role
@@ -44,10 +45,12 @@ from nextquill.popi.steps import METRICS, StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
 from nextquill.storage import checkpoints
+from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.checks import check_options
+from nextquill.training.model_card import CARD_FILE
 
 
 class POPITrainer(AtomicCheckpoints, Trainer):
@@ -387,10 +390,15 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         """The settings that are saved with the roles: the config and the templates."""
         return {"config": self.config.to_dict(), "templates": self.templates.to_dict()}
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the model card into the output folder; a push to the hub asks for it."""
+        write_whole(Path(str(self.args.output_dir)) / CARD_FILE, popi_card(self))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         self.passes.close()
         self.roles.save(folder, self.settings())
+        write_whole(folder / CARD_FILE, popi_card(self))  # in place of PEFT's, which names local paths
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

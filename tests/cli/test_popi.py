@@ -46,6 +46,16 @@ def test_a_wrong_flag_is_one_line(popi, name):
 # ---- train -----------------------------------------------------------------------------------------
 
 
+def test_a_run_has_a_model_card_in_place_of_pefts(popi_trained):
+    folder, _ = popi_trained
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "18 pairs of 3 users" in card
+    assert "ipo, β 0.5" in card
+    assert "1 steps of 2 users" in card
+    assert "| tokens of a summary | " in card
+    assert str(folder.parent) not in card
+
+
 def test_a_run_leaves_both_models_and_its_settings(popi_trained):
     folder, result = popi_trained
     names = {path.name for path in folder.iterdir()}

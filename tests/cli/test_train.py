@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nextquill.cli import training_checks
 from nextquill.cli.train import final_metrics
 from nextquill.models.loading import load_prompt_settings
 
@@ -134,6 +135,15 @@ def test_half_precision_weights_are_warned_of(train, trained, tmp_path):
     result = train(tmp_path / "run", "--model_name_or_path", trained, "--dtype", "bfloat16", "--max_steps", 1)
     assert result.code == 0, result.err
     assert "half precision" in result.err
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_says_what_to_install(train, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(training_checks, "find_spec", lambda package: None)
+    result = train(tmp_path / "run", "--report_to", name)
+    assert result.code == 1
+    assert result.err == f"nextquill: --report_to: {name} is not installed; pip install 'nextquill[{name}]'\n"
+    assert is_untouched(tmp_path / "run")
 
 
 # ---- refused -----------------------------------------------------------------------------------

@@ -267,6 +267,20 @@ MUTATIONS = (
         "a checkpoint is evaluated with other prompts than it was trained with",
     ),
     Mutation(
+        "card-local-path",
+        "nextquill/training/model_card.py",
+        "None if not name or os.path.isabs(name) or os.path.exists(name) else name",
+        "name or None",
+        "a model card that is pushed to the hub names a folder of somebody's machine",
+    ),
+    Mutation(
+        "saved-prompts",
+        "nextquill/training/trainer.py",
+        "PromptSettings(encoder.template, encoder.max_length,",
+        "PromptSettings(PromptTemplate(), encoder.max_length,",
+        "a model that was trained from Python writes with other prompts than it was trained with",
+    ),
+    Mutation(
         "item-effects-sign",
         "nextquill/evaluation/item_effects.py",
         "return torch.stack(nll_without) - nll_all",
