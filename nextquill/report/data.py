@@ -103,8 +103,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A row of a `Measure`: a figure with its interval, if there is one, and a `note` in a few words.
+class ForestRow:
+    """A row of a `ForestMeasure`: a figure with its interval, if there is one, and a `note` in a few words.
 
     `colour` is its place in the palette.
     """
@@ -118,12 +118,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Measure:
+class ForestMeasure:
     """One measure of a forest plot. `hint` says its unit and which way is good; `with_zero` draws a line at 0."""
 
     title: str
     hint: str
-    rows: Sequence[Estimate]
+    rows: Sequence[ForestRow]
     with_zero: bool = False
 
 
@@ -193,7 +193,7 @@ class Page:
     findings: Sequence[tuple[str, str]] = ()
     notices: Sequence[str] = ()
     picture: Picture | None = None
-    measures: Sequence[Measure] = ()
+    measures: Sequence[ForestMeasure] = ()
     measures_lead: str = ""
     tables: Sequence[Table] = ()
     table_notes: Sequence[str] = ()

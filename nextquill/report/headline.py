@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nextquill.evaluation.measures import TOKEN_KINDS, kind_and_branch, text_metric
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import MetricValue
-from nextquill.report.data import Estimate, Measure
+from nextquill.report.data import ForestMeasure, ForestRow
 from nextquill.report.numbers import in_words, rounded
 
 #: Below this number of people a page warns.
@@ -81,24 +81,28 @@ def text_measures(metrics: Mapping[str, MetricValue]) -> list[str]:
     return sorted(found, key=lambda name: name != "rouge_l")
 
 
-def forest(subjects: Sequence[Subject], baseline: str | None) -> list[Measure]:
+def forest(subjects: Sequence[Subject], baseline: str | None) -> list[ForestMeasure]:
     """The four measures that matter, as far as they were measured, each with the subjects' figures."""
     known = {name: metric for subject in reversed(subjects) for name, metric in subject.metrics.items()}
     names = [name for name in (*_WORTH, *_LEVELS) if name in known] + text_measures(known)[:1]
     return [_measure(name, known[name], subjects, baseline) for name in names[:MOST_MEASURES]]
 
 
-def _measure(name: str, metric: MetricValue, subjects: Sequence[Subject], baseline: str | None) -> Measure:
+def _measure(name: str, metric: MetricValue, subjects: Sequence[Subject], baseline: str | None) -> ForestMeasure:
     title, meaning = _TITLES.get(name, (metric.label, ""))
     way = {True: "higher is better", False: "lower is better", None: ""}[metric.higher_is_better]
     texts = {subject.texts for subject in subjects if name in subject.metrics} if text_metric(name) else set()
     count = f"of {' or '.join(map(str, sorted(texts)))} texts" if texts and texts != {0} else ""
     rows = [
-        Estimate(subject.label, its.value, its.low, its.high, _note(subject.changes.get(name), baseline), subject.place)
+        ForestRow(
+            subject.label, its.value, its.low, its.high, _note(subject.changes.get(name), baseline), subject.place
+        )
         for subject in subjects
         if (its := subject.metrics.get(name)) is not None
     ]
-    return Measure(title, "; ".join(filter(None, (metric.unit, count, meaning, way))), rows, with_zero=name in _WORTH)
+    return ForestMeasure(
+        title, "; ".join(filter(None, (metric.unit, count, meaning, way))), rows, with_zero=name in _WORTH
+    )
 
 
 def _note(change: Change | None, baseline: str | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from nextquill.report.data import Charts, Measure, Panel, Series
+from nextquill.report.data import Charts, ForestMeasure, Panel, Series
 from nextquill.report.numbers import rounded
 from nextquill.report.svg import COLOURS, forest_axis
 from nextquill.report.text import plain
@@ -45,7 +45,7 @@ _RUNS = ("#0072b2", "#c94f00", "#00805f", "#a3508c", "#8a6a00", "#3d8fbd", "#576
 assert len(_RUNS) == COLOURS
 
 
-def draw_report(title: str, measures: Sequence[Measure], charts: Charts | None, file_format: FileFormat) -> bytes:
+def draw_report(title: str, measures: Sequence[ForestMeasure], charts: Charts | None, file_format: FileFormat) -> bytes:
     """The measures as a forest plot and the curves below, 9 inches wide, as a PNG or an SVG on white.
 
     Equal contents give equal bytes. A label is drawn as it reads: nothing in it is taken for a formula.
@@ -78,7 +78,7 @@ def draw_report(title: str, measures: Sequence[Measure], charts: Charts | None, 
         return _to_bytes(figure, file_format)
 
 
-def _draw_measure(axis: Axes, measure: Measure, look: _Look) -> None:
+def _draw_measure(axis: Axes, measure: ForestMeasure, look: _Look) -> None:
     span = forest_axis(measure.rows, with_zero=measure.with_zero)
     count = len(measure.rows)
     for at, row in enumerate(measure.rows):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.data import Charts, ForestMeasure, ForestRow, Panel, Series
 from nextquill.report.numbers import rounded
 from nextquill.report.text import html
 
@@ -35,7 +35,7 @@ def charts_html(charts: Charts) -> str:
     return f'<ul class="legend">{legend}</ul><div class="charts">{panels}</div>'
 
 
-def forest_html(measures: Sequence[Measure]) -> str:
+def forest_html(measures: Sequence[ForestMeasure]) -> str:
     """Each measure's figures with their intervals on one axis; rows without a finite value are left out.
 
     Places are percentages, so the plot takes any width and its texts keep their size.
@@ -43,7 +43,7 @@ def forest_html(measures: Sequence[Measure]) -> str:
     return "".join(map(_measure, measures))
 
 
-def _measure(measure: Measure) -> str:
+def _measure(measure: ForestMeasure) -> str:
     rows = [row for row in measure.rows if math.isfinite(row.value)]
     if not rows:
         return ""
@@ -60,7 +60,7 @@ def _measure(measure: Measure) -> str:
     )
 
 
-def forest_axis(rows: Sequence[Estimate], *, with_zero: bool) -> _Axis:
+def forest_axis(rows: Sequence[ForestRow], *, with_zero: bool) -> _Axis:
     """An axis from 0 to 100 that holds all intervals, with a little room, and 0 if that is asked for."""
     ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None and math.isfinite(end)]
     low, high = min(ends + [0.0] * with_zero), max(ends + [0.0] * with_zero)
@@ -68,7 +68,7 @@ def forest_axis(rows: Sequence[Estimate], *, with_zero: bool) -> _Axis:
     return _Axis(low - room, high + room, 0, 100)
 
 
-def _row(row: Estimate, axis: _Axis, lines: str) -> str:
+def _row(row: ForestRow, axis: _Axis, lines: str) -> str:
     colour, at = f"c{row.colour % COLOURS}", axis(row.value)
     figure, bounds = rounded(row.value, row.low, row.high)
     whisker = ""

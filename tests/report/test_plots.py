@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.data import Charts, ForestMeasure, ForestRow, Panel, Series
 from nextquill.report.plots import DPI, FileFormat, Theme, draw_panels, draw_report
 
 pytest.importorskip("matplotlib")
@@ -49,7 +49,9 @@ def test_no_pyplot_and_no_changed_settings() -> None:
 
 
 def report(file_format: FileFormat) -> bytes:
-    measures = [Measure("$x$ & <b>", "hint", [Estimate("a_$1$", 0.4, 0.3, 0.5), Estimate("b", 0.1)], with_zero=True)]
+    measures = [
+        ForestMeasure("$x$ & <b>", "hint", [ForestRow("a_$1$", 0.4, 0.3, 0.5), ForestRow("b", 0.1)], with_zero=True)
+    ]
     return draw_report("title", measures, Charts(panels(3), "steps", [("a", 0), ("b", 1)]), file_format)
 
 
@@ -65,5 +67,5 @@ def test_a_report_s_figures_and_labels_are_text_as_they_read() -> None:
 
 
 def test_a_report_of_measures_alone_has_no_curves() -> None:
-    png = draw_report("t", [Measure("m", "h", [Estimate("a", 1.0)])], None, "png")
+    png = draw_report("t", [ForestMeasure("m", "h", [ForestRow("a", 1.0)])], None, "png")
     assert struct.unpack(">II", png[16:24])[0] == 9 * DPI

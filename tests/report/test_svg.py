@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.data import Charts, ForestMeasure, ForestRow, Panel, Series
 from nextquill.report.svg import MOST_POINTS, charts_html, forest_html, thin
 
 
@@ -141,8 +141,8 @@ def test_a_flat_curve_runs_through_the_middle(value: float) -> None:
 
 
 def test_a_forest_plot_has_its_figures_in_place() -> None:
-    rows = [Estimate("a", 6.0, 0.0, 12.0), Estimate("b", 3.0, colour=9), Estimate("c", math.nan)]
-    html = forest_html([Measure("t", "h", rows, with_zero=True)])
+    rows = [ForestRow("a", 6.0, 0.0, 12.0), ForestRow("b", 3.0, colour=9), ForestRow("c", math.nan)]
+    html = forest_html([ForestMeasure("t", "h", rows, with_zero=True)])
     root = ElementTree.fromstring(f"<div>{html}</div>")
     # The axis runs from -1 to 13, 12 and a twelfth of that on either side.
     dots = [(dot.attrib["class"], float(dot.attrib["cx"].rstrip("%"))) for dot in root.iter("circle")]
@@ -156,11 +156,11 @@ def test_a_forest_plot_has_its_figures_in_place() -> None:
 
 
 def test_a_measure_without_a_finite_value_is_left_out() -> None:
-    assert forest_html([Measure("t", "h", [Estimate("a", math.nan)])]) == ""
+    assert forest_html([ForestMeasure("t", "h", [ForestRow("a", math.nan)])]) == ""
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32), st.booleans())
 def test_any_single_figure_has_a_place_on_the_axis(value: float, with_zero: bool) -> None:
-    html = forest_html([Measure("t", "h", [Estimate("a", value)], with_zero=with_zero)])
+    html = forest_html([ForestMeasure("t", "h", [ForestRow("a", value)], with_zero=with_zero)])
     (dot,) = ElementTree.fromstring(f"<div>{html}</div>").iter("circle")
     assert 0 <= float(dot.attrib["cx"].rstrip("%")) <= 100
