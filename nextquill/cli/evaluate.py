@@ -107,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         _check_baseline(Path(options.baseline), records)
     loaded = Loaded(model_options, prompt_options, records)
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
-        evaluation = _evaluate(loaded, measured, Path(folder), model_options.model_name_or_path, kept is not None)
+        evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
         print_evaluation(evaluation)
         if options.baseline is not None:
             _print_differences(Path(folder), Path(options.baseline), measured)

@@ -27,7 +27,7 @@ class Loaded:
     def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, records: list[Record]) -> None:
         self.records = records
         quieten_transformers()
-        name = model_options.model_name_or_path
+        name = model_options.model
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(device())

@@ -34,9 +34,10 @@ def attention_option() -> Any:
 class TrainModelOptions:
     """Model: the one that is trained."""
 
-    model_name_or_path: str = option(
+    model: str = option(
         "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from "
         "the training text.",
+        aliases=["model_name_or_path"],
         metavar="MODEL",
     )
     dtype: str = option(
@@ -51,9 +52,10 @@ class TrainModelOptions:
 class ModelOptions:
     """Model: the one that is measured."""
 
-    model_name_or_path: str = option(
-        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", metavar="MODEL"
-    )
+    model: str = option(
+        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", aliases=["model_name_or_path"],
+        metavar="MODEL",
+    )  # fmt: skip
     dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
@@ -70,7 +72,7 @@ class TrainFiles:
         "Output of score for the training file: weigh tokens by its effects instead of the model's own. A frozen "
         "estimator saves the pass without history if only the weights need it.", None, metavar="FILE",
     )  # fmt: skip
-    overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
+    overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
 
 
 @dataclass
@@ -263,7 +265,7 @@ def adapted(model: Any, config: Any) -> Any:
 class ScoreFiles:
     """Data: the records, and how they are computed."""
 
-    eval_file: str = option("Records to score, JSONL.", metavar="FILE")
+    eval_file: str = option("Records to measure on, JSONL.", aliases=["records_file", "test_file"], metavar="FILE")
     limit: int | None = option("Use only this many records, the first ones.", None)
     batch_size: int | None = option(
         "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None

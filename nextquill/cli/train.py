@@ -48,14 +48,14 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
-    lora.check(model_options.model_name_or_path)
+    lora.check(model_options.model)
     batches.check()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
     if args.should_save:
-        inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model_name_or_path)
-        check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
+        inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model)
+        check_output_dir(folder, resume, overwrite=files.overwrite, inputs=inputs)
     if files.effects_file is not None:
         check_file("effects_file", files.effects_file)
     paths = {"train": files.train_file, "eval": files.eval_file}
@@ -145,11 +145,11 @@ def load(
     model_options: TrainModelOptions, prompt_options: PromptOptions, source: Source, seed: int
 ) -> tuple[Any, Any, PromptSettings]:
     """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
-    name, prepared = model_options.model_name_or_path, isinstance(source, PreparedDataset)
+    name, prepared = model_options.model, isinstance(source, PreparedDataset)
     is_new = name in SCRATCH_SIZES
     if is_new and prepared:
         raise ArgumentError(
-            f"model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
+            f"model: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
         )
     records: Any = source  # for a new model, which has no prepared examples

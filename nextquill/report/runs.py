@@ -98,7 +98,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     if place is None:
         missing.append(
             "no evaluation, so no measures with intervals and no examples: "
-            f"nextquill evaluate --model_name_or_path {folder} --eval_file FILE --output_dir {inside}"
+            f"nextquill evaluate --model {folder} --eval_file FILE --output_dir {inside}"
         )
         return Run(folder, label, training, missing=missing)
     evaluation = read_evaluation(place)

@@ -171,7 +171,7 @@ def test_train_help_puts_our_flags_before_those_of_transformers(nextquill):
     positions = [text.index(f"\n{heading}\n") for heading in headings]
     assert positions == sorted(positions)
     usage = text[: text.index("\n\n")]
-    assert usage == "usage: nextquill train --model_name_or_path MODEL --train_file FILE --output_dir DIR [options]"
+    assert usage == "usage: nextquill train --model MODEL --train_file FILE --output_dir DIR [options]"
     assert max(map(len, text.splitlines())) <= 110
     for flag in ("--loss", "--lora_r", "--output_dir", "--learning_rate", "--resume_from_checkpoint", "--config"):
         assert text.count(f"\n  {flag} ") == 1

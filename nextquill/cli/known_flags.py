@@ -1,0 +1,156 @@
+"""The flags of a command, read from the source: a wrong one is refused before anything heavy is imported.
+
+Importing TrainingArguments alone takes seconds, as it imports torch. Its source is read instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+#: Names that other tools have, and the flags that do the same here, in the order of preference.
+_SYNONYMS = {
+    "accumulation_steps": ("gradient_accumulation_steps",),
+    "adapter": ("model",),
+    "base_model": ("model",),
+    "batch": ("per_device_train_batch_size", "batch_size"),
+    "batch_size": ("per_device_train_batch_size",),
+    "bs": ("per_device_train_batch_size", "batch_size"),
+    "block_size": ("max_length",),
+    "checkpoint": ("model", "resume_from_checkpoint"),
+    "context_length": ("max_length",),
+    "cutoff_len": ("max_length",),
+    "data": ("train_file", "eval_file", "records_file", "input"),
+    "data_path": ("train_file", "eval_file", "records_file", "input"),
+    "dataset": ("train_file", "eval_file", "records_file", "input"),
+    "dataset_name": ("train_file", "eval_file", "records_file", "input"),
+    "epochs": ("num_train_epochs",),
+    "eval_data": ("eval_file",),
+    "eval_dataset": ("eval_file",),
+    "force": ("overwrite",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "history": ("history_file",),
+    "input": ("train_file", "eval_file", "records_file"),
+    "input_file": ("input", "train_file", "eval_file", "records_file"),
+    "lora_dim": ("lora_r",),
+    "lora_rank": ("lora_r",),
+    "lr": ("learning_rate",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "max_gen_toks": ("max_new_tokens",),
+    "max_seq_len": ("max_length",),
+    "max_seq_length": ("max_length",),
+    "model_name": ("model",),
+    "model_path": ("model",),
+    "n": ("limit",),
+    "num_epochs": ("num_train_epochs",),
+    "o": ("output_dir", "output_file"),
+    "out": ("output_dir", "output_file"),
+    "out_dir": ("output_dir",),
+    "output": ("output_dir", "output_file"),
+    "output_path": ("output_dir", "output_file"),
+    "precision": ("dtype",),
+    "pretrained": ("model",),
+    "prompt": ("query",),
+    "rank": ("lora_r",),
+    "records": ("train_file", "eval_file", "records_file"),
+    "resume": ("resume_from_checkpoint",),
+    "save_dir": ("output_dir",),
+    "seq_length": ("max_length",),
+    "steps": ("max_steps",),
+    "target_modules": ("lora_target_modules",),
+    "temp": ("temperature",),
+    "test_data": ("eval_file",),
+    "test_dataset": ("eval_file",),
+    "torch_dtype": ("dtype",),
+    "train_data": ("train_file",),
+    "train_dataset": ("train_file",),
+    "user": ("user_id",),
+    "val_file": ("eval_file",),
+    "valid_file": ("eval_file",),
+    "validation_file": ("eval_file",),
+    "warmup": ("warmup_steps",),
+    "wd": ("weight_decay",),
+}
+
+
+def unknown_flag(word: str, known: Mapping[str, str]) -> str:
+    """The message on a flag that is not in `known`, which maps every spelling to the flag's name."""
+    name = word.split("=", 1)[0]
+    bare = name.strip("-").replace("-", "_").lower()
+    same = [known[flag] for flag in _SYNONYMS.get(bare, ()) if flag in known]
+    close = same or [known[match] for match in difflib.get_close_matches(bare, known, n=1)]
+    return f"unknown flag {name}" + (f"; did you mean --{close[0]}?" if close else "")
+
+
+def refused(module: str, words: Sequence[str]) -> str | None:
+    """The message on the first word that is no flag of the command in `module`; None where argparse has to decide.
+
+    A word with a space is a value, and a negative number too.
+    """
+    flags = [word for word in words if re.match(r"--?[A-Za-z]", word) and " " not in word]
+    if not flags or {"-h", "--help"} & set(flags):
+        return None
+    known = known_flags(module)
+    if not known:
+        return None
+    names = ((word, word.split("=", 1)[0][2:].replace("-", "_")) for word in flags)
+    wrong = (word for word, name in names if not word.startswith("--") or name.removeprefix("no_") not in known)
+    return next((unknown_flag(word, known) for word in wrong), None)
+
+
+def known_flags(module: str) -> dict[str, str]:
+    """Every flag and alias of a command's module with the flag's name; empty where the source does not tell."""
+    known = {"config": "config", "help": "help"}
+    for node in _parsed(module).body:
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "OPTIONS"
+            and isinstance(node.value, ast.Tuple)
+        ):
+            for kind in node.value.elts:
+                known |= dict(_fields(module, ast.unparse(kind)))
+            return known
+    return {}
+
+
+def _fields(module: str, name: str) -> Iterator[tuple[str, str]]:
+    """The fields of a dataclass as a module names it, and their aliases."""
+    for node in _parsed(module).body:
+        if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
+            yield from _fields(str(node.module), name)
+        if not isinstance(node, ast.ClassDef) or node.name != name:
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                yield field.target.id, field.target.id
+                for alias in _aliases(field.value):
+                    yield alias, field.target.id
+
+
+def _aliases(value: ast.expr | None) -> list[str]:
+    """The argument `aliases` of `option(help, default, aliases)`."""
+    if not isinstance(value, ast.Call) or ast.unparse(value.func) != "option":
+        return []
+    given = [*value.args[2:3], *(keyword.value for keyword in value.keywords if keyword.arg == "aliases")]
+    return [alias for each in given for alias in ast.literal_eval(each)]
+
+
+@cache
+def _parsed(module: str) -> ast.Module:
+    """A module's syntax tree; that of TrainingArguments ends before the methods, which is a tenth of the time."""
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return ast.Module([], [])
+    place = Path(spec.origin).parent.joinpath(*(rest or "training_args").split("."))
+    place = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    try:
+        text = place.read_text(encoding="utf-8")
+    except OSError:
+        return ast.Module([], [])
+    return ast.parse(text if rest else text.partition("\n    def __post_init__")[0])
