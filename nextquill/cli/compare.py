@@ -146,7 +146,7 @@ FLAGS = {"names": "arms", "folder": "output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "seed": None}
+    defaults = {**DEFAULTS, "seed": None, "learning_rate": None}
     parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
     from nextquill.cli.progress import shown
@@ -155,6 +155,7 @@ def run(arguments: Sequence[str]) -> int:
     check_seeds(options.seeds)
     loss_options = options.loss_options()
     lora.check(model_options.model)
+    lora.set_learning_rate(args)
     batches.check()
     check_training(args)
     measured = evaluation.options(batches, args.per_device_eval_batch_size)

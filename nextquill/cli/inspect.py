@@ -18,7 +18,7 @@ from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
-from nextquill.models.loading import PromptSettings, find_tokenizer, load_prompt_settings
+from nextquill.models.loading import PromptSettings, find_tokenizer
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
 
 if TYPE_CHECKING:
@@ -130,10 +130,12 @@ def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record])
         from nextquill.cli.train import SCRATCH_MAX_LENGTH
 
         tokenizer = build_tokenizer(training_texts(records), SCRATCH_SIZES[name].vocabulary)
-        return tokenizer, prompt_options.settings(None, SCRATCH_MAX_LENGTH, SCRATCH_SIZES[name].positions)
+        return tokenizer, prompt_options.settings(
+            prompt_options.stored(name), SCRATCH_MAX_LENGTH, SCRATCH_SIZES[name].positions
+        )
     tokenizer, context = find_tokenizer(name), _context(name)
     length = DEFAULT_LENGTH if context is None else min(DEFAULT_LENGTH, context)
-    return tokenizer, prompt_options.settings(load_prompt_settings(name), length, context)
+    return tokenizer, prompt_options.settings(prompt_options.stored(name), length, context)
 
 
 def _context(name: str) -> int | None:

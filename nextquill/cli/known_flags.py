@@ -65,6 +65,7 @@ _SYNONYMS = {
     "target_modules": ("lora_target_modules",),
     "temp": ("temperature",),
     "test_data": ("eval_file",),
+    "test_file": ("eval_file",),
     "test_dataset": ("eval_file",),
     "torch_dtype": ("dtype",),
     "train_data": ("train_file",),

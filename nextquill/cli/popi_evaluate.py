@@ -50,7 +50,7 @@ class PopiPairs:
     """Data: pairs and summaries."""
 
     eval_file: list[str] = option(
-        "Pairs of users who were not trained on.", aliases=["eval_file", "records_file"], metavar="PATH"
+        "Pairs of users who were not trained on.", aliases=["test_file", "records_file"], metavar="PATH"
     )
     summaries_file: str | None = option(
         "Summaries from summarize --held_out, edited or not; by default the model writes them.", None, ["summaries"],
