@@ -27,11 +27,13 @@ def test_the_flags_read_from_the_source_are_those_of_the_parser(module):
     }
 
 
-def test_every_synonym_leads_to_a_flag():
-    every = {flag for module in MODULES for flag in known_flags.known_flags(module).values()}
-    for name, flags in known_flags._SYNONYMS.items():
-        assert set(flags) <= every, name
-        assert flags, name
+def test_every_name_of_another_tool_leads_to_its_flag_in_some_command():
+    every = {module: known_flags.known_flags(module) for module in MODULES}
+    for flag, names in known_flags._ELSEWHERE.items():
+        having = {module: known[flag] for module, known in every.items() if flag in known}
+        for name in names.split():
+            told = [str(refused(module, [f"--{name}"])).endswith(f"--{own}?") for module, own in having.items()]
+            assert any(told), (flag, name)
 
 
 @pytest.mark.parametrize(
