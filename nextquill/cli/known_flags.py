@@ -18,11 +18,11 @@ _ELSEWHERE = {
     "dtype": "precision torch_dtype",
     "per_device_train_batch_size": "batch batch_size bs",
     "batch_size": "batch bs",
+    "input": "data data_path dataset dataset_name input_file",
     "train_file": "data data_path dataset dataset_name input input_file records train_data train_dataset",
     "eval_file": "data data_path dataset dataset_name input input_file records eval_data eval_dataset test_data "
     "test_dataset test_file val_file valid_file validation_file",
     "records_file": "data data_path dataset dataset_name input input_file records",
-    "input": "data data_path dataset dataset_name input_file",
     "gradient_accumulation_steps": "accumulation_steps grad_accum",
     "history_file": "history",
     "learning_rate": "lr",
