@@ -71,6 +71,7 @@ class Options:
             are left out.
         save: called with all rows so far after every new one.
         full: the largest size, however long it takes, if a suite has one.
+        model: the name or folder of a model, if a suite takes one.
     """
 
     rounds: int = 7
@@ -79,6 +80,7 @@ class Options:
     budget: float | None = None
     save: Callable[[list[Row]], None] = lambda rows: None
     full: bool = False
+    model: str | None = None
 
 
 def time_in_turns(

@@ -18,6 +18,7 @@ SUITES = {
     "native": "benchmarks.native",
     "prepare": "benchmarks.prepare",
     "popi": "benchmarks.popi",
+    "generate": "benchmarks.generate",
 }
 
 
@@ -29,6 +30,7 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
     parser.add_argument("--quick", action="store_true", help="tiny shapes, as a test run")
     parser.add_argument("--full", action="store_true", help="the largest size, if a suite has one (prepare)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU if there is one")
+    parser.add_argument("--model", help="a model by name or folder, if a suite takes one (generate)")
     parser.add_argument(
         "--budget", type=_positive(float), default=330.0, help="seconds per suite; fewer rounds run if time is short"
     )
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
             saved[:] = rows
             write_csv(rows, path)
 
-        options = Options(chosen.rounds, chosen.quick, chosen.device, chosen.budget, save, chosen.full)
+        options = Options(chosen.rounds, chosen.quick, chosen.device, chosen.budget, save, chosen.full, chosen.model)
         try:
             save(importlib.import_module(SUITES[name]).run(options))
         except GateError as error:

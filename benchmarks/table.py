@@ -189,6 +189,18 @@ def popi_table() -> str:
     return "\n".join([*lines, "", _footnote([row for row in rows if row["unit"] == "x"])])
 
 
+def generate_table() -> str:
+    """A token of one response, and the responses to several queries, against transformers."""
+    rows = read("generate.csv")
+    lines = ["| case | way | measure | ratio | to |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['case']} | {row['provider']} | {row['metric']} | {_ratio(row)} | {row['baseline']} |"
+        for row in rows
+        if row["provider"] != row["baseline"]
+    ]
+    return "\n".join([*lines, "", _footnote(rows)])
+
+
 def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
@@ -200,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "native": native_table,
     "prepare": prepare_table,
     "popi": popi_table,
+    "generate": generate_table,
 }
 
 

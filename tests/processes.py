@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -42,3 +43,19 @@ def _end(pid: int) -> None:
             except psutil.NoSuchProcess:
                 continue
             psutil.wait_procs([member], timeout=1)  # one at a time, so that their stacks are not mixed
+
+
+#: Modules that a server of forks loads once; see `run_command`.
+PRELOADED = ["tests.processes", "torch", "transformers.trainer", "peft", "nextquill.cli.train"]
+
+
+def run_command(words: list[str], folder: str, stdin: str, stdout: str, stderr: str) -> None:
+    """Run `nextquill WORDS` in a folder with files for its streams, in a process forked for it."""
+    os.chdir(folder)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdin = os.fdopen(0)
+    from nextquill.cli.main import main
+
+    sys.exit(main(words))

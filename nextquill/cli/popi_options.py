@@ -13,6 +13,8 @@ from nextquill.cli.options import PRECISIONS
 from nextquill.cli.terminal import say
 from nextquill.data import Record, read_jsonl
 from nextquill.data.loaders import FORMATS, load
+from nextquill.data.records import RECORD_FIELDS
+from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.users import User, users_from_records
 
@@ -56,8 +58,13 @@ class PopiFormat:
         if self.format != RECORDS:
             yield from load(self.format, paths if len(paths) > 1 else paths[0])
             return
-        for path in paths:
-            yield from read_jsonl(path)
+        try:
+            for path in paths:
+                yield from read_jsonl(path)
+        except PlacedError as error:
+            if error.field in RECORD_FIELDS:
+                error.problem += "; --format preferences reads rows of prompt, chosen and rejected"
+            raise
 
 
 def check_not_read(target: Path, inputs: Sequence[str]) -> None:

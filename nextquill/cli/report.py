@@ -12,16 +12,21 @@ from nextquill.cli.flags import claim_output_file, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.errors import ArgumentError
+from nextquill.report.data import Page
 from nextquill.report.html import render_page
 from nextquill.report.run_page import DEFAULT_EXAMPLES, runs_page
 from nextquill.report.runs import Run, labels, read_run
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
-    "Put runs side by side on one HTML page that needs no network: training curves, measures with intervals and paired "
-    "differences, generated texts, response tokens coloured by effect, and the history items they depend on. Runs may "
-    "come first, without --runs: nextquill report runs/a runs/b --output_file report.html"
+    "Put runs side by side on one HTML page that needs no network: a verdict, the measures that matter with intervals "
+    "and paired differences, texts, response tokens coloured by effect and the history items they depend on, training "
+    "curves, all measures. Or draw measures and curves as one PNG or SVG. Runs may come first, without --runs: "
+    "nextquill report runs/a runs/b --output_file report.html"
 )
+
+
+FORMATS = ("html", "png", "svg")
 
 
 @dataclass
@@ -29,9 +34,13 @@ class ReportOptions:
     """Runs and output."""
 
     runs: list[str] = option(
-        "Output folders of train, also with an evaluation in RUN/evaluation, or of evaluate.", metavar="RUN ..."
+        "Output folders of train or popi train, also with an evaluation in them, or of evaluate.", metavar="RUN ..."
     )
-    output_file: str = option("Where to write the page, HTML.", "report.html", metavar="FILE")
+    output_file: str | None = option("Where to write the report; by default report.FORMAT.", None, metavar="FILE")
+    format: str | None = option(
+        "html, the page; png or svg, only its measures and curves as a picture. By default as the file's name ends.",
+        None, choices=list(FORMATS),
+    )  # fmt: skip
     overwrite: bool = option("Replace an existing output file.", False)
     title: str | None = option("The page's title; by default the runs' names.", None)
     examples: int = option(
@@ -43,6 +52,16 @@ class ReportOptions:
         "The run to compare the others with; by default the first that was evaluated.", None, metavar="RUN"
     )
 
+    def output(self) -> tuple[str, str]:
+        """The file's name and its format."""
+        name = self.output_file or f"report.{self.format or FORMATS[0]}"
+        ending = Path(name).suffix.removeprefix(".").lower()
+        if self.format is not None and ending in FORMATS and ending != self.format:
+            raise ArgumentError(
+                f"format: expected {ending}, as {Path(name).name} ends, or another output_file, got {self.format}"
+            )
+        return name, self.format or (ending if ending in FORMATS else FORMATS[0])
+
 
 OPTIONS = (ReportOptions,)
 
@@ -51,13 +70,22 @@ def run(arguments: Sequence[str]) -> int:
     (options,) = parse("report", DESCRIPTION, OPTIONS, with_runs_flag(arguments))
     if options.examples < 0:
         raise ArgumentError(f"examples: expected 0 or more, got {options.examples}")
-    target = claim_output_file(options.output_file, overwrite=options.overwrite)
+    name, form = options.output()
+    target = claim_output_file(name, overwrite=options.overwrite)
     runs, baseline = read_runs(options.runs, options.baseline)
     page = runs_page(runs, title=options.title, baseline=baseline, examples=options.examples, indices=options.index)
-    content = render_page(page).encode()
+    content = render_page(page).encode() if form == "html" else _picture(page, form)
     write_whole(target, content)
     print(f"Written to {target} ({len(content) / 1e6:.1f} MB)", file=sys.stderr)
     return OK
+
+
+def _picture(page: Page, form: str) -> bytes:
+    from nextquill.report.plots import draw_report
+
+    if not page.measures and page.charts is None:
+        raise ArgumentError(f"format: expected html, as there is neither a measure nor a curve to draw, got {form}")
+    return draw_report(page.title, page.measures, page.charts, "png" if form == "png" else "svg")
 
 
 def with_runs_flag(arguments: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ from nextquill.data.lines import MAX_LINE_BYTES, json_lines
 from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
 from nextquill.errors import ArgumentError, ArgumentTypeError
 
-_RECORD_FIELDS = frozenset({"user_id", "query", "response", "history", "timestamp"})
+#: The fields of a record; every other key is in `extra`.
+RECORD_FIELDS = frozenset({"user_id", "query", "response", "history", "timestamp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Record:
         Raises:
             ArgumentError: a key of `extra` is a field of the record.
         """
-        clash = _RECORD_FIELDS & self.extra.keys()
+        clash = RECORD_FIELDS & self.extra.keys()
         if clash:
             raise ArgumentError(f"extra: expected keys that are not fields of a record, got {min(clash)!r}")
         dated = {} if self.timestamp is None else {"timestamp": self.timestamp}
@@ -111,7 +112,7 @@ def parse_record(raw: object, where: str) -> Record:
         response=check_response(required(raw, "response", where), where),
         history=tuple(in_time_order(history)),
         timestamp=timestamp,
-        extra={str(key): value for key, value in raw.items() if key not in _RECORD_FIELDS},
+        extra={str(key): value for key, value in raw.items() if key not in RECORD_FIELDS},
     )
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
+from nextquill.generation.few_rows import faster_few_rows
 from nextquill.generation.guidance import guide
 from nextquill.generation.sampling import GumbelNoise, sampling
 from nextquill.models.attention import TreeAttention
@@ -42,7 +43,7 @@ def tree_engine(model: Any, tokenizer: Any, stops: set[int], options: Generation
     Raises:
         UnsupportedModelError: the model cannot run branches in one row, or its rotary embedding depends on the longest.
     """
-    with in_eval_mode(model):
+    with in_eval_mode(model), faster_few_rows(model):
         engine = TreeEngine(model, tokenizer, stops, options)
         try:
             yield engine

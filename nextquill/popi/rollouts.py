@@ -1,6 +1,6 @@
 """Samples summaries from the inference model, as token ids for the policy gradient.
 
-    ModelRollouts        samples with transformers' own `generate`, in process, with the present weights
+    ModelRollouts        samples in process, with the present weights
     VLLMRollouts         samples with vLLM, on the accelerator that also trains the inference model
     RecordingRollouts    records the samples of another one in a file
     RecordedRollouts     replays such a file, without a model
@@ -26,8 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError, CheckpointError, OutputExistsError
-from nextquill.generation import GenerationOptions, Prompt, decoded
-from nextquill.generation.transformers_engine import transformers_engine
+from nextquill.generation import GenerationOptions, Prompt, decoded, local_engine
 from nextquill.generation.vllm_engine import (
     VLLMEngine,
     check_installed,
@@ -74,7 +73,7 @@ class Rollouts(Protocol):
 
 
 class ModelRollouts(Rollouts):
-    """Samples from a model in memory, by its own `generate`.
+    """Samples from a model in memory; prompts with a common beginning compute it once where the model allows it.
 
     Sampling leaves the model as it was, even after an error: training modes, generation config, gradient flags and
     adapters. The logits have the model's dtype, or that of the surrounding autocast.
@@ -113,7 +112,7 @@ class ModelRollouts(Rollouts):
         """
         base = base_model(self._model)
         _check_prompts(prompts, self._options.max_new_tokens, context_length(base))
-        with transformers_engine(base, self._tokenizer, self._stops, self._options) as engine:
+        with local_engine(base, self._tokenizer, self._stops, self._options) as engine:
             return _in_order(engine, prompts, self._tokenizer, self._stops)
 
 

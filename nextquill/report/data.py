@@ -103,6 +103,31 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A row of a `Measure`: a figure with its interval, if there is one, and a `note` in a few words.
+
+    `colour` is its place in the palette.
+    """
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    colour: int = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of a forest plot. `hint` says its unit and which way is good; `with_zero` draws a line at 0."""
+
+    title: str
+    hint: str
+    rows: Sequence[Estimate]
+    with_zero: bool = False
+
+
+@dataclass(frozen=True)
 class Picture:
     """A PNG, perhaps a second one for dark pages, and the text for readers who do not see it."""
 
@@ -157,18 +182,25 @@ class Charts:
 
 @dataclass(frozen=True)
 class Page:
-    """A report from top to bottom. `findings`, and `reading` on how to read it, are pairs of heading and text."""
+    """A report from top to bottom, its answer first.
+
+    `findings`, and `reading` on how to read it, are pairs of heading and text. `folded` tables are shown on demand.
+    """
 
     title: str
     lead: str
+    verdict: Sequence[str] = ()
     findings: Sequence[tuple[str, str]] = ()
     notices: Sequence[str] = ()
     picture: Picture | None = None
-    charts: Charts | None = None
+    measures: Sequence[Measure] = ()
+    measures_lead: str = ""
     tables: Sequence[Table] = ()
     table_notes: Sequence[str] = ()
     responses: Sequence[ResponseView] = ()
     responses_lead: str = ""
+    charts: Charts | None = None
+    folded: Sequence[Table] = ()
     reading: Sequence[tuple[str, str]] = ()
     footer: str = ""
     language: str = "en"

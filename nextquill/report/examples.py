@@ -9,6 +9,7 @@ from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.measures import PROMPTS
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, ItemEffects, finite
 from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
+from nextquill.report.numbers import rounded
 from nextquill.report.run_tables import scores_text
 from nextquill.report.runs import Run, read_items, read_tokens
 
@@ -141,7 +142,7 @@ def _chosen(
     effects = {example.index: finite(example.scores.get("effect_logprob")) or 0.0 for example in first.examples}
     where = f" in {first.label}" if len(group) > 1 else ""
     return {
-        index: f"{why} (whole history {effects[index]:+.4f} nats per token{where})"
+        index: f"{why} (whole history {rounded(effects[index], sign='+')[0]} nats per token{where})"
         for index, why in choose(effects, count, with_items).items()
     }
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: findings, a picture or curves, tables, and responses with tokens coloured by effect.
+"""One self-contained HTML page: the verdict, a forest plot, responses with tokens coloured by effect, curves, tables.
 
 It loads nothing from a network, works without its script, follows the reader's preference for light or dark, and can
 be printed. Its policy forbids all loading and every style and script but its own, which it names by digest, so a text
@@ -14,7 +14,7 @@ from importlib import resources
 from itertools import groupby
 
 from nextquill.report.data import Cell, Column, Page, Picture, Table
-from nextquill.report.svg import charts_html
+from nextquill.report.svg import charts_html, forest_html
 from nextquill.report.text import html
 from nextquill.report.tokens import responses_html
 
@@ -23,7 +23,7 @@ def render_page(page: Page) -> str:
     """The whole page as one string."""
     own = resources.files("nextquill.report")
     style, script = ("\n" + own.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    is_scripted = bool(page.responses or page.charts)
+    is_scripted = bool(page.responses or page.charts or page.folded)
     sections = list(_sections(page))
     return "\n".join(
         [
@@ -36,10 +36,12 @@ def render_page(page: Page) -> str:
             f'<link rel="icon" href="data:,"><title>{html(page.title)}</title>',
             f"<style>{style}</style></head>",
             "<body><main>",
-            f"<header><h1>{html(page.title)}</h1>{_paragraph(page.lead, 'lead')}",
+            f"<header><h1>{html(page.title)}</h1>",
+            *(_paragraph(sentence, "verdict") for sentence in page.verdict),
+            _paragraph(page.lead, "lead"),
             # A page that is long enough to explain itself has links to its sections.
             f"{_contents(sections) if page.reading else ''}</header>",
-            _findings(page.findings) if page.findings else "",
+            "" if page.measures else _findings(page.findings),
             "".join(_paragraph(notice, "notice") for notice in page.notices),
             _picture(page.picture) if page.picture else "",
             *(f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections),
@@ -70,16 +72,26 @@ def _paragraph(text: str, css_class: str = "") -> str:
 
 def _sections(page: Page) -> Iterator[tuple[str, str, str]]:
     """The anchor, the heading and the content of each section."""
+    notes = "".join(_paragraph(note, "note") for note in page.table_notes)
+    if page.measures:
+        plot = _paragraph(page.measures_lead, "note") + forest_html(page.measures)
+        yield "measures", "The measures that matter", plot + _findings(page.findings)
+    if page.tables:
+        yield "results", "Results", "".join(map(_table, page.tables)) + ("" if page.folded else notes)
+    if page.responses:
+        yield "examples", "Texts and tokens", _paragraph(page.responses_lead) + responses_html(page.responses)
     if page.charts:
         yield "curves", "Curves", _paragraph(page.charts.lead) + charts_html(page.charts)
-    if page.tables:
-        notes = (_paragraph(note, "note") for note in page.table_notes)
-        yield "measures", "Results", "".join([*map(_table, page.tables), *notes])
-    if page.responses:
-        yield "examples", "Tokens by effect", _paragraph(page.responses_lead) + responses_html(page.responses)
+    if page.folded:
+        tables = "".join(map(_table, page.folded))
+        yield "all", "All figures", _folded(f"{len(page.folded)} tables", tables + notes)
     if page.reading:
         parts = "".join(f"<dt>{html(heading)}</dt><dd>{html(text)}</dd>" for heading, text in page.reading)
-        yield "reading", "How to read this", f'<dl class="reading">{parts}</dl>'
+        yield "reading", "How to read this", _folded("The terms and tests", f'<dl class="reading">{parts}</dl>')
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _contents(sections: Iterable[tuple[str, str, str]]) -> str:
@@ -89,7 +101,7 @@ def _contents(sections: Iterable[tuple[str, str, str]]) -> str:
 
 def _findings(findings: Sequence[tuple[str, str]]) -> str:
     items = "".join(f"<li><h3>{html(heading)}</h3><p>{html(text)}</p></li>" for heading, text in findings)
-    return f'<ul class="findings">{items}</ul>'
+    return f'<ul class="findings">{items}</ul>' if items else ""
 
 
 def _picture(picture: Picture) -> str:

@@ -157,6 +157,7 @@ document.addEventListener('click', event => {
 // Paper has the page's own colours, which its legend explains.
 addEventListener('beforeprint', () => {
   for (const button of document.querySelectorAll('.items button[aria-pressed="true"]')) press(button, false);
+  for (const folded of document.querySelectorAll('details')) folded.open = true;
   for (const guide of document.querySelectorAll('.guide')) guide.setAttribute('d', '');
 });
 

@@ -1,4 +1,4 @@
-"""The page of some runs, side by side: curves, measures with paired differences, and chosen examples.
+"""The page of some runs, side by side: a verdict, the measures that matter, chosen examples, curves, all measures.
 
 runs = [read_run(folder) for folder in folders]
 write_whole(Path("report.html"), render_page(runs_page(runs)))
@@ -6,16 +6,20 @@ write_whole(Path("report.html"), render_page(runs_page(runs)))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from nextquill.errors import ArgumentError
+from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.results import is_number
 from nextquill.report.data import Charts, Page, Panel, ResponseView, Series, Table
 from nextquill.report.examples import MIX, example_views
-from nextquill.report.run_tables import evaluated, measures_tables, same_records
+from nextquill.report.headline import Change, Subject, few_people, forest, trainer_metrics, verdict
+from nextquill.report.run_tables import Pairing, evaluated, generated, level_of, measures_tables, same_records
 from nextquill.report.runs import Run
 
-DEFAULT_EXAMPLES = 20
+DEFAULT_EXAMPLES = 9
 # Heading, unit or meaning and which way is good, the trainer's name for it, and whether it is a distance from 0.
 _PANELS = (
     ("Loss", "the training objective", "loss", False),
@@ -23,6 +27,8 @@ _PANELS = (
     ("nll without history", "nats per token; should not rise", "nll_counterfactual", False),
     ("Effect against the placebo", "nll under another user's history − own, higher is better", "effect_placebo", True),
     ("Share of tokens above the threshold", "of the effect in probability", "share_above_threshold", True),
+    ("Accuracy", "share of pairs in which the user's choice is preferred", "preference_accuracy", False),
+    ("Margin", "nats, chosen − rejected, against the reference", "preference_margin", True),
     ("Learning rate", "as scheduled", "learning_rate", True),
 )
 _READING = {
@@ -44,8 +50,8 @@ _READING = {
     "A dot before a figure": (
         "Among the measures, the best run is marked only if its paired difference to every other run is clear: its "
         "interval excludes 0, and its p-value, from exchanging the two runs within users, is below 0.05 at a level of "
-        "95%. Among the differences, the clear ones are marked. None is corrected for the number of comparisons: at "
-        "95%, up to one in twenty would be marked by chance."
+        "95%. Among the differences, the clear ones are marked, and clearly worse ones say so. Only the verdict on "
+        "texts is corrected for the number of its measures: at 95%, one in twenty others would be marked by chance."
     ),
     "An item's effect": (
         "It is the effect of leaving out one item of the history while all others stay. Two items that say the same "
@@ -89,23 +95,108 @@ def runs_page(
         raise ArgumentError(f"examples: expected 0 or more, got {examples}")
     measured = evaluated(runs)
     baseline = baseline or (measured[0] if len(measured) > 1 else None)
+    pairing = Pairing(baseline)
+    subjects = _subjects(runs, baseline, pairing)
     views = example_views(runs, examples, indices)
     return Page(
         title=title or f"nextquill: {', '.join(run.label for run in runs)}",
         lead=lead or _lead(runs),
+        verdict=_verdicts(measured, baseline, subjects),
         findings=findings,
         notices=[
+            *few_people(
+                min((run.metrics["users"].value for run in measured if "users" in run.metrics), default=math.inf)
+            ),
             *_mixed_records(measured, baseline),
+            *_other_settings(measured, baseline),
             *(f"{run.label}: {text}." for run in runs for text in run.missing),
         ],
+        measures=forest(list(subjects.values()), baseline.label if baseline is not None else None),
+        measures_lead=_measures_lead(measured),
+        tables=tables,
         charts=training_charts(runs),
-        tables=[*tables, *measures_tables(runs, baseline)],
-        table_notes=_table_notes(measured),
+        folded=measures_tables(runs, baseline, pairing),
         responses=views,
         responses_lead=_examples_lead(views, measured, indices) if views else "",
         reading=tuple(_READING.items()),
         footer="; ".join(_source(run) for run in runs),
     )
+
+
+def _subjects(runs: Sequence[Run], baseline: Run | None, pairing: Pairing) -> dict[str, Subject]:
+    """The evaluated runs by label, or, if there are none, the trainers' own measures."""
+    measured = evaluated(runs)
+    found = {}
+    for place, run in enumerate(runs):
+        if run.evaluation is not None:
+            changes = pairing(run, baseline) if baseline is not None and run is not baseline else {}
+            tested = {name: _change(result, level_of(run)) for name, result in changes.items()}
+            found[run.label] = Subject(run.label, run.metrics, tested, _on(run), generated(run), place)
+        elif not measured and run.final:
+            found[run.label] = Subject(run.label, trainer_metrics(run.final), place=place)
+    return found
+
+
+def _change(result: PairedResult, level: float) -> Change:
+    return Change(result.difference, result.low, result.high, result.p_value, result.is_clear(level))
+
+
+def _on(run: Run) -> str:
+    assert run.evaluation is not None
+    users = run.metrics["users"].value if "users" in run.metrics else 0
+    what = "pairs" if run.is_popi else "responses"
+    people = f" of {users:.0f} {'person' if users == 1 else 'people'}" if users else ""
+    return f"{run.evaluation.num_examples:,} {what}{people}"
+
+
+def _verdicts(measured: Sequence[Run], baseline: Run | None, subjects: Mapping[str, Subject]) -> list[str]:
+    """A sentence on each run but the baseline, which the others are compared with."""
+    if not measured:
+        ends = [verdict(subject, None, 0.95) for subject in subjects.values()]
+        return [
+            "No run has been evaluated, so there is no verdict.",
+            *(f"At the end of training: {end}" for end in ends),
+        ]
+    said, on = list[str](), ""
+    for run in measured:
+        if run is baseline and len(measured) > 1:
+            continue
+        subject = subjects[run.label]
+        if said and on == subject.on:
+            subject = dataclasses.replace(subject, on="")
+        on = subjects[run.label].on
+        against = baseline if baseline is not None and same_records(run, baseline) and not run.is_popi else None
+        said.append(verdict(subject, subjects[against.label] if against else None, level_of(run)))
+    return said
+
+
+def _measures_lead(measured: Sequence[Run]) -> str:
+    levels = " and ".join(f"{100 * level:g}%" for level in sorted({level_of(run) for run in measured}))
+    swapped = any(run.evaluation and run.evaluation.template.get("counterfactual") == "placebo" for run in measured)
+    none = " None: another person's history, which these prompts put in its place." if swapped else ""
+    return f"Dots with {levels} intervals over people.{none}" if measured else "Without intervals, by the trainers."
+
+
+def _other_settings(measured: Sequence[Run], baseline: Run | None) -> list[str]:
+    """Names the settings of prompts and generation that differ from the baseline's and add to differences."""
+    said = []
+    theirs = _settings(baseline)
+    for run in measured:
+        own = _settings(run)
+        unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+        if baseline is not None and same_records(run, baseline) and unlike:
+            named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
+            said.append(
+                f"{run.label} was evaluated otherwise than {baseline.label}, which adds to differences: {named}."
+            )
+    return said
+
+
+def _settings(run: Run | None) -> dict[str, object]:
+    if run is None or run.evaluation is None:
+        return {}
+    shared = {name: run.evaluation.settings.get(name) for name in ("max_length", "max_new_tokens", "guidance")}
+    return {**shared, **run.evaluation.template}
 
 
 def training_charts(runs: Sequence[Run]) -> Charts | None:
@@ -131,11 +222,12 @@ def training_charts(runs: Sequence[Run]) -> Charts | None:
 
 def _series(run: Run, name: str, place: int, *, alone: bool) -> Iterator[Series]:
     """The curves of a quantity in training and in its evaluations, as far as they were logged."""
-    for key, what in ((name, "training"), (f"eval_{name}", "evaluation")):
+    # POPI's evaluations leave out the first word.
+    for key, what in ((name, "training"), (f"eval_{name.removeprefix('preference_')}", "evaluation")):
         log = run.training.log if run.training is not None else ()
         # If a step has several entries, as after a resume, the last one counts.
         points = {entry["step"]: entry[key] for entry in log if is_number(entry.get(key))}
-        if points:
+        if len(points) > 1:  # one point is no curve
             x, label, is_eval = sorted(points), what if alone else f"{run.label}, {what}", what == "evaluation"
             yield Series(label, x, [points[step] for step in x], dashed=is_eval, colour=place, dots=is_eval)
 
@@ -145,13 +237,6 @@ def _lead(runs: Sequence[Run]) -> str:
     measured = len(evaluated(runs))
     what = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     return f"{what}, {trained} with a training log, {measured} evaluated."
-
-
-def _table_notes(measured: Sequence[Run]) -> list[str]:
-    alone = [run.label for run in measured if len({example.user_id for example in run.examples}) == 1]
-    if not alone:
-        return []
-    return [f"{', '.join(alone)}: no intervals, because all records are of one user, who says nothing about others."]
 
 
 def _mixed_records(measured: Sequence[Run], baseline: Run | None) -> list[str]:

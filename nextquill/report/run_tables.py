@@ -13,16 +13,14 @@ from typing import Any
 
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.compare import compare_evaluations
-from nextquill.evaluation.measures import COUNTS, TOKEN_KINDS, TOKENS, kind_and_branch, measure_name, text_metric
+from nextquill.evaluation.measures import COUNTS, TOKENS, kind_and_branch, measure_name, text_metric
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.results import EvaluatedExample, MetricValue
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.numbers import interval, number, p_text
+from nextquill.report.numbers import p_text, rounded
 from nextquill.report.runs import Run
 
 _ABSENT = Cell("–")
-# Shown of the trainer's own last evaluation; `nextquill evaluate` gives them with intervals.
-_FINAL = ("nll_factual", "nll_counterfactual", "nll_placebo", "effect_placebo", "share_above_threshold")
 
 
 class Pairing:
@@ -66,12 +64,10 @@ def same_records(first: Run, second: Run) -> bool:
     return a is not None and b is not None and a.records == b.records
 
 
-def measures_tables(runs: Sequence[Run], baseline: Run | None) -> list[Table]:
+def measures_tables(runs: Sequence[Run], baseline: Run | None, pairing: Pairing | None = None) -> list[Table]:
     """The runs, their measures, and their differences to the baseline; tables without rows are left out."""
-    found, pairing = evaluated(runs), Pairing(baseline)
+    found, pairing = evaluated(runs), pairing or Pairing(baseline)
     tables = [_runs_table(runs)]
-    if any(run.final and run.evaluation is None for run in runs):
-        tables.append(_final_table([run for run in runs if run.final]))
     if found:
         tables.append(_metrics_table(found, pairing))
     if baseline is not None:
@@ -118,22 +114,12 @@ def _evaluation_cells(run: Run) -> list[Cell]:
     return [Cell(run.evaluation.task or "–"), _fixed(examples, 0), *(_fixed(count, 0) for count in counts)]
 
 
-def _final_table(runs: Sequence[Run]) -> Table:
-    rows = []
-    for name in _FINAL:
-        values = [run.final.get(f"eval_{name}", math.nan) for run in runs]
-        if not all(map(math.isnan, values)):
-            label = ", ".join(filter(None, TOKEN_KINDS[name][:2]))
-            rows.append([Cell(label), *(_fixed(value, 4) for value in values)])
-    return Table("At the end of training, by the trainer", [Column("measure"), *_columns(runs)], rows)
-
-
 def _metrics_table(runs: Sequence[Run], pairing: Pairing) -> Table:
     rows = []
     for name, metric in _metrics_of(runs).items():
         best = _best(runs, name, metric, pairing)
         rows.append([_name_cell(metric), *(_value_cell(run, name, is_best=run is best) for run in runs)])
-    levels = " and ".join(f"{100 * level:g}%" for level in sorted({_level(run) for run in runs}))
+    levels = " and ".join(f"{100 * level:g}%" for level in sorted({level_of(run) for run in runs}))
     title = f"Measures on the evaluated records, with {levels} intervals"
     return Table(title, [Column("measure"), *_columns(runs)], rows)
 
@@ -144,7 +130,7 @@ def _best(runs: Sequence[Run], name: str, metric: MetricValue, pairing: Pairing)
         return None
     sign = 1 if metric.higher_is_better else -1
     best = max(runs, key=lambda run: sign * run.metrics[name].value)
-    level = _level(best)
+    level = level_of(best)
     results = (pairing(best, other).get(name) for other in runs if other is not best)
     is_best = all(each is not None and each.is_clear(level) and sign * each.difference > 0 for each in results)
     return best if is_best else None
@@ -156,7 +142,7 @@ def _differences_table(runs: Sequence[Run], baseline: Run, pairing: Pairing) -> 
     for name, metric in _metrics_of([baseline]).items():
         results = [pairing(run, baseline).get(name) for run in others]
         if any(results):
-            rows.append([_name_cell(metric), *(_difference_cell(each, _level(baseline)) for each in results)])
+            rows.append([_name_cell(metric), *(_difference_cell(each, level_of(baseline), metric) for each in results)])
     if not rows:
         return []
     title = f"Difference to {baseline.label} (run minus {baseline.label}), paired by example, users drawn whole"
@@ -176,35 +162,42 @@ def _value_cell(run: Run, name: str, *, is_best: bool) -> Cell:
     metric = run.metrics.get(name)
     if metric is None:
         return _ABSENT
-    detail = [interval(metric.low, metric.high), _fewer(run, name)]
-    return Cell(number(metric.value), "; ".join(filter(None, detail)), is_best)
+    figure, bounds = rounded(metric.value, metric.low, metric.high)
+    return Cell(figure, "; ".join(filter(None, (bounds, _fewer(run, name)))), is_best)
 
 
 def _fewer(run: Run, name: str) -> str:
     """The number of examples behind a measure of generated texts, if texts were generated for only some."""
-    _, branch = kind_and_branch(name)
     if text_metric(name) is None or not run.examples:
         return ""
-    count = sum(branch in example.generated for example in run.examples)
+    count = generated(run, kind_and_branch(name)[1])
     return f"n {count}" if count < len(run.examples) else ""
 
 
-def _difference_cell(result: PairedResult | None, level: float) -> Cell:
+def generated(run: Run, branch: str = "factual") -> int:
+    """The number of texts that a run generated from one prompt."""
+    return sum(branch in example.generated for example in run.examples)
+
+
+def _difference_cell(result: PairedResult | None, level: float, metric: MetricValue) -> Cell:
     if result is None:
         return _ABSENT
-    bounds = interval(result.low, result.high) or "no interval"
-    detail = f"{bounds}; {p_text(result.p_value)}; n {result.num}"
-    return Cell(number(result.difference, sign="+"), detail, result.is_clear(level))
+    figure, bounds = rounded(result.difference, result.low, result.high, sign="+")
+    detail = f"{bounds or 'no interval'}; {p_text(result.p_value)}; n {result.num}"
+    is_better = metric.higher_is_better is None or (result.difference > 0) == metric.higher_is_better
+    is_clear = result.is_clear(level)
+    return Cell(figure, detail if is_better or not is_clear else f"{detail}; worse", is_clear and is_better)
 
 
-def _level(run: Run) -> float:
+def level_of(run: Run) -> float:
+    """The confidence level of a run's intervals."""
     return 0.95 if run.evaluation is None else run.evaluation.level
 
 
 def _draws(run: Run) -> dict[str, Any]:
     """The settings that the intervals of a run's evaluation were drawn with, as far as it names them."""
     settings = run.evaluation.settings if run.evaluation is not None else {}
-    return {"level": _level(run), **{name: settings[name] for name in ("seed", "resamples") if name in settings}}
+    return {"level": level_of(run), **{name: settings[name] for name in ("seed", "resamples") if name in settings}}
 
 
 def _fixed(value: float, digits: int) -> Cell:

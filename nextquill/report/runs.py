@@ -35,6 +35,13 @@ from nextquill.report.data import TokenEffect
 from nextquill.storage.checkpoints import METRICS_FILE, RUN_FILE, STATE_FILE, last_checkpoint
 from nextquill.storage.json_files import json_object, json_objects
 
+#: The settings of a run of `nextquill popi train`.
+POPI_FILE = "popi.json"
+_POPI_CONTEXTS = {"none": "none", "signals": "the raw signals", "placebo": "another person's"}
+_ACCURACY = "share of pairs"
+#: The task of an evaluation by `nextquill popi evaluate`.
+POPI = "popi"
+
 
 @dataclass(frozen=True)
 class Training:
@@ -60,6 +67,11 @@ class Run:
     evaluation: Evaluation | None = None
     examples: Sequence[EvaluatedExample] = ()
     missing: Sequence[str] = ()
+
+    @property
+    def is_popi(self) -> bool:
+        """Whether it is an evaluation of summaries, which has pairs and no responses."""
+        return self.evaluation is not None and self.evaluation.task == POPI
 
     @property
     def metrics(self) -> Mapping[str, MetricValue]:
@@ -96,11 +108,16 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     label = label or folder.resolve().name
     missing = [] if place == folder else _missing_of_training(folder, training)
     if place is None:
-        missing.append(
-            "no evaluation, so no measures with intervals and no examples: "
-            f"nextquill evaluate --model {folder} --eval_file FILE --output_dir {inside}"
-        )
+        command = f"nextquill evaluate --model {folder} --eval_file FILE --output_dir {inside}"
+        if (folder / POPI_FILE).is_file():
+            command = (
+                f"nextquill popi evaluate --model {folder} --eval_file FILE --output_file {folder / EVALUATION_FILE}"
+            )
+        missing.append(f"no evaluation, so no measures with intervals and no examples: {command}")
         return Run(folder, label, training, missing=missing)
+    raw = json_object(place / EVALUATION_FILE)
+    if "generator" in raw:
+        return Run(folder, label, training, place, _popi_evaluation(place / EVALUATION_FILE, raw), missing=missing)
     evaluation = read_evaluation(place)
     examples = read_examples(place) if (place / EXAMPLES_FILE).is_file() else []
     missing += [
@@ -111,6 +128,34 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     if not (place / ITEM_EFFECTS_FILE).is_file():
         missing.append("no effects of single history items: nextquill evaluate --item_effects 20 measures them")
     return Run(folder, label, training, place, evaluation, examples, missing)
+
+
+def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
+    """The result of `nextquill popi evaluate`: accuracy under each context, and what the summary adds to it."""
+    try:
+        found = raw["generator"]
+        metrics = {
+            f"summary_minus_{name}": _metric(
+                f"Own summary against {_POPI_CONTEXTS[name]}", each["accuracy"], "difference"
+            )
+            for name, each in found["summary_minus"].items()
+        }
+        for measure, (label, unit) in {"accuracy": ("Accuracy", _ACCURACY), "margin": ("Margin r", "nats")}.items():
+            for name, each in found["contexts"].items():
+                text = f"{label}, {_POPI_CONTEXTS.get(name, 'own summary')}"
+                metrics[f"{measure}_{name}"] = _metric(text, each[measure], "value", unit, better=True)
+        metrics["users"] = MetricValue("users", float(found["users"]))
+        pairs = int(found["pairs"])
+        level = raw["settings"].get("level", 0.95)
+        return Evaluation(raw["model"], f"{pairs} pairs", pairs, POPI, level, raw["settings"], metrics)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordError(f"{path}: not an evaluation of POPI: {error!r}") from error
+
+
+def _metric(
+    label: str, raw: Mapping[str, Any], value: str, unit: str = "of accuracy", *, better: bool | None = None
+) -> MetricValue:
+    return MetricValue(label, float(raw[value]), raw["low"], raw["high"], unit, better)
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: crisp at any size, light and dark by the page's own colours, and small.
+"""Curves and forest plots as inline SVG: crisp at any size, light and dark by the page's own colours, and small.
 
 Colours are classes of the page's style. Points carry their values (`data-x`, `data-y`), so that the page's script can
 read them out; without script, the title of each curve says where it begins and ends.
@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nextquill.report.data import Charts, Panel, Series
+from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.numbers import rounded
 from nextquill.report.text import html
 
 COLOURS = 8
@@ -32,6 +33,59 @@ def charts_html(charts: Charts) -> str:
     xs = [x for _, curves in drawn for series in curves for x in series.x]
     panels = "".join(_panel(panel, curves, xs, charts.x_label) for panel, curves in drawn if curves)
     return f'<ul class="legend">{legend}</ul><div class="charts">{panels}</div>'
+
+
+def forest_html(measures: Sequence[Measure]) -> str:
+    """Each measure's figures with their intervals on one axis; rows without a finite value are left out.
+
+    Places are percentages, so the plot takes any width and its texts keep their size.
+    """
+    return "".join(map(_measure, measures))
+
+
+def _measure(measure: Measure) -> str:
+    rows = [row for row in measure.rows if math.isfinite(row.value)]
+    if not rows:
+        return ""
+    axis = forest_axis(rows, with_zero=measure.with_zero)
+    ticks = axis.ticks(6)
+    lines = "".join(_upright("zero" if tick == 0 and measure.with_zero else "grid", axis(tick)) for tick in ticks)
+    labels = "".join(
+        f'<text class="axis" x="{axis(tick):.1f}%" y="12" text-anchor="middle">{_number(tick)}</text>' for tick in ticks
+    )
+    drawn = "".join(_row(row, axis, lines) for row in rows)
+    return (
+        f'<div class="forest"><h3>{html(measure.title)}</h3><p class="note">{html(measure.hint)}</p><ul>{drawn}'
+        f'<li aria-hidden="true"><svg class="strip ticks">{labels}</svg></li></ul></div>'
+    )
+
+
+def forest_axis(rows: Sequence[Estimate], *, with_zero: bool) -> _Axis:
+    """An axis from 0 to 100 that holds all intervals, with a little room, and 0 if that is asked for."""
+    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None and math.isfinite(end)]
+    low, high = min(ends + [0.0] * with_zero), max(ends + [0.0] * with_zero)
+    room = (high - low) / 12
+    return _Axis(low - room, high + room, 0, 100)
+
+
+def _row(row: Estimate, axis: _Axis, lines: str) -> str:
+    colour, at = f"c{row.colour % COLOURS}", axis(row.value)
+    figure, bounds = rounded(row.value, row.low, row.high)
+    whisker = ""
+    if bounds and row.low is not None and row.high is not None:
+        whisker = (
+            f'<line class="whisker {colour}" x1="{axis(row.low):.1f}%" x2="{axis(row.high):.1f}%" y1="11" y2="11"/>'
+        )
+    note = f"<small>{html(row.note)}</small>" if row.note else ""
+    return (
+        f'<li><b>{html(row.label)}</b><svg class="strip" aria-hidden="true">{lines}{whisker}'
+        f'<circle class="dot {colour}" cx="{at:.1f}%" cy="11" r="4.5"/></svg>'
+        f"<span>{figure} {bounds}{note}</span></li>"
+    )
+
+
+def _upright(css_class: str, place: float) -> str:
+    return f'<line class="{css_class}" x1="{place:.1f}%" x2="{place:.1f}%" y1="0" y2="100%"/>'
 
 
 def _panel(panel: Panel, curves: Sequence[Series], xs: Sequence[float], x_label: str) -> str:

@@ -174,3 +174,7 @@ def test_public_pairs_are_read_by_format(popi_train, tmp_path):
     assert result.code == 0, result.err
     assert "2 of 2 users" in result.err
     assert "; 10 pairs" in result.err
+    forgotten = popi_train(tmp_path / "other", "--train_file", path)
+    assert forgotten.code == 1
+    assert "field 'history': required, but missing; --format preferences reads rows of prompt, chosen" in forgotten.err
+    assert not (tmp_path / "other").exists()

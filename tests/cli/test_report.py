@@ -1,5 +1,6 @@
 """`nextquill report`: run folders in, one page out."""
 
+import json
 import os
 import re
 
@@ -38,10 +39,10 @@ def test_a_trained_run_of_the_command_itself(nextquill, trained, tmp_path):
     assert result.code == 0, result.err
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<h1>Mine &lt;b&gt;</h1>" in page
-    for title in ("Loss", "nll with the user&#x27;s history", "nll without history", "Effect against the placebo"):
-        assert f"<b>{title}</b>" in page
+    assert "No run has been evaluated, so there is no verdict." in page
+    assert "<h3>Own history against another person&#x27;s</h3>" in page
     assert "no evaluation, so no measures with intervals" in page
-    assert re.search(r"effect against the placebo, nats per token</th><td>-?\d", page)
+    assert "<polyline" not in page, "one logged step is no curve"
 
 
 def test_the_baseline_is_a_folder_or_a_label(nextquill, runs, tmp_path):
@@ -70,7 +71,31 @@ def test_an_existing_page_is_not_replaced_unasked(nextquill, runs, tmp_path):
     assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(("words", "start"), [(("--format", "svg"), b"<?xml"), ((), b"\x89PNG")])
+def test_plots_are_files_too(nextquill, runs, tmp_path, words, start):
+    file = tmp_path / ("r" if words else "r.png")
+    files = []
+    for _ in range(2):
+        result = nextquill("report", runs / "a", runs / "b", *words, "--output_file", file, "--overwrite")
+        assert result.code == 0, result.err
+        files.append(file.read_bytes())
+    assert files[0].startswith(start)
+    assert files[0] == files[1]
+
+
+def test_nothing_to_draw_is_said(nextquill, runs, tmp_path):
+    folder = write_training(tmp_path / "x", steps=2)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"eval": {}}))
+    result = nextquill("report", folder, "--output_file", tmp_path / "r.svg")
+    assert result.code == 2
+    assert "--format: expected html, as there is neither a measure nor a curve to draw, got svg" in result.err
+    assert not (tmp_path / "r.svg").exists()
+
+
 WRONG = {
+    "format": (("{root}/a", "--format", "png"), "--format: expected html, as r.html ends, or another output_file"),
+    "unknown format": (("{root}/a", "--format", "pdf"), "argument --format"),
     "no runs": (("--examples", "3"), "expected --runs"),
     "no folder": (("nowhere",), "--runs: expected a folder, nowhere is not there"),
     "no run": (("{root}",), "is not a run: it holds neither metrics.json of nextquill train nor evaluation.json of"),

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
 from nextquill.generation import Prompt
 from nextquill.popi.rollouts import ModelRollouts, RecordedRollouts, RecordingRollouts, Sample
+from nextquill.tree import build_prefix_tree
 
 # peft 0.21.2 asks models for names that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -217,7 +218,8 @@ def test_gradient_checkpointing_keeps_neither_the_cache_away_nor_anything_change
     before, lengths = state_of(model), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     assert ModelRollouts(model, tokenizer, {STOP}, max_new_tokens=5).sample(PROMPTS) == expected
-    assert lengths == [4, 1, 1, 1, 1], "the prompts once, then a token at a time"
+    row = len(build_prefix_tree([prompt.ids for prompt in PROMPTS]))
+    assert lengths[-5:] == [row] + [len(PROMPTS)] * 4, "the prompts once, then a token of each at a time"
     assert state_of(model) == before
     assert model.is_gradient_checkpointing
 

@@ -14,8 +14,10 @@ from nextquill.report.data import (
     Cell,
     Charts,
     Column,
+    Estimate,
     GeneratedText,
     LeftOutItem,
+    Measure,
     Page,
     Panel,
     Picture,
@@ -70,6 +72,10 @@ def full_page(word: str) -> Page:
     return Page(
         title=word,
         lead=word,
+        verdict=[word],
+        measures=[Measure(word, word, [Estimate(word, 1.0, 0.5, 1.5, word)], with_zero=True)],
+        measures_lead=word,
+        folded=[Table(word, [Column(word)], [[Cell(word)]])],
         findings=[(word, word)],
         notices=[word],
         picture=Picture(png=b"light", alt=word, dark_png=b"dark", caption=word),
@@ -196,3 +202,21 @@ def test_a_page_of_text_alone_has_no_empty_sections() -> None:
 def test_dark_picture_is_offered_to_dark_screens_only() -> None:
     source = next(attributes for tag, attributes in read(full_page("word")).tags if tag == "source")
     assert source["media"] == "screen and (prefers-color-scheme: dark)"
+
+
+def test_the_answer_comes_first_and_the_tables_are_folded() -> None:
+    html = render_page(full_page("word"))
+    assert html.index('class="verdict"') < html.index('class="lead"')
+    sections = re.findall(r'<section id="(\w+)">', html)
+    assert sections == ["measures", "results", "examples", "curves", "all", "reading"]
+    folded = re.findall(r"<details>.*?</details>", html, flags=re.S)
+    assert [part.count("<table>") for part in folded] == [1, 0]
+    assert '<dl class="reading">' in folded[1]
+
+
+def test_findings_stand_below_the_measures_and_once() -> None:
+    html = render_page(full_page("word"))
+    assert html.count('class="findings"') == 1
+    assert html.index('class="forest"') < html.index('class="findings"')
+    alone = render_page(Page("t", "l", findings=[("a", "b")]))
+    assert alone.count('class="findings"') == 1

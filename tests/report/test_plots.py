@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
-from nextquill.report.data import Panel, Series
-from nextquill.report.plots import DPI, Theme, draw_panels
+from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.plots import DPI, FileFormat, Theme, draw_panels, draw_report
 
 pytest.importorskip("matplotlib")
 
@@ -45,3 +46,24 @@ def test_no_pyplot_and_no_changed_settings() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams.copy() == before\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def report(file_format: FileFormat) -> bytes:
+    measures = [Measure("$x$ & <b>", "hint", [Estimate("a_$1$", 0.4, 0.3, 0.5), Estimate("b", 0.1)], with_zero=True)]
+    return draw_report("title", measures, Charts(panels(3), "steps", [("a", 0), ("b", 1)]), file_format)
+
+
+@pytest.mark.parametrize("file_format", ["png", "svg"])
+def test_a_report_is_a_picture_with_the_same_bytes_each_time(file_format: FileFormat) -> None:
+    assert report(file_format) == report(file_format)
+
+
+def test_a_report_s_figures_and_labels_are_text_as_they_read() -> None:
+    root = ElementTree.fromstring(report("svg"))
+    texts = {"".join(each.itertext()).strip() for each in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"title", "$x$ & <b>", "a_$1$", "b", "0.40 [0.30, 0.50]", "panel 2", "steps"} <= texts
+
+
+def test_a_report_of_measures_alone_has_no_curves() -> None:
+    png = draw_report("t", [Measure("m", "h", [Estimate("a", 1.0)])], None, "png")
+    assert struct.unpack(">II", png[16:24])[0] == 9 * DPI

@@ -10,6 +10,7 @@ import pytest
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.report.data import LeftOutItem
 from nextquill.report.html import render_page
+from nextquill.report.numbers import rounded
 from nextquill.report.run_page import runs_page
 from nextquill.report.runs import Run, read_items, read_run
 from tests.report.example_runs import write_evaluation, write_training
@@ -21,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     made = []
     for name, gain in (("a", 0.0), ("b", 0.3)):
         write_training(root / name)
-        write_evaluation(root / name / "evaluation", gain=gain)
+        write_evaluation(root / name / "evaluation", gain=gain, users=24, examples=48)
         made.append(read_run(root / name))
     return made
 
@@ -34,7 +35,7 @@ def test_two_runs_stand_side_by_side(runs: list[Run]) -> None:
     assert [series.label for series in page.charts.panels[0].series] == [
         "a, training", "a, evaluation", "b, training", "b, evaluation",
     ]  # fmt: skip
-    assert [table.title.split(",")[0] for table in page.tables] == [
+    assert [table.title.split(",")[0] for table in page.folded] == [
         "Runs", "Measures on the evaluated records", "Difference to a (run minus a)",
     ]  # fmt: skip
     assert len(page.responses) == 6
@@ -57,7 +58,7 @@ def test_a_page_says_how_large_the_effects_are_and_where_texts_end(runs: list[Ru
     page = runs_page([dataclasses.replace(runs[0], evaluation=bounded), runs[1]], examples=1)
     (view,) = page.responses
     effect = runs[0].examples[int(view.title.split()[-1])].scores["effect_logprob"]
-    assert f"(whole history {effect:+.4f} nats per token in a)" in dict(view.context)["Shown for"]
+    assert f"(whole history {rounded(effect, sign='+')[0]} nats per token in a)" in dict(view.context)["Shown for"]
     assert page.responses_lead.endswith("Generated texts end at 40 tokens, finished or not.")
     assert "Generated texts" not in runs_page(runs, examples=1).responses_lead
 
@@ -78,7 +79,7 @@ def test_examples_of_other_records_are_shown_apart_and_not_compared(runs: list[R
     assert any("other: evaluated on other records than a" in notice for notice in page.notices)
     assert [len(view.variants) for view in page.responses] == [2, 2, 2, 1, 1, 1]
     assert page.responses[3].title.endswith("of other")
-    difference = next(table for table in page.tables if table.title.startswith("Difference"))
+    difference = next(table for table in page.folded if table.title.startswith("Difference"))
     assert [column.heading for column in difference.columns] == ["measure", "b"]
 
 
@@ -87,7 +88,7 @@ def test_a_baseline_without_evaluation_is_said(runs: list[Run], tmp_path: Path) 
     page = runs_page([plain, *runs], baseline=plain)
     assert "plain has no evaluation, so nothing is compared with it." in page.notices
     assert any(notice.startswith("plain: no evaluation") for notice in page.notices)
-    assert not any(table.title.startswith("Difference") for table in page.tables)
+    assert not any(table.title.startswith("Difference") for table in page.folded)
 
 
 def test_a_run_without_anything_but_a_log_is_a_page(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_tokens_that_disagree_between_files_are_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"examples": -1}, "examples: expected 0 or more, got -1"),
-        ({"indices": [3, 99]}, "index: no example 99; the runs have 12 examples, 0 to 11"),
+        ({"indices": [3, 99]}, "index: no example 99; the runs have 48 examples, 0 to 47"),
     ],
 )
 def test_bad_arguments_are_refused(runs: list[Run], options: dict[str, object], said: str) -> None:
@@ -142,14 +143,14 @@ def test_no_runs_and_a_foreign_baseline_are_refused(runs: list[Run]) -> None:
 
 def test_own_findings_and_tables_come_first(runs: list[Run]) -> None:
     page = runs_page(runs, findings=[("found", "text")])
-    own = page.tables[-1]
+    own = page.folded[-1]
     assert page.findings == [("found", "text")]
-    assert runs_page(runs, tables=[own]).tables[0] is own
+    assert runs_page(runs, tables=[own]).tables == [own]
 
 
 def test_one_user_alone_is_said(tmp_path: Path) -> None:
     page = runs_page([read_run(write_evaluation(tmp_path / "a", users=1))])
-    assert page.table_notes == ["a: no intervals, because all records are of one user, who says nothing about others."]
+    assert page.notices == ["Only 1 person: no intervals and no tests, because one person says nothing about others."]
 
 
 def test_a_text_of_spaces_is_not_nothing(tmp_path: Path) -> None:

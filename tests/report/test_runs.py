@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.report.run_page import runs_page
 from nextquill.report.runs import Run, labels, read_items, read_run, read_tokens
 from tests.report.example_runs import write_evaluation, write_training
 
@@ -193,3 +194,41 @@ def test_a_damaged_log_is_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(RecordError, match=f"metrics.json: {said}|metrics.json: field 'log_history', {said}"):
         read_run(tmp_path)
+
+
+def write_popi(folder: Path, **changed: Any) -> Path:
+    """A run of `nextquill popi train` with the result of `popi evaluate`."""
+    write_training(folder)
+    (folder / "popi.json").write_text("{}")
+    value = {"value": 0.6, "low": 0.5, "high": 0.7}
+    difference = {"difference": 0.1, "low": 0.02, "high": 0.2, "p_value": 0.01, "num": 9}
+    generator = {
+        "pairs": 60,
+        "users": 30,
+        "contexts": {name: {"accuracy": value, "margin": value, "loss": value} for name in ("none", "summary")},
+        "summary_minus": {"placebo": {"accuracy": difference, "margin": difference}},
+    }
+    raw = {"model": "m", "settings": {"level": 0.9}, "generator": generator | changed, "transfer": {}}
+    (folder / "evaluation.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_a_run_of_popi_has_its_verdict_on_the_same_page(tmp_path: Path) -> None:
+    run = read_run(write_popi(tmp_path / "p"))
+    page = runs_page([run])
+    worth = "p's own summary is worth 0.10 of accuracy [0.02, 0.20] more than another person's"
+    assert page.verdict == [f"On 60 pairs of 30 people, {worth}; accuracy 0.60 [0.50, 0.70]."]
+    assert [measure.rows[0].value for measure in page.measures] == [0.1, 0.6]
+    assert page.measures_lead == "Dots with 90% intervals over people."
+    assert page.notices == []
+
+
+def test_a_damaged_evaluation_of_popi_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"evaluation\.json: not an evaluation of POPI"):
+        read_run(write_popi(tmp_path / "p", users=None))
+
+
+def test_a_run_of_popi_without_evaluation_names_its_own_command(tmp_path: Path) -> None:
+    folder = write_popi(tmp_path / "p")
+    (folder / "evaluation.json").unlink()
+    assert any("nextquill popi evaluate" in text for text in read_run(folder).missing)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextquill.report.data import Charts, Panel, Series
-from nextquill.report.svg import MOST_POINTS, charts_html, thin
+from nextquill.report.data import Charts, Estimate, Measure, Panel, Series
+from nextquill.report.svg import MOST_POINTS, charts_html, forest_html, thin
 
 
 def svg(panel: Panel) -> str:
@@ -138,3 +138,29 @@ def test_a_long_log_is_thinned() -> None:
 def test_a_flat_curve_runs_through_the_middle(value: float) -> None:
     ((points, _),) = lines(Panel("t", "h", [Series("a", [0, 1], [value, value])]))
     assert [y for _, y in points] == [94.0, 94.0]
+
+
+def test_a_forest_plot_has_its_figures_in_place() -> None:
+    rows = [Estimate("a", 6.0, 0.0, 12.0), Estimate("b", 3.0, colour=9), Estimate("c", math.nan)]
+    html = forest_html([Measure("t", "h", rows, with_zero=True)])
+    root = ElementTree.fromstring(f"<div>{html}</div>")
+    # The axis runs from -1 to 13, 12 and a twelfth of that on either side.
+    dots = [(dot.attrib["class"], float(dot.attrib["cx"].rstrip("%"))) for dot in root.iter("circle")]
+    assert dots == [("dot c0", 50.0), ("dot c1", pytest.approx(400 / 14, abs=0.06))]
+    (whisker,) = [line for line in root.iter("line") if line.attrib["class"].startswith("whisker")]
+    places = [float(whisker.attrib[end].rstrip("%")) for end in ("x1", "x2")]
+    assert places == pytest.approx([100 / 14, 1300 / 14], abs=0.06)
+    assert {line.attrib["x1"] for line in root.iter("line") if line.attrib["class"] == "zero"} == {whisker.attrib["x1"]}
+    assert "6.00 [0.00, 12.0]" not in html
+    assert "6.0 [0.0, 12.0]" in html
+
+
+def test_a_measure_without_a_finite_value_is_left_out() -> None:
+    assert forest_html([Measure("t", "h", [Estimate("a", math.nan)])]) == ""
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32), st.booleans())
+def test_any_single_figure_has_a_place_on_the_axis(value: float, with_zero: bool) -> None:
+    html = forest_html([Measure("t", "h", [Estimate("a", value)], with_zero=with_zero)])
+    (dot,) = ElementTree.fromstring(f"<div>{html}</div>").iter("circle")
+    assert 0 <= float(dot.attrib["cx"].rstrip("%")) <= 100

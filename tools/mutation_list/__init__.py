@@ -1,7 +1,7 @@
 """The mutations, by the project's rooms. Each is a defect that a user would notice, or a promise of the docs broken."""
 
 from tools.mutation import Mutation
-from tools.mutation_list import comparison, data, evaluation, kernels, losses, models, pages, popi, tree
+from tools.mutation_list import comparison, data, evaluation, generation, kernels, losses, models, pages, popi, tree
 
 MUTATIONS: tuple[Mutation, ...] = (
     *losses.MUTATIONS,
@@ -9,6 +9,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *tree.MUTATIONS,
     *data.MUTATIONS,
     *models.MUTATIONS,
+    *generation.MUTATIONS,
     *evaluation.MUTATIONS,
     *popi.MUTATIONS,
     *comparison.MUTATIONS,

@@ -65,7 +65,7 @@ def _record(row: Row, items: Mapping[str, _Product]) -> Record:
         f"[Item Title]: {item.title}\n[Item Description]: {item.description}\n"
         f"[Output Review Rating]: {review.label('rating')}\n[Output Review Title]: {review.text('title')}"
     )
-    raw = {
+    raw: dict[str, object] = {
         "user_id": row.user_id("user_id"),
         "query": query,
         "response": review.response("text"),
@@ -73,7 +73,9 @@ def _record(row: Row, items: Mapping[str, _Product]) -> Record:
         "timestamp": review.seconds("timestamp"),
         "asin": review.user_id("asin"),
     }
-    return parse_record(raw, row.where)
+    if rest := review.with_others({}):
+        raw["data"] = rest
+    return parse_record(row.with_others(raw), row.where)
 
 
 def _past(review: Row, items: Mapping[str, _Product]) -> dict[str, object]:

@@ -13,7 +13,7 @@ moment are not each other's past. In a log without times, the order of the file 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nextquill.data._checks import check_integer, check_one_of
 from nextquill.data.loaders.by_user import Entry, records_of
@@ -55,13 +55,14 @@ def _entry(row: Row, respond_as: str) -> Entry:
     if not response.strip():
         raise row.error(f"{name}[{last}].content", "expected some text, got a blank string")
     own = "\n\n".join(turn.text for turn in turns if turn.role == "user")
-    content: dict[str, Any] = {
+    user, time = row.user_id("user_id", "user"), row.seconds("timestamp", "created_at")
+    content = {
         "query": _shown(turns[:last]),
         "response": response,
         "text": _shown(turns) if respond_as == "assistant" else own,
-        "extra": {"id": row.user_id("id")} if row.has("id") else {},
+        "extra": row.with_others({}),
     }
-    return Entry(row.user_id("user_id", "user"), row.seconds("timestamp", "created_at"), row.where, content)
+    return Entry(user, time, row.where, content)
 
 
 def _turn(message: Row) -> _Turn:

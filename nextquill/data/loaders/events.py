@@ -17,9 +17,6 @@ from nextquill.data.loaders.source import Source
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError
 
-_MADE = ("response", "history")
-_FIELDS = ("user_id", "timestamp", "text", "title", "query", *_MADE)
-
 
 def load_events(
     source: Source, *, query: str | None = None, min_history: int = 0, max_history: int | None = None
@@ -39,21 +36,14 @@ def _entry(row: Row, parts: list[tuple[str, str | None]] | None) -> Entry:
     user, time, text = row.user_id("user_id"), row.seconds("timestamp"), row.response("text")
     if time is None:
         raise row.error("timestamp", "required, but missing: histories follow from the order of events")
-    made = next(filter(row.has, _MADE), None)
-    if made is not None:
-        raise row.error(made, "expected a log without it, as records get their own; columns can give it another name")
+    row.read.add("query")
+    extra = row.with_others({})  # with title, and the columns that a sentence shows
     asked = (
         row.text("query")
         if parts is None
         else "".join(word + (row.label(name) if name else "") for word, name in parts)
     )
-    content = {
-        "text": text,
-        "response": text,
-        "query": asked,
-        "title": row.optional_text("title"),
-        "extra": row.others(_FIELDS),
-    }
+    content = {"text": text, "response": text, "query": asked, "title": row.optional_text("title"), "extra": extra}
     return Entry(user, time, row.where, content)
 
 

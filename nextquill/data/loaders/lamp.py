@@ -63,7 +63,9 @@ def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Reco
         "timestamp": row.date("date", "timestamp"),
         "id": identity,
     }
-    return parse_record(raw if task is None else raw | {"task": task}, row.where)
+    if task is not None:
+        raw["task"] = task
+    return parse_record(row.with_others(raw), row.where)
 
 
 def _item(item: Row, task: str | None) -> dict[str, object]:

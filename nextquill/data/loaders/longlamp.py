@@ -37,7 +37,7 @@ def _record(row: Row) -> Record:
         "history": [_item(item) for item in row.rows("profile")],
         "timestamp": row.date("date", "year"),
     }
-    return parse_record(raw | {"id": row.user_id("id")} if row.has("id") else raw, row.where)
+    return parse_record(row.with_others(raw), row.where)
 
 
 def _item(item: Row) -> dict[str, object]:

@@ -1,19 +1,19 @@
 """Reads preference pairs: FSPO's ELIX, Review and Roleplay sets, AlignX, and any file of prompt, chosen and rejected.
 
 The response is the chosen one. `extra` keeps `chosen` and `rejected` for losses that compare the two. These fields are
-read:
+read, and others are kept in `extra`:
 
 | set | fields |
 |---|---|
 | ELIX, Review (arXiv 2502.19312) | prompt, response_x, response_y, label (0 for x, 1 for y), user: scorer_level |
 | Roleplay | x, yw, yl, user: level |
 | AlignX (arXiv 2503.15463) | prompt, chosen, rejected, "User-Generated Content", "Pair-wise Comparative Feedback" |
-| others | prompt, chosen, rejected, user_id |
+| others | prompt, chosen, rejected, user_id, perhaps history (as in a record) and timestamp |
 
-A user's history comes from one of two places. In AlignX it is in the row itself: comments, and pairs, which are
-rendered as text. These rows name no user, so rows with the same history count as one user, named by a digest. In the
-other sets the history is the user's `max_pairs` pairs before the row. In both cases, items with the record's own prompt
-or response are left out, as they would give the answer away.
+A user's history comes from one of three places: from the row's own `history`, if it is there; in AlignX, from the row's
+comments, and pairs, which are rendered as text; otherwise from the user's `max_pairs` pairs before the row, without
+those of its moment or later. AlignX names no user, so rows with the same history count as one user, named by a digest.
+In all cases, items with the record's own prompt or response are left out, as they would give the answer away.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from nextquill.data._checks import check_integer
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
+from nextquill.data.loaders.tables import history_of
 from nextquill.data.records import Record, parse_record
 from nextquill.storage.fingerprints import digest_of
 
@@ -37,12 +39,17 @@ class _Pair(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
+    timestamp: float | None
 
-    def item(self) -> dict[str, str]:
-        return {"title": self.prompt, "text": f"Preferred: {self.chosen}\nNot preferred: {self.rejected}"}
+    def item(self) -> dict[str, object]:
+        text = f"Preferred: {self.chosen}\nNot preferred: {self.rejected}"
+        return {"title": self.prompt, "text": text, "timestamp": self.timestamp}
 
     def gives_away(self, answer: _Pair) -> bool:
         return self.prompt == answer.prompt or answer.chosen in (self.chosen, self.rejected)
+
+    def is_before(self, other: _Pair) -> bool:
+        return self.timestamp is None or other.timestamp is None or self.timestamp < other.timestamp
 
 
 def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[str, Record]]:
@@ -59,28 +66,30 @@ def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[st
         pair = _pair(row)
         if row.has(_CONTENT) or row.has(_FEEDBACK):
             user = row.user_id("user_id") if row.has("user_id") else _name(row, pair)
-            extra = {_PERSON: row.text(_PERSON)} if row.has(_PERSON) else {}
-            return _record(row, user, pair, _own(row, pair), extra)
+            return _record(row, user, pair, history_of(row) if row.has("history") else _own(row, pair))
         user = row.user_id("user_id", "scorer_level", "level")
-        others = [other for other in earlier[user] if not other.gives_away(pair)]
-        record = _record(row, user, pair, [other.item() for other in others[max(0, len(others) - max_pairs) :]], {})
+        others = [other for other in earlier[user] if other.is_before(pair) and not other.gives_away(pair)]
+        latest = [other.item() for other in others[max(0, len(others) - max_pairs) :]]
+        record = _record(row, user, pair, history_of(row) if row.has("history") else latest)
         earlier[user].append(pair)
         return record
 
     return source.each(convert)
 
 
-def _record(row: Row, user: str, pair: _Pair, history: list[dict[str, str]], extra: dict[str, str]) -> Record:
+def _record(row: Row, user: str, pair: _Pair, history: object) -> Record:
     raw = {
         "user_id": user,
         "query": pair.prompt,
         "response": pair.chosen,
         "history": history,
+        "timestamp": pair.timestamp,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
-        **extra,
     }
-    return parse_record(raw, row.where)
+    record = parse_record(row.with_others(raw), row.where)
+    kept = (item for item in record.history if item.title != pair.prompt and item.text != pair.chosen)
+    return replace(record, history=tuple(kept))
 
 
 def _pair(row: Row) -> _Pair:
@@ -90,8 +99,9 @@ def _pair(row: Row) -> _Pair:
         if label not in ("0", "1", "0.0", "1.0"):
             raise row.error("label", f"expected 0 for response_x or 1 for response_y, got {label!r}")
         chosen, rejected = (x, y) if label.startswith("0") else (y, x)
-        return _Pair(row.text("prompt"), chosen, rejected)
-    return _Pair(row.text("prompt", "x"), row.response("chosen", "yw"), row.text("rejected", "yl"))
+        return _Pair(row.text("prompt"), chosen, rejected, row.seconds("timestamp"))
+    chosen, rejected = row.response("chosen", "yw"), row.text("rejected", "yl")
+    return _Pair(row.text("prompt", "x"), chosen, rejected, row.seconds("timestamp"))
 
 
 def _name(row: Row, pair: _Pair) -> str:
@@ -101,11 +111,9 @@ def _name(row: Row, pair: _Pair) -> str:
     return f"row-{digest_of(text, 6).hex()}"
 
 
-def _own(row: Row, answer: _Pair) -> list[dict[str, str]]:
-    """The history in the row itself: comments first, then pairs."""
+def _own(row: Row, answer: _Pair) -> list[dict[str, object]]:
+    """AlignX's history in the row itself: comments first, then pairs."""
     comments = row.rows(_CONTENT) if row.has(_CONTENT) else []
     pairs = [_pair(pair) for pair in row.rows(_FEEDBACK)] if row.has(_FEEDBACK) else []
-    items = [{"title": comment.text("prompt"), "text": comment.text("comment")} for comment in comments]
-    return [item for item in items if item["title"] != answer.prompt and item["text"] != answer.chosen] + [
-        pair.item() for pair in pairs if not pair.gives_away(answer)
-    ]
+    texts: list[dict[str, object]] = [{"title": each.text("prompt"), "text": each.text("comment")} for each in comments]
+    return texts + [pair.item() for pair in pairs if not pair.gives_away(answer)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
 from nextquill.data.loaders.times import Clock
-from nextquill.data.records import check_response, check_text, check_user_id, unexpected
+from nextquill.data.records import RECORD_FIELDS, check_response, check_text, check_user_id, unexpected
 from nextquill.data.skipped import PlacedError
 
 
@@ -26,6 +26,7 @@ class Row:
     where: str
     clock: Clock
     path: str = ""  # stands before a field's name in errors, such as "profile[2]."
+    read: set[str] = field(default_factory=set)  # the names of the fields that have been read
 
     def has(self, *names: str) -> bool:
         """Whether all these fields are there and not None."""
@@ -77,10 +78,19 @@ class Row:
             raise unexpected(where, path, "a list of objects", value)
         return [self._inside(item, f"{name}[{position}]") for position, item in enumerate(value)]
 
-    def others(self, names: Collection[str]) -> dict[str, object]:
-        """All fields but these, converted for JSON."""
-        found = {str(name): value for name, value in self.values.items() if name not in names}
-        return {name: json_ready(value, self.where, name) for name, value in found.items()}
+    def with_others(self, made: Mapping[str, object]) -> dict[str, object]:
+        """`made` and every field that has not been read, converted for JSON, so that none is lost without a word.
+
+        Raises:
+            RecordError: such a field has a name in `made`, or that of a record's field.
+        """
+        others = {str(name): value for name, value in self.values.items() if name not in self.read}
+        others = {name: value for name, value in others.items() if value is not None}
+        taken = next((name for name in others if name in made or (name in RECORD_FIELDS and not self.path)), None)
+        if taken is not None:
+            problem = "expected a row without it, as the record's own comes from elsewhere; columns can rename it"
+            raise self.error(taken, problem)
+        return {name: json_ready(value, self.where, self.path + name) for name, value in others.items()} | dict(made)
 
     def error(self, name: str | None, problem: str, kind: str = "field") -> PlacedError:
         """The error for a field, or for the whole row if `name` is None."""
@@ -98,6 +108,7 @@ class Row:
             state = "null" if any(name in self.values for name in names) else "missing"
             others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
             raise self.error(names[0], f"required{others}, but {state}; there are {self.keys()}")
+        self.read.add(found)
         return self.values[found], self.where, self.path + found
 
     def _inside(self, value: object, name: str) -> Row:

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from nextquill.data.lines import parsed_json
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
-from nextquill.data.records import Record, parse_record
-
-_FIELDS = ("user_id", "query", "response", "history", "timestamp")
+from nextquill.data.records import RECORD_FIELDS, Record, parse_record
 
 
 def load_table(source: Source) -> Iterator[tuple[str, Record]]:
@@ -23,26 +21,27 @@ def load_table(source: Source) -> Iterator[tuple[str, Record]]:
 
 
 def _record(row: Row) -> Record:
+    row.read.update(RECORD_FIELDS)  # `parse_record` checks them
     raw = {
-        **row.others(_FIELDS),
         "user_id": row.values.get("user_id"),
         "query": row.values.get("query"),
         "response": row.values.get("response"),
-        "history": _history(row),
+        "history": history_of(row),
         "timestamp": row.seconds("timestamp"),
     }
-    return parse_record(raw, row.where)
+    return parse_record(row.with_others(raw), row.where)
 
 
-def _history(row: Row) -> object:
+def history_of(row: Row) -> object:
+    """The row's own history as `parse_record` takes it: a list, or JSON in a CSV cell, with times in seconds."""
     if not row.has("history"):
         raise row.error("history", f"required, but missing; format 'events' makes histories; there are {row.keys()}")
     value = row.values["history"]
+    row.read.add("history")
     if isinstance(value, str):
         value = parsed_json(row.where, value, "history") if value.strip() else []
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         return value  # `parse_record` refuses it
-    if all(isinstance(item, str) for item in value):
-        return value
-    items = Row({"history": value}, row.where, row.clock).rows("history")
+    texts = [{"text": item} if isinstance(item, str) else item for item in value]
+    items = Row({"history": texts}, row.where, row.clock).rows("history")
     return [dict(item.values) | {"timestamp": item.seconds("timestamp")} for item in items]

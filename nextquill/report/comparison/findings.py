@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nextquill.comparison.arms import BASE
 from nextquill.report.comparison.figures import Comparison, Difference, Measure
-from nextquill.report.numbers import number, p_text, with_interval
+from nextquill.report.numbers import in_words, p_text, rounded
 
 FACTUAL, COUNTERFACTUAL = "nll_factual", "nll_counterfactual"
 EFFECT, EFFECT_PLACEBO = "effect_logprob", "effect_placebo"
@@ -86,10 +86,9 @@ def _against_baseline(comparison: Comparison) -> list[Finding]:
 
 def _figures(comparison: Comparison, measure: Measure) -> str:
     baseline = comparison.arm(comparison.baseline)
-    unit = f" {measure.unit}" if measure.unit else ""
     named = [f"{arm.label} {_in_full(difference)}" for arm, difference in comparison.differences(measure.name)]
-    value = number(baseline.estimates[measure.name].value, digits=3)
-    return f"{baseline.label} {value}{unit}; differences from it: {'; '.join(named)}."
+    value = in_words(baseline.estimates[measure.name].value, unit=measure.unit)
+    return f"{baseline.label} {value}; differences from it: {'; '.join(named)}."
 
 
 def _controls(comparison: Comparison) -> list[Finding]:
@@ -148,7 +147,7 @@ def _has_risen(comparison: Comparison, difference: Difference) -> bool:
 
 
 def _of_these(difference: Difference) -> str:
-    return f"{number(difference.value, sign='+', digits=3)}, {p_text(difference.p_runs)} over users"
+    return f"{rounded(difference.value, sign='+')[0]}, {p_text(difference.p_runs)} over users"
 
 
 def _times(comparison: Comparison) -> list[Finding]:
@@ -191,8 +190,7 @@ def _warning(heading: str, text: str, named: Sequence[str]) -> list[Finding]:
 
 def _in_full(difference: Difference) -> str:
     """A difference with its interval and p-value."""
-    bounded = with_interval(difference.value, difference.low, difference.high, sign="+", digits=3)
-    return f"{bounded}, {p_text(difference.p_adjusted)}"
+    return f"{in_words(difference.value, difference.low, difference.high, sign='+')}, {p_text(difference.p_adjusted)}"
 
 
 def _verdict(comparison: Comparison, measure: Measure, difference: Difference) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nextquill.comparison.folder import run_folder
+from nextquill.evaluation.results import MetricValue
 from nextquill.report.comparison.collect import collect
 from nextquill.report.comparison.figures import Comparison
 from nextquill.report.comparison.findings import Finding, find
 from nextquill.report.comparison.tables import machine_text, notes, tables
 from nextquill.report.data import Page, Table
 from nextquill.report.examples import example_views
+from nextquill.report.headline import Change, Subject, comparison_verdict, few_people, forest
 from nextquill.report.html import render_page
 from nextquill.report.run_page import training_charts
 from nextquill.report.runs import read_run
@@ -81,17 +83,23 @@ def write_report(setup: Setup, *, model: str, baseline: str, level: float, resam
 def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
     """The comparison as one page, without the runs' curves and responses."""
     machine = machine_text(comparison.machines[0]) if comparison.machines else ""
-    count = len(comparison.arms) - 1
+    count, one = len(comparison.arms) - 1, len(comparison.seeds) == 1
+    subjects, baseline = _subjects(comparison), comparison.arm(comparison.baseline).label
+    people = f"{comparison.num_users:,} {'person' if comparison.num_users == 1 else 'people'}"
     return Page(
         title=f"Losses compared: {comparison.model}",
         lead=(
             f"{count} {'way' if count == 1 else 'ways'} of training {comparison.model} on the same "
             f"{comparison.num_train_examples} records, from the same start and in the same order, and the model before "
-            f"training. Compared with {comparison.arm(comparison.baseline).label}."
+            f"training. Compared with {baseline}."
         ),
         findings=[(each.heading, each.text) for each in findings if not each.is_warning],
-        notices=[f"{each.heading}. {each.text}" for each in findings if each.is_warning],
-        tables=tables(comparison),
+        notices=few_people(comparison.num_users)
+        + [f"{each.heading}. {each.text}" for each in findings if each.is_warning],
+        folded=tables(comparison),
+        verdict=[comparison_verdict(subjects, baseline, f"{comparison.num_examples:,} responses of {people}")],
+        measures=forest(subjects, baseline),
+        measures_lead=f"Dots with {comparison.level:.0%} intervals over {'people' if one else 'people and seeds'}.",
         table_notes=notes(comparison),
         responses_lead=_RESPONSES,
         reading=tuple(_READING.items()),
@@ -100,11 +108,28 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
     )
 
 
+def _subjects(comparison: Comparison) -> list[Subject]:
+    """The arms; their colours are those of the curves, which the untrained base has not."""
+    subjects = []
+    for place, arm in enumerate(comparison.arms, start=-1):
+        metrics = {
+            name: MetricValue(measure.label, its.value, its.low, its.high, measure.unit, measure.higher_is_better)
+            for name, measure in comparison.measures.items()
+            if (its := arm.estimates.get(name)) is not None
+        }
+        changes = {
+            name: Change(each.value, each.low, each.high, each.p_adjusted, each.is_clear(comparison.level))
+            for name, each in arm.against.get(comparison.baseline, {}).items()
+        }
+        subjects.append(Subject(arm.label, metrics, changes, place=place))
+    return subjects
+
+
 def markdown(whole: Page, findings: Sequence[Finding]) -> str:
     """The page's title, tables and notes, and the findings in reading order, as Markdown."""
-    parts = [f"# {_escaped(whole.title)}", _escaped(whole.lead)]
+    parts = [f"# {_escaped(whole.title)}", *map(_escaped, whole.verdict), _escaped(whole.lead)]
     parts.append("\n".join(f"- **{_escaped(each.heading)}.** {_escaped(each.text)}" for each in findings))
-    for table in whole.tables:
+    for table in whole.folded:
         parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
     return "\n\n".join([*parts, *map(_escaped, whole.table_notes)]) + "\n"
 

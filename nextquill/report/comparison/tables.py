@@ -8,7 +8,7 @@ from typing import Any
 
 from nextquill.report.comparison.figures import Comparison, Cost, Difference, Measure
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.numbers import interval, number, p_text
+from nextquill.report.numbers import interval, number, p_text, rounded
 
 # Short headings of the measures that every evaluation has; the others keep their labels.
 _HEADINGS = {
@@ -95,7 +95,7 @@ def _measures(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
         estimates = [arm.estimates[measure.name] for measure in shown]
-        cells = [Cell(number(e.value, digits=3), interval(e.low, e.high, digits=3)) for e in estimates]
+        cells = [Cell(*rounded(each.value, each.low, each.high)) for each in estimates]
         rows.append([Cell(arm.label), *cells])
     return Table("What they reach", _columns(shown), rows)
 

@@ -30,7 +30,7 @@ def test_each_text_becomes_a_record_with_the_users_strictly_earlier_texts(fixtur
         HistoryItem("Two b.", "Second b", 200.0),
     )
     assert records[1].history == records[2].history == (HistoryItem("One.", "First", 100.0),), "ties are no history"
-    assert records[3].extra == {"place": "attic"}
+    assert records[3].extra == {"place": "attic", "title": "Third"}
 
 
 def test_enough_history_is_asked_for_and_only_the_latest_kept(fixtures: Path) -> None:
@@ -61,8 +61,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "time-text": ({"timestamp": "noon"}, "field 'timestamp': expected a number or an ISO 8601 time, got 'noon'"),
     "text": ({"text": ""}, "field 'text': expected some text, got a blank string"),
     "query": ({"query": None}, "field 'query': required, but null; there are text, timestamp, user_id"),
-    "response": ({"response": "b"}, "field 'response': expected a log without it, as records get their own"),
-    "history": ({"history": []}, "field 'history': expected a log without it, as records get their own"),
+    "response": ({"response": "b"}, "field 'response': expected a row without it, as the record's own comes"),
+    "history": ({"history": []}, "field 'history': expected a row without it, as the record's own comes"),
     "extra": ({"score": float("inf")}, "field 'score': expected a finite number, got inf"),
     "extra-surrogate": ({"tags": ["a", "\udfff"]}, "field 'tags[1]': expected valid Unicode, got a lone surrogate"),
 }

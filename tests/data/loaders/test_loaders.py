@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,3 +116,51 @@ def test_several_files_are_one_source(write: Any) -> None:
         RecordError, match=r"1.jsonl line 1: the same user, query, response and time as .*1.jsonl line 1$"
     ):
         list(load("table", [*paths, paths[1]]))
+
+
+#: For each format, a row with the fewest fields, numbered to differ, and the options.
+LEAST: dict[str, tuple[Callable[[int], dict[str, Any]], dict[str, Any]]] = {
+    "lamp": (lambda i: {"id": f"u{i}", "input": "q", "output": "r", "profile": []}, {}),
+    "longlamp": (lambda i: {"name": "u", "input": "q", "output": f"r{i}", "profile": []}, {}),
+    "amazon": (
+        lambda i: {"user_id": "u", "profile": [], "data": {"asin": "b", "rating": 5, "title": "t", "text": f"r{i}"}},
+        {"metadata": "items.jsonl"},
+    ),
+    "preferences": (lambda i: {"user_id": "u", "prompt": f"q{i}", "chosen": f"r{i}", "rejected": "s"}, {}),
+    "chat": (lambda i: {"user_id": "u", "messages": [{"role": "assistant", "content": f"r{i}"}]}, {}),
+    "table": (lambda i: {"user_id": "u", "query": "q", "response": f"r{i}", "history": []}, {}),
+    "events": (lambda i: {"user_id": "u", "timestamp": i, "query": "q", "text": f"r{i}"}, {}),
+}
+#: Fields that some format reads, names of record fields, and one that nobody knows.
+ADDED = (
+    "user_id", "query", "response", "history", "timestamp", "title", "id", "text", "prompt", "chosen", "rejected",
+    "summary", "date", "year", "author", "user", "level", "data", "messages", "profile", "output", "rating", "asin",
+    "Demographic Information", "mood",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_field_of_a_row_is_in_the_record_or_named_as_an_error(name: str, write: Any) -> None:
+    make, options = LEAST[name]
+    if "metadata" in options:
+        options = {"metadata": write(options["metadata"], {"asin": "b", "title": "t"})}
+    times = {"timestamp", "date", "year", "created_at"}
+    lost = []
+    for field in (field for field in ADDED if field not in make(0)):
+        for inside in (False, True) if name == "amazon" else (False,):
+            rows = [make(i) for i in range(2)]
+            marks = ["1577836800", "1577836801"] if field in times else [f"mark{i}" for i in range(2)]
+            for row, mark in zip(rows, marks, strict=True):
+                value = int(mark) if field in times else [mark] if field in ("history", "profile", "messages") else mark
+                (row["data"] if inside else row).setdefault(field, value)
+            try:
+                kept = json.dumps([record.to_dict() for record in load(name, rows, time_unit="s", **options)])
+            except RecordError as error:
+                kept = " ".join(marks) if f"{field!r}" in str(error) else ""
+            lost += [field for mark in marks if mark not in kept and (inside is False or field not in make(0)["data"])]
+    assert not lost
+
+
+def test_what_is_absent_is_not_kept() -> None:
+    (record,) = load("events", [{"user_id": "u", "timestamp": 1, "query": "q", "text": "r", "title": None, "a": None}])
+    assert record.extra == {}

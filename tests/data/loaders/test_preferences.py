@@ -19,7 +19,8 @@ def test_elix_takes_the_labelled_response_and_the_users_other_pairs(fixtures: Pa
     assert [record.user_id for record in records] == ["child", "child", "child", "expert", "child"]
     first, again, rain, other, snow = records
     assert (first.query, first.response) == ("Why is the sky blue?", "Because it likes to be.")
-    assert first.extra == {"chosen": "Because it likes to be.", "rejected": "Because of scattering."}
+    pair = {"chosen": "Because it likes to be.", "rejected": "Because of scattering."}
+    assert first.extra == {**pair, "level_x": "expert", "level_y": "child"}
     assert first.history == () == other.history
     assert again.history == (), "a pair with the same prompt would give the answer away"
     sky = [
@@ -84,6 +85,30 @@ def test_the_rows_own_history_does_not_give_its_answer_away() -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "Pair-wise Comparative Feedback": pairs}
     (record,) = load("preferences", [row | {"User-Generated Content": comments}])
     assert [item.title for item in record.history] == ["t", "r"]
+
+
+def test_a_history_in_the_row_stands_in_place_of_the_earlier_pairs() -> None:
+    pair = {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b"}
+    own = ["one", {"title": "t", "text": "two", "timestamp": "2020-01-01T00:00:00Z"}, {"title": "p", "text": "x"}, "a"]
+    rows = [pair, {**pair, "prompt": "q", "chosen": "c"}, {**pair, "prompt": "p", "rejected": "d", "history": own}]
+    _, by_pairs, by_row = load("preferences", rows)
+    assert [item.title for item in by_pairs.history] == ["p"]
+    assert by_row.history == (HistoryItem("one"), HistoryItem("two", "t", 1577836800.0)), "two would give it away"
+    assert next(iter(load("preferences", [{**pair, "history": '["one"]'}]))).history == (HistoryItem("one"),)
+    with pytest.raises(RecordError, match=r"^record 0: field 'history': expected a list of strings or of objects"):
+        list(load("preferences", [{**pair, "history": 3}]))
+
+
+def test_a_pair_of_the_same_moment_or_later_is_no_history() -> None:
+    rows = [
+        {"user_id": "u", "prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r", "timestamp": time}
+        for i, time in enumerate([5, 3, 4, 4, None])
+    ]
+    records = list(load("preferences", rows))
+    assert [record.timestamp for record in records] == [5, 3, 4, 4, None]
+    titles = [[item.title for item in record.history] for record in records]
+    assert titles == [[], [], ["p1"], ["p1"], ["p1", "p2", "p3", "p0"]]
+    assert records[3].history[0].timestamp == 3
 
 
 def test_pairs_of_one_preferred_and_several_other_responses_are_no_duplicates() -> None:
