@@ -1,10 +1,11 @@
 """Fine-tune LoRA adapters with a causal loss in TRL's SFTTrainer; every field of SFTConfig is a flag.
 
-python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B --train_file train.jsonl --output_dir runs/trl --bf16 true
+python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B --train_file train.jsonl --output_dir runs/trl
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import SFTConfig
@@ -23,7 +24,9 @@ class Options:
 
 
 def main() -> None:
-    options, args = HfArgumentParser((Options, SFTConfig)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((Options, SFTConfig))
+    parser.set_defaults(bf16=torch.accelerator.is_available())  # TRL's own default, True, is refused on a CPU
+    options, args = parser.parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     encoder = ExampleEncoder(tokenizer, PromptTemplate(order="history_first"), args.max_length or 2048)
     trainer = CausalSFTTrainer(

@@ -231,9 +231,9 @@ def test_commands_and_flags_exist(block):
     "words",
     [
         ["trian"],
-        ["train", "--train_file", "a.jsonl", "--model_name_or_path", "tiny"],  # without --output_dir
-        ["train", "--train_file", "a", "--model_name_or_path", "tiny", "--output_dir", "o", "--los", "sft"],
-        ["train", "--train_file", "a", "--model_name_or_path", "tiny", "--output_dir", "o", "--loss", "stf"],
+        ["train", "--train_file", "a.jsonl", "--model", "tiny"],  # without --output_dir
+        ["train", "--train_file", "a", "--model", "tiny", "--output_dir", "o", "--los", "sft"],
+        ["train", "--train_file", "a", "--model", "tiny", "--output_dir", "o", "--loss", "stf"],
     ],
     ids=["command", "missing", "flag", "value"],
 )

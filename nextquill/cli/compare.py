@@ -77,7 +77,9 @@ class CompareFiles:
     OUTPUT_DIR = "Where the comparison is written; must be new, empty, or hold the same comparison."
     train_file: str = option("Training records, JSONL: user_id, query, history, response.", metavar="FILE")
     eval_file: str = option("Records for the evaluation of every arm, in the same form.", metavar="FILE")
-    overwrite_output_dir: bool = option("Delete the earlier comparison that the output folder holds.", False)
+    overwrite: bool = option(
+        "Delete the earlier comparison that the output folder holds.", False, ["overwrite_output_dir"]
+    )
 
 
 @dataclass
@@ -140,11 +142,11 @@ OPTIONS = (
     TrainModelOptions, CompareFiles, CompareOptions, CompareEvaluation, PromptOptions, BatchOptions, LoraOptions,
     TrainingArguments,
 )  # fmt: skip
-FLAGS = {"names": "arms", "folder": "output_dir", "overwrite": "overwrite_output_dir", "records": "eval_file"}
+FLAGS = {"names": "arms", "folder": "output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "seed": None}
+    defaults = {**DEFAULTS, "seed": None, "learning_rate": None}
     parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
     from nextquill.cli.progress import shown
@@ -152,7 +154,8 @@ def run(arguments: Sequence[str]) -> int:
     arms = choose_arms(options.arms, options.baseline, options.time_reference)
     check_seeds(options.seeds)
     loss_options = options.loss_options()
-    lora.check(model_options.model_name_or_path)
+    lora.check(model_options.model)
+    lora.set_learning_rate(args)
     batches.check()
     check_training(args)
     measured = evaluation.options(batches, args.per_device_eval_batch_size)
@@ -170,13 +173,13 @@ def run(arguments: Sequence[str]) -> int:
         return lora.apply(model), tokenizer
 
     model, tokenizer, settings = loaded(options.seeds[0])
-    is_new = model_options.model_name_or_path in SCRATCH_SIZES
+    is_new = model_options.model in SCRATCH_SIZES
     weights = None if is_new else model_digest(model)
     model = lora.apply(model)
     check_optimizer(args, model)
     folder = Path(args.output_dir)
     shared = {
-        "model_name_or_path": model_options.model_name_or_path,
+        "model_name_or_path": model_options.model,
         "model": weights,
         "dtype": model_options.dtype,
         "train_file": records_digest(records["train"]),
@@ -190,9 +193,9 @@ def run(arguments: Sequence[str]) -> int:
         "evaluation": {k: v for k, v in measured.identity().items() if k not in ("level", "resamples")},
         **{k: v for k, v in args.to_dict().items() if not k.startswith(_NO_SETTINGS)},
     }
-    check_settings(folder, shared, overwrite=files.overwrite_output_dir)
-    if files.overwrite_output_dir:
-        check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model_name_or_path))
+    check_settings(folder, shared, overwrite=files.overwrite)
+    if files.overwrite:
+        check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
     setup = Setup(
         folder=folder,
         arms=arms,
@@ -214,12 +217,12 @@ def run(arguments: Sequence[str]) -> int:
     with refusals():
         check_trainable(setup, model, tokenizer)
     del model
-    with opened(folder, shared, overwrite=files.overwrite_output_dir):
+    with opened(folder, shared, overwrite=files.overwrite):
         if not run_all(setup):
             return INTERRUPTED
         comparison = write_report(
             setup,
-            model=model_options.model_name_or_path,
+            model=model_options.model,
             baseline=options.baseline,
             level=evaluation.level,
             resamples=evaluation.resamples,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,8 +106,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.baseline is not None:
         _check_baseline(Path(options.baseline), records)
     loaded = Loaded(model_options, prompt_options, records)
+    _say_prompts(loaded, options.baseline)
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
-        evaluation = _evaluate(loaded, measured, Path(folder), model_options.model_name_or_path, kept is not None)
+        evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
         print_evaluation(evaluation)
         if options.baseline is not None:
             _print_differences(Path(folder), Path(options.baseline), measured)
@@ -128,6 +129,28 @@ def evaluation_options(**flags: Any) -> EvaluationOptions:
         name: tuple(value) if isinstance(value, list) else value for name, value in flags.items() if name in names
     }
     return EvaluationOptions(**values)
+
+
+def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
+    """Say, before any work, that figures of other prompts cannot be compared with these."""
+    own = _prompt(asdict(loaded.settings))
+    if loaded.stored is None:
+        made = f"{own['order']} order, at most {own['max_length']} tokens"
+        say(f"the model's folder has no prompt settings; the prompts are those of the flags or nextquill's ({made})")
+        say("--prompt_from RUN measures with the prompts of a run, so that the two can be compared")
+    if baseline is not None:
+        there = _prompt(read_evaluation(Path(baseline)).settings)
+        unlike = [
+            f"{name} is {there.get(name)} there, {own[name]} here" for name in own if there.get(name) != own[name]
+        ]
+        if unlike:
+            say(f"--baseline has other prompts: {'; '.join(unlike)}; measure both with the same --prompt_from RUN")
+
+
+def _prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the prompts, of an evaluation's settings."""
+    lengths = {name: settings.get(name) for name in ("max_length", "max_response_length")}
+    return {**lengths, **settings["template"]}
 
 
 def _print_differences(folder: Path, baseline: Path, options: EvaluationOptions) -> None:

@@ -11,9 +11,13 @@ from typing import Any
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 
 
-def option(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field whose metadata are arguments of argparse's `add_argument`; each instance gets its own copy of a list."""
+def option(help: str, default: Any = dataclasses.MISSING, aliases: Sequence[str] = (), **metadata: Any) -> Any:
+    """A field whose metadata are arguments of argparse's `add_argument`; each instance gets its own copy of a list.
+
+    `aliases` are other names of the flag, which --help does not show.
+    """
     metadata["help"] = help
+    metadata["aliases"] = [f"--{name}" for alias in aliases for name in dict.fromkeys((alias, alias.replace("_", "-")))]
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

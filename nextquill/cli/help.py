@@ -1,7 +1,8 @@
 """The text of `nextquill COMMAND --help`: a short usage line, then the flags under headings.
 
 A heading is how the dataclass's docstring begins: "data" for "Data: the records, and the folder that a run writes." A
-class with the attribute `OUTPUT_DIR` shows TrainingArguments' --output_dir under its heading, with that help.
+class with the attribute `OUTPUT_DIR` or `LEARNING_RATE` shows that flag of TrainingArguments under its own heading,
+with that help.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def help_text(parser: Any, required: Collection[str]) -> str:
     formatter.add_text(parser.description)
     for kind in parser.dataclass_types:
         names = [field.name for field in dataclasses.fields(kind) if field.init]
-        if hasattr(kind, "OUTPUT_DIR"):
-            actions["output_dir"].help = kind.OUTPUT_DIR
-            names.append("output_dir")
+        for name in ("output_dir", "learning_rate"):
+            if hasattr(kind, name.upper()):
+                actions[name].help = getattr(kind, name.upper())
+                names.append(name)
         formatter.start_section(_heading(kind))
         formatter.add_arguments([actions.pop(name) for name in names if name in actions])
         formatter.end_section()
@@ -81,5 +83,7 @@ class _Formatter(argparse.HelpFormatter):
         if action.choices is not None and len(list(action.choices)) > _MOST_CHOICES_BESIDE:
             text += f" One of: {', '.join(map(str, action.choices))}."
         default = getattr(action.default, "value", action.default)
-        shown = default is not None and default is not False and default not in ("", [], argparse.SUPPRESS)
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        shown = default is not None and default is not False and default not in ("", argparse.SUPPRESS)
         return f"{text} (default: {default})" if shown and "default" not in text.lower() else text

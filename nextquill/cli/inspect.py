@@ -18,7 +18,7 @@ from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
-from nextquill.models.loading import PromptSettings, find_tokenizer, load_prompt_settings
+from nextquill.models.loading import PromptSettings, find_tokenizer
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
 
 if TYPE_CHECKING:
@@ -45,10 +45,13 @@ _SECTIONS = {
 class InspectFiles:
     """Data: the records, and a tokenizer."""
 
-    train_file: str = option("Records, in the form that train takes.", metavar="FILE")
-    model_name_or_path: str = option(
+    records_file: str = option(
+        "Records, in the form that train takes.", aliases=["train_file", "eval_file"], metavar="FILE"
+    )
+    model: str = option(
         "The source of the tokenizer and the prompt settings: a model folder, a folder with only a tokenizer, a name "
         "on the Hugging Face hub, or 'tiny' / 'small' for the tokenizer that train would build from the records.",
+        aliases=["model_name_or_path"],
         metavar="MODEL",
     )
     index: list[int] | None = option("Records to show, counted from 0 (only the first).", None)
@@ -88,9 +91,9 @@ def run(arguments: Sequence[str]) -> int:
     check_positive(files, ("limit",))
     if options.max_shown < 0:
         raise ArgumentError(f"max_shown: expected 0 or more, got {options.max_shown}")
-    records = read_records("train_file", files.train_file)
+    records = read_records("records_file", files.records_file)
     chosen = choose(records, files)
-    tokenizer, settings = prepare(files.model_name_or_path, prompt_options, records)
+    tokenizer, settings = prepare(files.model, prompt_options, records)
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
     others: Sequence[Any] = [None] * len(records)
     if settings.template.counterfactual == "placebo":
@@ -112,7 +115,7 @@ def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
     if files.user_id is not None:
         found = [position for position, record in enumerate(records) if record.user_id == files.user_id]
         if not found:
-            raise ArgumentError(f"user_id: expected a user of {files.train_file}, got {files.user_id!r}")
+            raise ArgumentError(f"user_id: expected a user of {files.records_file}, got {files.user_id!r}")
         return found[: files.limit]
     chosen = [0] if files.index is None else files.index
     for index in chosen:
@@ -127,10 +130,12 @@ def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record])
         from nextquill.cli.train import SCRATCH_MAX_LENGTH
 
         tokenizer = build_tokenizer(training_texts(records), SCRATCH_SIZES[name].vocabulary)
-        return tokenizer, prompt_options.settings(None, SCRATCH_MAX_LENGTH, SCRATCH_SIZES[name].positions)
+        return tokenizer, prompt_options.settings(
+            prompt_options.stored(name), SCRATCH_MAX_LENGTH, SCRATCH_SIZES[name].positions
+        )
     tokenizer, context = find_tokenizer(name), _context(name)
     length = DEFAULT_LENGTH if context is None else min(DEFAULT_LENGTH, context)
-    return tokenizer, prompt_options.settings(load_prompt_settings(name), length, context)
+    return tokenizer, prompt_options.settings(prompt_options.stored(name), length, context)
 
 
 def _context(name: str) -> int | None:

@@ -13,7 +13,7 @@ from nextquill.data import Record, read_jsonl
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
 from nextquill.models.configs import check_vocabulary, context_length, default_max_length
-from nextquill.models.loading import load_model, load_prompt_settings
+from nextquill.models.loading import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 
 
 class Loaded:
-    """A model on its device, its tokenizer, the records it is run on, and its prompt settings."""
+    """A model on its device, its tokenizer, the records it is run on, and its prompt settings.
+
+    `stored` are those that its folder or that of --prompt_from holds, if any, before the flags changed them.
+    """
 
     def __init__(self, model_options: ModelOptions, prompt_options: PromptOptions, records: list[Record]) -> None:
         self.records = records
         quieten_transformers()
-        name = model_options.model_name_or_path
+        name = model_options.model
+        self.stored = prompt_options.stored(name)
         self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(device())
-        stored = load_prompt_settings(name)
-        self.settings = prompt_options.settings(stored, default_max_length(self.model), context_length(self.model))
+        self.settings = prompt_options.settings(self.stored, default_max_length(self.model), context_length(self.model))
 
 
 def quieten_transformers() -> None:

@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nextquill.cli.known_flags import refused
+
 if TYPE_CHECKING:
     from nextquill.errors import NextQuillError
 
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(commands)}"
         return _fail(f"unknown command {command!r}; {hint}", USAGE)
     arguments, debug = _take_debug(rest)
+    if wrong := refused(_module(command), arguments):
+        return _fail(f"{wrong}; see nextquill {command} --help", USAGE)
     try:
         return _run(command, arguments, debug)
     except KeyboardInterrupt:
@@ -118,7 +122,9 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
 def _with_flags(command: str, error: NextQuillError) -> str:
     """The error's message in one line, with the command's flags in place of the library's arguments."""
     module = sys.modules.get(_module(command))
-    flags = {field.name: field.name for kind in getattr(module, "OPTIONS", ()) for field in dataclasses.fields(kind)}
+    fields = [field for kind in getattr(module, "OPTIONS", ()) for field in dataclasses.fields(kind)]
+    flags = {alias.strip("-"): field.name for field in fields for alias in field.metadata.get("aliases", ())}
+    flags |= {field.name: field.name for field in fields}
     flags |= getattr(module, "FLAGS", {})
 
     def given(found: re.Match[str]) -> str:

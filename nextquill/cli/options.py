@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, check_token_budget, option
+from nextquill.cli.terminal import say
 from nextquill.data import PromptTemplate
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, naming
 from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
-from nextquill.models.loading import PromptSettings
+from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_prompt_settings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss
 
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
-#: The losses' class names, as importing the classes imports torch.
-LOSSES = {"nextquill": "NextQuillLoss", "perce": "PerCELoss", "longce": "LongCELoss", "sft": "SFTLoss"}
+#: The arms of compare without its controls, the recommended one first. Their classes would import torch.
+LOSSES = ("nextquill_detached", "nextquill", "nextquill_paper", "perce", "longce", "sft")
 
 
 def attention_option() -> Any:
@@ -34,9 +35,10 @@ def attention_option() -> Any:
 class TrainModelOptions:
     """Model: the one that is trained."""
 
-    model_name_or_path: str = option(
+    model: str = option(
         "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from "
         "the training text.",
+        aliases=["model_name_or_path"],
         metavar="MODEL",
     )
     dtype: str = option(
@@ -51,9 +53,10 @@ class TrainModelOptions:
 class ModelOptions:
     """Model: the one that is measured."""
 
-    model_name_or_path: str = option(
-        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", metavar="MODEL"
-    )
+    model: str = option(
+        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", aliases=["model_name_or_path"],
+        metavar="MODEL",
+    )  # fmt: skip
     dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
@@ -70,13 +73,17 @@ class TrainFiles:
         "Output of score for the training file: weigh tokens by its effects instead of the model's own. A frozen "
         "estimator saves the pass without history if only the weights need it.", None, metavar="FILE",
     )  # fmt: skip
-    overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
+    overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
 
 
 @dataclass
 class PromptOptions:
     """Prompt: unset values come from a model folder that nextquill wrote, else from `PromptTemplate` and the model."""
 
+    prompt_from: str | None = option(
+        "Take unset values from the folder of this run instead: to measure a base model with the prompts of its run.",
+        None, metavar="RUN",
+    )  # fmt: skip
     max_length: int | None = option(
         "Tokens of prompt and response together; the oldest history items that do not fit are dropped.", None
     )
@@ -98,6 +105,18 @@ class PromptOptions:
     chat: bool | None = option(
         "Turn the tokenizer's chat template on or off; by default it is used if there is one.", None
     )
+
+    def stored(self, model: str) -> PromptSettings | None:
+        """The settings in the folder of --prompt_from, or else in that of the model; None if it has none."""
+        if self.prompt_from is None:
+            return None if model in SCRATCH_SIZES else load_prompt_settings(model)
+        with naming("prompt_from"):
+            stored = load_prompt_settings(self.prompt_from)
+        if stored is None:
+            raise ArgumentError(
+                f"prompt_from: expected the folder of a run, got {self.prompt_from} without {PROMPT_FILE}"
+            )
+        return stored
 
     def settings(self, stored: PromptSettings | None, default_length: int, context: int | None) -> PromptSettings:
         """The settings from the flags, else those `stored` in the model folder, else the defaults.
@@ -145,18 +164,22 @@ def _read_template(path: str) -> str:
 class LossOptions:
     """Loss: the objective. Values in brackets are the published ones, which are the defaults."""
 
-    loss: str = option("The training objective.", "nextquill", choices=sorted(LOSSES))
+    loss: str = option(
+        "The training objective, by its name in compare. nextquill_detached is recommended: no gradient through the "
+        "pass without history, so it is cheaper, and effects keep their meaning. nextquill: as its authors' code; "
+        "nextquill_paper: with the paper's effect term.", LOSSES[0], choices=list(LOSSES),
+    )  # fmt: skip
     threshold: float | None = option("nextquill: smallest probability difference of a personal token (0.05).", None)
     high_weight: float | None = option("nextquill: weight of personal tokens (0.9).", None)
     low_weight: float | None = option("nextquill: weight of the other tokens (0.1).", None)
     alpha: float | None = option("nextquill: factor of the effect term (0.1).", None)
-    weighted_effect: bool | None = option("nextquill: the paper's effect term instead of the code's.", None)
+    weighted_effect: bool | None = option("nextquill: the paper's effect term, as in nextquill_paper.", None)
     detach_counterfactual: bool | None = option(
-        "nextquill: no gradient through the pass without history. Recommended: cheaper, and effects keep their "
-        "meaning.",
-        None,
+        "nextquill: no gradient through the pass without history, as in nextquill_detached.", None
     )
-    anchor: float | None = option("nextquill: factor of the nll without history (0).", None)
+    anchor: float | None = option(
+        "nextquill, nextquill_paper: factor of the nll without history, which needs a gradient (0).", None
+    )
     min_weight: float | None = option("perce: smallest weight (0.8).", None)
     max_weight: float | None = option("perce, longce: largest weight (5.0).", None)
     reduction: str | None = option(
@@ -171,15 +194,29 @@ class LossOptions:
 
     def build(self) -> PairLoss:
         """The loss these flags describe; a flag that it does not have is an error."""
-        from nextquill import losses
+        from nextquill.comparison.arms import ARMS
 
-        kind: type[PairLoss] = getattr(losses, LOSSES[self.loss])
-        given = {name: value for name, value in vars(self).items() if name != "loss" and value is not None}
-        known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}
-        for name in given:
+        arm, given = ARMS[self.loss], self._given()
+        known = {*inspect.signature(arm.kind).parameters, "reduction", "chunk_bytes", "impl"}
+        for name, value in given.items():
             if name not in known:
                 raise ArgumentError(f"{name}: --loss {self.loss} has no such option")
-        return kind(**given)
+            if arm.arguments.get(name, value) != value:
+                raise ArgumentError(
+                    f"{name}: --loss {self.loss} sets it to {arm.arguments[name]}, got {value}; see --loss nextquill"
+                )
+        if given.get("anchor") and arm.arguments.get("detach_counterfactual"):
+            raise ArgumentError(f"anchor: --loss {self.loss} has no gradient without history, --loss nextquill has one")
+        return arm.kind(**{**arm.arguments, **given})
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "loss" and value is not None}
+
+    def __str__(self) -> str:
+        given = self._given()
+        if self.loss == "nextquill" and given.pop("detach_counterfactual", False):
+            return str(dataclasses.replace(self, loss="nextquill_detached", detach_counterfactual=None))
+        return ", ".join([self.loss, *(f"{name} {value}" for name, value in given.items())])
 
 
 @dataclass
@@ -200,10 +237,15 @@ class BatchOptions:
         check_token_budget(self)
 
 
+#: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.
+LORA_LEARNING_RATE = 2e-4
+
+
 @dataclass
 class LoraOptions:
     """LoRA: adapters instead of the whole model."""
 
+    LEARNING_RATE = f"The first learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} with --lora_r)."
     lora_r: int | None = option("Rank of the adapters; given, only they are trained.", None)
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
     lora_dropout: float = option("Dropout inside the adapters.", 0.0)
@@ -226,6 +268,13 @@ class LoraOptions:
                 f"lora_r: a new {model_name!r} model has no trained weights to adapt; train the whole model, then "
                 "adapt its folder"
             )
+
+    def set_learning_rate(self, args: Any) -> None:
+        """Fill in the learning rate where none was given, and say it if it is that of adapters."""
+        if args.learning_rate is None:
+            args.learning_rate = 5e-5 if self.lora_r is None else LORA_LEARNING_RATE
+            if self.lora_r is not None and args.process_index == 0:
+                say(f"learning rate {args.learning_rate:g}, the default with --lora_r; --learning_rate sets another")
 
     def apply(self, model: Any) -> Any:
         """Wrap the model in adapters where a rank was given."""
@@ -263,7 +312,7 @@ def adapted(model: Any, config: Any) -> Any:
 class ScoreFiles:
     """Data: the records, and how they are computed."""
 
-    eval_file: str = option("Records to score, JSONL.", metavar="FILE")
+    eval_file: str = option("Records to measure on, JSONL.", aliases=["records_file", "test_file"], metavar="FILE")
     limit: int | None = option("Use only this many records, the first ones.", None)
     batch_size: int | None = option(
         "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None

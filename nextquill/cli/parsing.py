@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from nextquill.cli.help import help_text
+from nextquill.cli.known_flags import unknown_flag
 from nextquill.errors import NextQuillError
 
 #: Flags that are not booleans and take "true".
@@ -86,10 +86,7 @@ class Parser(HfArgumentParser):
     def unknown_message(self, word: str) -> str:
         if not word.startswith("-"):
             return f"unexpected argument {word!r}; every value follows its flag"
-        name = word.split("=", 1)[0]
-        known = {flag[2:].replace("-", "_") for flag in self.flags()}
-        close = difflib.get_close_matches(name.strip("-").replace("-", "_"), sorted(known), n=1)
-        return f"unknown flag {name}" + (f"; did you mean --{close[0]}?" if close else "")
+        return unknown_flag(word, {flag[2:].replace("-", "_"): action.dest for flag, action in self.flags().items()})
 
 
 def parse(

@@ -49,10 +49,13 @@ _HEADINGS = {"accuracy": "accuracy", "logprob_accuracy": "of log p", "margin": "
 class PopiPairs:
     """Data: pairs and summaries."""
 
-    test_file: list[str] = option("Pairs of users who were not trained on.", metavar="PATH")
-    summaries: str | None = option(
-        "Summaries from summarize --held_out, edited or not; by default the model writes them.", None, metavar="FILE"
+    eval_file: list[str] = option(
+        "Pairs of users who were not trained on.", aliases=["test_file", "records_file"], metavar="PATH"
     )
+    summaries_file: str | None = option(
+        "Summaries from summarize --held_out, edited or not; by default the model writes them.", None, ["summaries"],
+        metavar="FILE",
+    )  # fmt: skip
 
 
 @dataclass
@@ -93,11 +96,11 @@ def run(arguments: Sequence[str]) -> int:
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
-        check_not_read(target, [*files.test_file, *([] if files.summaries is None else [files.summaries])])
+        check_not_read(target, [*files.eval_file, *([] if files.summaries_file is None else [files.summaries_file])])
     config = read_settings(models.model)[0]
-    held = shown.hold_out("test_file", form.users("test_file", files.test_file), config)
+    held = shown.hold_out("eval_file", form.users("eval_file", files.eval_file), config)
     _warn_of_trained(models.model, held.draws)
-    known = None if files.summaries is None else _read(files.summaries, held.draws)
+    known = None if files.summaries_file is None else _read(files.summaries_file, held.draws)
     saved = loaded_run(models)
     _check_prompts(saved, held.draws, options, 0 if known else config.max_summary_tokens)
     if known is not None:
@@ -123,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
         settings={
             "signals_per_user": shown.signals_per_user or config.signals_per_user,
             "max_pairs": shown.max_pairs,
-            "summaries": files.summaries,
+            "summaries": files.summaries_file,
             **{name: getattr(config, name) for name in ("objective", "beta", "reference_sees_summary")},
             **{name: getattr(options, name) for name in ("reference_model", "seed", "level", "resamples")},
         },
@@ -140,15 +143,15 @@ def _others(options: PopiEvaluateOptions) -> list[str]:
 
 def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
     """Summaries of exactly these signals, as a summary of more signals may have seen a held-out pair."""
-    check_file("summaries", path)
-    with naming("summaries"):
+    check_file("summaries_file", path)
+    with naming("summaries_file"):
         known = SummaryFile(path).read()
     other = [
         d.user_id for d in draws if d.user_id not in known or known[d.user_id].signals_hash != signals_hash(d.signals)
     ]
     if other:
         raise RecordError(
-            f"summaries: {len(other)} of {len(draws)} users have no summary of exactly these signals, such as "
+            f"summaries_file: {len(other)} of {len(draws)} users have no summary of exactly these signals, such as "
             f"{other[0]!r}; write them with summarize --held_out and the same --signals_per_user and --max_pairs"
         )
     return {draw.user_id: known[draw.user_id] for draw in draws}
@@ -178,7 +181,7 @@ def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> Non
 
 def _check_prompts(saved: SavedRun, draws: Sequence[Draw], options: PopiEvaluateOptions, summary_tokens: int) -> None:
     """Check that all models exist and all pairs fit, before anything is written or scored."""
-    prompts = [("test_file", "", saved.generator_prompts)]
+    prompts = [("eval_file", "", saved.generator_prompts)]
     for name in _others(options):
         with naming("transfer_model", "model_name_or_path"):
             tokenizer = find_tokenizer(name)

@@ -27,11 +27,14 @@ class PopiExportOptions:
     """Options."""
 
     queries_file: list[str] = option("Queries, JSONL: user_id and query; other fields are ignored.", metavar="PATH")
-    summaries: str = option("The file with the summaries.", metavar="FILE")
+    summaries_file: str = option("The file with the summaries.", aliases=["summaries"], metavar="FILE")
     output_file: str = option("Where to write the prompts, JSONL.", metavar="FILE")
     format: str = option("Chat messages, or plain text.", "chat", choices=list(FORMATS))
     model: str | None = option(
-        "An output folder of popi train, for its wording of prompts (nextquill's default).", None, metavar="DIR"
+        "An output folder of popi train, for its wording of prompts (nextquill's default).",
+        None,
+        ["model_name_or_path"],
+        metavar="DIR",
     )
     overwrite: bool = option("Replace an existing output file.", False)
 
@@ -42,10 +45,10 @@ OPTIONS = (PopiExportOptions,)
 def run(arguments: Sequence[str]) -> int:
     (options,) = parse("popi export", DESCRIPTION, OPTIONS, arguments)
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
-    check_not_read(target, [options.summaries, *options.queries_file])
-    check_file("summaries", options.summaries)
-    with naming("summaries"):
-        known = SummaryFile(options.summaries).read()
+    check_not_read(target, [options.summaries_file, *options.queries_file])
+    check_file("summaries_file", options.summaries_file)
+    with naming("summaries_file"):
+        known = SummaryFile(options.summaries_file).read()
     templates = None if options.model is None else read_settings(options.model)[1]
     with naming("queries_file"):
         queries = list(_queries(options.queries_file, known))

@@ -32,7 +32,9 @@ RECORDS = "records"
 class PopiRunOptions:
     """Models: the trained run."""
 
-    model: str = option("The output folder of popi train, or a checkpoint in it.", metavar="DIR")
+    model: str = option(
+        "The output folder of popi train, or a checkpoint in it.", aliases=["model_name_or_path"], metavar="DIR"
+    )
     dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 

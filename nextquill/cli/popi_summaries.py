@@ -21,7 +21,7 @@ DESCRIPTION = (
 class PopiSummariesOptions:
     """Options."""
 
-    summaries: str = option("The file with the summaries.", metavar="FILE")
+    summaries_file: str = option("The file with the summaries.", aliases=["summaries"], metavar="FILE")
     show: str | None = option("Show only this user's summary.", None, metavar="USER")
     edit: list[str] | None = option(
         "Replace the user's summary with this text, in quotation marks.", None, metavar="USER TEXT"
@@ -41,9 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         )
     if options.edit is not None and len(options.edit) != 2:
         raise UsageError(f"edit: expected a user and a text in quotation marks, got {len(options.edit)} values")
-    check_file("summaries", options.summaries)
-    file = SummaryFile(options.summaries)
-    with naming("summaries"):
+    check_file("summaries_file", options.summaries_file)
+    file = SummaryFile(options.summaries_file)
+    with naming("summaries_file"):
         known = file.read()
     named = {"show": options.show, "delete": options.delete, "edit": (options.edit or [None])[0]}
     for flag in asked:

@@ -57,7 +57,7 @@ class PopiSummarizeOptions:
 class PopiSignalFiles:
     """Data: the users' records."""
 
-    signals_file: list[str] = option("Users' records: pairs and past texts.", metavar="PATH")
+    records_file: list[str] = option("Users' records: pairs and past texts.", aliases=["signals_file"], metavar="PATH")
 
 
 OPTIONS = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummarizeOptions)
@@ -73,9 +73,9 @@ def run(arguments: Sequence[str]) -> int:
     with naming("output_file"):
         file.read()
     config = read_settings(models.model)[0]
-    users = form.users("signals_file", files.signals_file, need_pairs=False)
+    users = form.users("records_file", files.records_file, need_pairs=False)
     if options.held_out:
-        draws = shown.hold_out("signals_file", users, config).draws
+        draws = shown.hold_out("records_file", users, config).draws
         signals: Signals = {draw.user_id: draw.signals for draw in draws}
     else:
         signals = _signals(users, shown.signals_per_user or config.signals_per_user)
@@ -95,7 +95,7 @@ def _signals(users: Sequence[User], most: int) -> Signals:
     least = min(LEAST_SIGNALS, most)
     few = [user for user, own in found.items() if len(own) < least]
     if len(few) == len(found):
-        raise RecordError(f"signals_file: expected users with at least {least} signals, got none of {len(found)}")
+        raise RecordError(f"records_file: expected users with at least {least} signals, got none of {len(found)}")
     if few:
         say(f"users left out with too few signals: {len(few)}, such as {few[0]!r}")
     return {user: own for user, own in found.items() if len(own) >= least}

@@ -43,9 +43,9 @@ METRICS = ("accuracy", "margin", "loss")
 class PopiModelOptions:
     """Models: one for both roles, or one for each."""
 
-    model_name_or_path: str | None = option(
+    model: str | None = option(
         "One model for both roles: a folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and "
-        "its tokenizer from the training text.", None, metavar="MODEL",
+        "its tokenizer from the training text.", None, ["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
     inference_model: str | None = option("Instead: the model that writes summaries.", None, metavar="MODEL")
     generator_model: str | None = option("With --inference_model: the model that reads them.", None, metavar="MODEL")
@@ -55,7 +55,7 @@ class PopiModelOptions:
     def names(self) -> dict[str, str]:
         """The given models, by the name of POPITrainer's argument."""
         given = {
-            "model": self.model_name_or_path,
+            "model": self.model,
             "inference_model": self.inference_model,
             "generator_model": self.generator_model,
         }
@@ -64,7 +64,7 @@ class PopiModelOptions:
     def check(self) -> None:
         """Raise UsageError unless there is one model, or one for each role."""
         if set(self.names) not in ({"model"}, {"inference_model", "generator_model"}):
-            raise UsageError("expected --model_name_or_path, or --inference_model and --generator_model together")
+            raise UsageError("expected --model, or --inference_model and --generator_model together")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class PopiFiles:
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: list[str] = option("Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", metavar="PATH")
     eval_file: list[str] | None = option("Pairs of other users, for evaluation during training.", None, metavar="PATH")
-    overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
+    overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
 
 
 @dataclass
@@ -106,7 +106,7 @@ class PopiLoraOptions:
         """Raise ArgumentError for flags that do not fit each other or the models."""
         shared = "model" in models
         if self.lora_r < 0 or (shared and self.lora_r == 0):
-            least = "1, as both roles are adapters of --model_name_or_path" if shared else "0"
+            least = "1, as both roles are adapters of --model" if shared else "0"
             raise ArgumentError(f"lora_r: expected at least {least}, got {self.lora_r}")
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ArgumentError(f"lora_alpha: expected a positive number, got {self.lora_alpha}")
@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
     resume = resume_point(folder, args.resume_from_checkpoint)
     if args.should_save:
         inputs = (*files.train_file, *(files.eval_file or ()), *models.names.values())
-        check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
+        check_output_dir(folder, resume, overwrite=files.overwrite, inputs=inputs)
     users = form.users("train_file", files.train_file)
     eval_users = None if files.eval_file is None else form.users("eval_file", files.eval_file)
     quieten(args)
@@ -155,7 +155,7 @@ def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], s
     """The models and tokenizers as POPITrainer takes them."""
     result, tokenizers = dict[str, Any](), list[Any]()
     for name, given in options.names.items():
-        with naming("model_name_or_path" if name == "model" else name, "model_name_or_path"):
+        with naming(name, "model_name_or_path"):
             model, tokenizer = load_model(given, dtype=options.dtype, records=lambda: _as_records(users), seed=seed)
         if name != "model" and lora.lora_r and not is_adapter(model):
             model = adapted(model, lora_config(lora))

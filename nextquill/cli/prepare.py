@@ -35,10 +35,11 @@ _SHOWN = 10
 class PrepareOptions:
     """Output: what is read and written; no weights are loaded."""
 
-    train_file: str = option("Records, JSONL, plain or gzipped.", metavar="FILE")
-    model_name_or_path: str = option(
+    records_file: str = option("Records, JSONL, plain or gzipped.", aliases=["train_file", "eval_file"], metavar="FILE")
+    model: str = option(
         "The source of the tokenizer and the prompt settings: a model folder, a folder with only a tokenizer, or a "
         "name on the Hugging Face hub.",
+        aliases=["model_name_or_path"],
         metavar="MODEL",
     )
     output_dir: str = option("The folder to make.", metavar="DIR")
@@ -51,20 +52,20 @@ class PrepareOptions:
 
 
 OPTIONS = (PrepareOptions, PromptOptions)
-FLAGS = {"folder": "output_dir", "records": "train_file"}
+FLAGS = {"folder": "output_dir", "records": "records_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
     options, prompt_options = parse("prepare", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
 
-    name = options.model_name_or_path
+    name = options.model
     if name in SCRATCH_SIZES:
         raise UsageError(
-            f"model_name_or_path: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
+            f"model: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
             "model that has a tokenizer"
         )
-    check_file("train_file", options.train_file)
+    check_file("records_file", options.records_file)
     quieten_transformers()
     tokenizer, settings = load_prompts(name, prompt_options, ())
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
@@ -78,10 +79,10 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
     from nextquill.data import prepare
 
     gc.freeze()  # imported modules stay in memory: scanning them again and again took a tenth of the time
-    with bar(total=_lines(options.train_file), desc="Preparing", unit=" records") as shown:
+    with bar(total=_lines(options.records_file), desc="Preparing", unit=" records") as shown:
         try:
             return prepare(
-                iter_jsonl(options.train_file),
+                iter_jsonl(options.records_file),
                 encoder,
                 options.output_dir,
                 progress=shown.update,
@@ -89,7 +90,7 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
             )
         except (BudgetError, RecordError) as error:
             hint = "; --skip_bad leaves such records out" if isinstance(error, BudgetError) else ""
-            raise RecordError(f"train_file: {error.message}{hint}{_what_is_there(options)}") from error
+            raise RecordError(f"records_file: {error.message}{hint}{_what_is_there(options)}") from error
         except KeyboardInterrupt:
             if there := _what_is_there(options):
                 say(f"stopped{there}")

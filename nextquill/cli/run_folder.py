@@ -44,7 +44,7 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
     if not overwrite:
         raise OutputExistsError(
             f"output_dir: {folder} holds another run; resume it with --resume_from_checkpoint true, replace it with "
-            "--overwrite_output_dir, or choose another folder"
+            "--overwrite, or choose another folder"
         )
     check_inputs_stay(folder, [*inputs, None if resume is None else str(resume)])
 
@@ -53,7 +53,7 @@ def check_inputs_stay(folder: Path, inputs: Iterable[str | None]) -> None:
     """Raise OutputExistsError where replacing what `folder` holds would delete an input."""
     for path in inputs:
         if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
-            raise OutputExistsError(f"overwrite_output_dir: {folder} holds {path}, which this run reads")
+            raise OutputExistsError(f"overwrite: {folder} holds {path}, which this run reads")
 
 
 def open_output_dir(folder: Path, resume: Path | None) -> None:

@@ -22,7 +22,7 @@ from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
-from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
+from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
@@ -37,7 +37,7 @@ DESCRIPTION = (
 )
 OPTIONS = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
 FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
-DEFAULTS = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
+DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
 #: Length of prompt and response for a new model, whose whole context would be slow on a CPU.
 SCRATCH_MAX_LENGTH = 1024
 #: The contents of --train_file or --eval_file.
@@ -45,17 +45,19 @@ Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
-    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
+    defaults = {**DEFAULTS, "learning_rate": None}
+    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
-    lora.check(model_options.model_name_or_path)
+    lora.check(model_options.model)
+    lora.set_learning_rate(args)
     batches.check()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
     if args.should_save:
-        inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model_name_or_path)
-        check_output_dir(folder, resume, overwrite=files.overwrite_output_dir, inputs=inputs)
+        inputs = (files.train_file, files.eval_file, files.effects_file, model_options.model)
+        check_output_dir(folder, resume, overwrite=files.overwrite, inputs=inputs)
     if files.effects_file is not None:
         check_file("effects_file", files.effects_file)
     paths = {"train": files.train_file, "eval": files.eval_file}
@@ -81,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
             **vars(batches),
             **vars(settings),
         )
-    return train(trainer, folder, resume, summary(trainer, loss_options.loss), settings)
+    return train(trainer, folder, resume, summary(trainer, str(loss_options)), settings)
 
 
 def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings: PromptSettings | None = None) -> int:
@@ -145,17 +147,17 @@ def load(
     model_options: TrainModelOptions, prompt_options: PromptOptions, source: Source, seed: int
 ) -> tuple[Any, Any, PromptSettings]:
     """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
-    name, prepared = model_options.model_name_or_path, isinstance(source, PreparedDataset)
+    name, prepared = model_options.model, isinstance(source, PreparedDataset)
     is_new = name in SCRATCH_SIZES
     if is_new and prepared:
         raise ArgumentError(
-            f"model_name_or_path: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
+            f"model: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
         )
     records: Any = source  # for a new model, which has no prepared examples
+    stored = prompt_options.stored(name)
     model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
     length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
-    stored = None if is_new else load_prompt_settings(name)
     if stored is None and isinstance(source, PreparedDataset):
         encoded_with = source.settings
         stored = PromptSettings(source.template, encoded_with["max_length"], encoded_with["max_response_length"])

@@ -108,10 +108,10 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     label = label or folder.resolve().name
     missing = [] if place == folder else _missing_of_training(folder, training)
     if place is None:
-        command = f"nextquill evaluate --model_name_or_path {folder} --eval_file FILE --output_dir {inside}"
+        command = f"nextquill evaluate --model {folder} --eval_file FILE --output_dir {inside}"
         if (folder / POPI_FILE).is_file():
             command = (
-                f"nextquill popi evaluate --model {folder} --test_file FILE --output_file {folder / EVALUATION_FILE}"
+                f"nextquill popi evaluate --model {folder} --eval_file FILE --output_file {folder / EVALUATION_FILE}"
             )
         missing.append(f"no evaluation, so no measures with intervals and no examples: {command}")
         return Run(folder, label, training, missing=missing)

@@ -50,6 +50,27 @@ def test_a_checkpoint_is_prompted_as_its_run_was(nextquill, train, data, tmp_pat
     assert outputs[0] != outputs[2]
 
 
+def test_a_base_model_is_measured_with_the_prompts_of_its_run(nextquill, train, trained, data, tmp_path):
+    base, run, words = tmp_path / "base", tmp_path / "run", ("--generate", "false", "--resamples", 50)
+    shutil.copytree(trained, base, ignore=shutil.ignore_patterns("nextquill_prompt.json", "checkpoint-*"))
+    own = evaluate(nextquill, base, data, *words, "--output_dir", tmp_path / "own")
+    assert "no prompt settings; the prompts are those of the flags or nextquill's (official order, at most " in own.err
+    sizes = ("--max_steps", 1, "--prompt_order", "history_first", "--max_length", 600)
+    assert train(run, "--model", base, *sizes).code == 0
+    baseline = ("--baseline", tmp_path / "own")
+    unlike = evaluate(nextquill, run, data, *words, *baseline).err
+    assert re.search(
+        r"other prompts: max_length is \d+ there, 600 here; order is official there, history_first h", unlike
+    )
+    same = evaluate(nextquill, base, data, *words, "--prompt_from", run, "--output_dir", tmp_path / "same")
+    assert (same.code, same.err) == (0, "")
+    assert evaluate(nextquill, run, data, *words, "--baseline", tmp_path / "same").err == ""
+    found = read_evaluation(tmp_path / "same").settings
+    assert (found["max_length"], found["template"]["order"]) == (600, "history_first")
+    wrong = evaluate(nextquill, "./nowhere", data, "--prompt_from", tmp_path / "no_run")
+    assert wrong.err.startswith("nextquill: --prompt_from: expected the folder of a run, got ")
+
+
 def test_the_tables(nextquill, trained, data):
     words = (
         "--max_new_tokens",

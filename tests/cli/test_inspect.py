@@ -196,7 +196,7 @@ def test_flags_are_restored_with_the_model_and_can_be_undone(inspect, folder, tm
         (["--prompt_jinja", "LATIN"], 2, "--prompt_jinja: cannot read LATIN: not UTF-8"),
         (["--prompt_jinja", "GOOD", "--show_dates"], 2, "--show_dates: has no effect beside --prompt_jinja"),
         (["--max_length", 20], 1, "the prompt without any history takes"),
-        (["--train_file", "nowhere.jsonl"], 1, "--train_file: nowhere.jsonl: cannot be read: No such file"),
+        (["--train_file", "nowhere.jsonl"], 1, "--records_file: nowhere.jsonl: cannot be read: No such file"),
         (["--model_name_or_path", "./nowhere"], 1, "there is no folder ./nowhere"),
         (["--model_name_or_path", "."], 1, "no model in"),
     ],

@@ -1,9 +1,12 @@
 """Flags of the command line build the right objects or are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from nextquill.cli.flags import check_positive
-from nextquill.cli.options import LoraOptions, LossOptions, PromptOptions
+from nextquill.cli.options import LOSSES, LoraOptions, LossOptions, PromptOptions
+from nextquill.comparison.arms import ARMS, own_pace
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
 from nextquill.losses import LongCELoss, NextQuillLoss, PerCELoss, SFTLoss
@@ -16,9 +19,11 @@ STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="re
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (LossOptions(), NextQuillLoss()),
-        (LossOptions(threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
-        (LossOptions(detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions(), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions("nextquill", threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
+        (LossOptions("nextquill", detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions(weighted_effect=True), NextQuillLoss(detach_counterfactual=True, weighted_effect=True)),
+        (LossOptions("nextquill_paper", anchor=0.1), NextQuillLoss(weighted_effect=True, anchor=0.1)),
         (LossOptions("perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
         (LossOptions("longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
         (LossOptions("sft", chunk_bytes=1024), SFTLoss(chunk_bytes=1024)),
@@ -36,13 +41,45 @@ def test_loss_flags_build_the_loss(options, expected):
         (LossOptions("sft", threshold=0.1), "threshold: --loss sft has no such option"),
         (LossOptions("perce", detach_counterfactual=False), "detach_counterfactual: --loss perce has no such option"),
         (LossOptions(alpha=-1.0), "alpha: "),
-        (LossOptions(anchor=1.0, detach_counterfactual=True), "anchor: "),
+        (LossOptions("nextquill", anchor=1.0, detach_counterfactual=True), "anchor: expected 0 with"),
+        (LossOptions(anchor=1.0), "anchor: --loss nextquill_detached has no gradient without history"),
+        (LossOptions(detach_counterfactual=False), "detach_counterfactual: --loss nextquill_detached sets it to True"),
+        (LossOptions("nextquill_paper", weighted_effect=False), "weighted_effect: --loss nextquill_paper sets it"),
         (LossOptions(chunk_bytes=0), "chunk_bytes: "),
     ],
 )
 def test_loss_flags_that_do_not_fit_are_named(options, message):
     with pytest.raises(ArgumentError, match=f"^{message}"):
         options.build()
+
+
+def test_losses_are_the_arms_of_compare_without_its_controls():
+    assert set(LOSSES) == {name for name, arm in ARMS.items() if own_pace(arm) is arm and arm.learning_rate_factor == 1}
+    for name in LOSSES:
+        assert repr(LossOptions(name).build()) == repr(ARMS[name].loss())
+
+
+def test_a_loss_is_called_by_its_form():
+    assert str(LossOptions()) == str(LossOptions("nextquill", detach_counterfactual=True)) == "nextquill_detached"
+    assert str(LossOptions("nextquill", alpha=0.2, detach_counterfactual=False)) == "nextquill, alpha 0.2"
+    assert str(LossOptions("perce", max_weight=2.0)) == "perce, max_weight 2.0"
+
+
+def test_prompts_of_another_folder(tmp_path):
+    (tmp_path / "nextquill_prompt.json").write_text(STORED.to_json())
+    assert PromptOptions(prompt_from=str(tmp_path)).stored("tiny") == STORED
+    assert PromptOptions().stored(str(tmp_path)) == STORED
+    with pytest.raises(ArgumentError, match=r"^prompt_from: expected the folder of a run, got .*nowhere without"):
+        PromptOptions(prompt_from=str(tmp_path / "nowhere")).stored(str(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "rank", "rate"), [(None, None, 5e-5), (None, 4, 2e-4), (5e-5, 4, 5e-5)])
+def test_adapters_have_a_learning_rate_of_their_own_which_is_said(given, rank, rate, capsys):
+    args = SimpleNamespace(learning_rate=given, process_index=0)
+    LoraOptions(lora_r=rank).set_learning_rate(args)
+    assert args.learning_rate == rate
+    said = "nextquill: learning rate 0.0002, the default with --lora_r; --learning_rate sets another\n"
+    assert capsys.readouterr().err == (said if rate == 2e-4 else "")
 
 
 def test_prompt_settings_default():

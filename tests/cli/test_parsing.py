@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 from nextquill.cli.flags import option
 from nextquill.cli.parsing import WIDE_REFUSALS, UsageError, parse, refusals
 from nextquill.errors import ArgumentError
+
+
+@dataclass
+class Renamed:
+    records_file: str = option("Records.", aliases=["train_file"])
 
 
 @dataclass
@@ -165,13 +171,30 @@ def test_help_is_short_and_complete(capsys):
     assert "None" not in text
 
 
+def test_help_writes_lists_as_they_are_given_and_no_class_name(nextquill):
+    text = nextquill("evaluate", "--help").out
+    assert "(default: factual)" in " ".join(text.split())
+    for command in ("train", "compare", "evaluate"):
+        assert re.findall(r"^[A-Z]\w+(?:Options|Files):$", nextquill(command, "--help").out, re.MULTILINE) == [], (
+            command
+        )
+
+
+def test_other_names_of_a_flag_are_taken_and_not_shown(nextquill, tmp_path):
+    for words in (["--records-file", "a"], ["--train_file", "a"], ["--train-file=a"]):
+        assert parse("test", "A test.", (Renamed,), words)[0].records_file == "a"
+    (tmp_path / "c.yaml").write_text("train_file: a\n")
+    assert parse("test", "A test.", (Renamed,), ["--config", str(tmp_path / "c.yaml")])[0].records_file == "a"
+    assert "--model_name_or_path" not in nextquill("train", "--help").out
+
+
 def test_train_help_puts_our_flags_before_those_of_transformers(nextquill):
     text = nextquill("train", "--help").out
     headings = ["model:", "data:", "prompt:", "loss:", "LoRA:", "transformers' TrainingArguments:", "general:"]
     positions = [text.index(f"\n{heading}\n") for heading in headings]
     assert positions == sorted(positions)
     usage = text[: text.index("\n\n")]
-    assert usage == "usage: nextquill train --model_name_or_path MODEL --train_file FILE --output_dir DIR [options]"
+    assert usage == "usage: nextquill train --model MODEL --train_file FILE --output_dir DIR [options]"
     assert max(map(len, text.splitlines())) <= 110
     for flag in ("--loss", "--lora_r", "--output_dir", "--learning_rate", "--resume_from_checkpoint", "--config"):
         assert text.count(f"\n  {flag} ") == 1

@@ -125,7 +125,7 @@ def _margin(path, context):
 
 
 WRONG_TRAINING = {
-    "no model": (("--inference_model", "x"), "expected --model_name_or_path, or --inference_model and"),
+    "no model": (("--inference_model", "x"), "expected --model, or --inference_model and"),
     "setting": (("--objective", "kto"), "--objective: expected one of dpo, ipo, got 'kto'"),
     "rank": (("--lora_r", 0), "--lora_r: expected at least 1"),
     "new": (("--inference_model", "tiny", "--generator_model", "tiny"), "--lora_r: expected 0 with a new 'tiny'"),
@@ -133,7 +133,7 @@ WRONG_TRAINING = {
     "evaluation": (("--eval_strategy", "steps"), "--eval_strategy: expected --eval_file with it"),
     "metric": (("--metric_for_best_model", "bleu"), "--metric_for_best_model: expected one of accuracy, margin, loss"),
     "type": (("--group_size", "many"), "argument --group_size"),
-    "model": (("--model_name_or_path", "./nothing"), "--model_name_or_path: there is no folder ./nothing"),
+    "model": (("--model_name_or_path", "./nothing"), "--model: there is no folder ./nothing"),
     "file": (("--train_file", "nothing.jsonl"), "--train_file: nothing.jsonl"),
     "format": (("--format", "xml"), "argument --format"),
     "instruction": (("--instruction", " "), "--instruction: expected some text"),

@@ -144,7 +144,7 @@ def test_a_pair_that_does_not_fit_costs_no_work(evaluate, write_pairs, tmp_path,
     test.write_text("\n".join(line.replace("How? How?", f"How {n}?", 1) for n, line in enumerate(text)))
     result = evaluate(test=test)
     assert result.code == 1
-    assert "--test_file: user 'u3': the pair of query" in result.err
+    assert "--eval_file: user 'u3': the pair of query" in result.err
 
 
 def test_the_table_is_whole_in_80_columns(monkeypatch, capsys):

@@ -89,7 +89,7 @@ def test_summaries_that_were_written_are_kept_when_it_is_stopped(summarize, tmp_
 
 WRONG_SUMMARIES = {
     "model": (("--model", "."), "--model: .: expected a folder that POPI has written"),
-    "file": (("--signals_file", "no.jsonl"), "--signals_file: no.jsonl"),
+    "file": (("--signals_file", "no.jsonl"), "--records_file: no.jsonl"),
     "number": (("--batch_size", 0), "--batch_size: expected a positive number"),
     "temperature": (("--temperature", -1), "--temperature: expected 0"),
     "pairs": (("--max_pairs", 1), "--max_pairs: expected --held_out"),
@@ -148,7 +148,7 @@ WRONG_EDITS = {
     "text": (("--edit", "u3"), "--edit: expected a user and a text in quotation marks, got 1"),
     "words": (("--edit", "u3", "two", "words"), "got 3"),
     "both": (("--show", "u3", "--delete", "u3"), "expected one of --show, --edit and --delete"),
-    "file": (("--summaries", "no.jsonl"), "--summaries: no.jsonl is not a file"),
+    "file": (("--summaries", "no.jsonl"), "--summaries_file: no.jsonl is not a file"),
 }
 
 
@@ -294,7 +294,7 @@ def test_users_who_cannot_be_judged_are_counted(evaluate, make_records, tmp_path
     assert json.loads((tmp_path / "e.json").read_text())["left_out"] == {"no_pairs": 1, "few_signals": 1}
     alone = evaluate("--test_file", few)
     assert (alone.code, alone.err.count("\n")) == (1, 1)
-    assert "--test_file: users: expected some with pairs and signals beside them, got none" in alone.err
+    assert "--eval_file: users: expected some with pairs and signals beside them, got none" in alone.err
 
 
 WRONG_EVALUATION = {
@@ -302,7 +302,7 @@ WRONG_EVALUATION = {
     "tokens": (("--max_tokens", 0), "--max_tokens: expected a positive number"),
     "padded": (("--max_tokens", 99, "--attention", "padded"), "--max_tokens: expected none"),
     "model": (("--model", "nowhere"), "--model: nowhere: expected a folder that POPI has written"),
-    "summaries": (("--summaries", "no.jsonl"), "--summaries: no.jsonl is not a file"),
+    "summaries": (("--summaries", "no.jsonl"), "--summaries_file: no.jsonl is not a file"),
     "transfer": (("--transfer_model", "./nothing"), "--transfer_model: there is no folder"),
     "reference": (("--reference_model", "./nothing"), "--reference_model: there is no folder"),
 }

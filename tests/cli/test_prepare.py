@@ -120,7 +120,7 @@ def test_a_damaged_folder_is_named(prepare, train_on, trained, tmp_path):
 def test_a_new_model_cannot_be_prepared_for_nor_trained(prepare, train_on, tmp_path):
     result = prepare(tmp_path / "p", "--model_name_or_path", "tiny")
     assert result.code == 2
-    assert "--model_name_or_path: a new 'tiny' model takes its tokenizer from the text" in result.err
+    assert "--model: a new 'tiny' model takes its tokenizer from the text" in result.err
     assert prepare(tmp_path / "p").code == 0
     result = train_on("tiny", "--train_file", tmp_path / "p")
     assert result.code == 2
@@ -135,7 +135,7 @@ def test_a_record_over_budget_is_named_or_left_out(prepare, tmp_path, make_recor
     words = ("--train_file", file, "--max_response_length", 50)
     result = prepare(tmp_path / "p", *words)
     assert result.code == 1
-    assert "nextquill: --train_file: record 3 (user 'bob'): the response takes " in result.err
+    assert "nextquill: --records_file: record 3 (user 'bob'): the response takes " in result.err
     assert "--skip_bad leaves such records out" in result.err
     assert not (tmp_path / "p").exists()
     result = prepare(tmp_path / "p", *words, "--skip_bad")
@@ -148,10 +148,10 @@ def test_a_record_over_budget_is_named_or_left_out(prepare, tmp_path, make_recor
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--train_file", "nowhere.jsonl"), 1, "--train_file: nowhere.jsonl is not a file"),
+        (("--train_file", "nowhere.jsonl"), 1, "--records_file: nowhere.jsonl is not a file"),
         (("--max_length", 0), 2, "--max_length: expected a positive number, got 0"),
         (("--max_lenght", 9), 2, "did you mean --max_length?"),
-        (("--model_name_or_path", "/nowhere"), 1, "model_name_or_path"),
+        (("--model_name_or_path", "/nowhere"), 1, "--model: there is no folder"),
     ],
     ids=["file", "length", "flag", "model"],
 )
@@ -167,7 +167,7 @@ def test_a_line_that_is_no_record_is_named(prepare, tmp_path, data):
     file.write_text((data / "train.jsonl").read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
     result = prepare(tmp_path / "p", "--train_file", file)
     assert result.code == 1
-    assert f"--train_file: {file} line 9: field 'history': required, but missing" in result.err
+    assert f"--records_file: {file} line 9: field 'history': required, but missing" in result.err
 
 
 def test_a_folder_that_is_there_is_kept_unless_it_may_go(prepare, tmp_path):

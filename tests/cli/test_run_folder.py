@@ -92,7 +92,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
 @pytest.mark.parametrize("name", ["train.jsonl", "checkpoint-2", "."])
 def test_overwriting_spares_what_the_run_reads(run_folder, name):
     (run_folder / "train.jsonl").write_text("")
-    with pytest.raises(OutputExistsError, match=r"^overwrite_output_dir: .*which this run reads"):
+    with pytest.raises(OutputExistsError, match=r"^overwrite: .*which this run reads"):
         check(run_folder, overwrite=True, inputs=["Qwen/Qwen3-0.6B", run_folder / name])
 
 

@@ -41,6 +41,13 @@ def test_nothing_but_the_standard_library_is_needed_to_name_the_commands():
         assert tops(modules) <= {"nextquill", *sys.stdlib_module_names}, words
 
 
+def test_a_wrong_flag_is_refused_by_the_standard_library_alone():
+    calls = [f"{name} --no_such_flag 1" for name in (*TRAINING, *OTHERS) if name != "popi demo"]
+    for words, (code, modules) in called(calls).items():
+        assert code == 2, words
+        assert tops(modules) <= {"nextquill", *sys.stdlib_module_names}, words
+
+
 def test_help_and_wrong_flags_need_no_torch():
     calls = [f"{name} {words}" for name in OTHERS for words in ("--help", "--no_such_flag 1")]
     heavy = {"torch", "datasets", "pandas", "pyarrow", "matplotlib", "nltk", "peft", "accelerate", "tokenizers", "rich"}

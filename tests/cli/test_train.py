@@ -53,7 +53,7 @@ def test_what_a_run_prints(train, data, tmp_path):
     assert result.out == ""
     lines = result.err.splitlines()
     assert lines[0].startswith("8 examples, ")
-    assert lines[1].endswith("trainable parameters, loss nextquill")
+    assert lines[1].endswith("trainable parameters, loss nextquill_detached")
     assert lines[2].startswith("step 1/2  loss ")
     assert lines[-2].startswith("step 2/2  evaluation: loss ")
     assert "another user's" in lines[-2]

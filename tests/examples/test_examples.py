@@ -45,7 +45,7 @@ def test_trl(model_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     words = command("trl_sft.py", model_folder, tmp_path / "out")
     extra = ["--logging_steps", "1", "--max_steps", "2", "--learning_rate", "1e-2", "--report_to", "none"]
-    printed = run([*words, *extra, "--use_cpu"])
+    printed = run([*words, *extra])
     assert len(losses(printed)) >= 2
     adapted = {name: p for name, p in parameters(tmp_path / "out").items() if "lora_B" in name}
     assert adapted, "no adapter was saved"

@@ -45,7 +45,7 @@ def test_a_training_alone_says_how_to_evaluate_it(tmp_path: Path) -> None:
     run = read_run(write_training(tmp_path / "a"))
     assert run.evaluation is None
     (text,) = run.missing
-    assert f"nextquill evaluate --model_name_or_path {tmp_path / 'a'} --eval_file FILE --output_dir" in text
+    assert f"nextquill evaluate --model {tmp_path / 'a'} --eval_file FILE --output_dir" in text
 
 
 def test_an_unfinished_training_has_its_last_checkpoint_s_curves(folder: Path) -> None:

@@ -139,9 +139,9 @@ MUTATIONS = (
     Mutation(
         "cli-loss-names",
         "nextquill/cli/options.py",
-        '"perce": "PerCELoss"',
-        '"perce": "LongCELoss"',
-        "--loss perce trains LongCE",
+        "return arm.kind(**{**arm.arguments, **given})",
+        "return arm.kind(**given)",
+        "--loss nextquill_detached trains the published form",
     ),
     Mutation(
         "cli-lora-alpha",
