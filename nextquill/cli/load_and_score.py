@@ -28,7 +28,7 @@ class Loaded:
         self.records = records
         quieten_transformers()
         name = model_options.model_name_or_path
-        self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
+        self.model, self.tokenizer = load_model(name, **model_options.loading())
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(device())
         stored = load_prompt_settings(name)

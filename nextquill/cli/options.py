@@ -31,12 +31,33 @@ def attention_option() -> Any:
 
 
 @dataclass
-class TrainModelOptions:
+class ModelOptions:
+    """Model: the one that is measured."""
+
+    model_name_or_path: str = option(
+        "A model folder, the checkpoint of a run, a .gguf file, or a name on the Hugging Face hub.", metavar="MODEL"
+    )
+    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
+    revision: str | None = option("Branch, tag or commit of a model on the hub.", None)
+    attn_implementation: str | None = option(
+        "The model's own attention, such as eager, sdpa or flash_attention_2; passes that share prefixes replace it.",
+        None, metavar="NAME",
+    )  # fmt: skip
+    load_in_4bit: bool = option("Quantise the weights to 4 bits (NF4), with bitsandbytes.", False)
+    load_in_8bit: bool = option("Quantise the weights to 8 bits, with bitsandbytes.", False)
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_model` except the name."""
+        return {name: value for name, value in vars(self).items() if name != "model_name_or_path"}
+
+
+@dataclass
+class TrainModelOptions(ModelOptions):
     """Model: the one that is trained."""
 
     model_name_or_path: str = option(
-        "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from "
-        "the training text.",
+        "A model folder, a .gguf file, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its "
+        "tokenizer from the training text.",
         metavar="MODEL",
     )
     dtype: str = option(
@@ -45,16 +66,6 @@ class TrainModelOptions:
         "auto",
         choices=PRECISIONS,
     )
-
-
-@dataclass
-class ModelOptions:
-    """Model: the one that is measured."""
-
-    model_name_or_path: str = option(
-        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", metavar="MODEL"
-    )
-    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
 @dataclass
@@ -227,13 +238,15 @@ class LoraOptions:
                 "adapt its folder"
             )
 
-    def apply(self, model: Any) -> Any:
-        """Wrap the model in adapters where a rank was given."""
+    def apply(self, model: Any, revision: str | None = None) -> Any:
+        """Wrap the model in adapters where a rank was given; they name the revision of their base."""
         if self.lora_r is None:
+            if getattr(model, "is_quantized", False) and not is_adapter(model):
+                raise ArgumentError("lora_r: expected one for a quantised model, whose own weights cannot be trained")
             return model
         if is_adapter(model):
             raise ArgumentError("lora_r: the model already has an adapter, which is trained; leave --lora_r out")
-        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout))
+        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout, revision=revision))
 
 
 def lora_config(options: Any, **more: Any) -> Any:

@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     quieten(args)
     set_seed(args.seed)
     model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed)
-    model = lora.apply(model)
+    model = lora.apply(model, model_options.revision)
     check_optimizer(args, model)
     if resume is not None:
         check_tokenizer(resume, tokenizer)
@@ -153,7 +153,7 @@ def load(
             "--train_file does not hold; give the records, or the model that they were prepared for"
         )
     records: Any = source  # for a new model, which has no prepared examples
-    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
+    model, tokenizer = load_model(name, **model_options.loading(), records=lambda: records, seed=seed)
     length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
     stored = None if is_new else load_prompt_settings(name)
     if stored is None and isinstance(source, PreparedDataset):

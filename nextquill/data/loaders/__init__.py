@@ -25,9 +25,9 @@ from nextquill.data.loaders.longlamp import load_longlamp
 from nextquill.data.loaders.preferences import load_preferences
 from nextquill.data.loaders.source import Rows, Source
 from nextquill.data.loaders.tables import load_table
-from nextquill.data.loaders.times import Clock
 from nextquill.data.records import Record
 from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError
 from nextquill.storage.fingerprints import digest_of
 

@@ -12,8 +12,8 @@ from nextquill.data.lines import MAX_LINE_BYTES, json_lines, opened
 from nextquill.data.loaders.csv_rows import csv_rows
 from nextquill.data.loaders.json_list import json_list
 from nextquill.data.loaders.row import Row
-from nextquill.data.loaders.times import Clock
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted
+from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 Place = str | os.PathLike[str]
