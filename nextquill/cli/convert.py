@@ -37,7 +37,7 @@ class ConvertInput:
     """Data: what is read."""
 
     input: list[str] = option(
-        "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG].",
+        "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG][:SPLIT].",
         metavar="PATH",
     )
     format: str = option("The format of the rows.", choices=list(FORMATS))

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from nextquill.cli.flags import check_positive, check_token_budget
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.terminal import bar
-from nextquill.data import Record, read_jsonl
+from nextquill.data import Record, load_records
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
 from nextquill.models.configs import check_vocabulary, context_length, default_max_length
@@ -66,9 +66,9 @@ def eval_records(files: ScoreFiles, skipped: SkippedRecords | None = None) -> li
 
 
 def read_records(flag: str, path: str, skipped: SkippedRecords | None = None) -> list[Record]:
-    """Read a JSONL file; an error in it names the flag of the file, or is counted in `skipped`."""
-    with naming(flag):
-        return read_jsonl(path, skipped)
+    """Read a JSONL file or a data set of the hub; an error names the flag, or is counted in `skipped`."""
+    with naming(flag, "source"):
+        return load_records(path, skipped)
 
 
 def encode_records(

@@ -74,7 +74,8 @@ class TrainFiles:
 
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: str = option(
-        "Training records, JSONL: user_id, query, history, response and optionally timestamp.", metavar="FILE"
+        "Training records, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT]: user_id, query, history, response and optionally "
+        "timestamp.", metavar="FILE",
     )
     eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
     effects_file: str | None = option(
@@ -276,7 +277,7 @@ def adapted(model: Any, config: Any) -> Any:
 class ScoreFiles:
     """Data: the records, and how they are computed."""
 
-    eval_file: str = option("Records to score, JSONL.", metavar="FILE")
+    eval_file: str = option("Records to score, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT].", metavar="FILE")
     limit: int | None = option("Use only this many records, the first ones.", None)
     batch_size: int | None = option(
         "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None

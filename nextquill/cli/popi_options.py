@@ -11,7 +11,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import device, quieten_transformers
 from nextquill.cli.options import PRECISIONS
 from nextquill.cli.terminal import say
-from nextquill.data import Record, read_jsonl
+from nextquill.data import Record, load_records
 from nextquill.data.loaders import FORMATS, load
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.users import User, users_from_records
@@ -55,7 +55,7 @@ class PopiFormat:
             yield from load(self.format, paths if len(paths) > 1 else paths[0])
             return
         for path in paths:
-            yield from read_jsonl(path)
+            yield from load_records(path)
 
 
 def check_not_read(target: Path, inputs: Sequence[str]) -> None:

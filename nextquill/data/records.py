@@ -149,8 +149,8 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
     """Read records from a file, a data set or an iterable.
 
     Args:
-        source: the path of a JSONL file, a `datasets.Dataset`, or any iterable of mappings or `Record`s. A `Record` is
-            not checked again.
+        source: the path of a JSONL file, `hf://owner/name[/config][:split]`, a `datasets.Dataset`, or any iterable of
+            mappings or `Record`s. A `Record` is not checked again.
         skipped: counts bad records, which are then left out; None makes the first one an error.
 
     Raises:
@@ -158,6 +158,10 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         ArgumentTypeError: `source` has another type. A mapping, such as a `datasets.DatasetDict`, is refused, since
             iterating it would yield the names of its splits.
     """
+    if isinstance(source, str) and source.startswith("hf://"):
+        from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
+
+        return list(load("table", source, skipped=skipped, keep_duplicates=True))
     if isinstance(source, (str, os.PathLike)):
         return read_jsonl(source, skipped)
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
