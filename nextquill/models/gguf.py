@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,22 @@ def check_gguf(path: Path) -> None:
         raise UnsupportedModelError(
             f"model_name_or_path: reading {path} needs the package gguf; pip install 'nextquill[gguf]'"
         )
+
+
+@contextmanager
+def read_once(place: str) -> Iterator[None]:
+    """Let transformers parse a GGUF file once: it does so for config, weights and tokenizer, some 10 seconds each."""
+    if not is_gguf(place):
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def gguf_arguments(place: str) -> dict[str, str]:

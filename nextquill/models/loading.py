@@ -14,7 +14,7 @@ from typing import Any
 
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
-from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf
+from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
 
 PROMPT_FILE = "nextquill_prompt.json"
@@ -131,8 +131,9 @@ def load_model(
     try:
         if (Path(place) / _ADAPTER_FILE).is_file():
             return _load_adapter(place, how)
-        model = _load_base(place, how, cached_only)
-        return _with_attention((model, load_tokenizer(place, cached_only, revision)), how)
+        with read_once(place):
+            model = _load_base(place, how, cached_only)
+            return _with_attention((model, load_tokenizer(place, cached_only, revision)), how)
     except NextQuillError:
         raise
     # A damaged folder can fail anywhere: in JSON, safetensors, pickle, shapes, or an architecture's own code.
