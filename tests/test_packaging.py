@@ -138,7 +138,7 @@ def test_torch_is_the_only_unconditional_dependency(metadata: Message) -> None:
 
 def test_extras_contain_one_another(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        "all", "cli", "dense", "dev", "docs", "flash-attn", "test", "train", "triton", "trl",
+        "all", "cli", "dense", "dev", "docs", "flash-attn", "gguf", "quantize", "test", "train", "triton", "trl",
     }  # fmt: skip
     train, cli, test, dev = (_extra(metadata, name) for name in ("train", "cli", "test", "dev"))
     assert train < cli < test < dev

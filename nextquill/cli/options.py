@@ -75,7 +75,8 @@ class TrainFiles:
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: str = option(
         "Training records, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT]: user_id, query, history, response and optionally "
-        "timestamp.", metavar="FILE",
+        "timestamp.",
+        metavar="FILE",
     )
     eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
     effects_file: str | None = option(

@@ -91,7 +91,7 @@ def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings
     if trainer.args.should_save:
         open_output_dir(folder, resume)
         if settings is not None:
-            write_whole(folder / PROMPT_FILE, settings.to_json())
+            write_whole(folder / PROMPT_FILE, settings.with_chat(trainer.encoder.renderer.uses_chat).to_json())
     say(trainer, report)
     code = run_trainer(trainer, folder, resume)
     end(trainer)

@@ -30,6 +30,10 @@ class PromptSettings:
     max_length: int
     max_response_length: int | None = None
 
+    def with_chat(self, uses_chat: bool) -> PromptSettings:
+        """The settings of a run, whose prompts stay the same if the tokenizer gets or loses its chat template."""
+        return dataclasses.replace(self, template=dataclasses.replace(self.template, chat=uses_chat))
+
     def to_json(self) -> str:
         """Return the text of the settings' file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -272,6 +276,7 @@ def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     base_name, revision = _base(place)
     try:
+        revision = None if Path(base_name).exists() else revision  # saved elsewhere meanwhile
         base, tokenizer = load_model(base_name, **vars(how) | {"revision": revision})
     except UnsupportedModelError as error:
         message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"
@@ -285,23 +290,19 @@ def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
 
 def _with_adapter(base: Any, place: str, base_name: str) -> Any:
     """The base in the adapter; PEFT itself drops weights for layers that the base lacks without a word."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel
 
     unfit = f"model_name_or_path: the adapter in {place} does not fit its base model {base_name}"
-    stored = load_peft_weights(place, device="cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
             model = PeftModel.from_pretrained(base, place, is_trainable=True)
+            found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
     except (ValueError, RuntimeError, KeyError) as error:
         raise UnsupportedModelError(f"{unfit}: {_detail(error)}") from error
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # An embedding that was saved with the adapter is not among its own weights.
-    differing = sorted(name for name in own.keys() ^ stored.keys() if "embed" not in name and "lm_head" not in name)
-    if differing:
-        where = "the adapter alone" if differing[0] in stored else "the model alone"
-        raise UnsupportedModelError(f"{unfit}: {len(differing)} weights differ, such as {differing[0]}, in {where}")
+    for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
+        if names:
+            raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
     return model
 
 

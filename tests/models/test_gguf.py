@@ -56,7 +56,9 @@ def write(path, model, tokenizer, architecture="llama"):
         if stem.startswith("model.layers."):
             _, _, layer, part = stem.split(".", 3)
             heads = config.num_attention_heads
-            values = permuted(weight.numpy(), heads) if part in ("self_attn.q_proj", "self_attn.k_proj") else weight.numpy()
+            values = (
+                permuted(weight.numpy(), heads) if part in ("self_attn.q_proj", "self_attn.k_proj") else weight.numpy()
+            )
             writer.add_tensor(f"blk.{layer}.{NAMES[part]}.weight", values)
         elif stem != "lm_head":
             place = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}[stem]
@@ -121,7 +123,9 @@ def test_a_truncated_file_is_named(file, tmp_path, share):
     cut = tmp_path / "cut.gguf"
     content = file.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(UnsupportedModelError, match=r"cannot load '.*cut\.gguf': is the file complete\? It has [\d,]+ by"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"cannot load '.*cut\.gguf': is the file complete\? It has [\d,]+ by"
+    ):
         load_model(str(cut))
 
 

@@ -112,7 +112,8 @@ def load(
 
     Args:
         format: one of `FORMATS`.
-        source: a file, `hf://owner/name[/config][:split]`, several of either, or rows such as a `datasets.IterableDataset`.
+        source: a file, `hf://owner/name[/config][:split]`, several of either, or rows such as a
+            `datasets.IterableDataset`.
         split: the split on the hub; "train" by default.
         columns: the column of each renamed field, such as {"user_id": "author"}.
         timezone: the zone of clock times that name none, such as "Europe/Berlin"; without it they are errors.

@@ -56,7 +56,9 @@ def test_two_splits_are_refused(hub: list[Any]) -> None:
 def test_records_are_read_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"user_id": "u", "query": "q", "response": "r", "history": ["a"], "timestamp": "2020-05-09T06:53:20Z"}
     calls: list[Any] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or [row, row])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or [row, row]
+    )
     assert load_records("hf://a/b/c:test") == [parse_record(row, "here")] * 2
     assert calls == [(("a/b", "c"), {"split": "test", "streaming": True})]
     bad = {**row, "response": ""}
