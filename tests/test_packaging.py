@@ -138,8 +138,8 @@ def test_torch_is_the_only_unconditional_dependency(metadata: Message) -> None:
 
 def test_extras_contain_one_another(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        "all", "cli", "dense", "dev", "docs", "flash-attn", "tensorboard", "test", "train", "triton", "trl",
-        "wandb",
+        "all", "cli", "dense", "dev", "docs", "flash-attn", "gguf", "quantize", "tensorboard", "test", "train",
+        "triton", "trl", "wandb",
     }  # fmt: skip
     train, cli, test, dev = (_extra(metadata, name) for name in ("train", "cli", "test", "dev"))
     assert train < cli < test < dev

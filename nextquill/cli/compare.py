@@ -170,12 +170,12 @@ def run(arguments: Sequence[str]) -> int:
 
     def start(seed: int) -> tuple[Any, Any]:
         model, tokenizer, _ = loaded(seed)
-        return lora.apply(model), tokenizer
+        return lora.apply(model, model_options.revision), tokenizer
 
     model, tokenizer, settings = loaded(options.seeds[0])
     is_new = model_options.model in SCRATCH_SIZES
     weights = None if is_new else model_digest(model)
-    model = lora.apply(model)
+    model = lora.apply(model, model_options.revision)
     check_optimizer(args, model)
     folder = Path(args.output_dir)
     shared = {

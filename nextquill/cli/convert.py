@@ -19,7 +19,7 @@ from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record, SkippedRecords
 from nextquill.data.lines import MAX_LINE_BYTES
 from nextquill.data.loaders import FORMATS, load
-from nextquill.data.loaders.times import TIME_UNITS
+from nextquill.data.times import TIME_UNITS
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.storage.atomic_files import written_together
 
@@ -37,7 +37,7 @@ class ConvertInput:
     """Data: what is read."""
 
     input: list[str] = option(
-        "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG].",
+        "Files (.jsonl, .json, .csv, .tsv, each also gzipped, or .parquet), or hf://OWNER/NAME[/CONFIG][:SPLIT].",
         metavar="PATH",
     )
     format: str = option("The format of the rows.", choices=list(FORMATS))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_file, claim_output_file, option
-from nextquill.cli.load_and_score import Loaded
+from nextquill.cli.load_and_score import Loaded, read_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
-from nextquill.data import HistoryItem, Record, read_jsonl
+from nextquill.data import HistoryItem, Record
 from nextquill.data.lines import json_lines
 from nextquill.data.records import check_text
 from nextquill.errors import ArgumentError, RecordError, naming
@@ -58,18 +58,15 @@ class HistoryOptions:
             raise ArgumentError("user_id: expected with --records_file, and only with it")
         if self.other_user_id is not None and self.records_file is None:
             raise ArgumentError("other_user_id: expected --records_file with it")
-        for name in ("history_file", "records_file"):
-            path = getattr(self, name)
-            if path not in (None, "-"):
-                check_file(name, path)
+        if self.history_file not in (None, "-"):
+            check_file("history_file", str(self.history_file))
 
     def read(self) -> Histories:
         """The user's own history and, from records of several users, another's."""
         if self.history_file is not None:
             with naming("history_file"):
                 return {OWN: _texts(self.history_file)}
-        with naming("records_file"):
-            last = {record.user_id: record for record in read_jsonl(str(self.records_file))}
+        last = {record.user_id: record for record in read_records("records_file", str(self.records_file))}
         users, own = list(last), self._known("user_id", last)
         others = users[users.index(own) + 1 :] + users[: users.index(own)]
         other = others[0] if self.other_user_id is None and others else self._known("other_user_id", last, own)

@@ -18,6 +18,7 @@ from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
 from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
+from nextquill.models.gguf import gguf_arguments
 from nextquill.models.loading import PromptSettings, find_tokenizer
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
 
@@ -143,7 +144,8 @@ def _context(name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        return context_length(SimpleNamespace(config=AutoConfig.from_pretrained(name, local_files_only=True)))
+        config = AutoConfig.from_pretrained(**gguf_arguments(name), local_files_only=True)
+        return context_length(SimpleNamespace(config=config))
     # A folder with only a tokenizer has no config, and that of an unknown architecture cannot be read.
     except (OSError, ValueError, KeyError):
         return None

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from nextquill.cli.flags import check_positive, check_token_budget
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.terminal import bar
-from nextquill.data import Record, read_jsonl
+from nextquill.data import Record, load_records
 from nextquill.data.skipped import SkippedRecords
 from nextquill.errors import naming
 from nextquill.models.configs import check_vocabulary, context_length, default_max_length
@@ -32,7 +32,7 @@ class Loaded:
         quieten_transformers()
         name = model_options.model
         self.stored = prompt_options.stored(name)
-        self.model, self.tokenizer = load_model(name, dtype=model_options.dtype)
+        self.model, self.tokenizer = load_model(name, **model_options.loading())
         check_vocabulary(self.model, self.tokenizer)
         self.model.to(device())
         self.settings = prompt_options.settings(self.stored, default_max_length(self.model), context_length(self.model))
@@ -69,9 +69,9 @@ def eval_records(files: ScoreFiles, skipped: SkippedRecords | None = None) -> li
 
 
 def read_records(flag: str, path: str, skipped: SkippedRecords | None = None) -> list[Record]:
-    """Read a JSONL file; an error in it names the flag of the file, or is counted in `skipped`."""
-    with naming(flag):
-        return read_jsonl(path, skipped)
+    """Read a JSONL file or a data set of the hub; an error names the flag, or is counted in `skipped`."""
+    with naming(flag, "source"):
+        return load_records(path, skipped)
 
 
 def encode_records(

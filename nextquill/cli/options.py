@@ -32,12 +32,34 @@ def attention_option() -> Any:
 
 
 @dataclass
-class TrainModelOptions:
+class ModelOptions:
+    """Model: the one that is measured."""
+
+    model: str = option(
+        "A model folder, the checkpoint of a run, a .gguf file, or a name on the Hugging Face hub.",
+        aliases=["model_name_or_path"], metavar="MODEL",
+    )  # fmt: skip
+    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
+    revision: str | None = option("Branch, tag or commit of a model on the hub.", None)
+    attn_implementation: str | None = option(
+        "The model's own attention, such as eager, sdpa or flash_attention_2; passes that share prefixes replace it.",
+        None, metavar="NAME",
+    )  # fmt: skip
+    load_in_4bit: bool = option("Quantise the weights to 4 bits (NF4), with bitsandbytes.", False)
+    load_in_8bit: bool = option("Quantise the weights to 8 bits, with bitsandbytes.", False)
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_model` except the name."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+
+@dataclass
+class TrainModelOptions(ModelOptions):
     """Model: the one that is trained."""
 
     model: str = option(
-        "A model folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its tokenizer from "
-        "the training text.",
+        "A model folder, a .gguf file, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and its "
+        "tokenizer from the training text.",
         aliases=["model_name_or_path"],
         metavar="MODEL",
     )
@@ -50,23 +72,14 @@ class TrainModelOptions:
 
 
 @dataclass
-class ModelOptions:
-    """Model: the one that is measured."""
-
-    model: str = option(
-        "A model folder, the checkpoint of a run, or a name on the Hugging Face hub.", aliases=["model_name_or_path"],
-        metavar="MODEL",
-    )  # fmt: skip
-    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
-
-
-@dataclass
 class TrainFiles:
     """Data: the records, and the folder that a run writes."""
 
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
     train_file: str = option(
-        "Training records, JSONL: user_id, query, history, response and optionally timestamp.", metavar="FILE"
+        "Training records, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT]: user_id, query, history, response and optionally "
+        "timestamp.",
+        metavar="FILE",
     )
     eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
     effects_file: str | None = option(
@@ -276,13 +289,15 @@ class LoraOptions:
             if self.lora_r is not None and args.process_index == 0:
                 say(f"learning rate {args.learning_rate:g}, the default with --lora_r; --learning_rate sets another")
 
-    def apply(self, model: Any) -> Any:
-        """Wrap the model in adapters where a rank was given."""
+    def apply(self, model: Any, revision: str | None = None) -> Any:
+        """Wrap the model in adapters where a rank was given; they name the revision of their base."""
         if self.lora_r is None:
+            if getattr(model, "is_quantized", False) and not is_adapter(model):
+                raise ArgumentError("lora_r: expected one for a quantised model, whose own weights cannot be trained")
             return model
         if is_adapter(model):
             raise ArgumentError("lora_r: the model already has an adapter, which is trained; leave --lora_r out")
-        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout))
+        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout, revision=revision))
 
 
 def lora_config(options: Any, **more: Any) -> Any:
@@ -312,7 +327,10 @@ def adapted(model: Any, config: Any) -> Any:
 class ScoreFiles:
     """Data: the records, and how they are computed."""
 
-    eval_file: str = option("Records to measure on, JSONL.", aliases=["records_file", "test_file"], metavar="FILE")
+    eval_file: str = option(
+        "Records to measure on, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT].", aliases=["records_file", "test_file"],
+        metavar="FILE",
+    )  # fmt: skip
     limit: int | None = option("Use only this many records, the first ones.", None)
     batch_size: int | None = option(
         "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None

@@ -11,7 +11,7 @@ from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import device, quieten_transformers
 from nextquill.cli.options import PRECISIONS
 from nextquill.cli.terminal import say
-from nextquill.data import Record, read_jsonl
+from nextquill.data import Record, load_records
 from nextquill.data.loaders import FORMATS, load
 from nextquill.data.records import RECORD_FIELDS
 from nextquill.data.skipped import PlacedError
@@ -60,7 +60,7 @@ class PopiFormat:
             return
         try:
             for path in paths:
-                yield from read_jsonl(path)
+                yield from load_records(path)
         except PlacedError as error:
             if error.field in RECORD_FIELDS:
                 error.problem += "; --format preferences reads rows of prompt, chosen and rejected"

@@ -72,7 +72,7 @@ class PopiFiles:
     """Data: pairs and the run's folder."""
 
     OUTPUT_DIR = "Where the run is written; must be empty, or hold the run that is resumed."
-    train_file: list[str] = option("Preference pairs: files, or hf://OWNER/NAME[/CONFIG].", metavar="PATH")
+    train_file: list[str] = option("Preference pairs: files, or hf://OWNER/NAME[/CONFIG][:SPLIT].", metavar="PATH")
     eval_file: list[str] | None = option("Pairs of other users, for evaluation during training.", None, metavar="PATH")
     overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
 

@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     quieten(args)
     set_seed(args.seed)
     model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed)
-    model = lora.apply(model)
+    model = lora.apply(model, model_options.revision)
     check_optimizer(args, model)
     if resume is not None:
         check_tokenizer(resume, tokenizer)
@@ -93,7 +93,7 @@ def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings
     if trainer.args.should_save:
         open_output_dir(folder, resume)
         if settings is not None:
-            write_whole(folder / PROMPT_FILE, settings.to_json())
+            write_whole(folder / PROMPT_FILE, settings.with_chat(trainer.encoder.renderer.uses_chat).to_json())
     say(trainer, report)
     code = run_trainer(trainer, folder, resume)
     end(trainer)
@@ -156,7 +156,7 @@ def load(
         )
     records: Any = source  # for a new model, which has no prepared examples
     stored = prompt_options.stored(name)
-    model, tokenizer = load_model(name, dtype=model_options.dtype, records=lambda: records, seed=seed)
+    model, tokenizer = load_model(name, **model_options.loading(), records=lambda: records, seed=seed)
     length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
     if stored is None and isinstance(source, PreparedDataset):
         encoded_with = source.settings

@@ -244,7 +244,7 @@ def _train(
         folder.mkdir(parents=True, exist_ok=True)
     matched = match_time(setup, arm, seed) if arm.matches_time else None
     trainer = _trainer(setup, arm, seed, folder, model, tokenizer, matched)
-    write_whole(folder / PROMPT_FILE, setup.settings.to_json())
+    write_whole(folder / PROMPT_FILE, setup.settings.with_chat(trainer.encoder.renderer.uses_chat).to_json())
     with setup.attend(trainer) as attention:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if attention.requested:

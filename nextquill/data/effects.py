@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nextquill.data.examples import EncodedExample
 from nextquill.data.lines import json_lines
-from nextquill.data.records import required, unexpected
-from nextquill.data.skipped import PlacedError
+from nextquill.data.records import required
+from nextquill.data.skipped import PlacedError, unexpected
 from nextquill.errors import ArgumentError, RecordError
 
 _FIELDS = ("nll_factual", "nll_counterfactual")

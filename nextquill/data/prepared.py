@@ -111,7 +111,11 @@ class PreparedDataset(EncodedDataset):
         here = encoder_settings(encoder)
         if encoder.max_response_length is None:  # no limit, so any limit of the folder's fits
             here["max_response_length"] = self.settings["max_response_length"]
-        if (difference := first_difference(self.settings, here)) is not None:
+        there = {**self.settings, "template": dict(self.settings["template"])}
+        for template in (there["template"], here["template"]):
+            if template.get("chat") is None:  # as the tokenizer has it, which is compared too
+                template["chat"] = encoder.renderer.uses_chat
+        if (difference := first_difference(there, here)) is not None:
             raise CheckpointError(f"{self.folder} was prepared with another {difference}; prepare the records again")
 
 

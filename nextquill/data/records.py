@@ -8,8 +8,8 @@ Two rules protect the training. First, `history` must be present, if only as an 
 would train a personalised model without any history. Second, no item of the history may be later than the record,
 because a text from the user's future gives away the answer.
 
-Times are seconds since the epoch. `nextquill.data.loaders` converts dates, time zones and milliseconds, whose meaning
-depends on the source.
+Times are seconds since the epoch, or ISO 8601 with a zone, such as "2020-05-09T06:53:20Z"; a date alone is its first
+moment in UTC. `nextquill.data.loaders` also converts milliseconds, and clock times of a known zone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from numbers import Integral, Real
 from typing import Any
 
 from nextquill.data.lines import MAX_LINE_BYTES, json_lines
-from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.data.skipped import PlacedError, SkippedRecords, each_good, type_name, unexpected
+from nextquill.data.times import Clock, as_float
 from nextquill.errors import ArgumentError, ArgumentTypeError
 
 #: The fields of a record; every other key is in `extra`.
@@ -90,7 +92,8 @@ def parse_record(raw: object, where: str) -> Record:
     Args:
         raw: a mapping with `user_id` (str or int), `query` (str), `response` (str, not blank), `history` (a list of
             strings or of mappings with `text` and optional `title` and `timestamp`; other keys of an item are ignored)
-            and optionally `timestamp` (seconds, a finite number). None counts as absent.
+            and optionally `timestamp` (a finite number of seconds, an ISO 8601 string, or a `datetime` with a zone).
+            None counts as absent.
         where: the record's place, the first words of every error.
 
     Returns:
@@ -102,7 +105,7 @@ def parse_record(raw: object, where: str) -> Record:
             record.
     """
     if not isinstance(raw, Mapping):
-        raise PlacedError(where, f"expected an object with named fields, got {_type_name(raw)}")
+        raise PlacedError(where, f"expected an object with named fields, got {type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
     history = _history(required(raw, "history", where), where)
     check_times(history, timestamp, where)
@@ -147,8 +150,8 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
     """Read records from a file, a data set or an iterable.
 
     Args:
-        source: the path of a JSONL file, a `datasets.Dataset`, or any iterable of mappings or `Record`s. A `Record` is
-            not checked again.
+        source: the path of a JSONL file, `hf://owner/name[/config][:split]`, a `datasets.Dataset`, or any iterable of
+            mappings or `Record`s. A `Record` is not checked again.
         skipped: counts bad records, which are then left out; None makes the first one an error.
 
     Raises:
@@ -156,11 +159,15 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         ArgumentTypeError: `source` has another type. A mapping, such as a `datasets.DatasetDict`, is refused, since
             iterating it would yield the names of its splits.
     """
+    if isinstance(source, str) and source.startswith("hf://"):
+        from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
+
+        return list(load("table", source, skipped=skipped, keep_duplicates=True))
     if isinstance(source, (str, os.PathLike)):
         return read_jsonl(source, skipped)
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise ArgumentTypeError(
-            f"source: expected a path or an iterable of records (of one split), got {_type_name(source)}"
+            f"source: expected a path or an iterable of records (of one split), got {type_name(source)}"
         )
     items = ((f"record {position}", raw) for position, raw in enumerate(source))
     return list(each_good(items, _record, skipped, "source", "no records, the iterable is empty"))
@@ -212,19 +219,13 @@ def check_text(value: object, where: str, name: str) -> str:
     return value
 
 
-def as_float(value: Real) -> float:
-    """The nearest float; infinity if the number is too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _timestamp(value: object, where: str, name: str) -> float | None:
     if value is None:
         return None
+    if isinstance(value, (str, datetime)):
+        return Clock().date(value, where, name)  # of its own, as its errors name earlier times of one source
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise unexpected(where, name, "a number of seconds", value)
+        raise unexpected(where, name, "a number of seconds or an ISO 8601 time", value)
     seconds = as_float(value)
     if not math.isfinite(seconds):
         raise PlacedError(where, f"expected a finite number of seconds, got {seconds}", name)
@@ -267,12 +268,3 @@ def _history_item(raw: object, where: str, name: str) -> HistoryItem:
         title=None if title is None else check_text(title, where, f"{name}.title"),
         timestamp=_timestamp(raw.get("timestamp"), where, f"{name}.timestamp"),
     )
-
-
-def unexpected(where: str, name: str, expected: str, value: object) -> PlacedError:
-    """The error for a value with the wrong type."""
-    return PlacedError(where, f"expected {expected}, got {_type_name(value)}", name)
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else type(value).__name__

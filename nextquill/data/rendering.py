@@ -181,7 +181,11 @@ class PromptRenderer:
 def _uses_chat(template: PromptTemplate, tokenizer: Tokenizer) -> bool:
     available = bool(getattr(tokenizer, "chat_template", None)) and hasattr(tokenizer, "apply_chat_template")
     if template.chat and not available:
-        raise ArgumentError("chat: expected a tokenizer with a chat template for chat=True, got one without")
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ArgumentError(
+            f"chat: expected a tokenizer with a chat template, as asked for or as the trained run used one, got {name} "
+            "without"
+        )
     return available if template.chat is None else template.chat
 
 

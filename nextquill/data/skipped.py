@@ -31,6 +31,16 @@ class PlacedError(RecordError):
         return f"{self.where}: {'' if self.field is None else f'field {self.field!r}: '}{self.problem}"
 
 
+def unexpected(where: str, name: str, expected: str, value: object) -> PlacedError:
+    """The error for a value with the wrong type."""
+    return PlacedError(where, f"expected {expected}, got {type_name(value)}", name)
+
+
+def type_name(value: object) -> str:
+    """The name of a value's type; that of None is null, as in JSON."""
+    return "null" if value is None else type(value).__name__
+
+
 class SkippedRecords:
     """Counts the records that a reader has skipped, and keeps the first few messages.
 

@@ -108,15 +108,15 @@ class Writer:
         self._keep, self._kept = keep_history, None  # the last history, computed
 
     @classmethod
-    def load(cls, model_name_or_path: str, *, dtype: str = "auto", device: Any = None) -> Writer:
+    def load(cls, model_name_or_path: str, *, device: Any = None, **loading: Any) -> Writer:
         """Load a run's folder, an adapter, or any causal language model; see `load_model` for names and errors.
 
         Args:
-            model_name_or_path: a folder, or a name on the Hugging Face hub.
-            dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+            model_name_or_path: a folder, a GGUF file, or a name on the Hugging Face hub.
             device: where the model runs; by default the accelerator, or the CPU without one.
+            loading: options of `load_model`, such as `dtype="bfloat16"`.
         """
-        model, tokenizer = load_model(model_name_or_path, dtype=dtype)
+        model, tokenizer = load_model(model_name_or_path, **loading)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return cls(model.to(device or accelerator or "cpu"), tokenizer, load_prompt_settings(model_name_or_path))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nextquill.data import PromptTemplate, Record
-from nextquill.errors import CheckpointError, NextQuillError, UnsupportedModelError
+from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
+from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
 
 PROMPT_FILE = "nextquill_prompt.json"
@@ -26,6 +29,10 @@ class PromptSettings:
     template: PromptTemplate
     max_length: int
     max_response_length: int | None = None
+
+    def with_chat(self, uses_chat: bool) -> PromptSettings:
+        """The settings of a run, whose prompts stay the same if the tokenizer gets or loses its chat template."""
+        return dataclasses.replace(self, template=dataclasses.replace(self.template, chat=uses_chat))
 
     def to_json(self) -> str:
         """Return the text of the settings' file."""
@@ -56,28 +63,81 @@ def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
         raise CheckpointError(f"{path}: not the prompt settings of a nextquill model: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loading:
+    """How weights are loaded; see `load_model`."""
+
+    dtype: str = "auto"
+    revision: str | None = None
+    attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+
+    @property
+    def quantised(self) -> str | None:
+        """The flag that asks for fewer bits, or None."""
+        return "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None
+
+    def check(self, name_or_path: str) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ArgumentError("load_in_4bit: expected either it or load_in_8bit, got both")
+        if self.quantised and name_or_path in SCRATCH_SIZES:
+            raise ArgumentError(f"{self.quantised}: a new {name_or_path!r} model has no trained weights to quantise")
+        if self.quantised and importlib.util.find_spec("bitsandbytes") is None:
+            raise ArgumentError(f"{self.quantised}: needs the package bitsandbytes; pip install 'nextquill[quantize]'")
+        if self.revision is not None and (name_or_path in SCRATCH_SIZES or Path(name_or_path).expanduser().exists()):
+            raise ArgumentError(f"revision: expected a model on the hub with it, got {name_or_path}")
+
+    def quantisation(self) -> dict[str, Any]:
+        """The argument of `from_pretrained` that quantises, if any."""
+        if not self.quantised:
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        return {"quantization_config": BitsAndBytesConfig(**{self.quantised: True}, bnb_4bit_quant_type="nf4")}
+
+
 def load_model(
-    name_or_path: str, *, dtype: str = "auto", records: Callable[[], Sequence[Record]] | None = None, seed: int = 0
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    records: Callable[[], Sequence[Record]] | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        name_or_path: a folder, a name on the Hugging Face hub, or "tiny" / "small" for a new model whose tokenizer is
-            made from `records`. A folder with a PEFT adapter loads its base model and the adapter, trainable.
-        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        name_or_path: a folder, a name on the Hugging Face hub, a GGUF file, or "tiny" / "small" for a new model whose
+            tokenizer is made from `records`. A folder with a PEFT adapter loads its base model and the adapter,
+            trainable. The weights of a GGUF file are dequantised.
+        dtype: "auto" (as stored; float32 for a GGUF file), "float32", "bfloat16" or "float16".
         records: the training records, for a new model.
         seed: initialisation of a new model.
+        revision: a branch, tag or commit of a model on the hub.
+        attn_implementation: the model's own attention, such as "eager", "sdpa" or "flash_attention_2". Passes over
+            trees replace it, see `nextquill.models.attention`.
+        load_in_4bit, load_in_8bit: quantise the linear layers with bitsandbytes: 4 bits (NF4), or 8.
 
     Raises:
-        UnsupportedModelError: the model cannot be loaded, or some of its weights are missing.
+        UnsupportedModelError: the model cannot be loaded, some of its weights are missing, or an adapter does not fit
+            its base model.
+        ArgumentError: arguments that do not go together, or one that the model or this machine cannot take.
     """
+    how = _Loading(dtype, revision, attn_implementation, load_in_4bit, load_in_8bit)
+    how.check(name_or_path)
     if name_or_path in SCRATCH_SIZES:
-        return _new_model(name_or_path, records, seed)
+        return _with_attention(_new_model(name_or_path, records, seed), how)
     place, cached_only = _locate(name_or_path)
     try:
         if (Path(place) / _ADAPTER_FILE).is_file():
-            return _load_adapter(place, dtype)
-        return _load_base(place, dtype, cached_only), load_tokenizer(place, cached_only)
+            return _load_adapter(place, how)
+        with read_once(place):
+            model = _load_base(place, how, cached_only)
+            return _with_attention((model, load_tokenizer(place, cached_only, revision)), how)
     except NextQuillError:
         raise
     # A damaged folder can fail anywhere: in JSON, safetensors, pickle, shapes, or an architecture's own code.
@@ -85,6 +145,8 @@ def load_model(
         reason = _first_sentence(error)
         if cached_only:
             reason = "it is not a folder here, the hub cannot be reached, and it is not in the hub's cache"
+        elif is_gguf(place) and "not supported" not in reason:
+            reason = f"is the file complete? It has {Path(place).stat().st_size:,} bytes ({reason})"
         raise UnsupportedModelError(f"model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
 
 
@@ -107,16 +169,20 @@ def _locate(name_or_path: str) -> tuple[str, bool]:
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        _check_folder(path)
+        _check_place(path)
         return str(path.resolve()), False
     if _looks_local(name_or_path):
-        raise UnsupportedModelError(f"model_name_or_path: there is no folder {name_or_path}")
+        kind = "file" if is_gguf(name_or_path) else "folder"
+        raise UnsupportedModelError(f"model_name_or_path: there is no {kind} {name_or_path}")
     return name_or_path, not _hub_answers()
 
 
-def _check_folder(path: Path) -> None:
+def _check_place(path: Path) -> None:
+    if path.is_file() and is_gguf(path):
+        check_gguf(path)
+        return
     if not path.is_dir():
-        raise UnsupportedModelError(f"model_name_or_path: expected a model folder, got the file {path}")
+        raise UnsupportedModelError(f"model_name_or_path: expected a model folder or a {SUFFIX} file, got {path}")
     if (path / "config.json").is_file() or (path / _ADAPTER_FILE).is_file():
         return
     checkpoints = sorted(path.glob("checkpoint-*"))
@@ -127,7 +193,9 @@ def _check_folder(path: Path) -> None:
 def _looks_local(name: str) -> bool:
     """Whether a name was meant as a path that does not exist: a hub name has at most one slash, in the middle."""
     first, _, rest = name.replace(os.sep, "/").partition("/")
-    return name.startswith((".", "/", "~", os.sep)) or "/" in rest or (bool(rest) and Path(first).is_dir())
+    if name.startswith((".", "/", "~", os.sep)) or is_gguf(name):
+        return True
+    return "/" in rest or (bool(rest) and Path(first).is_dir())
 
 
 def _hub_answers() -> bool:
@@ -141,8 +209,8 @@ def _hub_answers() -> bool:
     return True
 
 
-def load_tokenizer(place: str, cached_only: bool = False) -> Any:
-    """The tokenizer of a folder or a hub name.
+def load_tokenizer(place: str, cached_only: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer of a folder, a GGUF file or a hub name, there of a revision.
 
     Raises:
         UnsupportedModelError: the tokenizer cannot be loaded.
@@ -150,7 +218,7 @@ def load_tokenizer(place: str, cached_only: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=cached_only)
+        return AutoTokenizer.from_pretrained(**gguf_arguments(place), local_files_only=cached_only, **_at(revision))
     # The file formats of tokenizers raise errors of many types, some from Rust.
     except Exception as error:
         raise UnsupportedModelError(
@@ -169,47 +237,101 @@ def find_tokenizer(name_or_path: str) -> Any:
         return load_tokenizer(str(folder))
     place, cached_only = _locate(name_or_path)
     if (Path(place) / _ADAPTER_FILE).is_file():
-        return find_tokenizer(_base_name(place))
+        return find_tokenizer(_base(place)[0])
     return load_tokenizer(place, cached_only)
 
 
-def _load_base(place: str, dtype: str, cached_only: bool = False) -> Any:
+def _at(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _with_attention(loaded: tuple[Any, Any], how: _Loading) -> tuple[Any, Any]:
+    if how.attn_implementation is not None:
+        try:
+            loaded[0].set_attn_implementation(how.attn_implementation)
+        except (ValueError, ImportError, RuntimeError, OSError) as error:
+            raise ArgumentError(f"attn_implementation: {_first_sentence(error)}") from error
+    return loaded
+
+
+def _load_base(place: str, how: _Loading, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    cached = {"local_files_only": cached_only}  # the search for an adapter does not read the model's own setting
-    model, info = load(place, dtype=dtype, adapter_kwargs=cached, **cached, output_loading_info=True)
+    # The search for an adapter does not read the model's own settings.
+    hub = {"local_files_only": cached_only, **_at(how.revision)}
+    from_file, quantisation = is_gguf(place), how.quantisation()
+    options = {"dtype": "float32" if from_file and how.dtype == "auto" else how.dtype, **hub, "adapter_kwargs": hub}
+    options |= {} if from_file else quantisation
+    model, info = load(**gguf_arguments(place), **options, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers initialises them at random, and only logs it
         raise UnsupportedModelError(
             f"model_name_or_path: {place} lacks {len(missing)} of the model's weights, such as {missing[0]}"
         )
-    return model
+    return as_ordinary(model, place, **quantisation) if from_file else model
 
 
-def _load_adapter(place: str, dtype: str) -> tuple[Any, Any]:
+def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
-    from peft import PeftModel
-
-    base_name = _base_name(place)
+    base_name, revision = _base(place)
     try:
-        base, tokenizer = load_model(base_name, dtype=dtype)
+        revision = None if Path(base_name).exists() else revision  # saved elsewhere meanwhile
+        base, tokenizer = load_model(base_name, **vars(how) | {"revision": revision})
     except UnsupportedModelError as error:
         message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"
         raise UnsupportedModelError(message) from error
     if (Path(place) / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(place)
-    return PeftModel.from_pretrained(base, place, is_trainable=True), tokenizer
+        own = load_tokenizer(place)
+        _check_same_tokens(own, tokenizer, place, base_name)
+        tokenizer = own
+    return _with_adapter(base, place, base_name), tokenizer
 
 
-def _base_name(place: str) -> str:
-    """The name of an adapter's base model."""
+def _with_adapter(base: Any, place: str, base_name: str) -> Any:
+    """The base in the adapter; PEFT itself drops weights for layers that the base lacks without a word."""
+    from peft import PeftModel
+
+    unfit = f"model_name_or_path: the adapter in {place} does not fit its base model {base_name}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
+            model = PeftModel.from_pretrained(base, place, is_trainable=True)
+            found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UnsupportedModelError(f"{unfit}: {_detail(error)}") from error
+    for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
+        if names:
+            raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
+    return model
+
+
+def _check_same_tokens(own: Any, base: Any, place: str, base_name: str) -> None:
+    """Raise UnsupportedModelError if a token has another id in the base; an adapter may add tokens."""
+    ids, base_ids = own.get_vocab(), base.get_vocab()
+    other = next((token for token, index in ids.items() if base_ids.get(token, index) != index), None)
+    if other is not None:
+        raise UnsupportedModelError(
+            f"model_name_or_path: the adapter in {place} was trained with another vocabulary than its base model "
+            f"{base_name}: token {other!r} is {ids[other]} there and {base_ids[other]} here"
+        )
+
+
+def _base(place: str) -> tuple[str, str | None]:
+    """The name of an adapter's base model, and its revision."""
     from peft import PeftConfig
 
-    name = PeftConfig.from_pretrained(place).base_model_name_or_path
+    config = PeftConfig.from_pretrained(place)
+    name = config.base_model_name_or_path
     if not name:
         raise UnsupportedModelError(f"model_name_or_path: the adapter in {place} does not name its base model")
-    return str(name)
+    return str(name), config.revision
+
+
+def _detail(error: BaseException) -> str:
+    """The first line that says what differs: torch's begin with a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else "".join(lines)
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -42,6 +42,7 @@ def test_a_run_leaves_a_model_its_prompt_and_its_metrics(trained):
     assert not [name for name in names if name.startswith(".")]
     settings = load_prompt_settings(trained)
     assert settings.max_length == 1024
+    assert settings.template.chat is False, "the tokenizer has no chat template"
     assert load_prompt_settings(trained / "checkpoint-2") == settings
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"eval_loss", "eval_nll_factual", "eval_effect_placebo"} <= metrics["eval"].keys()

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,30 @@ def test_history_of_the_records_own_second_is_no_leak() -> None:
     assert parse_record(raw, "here").history[0].timestamp == 4.0
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("2020-05-09T06:53:20Z", 1589007200.0),
+        ("2020-05-09 08:53:20.5+02:00", 1589007200.5),
+        ("2020-05-09", 1588982400.0),
+        ("2020", 1577836800.0),
+        (datetime(2020, 5, 9, 6, 53, 20, tzinfo=timezone.utc), 1589007200.0),
+    ],
+    ids=str,
+)
+def test_a_time_may_be_written_out(written: object, seconds: float) -> None:
+    record = parse_record({**GOOD, "history": [{"text": "a", "timestamp": written}], "timestamp": written}, "here")
+    assert (record.timestamp, record.history[0].timestamp) == (seconds, seconds)
+
+
+def test_written_times_sort_with_numbers_and_leak_as_they_do() -> None:
+    late, early = {"text": "late", "timestamp": "2020-05-09"}, {"text": "early", "timestamp": 1}
+    raw = {**GOOD, "history": [late, early], "timestamp": "2020-05-10"}
+    assert [item.text for item in parse_record(raw, "here").history] == ["early", "late"]
+    with pytest.raises(RecordError, match="leaks the answer"):
+        parse_record({**raw, "timestamp": "2020-05-08"}, "here")
+
+
 BAD_FIELDS = {
     "user_id-bool": ({"user_id": True}, "field 'user_id': expected a string or an integer, got bool"),
     "user_id-float": ({"user_id": 1.5}, "field 'user_id': expected a string or an integer, got float"),
@@ -90,10 +115,12 @@ BAD_FIELDS = {
     "text-null": ({"history": [{"text": None}]}, "field 'history[0].text': required, but null"),
     "title-int": ({"history": [{"text": "a", "title": 1}]}, "field 'history[0].title': expected a string, got int"),
     "item-timestamp-text": (
-        {"history": [{"text": "a", "timestamp": "2020"}]},
-        "field 'history[0].timestamp': expected a number of seconds, got str",
+        {"history": [{"text": "a", "timestamp": "last May"}]},
+        "field 'history[0].timestamp': expected a number or an ISO 8601 time, got 'last May'",
     ),
-    "timestamp-bool": ({"timestamp": True}, "field 'timestamp': expected a number of seconds, got bool"),
+    "timestamp-zone": ({"timestamp": "2020-05-09T06:53:20"}, "field 'timestamp': expected a time with a zone, such as"),
+    "timestamp-naive": ({"timestamp": datetime(2020, 5, 9)}, "field 'timestamp': expected a time with a zone, such as"),
+    "timestamp-bool": ({"timestamp": True}, "field 'timestamp': expected a number of seconds or an ISO 8601 time, got"),
     "timestamp-nan": ({"timestamp": math.nan}, "field 'timestamp': expected a finite number of seconds, got nan"),
     "timestamp-inf": ({"timestamp": -math.inf}, "field 'timestamp': expected a finite number of seconds, got -inf"),
     "timestamp-huge": ({"timestamp": 10**400}, "field 'timestamp': expected a finite number of seconds, got inf"),

@@ -10,12 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from nextquill.cli.options import LoraOptions
 from nextquill.data import PromptTemplate, Record
-from nextquill.errors import CheckpointError, UnsupportedModelError
+from nextquill.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from nextquill.models import loading
 from nextquill.models.configs import context_length
 from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model, load_prompt_settings
+from nextquill.models.tiny_models import build_tokenizer
 
 SETTINGS = PromptSettings(PromptTemplate(order="history_first", system="Être bref."), 700, 50)
 
@@ -199,6 +202,138 @@ def test_an_adapter_without_its_base(adapted, base):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
     with pytest.raises(UnsupportedModelError, match="base model"):
         load_model(str(adapted[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            r"does not fit its base model .*other: the base lacks 4 weights, such as .*layers\.1",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            r"does not fit its base model .*other: the adapter lacks 4 weights, such as .*layers\.2",
+        ),
+        ({"hidden_size": 128, "head_dim": 64}, r"does not fit its base model .*other: size mismatch for .*lora_A"),
+    ],
+    ids=["fewer-layers", "more-layers", "wider"],
+)
+def test_an_adapter_of_a_model_of_another_size(adapted, folder, change, message):
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in change.items():
+        setattr(config, name, value)
+    config.layer_types = None
+    rebased(adapted[0], LlamaForCausalLM(config), load_model(str(folder))[1])
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_model(str(adapted[0]))
+
+
+def test_an_adapter_of_another_architecture(adapted, folder):
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2)
+    rebased(adapted[0], GPT2LMHeadModel(config), load_model(str(folder))[1])
+    with pytest.raises(UnsupportedModelError, match=r"does not fit its base model .*other: .*q_proj.* not found"):
+        load_model(str(adapted[0]))
+
+
+def test_an_adapter_of_another_vocabulary(adapted, folder):
+    model, tokenizer = load_model(str(folder))
+    tokenizer.save_pretrained(adapted[0])
+    other = build_tokenizer(["quite another text, quite another text"], 300)
+    rebased(adapted[0], model, other)
+    with pytest.raises(
+        UnsupportedModelError, match=r"another vocabulary than its base model .*other: token '.*' is \d+ "
+    ):
+        load_model(str(adapted[0]))
+
+
+def test_an_adapter_may_add_tokens(adapted, folder):
+    _, tokenizer = load_model(str(folder))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapted[0])
+    assert load_model(str(adapted[0]))[1].get_vocab() == tokenizer.get_vocab()
+
+
+def rebased(adapter, model, tokenizer):
+    """Let an adapter's folder name another base model, in a folder beside it."""
+    base = adapter.parent / "other"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
+# ---- how a model is loaded ---------------------------------------------------------------------
+
+
+def test_the_models_own_attention_is_chosen(folder):
+    assert load_model(str(folder), attn_implementation="eager")[0].config._attn_implementation == "eager"
+    with pytest.raises(ArgumentError, match=r"^attn_implementation: .*nosuch"):
+        load_model(str(folder), attn_implementation="nosuch")
+
+
+@pytest.mark.parametrize("name", ["tiny", "folder"])
+def test_a_revision_is_for_the_hub(folder, name):
+    with pytest.raises(ArgumentError, match=r"^revision: expected a model on the hub with it, got"):
+        load_model(str(folder) if name == "folder" else name, revision="main")
+
+
+def test_the_revision_is_asked_for(monkeypatch):
+    asked = []
+
+    def from_pretrained(*names, **options):
+        asked.append((options["revision"], options.get("adapter_kwargs", options)["revision"]))
+        return SimpleNamespace(), {"missing_keys": set()}
+
+    monkeypatch.setattr(loading, "_hub_answers", lambda: True)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    load_model("some/model", revision="v2")
+    assert asked == [("v2", "v2")] * 2
+
+
+def test_an_adapter_loads_the_revision_of_its_base(adapted, monkeypatch):
+    path = adapted[0] / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"revision": "v2"}))
+    load_model(str(adapted[0]))  # its base is a folder, which has no revisions
+    path.write_text(json.dumps(config | {"revision": "v2", "base_model_name_or_path": "some/model"}))
+    asked = []
+
+    def from_pretrained(*names, **options):
+        asked.append(options["revision"])
+        raise OSError("enough")
+
+    monkeypatch.setattr(loading, "_hub_answers", lambda: True)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(UnsupportedModelError, match=r"needs its base model: .*some/model.*enough"):
+        load_model(str(adapted[0]))
+    assert asked == ["v2"]
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantising_needs_its_package(folder, bits, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(ArgumentError, match=rf"^{bits}: needs the package bitsandbytes; pip install 'nextquill\[quant"):
+        load_model(str(folder), **{bits: True})
+
+
+def test_quantising_twice_or_a_new_model_is_refused(folder):
+    with pytest.raises(ArgumentError, match="expected either it or load_in_8bit"):
+        load_model(str(folder), load_in_4bit=True, load_in_8bit=True)
+    with pytest.raises(ArgumentError, match="load_in_8bit: a new 'tiny' model has no trained weights"):
+        load_model("tiny", load_in_8bit=True)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.4), (8, 0.1)])
+def test_quantised_weights_give_nearly_the_same_logits(folder, bits, most):
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model(str(folder), **{f"load_in_{bits}bit": True})
+    assert model.is_quantized
+    with pytest.raises(ArgumentError, match=r"^lora_r: expected one for a quantised model"):
+        LoraOptions().apply(model)
+    whole = outputs(load_model(str(folder))[0])
+    assert 0 < (outputs(model) - whole).std() / whole.std() < most
 
 
 # ---- settings ----------------------------------------------------------------------------------

@@ -187,14 +187,14 @@ MUTATIONS = (
     ),
     Mutation(
         "data-milliseconds",
-        "nextquill/data/loaders/times.py",
+        "nextquill/data/times.py",
         'return value if self._unit == "s" else value / 1000',
         "return value",
         "times in milliseconds become dates in the far future",
     ),
     Mutation(
         "data-zone-sign",
-        "nextquill/data/loaders/times.py",
+        "nextquill/data/times.py",
         'timezone(-offset if text[0] == "-" else offset)',
         "timezone(offset)",
         "times west of Greenwich are off by twice the offset",

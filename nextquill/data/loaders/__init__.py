@@ -25,9 +25,9 @@ from nextquill.data.loaders.longlamp import load_longlamp
 from nextquill.data.loaders.preferences import load_preferences
 from nextquill.data.loaders.source import Rows, Source
 from nextquill.data.loaders.tables import load_table
-from nextquill.data.loaders.times import Clock
 from nextquill.data.records import Record
 from nextquill.data.skipped import PlacedError, SkippedRecords, each_good
+from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError
 from nextquill.storage.fingerprints import digest_of
 
@@ -112,7 +112,8 @@ def load(
 
     Args:
         format: one of `FORMATS`.
-        source: a file, `hf://owner/name[/config]`, several of either, or rows such as a `datasets.IterableDataset`.
+        source: a file, `hf://owner/name[/config][:split]`, several of either, or rows such as a
+            `datasets.IterableDataset`.
         split: the split on the hub; "train" by default.
         columns: the column of each renamed field, such as {"user_id": "author"}.
         timezone: the zone of clock times that name none, such as "Europe/Berlin"; without it they are errors.

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Place, Source
-from nextquill.data.records import Record, check_text, parse_record, unexpected
+from nextquill.data.records import Record, check_text, parse_record
+from nextquill.data.skipped import unexpected
 from nextquill.errors import ArgumentError
 
 

@@ -19,7 +19,8 @@ from nextquill.data._checks import check_integer, check_one_of
 from nextquill.data.loaders.by_user import Entry, records_of
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
-from nextquill.data.records import Record, check_text, unexpected
+from nextquill.data.records import Record, check_text
+from nextquill.data.skipped import unexpected
 
 _SPEAKS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 _ROLES = {role: role for role in _SPEAKS} | {

@@ -9,9 +9,9 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from nextquill.data.loaders.times import Clock
-from nextquill.data.records import RECORD_FIELDS, check_response, check_text, check_user_id, unexpected
-from nextquill.data.skipped import PlacedError
+from nextquill.data.records import RECORD_FIELDS, check_response, check_text, check_user_id
+from nextquill.data.skipped import PlacedError, unexpected
+from nextquill.data.times import Clock
 
 
 @dataclass(frozen=True, slots=True)

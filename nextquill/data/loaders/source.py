@@ -12,8 +12,8 @@ from nextquill.data.lines import MAX_LINE_BYTES, json_lines, opened
 from nextquill.data.loaders.csv_rows import csv_rows
 from nextquill.data.loaders.json_list import json_list
 from nextquill.data.loaders.row import Row
-from nextquill.data.loaders.times import Clock
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted
+from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 
 Place = str | os.PathLike[str]
@@ -59,7 +59,8 @@ class Source:
             raise ArgumentError(f"{self.argument}: expected at least one path, got none")
         for place in places:
             if place.startswith(HUB):
-                _hub_name(place, self.argument)
+                if _hub_name(place, self.argument)[2] and self.split is not None:
+                    raise ArgumentError(f"split: expected none beside the one in {place}, got {self.split!r}")
             elif _suffix(place) not in _SUFFIXES:
                 raise ArgumentError(f"{self.argument}: expected a file ending in {', '.join(_SUFFIXES)}, got {place}")
         if self.split is not None and not any(place.startswith(HUB) for place in places):
@@ -98,7 +99,7 @@ class Source:
             return
         for place in places:
             if place.startswith(HUB):
-                yield from _hub_rows(place, self.split or "train", self.argument)
+                yield from _hub_rows(place, self.split, self.argument)
             else:
                 yield from self._file(place)
 
@@ -153,22 +154,25 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, object]]:
         raise RecordError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _hub_name(place: str, argument: str) -> tuple[str, str | None]:
-    parts = place.removeprefix(HUB).split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise ArgumentError(f"{argument}: expected {HUB}owner/name or {HUB}owner/name/config, got {place}")
-    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+def _hub_name(place: str, argument: str) -> tuple[str, str | None, str | None]:
+    """The name, the configuration and the split of a data set."""
+    path, colon, split = place.removeprefix(HUB).partition(":")
+    parts = path.split("/")
+    if len(parts) not in (2, 3) or not all(parts) or (colon and not split):
+        raise ArgumentError(f"{argument}: expected {HUB}owner/name[/config][:split], got {place}")
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or None
 
 
-def _hub_rows(place: str, split: str, argument: str) -> Iterator[tuple[str, object]]:
-    name, config = _hub_name(place, argument)
+def _hub_rows(place: str, split: str | None, argument: str) -> Iterator[tuple[str, object]]:
+    name, config, own_split = _hub_name(place, argument)
+    split = own_split or split or "train"
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"datasets reads {place}: {error}; pip install 'nextquill[cli]'") from error
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # no such data set or split, or the hub cannot be reached
         raise ArgumentError(f"{argument}: {place}, split {split!r}: {' '.join(str(error).split())}") from error
     for position, values in enumerate(rows):
         yield f"{place} {split} row {position}", values

@@ -31,8 +31,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "number": ({"source": 3}, "source: expected a path, hf://owner/name or rows of one split, got int"),
     "none": ({"source": []}, "source: expected at least one path, got none"),
     "suffix": ({"source": "records.txt"}, "source: expected a file ending in .jsonl, .ndjson, .json"),
-    "hub": ({"source": "hf://owner"}, "source: expected hf://owner/name or hf://owner/name/config, got hf://owner"),
-    "hub-deep": ({"source": "hf://a/b/c/d"}, "source: expected hf://owner/name or"),
+    "hub": ({"source": "hf://owner"}, "source: expected hf://owner/name[/config][:split], got hf://owner"),
+    "hub-deep": ({"source": "hf://a/b/c/d"}, "source: expected hf://owner/name[/config][:split], got"),
     "split": ({"source": "a.jsonl", "split": "train"}, "split: expected none for local files, got 'train'"),
 }
 
@@ -105,7 +105,7 @@ def test_every_kind_of_bad_line_is_counted_and_placed(write: Any) -> None:
 
 
 def test_a_second_source_has_a_name_of_its_own() -> None:
-    with pytest.raises(ArgumentError, match=r"^metadata: expected hf://owner/name or .*, got hf://b$"):
+    with pytest.raises(ArgumentError, match=r"^metadata: expected hf://owner/name.*, got hf://b$"):
         load("amazon", "hf://a/b/c", metadata="hf://b")
 
 

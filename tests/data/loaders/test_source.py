@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
+from nextquill.data import load_records, parse_record
 from nextquill.data.loaders import load
 from nextquill.errors import ArgumentError, RecordError
 
@@ -39,6 +40,40 @@ def test_the_hub_is_streamed_by_name_configuration_and_split(hub: list[Any], fix
     place = "hf://LongLaMP/LongLaMP/topic_writing_user"
     assert list(load("longlamp", place, split="val")) == list(load("longlamp", fixtures / "longlamp_topics.jsonl"))
     assert hub == [("LongLaMP/LongLaMP", "topic_writing_user", {"split": "val", "streaming": True})]
+
+
+def test_a_place_on_the_hub_may_name_its_split(hub: list[Any]) -> None:
+    list(load("longlamp", "hf://LongLaMP/LongLaMP/topic_writing_user:val"))
+    assert hub == [("LongLaMP/LongLaMP", "topic_writing_user", {"split": "val", "streaming": True})]
+
+
+def test_two_splits_are_refused(hub: list[Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"^split: expected none beside the one in hf://a/b:val, got 'test'"):
+        list(load("longlamp", "hf://a/b:val", split="test"))
+    assert not hub
+
+
+def test_records_are_read_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"user_id": "u", "query": "q", "response": "r", "history": ["a"], "timestamp": "2020-05-09T06:53:20Z"}
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or [row, row]
+    )
+    assert load_records("hf://a/b/c:test") == [parse_record(row, "here")] * 2
+    assert calls == [(("a/b", "c"), {"split": "test", "streaming": True})]
+    bad = {**row, "response": ""}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: [row, bad])
+    with pytest.raises(RecordError, match=r"^hf://a/b train row 1: field 'response': expected some text"):
+        load_records("hf://a/b")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*names: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'a/b'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ArgumentError, match=r"^source: hf://a/b, split 'train': Couldn't reach 'a/b' on the Hub$"):
+        load_records("hf://a/b")
 
 
 def test_rows_of_the_hub_are_named(hub: list[Any]) -> None:

@@ -19,8 +19,7 @@ from numbers import Real
 from zoneinfo import ZoneInfo
 
 from nextquill.data._checks import check_one_of
-from nextquill.data.records import as_float, unexpected
-from nextquill.data.skipped import PlacedError
+from nextquill.data.skipped import PlacedError, unexpected
 from nextquill.errors import ArgumentError
 
 TIME_UNITS = ("s", "ms")
@@ -118,11 +117,22 @@ class Clock:
         elif self._zone is not None:
             moment = moment.replace(tzinfo=self._zone)
         else:
-            problem = "expected a time with a zone, got one without; give timezone"
+            problem = (
+                "expected a time with a zone, such as 2020-05-09T06:53:20Z, got one without; convert and load take a "
+                "timezone for all of them"
+            )
             if self._zoned_at is not None:
                 problem = f"got a time without a zone, but {self._zoned_at} has one; give timezone"
             raise PlacedError(where, problem, name, kind="time zone")
         return (moment - _EPOCH).total_seconds()
+
+
+def as_float(value: Real) -> float:
+    """The nearest float; infinity if the number is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _zone(text: str | None) -> timezone | None:

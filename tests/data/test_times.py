@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextquill.data.loaders.times import Clock
+from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, RecordError
 
 # What each is, in seconds since the epoch, worked out by hand or with `date -d`.
@@ -58,7 +58,7 @@ BAD = {
         "expected an ISO 8601 time, got '2020-05-09T06:53:61Z': second must be in 0..59",
     ),
     "milliseconds": (1589007200000, "expected seconds, got 1589007200000, which looks like ms; see time_unit"),
-    "no-zone": ("2020-05-09T06:53:20", "expected a time with a zone, got one without; give timezone"),
+    "no-zone": ("2020-05-09T06:53:20", "expected a time with a zone, such as 2020-05-09T06:53:20Z, got one"),
 }
 
 
