@@ -24,6 +24,10 @@ from nextquill.report.progress import Progress
 
 SAMPLE = Path(__file__).with_name("people.jsonl")
 GUIDANCES = (0.0, 0.5, 1.0)
+#: A word counts as raised or lowered from here on, in probability: the threshold of NextQuill's weights.
+CLEAR = 0.05
+#: Nats that a word loses without a past text that it is said to lean on.
+LEAST_LEANING = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class PeopleRecipe:
 
     people: int = 12
     texts: int = 4
-    shown: int = 3
+    shown: int = 6
     pairs: int = 2
     max_new_tokens: int = 40
 
@@ -196,12 +200,15 @@ def by_effect(people: People) -> list[ReadText]:
     return sorted((text for text in people.texts if text.items), key=lambda text: -sum(effect(text)))
 
 
-def strongest(text: ReadText) -> tuple[int, int, float]:
-    """The single past text and the word that depend on each other most, and by how many nats."""
-    return max(
-        ((item, word, nats) for item, row in enumerate(text.items) for word, nats in enumerate(row)),
-        key=lambda found: found[2],
-    )
+def strongest(text: ReadText) -> tuple[int, int, float] | None:
+    """The past text, and the word that loses most without it, of those that the own history raises; and the nats.
+
+    None if it raises no word, or none of them loses half a nat without a single past text.
+    """
+    raised = [word for word, change in enumerate(effect(text)) if change > CLEAR]
+    found = [(item, word, row[word]) for item, row in enumerate(text.items) for word in raised]
+    largest = max(found, key=lambda each: each[2], default=(0, 0, 0.0))
+    return largest if largest[2] >= LEAST_LEANING else None
 
 
 def _with_items(

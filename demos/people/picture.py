@@ -1,6 +1,6 @@
 """Draw docs/people.svg from demos/people/results.json: `python -m demos.people.picture`.
 
-The texts with the largest and with a middle effect, word by word, and one question answered for two people. Every word
+Texts with large and middling effects, word by word, and one question answered for two people. Every word
 has the width that is computed here, so that the boxes fit whatever font the reader has.
 """
 
@@ -45,7 +45,7 @@ def picture(people: People, records: Sequence[Record]) -> str:
     place = _answered(parts, people.answers[:2], records, place + 10)
     count = f"{len(people.texts)} texts of {len({text.user for text in people.texts})} people"
     notes = (
-        f"{people.model}, not trained on these people; {count} were read. Answers are greedy; γ: guided decoding.",
+        f"{people.model}, not trained on these people; {count}. Greedy answers; γ: guidance.",
         "Texts: a sample of UKPConvArg1 (Habernal and Gurevych, ACL 2016), CC BY 4.0.",
     )
     for note in notes:
@@ -63,8 +63,12 @@ def picture(people: People, records: Sequence[Record]) -> str:
 
 
 def _chosen(people: People) -> list[ReadText]:
-    """The text with the largest effect, and one near the median if there is one."""
-    return [text for why in (LARGEST, MIDDLE) for text in by_effect(people) if text.why == why][:2]
+    """Two texts with the largest effects, and one near the median."""
+    return [
+        text
+        for why, most in ((LARGEST, 2), (MIDDLE, 1))
+        for text in [each for each in by_effect(people) if each.why == why][:most]
+    ]
 
 
 def _legend() -> str:
@@ -80,7 +84,7 @@ def _read(parts: list[str], text: ReadText, record: Record, place: int) -> int:
     """A text with coloured words and the past text that its strongest word leans on; returns the next place."""
     _put(parts, f"{text.user} wrote ({text.why})", _LEFT, place, "note")
     place += _LINE
-    item, strong, nats = strongest(text)
+    leaning = strongest(text)
     changes = effect(text)
     for at, (word, x, y) in enumerate(_flow([word.strip() for word in text.words], _LEFT, _WIDTH - _LEFT, place)):
         width, name = _width(word), effect_class(changes[at])
@@ -90,25 +94,24 @@ def _read(parts: list[str], text: ReadText, record: Record, place: int) -> int:
                 f'<rect class="{colour}" fill-opacity="{share:g}" x="{x - 2:g}" y="{y - 16}" width="{width + 4:g}" '
                 'height="22" rx="3"/>'
             )
-        if at == strong:
+        if leaning is not None and at == leaning[1]:
             parts.append(f'<path class="leans" d="M{x:g} {y + 5}h{width:g}"/>')
         fitted = f'textLength="{width:g}" lengthAdjust="spacingAndGlyphs"'
         parts.append(f'<text x="{x:g}" y="{y}" {fitted}>{escape(plain(word))}</text>')
         place = y
-    word = text.words[strong].strip()
-    lines = _wrapped(
-        f"“{word}” leans on an earlier text of theirs (+{nats:.1f} nats): “{record.history[item].text}”", 13
-    )
-    for line in lines:
-        place += 22
-        _put(parts, line, _LEFT, place, "past")
+    if leaning is not None:
+        item, at, nats = leaning
+        word, past = text.words[at].strip(), record.history[item].text
+        for line in _wrapped(f"“{word}” leans on an earlier text of theirs (+{nats:.1f} nats): “{past}”", 13):
+            place += 22
+            _put(parts, line, _LEFT, place, "past")
     return place + 40
 
 
 def _answered(parts: list[str], answers: Sequence[Answer], records: Sequence[Record], place: int) -> int:
     """Two people's answers in two columns; returns the next place."""
-    debate = records[answers[0].index].query.splitlines()[0]
-    _put(parts, f"The model answers one question for two people · {debate}"[:110], _LEFT, place, "note")
+    debate = records[answers[0].index].query.splitlines()[0].partition(" Stance:")[0]
+    _put(parts, _wrapped(f"The same model answers one question for two people. {debate}", 13)[0], _LEFT, place, "note")
     ends, column = [], (_WIDTH - 3 * _LEFT) // 2
     for number, answer in enumerate(answers):
         x, y = _LEFT + number * (column + _LEFT), place + 28

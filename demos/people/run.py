@@ -14,6 +14,7 @@ from rich.text import Text
 
 from demos.kit.run import make_folder
 from demos.people.measuring import (
+    CLEAR,
     GUIDANCES,
     Answer,
     People,
@@ -36,8 +37,6 @@ from nextquill.report.progress import Progress, phase_bars
 from nextquill.report.terminal import effect_legend, effect_text
 from nextquill.storage.atomic_files import write_whole
 
-#: A word counts as raised or lowered from here on: the threshold of NextQuill's weights.
-CLEAR = 0.05
 _PRINTED = 3
 _QUICK = PeopleRecipe(people=2, texts=2, shown=1, pairs=1, max_new_tokens=4)
 
@@ -117,10 +116,10 @@ def _words(people: People) -> tuple[str, str]:
 
 
 def _past_text(people: People, records: Sequence[Record]) -> list[tuple[str, str]]:
-    text = max((each for each in people.texts if each.items), key=lambda each: strongest(each)[2], default=None)
-    if text is None:
+    leaning = [(found, text) for text in by_effect(people) if (found := strongest(text)) is not None]
+    if not leaning:
         return []
-    item, word, nats = strongest(text)
+    (item, word, nats), text = max(leaning, key=lambda each: each[0][2])
     said = (
         f"The clearest below: {text.user} wrote “{text.words[word].strip()}”. Without the one past text "
         f"“{records[text.index].history[item].text}” it is {nats:.1f} nats less likely, although the "
@@ -142,7 +141,7 @@ def _voices(people: People, records: Sequence[Record]) -> tuple[str, str]:
         f"the model's answers, {said} stand in the person's history; of those in the people's own answers, {own:.0%} "
         f"({len(answers)} answers each)."
     )
-    return "One question, answered in two voices", text
+    return "What guidance does", text
 
 
 def copied_share(texts: Sequence[tuple[str, Answer]], records: Sequence[Record]) -> float:

@@ -16,7 +16,18 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from demos.people import measuring, picture, run
-from demos.people.measuring import People, PeopleRecipe, by_word, copied, partners, sample, split_words
+from demos.people.measuring import (
+    Answer,
+    People,
+    PeopleRecipe,
+    ReadText,
+    by_word,
+    copied,
+    partners,
+    sample,
+    split_words,
+    strongest,
+)
 from nextquill.errors import BudgetError, NextQuillError, OutputExistsError, UnsupportedModelError
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
 
@@ -82,6 +93,26 @@ def test_words_have_the_probabilities_of_separate_passes(ran: tuple[Path, People
         pieces = [writer.tokenizer.decode([token]) for token in response]
         expected = (-by_word(nll, split_words(pieces)[1])).exp()
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, atol=1e-4, rtol=0)
+
+
+def test_findings_follow_the_figures() -> None:
+    items = [[3.0, 0.1, 0.9], [0.0, 0.0, 2.0], *[[0.0] * 3] * 10]
+    text = ReadText(0, "w0580", ["a", " b", " c"], [0.2, 0.5, 0.6], [0.2, 0.5, 0.3], [0.2, 0.6, 0.3], "", items)
+    assert strongest(text) == (1, 2, 2.0)  # the largest loss is of a word that the own history does not raise
+    assert strongest(dataclasses.replace(text, own=text.other)) is None
+    records = sample(PeopleRecipe())
+    answer = Answer(0, "w0580", "It is odd", {"0": records[0].history[0].text, "1": "something else entirely"})
+    texts = [dataclasses.replace(text, user=user) for user in "abc"]
+    worth, words, past, guided = run.findings(People("m", texts, [answer]), records)
+    assert "reads who is writing" in worth[0]
+    assert "0.17 [0.17, 0.17] nats" in worth[1]  # (log 5/6 + log 2) / 3
+    assert words[0] == "33% of the words become clearly more likely, 33% less"
+    assert records[0].history[1].text in past[1]
+    assert "100% at γ = 0, 0% at γ = 1" in guided[1]
+    swapped = [dataclasses.replace(each, own=each.other, other=each.own, items=[]) for each in texts]
+    assert [heading for heading, _ in run.findings(People("m", swapped, [answer]), records)] == [
+        "No clear use of a person's own history", words[0], "What guidance does",
+    ]  # fmt: skip
 
 
 def test_words_and_copied_triples() -> None:
