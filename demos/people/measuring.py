@@ -253,6 +253,12 @@ def copied(text: str, history: Sequence[str]) -> tuple[int, int]:
     return sum(triple in known for triple in triples), len(triples)
 
 
+def copied_share(texts: Sequence[tuple[str, Answer]], records: Sequence[Record]) -> float:
+    """The share of word triples that stand in the writer's history."""
+    counts = [copied(text, [item.text for item in records[answer.index].history]) for text, answer in texts]
+    return sum(found for found, _ in counts) / max(1, sum(total for _, total in counts))
+
+
 def _triples(text: str) -> list[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return [tuple(words[at : at + 3]) for at in range(len(words) - 2)]

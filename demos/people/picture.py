@@ -11,9 +11,19 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from demos.people.measuring import Answer, People, PeopleRecipe, ReadText, by_effect, effect, sample, strongest
+from demos.people.measuring import (
+    Answer,
+    People,
+    PeopleRecipe,
+    ReadText,
+    by_effect,
+    copied_share,
+    effect,
+    sample,
+    strongest,
+)
 from nextquill.data import Record
-from nextquill.report.examples import LARGEST, MIDDLE
+from nextquill.report.examples import LARGEST, MIDDLE, SMALLEST
 from nextquill.report.text import plain
 from nextquill.report.tokens import effect_class
 from nextquill.storage.atomic_files import write_whole
@@ -44,8 +54,13 @@ def picture(people: People, records: Sequence[Record]) -> str:
     parts.append(f'<path class="rule" d="M{_LEFT} {place - 18}H{_WIDTH - _LEFT}"/>')
     place = _answered(parts, people.answers[:2], records, place + 10)
     count = f"{len(people.texts)} texts of {len({text.user for text in people.texts})} people"
+    shares = ", ".join(
+        f"{copied_share([(answer.written[key], answer) for answer in people.answers], records):.0%} at γ = {key}"
+        for key in people.answers[0].written
+    )
     notes = (
         f"{people.model}, not trained on these people; {count}. Greedy answers; γ: guidance.",
+        f"Of the answers' three-word sequences, {shares} stand in the person's history.",
         "Texts: a sample of UKPConvArg1 (Habernal and Gurevych, ACL 2016), CC BY 4.0.",
     )
     for note in notes:
@@ -63,12 +78,9 @@ def picture(people: People, records: Sequence[Record]) -> str:
 
 
 def _chosen(people: People) -> list[ReadText]:
-    """Two texts with the largest effects, and one near the median."""
-    return [
-        text
-        for why, most in ((LARGEST, 2), (MIDDLE, 1))
-        for text in [each for each in by_effect(people) if each.why == why][:most]
-    ]
+    """One text with a large, one with a middle and one with a small effect, so that the picture does not flatter."""
+    found = {text.why: text for text in reversed(by_effect(people))}
+    return [found[why] for why in (LARGEST, MIDDLE, SMALLEST) if why in found]
 
 
 def _legend() -> str:
@@ -119,8 +131,9 @@ def _answered(parts: list[str], answers: Sequence[Answer], records: Sequence[Rec
         for guidance, text in answer.written.items():
             y += 24
             _put(parts, f"γ = {guidance}", x, y, "note")
-            for line in _wrapped(text, 15, column - 54):
-                _put(parts, line, x + 54, y, "")
+            lines = _wrapped(text, 15, column - 84)
+            for line in lines if len(lines) < 3 else [lines[0], f"{lines[1]} …"]:
+                _put(parts, line, x + 58, y, "")
                 y += 21
             y -= 15
         ends.append(y)

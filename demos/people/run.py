@@ -16,12 +16,12 @@ from demos.kit.run import make_folder
 from demos.people.measuring import (
     CLEAR,
     GUIDANCES,
-    Answer,
     People,
     PeopleRecipe,
     ReadText,
     by_effect,
     copied,
+    copied_share,
     effect,
     measure,
     sample,
@@ -144,12 +144,6 @@ def _voices(people: People, records: Sequence[Record]) -> tuple[str, str]:
     return "What guidance does", text
 
 
-def copied_share(texts: Sequence[tuple[str, Answer]], records: Sequence[Record]) -> float:
-    """The share of word triples that stand in the writer's history."""
-    counts = [copied(text, [item.text for item in records[answer.index].history]) for text, answer in texts]
-    return sum(found for found, _ in counts) / max(1, sum(total for _, total in counts))
-
-
 # ---- page -------------------------------------------------------------------------------------------
 
 
@@ -215,8 +209,8 @@ def _print(people: People, found: Sequence[tuple[str, str]], out: Console) -> No
     for heading, text in found:
         out.print(Text.assemble((heading, "bold"), "\n", text, "\n"))
     out.print(Text.assemble("Own history against another person's: ", effect_legend(), "\n"))
-    for text in by_effect(people)[:_PRINTED]:
-        out.print(Text.assemble((f"{text.user}  ", "dim"), effect_text(text.words, effect(text))))
+    for each in by_effect(people)[:_PRINTED]:
+        out.print(Text.assemble((f"{each.user}  ", "dim"), effect_text(each.words, effect(each))))
     out.print()
     table = rich.table.Table("", *(f"γ = {guidance:g}" for guidance in GUIDANCES), title="One question, two people")
     for answer in people.answers[:2]:
