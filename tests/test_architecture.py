@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": frozenset({"errors", "storage", "evaluation", "comparison"}),
     "cli": _MODELS | {"generation", "evaluation", "training", "popi", "comparison", "report", "nextquill"},
     # Beside the package, which never imports them but by `nextquill.cli.checkout`.
-    "demos": _MODELS | {"evaluation", "training", "popi", "report"},
+    "demos": _MODELS | {"generation", "evaluation", "training", "popi", "report"},
 }
 # For type checkers only: these names are imported on first use.
 MAY_NAME_AS_TYPE = {"nextquill": frozenset({"generation", "models", "training"})}

@@ -129,11 +129,8 @@ def run_seeds(
         ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
         OutputExistsError: `output_dir` is a file.
     """
-    recipe, folder = kind.of(quick=quick, **settings), Path(output_dir)
-    # Before any work is done, so that a folder that cannot be made costs no run.
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    recipe = kind.of(quick=quick, **settings)
+    folder = make_folder(output_dir)
     start = time.perf_counter()
     with one_thread(), phase_bars(progress, quiet) as shown:
         runs = tuple(measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
@@ -147,6 +144,15 @@ def run_seeds(
     if not quiet:
         _print(result, console)
     return result
+
+
+def make_folder(output_dir: str | Path) -> Path:
+    """The folder of a run's files, made before any work is done, so that one that cannot be made costs no run."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"output_dir: expected a folder, {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _contents(

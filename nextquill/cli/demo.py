@@ -1,18 +1,23 @@
-"""`nextquill demo`: the comparison of losses on synthetic users, with its picture and page, in a source checkout."""
+"""`nextquill demo`: losses on synthetic users, or a real model on real texts, with picture and page, in a checkout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nextquill.cli.checkout import checkout_module, require_checkout
 from nextquill.cli.flags import option
+from nextquill.cli.load_and_score import quieten_transformers
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
+from nextquill.errors import ArgumentError
 
 DESCRIPTION = (
     "Train a small model of synthetic users whose personal tokens are known, with each loss from the same start, and "
-    "compare. Writes demo.png, demo.html, results.json and results.csv."
+    "compare. Writes demo.png, demo.html, results.json and results.csv. With --model_name_or_path a real model reads "
+    "real people's texts instead, in minutes and without training: which words their own history makes more likely, "
+    "from which past sentence, and one question answered for two people. Writes demo.html, people.svg and results.json."
 )
 
 
@@ -26,17 +31,42 @@ class DemoOptions:
     quick: bool = option("A few seconds' run that shows the machinery, not the result.", False)
 
 
-OPTIONS = (DemoOptions,)
+@dataclass
+class PeopleOptions:
+    """A real model."""
+
+    model_name_or_path: str | None = option(
+        "A model folder, a run's folder, or a name on the Hugging Face hub, which reads the shipped real texts.", None,
+        metavar="MODEL",
+    )  # fmt: skip
+
+
+OPTIONS = (DemoOptions, PeopleOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
-    return run_demo("demo", "demos.losses.run", DESCRIPTION, arguments, "demo")
+    options, people = parsed("demo", DESCRIPTION, OPTIONS, arguments, "demo")
+    if people.model_name_or_path is None:
+        return run_demo("demo", "demos.losses.run", options)
+    for name, given in (("seed", options.seed != 0), ("seeds", options.seeds is not None)):
+        if given:
+            raise ArgumentError(f"{name}: expected none with --model_name_or_path, as that demo draws nothing")
+    demo = checkout_module("demo", "demos.people.run")
+    quieten_transformers()
+    demo.run_demo(options.output_dir, people.model_name_or_path, quick=options.quick)
+    return OK
 
 
-def run_demo(command: str, module: str, description: str, arguments: Sequence[str], output_dir: str) -> int:
-    """Run a demo of the checkout that this package belongs to; `output_dir` is the flag's default."""
+def parsed(
+    command: str, description: str, kinds: Sequence[type], arguments: Sequence[str], output_dir: str
+) -> tuple[Any, ...]:
+    """The options of a demo of the checkout that this package belongs to; `output_dir` is the flag's default."""
     require_checkout(command, "demos")  # before --help, which would promise what a wheel does not hold
-    (options,) = parse(command, description, OPTIONS, arguments, defaults={"output_dir": output_dir})
+    return parse(command, description, kinds, arguments, defaults={"output_dir": output_dir})
+
+
+def run_demo(command: str, module: str, options: DemoOptions) -> int:
+    """Run a demo of artificial users."""
     demo = checkout_module(command, module)
     demo.run_demo(options.output_dir, seed=options.seed, seeds=options.seeds, quick=options.quick)
     return OK

@@ -10,8 +10,9 @@ DESCRIPTION = (
     "Train a small model to write and to read summaries of synthetic users, whose preferences are known, and measure "
     "both on unseen users."
 )
-OPTIONS = demo.OPTIONS
+OPTIONS = (demo.DemoOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
-    return demo.run_demo("popi demo", "demos.popi.run", DESCRIPTION, arguments, "popi-demo")
+    (options,) = demo.parsed("popi demo", DESCRIPTION, OPTIONS, arguments, "popi-demo")
+    return demo.run_demo("popi demo", "demos.popi.run", options)

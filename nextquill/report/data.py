@@ -43,13 +43,15 @@ class ResponseVariant:
     """One response as one model sees it.
 
     `separator` goes between tokens that do not carry their own spaces. `items`, if they were measured, are the history
-    that the model read, oldest first.
+    that the model read, oldest first. `against_other` colours tokens by the difference to another user's history, which
+    every token then has, rather than to none.
     """
 
     label: str
     tokens: Sequence[TokenEffect]
     separator: str = " "
     items: Sequence[LeftOutItem] = ()
+    against_other: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ function describe(token) {
   const [own, none, other] = token.dataset.p.split(' ');
   const lines = [`“${token.textContent}”`, `with the history: ${percent(own)}`, `without it: ${percent(none)}`];
   if (other !== undefined) lines.push(`with another user's: ${percent(other)}`);
-  const effect = Number((own - none).toFixed(1));  // NaN where one was not measured
+  const against = token.parentElement.dataset.against ? other : none;
+  const effect = Number((own - against).toFixed(1));  // NaN where one was not measured
   if (Number.isFinite(effect)) lines.push(`effect: ${effect < 0 ? '−' : '+'}${Math.abs(effect).toFixed(1)} points`);
   const items = itemsOf(token);
   if (items) {

@@ -69,16 +69,19 @@ def _text(text: GeneratedText) -> str:
 
 def _variant(variant: ResponseVariant) -> str:
     label = html(variant.label)
-    tokens = variant.separator.join(_token(token, first=not at) for at, token in enumerate(variant.tokens))
+    other = variant.against_other
+    tokens = variant.separator.join(_token(token, other, first=not at) for at, token in enumerate(variant.tokens))
+    against = ' data-against="other"' if other else ""
     items = _items(variant) if variant.items else ""
     return (
         f'<div class="variant"><b>{label}</b>'
-        f'<p class="tokens" dir="auto" role="group" aria-label="{label}">{tokens}</p>{items}</div>'
+        f'<p class="tokens" dir="auto" role="group" aria-label="{label}"{against}>{tokens}</p>{items}</div>'
     )
 
 
-def _token(token: TokenEffect, *, first: bool) -> str:
-    names = " ".join(filter(None, (effect_class(token.effect_prob), "personal" if token.personal else "")))
+def _token(token: TokenEffect, against_other: bool, *, first: bool) -> str:
+    effect = token.p_with - (token.p_placebo or 0.0) if against_other else token.effect_prob
+    names = " ".join(filter(None, (effect_class(effect), "personal" if token.personal else "")))
     css_class = f' class="{names}"' if names else ""
     stop = ' tabindex="0"' if first else ""
     # A leading space stays outside: at the end of a line its colour would trail the previous word.

@@ -81,6 +81,20 @@ MUTATIONS = (
         "the demo measures the items' facts and calls them personal",
     ),
     Mutation(
+        "demo-other-person",
+        "demos/people/measuring.py",
+        "users[at ^ 1]",
+        "users[at]",
+        "the demo of real people compares their own history with itself",
+    ),
+    Mutation(
+        "demo-words",
+        "demos/people/measuring.py",
+        "values[..., a:b].sum(-1)",
+        "values[..., a:b].mean(-1)",
+        "the demo's probability of a word is not that of its tokens together",
+    ),
+    Mutation(
         "demo-bad-seeds",
         "demos/kit/run.py",
         "        if value < least:\n",
