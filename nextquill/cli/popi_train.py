@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 from nextquill.cli.flags import check_token_budget, option
 from nextquill.cli.options import PRECISIONS, adapted, attention_option, lora_config
 from nextquill.cli.parsing import UsageError, parse, refusals
-from nextquill.cli.popi_options import PopiFormat
+from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
 from nextquill.cli.train import DEFAULTS, quieten, train
 from nextquill.cli.training_checks import check_arguments, check_optimizer
@@ -148,7 +148,17 @@ def run(arguments: Sequence[str]) -> int:
             **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
         )
     check_optimizer(args, trainer.model)
-    return train(trainer, folder, resume, _summary(trainer, config))
+    return train(trainer, folder, resume, _summary(trainer, config), _next_commands(folder, files, form))
+
+
+def _next_commands(folder: Path, files: PopiFiles, form: PopiFormat) -> list[list[str]]:
+    """Commands that measure the run and write summaries with it, on its own files where there are any."""
+    model = ["--model", str(folder), *([] if form.format == RECORDS else ["--format", form.format])]
+    signals = ["--signals_file", *files.train_file, "--output_file", str(folder / "summaries.jsonl")]
+    return [
+        ["popi", "evaluate", *model, "--test_file", *(files.eval_file or ["test.jsonl"])],
+        ["popi", "summarize", *model, *signals],
+    ]
 
 
 def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], seed: int) -> dict[str, Any]:
