@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextquill.cli.flags import check_positive, check_token_budget, option
+from nextquill.cli.flags import check_positive, check_token_budget, dry_run_option, option
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
 from nextquill.models import ATTENTIONS
@@ -71,6 +71,7 @@ class TrainFiles:
         "estimator saves the pass without history if only the weights need it.", None, metavar="FILE",
     )  # fmt: skip
     overwrite_output_dir: bool = option("Delete the earlier run that the output folder holds.", False)
+    dry_run: bool = dry_run_option()
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -75,19 +75,47 @@ def run(arguments: Sequence[str]) -> int:
     data = datasets(tokenizer, settings, sources, args)
     from nextquill.training.trainer import NextQuillTrainer
 
-    with refusals():
-        trainer = NextQuillTrainer(
-            model,
-            args,
-            **data,
-            processing_class=tokenizer,
-            loss=loss,
-            effects_file=files.effects_file,
-            **vars(batches),
-            **vars(settings),
-        )
+    with trial(args) if files.dry_run else nullcontext():
+        with refusals():
+            trainer = NextQuillTrainer(
+                model,
+                args,
+                **data,
+                processing_class=tokenizer,
+                loss=loss,
+                effects_file=files.effects_file,
+                **vars(batches),
+                **vars(settings),
+            )
+        if files.dry_run:
+            return rehearse(trainer, model_options.model_name_or_path, settings)
     following = next_commands(folder, files, sources["train"])
     return train(trainer, folder, resume, summary(trainer, loss_options.loss), following, settings)
+
+
+def trial(args: TrainingArguments) -> AbstractContextManager[None]:
+    """See `dry_run.without_output`."""
+    from nextquill.cli.dry_run import without_output
+
+    return without_output(args)
+
+
+def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
+    """Make two steps and print what the training would take; the exit code."""
+    from nextquill.cli import dry_run
+
+    data = trainer.train_dataset
+    rows = [("model", name), ("trained", parameters(trainer)), ("loss", trainer.loss)]
+    rows += dry_run.length_rows(data.num_branch_tokens(("factual",)), data.stats, settings)
+    rows += [*dry_run.tokens_of_training(trainer), *dry_run.training_rows(trainer)]
+    if trainer.is_world_process_zero():
+        dry_run.show(rows)
+    return OK
+
+
+def parameters(trainer: Any) -> str:
+    """The number of trainable parameters in a report."""
+    return f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters"
 
 
 def train(
@@ -241,10 +269,9 @@ def summary(trainer: Any, loss: str) -> str:
     """A report before training: examples, parameters, and what the token budget dropped."""
     stats = trainer.train_dataset.stats
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in trained) / 1e6
     lines = [
         f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
-        f"{size:.1f}M trainable parameters, loss {loss}",
+        f"{parameters(trainer)}, loss {loss}",
     ]
     if any(p.element_size() < 4 for p in trained):
         lines.append(
