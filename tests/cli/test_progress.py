@@ -172,6 +172,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(train, nextquill, data, 
     words = ("--model_name_or_path", folder / "checkpoint-2", "--eval_file", data / "eval.jsonl", "--generate", "false")
     assert nextquill("evaluate", *words).code == 0, "an interrupted run's checkpoint has its prompt settings"
 
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    before = state["stateful_callbacks"]["TrainingProgress"]["attributes"]
+    assert before["seconds"] > 0
+    before["seconds"] = 1000.0
+    (folder / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+
     monkeypatch.setattr(progress, "TrainingProgress", install)
     resumed = train(folder, *SCHEDULE, "--logging_steps", 9, "--resume_from_checkpoint", "true")
     assert resumed.code == 0, resumed.err
@@ -181,6 +187,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(train, nextquill, data, 
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
     assert parts["train_samples_per_second"] / parts["train_steps_per_second"] == pytest.approx(4)
     assert parts["train_steps_per_second"] * parts["train_runtime"] == pytest.approx(4)
+    assert 1000 < parts["train_runtime"] < 2000
 
 
 def totals(folder):
