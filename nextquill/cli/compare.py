@@ -12,13 +12,14 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from nextquill.cli.evaluate import evaluation_options
+from nextquill.cli.evaluation_tables import warn_of_few
 from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
 from nextquill.cli.parsing import UsageError, parse, refusals
 from nextquill.cli.run_folder import check_inputs_stay
-from nextquill.cli.terminal import bar, say
+from nextquill.cli.terminal import bar, duration, say
 from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE, choose_arms
@@ -42,7 +43,7 @@ from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import SCRATCH_SIZES
 from nextquill.report.comparison.findings import find
 from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
-from nextquill.report.comparison.tables import tables
+from nextquill.report.comparison.tables import notes, tables
 from nextquill.report.terminal import results_table
 
 DESCRIPTION = (
@@ -228,7 +229,8 @@ def run(arguments: Sequence[str]) -> int:
             resamples=evaluation.resamples,
             examples=evaluation.report_examples,
         )
-    show(comparison, folder)
+    texts = min(comparison.num_examples, measured.generate_limit or comparison.num_examples)
+    show(comparison, folder, texts if evaluation.generate else 0)
     return OK
 
 
@@ -298,21 +300,20 @@ def outcome(record: RunRecord) -> str:
     return f"  {steps}{duration(record.wall_seconds)} in total"
 
 
-def duration(seconds: float) -> str:
-    """A time in seconds, minutes or hours, in a few characters."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def show(comparison: Any, folder: Path) -> None:
-    """Print the tables, the findings, and the names of the files."""
+def show(comparison: Any, folder: Path, texts: int) -> None:
+    """Print the tables and what they mean, the findings, and the names of the files; each run has so many texts."""
     from rich.console import Console
 
     console = Console()
     for table in tables(comparison):
         console.print(results_table(table))
         console.print()
+    for note in notes(comparison):
+        console.print(note, markup=False, highlight=False)
+    if texts:
+        console.print(f"Texts were generated for {texts} records by every run.", highlight=False)
+    warn_of_few(comparison.num_users)
+    console.print()
     for finding in find(comparison):
         console.print(f"- {finding.heading}", markup=False, highlight=False)
     names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nextquill.cli.evaluation_tables import print_differences, print_evaluation
-from nextquill.cli.flags import claim_output_file, option
+from nextquill.cli.flags import claim_output_file, dry_run_option, option
 from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
@@ -82,6 +82,7 @@ class EvaluateOptions:
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
+    dry_run: bool = dry_run_option()
 
 
 OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
@@ -107,6 +108,12 @@ def run(arguments: Sequence[str]) -> int:
         _check_baseline(Path(options.baseline), records)
     loaded = Loaded(model_options, prompt_options, records)
     _say_prompts(loaded, options.baseline)
+    if options.dry_run:
+        from nextquill.cli import dry_run
+
+        name = model_options.model
+        dry_run.show([("model", name), *dry_run.evaluation_rows(loaded, measured, name)])
+        return OK
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
         print_evaluation(evaluation)

@@ -23,6 +23,12 @@ def option(help: str, default: Any = dataclasses.MISSING, aliases: Sequence[str]
     return field(default=default, metadata=metadata)
 
 
+def dry_run_option() -> Any:
+    """The field of --dry_run, which several commands have."""
+    help = "Check everything, time a step or a few records, print what the run would take, and write nothing."
+    return option(help, False)
+
+
 def check_positive(options: Any, names: Sequence[str]) -> None:
     """Raise ArgumentError where one of these fields is set and below 1."""
     for name in names:

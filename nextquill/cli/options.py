@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextquill.cli.flags import check_positive, check_token_budget, option
+from nextquill.cli.flags import check_positive, check_token_budget, dry_run_option, option
 from nextquill.cli.terminal import say
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError, naming
@@ -87,6 +87,7 @@ class TrainFiles:
         "estimator saves the pass without history if only the weights need it.", None, metavar="FILE",
     )  # fmt: skip
     overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
+    dry_run: bool = dry_run_option()
 
 
 @dataclass

@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _print(summary: Summary) -> None:
     made = "edited by a person" if summary.edited else f"by {summary.model}"
-    size = "" if summary.tokens is None else f", {summary.tokens} tokens"
+    size = "" if summary.tokens is None else f", {summary.tokens} tokens{', cut at the limit' if summary.cut else ''}"
     print(_shown(f"{summary.user_id}  ({made}, {summary.created}{size})"))
     for line in (summary.summary or "(empty)").splitlines():
         print(f"  {_shown(line)}")

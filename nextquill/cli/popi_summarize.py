@@ -116,7 +116,8 @@ def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSu
     try:
         for each in bar(written, total=len(signals), desc="Summarizing", unit=" users"):
             own = signals[each.user_id]
-            kept.append(Summary.made_now(each.user_id, own, model=writer, summary=each.text, tokens=each.tokens))
+            made = {"summary": each.text, "tokens": each.tokens, "cut": not each.ended}
+            kept.append(Summary.made_now(each.user_id, own, model=writer, **made))
             if len(kept) >= _KEPT_TOGETHER:
                 file.put(*kept, force=options.force)
                 kept = []
@@ -127,11 +128,14 @@ def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSu
 def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: Sequence[str]) -> None:
     known = file.read()
     empty = [user for user in hashes if user in known and not known[user].summary.strip()]
+    cut = [user for user in hashes if user in known and known[user].cut]
     outdated = file.outdated_edits(hashes)
     kept = f"{len(hashes) - written} kept" + (f" ({len(edited)} edited by a person)" if edited else "")
     say(f"{file.path}: {written} written, {kept}")
     if empty:
         say(f"empty summaries: {len(empty)}, such as that of {empty[0]!r}")
+    if cut:
+        say(f"summaries cut at the limit of tokens: {len(cut)}, such as that of {cut[0]!r}; see --max_new_tokens")
     if outdated:
         named = f"{len(outdated)}, such as that of {outdated[0]!r}"
         say(f"edited summaries whose signals have changed: {named}; --force replaces them")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.flags import check_token_budget, option
+from nextquill.cli.flags import check_token_budget, dry_run_option, option
+from nextquill.cli.main import OK
 from nextquill.cli.options import PRECISIONS, adapted, attention_option, lora_config
 from nextquill.cli.parsing import UsageError, parse, refusals
-from nextquill.cli.popi_options import PopiFormat
+from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
-from nextquill.cli.train import DEFAULTS, quieten, train
+from nextquill.cli.train import DEFAULTS, quieten, say, train, trial
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
@@ -75,6 +77,7 @@ class PopiFiles:
     train_file: list[str] = option("Preference pairs: files, or hf://OWNER/NAME[/CONFIG][:SPLIT].", metavar="PATH")
     eval_file: list[str] | None = option("Pairs of other users, for evaluation during training.", None, metavar="PATH")
     overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
+    dry_run: bool = dry_run_option()
 
 
 @dataclass
@@ -143,12 +146,32 @@ def run(arguments: Sequence[str]) -> int:
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])
     from nextquill.popi.trainer import POPITrainer
 
-    with refusals():
-        trainer = POPITrainer(
-            **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
-        )
-    check_optimizer(args, trainer.model)
-    return train(trainer, folder, resume, _summary(trainer, config))
+    with trial(args) if files.dry_run else nullcontext():
+        with refusals():
+            trainer = POPITrainer(
+                **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
+            )
+        check_optimizer(args, trainer.model)
+        if files.dry_run:
+            from nextquill.cli import dry_run
+
+            rows: dry_run.Rows = [("models", " and ".join(models.names.values())), ("settings", config)]
+            say(trainer, _summary(trainer, config))
+            rows += dry_run.training_rows(trainer, "users")
+            if trainer.is_world_process_zero():
+                dry_run.show(rows)
+            return OK
+    return train(trainer, folder, resume, _summary(trainer, config), _next_commands(folder, files, form))
+
+
+def _next_commands(folder: Path, files: PopiFiles, form: PopiFormat) -> list[list[str]]:
+    """Commands that measure the run and write summaries with it, on its own files where there are any."""
+    model = ["--model", str(folder), *([] if form.format == RECORDS else ["--format", form.format])]
+    signals = ["--signals_file", *files.train_file, "--output_file", str(folder / "summaries.jsonl")]
+    return [
+        ["popi", "evaluate", *model, "--test_file", *(files.eval_file or ["test.jsonl"])],
+        ["popi", "summarize", *model, *signals],
+    ]
 
 
 def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], seed: int) -> dict[str, Any]:

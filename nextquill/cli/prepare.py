@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextquill.cli.flags import check_file, option
+from nextquill.cli.flags import check_file, dry_run_option, option
 from nextquill.cli.inspect import prepare as load_prompts
 from nextquill.cli.load_and_score import history_notes, quieten_transformers
 from nextquill.cli.main import OK
@@ -17,7 +17,7 @@ from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import UsageError, parse
 from nextquill.cli.terminal import bar, say
 from nextquill.data import iter_jsonl
-from nextquill.errors import BudgetError, RecordError
+from nextquill.errors import BudgetError, RecordError, naming
 from nextquill.models.tiny_models import SCRATCH_SIZES
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class PrepareOptions:
     seed: int = option("Decides which other user.", 42)
     skip_bad: bool = option("Leave out and list records that do not fit the budget, instead of stopping.", False)
     overwrite: bool = option("Replace an earlier folder, or the parts of a run with other flags.", False)
+    dry_run: bool = dry_run_option()
 
 
 OPTIONS = (PrepareOptions, PromptOptions)
@@ -69,6 +70,12 @@ def run(arguments: Sequence[str]) -> int:
     quieten_transformers()
     tokenizer, settings = load_prompts(name, prompt_options, ())
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
+    if options.dry_run:
+        from nextquill.cli import dry_run
+
+        with naming("train_file"):
+            dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
+        return OK
     prepared = _prepare(options, encoder)
     print(summary(prepared), file=sys.stderr)
     return OK

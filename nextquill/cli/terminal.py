@@ -25,6 +25,19 @@ def say_skipped(skipped: SkippedRecords, more: str = "") -> None:
         print(f"  and {skipped.total - len(skipped.messages):,} more{more}", file=sys.stderr)
 
 
+def duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours, in a few characters."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def draws_bars() -> bool:
+    """Whether stderr is a terminal or a notebook's cell."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
+
+
 def bar(iterable: Any = None, **options: Any) -> Any:
-    """A progress bar, hidden where stderr is not a terminal."""
-    return tqdm(iterable, file=sys.stderr, disable=options.pop("disable", False) or None, dynamic_ncols=True, **options)
+    """A progress bar, hidden where stderr is neither a terminal nor a notebook."""
+    hidden = options.pop("disable", False) or not draws_bars()
+    return tqdm(iterable, file=sys.stderr, disable=hidden, dynamic_ncols=True, **options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
@@ -17,6 +19,7 @@ from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
+from nextquill.cli.terminal import draws_bars, duration
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
@@ -40,6 +43,8 @@ FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
 #: Length of prompt and response for a new model, whose whole context would be slow on a CPU.
 SCRATCH_MAX_LENGTH = 1024
+#: Characters of the query in the command that is recommended at the end.
+_QUERY_WIDTH = 60
 #: The contents of --train_file or --eval_file.
 Source = list[Record] | PreparedDataset
 
@@ -72,22 +77,61 @@ def run(arguments: Sequence[str]) -> int:
     data = datasets(tokenizer, settings, sources, args)
     from nextquill.training.trainer import NextQuillTrainer
 
-    with refusals():
-        trainer = NextQuillTrainer(
-            model,
-            args,
-            **data,
-            processing_class=tokenizer,
-            loss=loss,
-            effects_file=files.effects_file,
-            **vars(batches),
-            **vars(settings),
-        )
-    return train(trainer, folder, resume, summary(trainer, str(loss_options)), settings)
+    with trial(args) if files.dry_run else nullcontext():
+        with refusals():
+            trainer = NextQuillTrainer(
+                model,
+                args,
+                **data,
+                processing_class=tokenizer,
+                loss=loss,
+                effects_file=files.effects_file,
+                **vars(batches),
+                **vars(settings),
+            )
+        if files.dry_run:
+            return rehearse(trainer, model_options.model, settings)
+    following = next_commands(folder, files, sources["train"])
+    return train(trainer, folder, resume, summary(trainer, str(loss_options)), following, settings)
 
 
-def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings: PromptSettings | None = None) -> int:
-    """Open the output folder, then train, measure and save; the exit code."""
+def trial(args: TrainingArguments) -> AbstractContextManager[None]:
+    """See `dry_run.without_output`."""
+    from nextquill.cli.dry_run import without_output
+
+    return without_output(args)
+
+
+def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
+    """Make two steps and print what the training would take; the exit code."""
+    from nextquill.cli import dry_run
+
+    data = trainer.train_dataset
+    rows = [("model", name), ("trained", parameters(trainer)), ("loss", trainer.loss)]
+    rows += dry_run.length_rows(data.num_branch_tokens(("factual",)), data.stats, settings)
+    rows += [*dry_run.tokens_of_training(trainer), *dry_run.training_rows(trainer)]
+    if trainer.is_world_process_zero():
+        dry_run.show(rows)
+    return OK
+
+
+def parameters(trainer: Any) -> str:
+    """The number of trainable parameters in a report."""
+    return f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters"
+
+
+def train(
+    trainer: Any,
+    folder: Path,
+    resume: Path | None,
+    report: str,
+    following: Sequence[Sequence[str]],
+    settings: PromptSettings | None = None,
+) -> int:
+    """Open the output folder, then train, measure and save; the exit code.
+
+    `report` is shown before, `following` are the commands that a user may want next.
+    """
     if resume is not None:  # before the output folder is changed; the trainer would notice later
         checkpoints.check_identity(resume, trainer.run_identity())
     if trainer.args.should_save:
@@ -96,6 +140,8 @@ def train(trainer: Any, folder: Path, resume: Path | None, report: str, settings
             write_whole(folder / PROMPT_FILE, settings.with_chat(trainer.encoder.renderer.uses_chat).to_json())
     say(trainer, report)
     code = run_trainer(trainer, folder, resume)
+    if code == OK:
+        say(trainer, "Next:\n" + "\n".join(f"  nextquill {shlex.join(words)}" for words in following))
     end(trainer)
     return code
 
@@ -113,23 +159,63 @@ def end(trainer: Trainer) -> None:
 
 
 def run_trainer(trainer: Trainer, folder: Path, resume: Path | None) -> int:
-    """Train, measure and save; the exit code."""
+    """Train, measure and save; the exit code. Ctrl-C after the last step ends the evaluation only."""
     from nextquill.cli import progress
 
+    has_eval, metrics = trainer.eval_dataset is not None, dict[str, float]()
     with progress.shown(trainer) as interrupt:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        if interrupt.requested:
-            say(trainer, interrupt.outcome(folder, trainer.state.global_step))
-            return INTERRUPTED
-        metrics = {} if trainer.eval_dataset is None else final_metrics(trainer)
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+                say(trainer, interrupt.outcome(folder, trainer.state.global_step))
+                return INTERRUPTED
+            if has_eval:
+                metrics = final_metrics(trainer, may_evaluate=not interrupt.requested)
+        except KeyboardInterrupt:
+            if not can_be_saved(trainer):
+                raise
     save(trainer, folder, metrics)
-    say(trainer, f"Saved the model to {folder}")
+    say(trainer, ending(trainer, folder, metrics))
+    if has_eval and not metrics:
+        say(trainer, "nextquill: interrupted in the last evaluation; the model is complete")
+        return INTERRUPTED
     return OK
+
+
+def can_be_saved(trainer: Trainer) -> bool:
+    """Whether the model is the one to save although the evaluation after the last step did not end."""
+    is_last = 0 < trainer.state.max_steps <= trainer.state.global_step
+    wants_best = trainer.is_in_train and trainer.args.load_best_model_at_end
+    return is_last and not wants_best and trainer.args.world_size == 1  # other ranks may not have been interrupted
+
+
+def ending(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> str:
+    """A report after training: steps, time, and what was written where."""
+    steps, log = f"{trainer.state.global_step} steps", trainer.state.log_history
+    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    time = "" if seconds is None else f" in {duration(seconds)}"
+    kept = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.partition("-")[2]))
+    files = [f"{'log and evaluation' if metrics else 'log'}: {checkpoints.METRICS_FILE}", *kept]
+    return f"Trained {steps}{time}\nSaved the model to {folder} ({', '.join(files)})"
+
+
+def next_commands(folder: Path, files: TrainFiles, source: Source) -> list[list[str]]:
+    """Commands that measure the model and write with it, on the run's own files where they can be used."""
+    test = files.eval_file if files.eval_file is not None and not is_prepared(files.eval_file) else "test.jsonl"
+    model = ["--model", str(folder)]
+    history, query = ["--history_file", "texts.jsonl"], "What to write"
+    if isinstance(source, list):
+        history = ["--records_file", files.train_file, "--user_id", source[-1].user_id]
+        query = shorten(source[-1].query, _QUERY_WIDTH, placeholder="") or query
+    return [
+        ["evaluate", *model, "--eval_file", test, "--output_dir", str(folder / "evaluation")],
+        ["generate", *model, *history, "--query", query, "--compare_history"],
+    ]
 
 
 def quieten(args: TrainingArguments) -> None:
     """Show bars on a terminal only, and hide transformers' own log and bars."""
-    if args.disable_tqdm is not True and not sys.stderr.isatty():
+    if args.disable_tqdm is not True and not draws_bars():
         args.disable_tqdm = True
     args.log_level_replica = "error"
     quieten_transformers()
@@ -185,10 +271,9 @@ def summary(trainer: Any, loss: str) -> str:
     """A report before training: examples, parameters, and what the token budget dropped."""
     stats = trainer.train_dataset.stats
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in trained) / 1e6
     lines = [
         f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
-        f"{size:.1f}M trainable parameters, loss {loss}",
+        f"{parameters(trainer)}, loss {loss}",
     ]
     if any(p.element_size() < 4 for p in trained):
         lines.append(
@@ -198,12 +283,12 @@ def summary(trainer: Any, loss: str) -> str:
     return "\n".join(lines + history_notes(stats, trainer.encoder.max_length))
 
 
-def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The evaluation of the model that is saved, which is not repeated if the last step has measured it."""
+def final_metrics(trainer: Trainer, *, may_evaluate: bool = True) -> dict[str, float]:
+    """The evaluation of the model that is saved: the last step's, or a new one if that `may_evaluate`; else empty."""
     last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return {name: value for name, value in last.items() if name.startswith("eval_")}
-    metrics: dict[str, float] = trainer.evaluate()
+    metrics: dict[str, float] = trainer.evaluate() if may_evaluate else {}
     return metrics
 
 

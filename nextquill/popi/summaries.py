@@ -5,7 +5,8 @@ evaluation, `hold_out` gives the first of it, and the user's later pairs to judg
 
 `SummaryFile` keeps one summary per user, as JSON lines that people can read, edit and delete:
 
-    {"user_id": …, "signals_hash": …, "model": …, "summary": …, "created": …, "tokens": …, "edited": false}
+    {"user_id": …, "signals_hash": …, "model": …, "summary": …, "created": …, "tokens": …, "edited": false,
+     "cut": false}
 
 A summary is stored with a hash of its signals and the name of the model that wrote it. When either changes, it is
 *stale* and is written again; the others stay. A summary that a person has edited is never stale, and is replaced only
@@ -58,6 +59,7 @@ class Summary:
         created: the time when it was written or last edited, in ISO 8601 with a time zone.
         tokens: its number of tokens for that model; None after an edit.
         edited: whether a person has edited it.
+        cut: whether it is unfinished, as it reached the limit of tokens.
     """
 
     user_id: str
@@ -67,13 +69,21 @@ class Summary:
     created: str
     tokens: int | None = None
     edited: bool = False
+    cut: bool = False
 
     @classmethod
     def made_now(
-        cls, user_id: str, signals: Sequence[HistoryItem], *, model: str, summary: str, tokens: int | None = None
+        cls,
+        user_id: str,
+        signals: Sequence[HistoryItem],
+        *,
+        model: str,
+        summary: str,
+        tokens: int | None = None,
+        cut: bool = False,
     ) -> Summary:
         """Make a summary of these signals with the present time."""
-        return cls(user_id, signals_hash(signals), model, summary, _now(), tokens)
+        return cls(user_id, signals_hash(signals), model, summary, _now(), tokens, cut=cut)
 
     def is_stale(self, signals_hash: str, model: str | None = None) -> bool:
         """Whether it was written from other signals, or by another model than `model`; never after an edit.
@@ -164,7 +174,7 @@ class SummaryFile:
         """
         tidy = check_text(text, "edit", "text").strip()
         with self._changed(user_id) as known:
-            known[user_id] = replace(known[user_id], summary=tidy, created=_now(), tokens=None, edited=True)
+            known[user_id] = replace(known[user_id], summary=tidy, created=_now(), tokens=None, edited=True, cut=False)
             return known[user_id]
 
     def delete(self, user_id: str) -> None:
@@ -223,15 +233,16 @@ def _parsed(raw: object, where: str) -> Summary:
     unknown = sorted(map(str, raw.keys() - set(names)))
     if unknown:
         raise PlacedError(where, f"expected {', '.join(names)}, got {unknown[0]!r}")
-    tokens, edited = raw.get("tokens"), raw.get("edited", False)
+    tokens, flags = raw.get("tokens"), {name: raw.get(name, False) for name in ("edited", "cut")}
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0):
         raise PlacedError(where, f"expected a number of tokens or null, got {tokens!r}", "tokens")
-    if not isinstance(edited, bool):
-        raise PlacedError(where, f"expected true or false, got {edited!r}", "edited")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise PlacedError(where, f"expected true or false, got {flag!r}", name)
     texts: dict[str, Any] = {
         name: check_text(raw.get(name), where, name) for name in ("signals_hash", "model", "summary", "created")
     }
-    return Summary(check_user_id(raw.get("user_id"), where), **texts, tokens=tokens, edited=edited)
+    return Summary(check_user_id(raw.get("user_id"), where), **texts, tokens=tokens, **flags)
 
 
 def _now() -> str:

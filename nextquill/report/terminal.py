@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 # From weak to strong. Text and ground are both set, to be legible on light and dark terminals. Colour-blind readers can
-# tell blue from orange; strong effects are bold too, for terminals without colour.
+# tell blue from orange. With 16 colours both grounds are the same grey, and without colour there is none: there strong
+# effects are bold, and lowered ones underlined.
 _HELPS = ("", "black on #d6e8fa", "black on #9dc9f2", "bold black on #5aa5e8", "bold white on #1c62a8")
-_HURTS = ("", "black on #fbe6cf", "black on #f6c48c", "bold black on #ee9a3f", "bold white on #9c4a06")
+_HURTS = (
+    "", "underline black on #fbe6cf", "underline black on #f6c48c", "bold underline black on #ee9a3f",
+    "bold underline white on #9c4a06",
+)  # fmt: skip
 # |effect| from which each step applies; below the first a token is left plain.
 _STEPS = (0.05, 0.2, 0.4, 0.7)
 
@@ -54,7 +58,7 @@ def effect_legend() -> Text:
     from rich.text import Text
 
     steps = [(f" {value:+.2f} ", effect_style(value)) for value in (*(-step for step in reversed(_STEPS)), *_STEPS)]
-    return Text.assemble("history lowered p ", *steps, " raised p")
+    return Text.assemble("history lowered p (underlined) ", *steps, " raised p")
 
 
 def results_table(table: Table) -> rich.table.Table:

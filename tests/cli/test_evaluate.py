@@ -85,11 +85,13 @@ def test_the_tables(nextquill, trained, data):
     )
     result = evaluate(nextquill, trained, data, *words)
     assert result.code == 0, result.err
-    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU"):
+    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU (of 100)"):
         assert f"\n  {label}  " in result.out, label
     assert re.search("with history +without", result.out)
     assert "3 examples of 3 users" in result.out
     assert "95% intervals over users" in result.out
+    assert "Texts were generated for 2 of them" in result.out
+    assert "Warning: 3 users are few" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
     assert result.err == ""
 
@@ -143,12 +145,12 @@ def test_differences_to_a_baseline(nextquill, trained, data, finished):
     same = evaluate(nextquill, trained, data, *words, "--generate", "false")
     assert same.code == 0, same.err
     table = same.out[same.out.index("this - ") :]
-    assert "+0.0000 [0.0000, 0.0000]   1.000" in table
+    assert "+0.000 [0.000, 0.000]   1.000" in table
     assert "ROUGE" not in table, "one side has no texts"
     other = evaluate(nextquill, trained, data, *words, "--prompt_order", "history_first", "--max_new_tokens", 3)
     row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)
-    assert "+0.0000" not in row
-    assert "ROUGE-L, generated with history" in other.out
+    assert "+0.000" not in row
+    assert "ROUGE-L with history " in other.out
     unlike = " ".join(other.out[other.out.index("These settings differ too") :].split())
     assert "template order 'history_first', there 'official'" in unlike
     again = evaluate(nextquill, trained, data, *SMALL, "--baseline", finished, "--resamples", 60)

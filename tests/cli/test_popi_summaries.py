@@ -49,6 +49,16 @@ def test_one_summary_a_user_and_nothing_twice(summarize, tmp_path, popi_model):
     assert "3 written" in summarize(file, "--signals_per_user", 2, "--again").err
 
 
+def test_a_summary_that_was_cut_is_marked_until_it_is_edited(summarize, popi, tmp_path):
+    file = tmp_path / "s.jsonl"
+    result = summarize(file, "--max_new_tokens", 1)
+    assert "summaries cut at the limit of tokens: 3, such as that of 'u3'; see --max_new_tokens" in result.err
+    assert [line["cut"] for line in lines(file)] == [True] * 3
+    assert "1 tokens, cut at the limit)" in popi("summaries", "--summaries", file, "--show", "u4").out
+    assert "cut" not in popi("summaries", "--summaries", file, "--edit", "u4", "Likes green things.").out
+    assert [line["cut"] for line in lines(file)] == [True, False, True]
+
+
 def test_an_edit_stays_and_a_deleted_summary_comes_back(summarize, popi, tmp_path):
     file = tmp_path / "s.jsonl"
     summarize(file)

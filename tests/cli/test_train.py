@@ -1,6 +1,7 @@
 """`nextquill train`: its files, repeatable results, and refusals before any work."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -56,9 +57,20 @@ def test_what_a_run_prints(train, data, tmp_path):
     assert lines[0].startswith("8 examples, ")
     assert lines[1].endswith("trainable parameters, loss nextquill_detached")
     assert lines[2].startswith("step 1/2  loss ")
-    assert lines[-2].startswith("step 2/2  evaluation: loss ")
-    assert "another user's" in lines[-2]
-    assert lines[-1] == f"Saved the model to {tmp_path / 'run'}"
+    assert lines[3].startswith("step 2/2  loss "), "of the last step, although no log was due"
+    assert lines[4].startswith("step 2/2  evaluation: loss ")
+    assert "another user's" in lines[4]
+    assert lines[5].startswith("Trained 2 steps in ")
+    assert lines[6] == f"Saved the model to {tmp_path / 'run'} (log and evaluation: metrics.json, checkpoint-2)"
+
+
+def test_the_commands_that_a_run_recommends_work(nextquill, train, data, tmp_path):
+    result = train(tmp_path / "a run", "--eval_file", data / "eval.jsonl")
+    *_, heading, evaluate, generate = result.err.splitlines()
+    assert heading == "Next:"
+    for command, more in ((evaluate, ("--generate", "false")), (generate, ("--max_new_tokens", 2))):
+        done = nextquill(*shlex.split(command)[1:], *more)
+        assert done.code == 0, done.err
 
 
 def test_the_same_seed_gives_the_same_weights(train, trained, data, tmp_path):
@@ -305,3 +317,4 @@ def test_final_metrics_are_those_of_the_model_that_is_saved():
     for best, loss in ((False, 1.0), (True, 2.0)):
         trainer.args = SimpleNamespace(load_best_model_at_end=best)
         assert final_metrics(trainer) == {"eval_loss": loss}
+        assert final_metrics(trainer, may_evaluate=False) == ({} if best else {"eval_loss": loss})

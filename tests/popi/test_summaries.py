@@ -63,6 +63,7 @@ def test_a_line_has_the_documented_fields(file: SummaryFile) -> None:
         "summary": "Likes thé.",
         "tokens": 5,
         "edited": False,
+        "cut": False,
     }
 
 
@@ -147,6 +148,7 @@ GOOD = {"user_id": "ann", "signals_hash": "h", "model": "m", "summary": "s", "cr
         (json.dumps({**GOOD, "summary": 3}), r"line 2: field 'summary': expected a string, got int"),
         (json.dumps({**GOOD, "tokens": -1}), r"line 2: field 'tokens': expected a number of tokens"),
         (json.dumps({**GOOD, "edited": 1}), r"line 2: field 'edited': expected true or false"),
+        (json.dumps({**GOOD, "cut": "no"}), r"line 2: field 'cut': expected true or false"),
         (json.dumps({**GOOD, "sumary": "s"}), r"line 2: expected user_id, .*, got 'sumary'"),
         (json.dumps(GOOD), r"line 2: expected one summary of a user, got a second of 'ann'"),
     ],

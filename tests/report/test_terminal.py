@@ -39,6 +39,18 @@ def test_stronger_effects_get_other_styles() -> None:
         assert len({effect_style(sign * value) for value in (0.05, 0.2, 0.4, 0.7, 1.0)}) == 4
 
 
+@pytest.mark.parametrize("colours", ["truecolor", "256", "standard"])
+def test_the_sign_is_seen_with_any_number_of_colours(colours: str) -> None:
+    """rich turns both pale grounds into the same grey where there are 16 colours."""
+    for size in (0.05, 0.2, 0.4, 0.7):
+        drawn = []
+        for effect in (size, -size):
+            console = rich_console.Console(file=io.StringIO(), force_terminal=True, color_system=colours)
+            console.print(effect_text(["word"], [effect]))
+            drawn.append(console.file.getvalue())
+        assert drawn[0] != drawn[1]
+
+
 @pytest.mark.parametrize("size", [0.05, 0.2, 0.4, 0.7])
 def test_what_the_history_raised_is_blue_and_what_it_lowered_orange(size: float) -> None:
     """The colours are those of the page and of the legend."""

@@ -47,9 +47,12 @@ def notes(comparison: Comparison) -> list[str]:
         effects += " Without history: under another user's history, which these prompts put in its place."
     tests = (
         f"Differences are paired: the same records{' and seeds' if several else ''}. p: over {over}, Holm's correction "
-        f"over the arms. *: p is below {1 - comparison.level:.2g} and the interval excludes 0"
-        f"{'.' if several else ', for these trained models; another seed may give other marks.'}"
+        f"over the arms. *: a clear difference, better or worse: p is below {1 - comparison.level:.2g} and the "
+        "interval excludes 0; bold: clearly better. Interval and p ask differently, so near 0 or with few users they "
+        "may disagree, and then nothing is marked."
     )
+    if not several:
+        tests += " The marks are of these trained models; another seed may give others."
     on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
     costs = (
         "Time: the training steps and the making of their batches, without evaluations and checkpoints. The first step "
@@ -104,22 +107,22 @@ def _differences(comparison: Comparison) -> Table:
     baseline = comparison.arm(comparison.baseline)
     shown = [measure for measure in _shown(comparison) if comparison.differences(measure.name)]
     rows = [
-        [Cell(arm.label), *(_difference(comparison, arm.against[baseline.name].get(m.name)) for m in shown)]
+        [Cell(arm.label), *(_difference(comparison, m, arm.against[baseline.name].get(m.name)) for m in shown)]
         for arm in comparison.arms
         if baseline.name in arm.against
     ]
     return Table(f"Difference from {baseline.label}", _columns(shown), rows)
 
 
-def _difference(comparison: Comparison, difference: Difference | None) -> Cell:
+def _difference(comparison: Comparison, measure: Measure, difference: Difference | None) -> Cell:
     if difference is None:
         return Cell("")
-    marked = difference.is_clear(comparison.level)
+    is_clear = difference.is_clear(comparison.level)
     bounds = interval(difference.low, difference.high, digits=3)
     return Cell(
-        f"{number(difference.value, sign='+', digits=3)}{'*' if marked else ''}",
+        f"{number(difference.value, sign='+', digits=3)}{'*' if is_clear else ''}",
         f"{bounds} {p_text(difference.p_adjusted)}".strip(),
-        marked,
+        is_clear and (difference.value > 0) == measure.higher_is_better,
     )
 
 

@@ -47,6 +47,14 @@ def test_a_star_marks_what_is_clear_and_nothing_else(comparison):
     assert not row["label of rouge_l ↑"].marked
 
 
+def test_what_is_clearly_worse_is_starred_but_not_bold(comparison):
+    worse = dataclasses.replace(comparison.measures["nll_factual"], higher_is_better=True)
+    turned = dataclasses.replace(comparison, measures={**comparison.measures, "nll_factual": worse})
+    cell = cells(tables(turned)[1])["PerCE"]["nll ↑"]
+    assert cell.text.endswith("*")
+    assert not cell.marked
+
+
 def test_a_measure_without_a_test_is_in_the_first_table_only(comparison):
     first, second, _ = tables(comparison)
     assert "BLEU ↑" in {column.heading for column in first.columns}
