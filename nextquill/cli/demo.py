@@ -15,7 +15,7 @@ from nextquill.errors import ArgumentError
 
 DESCRIPTION = (
     "Train a small model of synthetic users whose personal tokens are known, with each loss from the same start, and "
-    "compare. Writes demo.png, demo.html, results.json and results.csv. With --model_name_or_path a real model reads "
+    "compare. Writes demo.png, demo.html, results.json and results.csv. With --model a real model reads "
     "real people's texts instead, in minutes and without training: which words their own history makes more likely, "
     "from which past sentence, and one question answered for two people. Writes demo.html, people.svg and results.json."
 )
@@ -35,9 +35,9 @@ class DemoOptions:
 class PeopleOptions:
     """A real model."""
 
-    model_name_or_path: str | None = option(
+    model: str | None = option(
         "A model folder, a run's folder, or a name on the Hugging Face hub, which reads the shipped real texts.", None,
-        metavar="MODEL",
+        ["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
 
 
@@ -46,14 +46,14 @@ OPTIONS = (DemoOptions, PeopleOptions)
 
 def run(arguments: Sequence[str]) -> int:
     options, people = parsed("demo", DESCRIPTION, OPTIONS, arguments, "demo")
-    if people.model_name_or_path is None:
+    if people.model is None:
         return run_demo("demo", "demos.losses.run", options)
     for name, given in (("seed", options.seed != 0), ("seeds", options.seeds is not None)):
         if given:
-            raise ArgumentError(f"{name}: expected none with --model_name_or_path, as that demo draws nothing")
+            raise ArgumentError(f"{name}: expected none with --model, as that demo draws nothing")
     demo = checkout_module("demo", "demos.people.run")
     quieten_transformers()
-    demo.run_demo(options.output_dir, people.model_name_or_path, quick=options.quick)
+    demo.run_demo(options.output_dir, people.model, quick=options.quick)
     return OK
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def faster_few_rows(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if _is_plain(module):
-                stack.enter_context(replaced_forward(module, partial(_linear, module)))
+                stack.enter_context(replaced_forward(module, partial(_linear, cast(nn.Linear, module))))
         yield
 
 

@@ -50,18 +50,18 @@ def test_a_wrong_number_is_named_by_its_flag(nextquill, tmp_path, command):
 def test_a_real_model_is_passed_on_and_takes_no_seeds(nextquill, monkeypatch):
     calls = []
     monkeypatch.setattr("demos.people.run.run_demo", lambda *given, **more: calls.append((given, more)))
-    assert nextquill("demo", "--model_name_or_path", "m", "--output_dir", "x", "--quick").code == OK
+    assert nextquill("demo", "--model", "m", "--output_dir", "x", "--quick").code == OK
     assert calls == [(("x", "m"), {"quick": True})]
     for flag in ("--seed", "--seeds"):
-        result = nextquill("demo", "--model_name_or_path", "m", flag, "2")
+        result = nextquill("demo", "--model", "m", flag, "2")
         assert (result.code, result.err.count("\n")) == (USAGE, 1)
-        assert result.err.startswith(f"nextquill: {flag}: expected none with --model_name_or_path")
+        assert result.err.startswith(f"nextquill: {flag}: expected none with --model")
     assert len(calls) == 1
-    assert "--model_name_or_path" in nextquill("popi", "demo", "--model_name_or_path", "m").err
+    assert "--model" in nextquill("popi", "demo", "--model", "m").err
 
 
 def test_a_folder_that_is_no_model(nextquill, tmp_path):
     (tmp_path / "empty").mkdir()
-    result = nextquill("demo", "--model_name_or_path", tmp_path / "empty", "--output_dir", tmp_path / "out")
+    result = nextquill("demo", "--model", tmp_path / "empty", "--output_dir", tmp_path / "out")
     assert (result.code, result.out) == (FAILED, "")
-    assert "nextquill: --model_name_or_path: no model in" in result.err
+    assert "nextquill: --model: no model in" in result.err
