@@ -330,7 +330,7 @@ def test_quantised_weights_give_nearly_the_same_logits(folder, bits, most):
     pytest.importorskip("bitsandbytes")
     model, _ = load_model(str(folder), **{f"load_in_{bits}bit": True})
     assert model.is_quantized
-    with pytest.raises(ArgumentError, match="^lora_r: expected one for a quantised model"):
+    with pytest.raises(ArgumentError, match=r"^lora_r: expected one for a quantised model"):
         LoraOptions().apply(model)
     whole = outputs(load_model(str(folder))[0])
     assert 0 < (outputs(model) - whole).std() / whole.std() < most
