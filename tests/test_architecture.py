@@ -73,7 +73,7 @@ MAY_USE: dict[str, frozenset[str]] = {
     "evaluation": _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE,
     "training": _TORCH | {"numpy", "tqdm"} | HUGGING_FACE,
     # ZeRO-3 partitions weights, which are gathered to be probed.
-    "models": _TORCH | {"deepspeed"} | HUGGING_FACE,
+    "models": _TORCH | {"deepspeed", "gguf"} | HUGGING_FACE,
 }
 # These import Hugging Face packages inside functions only.
 HUGGING_FACE_ON_USE = frozenset({"data"})

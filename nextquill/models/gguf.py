@@ -40,12 +40,13 @@ def read_once(place: str) -> Iterator[None]:
         return
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(reader)
+    module: Any = gguf
+    reader = module.GGUFReader
+    module.GGUFReader = functools.lru_cache(reader)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        module.GGUFReader = reader
 
 
 def gguf_arguments(place: str) -> dict[str, str]:
