@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         queries = list(_queries(options.queries_file, known))
         count = write_export(target, queries, format=options.format, templates=templates)
     bare = [query.user_id for query in queries if not (query.summary or "").strip()]
-    say(f"{target}: {count} prompts")
+    say(f"{target}: {count} prompt{'' if count == 1 else 's'}")
     if bare:
         say(f"{len(bare)} of them without a summary, such as that of {bare[0]!r}")
     return OK
