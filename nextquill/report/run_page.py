@@ -15,7 +15,7 @@ from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.results import is_number
 from nextquill.report.data import Charts, Page, Panel, ResponseView, Series, Table
 from nextquill.report.examples import MIX, example_views
-from nextquill.report.headline import Change, Subject, few_people, forest, trainer_metrics, verdict
+from nextquill.report.headline import FEW_PEOPLE, Change, Subject, few_people, forest, trainer_metrics, verdict
 from nextquill.report.run_tables import Pairing, evaluated, generated, level_of, measures_tables, same_records
 from nextquill.report.runs import Run
 
@@ -107,6 +107,7 @@ def runs_page(
             *few_people(
                 min((run.metrics["users"].value for run in measured if "users" in run.metrics), default=math.inf)
             ),
+            *_few_writers(measured),
             *_mixed_records(measured, baseline),
             *_other_settings(measured, baseline),
             *(f"{run.label}: {text}." for run in runs for text in run.missing),
@@ -188,6 +189,18 @@ def _other_settings(measured: Sequence[Run], baseline: Run | None) -> list[str]:
             named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
             said.append(
                 f"{run.label} was evaluated otherwise than {baseline.label}, which adds to differences: {named}."
+            )
+    return said
+
+
+def _few_writers(measured: Sequence[Run]) -> list[str]:
+    """Warns where texts were generated for few of many people, whom the warning of few people does not cover."""
+    said = []
+    for run in measured:
+        people = len({example.user_id for example in run.examples if "factual" in example.generated})
+        if 0 < people < FEW_PEOPLE <= len({example.user_id for example in run.examples}):
+            said.append(
+                f"{run.label}: texts of only {people} people, so the intervals of their measures are too narrow."
             )
     return said
 

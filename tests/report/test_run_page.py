@@ -157,3 +157,10 @@ def test_a_text_of_spaces_is_not_nothing(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path / "a", examples=2, text=lambda _, count: [" "] * count)
     html = render_page(runs_page([read_run(folder)]))
     assert html.count("white space only") == 2 * 3
+
+
+def test_texts_of_few_people_are_warned_of(runs: list[Run]) -> None:
+    few = [dataclasses.replace(each, generated=each.generated if each.index < 6 else {}) for each in runs[0].examples]
+    page = runs_page([dataclasses.replace(runs[0], examples=few)])
+    assert page.notices == ["a: texts of only 6 people, so the intervals of their measures are too narrow."]
+    assert runs_page(runs[:1]).notices == []
