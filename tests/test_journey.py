@@ -201,7 +201,7 @@ def train(nextquill: Commands) -> None:
     assert state["global_step"] == 6
     assert (run / "adapter_model.safetensors").exists()
     refused = nextquill(line, code=1)
-    assert "overwrite_output_dir" in refused.err
+    assert "--overwrite" in refused.err
 
 
 def evaluate(nextquill: Commands) -> None:
