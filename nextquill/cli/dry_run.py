@@ -178,11 +178,11 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
 
 def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:
     """Lengths and time of a preparation, from its first records."""
-    records = list(islice(iter_jsonl(options.train_file), PREPARED))
+    records = list(islice(iter_jsonl(options.records_file), PREPARED))
     began = time.perf_counter()
     data = EncodedDataset(encoder.encode_all(records, options.placebo, options.seed))
     seconds = (time.perf_counter() - began) / len(records)
-    total = sum(1 for _ in iter_jsonl(options.train_file)) if len(records) == PREPARED else len(records)
+    total = sum(1 for _ in iter_jsonl(options.records_file)) if len(records) == PREPARED else len(records)
     settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
     names = BRANCHES if options.placebo else BRANCHES[:2]
     tokens = sum(data.num_branch_tokens(names))

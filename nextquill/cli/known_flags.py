@@ -94,6 +94,8 @@ def _fields(module: str, name: str) -> Iterator[tuple[str, str]]:
             yield from _fields(str(node.module), name)
         if not isinstance(node, ast.ClassDef) or node.name != name:
             continue
+        for base in node.bases:
+            yield from _fields(module, ast.unparse(base))
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 yield field.target.id, field.target.id

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nextquill.cli import demo
+from nextquill.cli.demo import DemoOptions, parsed, run_demo
 
 DESCRIPTION = (
     "Train a small model to write and to read summaries of synthetic users, whose preferences are known, and measure "
     "both on unseen users."
 )
-OPTIONS = (demo.DemoOptions,)
+OPTIONS = (DemoOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
-    (options,) = demo.parsed("popi demo", DESCRIPTION, OPTIONS, arguments, "popi-demo")
-    return demo.run_demo("popi demo", "demos.popi.run", options)
+    (options,) = parsed("popi demo", DESCRIPTION, OPTIONS, arguments, "popi-demo")
+    return run_demo("popi demo", "demos.popi.run", options)

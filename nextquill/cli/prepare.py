@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.dry_run:
         from nextquill.cli import dry_run
 
-        with naming("train_file"):
+        with naming("records_file"):
             dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
         return OK
     prepared = _prepare(options, encoder)

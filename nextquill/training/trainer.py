@@ -188,7 +188,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         super()._save(output_dir, state_dict)
         folder, encoder = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.encoder
         settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
-        write_whole(folder / PROMPT_FILE, settings.to_json())
+        write_whole(folder / PROMPT_FILE, settings.with_chat(encoder.renderer.uses_chat).to_json())
         write_whole(folder / CARD_FILE, model_card(self))  # in place of PEFT's, which names local paths
 
 

@@ -53,7 +53,7 @@ def test_what_a_comparison_leaves_and_prints(compared):
         str(folder / name) for name in ("comparison.json", "comparison.md", "report.html")
     )
     page = (folder / "report.html").read_text()
-    for part in ("PerCE", "The runs of seed 0.", "Tokens by effect", "How to read this"):
+    for part in ("PerCE", "The runs of seed 0.", "Texts and tokens", "How to read this"):
         assert part in page
     assert load_prompt_settings(folder / "sft" / "seed-0").max_length == 1024
 

@@ -90,11 +90,11 @@ def test_evaluate(nextquill, trained, data, tmp_path):
     assert prompts == 3
 
 
-@pytest.mark.parametrize("command", ["train", "prepare"])
-def test_what_is_wrong_is_refused_as_without_it(nextquill, trained, make_records, tmp_path, command):
+@pytest.mark.parametrize(("command", "flag"), [("train", "train_file"), ("prepare", "records_file")])
+def test_what_is_wrong_is_refused_as_without_it(nextquill, trained, make_records, tmp_path, command, flag):
     file = make_records(tmp_path / "long.jsonl", 2, response="word " * 3000)
-    words = ("--train_file", file, "--model_name_or_path", trained, "--output_dir", tmp_path / "out", "--dry_run")
+    words = (f"--{flag}", file, "--model", trained, "--output_dir", tmp_path / "out", "--dry_run")
     result = nextquill(command, *words)
     assert result.code == 1
-    assert result.err.splitlines()[-1].startswith("nextquill: --train_file: ")
+    assert result.err.splitlines()[-1].startswith(f"nextquill: --{flag}: ")
     assert not (tmp_path / "out").exists()

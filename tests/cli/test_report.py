@@ -42,7 +42,7 @@ def test_a_trained_run_of_the_command_itself(nextquill, trained, tmp_path):
     assert "No run has been evaluated, so there is no verdict." in page
     assert "<h3>Own history against another person&#x27;s</h3>" in page
     assert "no evaluation, so no measures with intervals" in page
-    assert "<polyline" not in page, "one logged step is no curve"
+    assert "<polyline" in page, "both steps are logged"
 
 
 def test_the_baseline_is_a_folder_or_a_label(nextquill, runs, tmp_path):
