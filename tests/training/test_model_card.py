@@ -2,7 +2,7 @@
 
 import yaml
 
-from nextquill.models.loading import load_prompt_settings
+from nextquill.models.loading import PromptSettings, load_prompt_settings
 from nextquill.training.model_card import model_card
 from nextquill.training.trainer import NextQuillTrainer
 from tests.models.model_helpers import TEMPLATE, make_args, make_records, tiny_model, word_tokenizer
@@ -58,7 +58,7 @@ def test_it_stands_beside_the_prompt_settings_in_checkpoints_too(tmp_path):
         assert f"| training | {step} steps" in (folder / "README.md").read_text(encoding="utf-8")
         settings = load_prompt_settings(folder)
         assert settings is not None
-        assert (settings.template, settings.max_length) == (TEMPLATE, 200)
+        assert settings == PromptSettings(TEMPLATE, 200).with_chat(False)
 
 
 def test_an_adapters_card_names_a_base_on_the_hub_but_no_local_folder(tmp_path):
