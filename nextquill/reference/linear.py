@@ -75,16 +75,9 @@ def linear_token_nll(
 
 
 def linear_pair_nll(
-    hidden_factual: Tensor,
-    hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> PairNLL:
+    hidden_factual: Tensor, hidden_counterfactual: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    bias: Tensor | None = None, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0,
+) -> PairNLL:  # fmt: skip
     """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_nll`."""
     keep = labels != ignore_index
     head = (lm_head_weight, bias, softcap, logit_scale)
@@ -93,16 +86,9 @@ def linear_pair_nll(
 
 
 def linear_pair_stats(
-    hidden_factual: Tensor,
-    hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> PairStats:
+    hidden_factual: Tensor, hidden_counterfactual: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    bias: Tensor | None = None, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0,
+) -> PairStats:  # fmt: skip
     """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_stats`."""
     keep = labels != ignore_index
     head = (lm_head_weight, bias, softcap, logit_scale)
