@@ -186,6 +186,8 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model as the Trainer does, and beside it how its prompts are made and its card."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # under FSDP and ZeRO every rank comes here
+            return
         folder, encoder = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.encoder
         settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
         write_whole(folder / PROMPT_FILE, settings.with_chat(encoder.renderer.uses_chat).to_json())
