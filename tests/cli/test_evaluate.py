@@ -177,11 +177,11 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
 @pytest.mark.parametrize("name", ["effect_line", "decoded"])
 def test_a_process_that_is_killed_goes_on_and_gives_the_same_bytes(nextquill, trained, data, finished, tmp_path, name):
     """SIGKILL, which a process cannot handle, while scoring and while generating."""
-    folder, place = tmp_path / "out", "evaluate" if name == "effect_line" else "generation"
+    folder, place = tmp_path / "out", "evaluation.evaluate" if name == "effect_line" else "generation"
     code = (
         "import os, signal; from nextquill.cli import main\n"
-        f"from nextquill.evaluation import evaluate; from nextquill.evaluation.{place} import {name} as own\n"
-        f"import nextquill.evaluation.{place} as module\n"
+        f"from nextquill.evaluation import evaluate; from nextquill.{place} import {name} as own\n"
+        f"import nextquill.{place} as module\n"
         "calls = []\n"
         "def killing(*a):\n"
         "    calls.append(1)\n"
