@@ -87,7 +87,7 @@ class WritingOptions:
 
     guidance: float = option(
         "Strengthen the user's own history: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt that "
-        "--guidance_against names. 0: off; 0.5 to 1 makes texts clearly more personal.", 0.0,
+        "--guidance_against names. 0: off; 0.5 is a start.", 0.0,
     )  # fmt: skip
     guidance_against: str = option(
         "Without history (counterfactual), or with another user's (placebo).", "counterfactual",

@@ -144,7 +144,8 @@ def stop_tokens(model: Any, tokenizer: Any, ends: Collection[int] = ()) -> set[i
 
 def token_limit(prompt: Prompt, options: GenerationOptions, context: int | None) -> int:
     """The most tokens of a prompt's response: `max_new_tokens`, or fewer near the end of the model's context."""
-    return options.max_new_tokens if context is None else max(0, min(options.max_new_tokens, context - len(prompt.ids)))
+    longest = max(len(prompt.ids), len(prompt.against or ()))  # both are continued by the response
+    return options.max_new_tokens if context is None else max(0, min(options.max_new_tokens, context - longest))
 
 
 def up_to_stop(ids: Sequence[int], stops: set[int]) -> list[int]:

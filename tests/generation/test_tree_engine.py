@@ -87,6 +87,14 @@ def test_a_response_that_ends_leaves_the_others_as_they_were(prompts, batch_size
     assert tokens(model, tokenizer, prompts, {stop}, **options, batch_size=batch_size) == cut
 
 
+@pytest.mark.parametrize("engine", ["tree", "hf"])
+def test_a_response_ends_with_the_context_of_the_prompt_to_move_away_from(engine, tokenizer):
+    model = tiny_model("gpt2", eos_token_id=None, **ARCHITECTURES["gpt2"])  # it has no embedding beyond its context
+    prompt = Prompt(0, [20, 30], 1, [2 + i % 90 for i in range(60)])
+    found = tokens(model, tokenizer, [prompt], engine=engine, guidance=1.0, max_new_tokens=9)
+    assert found == {0: separate(model, prompt, 4, 1.0)}
+
+
 def test_a_shared_history_is_computed_once(tokenizer):
     model = tiny_model(eos_token_id=None)
     with local_engine(model, tokenizer, set(), GenerationOptions(engine="tree", max_new_tokens=3)) as engine:
