@@ -15,7 +15,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from nextquill.cli.terminal import duration
-from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, TreeCollator, iter_jsonl
+from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, TreeCollator
+from nextquill.data.records import iter_records
 from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import has_pair
@@ -178,11 +179,12 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
 
 def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:
     """Lengths and time of a preparation, from its first records."""
-    records = list(islice(iter_jsonl(options.records_file), PREPARED))
+    source = iter_records(options.records_file)
+    records = list(islice(source, PREPARED))
     began = time.perf_counter()
     data = EncodedDataset(encoder.encode_all(records, options.placebo, options.seed))
     seconds = (time.perf_counter() - began) / len(records)
-    total = sum(1 for _ in iter_jsonl(options.records_file)) if len(records) == PREPARED else len(records)
+    total = len(records) + sum(1 for _ in source)
     settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
     names = BRANCHES if options.placebo else BRANCHES[:2]
     tokens = sum(data.num_branch_tokens(names))

@@ -14,7 +14,7 @@ from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.flags import claim_output_file, dry_run_option, option
 from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
-from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
+from nextquill.cli.options import DecodingOptions, ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record
@@ -27,7 +27,7 @@ from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import Evaluation, check_folder, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
-from nextquill.generation import ENGINES, PLAUSIBILITY, check_engine
+from nextquill.generation import ENGINES, check_engine
 from nextquill.storage.atomic_files import write_whole
 
 DESCRIPTION = (
@@ -39,8 +39,36 @@ DESCRIPTION = (
 
 
 @dataclass
+class Measures:
+    """Measures: what is taken of each record."""
+
+    task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
+    metrics: list[str] | None = option(
+        f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None, metavar="NAME ..."
+    )
+    generate: bool = option("Generate responses and score them; false: only NLLs and effects.", True)
+    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
+    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
+    level: float = option("Confidence level of the intervals.", 0.95)
+    resamples: int = option("Resamples of each interval.", 2000)
+
+
+@dataclass
+class EvaluateTexts(DecodingOptions):
+    """Texts: how they are generated."""
+
+    generate_branches: list[str] = option(
+        "Prompts to generate for: with history, without, with another user's.", ["factual"], choices=list(BRANCHES)
+    )
+    engine: str = option(
+        "Generate with shared prefixes (tree), with transformers' own generate (hf) or with vLLM; auto: tree where the "
+        "model allows it, else hf.", "auto", choices=list(ENGINES),
+    )  # fmt: skip
+
+
+@dataclass
 class EvaluateOptions:
-    """Measures and output."""
+    """Output: what is written, and the evaluation to compare with."""
 
     output_dir: str | None = option(
         "Write everything here: evaluation.json, examples.jsonl, effects.jsonl. report and --baseline read it.", None
@@ -51,48 +79,18 @@ class EvaluateOptions:
         "The --output_dir of another evaluation of the same records; paired differences to it are shown.", None,
         metavar="DIR",
     )  # fmt: skip
-    task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
-    metrics: list[str] | None = option(
-        f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None
-    )
-    generate: bool = option("Generate responses and score them.", True)
-    generate_branches: list[str] = option(
-        "Prompts to generate for: with history, without, with another user's.", ["factual"], choices=list(BRANCHES)
-    )
-    max_new_tokens: int = option("Most tokens of a generated response.", 128)
-    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
-    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
-    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
-    engine: str = option(
-        "Generate with shared prefixes (tree), with transformers' own generate (hf) or with vLLM; auto: tree where the "
-        "model allows it, else hf.", "auto", choices=list(ENGINES),
-    )  # fmt: skip
-    guidance: float = option(
-        "Strengthen the user's own history while generating: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt "
-        "that --guidance_against names. 0: off.", 0.0,
-    )  # fmt: skip
-    guidance_against: str = option(
-        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
-        choices=list(BRANCHES[1:]),
-    )  # fmt: skip
-    plausibility: float = option(
-        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
-    )
-    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
-    level: float = option("Confidence level of the intervals.", 0.95)
-    resamples: int = option("Resamples of each interval.", 2000)
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
     dry_run: bool = dry_run_option()
 
 
-OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
+OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, Measures, EvaluateTexts, EvaluateOptions)
 FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_branches"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
+    model_options, files, prompt_options, measures, texts, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
     check_files(files)
-    measured = evaluation_options(**vars(files), **vars(options))
+    measured = evaluation_options(**vars(files), **vars(measures), **vars(texts), **vars(options))
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)

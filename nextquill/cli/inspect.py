@@ -20,7 +20,7 @@ from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
 from nextquill.models.gguf import gguf_arguments
 from nextquill.models.loading import PromptSettings, find_tokenizer
-from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
+from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, is_new, training_texts
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample, ExampleEncoder
@@ -127,7 +127,7 @@ def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
 
 def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record]) -> tuple[Any, PromptSettings]:
     """The tokenizer, and the prompt settings that train would use."""
-    if name in SCRATCH_SIZES:
+    if is_new(name):
         from nextquill.cli.train import SCRATCH_MAX_LENGTH
 
         tokenizer = build_tokenizer(training_texts(records), SCRATCH_SIZES[name].vocabulary)

@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
         summaries = _written(saved, held.draws, options.batch_size)
     generator = saved.roles.generator
     if options.reference_model is not None:
-        generator = generator.against(_loaded("reference_model", options.reference_model, models.dtype)[0])
+        generator = generator.against(_loaded("reference_model", options.reference_model, models)[0])
     if generator.is_what_it_was and not config.freeze_generator:
         say(
             "the folder lacks the generator before training, so the reference is the trained one without context; "
@@ -120,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     evaluation = PairEvaluation(
         model=models.model,
         generator=measured(generator, saved.generator_prompts, sees=sees),
-        transfer={name: measured(*_untrained(name, saved, models.dtype), sees=False) for name in _others(options)},
+        transfer={name: measured(*_untrained(name, saved, models), sees=False) for name in _others(options)},
         empty_summaries=sum(not text.strip() for text in summaries.values()),
         left_out=held.left_out,
         settings={
@@ -205,17 +205,17 @@ def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[st
     return {each.user_id: each.text for each in bar(written, total=len(draws), desc="Summarizing", unit=" users")}
 
 
-def _loaded(flag: str, name: str, dtype: str) -> tuple[Any, Any]:
+def _loaded(flag: str, name: str, models: PopiRunOptions) -> tuple[Any, Any]:
     with naming(flag, "model_name_or_path"):
-        model, tokenizer = load_model(name, dtype=dtype)
+        model, tokenizer = load_model(name, **models.loading())
     return model.to(device()), tokenizer
 
 
-def _untrained(name: str, saved: SavedRun, dtype: str) -> tuple[Role, GeneratorPrompts]:
+def _untrained(name: str, saved: SavedRun, models: PopiRunOptions) -> tuple[Role, GeneratorPrompts]:
     """A transfer model as a generator, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
-    model, tokenizer = _loaded("transfer_model", name, dtype)
+    model, tokenizer = _loaded("transfer_model", name, models)
     prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
     return Role.untrained(GENERATOR, model, tokenizer), prompts
 

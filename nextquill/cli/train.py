@@ -26,7 +26,7 @@ from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
 from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.tiny_models import is_new
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
@@ -234,8 +234,8 @@ def load(
 ) -> tuple[Any, Any, PromptSettings]:
     """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
     name, prepared = model_options.model, isinstance(source, PreparedDataset)
-    is_new = name in SCRATCH_SIZES
-    if is_new and prepared:
+    new = is_new(name)
+    if new and prepared:
         raise ArgumentError(
             f"model: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
@@ -243,7 +243,7 @@ def load(
     records: Any = source  # for a new model, which has no prepared examples
     stored = prompt_options.stored(name)
     model, tokenizer = load_model(name, **model_options.loading(), records=lambda: records, seed=seed)
-    length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
+    length = SCRATCH_MAX_LENGTH if new else default_max_length(model)
     if stored is None and isinstance(source, PreparedDataset):
         encoded_with = source.settings
         stored = PromptSettings(source.template, encoded_with["max_length"], encoded_with["max_response_length"])

@@ -18,6 +18,8 @@ from typing import BinaryIO, cast
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted, skip_or_raise
 from nextquill.errors import RecordError
 
+#: Begins the name of a data set of the Hugging Face hub.
+HUB = "hf://"
 #: The longest line that is read. Lines of the public data sets stay below a tenth of it.
 MAX_LINE_BYTES = 32 * 2**20
 _GZIP = b"\x1f\x8b"

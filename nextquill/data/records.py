@@ -22,7 +22,7 @@ from datetime import datetime
 from numbers import Integral, Real
 from typing import Any
 
-from nextquill.data.lines import MAX_LINE_BYTES, json_lines
+from nextquill.data.lines import HUB, MAX_LINE_BYTES, json_lines
 from nextquill.data.skipped import PlacedError, SkippedRecords, each_good, type_name, unexpected
 from nextquill.data.times import Clock, as_float
 from nextquill.errors import ArgumentError, ArgumentTypeError
@@ -146,6 +146,15 @@ def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = No
     return list(iter_jsonl(path, skipped))
 
 
+def iter_records(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> Iterator[Record]:
+    """Read records from a JSONL file or `hf://owner/name[/config][:split]`, one at a time; see `iter_jsonl`."""
+    if not str(path).startswith(HUB):
+        return iter_jsonl(path, skipped)
+    from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
+
+    return load("table", path, skipped=skipped, keep_duplicates=True)
+
+
 def load_records(source: object, skipped: SkippedRecords | None = None) -> list[Record]:
     """Read records from a file, a data set or an iterable.
 
@@ -159,12 +168,8 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         ArgumentTypeError: `source` has another type. A mapping, such as a `datasets.DatasetDict`, is refused, since
             iterating it would yield the names of its splits.
     """
-    if isinstance(source, str) and source.startswith("hf://"):
-        from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
-
-        return list(load("table", source, skipped=skipped, keep_duplicates=True))
     if isinstance(source, (str, os.PathLike)):
-        return read_jsonl(source, skipped)
+        return list(iter_records(source, skipped))
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise ArgumentTypeError(
             f"source: expected a path or an iterable of records (of one split), got {type_name(source)}"

@@ -15,7 +15,7 @@ from typing import Any
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
 from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
-from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
+from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, is_new, training_texts
 
 PROMPT_FILE = "nextquill_prompt.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -64,7 +64,7 @@ def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loading:
+class Loading:
     """How weights are loaded; see `load_model`."""
 
     dtype: str = "auto"
@@ -79,13 +79,14 @@ class _Loading:
         return "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None
 
     def check(self, name_or_path: str) -> None:
+        """Raise ArgumentError for values that do not go together, or that the model or this machine cannot take."""
         if self.load_in_4bit and self.load_in_8bit:
             raise ArgumentError("load_in_4bit: expected either it or load_in_8bit, got both")
-        if self.quantised and name_or_path in SCRATCH_SIZES:
+        if self.quantised and is_new(name_or_path):
             raise ArgumentError(f"{self.quantised}: a new {name_or_path!r} model has no trained weights to quantise")
         if self.quantised and importlib.util.find_spec("bitsandbytes") is None:
             raise ArgumentError(f"{self.quantised}: needs the package bitsandbytes; pip install 'nextquill[quantize]'")
-        if self.revision is not None and (name_or_path in SCRATCH_SIZES or Path(name_or_path).expanduser().exists()):
+        if self.revision is not None and (is_new(name_or_path) or Path(name_or_path).expanduser().exists()):
             raise ArgumentError(f"revision: expected a model on the hub with it, got {name_or_path}")
 
     def quantisation(self) -> dict[str, Any]:
@@ -127,9 +128,9 @@ def load_model(
             its base model.
         ArgumentError: arguments that do not go together, or one that the model or this machine cannot take.
     """
-    how = _Loading(dtype, revision, attn_implementation, load_in_4bit, load_in_8bit)
+    how = Loading(dtype, revision, attn_implementation, load_in_4bit, load_in_8bit)
     how.check(name_or_path)
-    if name_or_path in SCRATCH_SIZES:
+    if is_new(name_or_path):
         return _with_attention(_new_model(name_or_path, records, seed), how)
     place, cached_only = _locate(name_or_path)
     try:
@@ -245,7 +246,7 @@ def _at(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
 
 
-def _with_attention(loaded: tuple[Any, Any], how: _Loading) -> tuple[Any, Any]:
+def _with_attention(loaded: tuple[Any, Any], how: Loading) -> tuple[Any, Any]:
     if how.attn_implementation is not None:
         try:
             loaded[0].set_attn_implementation(how.attn_implementation)
@@ -254,7 +255,7 @@ def _with_attention(loaded: tuple[Any, Any], how: _Loading) -> tuple[Any, Any]:
     return loaded
 
 
-def _load_base(place: str, how: _Loading, cached_only: bool = False) -> Any:
+def _load_base(place: str, how: Loading, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -272,7 +273,7 @@ def _load_base(place: str, how: _Loading, cached_only: bool = False) -> Any:
     return as_ordinary(model, place, **quantisation) if from_file else model
 
 
-def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
+def _load_adapter(place: str, how: Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     base_name, revision = _base(place)
     try:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextquill.data import Record
+from nextquill.errors import ArgumentError
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
@@ -31,6 +33,20 @@ SCRATCH_SIZES = {
     "tiny": ScratchSize(vocabulary=1024, hidden_size=64, layers=2, heads=2, intermediate_size=192),
     "small": ScratchSize(vocabulary=8192, hidden_size=256, layers=4, heads=4, intermediate_size=704),
 }
+
+
+def is_new(name: str) -> bool:
+    """Whether a name means a new model.
+
+    Raises:
+        ArgumentError: a model's folder in the current directory has the name too.
+    """
+    if name in SCRATCH_SIZES and any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ArgumentError(
+            f"model_name_or_path: {name!r} means a new model, and the folder {name} holds one; write ./{name} for the "
+            "folder, or rename it"
+        )
+    return name in SCRATCH_SIZES
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:

@@ -24,7 +24,7 @@ from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.models.configs import is_adapter
-from nextquill.models.loading import load_model, load_tokenizer
+from nextquill.models.loading import Loading, load_model, load_tokenizer
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
@@ -274,31 +274,35 @@ class Roles(nn.Module):
                 _load_role(role, folder / role.name)
 
     @classmethod
-    def load(cls, folder: str | Path, *, base_model: Any = None, dtype: str = "auto") -> Roles:
+    def load(cls, folder: str | Path, *, base_model: Any = None, **loading: Any) -> Roles:
         """Load saved roles, frozen. The initial state of a role with an adapter is the model without it.
 
         Args:
             folder: the folder that `save` wrote.
             base_model: the base of shared adapters, if it is already loaded.
-            dtype: see `load_model`.
+            loading: how models are loaded; see `load_model`. The base has the revision that it was trained at.
 
         Raises:
+            ArgumentError: an argument of loading that this folder or this machine cannot take.
             CheckpointError: the folder is not from POPI, an adapter is missing, or the adapters were trained on another
                 base model.
             UnsupportedModelError: the base model cannot be loaded.
         """
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         folder = Path(folder)
         header = check_roles(folder)
+        Loading(**loading).check(str(folder))
         if not header["shared"]:
-            (inference, first), (generator, second) = (load_model(str(folder / name), dtype=dtype) for name in ROLES)
+            (inference, first), (generator, second) = (load_model(str(folder / name), **loading) for name in ROLES)
             roles = cls.separate(inference, generator, first, second, freeze_inference=True, freeze_generator=True)
             return roles._begun_without_adapters()
         tokenizer = None
         if base_model is None:
-            name = header["base_model"]
-            base_model, tokenizer = load_model(str(folder / BASE) if name == BASE else name, dtype=dtype)
+            name = str(folder / BASE) if header["base_model"] == BASE else header["base_model"]
+            if not Path(name).exists():
+                loading["revision"] = PeftConfig.from_pretrained(str(folder / INFERENCE)).revision
+            base_model, tokenizer = load_model(name, **loading)
         _check_base(folder, header, base_model)
         if (folder / INFERENCE / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder / INFERENCE))

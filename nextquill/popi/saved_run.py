@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.evaluation.identity import model_digest
@@ -26,17 +27,18 @@ class SavedRun:
 
     Args:
         folder: the folder that `POPITrainer` wrote, or a checkpoint in it.
-        dtype: see `load_model`.
+        loading: how models are loaded; see `load_model`.
 
     Raises:
+        ArgumentError: an argument of loading that this run or this machine cannot take.
         CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
         UnsupportedModelError: a model cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path, *, dtype: str = "auto") -> None:
+    def __init__(self, folder: str | Path, **loading: Any) -> None:
         self.folder = Path(folder)
         self.config, self.templates = saved_settings(folder)
-        self.roles = Roles.load(folder, dtype=dtype)
+        self.roles = Roles.load(folder, **loading)
 
     @cached_property
     def inference_prompts(self) -> InferencePrompts:

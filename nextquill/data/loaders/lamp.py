@@ -23,9 +23,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from nextquill.data.lines import opened, parsed_json
+from nextquill.data.lines import HUB, opened, parsed_json
 from nextquill.data.loaders.row import Row
-from nextquill.data.loaders.source import HUB, Place, Source
+from nextquill.data.loaders.source import Place, Source
 from nextquill.data.records import Record, parse_record
 from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, RecordError
