@@ -16,7 +16,7 @@ from nextquill.errors import ArgumentError, naming
 from nextquill.generation import PLAUSIBILITY
 from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
-from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_prompt_settings
+from nextquill.models.loading import PROMPT_FILE, Loading, PromptSettings, load_prompt_settings
 from nextquill.models.tiny_models import is_new
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class ModelOptions:
         """The arguments of `load_model` except the name."""
         names = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "model"]
         return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raise ArgumentError for flags that do not go together, or with the model."""
+        Loading(**self.loading()).check(self.model)
 
 
 @dataclass

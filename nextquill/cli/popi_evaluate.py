@@ -91,6 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
     from nextquill.popi.evaluation import PairEvaluation
 
+    models.check()
     options.check()
     shown.check()
     target = None

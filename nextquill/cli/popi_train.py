@@ -68,6 +68,7 @@ class PopiModelOptions(ModelOptions):
             raise UsageError("expected --model, or --inference_model and --generator_model together")
         if self.revision is not None and not self.model:
             raise UsageError("revision: expected one --model with it, as each model has revisions of its own")
+        super().check()
 
 
 @dataclass

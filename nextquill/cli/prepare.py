@@ -56,7 +56,7 @@ class PrepareOptions:
 
 
 OPTIONS = (PrepareOptions, PromptOptions)
-FLAGS = {"folder": "output_dir", "records": "records_file"}
+FLAGS = {"folder": "output_dir", "records": "records_file", "source": "records_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.dry_run:
         from nextquill.cli import dry_run
 
-        with naming("records_file"):
+        with naming("records_file", "source"):
             dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
         return OK
     prepared = _prepare(options, encoder)
