@@ -265,7 +265,7 @@ def test_equal_time(nextquill, data, tmp_path):
         (["--resamples", 0], 2, "--resamples: expected at least 1, got 0"),
         (["--eval_limit", 0], 2, "--eval_limit: expected a positive number, got 0"),
         (["--report_examples", -1], 2, "--report_examples: expected at least 0, got -1"),
-        (["--task", "lamp_9"], 2, "--task: expected one of"),
+        (["--task", "lamp_9"], 2, "argument --task: invalid choice: 'lamp_9' (choose from"),
         (["--task", "lamp_3", "--generate", "true"], 1, "--eval_file: "),
         (["--lora_r", 2], 2, "--lora_r: a new 'tiny' model has no trained weights to adapt"),
         (["--eval_file", "nowhere.jsonl"], 1, "--eval_file: nowhere.jsonl: cannot be read: No such file"),
