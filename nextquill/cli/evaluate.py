@@ -116,7 +116,10 @@ def run(arguments: Sequence[str]) -> int:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
         print_evaluation(evaluation)
         if options.baseline is not None:
-            _print_differences(Path(folder), Path(options.baseline), measured)
+            draws: dict[str, Any] = {name: getattr(measured, name) for name in ("level", "resamples", "seed")}
+            there = Path(options.baseline)
+            differences = compare_evaluations(Path(folder), there, **draws)
+            print_differences(differences, evaluation, read_evaluation(there), str(there))
     if kept is not None:
         print(f"Results: {kept}")
     if target is not None:
@@ -156,12 +159,6 @@ def _prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the prompts, of an evaluation's settings."""
     lengths = {name: settings.get(name) for name in ("max_length", "max_response_length")}
     return {**lengths, **settings["template"]}
-
-
-def _print_differences(folder: Path, baseline: Path, options: EvaluationOptions) -> None:
-    draws: dict[str, Any] = {name: getattr(options, name) for name in ("level", "resamples", "seed")}
-    differences = compare_evaluations(folder, baseline, **draws)
-    print_differences(differences, read_evaluation(folder), read_evaluation(baseline), str(baseline))
 
 
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:

@@ -15,7 +15,7 @@ from nextquill.cli.options import DecodingOptions, ModelOptions, PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
 from nextquill.data import HistoryItem, Record
-from nextquill.data.lines import json_lines
+from nextquill.data.lines import json_lines, parsed_json
 from nextquill.data.records import check_text
 from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.generation import GenerationOptions
@@ -261,15 +261,8 @@ def _texts(path: str) -> tuple[HistoryItem, ...]:
     from nextquill.generation.writer import history_items
 
     if path == "-":
-        lines = [(f"standard input line {number}", line) for number, line in enumerate(sys.stdin, 1)]
-        raw = [_parsed(where, line) for where, line in lines if line.strip()]
+        lines = ((number, line) for number, line in enumerate(sys.stdin, 1) if line.strip())
+        raw: list[Any] = [parsed_json(f"standard input line {number}", line) for number, line in lines]
     else:
         raw = [value for _, value in json_lines(path)]
     return history_items(raw)
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise RecordError(f"{where}: expected a JSON string or object: {error}") from error

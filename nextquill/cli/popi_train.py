@@ -55,12 +55,8 @@ class PopiModelOptions(ModelOptions):
     @property
     def names(self) -> dict[str, str]:
         """The given models, by the name of POPITrainer's argument."""
-        given = {
-            "model": self.model,
-            "inference_model": self.inference_model,
-            "generator_model": self.generator_model,
-        }
-        return {name: value for name, value in given.items() if value}
+        names = ("model", "inference_model", "generator_model")
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def check(self) -> None:
         """Raise UsageError unless there is one model, or one for each role."""
@@ -124,8 +120,7 @@ FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "learning_rate": None}
-    parsed = parse("popi train", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
+    parsed = parse("popi train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     models, files, form, config, prompts, lora, args = parsed
     models.check()
     lora.check(models.names)

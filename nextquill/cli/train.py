@@ -40,7 +40,9 @@ DESCRIPTION = (
 )
 OPTIONS = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
 FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
+#: No learning rate, as `set_learning_rate` fills it in.
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
+DEFAULTS["learning_rate"] = None
 #: Length of prompt and response for a new model, whose whole context would be slow on a CPU.
 SCRATCH_MAX_LENGTH = 1024
 #: Characters of the query in the command that is recommended at the end.
@@ -50,8 +52,7 @@ Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "learning_rate": None}
-    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
+    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
     lora.check(model_options.model)
