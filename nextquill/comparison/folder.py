@@ -21,6 +21,7 @@ from typing import Any
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.json_files import first_difference
 from nextquill.storage.locks import try_lock
 
 SETTINGS_FILE = "nextquill_comparison.json"
@@ -113,21 +114,12 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
         saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputExistsError(f"folder: {path} is damaged: {error}; choose another folder") from error
-    saved, given = _flat(saved), _flat(json.loads(json.dumps(dict(settings))))
-    for name in {**saved, **given}:
-        if saved.get(name) != given.get(name):
-            raise OutputExistsError(
-                f"folder: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
-                f"{given.get(name)!r}; choose another folder, or replace it with overwrite=True"
-            )
-
-
-def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings under one name each, such as "prompt template order"."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found
+    difference = first_difference(saved, json.loads(json.dumps(dict(settings))))
+    if difference is not None:
+        raise OutputExistsError(
+            f"folder: {folder} holds a comparison with another {difference}; choose another folder, or replace it with "
+            "overwrite=True"
+        )
 
 
 @contextmanager

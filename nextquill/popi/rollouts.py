@@ -37,6 +37,7 @@ from nextquill.generation.vllm_engine import (
 )
 from nextquill.models.configs import base_model, context_length, is_adapter
 from nextquill.storage.fingerprints import digest_of
+from nextquill.storage.json_files import line_fields
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
 
@@ -413,15 +414,6 @@ def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
                 f"{path}, line {number}: expected a sample with key, ids and ended, got {_shown(line)}"
             )
         yield key, ids or [], ended
-
-
-def line_fields(line: str | bytes) -> dict[str, Any]:
-    """Return the JSON object in a line; a line that was cut short, or is not an object, has no fields."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _shown(line: bytes) -> str:

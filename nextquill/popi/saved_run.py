@@ -14,9 +14,9 @@ from nextquill.evaluation.identity import model_digest
 from nextquill.popi.config import SAMPLES_FILE, POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
-from nextquill.popi.rollouts import line_fields
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import line_fields
 
 _STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
