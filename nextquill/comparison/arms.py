@@ -67,16 +67,10 @@ ARMS: Mapping[str, Arm] = {
 
 
 def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> list[Arm]:
-    """The named arms, in the order given.
+    """The named arms, in the order given; the others are compared with `baseline`, which is one of them.
 
-    Args:
-        names: names of `ARMS`, none twice.
-        baseline: one of `names`; the others are compared with it.
-        time_reference: the arm whose training time an arm with `matches_time` gets.
-
-    Raises:
-        ArgumentError: a name is unknown or given twice, the baseline is not among them, or an arm that matches
-            another's time lacks an arm that it needs for that.
+    ArgumentError if a name is unknown or given twice, the baseline is not among them, or an arm that matches another's
+    time lacks an arm that it needs for that.
     """
     if not names:
         raise ArgumentError("names: expected at least one, got none")

@@ -71,11 +71,7 @@ def run_folder(folder: Path, arm: str, seed: int) -> Path:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run's folder; None if the run is not finished.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """The record in a run's folder, None if the run is not finished; CheckpointError if the file is damaged."""
     path = folder / RECORD_FILE
     if not path.is_file() or not (folder / EVALUATION_FOLDER / EVALUATION_FILE).is_file():
         return None
@@ -91,15 +87,9 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make sure that a comparison may use `folder`; nothing is changed yet.
+    """Check, before anything is changed, that a comparison with these settings (JSON, by flag) may use a folder.
 
-    Args:
-        folder: a new or empty folder, or that of a comparison with the same settings.
-        settings: the settings of all runs, by flag; JSON.
-        overwrite: replace an earlier comparison.
-
-    Raises:
-        OutputExistsError: it holds something else, or a comparison with another setting, which the message names.
+    OutputExistsError unless it is new, empty, or of a comparison with the same settings. `overwrite` allows others.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"folder: {folder} is a file")
@@ -126,8 +116,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
 def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Claim `folder` for this comparison, and keep other processes out of it while the block runs.
 
-    Raises:
-        OutputExistsError: another process is comparing in it.
+    OutputExistsError if another process is comparing in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:

@@ -160,11 +160,7 @@ def encoding_stats(counts: Tensor) -> EncodingStats:
 
 
 class EncodedDataset(Dataset[EncodedExample]):
-    """Encoded examples as a map-style data set.
-
-    Args:
-        examples: the examples, in the order of the data set.
-    """
+    """Encoded examples as a map-style data set, in their order."""
 
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
         self.examples: Sequence[EncodedExample] = list(examples)

@@ -112,7 +112,8 @@ class PreparedDataset(EncodedDataset):
         here = encoder_settings(encoder)
         if encoder.max_response_length is None:  # no limit, so any limit of the folder's fits
             here["max_response_length"] = self.settings["max_response_length"]
-        there = {name: self.settings.get(name) for name in here} | {"template": dict(self.settings["template"])}
+        there: dict[str, Any] = {name: self.settings.get(name) for name in here}
+        there |= {"template": dict(self.settings["template"])}
         for template in (there["template"], here["template"]):
             if template.get("chat") is None:  # as the tokenizer has it, which is compared too
                 template["chat"] = encoder.renderer.uses_chat

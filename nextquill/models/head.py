@@ -123,11 +123,7 @@ class LossInHead:
 
 
 def find_head(model: Any) -> Any:
-    """Return the module whose forward computes the logits.
-
-    Raises:
-        UnsupportedModelError: the model has no such module, or it is not a linear layer.
-    """
+    """Return the module whose forward computes the logits; UnsupportedModelError if none is a linear layer."""
     base = base_model(model)
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):

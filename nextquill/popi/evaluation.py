@@ -87,12 +87,7 @@ class PairScore:
 def placebo_summaries(summaries: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     """Return for every user the summary of another. Among users with a summary, each summary is used once.
 
-    Args:
-        summaries: the summaries by user; an empty one is nobody's placebo.
-        seed: the same seed and users give the same placebos.
-
-    Returns:
-        The placebos by user; none if fewer than two users have a summary.
+    An empty summary is nobody's placebo. With fewer than two users who have a summary, there are no placebos.
     """
     donors = sorted(user for user, text in summaries.items() if text.strip())
     if len(donors) < 2:
@@ -270,11 +265,9 @@ class PairMeasures:
     """The measures of one generator on the pairs of some users.
 
     Args:
-        pairs, users: their numbers.
         contexts: the measures by context, in the order of `CONTEXTS`.
         differences: accuracy and margin under the summary minus those under another context, by that context's name.
-        token_ratio: the mean tokens of signals divided by the mean tokens of summaries; None if summaries add no
-            tokens.
+        token_ratio: the mean tokens of signals divided by the mean tokens of summaries; None if summaries add none.
     """
 
     pairs: int
@@ -305,14 +298,10 @@ class PairMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class PairEvaluation:
-    """The result of `nextquill popi evaluate`.
+    """The result of `nextquill popi evaluate`: the run's folder, counts, and the measures of its generator.
 
     Args:
-        model: the run's folder.
-        settings: the settings of the evaluation.
         left_out: the number of users that were left out, by reason.
-        empty_summaries: the number of users whose summary is empty.
-        generator: the measures of the trained generator.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
     """
 

@@ -269,11 +269,7 @@ class VLLMRollouts(Rollouts):
 
 
 class RecordingRollouts(Rollouts):
-    """Passes on the samples of other rollouts and appends each to a file, as a JSON line.
-
-    Args:
-        inner: the rollouts that sample; closed with this.
-        path: the new file; its folder is made.
+    """Passes on the samples of `inner` and appends each to a new file, as a JSON line; closes `inner` too.
 
     Raises:
         OutputExistsError: the file exists.

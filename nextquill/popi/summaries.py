@@ -167,21 +167,16 @@ class SummaryFile:
         return kept
 
     def edit(self, user_id: str, text: str) -> Summary:
-        """Replace the text of a user's summary by a person's; it may be blank.
-
-        Raises:
-            ArgumentError: the user has no summary.
-        """
+        """Replace the text of a user's summary by a person's, which may be blank; ArgumentError without a summary."""
         tidy = check_text(text, "edit", "text").strip()
         with self._changed(user_id) as known:
             known[user_id] = replace(known[user_id], summary=tidy, created=_now(), tokens=None, edited=True, cut=False)
             return known[user_id]
 
     def delete(self, user_id: str) -> None:
-        """Delete a user's summary, edited or not; the next run writes a new one if it gets the user's signals.
+        """Delete a user's summary, edited or not; ArgumentError without one.
 
-        Raises:
-            ArgumentError: the user has no summary.
+        The next run writes a new one if it gets the user's signals.
         """
         with self._changed(user_id) as known:
             del known[user_id]
@@ -251,12 +246,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The signals and held-out pairs of the users to evaluate.
-
-    Args:
-        draws: one for each user, with first signals and later pairs.
-        no_pairs, few_signals: the users that are left out, see `UserCounts`.
-    """
+    """The first signals and later pairs of each user to evaluate, and the users that are left out, see `UserCounts`."""
 
     draws: tuple[Draw, ...]
     no_pairs: tuple[str, ...] = ()
@@ -299,14 +289,7 @@ def all_signals(user: User, *, num_signals: int) -> tuple[HistoryItem, ...]:
 
 
 class Written(NamedTuple):
-    """A summary by the inference model.
-
-    Args:
-        user_id: the user.
-        text: the summary; may be empty.
-        tokens: its number of tokens.
-        ended: whether it ended within `max_new_tokens`.
-    """
+    """A summary by the inference model; `ended` says whether it ended within `max_new_tokens`. It may be empty."""
 
     user_id: str
     text: str

@@ -11,11 +11,7 @@ from nextquill.errors import RecordError
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
-
-    Raises:
-        RecordError: the file cannot be read, or is not a JSON object.
-    """
+    """The object that a file holds; RecordError if it cannot be read, or is not a JSON object."""
     try:
         return _object(path.read_bytes(), str(path))
     except OSError as error:
@@ -23,11 +19,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line's place, for errors, and the object that it holds.
-
-    Raises:
-        RecordError: the file cannot be read, or a line is not a JSON object.
-    """
+    """Yield each line's place, for errors, and the object that it holds; RecordError as `json_object`."""
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):

@@ -114,11 +114,7 @@ class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
         self._stream.flush()
 
     def finish(self, indices: Sequence[int]) -> None:
-        """Write the lines with these indices to the target, in this order.
-
-        Raises:
-            CheckpointError: the file holds other lines than these.
-        """
+        """Write the lines with these indices to the target, in this order; CheckpointError if the file holds others."""
         if sorted(self._offsets) != sorted(indices):
             raise CheckpointError(f"{self.argument}: {self.path} does not hold every record once; delete it")
         with written_whole(self.target) as stream:
