@@ -23,12 +23,9 @@ DEFAULT_TIME_REFERENCE = "nextquill_detached"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """One way of training, with its name on the command line and its label in tables.
 
     Args:
-        name: its name on the command line, and its folder's.
-        label: its name in tables.
-        kind: the class of its loss.
         arguments: the loss's arguments, without its defaults.
         learning_rate_factor: multiplies the learning rate of the comparison.
         matches_time: train for as long as a reference arm took, rather than for as many steps.

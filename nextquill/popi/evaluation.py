@@ -116,14 +116,11 @@ def score_pairs(
 
     Args:
         generator: the model that judges the pairs; it is left as it was.
-        prompts: makes the generator's prompts.
         draws: one for each user, from `held_out`.
         summaries: the users' summaries; by default only "none" and "signals" are scored. "placebo" needs two users.
         loss: the run's objective; by default DPO with β = 0.1.
-        reference_sees_context: whether the reference gets the context too.
         seed: decides whose summary is the placebo.
         attention, max_tokens: see `BranchScorer`.
-        progress: shows progress, see `Progress`.
 
     Returns:
         The scores of all pairs in the draws' order, by context in the order of `CONTEXTS`.
@@ -322,14 +319,9 @@ class PairEvaluation:
 def measure(
     scores: Mapping[str, Sequence[PairScore]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> PairMeasures:
-    """Compute the measures from the scores of `score_pairs`.
+    """Compute the measures from the scores of `score_pairs`, with intervals of `bootstrap_interval`.
 
-    Args:
-        scores: the scores by context, with the same pairs in the same order.
-        level, resamples, seed: see `bootstrap_interval`.
-
-    Raises:
-        ArgumentError: there are no scores, or the contexts have different pairs.
+    ArgumentError if there are no scores, or the contexts have different pairs.
     """
     options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
     users = [score.user_id for score in next(iter(scores.values()))]

@@ -49,13 +49,11 @@ _ONE_THREAD = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A user's summary.
+    """A user's summary, which may be empty.
 
     Args:
-        user_id: the user.
-        signals_hash: the hash of its signals, see `signals_hash`.
+        signals_hash: the hash of the user's signals, see `signals_hash`.
         model: the name of the model that wrote it.
-        summary: the text; may be empty.
         created: the time when it was written or last edited, in ISO 8601 with a time zone.
         tokens: its number of tokens for that model; None after an edit.
         edited: whether a person has edited it.
@@ -145,14 +143,9 @@ class SummaryFile:
         return [user for user, own in hashes.items() if edited.get(user, own) != own]
 
     def put(self, *summaries: Summary, force: bool = False) -> list[str]:
-        """Add summaries, or replace those of the same users.
+        """Add summaries, or replace those of the same users, of which the last one counts.
 
-        Args:
-            summaries: the last one of each user counts.
-            force: also replace summaries that a person has edited.
-
-        Returns:
-            The users whose summary was kept because a person has edited it.
+        Returns the users whose summary was kept because a person has edited it; with `force` these are replaced too.
         """
         kept = list[str]()
         if not summaries:
@@ -310,12 +303,8 @@ def summarize(
     """Yield each user's summary as soon as its batch is written, the longest prompts first.
 
     Args:
-        role: the inference model; it is left as it was.
-        prompts: makes the inference model's prompts.
         signals: the signals by user, oldest first.
-        max_new_tokens: the most tokens of a summary.
         temperature: 0 for the most likely tokens; above 0, a sample that depends on `seed` and the user alone.
-        seed: the seed of sampling.
         batch_size: the number of users at a time.
 
     Raises:
