@@ -91,10 +91,7 @@ class LossInHead:
     def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
         """Run the model on `inputs` and return the scalar of `function` in its head, of any floating dtype.
 
-        Args:
-            function: maps `HeadState` to a scalar.
-            inputs: keyword arguments of the model's forward, without labels.
-            call: the same model inside a DDP or FSDP wrapper, called in its place.
+        The inputs are keyword arguments without labels. `call` is the model in a DDP or FSDP wrapper, if there is one.
         """
         _check_adapters(self.head)  # an adapter may have been added or switched
         self._function = function
