@@ -121,7 +121,6 @@ class EncodingStats:
     """Counts of what encoding kept and dropped.
 
     Args:
-        examples: examples.
         history_items: history items of all records.
         history_items_dropped: history items that did not fit the budget.
         examples_truncated: examples that lost at least one item.

@@ -270,7 +270,7 @@ def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     base_name, revision = _base(place)
     try:
-        revision = None if Path(base_name).exists() else revision  # saved elsewhere meanwhile
+        revision = None if Path(base_name).exists() else revision  # a base that was saved to a folder has no revision
         base, tokenizer = load_model(base_name, **vars(how) | {"revision": revision})
     except UnsupportedModelError as error:
         message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"

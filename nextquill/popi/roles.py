@@ -286,7 +286,7 @@ class Roles(nn.Module):
         if not header["shared"]:
             (inference, first), (generator, second) = (load_model(str(folder / name), dtype=dtype) for name in ROLES)
             roles = cls.separate(inference, generator, first, second, freeze_inference=True, freeze_generator=True)
-            return roles._begun_without_adapters()
+            return roles._compared_with_base()
         tokenizer = None
         if base_model is None:
             name = header["base_model"]
@@ -296,9 +296,9 @@ class Roles(nn.Module):
             tokenizer = load_tokenizer(str(folder / INFERENCE))
         model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
         model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
-        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._begun_without_adapters()
+        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._compared_with_base()
 
-    def _begun_without_adapters(self) -> Roles:
+    def _compared_with_base(self) -> Roles:
         for role in self:
             if role.adapter is not None:
                 role.initial_state = None
