@@ -107,7 +107,10 @@ def parse_record(raw: object, where: str) -> Record:
     if not isinstance(raw, Mapping):
         raise PlacedError(where, f"expected an object with named fields, got {type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
-    history = _history(required(raw, "history", where), where)
+    given = required(raw, "history", where)
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise unexpected(where, "history", "a list of strings or of objects with 'text'", given)
+    history = [_history_item(item, where, f"history[{position}]") for position, item in enumerate(given)]
     check_times(history, timestamp, where)
     return Record(
         user_id=check_user_id(required(raw, "user_id", where), where),
@@ -138,11 +141,7 @@ def iter_jsonl(
 
 
 def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> list[Record]:
-    """Read all records of a file; see `iter_jsonl`.
-
-    Raises:
-        RecordError: as `iter_jsonl`.
-    """
+    """Read all records of a file; arguments and errors are those of `iter_jsonl`."""
     return list(iter_jsonl(path, skipped))
 
 
@@ -228,7 +227,7 @@ def _timestamp(value: object, where: str, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, (str, datetime)):
-        return Clock().date(value, where, name)  # of its own, as its errors name earlier times of one source
+        return Clock().date(value, where, name)  # a new clock, as its errors name earlier times of the same source
     if isinstance(value, bool) or not isinstance(value, Real):
         raise unexpected(where, name, "a number of seconds or an ISO 8601 time", value)
     seconds = as_float(value)
@@ -254,12 +253,6 @@ def in_time_order(history: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
     if any(item.timestamp is None for item in history):
         return history
     return sorted(history, key=lambda item: item.timestamp or 0.0)
-
-
-def _history(value: object, where: str) -> list[HistoryItem]:
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise unexpected(where, "history", "a list of strings or of objects with 'text'", value)
-    return [_history_item(raw, where, f"history[{position}]") for position, raw in enumerate(value)]
 
 
 def _history_item(raw: object, where: str, name: str) -> HistoryItem:

@@ -42,8 +42,7 @@ class PromptSettings:
 def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
     """The prompt settings stored in a model folder, or in the run folder of a checkpoint; None if there are none.
 
-    Raises:
-        CheckpointError: the file exists and cannot be read.
+    CheckpointError if the file exists and cannot be read.
     """
     folder = Path(folder)
     places = [folder / PROMPT_FILE]
@@ -165,8 +164,8 @@ def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: 
 def _locate(name_or_path: str) -> tuple[str, bool]:
     """The absolute path of a folder, or the hub name; and whether to load from the hub's cache alone.
 
-    The path is absolute so that an adapter saved later still finds its base model. Without the cache alone, the hub's
-    client would retry each file for a minute while the hub cannot be reached.
+    The path is absolute so that an adapter saved later still finds its base model. If the hub cannot be reached, only
+    the cache is used, as the hub's client would retry each file for a minute.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -211,11 +210,7 @@ def _hub_answers() -> bool:
 
 
 def load_tokenizer(place: str, cached_only: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer of a folder, a GGUF file or a hub name, there of a revision.
-
-    Raises:
-        UnsupportedModelError: the tokenizer cannot be loaded.
-    """
+    """The tokenizer of a folder, a GGUF file or a hub name, there of a revision; UnsupportedModelError if it fails."""
     from transformers import AutoTokenizer
 
     try:
@@ -228,10 +223,9 @@ def load_tokenizer(place: str, cached_only: bool = False, revision: str | None =
 
 
 def find_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer that `load_model` would return, without loading weights; a folder with only a tokenizer works too.
+    """The tokenizer that `load_model` would return, without loading weights; errors are those of `load_tokenizer`.
 
-    Raises:
-        UnsupportedModelError: the tokenizer cannot be loaded.
+    A folder with only a tokenizer works too.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / "tokenizer_config.json").is_file():
@@ -277,7 +271,7 @@ def _load_adapter(place: str, how: Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     base_name, revision = _base(place)
     try:
-        revision = None if Path(base_name).exists() else revision  # saved elsewhere meanwhile
+        revision = None if Path(base_name).exists() else revision  # a base that was saved to a folder has no revision
         base, tokenizer = load_model(base_name, **vars(how) | {"revision": revision})
     except UnsupportedModelError as error:
         message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"
@@ -290,7 +284,7 @@ def _load_adapter(place: str, how: Loading) -> tuple[Any, Any]:
 
 
 def _with_adapter(base: Any, place: str, base_name: str) -> Any:
-    """The base in the adapter; PEFT itself drops weights for layers that the base lacks without a word."""
+    """The base in the adapter. PEFT itself silently drops weights for layers that the base lacks."""
     from peft import PeftModel
 
     unfit = f"model_name_or_path: the adapter in {place} does not fit its base model {base_name}"

@@ -68,13 +68,9 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def build_model(size: ScratchSize, seed: int, *, vocabulary: int | None = None, **token_ids: int | None) -> Any:
-    """A randomly initialised Llama of this size; the same for the same seed.
+    """A randomly initialised Llama of this size, the same for the same seed; the global random state does not change.
 
-    Args:
-        size: the architecture.
-        seed: seed of the initialisation; the global random state does not change.
-        vocabulary: number of tokens; by default `size.vocabulary`.
-        token_ids: the tokenizer's `eos_token_id` and `pad_token_id`; by default None.
+    `vocabulary` is by default `size.vocabulary`. `token_ids` are the tokenizer's `eos_token_id` and `pad_token_id`.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -15,9 +15,9 @@ from nextquill.evaluation.identity import model_digest
 from nextquill.popi.config import SAMPLES_FILE, POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
-from nextquill.popi.rollouts import line_fields
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import line_fields
 
 _STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
@@ -55,11 +55,8 @@ class SavedRun:
     def writer(self, *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
         """Name the writer of summaries: the folder's name, and a digest of everything that decides their text.
 
-        The digest covers the weights, the prompt, the longest summary and, for sampling, the temperature and the seed.
-
-        Args:
-            max_new_tokens: the most tokens of a summary; by default as in training.
-            temperature, seed: see `summarize`.
+        The digest covers the weights, the prompt, the longest summary (by default as in training) and, for sampling,
+        the temperature and the seed.
         """
         settings = {
             "weights": self._weights,
@@ -77,10 +74,9 @@ class SavedRun:
 
 
 def saved_settings(folder: str | Path) -> tuple[POPIConfig, PopiTemplates]:
-    """Read the settings of training and the wording of the prompts of the run in a folder, without loading its models.
+    """Read the settings of training and the wording of the prompts of a run, without loading its models.
 
-    Raises:
-        CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
+    CheckpointError if the folder is not from POPI, an adapter is missing, or the settings are damaged.
     """
     settings = check_roles(Path(folder))["settings"]
     try:

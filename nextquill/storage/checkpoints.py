@@ -50,8 +50,7 @@ def remove_staging(folder: Path) -> None:
 def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -> Path | None:
     """The checkpoint to resume from: the named one, the last in `folder` for True, or None to start from the beginning.
 
-    Raises:
-        CheckpointError: the checkpoint is missing or incomplete.
+    CheckpointError if it is missing or incomplete.
     """
     if given is None or given is False:
         return None

@@ -18,7 +18,7 @@ _MEASURES = {
     "nll_factual": "NLL under the user's own history, nats a token",
     "nll_counterfactual": "NLL without a history, nats a token",
     "nll_placebo": "NLL under another user's history, nats a token",
-    "effect_placebo": "what the own history gains over another user's, nats a token",
+    "effect_placebo": "gain from the own history over another user's, nats a token",
 }
 
 

@@ -79,7 +79,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         super().__init__(
             model,
             args=args,
-            train_dataset=_stand_in(train_dataset),
+            # TRL's constructor refuses any other class, so it gets a `Dataset` of the same length.
+            train_dataset=None if train_dataset is None else Dataset.from_dict({"i": list(range(len(train_dataset)))}),
             processing_class=processing_class,
             data_collator=lambda examples: {},  # replaced below, once the model is known
             compute_metrics=self._eval_metrics,
@@ -104,8 +105,3 @@ def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
             f"args.max_length: expected at least the {longest} tokens of the longest example, got {limit}; "
             "encode with a smaller max_length, or set this one larger or to None"
         )
-
-
-def _stand_in(dataset: EncodedDataset | None) -> Dataset | None:
-    """A `Dataset` of the same length, since TRL's constructor refuses any other class."""
-    return None if dataset is None else Dataset.from_dict({"index": list(range(len(dataset)))})

@@ -226,9 +226,9 @@ MUTATIONS = (
     ),
     Mutation(
         "partial-other-run",
-        "nextquill/storage/resumable_jsonl.py",
-        "if saved.get(name) != run.get(name)), None)",
-        "if name not in run), None)",
+        "nextquill/storage/json_files.py",
+        "elif old != new:",
+        "elif name not in here:",
         "a stopped evaluation resumes with another model",
     ),
     Mutation(

@@ -6,8 +6,8 @@ MUTATIONS = (
     Mutation(
         "popi-dpo-sign",
         "nextquill/popi/objective.py",
-        "return -logsigmoid(self.beta * margin)",
-        "return -logsigmoid(-self.beta * margin)",
+        "loss = -logsigmoid(self.beta * margin) if is_dpo",
+        "loss = -logsigmoid(-self.beta * margin) if is_dpo",
         "the generator learns to prefer the rejected response",
     ),
     Mutation(

@@ -27,14 +27,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows, and the way to read them; see `load`.
+    """A source of rows, and the way to read them; `load` describes its arguments and errors.
 
     A file's suffix tells its kind: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All
     but .parquet may be followed by .gz. `argument` is the name of `rows_from` in errors.
-
-    Raises:
-        ArgumentTypeError: `rows_from` is neither a place nor an iterable of rows.
-        ArgumentError: a name on the hub is malformed, a suffix is unknown, or a split is given for local files.
     """
 
     rows_from: Rows
