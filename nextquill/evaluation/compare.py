@@ -11,6 +11,7 @@ from nextquill.evaluation.measures import TOKENS, is_of_corpus, kind_and_branch
 from nextquill.evaluation.metrics import MetricScores, compute
 from nextquill.evaluation.results import EvaluatedExample, Evaluation, finite, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
+from nextquill.evaluation.text_measures import REFERENCE
 
 
 def compare_evaluations(
@@ -45,8 +46,12 @@ def compare_evaluations(
         )
     examples = [read_examples(folder) for folder in (a, b)]
     results: dict[str, PairedResult] = {}
-    # The number of tokens is the same in both, as the records are.
-    shared = [name for name in first.metrics if name in second.metrics and name != TOKENS]
+    # The number of tokens and the people's own texts are the same in both, as the records are.
+    shared = [
+        name
+        for name in first.metrics
+        if name in second.metrics and name != TOKENS and kind_and_branch(name)[1] != REFERENCE
+    ]
     for name in shared if names is None else names:
         for folder, evaluation in ((a, first), (b, second)):
             if name not in evaluation.metrics:

@@ -27,10 +27,13 @@ from nextquill.evaluation.measures import (
     TOKENS,
     LabelledScores,
     effect_measures,
+    kind_and_branch,
     measure_name,
     preference_measures,
+    text_measure,
 )
-from nextquill.evaluation.metrics import METRICS, compute
+from nextquill.evaluation.metrics import METRICS, Authors, compute
+from nextquill.evaluation.metrics.words import Span
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, has_pair, preference_scores
@@ -48,6 +51,7 @@ from nextquill.evaluation.results import (
 )
 from nextquill.evaluation.scoring import BranchScorer, effect_line, pad_token, score_examples
 from nextquill.evaluation.tasks import TASKS, Task
+from nextquill.evaluation.text_measures import REFERENCE, authors_of, reference_scores, usable
 from nextquill.generation import check_engine, generation_engine, make_prompts
 from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
@@ -116,6 +120,7 @@ class TaskTexts:
         metrics: names of the metrics of generated texts; empty if nothing is generated.
         branches: the branches whose prompts texts are generated from.
         references: the right text of each record that texts are generated for.
+        authors: those records' users and histories, and all records' people; None if nothing is generated.
         ids: those records' names in the task's prediction files; None if it has no such files, or a record has no `id`.
     """
 
@@ -123,6 +128,7 @@ class TaskTexts:
     metrics: tuple[str, ...]
     branches: tuple[str, ...]
     references: list[str]
+    authors: Authors | None = None
     ids: list[Id] | None = None
 
     @classmethod
@@ -130,7 +136,7 @@ class TaskTexts:
         """The task that the options name, on these records.
 
         Raises:
-            RecordError: a record has no answer that the task can score.
+            RecordError: a record has no answer that the task can score, or a metric needs histories of several people.
             BackendUnavailableError: a library that a metric needs is not installed.
         """
         task, metrics = TASKS[options.task], options.text_metrics()
@@ -145,25 +151,37 @@ class TaskTexts:
             shown = records[: options.generate_limit]
             references = [task.read_reference(record.response, f"record {i}") for i, record in enumerate(shown)]
             # Scoring empty answers finds references that cannot be scored, before hours of generation.
-            compute(metrics, references, [""] * len(references), labels=task.labels)
+            authors = authors_of(shown, among=records, seed=options.seed)
+            if options.metrics is None:
+                metrics = usable(metrics, authors)
+            compute(metrics, references, [""] * len(references), labels=task.labels, authors=authors)
         except ArgumentError as error:
             raise RecordError(str(error), argument=error.argument or "records") from error
-        return cls(task, metrics, options.generate_branches, references, _ids(task, shown))
+        return cls(task, metrics, options.generate_branches, references, authors, _ids(task, shown))
 
     def measures(self, generated: Sequence[Mapping[str, str]]) -> dict[str, LabelledScores]:
         """Measures of every record's generated texts, which are given by branch."""
         measures = dict[str, LabelledScores]()
         for branch in self.branches:
-            members = [index for index, texts in enumerate(generated) if branch in texts]
-            right = [self.references[index] for index in members]
-            texts = [generated[index][branch] for index in members]
-            for kind, scores in compute(self.metrics, right, texts, labels=self.task.labels).items():
+            texts = [each[branch] for each in generated[: len(self.references)]]
+            found = compute(self.metrics, self.references, texts, labels=self.task.labels, authors=self.authors)
+            for kind, scores in found.items():
                 metric, name = METRICS[kind], measure_name(kind, branch)
                 label = f"{metric.label}, generated {PROMPTS[branch]}"
                 better = metric.higher_is_better if branch == "factual" else None
-                own = None if scores.per_example is None else name
-                measures[name] = LabelledScores(label, scores, members, metric.unit, better, own)
+                measures |= text_measure(name, label, scores, metric.unit, better)
+        if self.authors is not None:
+            for name, scores in reference_scores(self.metrics, self.references, self.authors).items():
+                measures |= text_measure(name, f"{METRICS[kind_and_branch(name)[0]].label}, the person's own", scores)
         return measures
+
+    def copied(self, index: int, response: str, generated: Mapping[str, str]) -> dict[str, list[Span]]:
+        """Where the texts of a record have phrases of its history, by branch; texts without any are left out."""
+        if self.authors is None or index >= len(self.references):
+            return {}
+        texts = {**generated, REFERENCE: response}
+        found = {branch: self.authors.copied(index, text)[1] for branch, text in texts.items()}
+        return {branch: spans for branch, spans in found.items() if spans}
 
     def write_predictions(self, path: Path, generated: Sequence[Mapping[str, str]]) -> None:
         """Write the texts generated with history as the task's own scorers read them, if the records have ids."""
@@ -244,7 +262,7 @@ class _Work:
         examples = [
             EvaluatedExample(
                 index, record.user_id, record.query, record.response, encoded.history_kept, encoded.history_total,
-                generated[index], own,
+                generated[index], own, self.texts.copied(index, record.response, generated[index]),
             )
             for index, (record, encoded, own) in enumerate(zip(self.records, self.examples, scores, strict=True))
         ]  # fmt: skip

@@ -7,6 +7,7 @@ the examples of one user are not independent. A measure's name is its kind and t
     rouge_l                   of texts generated with the user's history
     rouge_l_counterfactual    of texts generated without history
     rouge_l_placebo           of texts generated with another user's history
+    right_person_reference    of the people's own texts, for the measures that look for the person
     nll_factual               over all response tokens; such kinds name their prompt themselves
     nll_factual_per_example   the same as a mean over examples of each example's own mean
 """
@@ -25,6 +26,7 @@ from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.evaluation.metrics import METRICS, Metric, MetricScores
 from nextquill.evaluation.metrics.scores import Floats
 from nextquill.evaluation.results import MetricValue, finite
+from nextquill.evaluation.text_measures import REFERENCE
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions
@@ -37,7 +39,7 @@ COUNTS = ("examples", "users", TOKENS)
 #: The prompts in words, by branch.
 PROMPTS = dict(zip(BRANCHES, ("with history", "without history", "with another's history"), strict=True))
 # Headings of columns in tables of 80 characters.
-_COLUMNS = dict(zip(BRANCHES, ("with history", "without", "another's"), strict=True))
+_COLUMNS = dict(zip((*BRANCHES, REFERENCE), ("with history", "without", "another's", "the person's own"), strict=True))
 _NATS = "nats per token"
 
 
@@ -84,7 +86,7 @@ def measure_name(kind: str, branch: str) -> str:
 
 def kind_and_branch(name: str) -> tuple[str, str]:
     """The two parts that `measure_name` joins."""
-    branch = next((each for each in BRANCHES if name.endswith(f"_{each}")), "factual")
+    branch = next((each for each in (*BRANCHES, REFERENCE) if name.endswith(f"_{each}")), "factual")
     return name.removesuffix(f"_{branch}"), branch
 
 
@@ -186,3 +188,16 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
                 own = better if branch == "factual" else None
                 measures[name] = LabelledScores(f"{label}, {prompt}", mean, held, unit, own, name)
     return measures
+
+
+def text_measure(
+    name: str, label: str, scores: MetricScores, unit: str = "", higher_is_better: bool | None = None
+) -> dict[str, LabelledScores]:
+    """A measure of texts by its name, over the examples that have a score; nothing if none has."""
+    defined = scores.defined()
+    if defined is None or scores.per_example is None:
+        return {name: LabelledScores(label, scores, range(len(scores)), unit, higher_is_better)}
+    if not defined:
+        return {}
+    mean = MetricScores.mean_of(scores.per_example[defined], name)
+    return {name: LabelledScores(label, mean, defined, unit, higher_is_better, name)}

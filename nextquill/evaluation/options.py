@@ -88,7 +88,7 @@ class EvaluationOptions:
         return GenerationOptions(**{**values, "batch_size": self.batch_size or GenerationOptions.batch_size})
 
     def text_metrics(self) -> tuple[str, ...]:
-        """The metrics of generated texts: those asked for, or the task's."""
+        """The metrics of generated texts: those asked for, or the task's, before the records are known."""
         names = TASKS[self.task].metrics if self.metrics is None else self.metrics
         return tuple(name for name in names if METRICS[name].score is not None)
 

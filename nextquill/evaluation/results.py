@@ -112,6 +112,8 @@ class EvaluatedExample:
         generated: generated texts by branch: "factual", "counterfactual" and "placebo", as far as they were asked for.
         scores: scores by name; NLLs and effects are means over the response's tokens, `tokens` is their number. The
             names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
+        copied: where phrases of the record's own history stand, by branch, and in the response as "reference": pairs of
+            the first character and the one after the last, in order. Texts without a copied phrase are left out.
     """
 
     index: int
@@ -122,6 +124,7 @@ class EvaluatedExample:
     history_total: int = 0
     generated: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    copied: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its line of the file, as JSON holds it."""
@@ -182,6 +185,11 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
             values = getattr(example, name)
             if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
                 raise RecordError(f"{where}: field '{name}': expected an object of {what}")
+        if not isinstance(example.copied, dict) or not all(
+            _are_spans(spans, example.response if branch == "reference" else example.generated.get(branch, ""))
+            for branch, spans in example.copied.items()
+        ):
+            raise RecordError(f"{where}: field 'copied': expected an object of places in the texts")
         examples[example.index] = example
     return list(examples.values())
 
@@ -333,6 +341,14 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     if not all(are_numbers(row, count) for row in line.effects):
         raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
     return line
+
+
+def _are_spans(value: Any, text: str) -> bool:
+    """Whether a value from JSON is a list of places in a text, one after another."""
+    if not isinstance(value, list) or not all(are_numbers(span, 2) for span in value):
+        return False
+    places = [0, *(place for span in value for place in span), len(text)]
+    return all(isinstance(place, int) for place in places) and places == sorted(places)
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
