@@ -32,7 +32,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             tables.setdefault(place.table, {}).setdefault(label, {})[place.column] = metric
     for kind, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = new_table(_HEADINGS[kind], *columns)
+        table = new_table(_HEADINGS[kind], *(column.replace(" own", "\nown") for column in columns))
         between = " " if len(columns) <= _MOST_BESIDE else "\n"
         for label, row in rows.items():
             cells = [row.get(column) for column in columns]

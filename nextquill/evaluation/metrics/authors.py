@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.evaluation.metrics.words import PHRASE, Phrase, Span, phrases, word_spans
+from nextquill.evaluation.metrics.words import PHRASE, Phrase, Span, copied, phrases, word_spans
 
 #: The number of people that a judge chooses from, the author included.
 CANDIDATES = 8
@@ -84,15 +84,8 @@ class Authors:
 
         The share is NaN for a text under three words, which has no 3-gram. Spans are of characters, in order.
         """
-        own, words = self._phrases(index), word_spans(text)
-        hits = [phrase in own for phrase in phrases(text)]
-        is_copied = [any(hits[max(0, at - PHRASE + 1) : at + 1]) for at in range(len(words))]
-        spans: list[Span] = []
-        for at, (_, (start, end)) in enumerate(words):
-            if is_copied[at]:
-                joined = bool(at) and is_copied[at - 1]
-                spans[len(spans) - joined :] = [(spans[-1][0] if joined else start, end)]
-        return (sum(hits) / len(hits) if hits else math.nan), spans
+        hits, total, spans = copied(text, self._phrases(index))
+        return (hits / total if total else math.nan), spans
 
     def uncopied(self, index: int, text: str) -> str | None:
         """A text without its copied phrases; None where under three words are left."""
