@@ -79,6 +79,15 @@ class EvaluateOptions:
         "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
     )
     item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
+    judge_model: str | None = option(
+        "An untrained model that picks the author of every generated text among people, by likelihood.", None,
+        metavar="NAME",
+    )  # fmt: skip
+    judge_candidates: int = option("People that it chooses from, the author included: 2 to 8; fewer cost less.", 8)
+    prose_file: str | None = option(
+        "Also measure the nll of this plain text, its first 20,000 tokens: what training has cost of other language.",
+        None, metavar="FILE",
+    )  # fmt: skip
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)

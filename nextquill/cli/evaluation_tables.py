@@ -13,7 +13,12 @@ from nextquill.report.numbers import p_value, with_interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
+_HEADINGS = {
+    "responses": "the records' responses",
+    "pairs": "pairs",
+    "texts": "generated texts",
+    "prose": "general prose",
+}
 #: Below this number of users, bootstrap intervals are clearly too narrow.
 ENOUGH_USERS = 20
 # With more columns than this, an interval goes below its value, to fit 80 characters.
@@ -44,6 +49,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         texts = min(examples, evaluation.settings.get("generate_limit") or examples)
         show(f"Texts were generated for {texts} of them. Their measures without a unit lie between 0 and 1.")
     show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
+    if "prose" in tables:
+        show("The interval of general prose is over its windows of text, not over users.")
     show("Effect of the history: nll without it minus nll with it.")
     if evaluation.template.get("counterfactual") == "placebo":
         show("Without history: under another user's history, which these prompts put in its place.")

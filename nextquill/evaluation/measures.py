@@ -69,10 +69,13 @@ PREFERENCE_KINDS = {
     "preference_margin": Kind("margin of the chosen", "nats", None, "margin"),
     "preference_margin_per_token": Kind("margin of the chosen per token", _NATS, None, "margin/token"),
 }
+#: Measures of texts by a judge that is a language model, and of general prose.
+RIGHT_PERSON_LM, JUDGE = "right_person_lm", Kind("Right person, by LM", "", True)
+NLL_PROSE, PROSE = "nll_prose", Kind("nll of general prose", _NATS, False)
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table ("responses", "pairs" or "texts"), and the headings of its row and column."""
+    """Where a measure stands: the table ("responses", "pairs", "texts", "prose"), and the heads of row and column."""
 
     table: str
     row: str
@@ -109,6 +112,10 @@ def place_of(name: str) -> Place | None:
         column = "per token" if over_tokens == name else "mean of examples"
         return Place("responses", TOKEN_KINDS[over_tokens].label, column)
     kind, branch = kind_and_branch(name)
+    if kind == NLL_PROSE:
+        return Place("prose", PROSE.label, "per token")
+    if kind == RIGHT_PERSON_LM:
+        return Place("texts", JUDGE.label, _COLUMNS[branch])
     if kind in PREFERENCE_KINDS:
         return Place("pairs", PREFERENCE_KINDS[kind].row, _COLUMNS[branch])
     return Place("texts", METRICS[kind].label, _COLUMNS[branch]) if kind in METRICS else None
@@ -122,6 +129,7 @@ class LabelledScores:
         label, unit, higher_is_better, per_example: as in `MetricValue`.
         scores: the scores of some examples.
         members: the positions of those examples.
+        groups: what is drawn for the interval, for each score; by default those examples' users.
     """
 
     label: str
@@ -130,10 +138,11 @@ class LabelledScores:
     unit: str = ""
     higher_is_better: bool | None = None
     per_example: str | None = None
+    groups: Sequence[str] | None = None
 
     def with_interval(self, users: Sequence[str], options: EvaluationOptions) -> MetricValue:
         """The measure with its bootstrap interval; `users` are those of all examples."""
-        groups = [users[index] for index in self.members]
+        groups = self.groups or [users[index] for index in self.members]
         value, *bounds = bootstrap_interval(
             self.scores, groups, level=options.level, resamples=options.resamples, seed=options.seed
         )

@@ -3,6 +3,7 @@
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
     effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    prose.jsonl          the summed nll of each window of general prose, if a text was given
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
@@ -39,10 +40,11 @@ EXAMPLES_FILE = "examples.jsonl"
 EFFECTS_FILE = "effects.jsonl"
 ITEM_EFFECTS_FILE = "item_effects.jsonl"
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
+JUDGED_FILE, PROSE_FILE = "judged.jsonl", "prose.jsonl"
 # Stages whose content ends up in the examples' file.
-_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
+_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
-_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
 Progress = Callable[..., Iterable[Any]]
 
