@@ -9,6 +9,7 @@ from nextquill.data import Branch
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.evaluation import prose
 from nextquill.evaluation.bootstrap import bootstrap_interval
+from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.measures import place_of
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.prose import Prose
@@ -41,6 +42,20 @@ def test_the_figure_is_that_of_separate_forwards(model, text, tmp_path):
     assert place_of("nll_prose") == ("prose", "nll of general prose", "per token")
     assert "prose.jsonl" in contents(tmp_path / "out")
     assert read_evaluation(tmp_path / "out") == evaluation
+
+
+def test_two_models_are_paired_by_windows(model, text, tmp_path):
+    other, nowhere = tiny_model(seed=3), ()
+    for name, each in (("a", model), ("b", other)):
+        evaluate(each, tmp_path / name, prose_file=text, generate_branches=nowhere)
+    own, theirs = (read_evaluation(tmp_path / name).metrics["nll_prose"].value for name in "ab")
+    found = compare_evaluations(tmp_path / "a", tmp_path / "b")["nll_prose"]
+    assert found.difference == pytest.approx(own - theirs)
+    assert found.num == 3
+    longer = tmp_path / "longer.txt"
+    longer.write_text(" ".join([*WORDS, "w1"]))
+    evaluate(other, tmp_path / "c", prose_file=str(longer), generate_branches=nowhere)
+    assert "nll_prose" not in compare_evaluations(tmp_path / "a", tmp_path / "c"), "another text"
 
 
 def test_windows_are_of_512_tokens_and_20000_in_all(tmp_path):
