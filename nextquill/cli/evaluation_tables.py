@@ -23,6 +23,8 @@ _HEADINGS = {
 ENOUGH_USERS = 20
 # With more columns than this, an interval goes below its value, to fit 80 characters.
 _MOST_BESIDE = 1
+# More columns than this take a table of their own.
+_MOST_COLUMNS = 3
 # Settings that change no score, or only which scores there are.
 _IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
@@ -36,13 +38,16 @@ def print_evaluation(evaluation: Evaluation) -> None:
             label = f"{place.row} ({metric.unit})" if metric.unit and text_metric(name) else place.row
             tables.setdefault(place.table, {}).setdefault(label, {})[place.column] = metric
     for kind, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = new_table(_HEADINGS[kind], *(column.replace(" own", "\nown") for column in columns))
-        between = " " if len(columns) <= _MOST_BESIDE else "\n"
-        for label, row in rows.items():
-            cells = [row.get(column) for column in columns]
-            table.add_row(label, *("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells))
-        show(table)
+        found = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for columns in (found[at : at + _MOST_COLUMNS] for at in range(0, len(found), _MOST_COLUMNS)):
+            table = new_table(_HEADINGS[kind], *columns)
+            between = " " if len(columns) <= _MOST_BESIDE else "\n"
+            for label, row in rows.items():
+                cells = [row.get(column) for column in columns]
+                if any(cells):
+                    figures = ("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells)
+                    table.add_row(label, *figures)
+            show(table)
     examples, users, tokens = (int(evaluation.metrics[name].value) for name in COUNTS)
     show(f"{examples} examples of {users} user{'s' * (users != 1)}, {tokens} response tokens.")
     if "texts" in tables:
