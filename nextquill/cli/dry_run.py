@@ -146,7 +146,10 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
     shared = sum(part["num_tokens"] for batch in batches for part in TreeCollator((names,))(batch)["parts"])
     some = records[:: max(1, len(records) // MEASURED)][:MEASURED]
     times = _StageTimes()
-    few = dataclasses.replace(options, resamples=1, item_effects=min(options.item_effects, 1))
+    # A few records may be of one person, among whom no judge can choose.
+    few = dataclasses.replace(
+        options, resamples=1, item_effects=min(options.item_effects, 1), metrics=None, judge_model=None, prose_file=None
+    )
     reset_peak_memory()
     with TemporaryDirectory(prefix="nextquill-") as folder:
         evaluate_model(
@@ -170,11 +173,16 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
             f"{shared:,}; {sum(data.num_branch_tokens(names)):,} without sharing; {len(names)} prompts each",
         ),
         ("texts", f"{texts:,}, at most {options.max_new_tokens} tokens each"),
-        ("time", f"about {duration(sum(seconds.values()))} from {len(some)} records ({parts})"),
+        ("time", f"about {duration(sum(seconds.values()))} from {len(some)} records ({parts}){_untimed(options)}"),
         ("peak memory", _memory(memory, loaded.model.device)),
         ("precision", _precision(loaded.model)),
         ("device", loaded.model.device),
     ]
+
+
+def _untimed(options: EvaluationOptions) -> str:
+    names = [name for name in ("judge_model", "prose_file") if getattr(options, name) is not None]
+    return f"; without {' and '.join(names)}" if names else ""
 
 
 def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:

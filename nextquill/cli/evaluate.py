@@ -79,6 +79,15 @@ class EvaluateOptions:
         "The --output_dir of another evaluation of the same records; paired differences to it are shown.", None,
         metavar="DIR",
     )  # fmt: skip
+    judge_model: str | None = option(
+        "An untrained model that picks the author of every generated text among people, by likelihood.", None,
+        metavar="NAME",
+    )  # fmt: skip
+    judge_candidates: int = option("People that it chooses from, the author included: 2 to 8; fewer cost less.", 8)
+    prose_file: str | None = option(
+        "Also measure the nll of this plain text, its first 20,000 tokens: what training has cost of other language.",
+        None, metavar="FILE",
+    )  # fmt: skip
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
     dry_run: bool = dry_run_option()
 

@@ -13,11 +13,18 @@ from nextquill.report.numbers import p_value, with_interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
+_HEADINGS = {
+    "responses": "the records' responses",
+    "pairs": "pairs",
+    "texts": "generated texts",
+    "prose": "general prose",
+}
 #: Below this number of users, bootstrap intervals are clearly too narrow.
 ENOUGH_USERS = 20
 # With more columns than this, an interval goes below its value, to fit 80 characters.
 _MOST_BESIDE = 1
+# More columns than this take a table of their own.
+_MOST_COLUMNS = 3
 # Settings that change no score, or only which scores there are.
 _IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
@@ -31,19 +38,24 @@ def print_evaluation(evaluation: Evaluation) -> None:
             label = f"{place.row} ({metric.unit})" if metric.unit and text_metric(name) else place.row
             tables.setdefault(place.table, {}).setdefault(label, {})[place.column] = metric
     for kind, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = new_table(_HEADINGS[kind], *columns)
-        between = " " if len(columns) <= _MOST_BESIDE else "\n"
-        for label, row in rows.items():
-            cells = [row.get(column) for column in columns]
-            table.add_row(label, *("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells))
-        show(table)
+        found = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for columns in (found[at : at + _MOST_COLUMNS] for at in range(0, len(found), _MOST_COLUMNS)):
+            table = new_table(_HEADINGS[kind], *columns)
+            between = " " if len(columns) <= _MOST_BESIDE else "\n"
+            for label, row in rows.items():
+                cells = [row.get(column) for column in columns]
+                if any(cells):
+                    figures = ("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells)
+                    table.add_row(label, *figures)
+            show(table)
     examples, users, tokens = (int(evaluation.metrics[name].value) for name in COUNTS)
     show(f"{examples} examples of {users} user{'s' * (users != 1)}, {tokens} response tokens.")
     if "texts" in tables:
         texts = min(examples, evaluation.settings.get("generate_limit") or examples)
         show(f"Texts were generated for {texts} of them. Their measures without a unit lie between 0 and 1.")
     show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
+    if "prose" in tables:
+        show("The interval of general prose is over its windows of text, not over users.")
     show("Effect of the history: nll without it minus nll with it.")
     if evaluation.template.get("counterfactual") == "placebo":
         show("Without history: under another user's history, which these prompts put in its place.")

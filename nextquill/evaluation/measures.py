@@ -7,6 +7,7 @@ the examples of one user are not independent. A measure's name is its kind and t
     rouge_l                   of texts generated with the user's history
     rouge_l_counterfactual    of texts generated without history
     rouge_l_placebo           of texts generated with another user's history
+    right_person_reference    of the people's own texts, for the measures that look for the person
     nll_factual               over all response tokens; such kinds name their prompt themselves
     nll_factual_per_example   the same as a mean over examples of each example's own mean
 """
@@ -25,6 +26,7 @@ from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.evaluation.metrics import METRICS, Metric, MetricScores
 from nextquill.evaluation.metrics.scores import Floats
 from nextquill.evaluation.results import MetricValue, finite
+from nextquill.evaluation.text_measures import REFERENCE
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions
@@ -37,7 +39,7 @@ COUNTS = ("examples", "users", TOKENS)
 #: The prompts in words, by branch.
 PROMPTS = dict(zip(BRANCHES, ("with history", "without history", "with another's history"), strict=True))
 # Headings of columns in tables of 80 characters.
-_COLUMNS = dict(zip(BRANCHES, ("with history", "without", "another's"), strict=True))
+_COLUMNS = dict(zip((*BRANCHES, REFERENCE), ("with history", "without", "another's", "the person's own"), strict=True))
 _NATS = "nats per token"
 
 
@@ -67,10 +69,13 @@ PREFERENCE_KINDS = {
     "preference_margin": Kind("margin of the chosen", "nats", None, "margin"),
     "preference_margin_per_token": Kind("margin of the chosen per token", _NATS, None, "margin/token"),
 }
+#: Measures of texts by a judge that is a language model, and of general prose.
+RIGHT_PERSON_LM, JUDGE = "right_person_lm", Kind("Right person, by LM", "", True)
+NLL_PROSE, PROSE = "nll_prose", Kind("nll of general prose", _NATS, False)
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table ("responses", "pairs" or "texts"), and the headings of its row and column."""
+    """Where a measure stands: the table ("responses", "pairs", "texts", "prose"), and the heads of row and column."""
 
     table: str
     row: str
@@ -84,7 +89,7 @@ def measure_name(kind: str, branch: str) -> str:
 
 def kind_and_branch(name: str) -> tuple[str, str]:
     """The two parts that `measure_name` joins."""
-    branch = next((each for each in BRANCHES if name.endswith(f"_{each}")), "factual")
+    branch = next((each for each in (*BRANCHES, REFERENCE) if name.endswith(f"_{each}")), "factual")
     return name.removesuffix(f"_{branch}"), branch
 
 
@@ -107,6 +112,10 @@ def place_of(name: str) -> Place | None:
         column = "per token" if over_tokens == name else "mean of examples"
         return Place("responses", TOKEN_KINDS[over_tokens].label, column)
     kind, branch = kind_and_branch(name)
+    if kind == NLL_PROSE:
+        return Place("prose", PROSE.label, "per token")
+    if kind == RIGHT_PERSON_LM:
+        return Place("texts", JUDGE.label, _COLUMNS[branch])
     if kind in PREFERENCE_KINDS:
         return Place("pairs", PREFERENCE_KINDS[kind].row, _COLUMNS[branch])
     return Place("texts", METRICS[kind].label, _COLUMNS[branch]) if kind in METRICS else None
@@ -120,6 +129,7 @@ class LabelledScores:
         label, unit, higher_is_better, per_example: as in `MetricValue`.
         scores: the scores of some examples.
         members: the positions of those examples.
+        groups: what is drawn for the interval, for each score; by default those examples' users.
     """
 
     label: str
@@ -128,10 +138,11 @@ class LabelledScores:
     unit: str = ""
     higher_is_better: bool | None = None
     per_example: str | None = None
+    groups: Sequence[str] | None = None
 
     def with_interval(self, users: Sequence[str], options: EvaluationOptions) -> MetricValue:
         """The measure with its bootstrap interval; `users` are those of all examples."""
-        groups = [users[index] for index in self.members]
+        groups = self.groups or [users[index] for index in self.members]
         value, *bounds = bootstrap_interval(
             self.scores, groups, level=options.level, resamples=options.resamples, seed=options.seed
         )
@@ -186,3 +197,16 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
                 own = better if branch == "factual" else None
                 measures[name] = LabelledScores(f"{label}, {prompt}", mean, held, unit, own, name)
     return measures
+
+
+def text_measure(
+    name: str, label: str, scores: MetricScores, unit: str = "", higher_is_better: bool | None = None
+) -> dict[str, LabelledScores]:
+    """A measure of texts by its name, over the examples that have a score; nothing if none has."""
+    defined = scores.defined()
+    if defined is None or scores.per_example is None:
+        return {name: LabelledScores(label, scores, range(len(scores)), unit, higher_is_better)}
+    if not defined:
+        return {}
+    mean = MetricScores.mean_of(scores.per_example[defined], name)
+    return {name: LabelledScores(label, mean, defined, unit, higher_is_better, name)}

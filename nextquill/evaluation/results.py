@@ -3,6 +3,7 @@
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
     effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    prose.jsonl          the summed nll of each window of general prose, if a text was given
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
@@ -39,10 +40,11 @@ EXAMPLES_FILE = "examples.jsonl"
 EFFECTS_FILE = "effects.jsonl"
 ITEM_EFFECTS_FILE = "item_effects.jsonl"
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
+JUDGED_FILE, PROSE_FILE = "judged.jsonl", "prose.jsonl"
 # Stages whose content ends up in the examples' file.
-_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
+_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
-_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -112,6 +114,8 @@ class EvaluatedExample:
         generated: generated texts by branch: "factual", "counterfactual" and "placebo", as far as they were asked for.
         scores: scores by name; NLLs and effects are means over the response's tokens, `tokens` is their number. The
             names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
+        copied: where phrases of the record's own history stand, by branch, and in the response as "reference": pairs of
+            the first character and the one after the last, in order. Texts without a copied phrase are left out.
     """
 
     index: int
@@ -122,6 +126,7 @@ class EvaluatedExample:
     history_total: int = 0
     generated: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    copied: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its line of the file, as JSON holds it."""
@@ -182,6 +187,11 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
             values = getattr(example, name)
             if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
                 raise RecordError(f"{where}: field '{name}': expected an object of {what}")
+        if not isinstance(example.copied, dict) or not all(
+            _are_spans(spans, example.response if branch == "reference" else example.generated.get(branch, ""))
+            for branch, spans in example.copied.items()
+        ):
+            raise RecordError(f"{where}: field 'copied': expected an object of places in the texts")
         examples[example.index] = example
     return list(examples.values())
 
@@ -333,6 +343,14 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     if not all(are_numbers(row, count) for row in line.effects):
         raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
     return line
+
+
+def _are_spans(value: Any, text: str) -> bool:
+    """Whether a value from JSON is a list of places in a text, one after another."""
+    if not isinstance(value, list) or not all(are_numbers(span, 2) for span in value):
+        return False
+    places = [0, *(place for span in value for place in span), len(text)]
+    return all(isinstance(place, int) for place in places) and places == sorted(places)
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
