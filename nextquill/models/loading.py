@@ -303,6 +303,7 @@ def _with_adapter(base: Any, place: str, base_name: str) -> Any:
     for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
         if names:
             raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
+    model.name_or_path = place  # else it would be the base's
     return model
 
 

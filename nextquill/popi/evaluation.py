@@ -311,6 +311,7 @@ class PairEvaluation:
         model: the run's folder.
         settings: the settings of the evaluation.
         left_out: the number of users that were left out, by reason.
+        new_users: the number of users who were never trained on; None if it is not known.
         empty_summaries: the number of users whose summary is empty.
         generator: the measures of the trained generator.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
@@ -319,6 +320,7 @@ class PairEvaluation:
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    new_users: int | None = None
     empty_summaries: int = 0
     generator: PairMeasures
     transfer: dict[str, PairMeasures] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from nextquill.evaluation.measures import TOKEN_KINDS, kind_and_branch, text_met
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import MetricValue
 from nextquill.report.data import ForestMeasure, ForestRow
-from nextquill.report.numbers import in_words, rounded
+from nextquill.report.numbers import counted, in_words, rounded
 
 #: Below this number of people a page warns.
 FEW_PEOPLE = 20
@@ -206,6 +206,14 @@ def _texts(subject: Subject, names: Sequence[str], level: float) -> str:
 
 def _short(metric: MetricValue) -> str:
     return metric.label.removesuffix(OWN_HISTORY)
+
+
+def of_people(what: str, users: int | None, new: int | None) -> str:
+    """`what` of so many people, `new` of whom were never trained on; that is left out where it is not known."""
+    if not users:
+        return what
+    known = {None: "", users: " never trained on", 0: ", all of them trained on"}
+    return f"{what} of {counted(users, 'person', 'people')}{known.get(new, f', {new} of them never trained on')}"
 
 
 def few_people(users: float) -> list[str]:

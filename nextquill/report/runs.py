@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.evaluation.measures import NEW_USERS
 from nextquill.evaluation.results import (
     EFFECTS_FILE,
     EVALUATION_FILE,
@@ -144,7 +145,8 @@ def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
             for name, each in found["contexts"].items():
                 text = f"{label}, {_POPI_CONTEXTS.get(name, 'own summary')}"
                 metrics[f"{measure}_{name}"] = _metric(text, each[measure], "value", unit, better=True)
-        metrics["users"] = MetricValue("users", float(found["users"]))
+        counts = {"users": found["users"], NEW_USERS: raw.get(NEW_USERS)}
+        metrics |= {name: MetricValue(name, float(count)) for name, count in counts.items() if count is not None}
         pairs = int(found["pairs"])
         level = raw["settings"].get("level", 0.95)
         return Evaluation(raw["model"], f"{pairs} pairs", pairs, POPI, level, raw["settings"], metrics)

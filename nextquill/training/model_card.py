@@ -91,7 +91,7 @@ def hub_name(model: Any) -> str | None:
 def steps(args: Any, number: int, of: str) -> str:
     """How long a run trained, in words."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{number} steps of {batch} {of}, learning rate {args.learning_rate:g}, seed {args.seed}"
+    return f"{number} {'step' if number == 1 else 'steps'} of {batch} {of}, learning rate {args.learning_rate:g}, seed {args.seed}"
 
 
 def _data(dataset: Any) -> str:

@@ -23,6 +23,9 @@ from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts
 
 __all__ = ["METRICS", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
 
+#: The unit of scores between 0 and 1.
+OF_ONE = "of 1"
+
 Scorer = Callable[[Texts], MetricScores]
 
 
@@ -34,7 +37,7 @@ class Metric:
         name: its key in `METRICS` and in results.
         label: its name in tables.
         score: computes it from texts; None for a metric that reads no texts.
-        unit: empty for shares and F1, which lie between 0 and 1.
+        unit: "of 1" for scores between 0 and 1.
         higher_is_better: which way is better.
         per_example: whether it is the mean of the examples' scores.
     """
@@ -42,7 +45,7 @@ class Metric:
     name: str
     label: str
     score: Scorer | None
-    unit: str = ""
+    unit: str = OF_ONE
     higher_is_better: bool = True
     per_example: bool = True
 
