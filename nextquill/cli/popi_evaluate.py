@@ -259,9 +259,8 @@ def _print(evaluation: PairEvaluation, level: float) -> None:
     for name, each in evaluation.transfer.items():
         _print_contexts(f"transfer: {name}", each)
     known = "" if evaluation.new_users is None else f" ({evaluation.new_users} never trained on)"
-    show(
-        f"{counted(found.pairs, 'pair')} of {counted(found.users, 'user')}{known}. [low, high]: {level:.0%} intervals over users."
-    )
+    show(f"{counted(found.pairs, 'pair')} of {counted(found.users, 'user')}{known}.")
+    show(f"[low, high]: {level:.0%} intervals over users.")
     show("Accuracy: share of pairs with margin r above 0 (nats, against the reference); of log p: without reference.")
     if evaluation.transfer:
         show("A transfer model is its own reference: its r is the context's effect, and 0 without context.")

@@ -145,8 +145,9 @@ def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
             for name, each in found["contexts"].items():
                 text = f"{label}, {_POPI_CONTEXTS.get(name, 'own summary')}"
                 metrics[f"{measure}_{name}"] = _metric(text, each[measure], "value", unit, better=True)
-        counts = {"users": found["users"], NEW_USERS: raw.get(NEW_USERS)}
-        metrics |= {name: MetricValue(name, float(count)) for name, count in counts.items() if count is not None}
+        metrics["users"] = MetricValue("users", float(found["users"]))
+        if raw.get(NEW_USERS) is not None:
+            metrics[NEW_USERS] = MetricValue("users never trained on", float(raw[NEW_USERS]))
         pairs = int(found["pairs"])
         level = raw["settings"].get("level", 0.95)
         return Evaluation(raw["model"], f"{pairs} pairs", pairs, POPI, level, raw["settings"], metrics)

@@ -77,8 +77,9 @@ def _row(row: ForestRow, axis: _Axis, lines: str) -> str:
             f'<line class="whisker {colour}" x1="{axis(row.low):.1f}%" x2="{axis(row.high):.1f}%" y1="11" y2="11"/>'
         )
     note = f"<small>{html(row.note)}</small>" if row.note else ""
+    label = html(row.label).replace("_", "_<wbr>")  # a long name breaks there
     return (
-        f'<li><b>{html(row.label)}</b><svg class="strip" aria-hidden="true">{lines}{whisker}'
+        f'<li><b>{label}</b><svg class="strip" aria-hidden="true">{lines}{whisker}'
         f'<circle class="dot {colour}" cx="{at:.1f}%" cy="11" r="4.5"/></svg>'
         f"<span>{figure} {bounds}{note}</span></li>"
     )

@@ -85,13 +85,13 @@ def test_the_tables(nextquill, trained, data):
     )
     result = evaluate(nextquill, trained, data, *words)
     assert result.code == 0, result.err
-    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU (of 100)"):
+    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L (of 1)", "BLEU (of 100)"):
         assert f"\n  {label}  " in result.out, label
     assert re.search("with history +without", result.out)
     assert "3 examples of 3 users" in result.out
     assert "95% intervals over users" in result.out
-    assert "Texts were generated for 2 of them" in result.out
-    assert "Warning: 3 users are few" in result.out
+    assert "4 texts generated, for 2 examples." in result.out
+    assert "Warning: Only 3 people." in result.out
     assert max(map(len, result.out.splitlines())) <= 80
     assert result.err == ""
 
