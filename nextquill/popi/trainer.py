@@ -222,7 +222,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             "seed": args.seed,
         }
 
-    def starting_point(self) -> tuple[list[str], list[Any]]:
+    def _starting_point(self) -> tuple[list[str], list[Any]]:
         """The training users, and the models of the roles."""
         users: Any = () if self.train_users is None else self.train_users.users
         return [user.user_id for user in users], list(self.roles.models)

@@ -164,7 +164,7 @@ def _worth(name: str, subject: Subject, baseline: Subject | None) -> str:
         said += " (another person's was not tried, so it need not be personal)"
     if baseline is not None and name in baseline.metrics:
         theirs = rounded(baseline.metrics[name].value)[0]
-        said += f", against {theirs} in {baseline.label} ({_word(subject, name)})"
+        said += f", against {theirs} in {baseline.label} ({_changed(subject, name, rounded(metric.value)[0], theirs)})"
     return f"{subject.label}'s {what} {said}"
 
 
@@ -179,8 +179,14 @@ def _beside(name: str, subject: Subject, baseline: Subject | None) -> str:
     own = subject.metrics[name]
     if baseline is None or name not in baseline.metrics:
         return in_words(own.value, own.low, own.high)
-    theirs = rounded(baseline.metrics[name].value)[0]
-    return f"{rounded(own.value)[0]} against {theirs} ({_word(subject, name)})"
+    figure, theirs = rounded(own.value)[0], rounded(baseline.metrics[name].value)[0]
+    return f"{figure} against {theirs} ({_changed(subject, name, figure, theirs)})"
+
+
+def _changed(subject: Subject, name: str, figure: str, theirs: str) -> str:
+    """The change in words; a clear one that the figures do not show is too small to be claimed."""
+    said = _word(subject, name)
+    return "the same to these digits" if figure == theirs and said.startswith("clearly") else said
 
 
 def _word(subject: Subject, name: str) -> str:

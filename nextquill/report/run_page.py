@@ -121,7 +121,7 @@ def runs_page(
             *_few_writers(measured),
             *_mixed_records(measured, baseline),
             *_other_settings(measured, baseline),
-            *(f"{run.label}: {text}." for run in runs for text in run.missing),
+            *(f"{', '.join(names)}: {text}." for text, names in _missing(runs).items()),
         ],
         measures=forest(list(subjects.values()), baseline.label if baseline is not None else None),
         measures_lead=_measures_lead(measured),
@@ -197,6 +197,15 @@ def _other_settings(measured: Sequence[Run], baseline: Run | None) -> list[str]:
         if run.evaluation is not None and same_records(run, baseline)
         if (unlike := unlike_settings(run.evaluation, baseline.evaluation))
     ]
+
+
+def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What runs lack, and the names of those that lack it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for text in run.missing:
+            found.setdefault(text, []).append(run.label)
+    return found
 
 
 def _few_writers(measured: Sequence[Run]) -> list[str]:

@@ -51,13 +51,19 @@ def _measure(measure: ForestMeasure) -> str:
     ticks = axis.ticks(6)
     lines = "".join(_upright("zero" if tick == 0 and measure.with_zero else "grid", axis(tick)) for tick in ticks)
     labels = "".join(
-        f'<text class="axis" x="{axis(tick):.1f}%" y="12" text-anchor="middle">{_number(tick)}</text>' for tick in ticks
+        f'<text class="axis" x="{(at := axis(tick)):.1f}%" y="12" text-anchor="{_anchor(at)}">{_number(tick)}</text>'
+        for tick in ticks
     )
     drawn = "".join(_row(row, axis, lines) for row in rows)
     return (
         f'<div class="forest"><h3>{html(measure.title)}</h3><p class="note">{html(measure.hint)}</p><ul>{drawn}'
         f'<li aria-hidden="true"><svg class="strip ticks">{labels}</svg></li></ul></div>'
     )
+
+
+def _anchor(place: float) -> str:
+    """Where a label at this percentage is fixed, so that it stays inside."""
+    return "start" if place < 6 else "end" if place > 94 else "middle"
 
 
 def forest_axis(rows: Sequence[ForestRow], *, with_zero: bool) -> _Axis:

@@ -30,7 +30,7 @@ _SAMPLE = 16
 class AtomicCheckpoints(_Base):
     """A mixin that writes a Trainer's checkpoints atomically; it precedes the Trainer among the bases of a class.
 
-    The class defines `run_identity`, which a run and its checkpoints must share, and `starting_point`.
+    The class defines `run_identity`, which a run and its checkpoints must share, and `_starting_point`.
     """
 
     _identity: dict[str, Any] | None = None
@@ -41,7 +41,7 @@ class AtomicCheckpoints(_Base):
         """The values that a checkpoint must share with a run that resumes from it, as JSON holds them."""
         raise NotImplementedError
 
-    def starting_point(self) -> tuple[Iterable[str], Sequence[Any]]:
+    def _starting_point(self) -> tuple[Iterable[str], Sequence[Any]]:
         """The ids of the users in the training data, and the models that the training starts from."""
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ class AtomicCheckpoints(_Base):
 
     def _all_users(self, checkpoint: Path | None) -> list[str] | None:
         """The digests of the users of this run and of the runs before it; None if those of an earlier run are lost."""
-        ids, models = self.starting_point()
+        ids, models = self._starting_point()
         users = set(map(checkpoints.user_digest, ids))
         places = [*(getattr(model, "name_or_path", None) for model in models), checkpoint]
         for place in map(Path, filter(None, places)):

@@ -175,7 +175,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         identity = run_identity(self.model, self.loss)
         return {**identity, "effects_file": effects, "examples_per_user": self.examples_per_user}
 
-    def starting_point(self) -> tuple[list[str], list[Any]]:
+    def _starting_point(self) -> tuple[list[str], list[Any]]:
         """The users of the training data, one for each example, and the model."""
         dataset: Any = self.train_dataset
         return [] if dataset is None else dataset.user_ids, [self.model]

@@ -56,6 +56,12 @@ def test_people_are_called_new_only_where_it_is_known() -> None:
     assert of_people("8 pairs", None, None) == "8 pairs"
 
 
+def test_a_change_that_the_figures_do_not_show_is_not_claimed() -> None:
+    tiny = Change(5e-6, 3e-6, 7e-6, 0.001, True)
+    said = verdict(subject("a", effect(0.28, 0.2, 0.36), 3.57, {"nll_factual": tiny}), BASE, 0.95)
+    assert "nll 3.57 against 3.57 (the same to these digits)" in said
+
+
 def test_an_interval_around_zero_is_no_gain() -> None:
     said = verdict(subject("a", effect(0.02, -0.03, 0.06), 3.0), None, 0.95)
     worth = "a's own history is not clearly worth more than another person's"
