@@ -32,7 +32,7 @@ from nextquill.data import Record
 from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.report.data import GeneratedText, LeftOutItem, Page, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.html import render_page
-from nextquill.report.numbers import with_interval
+from nextquill.report.numbers import in_words
 from nextquill.report.progress import Progress, phase_bars
 from nextquill.report.terminal import copied_legend, copied_text, effect_legend, effect_text
 from nextquill.storage.atomic_files import write_whole
@@ -99,7 +99,7 @@ def _worth(people: People) -> tuple[str, str]:
     value, low, high = bootstrap_interval(gains, users)
     verdict = "The model reads who is writing" if low > 0 else "No clear use of a person's own history"
     figures = (
-        f"A word of a person's later texts is worth {with_interval(value, low, high, digits=2)} nats more under their "
+        f"A word of a person's later texts is worth {in_words(value, low, high, 'nats')} more under their "
         f"own history than under another person's (95% interval over {len(set(users))} people, {len(users)} texts). "
     )
     return verdict, figures + "The demo does not train the model."

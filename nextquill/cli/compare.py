@@ -44,7 +44,9 @@ from nextquill.models.tiny_models import is_new
 from nextquill.report.comparison.findings import find
 from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
 from nextquill.report.comparison.tables import notes, tables
+from nextquill.report.numbers import counted
 from nextquill.report.terminal import results_table
+from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
     "Train several losses from the same start on the same records in the same order, evaluate each, and report paired "
@@ -193,7 +195,15 @@ def run(arguments: Sequence[str]) -> int:
         args=args,
         settings=settings,
         evaluate=lambda model, tokenizer, settings, folder, name: evaluate_model(
-            model, tokenizer, records["eval"], settings, measured, folder, model_name=name, progress=_brief_bar
+            model,
+            tokenizer,
+            records["eval"],
+            settings,
+            measured,
+            folder,
+            model_name=name,
+            trained_users=trained_users(folder.parent),
+            progress=_brief_bar,
         ),
         attend=shown,
         loss_options=loss_options,
@@ -283,7 +293,8 @@ def heading(planned: PlannedRun, number: int, count: int, seconds: float | None)
 
 def outcome(record: RunRecord) -> str:
     """The steps and the time of a run."""
-    steps = "" if record.order is None and not record.steps else f"{record.steps} steps in {duration(record.seconds)}, "
+    took = f"{counted(record.steps, 'step')} in {duration(record.seconds)}, "
+    steps = "" if record.order is None and not record.steps else took
     return f"  {steps}{duration(record.wall_seconds)} in total"
 
 

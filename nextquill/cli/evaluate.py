@@ -29,6 +29,7 @@ from nextquill.evaluation.results import Evaluation, check_folder, read_evaluati
 from nextquill.evaluation.tasks import TASKS
 from nextquill.generation import ENGINES, check_engine
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
     "Measure a model on records: the nll of the responses with the user's history, without it and under another "
@@ -176,7 +177,7 @@ def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: st
     try:
         return evaluate_model(
             loaded.model, loaded.tokenizer, loaded.records, loaded.settings, options, folder,
-            model_name=name, progress=bar,
+            model_name=name, trained_users=trained_users(name), progress=bar,
         )  # fmt: skip
     except KeyboardInterrupt:
         if kept:

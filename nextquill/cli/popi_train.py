@@ -16,7 +16,7 @@ from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, ModelOptio
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
-from nextquill.cli.train import DEFAULTS, quieten, say, train, trial
+from nextquill.cli.train import DEFAULTS, quieten, say, train, trainable, trial
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
@@ -201,11 +201,11 @@ def _summary(trainer: POPITrainer, config: POPIConfig) -> str:
     """A report before training: users, pairs, and users left out."""
     assert trainer.train_users is not None
     pairs = sum(len(user.pairs) for user in trainer.train_users.users)
-    size = sum(p.numel() for role in trainer.roles for p in role.parameters()) / 1e6
+    size = trainable(p for role in trainer.roles for p in role.parameters())
     each = f"{config.group_size} summaries a user, {config.pairs_per_user} pairs, {config.signals_per_user} signals"
     lines = [
         f"{trainer.train_users}; {pairs} pairs",
-        f"{size:.1f}M trainable parameters, {config.objective} with {config.estimator}: at most {each}",
+        f"{size}, {config.objective} with {config.estimator}: at most {each}",
     ]
     if trainer.eval_users is not None:
         lines.append(f"evaluation: {trainer.eval_users}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -27,6 +27,7 @@ from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
 from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model
 from nextquill.models.tiny_models import is_new
+from nextquill.report.numbers import counted
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
@@ -118,7 +119,13 @@ def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
 
 def parameters(trainer: Any) -> str:
     """The number of trainable parameters in a report."""
-    return f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters"
+    return trainable(p for p in trainer.model.parameters() if p.requires_grad)
+
+
+def trainable(parameters: Iterable[Any]) -> str:
+    """The number of these parameters in words, such as `4.9M trainable parameters`."""
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{f'{count / 1e6:.1f}M' if count >= 1e5 else f'{count:,}'} trainable parameters"
 
 
 def train(
@@ -192,7 +199,7 @@ def can_be_saved(trainer: Trainer) -> bool:
 
 def ending(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> str:
     """A report after training: steps, time, and what was written where."""
-    steps, log = f"{trainer.state.global_step} steps", trainer.state.log_history
+    steps, log = counted(trainer.state.global_step, "step"), trainer.state.log_history
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     time = "" if seconds is None else f" in {duration(seconds)}"
     kept = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.partition("-")[2]))

@@ -15,7 +15,7 @@ again with the same model, records and options, and gives the same files, to the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,6 +29,8 @@ from nextquill.evaluation.item_effects import item_effects
 from nextquill.evaluation.judge import PersonJudge
 from nextquill.evaluation.measures import (
     JUDGE,
+    NEW_USERS,
+    PAIRS,
     PROMPTS,
     RIGHT_PERSON_LM,
     TOKENS,
@@ -65,6 +67,7 @@ from nextquill.evaluation.text_measures import REFERENCE, authors_of, reference_
 from nextquill.generation import check_engine, generation_engine, make_prompts
 from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
+from nextquill.storage.checkpoints import user_digest
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.resumable_jsonl import PartialFile
 
@@ -82,6 +85,7 @@ def evaluate_model(
     folder: Path,
     *,
     model_name: str,
+    trained_users: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model on records, and write the results into a folder.
@@ -94,6 +98,8 @@ def evaluate_model(
         options: which measures are taken, and how.
         folder: the folder of the results; created if it is missing.
         model_name: the model's name in the results, and the name that vLLM loads it by.
+        trained_users: digests of the users in the training data, as `storage.checkpoints.trained_users` reads them, to
+            count the others among the records'.
         progress: `progress(things, total=..., desc=..., initial=...)` is iterated instead of things that take time;
             `tqdm` fits.
 
@@ -107,7 +113,7 @@ def evaluate_model(
     """
     check_vocabulary(model, tokenizer)
     check_engine(options.generation(), model, model_name)
-    work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
+    work = _Work(model, tokenizer, list(records), settings, options, model_name, trained_users, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
     run |= {**options.identity(), **work.identity()}
     with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
@@ -213,6 +219,7 @@ class _Work:
     settings: PromptSettings
     options: EvaluationOptions
     model_name: str
+    trained_users: Collection[str] | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -350,6 +357,11 @@ class _Work:
         metrics = {name: measure.with_interval(users, options) for name, measure in measures.items()}
         metrics["examples"] = MetricValue("examples", float(len(users)))
         metrics["users"] = MetricValue("users", float(len(set(users))))
+        if self.trained_users is not None:
+            new = [user for user in set(users) if user_digest(user) not in self.trained_users]
+            metrics[NEW_USERS] = MetricValue("users never trained on", float(len(new)))
+        if self.pairs:
+            metrics[PAIRS] = MetricValue("pairs", float(len(self.pairs)))
         metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
         settings = {
             **dataclasses.asdict(self.settings),

@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 PER_EXAMPLE = "_per_example"
 #: The number of response tokens: a count of an evaluation, and among the scores of every example.
 TOKENS = "tokens"
+#: The users who were in no training data, where that is known: a count of an evaluation.
+NEW_USERS = "new_users"
+#: The pairs of a chosen and a rejected response, if there are any.
+PAIRS = "pairs"
 #: The counts among an evaluation's measures.
-COUNTS = ("examples", "users", TOKENS)
+COUNTS = ("examples", "users", TOKENS, NEW_USERS, PAIRS)
 #: The prompts in words, by branch.
 PROMPTS = dict(zip(BRANCHES, ("with history", "without history", "with another's history"), strict=True))
 # Headings of columns in tables of 80 characters.

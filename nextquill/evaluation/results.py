@@ -46,6 +46,9 @@ _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
 _FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
+# Settings that change no score, or only which scores there are.
+_IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
+
 Progress = Callable[..., Iterable[Any]]
 
 
@@ -101,6 +104,20 @@ class Evaluation:
     def to_json(self) -> str:
         """Return the text of its file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def unlike_settings(own: Evaluation, other: Evaluation) -> str:
+    """The settings that decide scores and differ, as `name here, there other; ...`; empty if they agree."""
+
+    def deciding(evaluation: Evaluation) -> dict[str, Any]:
+        settings = {
+            name: value for name, value in evaluation.settings.items() if name not in (*_IRRELEVANT, "template")
+        }
+        return {**settings, **{f"template {name}": value for name, value in evaluation.template.items()}}
+
+    here, there = deciding(own), deciding(other)
+    unlike = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return "; ".join(f"{name} {here.get(name)!r:.40}, there {there.get(name)!r:.40}" for name in unlike)
 
 
 @dataclass(frozen=True)

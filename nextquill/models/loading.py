@@ -291,13 +291,14 @@ def _with_adapter(base: Any, place: str, base_name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
-            model = PeftModel.from_pretrained(base, place, is_trainable=True)
+            model: Any = PeftModel.from_pretrained(base, place, is_trainable=True)
             found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
     except (ValueError, RuntimeError, KeyError) as error:
         raise UnsupportedModelError(f"{unfit}: {_detail(error)}") from error
     for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
         if names:
             raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
+    model.name_or_path = place  # else it would be the base's
     return model
 
 

@@ -299,12 +299,14 @@ class PairEvaluation:
 
     Args:
         left_out: the number of users that were left out, by reason.
+        new_users: the number of users who were never trained on; None if it is not known.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
     """
 
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    new_users: int | None = None
     empty_summaries: int = 0
     generator: PairMeasures
     transfer: dict[str, PairMeasures] = field(default_factory=dict)

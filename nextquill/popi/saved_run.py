@@ -115,16 +115,5 @@ class SampleLog:
                 write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
-def trained_users(folder: str | Path) -> set[str]:
-    """Return the users whose summaries a run has sampled, by the logs in its folder; also for a checkpoint in it."""
-    run = Path(folder).resolve()
-    places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
-    found: set[str] = set()
-    for log in (log for place in places for log in place.glob(f"{_STEM}*{_SUFFIX}")):
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            found.update(str(fields["user_id"]) for line in lines if "user_id" in (fields := line_fields(line)))
-    return found
-
-
 def _name(rank: int | str) -> str:
     return SAMPLES_FILE if rank == 0 else f"{_STEM}.rank{rank}{_SUFFIX}"

@@ -1,7 +1,9 @@
 """TRL's `SFTTrainer` with a causal loss.
 
     data = EncodedDataset(encoder.encode_all(load_records("train.jsonl")))
-    trainer = CausalSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, loss=nq.PerCELoss())
+    trainer = CausalSFTTrainer(
+        model, args, train_dataset=data, processing_class=tokenizer, encoder=encoder, loss=nq.PerCELoss()
+    )
 
 TRL's other features stay: its handling of PEFT and quantised models, its arguments and callbacks. Only the loss and the
 preparation of text are replaced.
@@ -15,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from nextquill.data import EncodedDataset
+from nextquill.data import EncodedDataset, ExampleEncoder
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
@@ -34,6 +36,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         args: TRL's `SFTConfig`; the preparation of data sets is switched off.
         train_dataset, eval_dataset: `EncodedDataset`s; the second may be a dict of them.
         processing_class: the tokenizer.
+        encoder: the maker of the examples; its settings are then saved beside the model, as `nextquill generate` and
+            `evaluate` need them, and the model card says how to prompt.
         loss, attention, max_tokens, examples_per_user: as in `NextQuillTrainer`.
         options: everything else TRL's trainer takes, except compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init.
@@ -53,6 +57,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         train_dataset: EncodedDataset | None = None,
         eval_dataset: EncodedDataset | dict[str, EncodedDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        encoder: ExampleEncoder | None = None,
         loss: PairLoss | None = None,
         attention: str = "auto",
         max_tokens: int | None = None,
@@ -74,6 +79,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
                 if part is not None and not isinstance(part, EncodedDataset):
                     raise ArgumentTypeError(f"{name}: expected an EncodedDataset, got {type(part).__name__}")
         _check_lengths(train_dataset, args.max_length)
+        self.encoder = encoder
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(

@@ -44,7 +44,7 @@ def test_what_a_comparison_leaves_and_prints(compared):
     assert names == {"base", *ARMS, *files}
     for title in ("What they reach", "Difference from SFT", "What they cost", "How far it reaches"):
         assert title in result.out
-    for meaning in ("nats per token", "*: a clear difference, better or worse", "Warning: 4 users are few"):
+    for meaning in ("nats per token", "*: a clear difference, better or worse", "Warning: Only 4 people."):
         assert meaning in result.out.replace("\n", " ")
     lines = result.err.splitlines()
     assert lines[0] == "nextquill: run 1 of 6: the model before training, seed 0"

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from nextquill.evaluation.results import read_evaluation, read_item_effects
+from nextquill.storage.checkpoints import trained_users, user_digest
 
 
 def evaluate(nextquill, model, data, *words):
@@ -85,13 +86,17 @@ def test_the_tables(nextquill, trained, data):
     )
     result = evaluate(nextquill, trained, data, *words)
     assert result.code == 0, result.err
-    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU (of 100)"):
+    texts = ("ROUGE-L (of 1)", "BLEU (of 100)")
+    for label in ("nll with history", "nll without history", "nll with another's history", *texts):
         assert f"\n  {label}  " in result.out, label
     assert re.search("with history +without", result.out)
-    assert "3 examples of 3 users" in result.out
+    known = trained_users(trained)
+    new = {json.loads(line)["user_id"] for line in (data / "eval.jsonl").read_text().splitlines()[:3]}
+    new = [user for user in new if user_digest(user) not in known]
+    assert f"3 examples of 3 users ({len(new)} never trained on), " in result.out
     assert "95% intervals over users" in result.out
-    assert "Texts were generated for 2 of them" in result.out
-    assert "Warning: 3 users are few" in result.out
+    assert "4 texts generated, for 2 examples." in result.out
+    assert "Warning: Only 3 people." in result.out
     assert max(map(len, result.out.splitlines())) <= 80
 
 
@@ -158,7 +163,7 @@ def test_differences_to_a_baseline(nextquill, trained, data, finished):
     same = evaluate(nextquill, trained, data, *words, "--generate", "false")
     assert same.code == 0, same.err
     table = same.out[same.out.index("this - ") :]
-    assert "+0.000 [0.000, 0.000]   1.000" in table
+    assert "+0.00 [0.00, 0.00]   1.000" in table
     assert "ROUGE" not in table, "one side has no texts"
     other = evaluate(nextquill, trained, data, *words, "--prompt_order", "history_first", "--max_new_tokens", 3)
     row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)

@@ -25,7 +25,7 @@ def test_the_verdict_of_a_difference(difference, p, higher_is_better, word):
     assert _verdict(found, MetricValue("m", 1.0, higher_is_better=higher_is_better), 0.95) == word
 
 
-@pytest.mark.parametrize(("users", "word"), [(1, "no interval"), (19, "19 users are few"), (20, None)])
+@pytest.mark.parametrize(("users", "word"), [(1, "no intervals"), (19, "Only 19 people"), (20, None)])
 def test_few_users_are_warned_of(capsys, users, word):
     warn_of_few(users)
     out = capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_a_run_has_a_model_card_in_place_of_pefts(popi_trained):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "18 pairs of 3 users" in card
     assert "ipo, β 0.5" in card
-    assert "1 steps of 2 users" in card
+    assert "1 step of 2 users" in card
     assert "| tokens of a summary | " in card
     assert str(folder.parent) not in card
 

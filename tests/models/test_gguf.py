@@ -128,6 +128,14 @@ def test_a_run_of_popi_finds_the_file_of_its_base(file, tmp_path):
     assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
 
 
+def test_a_card_names_the_model_and_the_file_without_its_folder(file):
+    from nextquill.training.model_card import base_name, hub_name
+
+    model = load_model(str(file))[0]
+    assert hub_name(model) is None
+    assert base_name(model) == "tiny, read from the file `tiny.gguf`"
+
+
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.9999])
 def test_a_truncated_file_is_named(file, tmp_path, share):
     cut = tmp_path / "cut.gguf"

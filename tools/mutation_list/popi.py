@@ -187,9 +187,9 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-trained-users",
-        "nextquill/popi/saved_run.py",
-        'places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]',
-        "places = [run]",
-        "a checkpoint is evaluated on users that it was trained on without a word",
+        "nextquill/cli/popi_evaluate.py",
+        "if user_digest(draw.user_id) in trained]",
+        "if draw.user_id in trained]",
+        "a run is evaluated on users that it was trained on without a word",
     ),
 )

@@ -25,6 +25,9 @@ from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts
 
 __all__ = ["METRICS", "Authors", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
 
+#: The unit of scores between 0 and 1.
+OF_ONE = "of 1"
+
 Scorer = Callable[[Texts], MetricScores]
 
 
@@ -36,7 +39,7 @@ class Metric:
         name: its key in `METRICS` and in results.
         label: its name in tables.
         score: computes it from texts; None for a metric that reads no texts.
-        unit: empty for shares and F1, which lie between 0 and 1.
+        unit: "of 1" for scores between 0 and 1.
         higher_is_better: which way is better; None where neither is.
         per_example: whether it is the mean of the examples' scores.
         needs_authors: whether it reads the examples' users and histories.
@@ -45,7 +48,7 @@ class Metric:
     name: str
     label: str
     score: Scorer | None
-    unit: str = ""
+    unit: str = OF_ONE
     higher_is_better: bool | None = True
     per_example: bool = True
     needs_authors: bool = False

@@ -106,7 +106,7 @@ def test_findings_follow_the_figures() -> None:
     texts = [dataclasses.replace(text, user=user) for user in "abc"]
     worth, words, past, guided = run.findings(People("m", texts, [answer]), records)
     assert "reads who is writing" in worth[0]
-    assert "0.17 [0.17, 0.17] nats" in worth[1]  # (log 5/6 + log 2) / 3
+    assert "0.17 nats [0.17, 0.17]" in worth[1]  # (log 5/6 + log 2) / 3
     assert words[0] == "33% of the words become clearly more likely, 33% less"
     assert records[0].history[1].text in past[1]
     assert "100% at γ = 0, 0% at γ = 1" in guided[1]
