@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.measures import NEW_USERS, PAIRS, TOKENS, place_of, text_metric
 from nextquill.evaluation.results import Evaluation, MetricValue, unlike_settings
@@ -54,7 +55,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         show(f"{counted(counts[PAIRS], 'pair')} of a chosen and a rejected response.")
     if "texts" in tables:
         shown = min(examples, evaluation.settings.get("generate_limit") or examples)
-        texts = shown * len({column for row in tables["texts"].values() for column in row})
+        texts = shown * len(evaluation.settings.get("generate_branches", BRANCHES[:1]))
         show(f"{counted(texts, 'text')} generated, for {counted(shown, 'example')}.")
     show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
     if "prose" in tables:

@@ -105,10 +105,10 @@ def test_four_columns_keep_their_labels(nextquill, trained, data):
     result = evaluate(nextquill, trained, data, "--max_new_tokens", 4, "--generate_branches", *branches)
     assert result.code == 0, result.err
     above, below = result.out.split("generated texts")[1:]
-    assert "\n  ROUGE-L  " in above
+    assert "\n  ROUGE-L (of 1)  " in above
     assert "the person's own" not in above
     assert below.split("\n")[0].strip() == "the person's own"
-    assert "\n  Right person  " in below
+    assert "\n  Right person (of 1)  " in below
     assert "ROUGE-L" not in below
     assert max(map(len, result.out.splitlines())) <= 80
     assert result.err == ""
