@@ -145,7 +145,7 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
     shared = sum(part["num_tokens"] for batch in batches for part in TreeCollator((names,))(batch)["parts"])
     some = records[:: max(1, len(records) // MEASURED)][:MEASURED]
     times = _StageTimes()
-    few = dataclasses.replace(options, resamples=1, item_effects=min(options.item_effects, 1))
+    few = dataclasses.replace(options, resamples=1, item_effects=min(options.item_effects, 1), personal_from=None)
     reset_peak_memory()
     with TemporaryDirectory(prefix="nextquill-") as folder:
         evaluate_model(

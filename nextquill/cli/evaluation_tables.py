@@ -13,7 +13,10 @@ from nextquill.report.numbers import p_value, with_interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
+_HEADINGS = {
+    "responses": "the records' responses", "pairs": "pairs", "texts": "generated texts", "calibration": "calibration",
+    "personal": "tokens of --personal_from",
+}  # fmt: skip
 #: Below this number of users, bootstrap intervals are clearly too narrow.
 ENOUGH_USERS = 20
 # With more columns than this, an interval goes below its value, to fit 80 characters.
@@ -79,6 +82,8 @@ def print_differences(
     )
     own, theirs = _comparable(evaluation), _comparable(baseline)
     unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+    if None in (own.get("personal_from"), theirs.get("personal_from")):  # then no measure of both depends on it
+        unlike = [name for name in unlike if name != "personal_from"]
     if unlike:
         named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
         show(f"These settings differ too, and add to the differences: {named}.")

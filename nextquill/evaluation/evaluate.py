@@ -29,9 +29,11 @@ from nextquill.evaluation.measures import (
     effect_measures,
     measure_name,
     preference_measures,
+    sum_measures,
 )
 from nextquill.evaluation.metrics import METRICS, compute
 from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.personal_tokens import read_marks
 from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, has_pair, preference_scores
 from nextquill.evaluation.results import (
@@ -94,7 +96,7 @@ def evaluate_model(
     check_engine(options.generation(), model, model_name)
     work = _Work(model, tokenizer, list(records), settings, options, model_name, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
-    run |= options.identity()
+    run |= work.identity
     with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
         pair_indices, item_indices = ([each.index for each in found] for found in (work.pairs, work.itemised))
         effects = place.stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
@@ -189,10 +191,17 @@ class _Work:
             raise RecordError("records: expected at least one, got none")
         options = self.options
         self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
+        folder, self.marks = options.personal_from, None
+        if folder is not None:
+            with naming("personal_from"):
+                self.marks = read_marks(Path(folder), self.records)
+        self.identity = {**options.identity(), "personal_from": self.marks and self.marks.digest}
         self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
             self.pairs = encode_pairs(self.encoder, self.records, options.seed)
             self.examples = self.encoder.encode_all(self.records, True, options.seed, self.progress)
+        if self.marks is not None:
+            self.marks.check(self.examples)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
         against, examples = (
@@ -206,7 +215,7 @@ class _Work:
         options, pad = self.options, pad_token(self.tokenizer)
         for scores in score_examples(
             self.model, self.examples, pad, options.batch_size,
-            attention=options.attention, max_tokens=options.max_tokens, skip=len(done),
+            attention=options.attention, max_tokens=options.max_tokens, skip=len(done), calibrated=True,
         ):  # fmt: skip
             yield effect_line(scores, self.tokenizer)
 
@@ -240,13 +249,17 @@ class _Work:
         measures |= preference_measures(compared)
         generated = self._generated(texts)
         measures |= self.texts.measures(generated)
+        of_sums, statistics = sum_measures(effects, self.options.score_temperature, self.marks and self.marks.personal)
+        measures |= of_sums
         _add_own_scores(scores, measures)
         examples = [
             EvaluatedExample(
                 index, record.user_id, record.query, record.response, encoded.history_kept, encoded.history_total,
-                generated[index], own,
+                generated[index], own, rows,
             )
-            for index, (record, encoded, own) in enumerate(zip(self.records, self.examples, scores, strict=True))
+            for index, (record, encoded, own, rows) in enumerate(
+                zip(self.records, self.examples, scores, statistics, strict=True)
+            )
         ]  # fmt: skip
         return self._evaluation(measures, scores), examples
 
@@ -265,7 +278,7 @@ class _Work:
         metrics["examples"] = MetricValue("examples", float(len(users)))
         metrics["users"] = MetricValue("users", float(len(set(users))))
         metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
-        settings = {**dataclasses.asdict(self.settings), **options.identity(), "dtype": str(self.model.dtype)}
+        settings = {**dataclasses.asdict(self.settings), **self.identity, "dtype": str(self.model.dtype)}
         return Evaluation(
             model=self.model_name,
             records=records_digest(self.records),

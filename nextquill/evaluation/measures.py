@@ -25,6 +25,7 @@ from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.evaluation.metrics import METRICS, Metric, MetricScores
 from nextquill.evaluation.metrics.scores import Floats
 from nextquill.evaluation.results import MetricValue, finite
+from nextquill.evaluation.token_measures import SUM_MEASURES, Bools, Row, token_statistics
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions
@@ -59,6 +60,7 @@ TOKEN_KINDS = {
     "effect_placebo": Kind("effect against the placebo", _NATS, None),
     "effect_prob": Kind("mean probability effect", "", None),
     "share_above_threshold": Kind(f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
+    "top1": Kind("tokens predicted first", "", True),
 }
 #: Measures of a chosen against a rejected response.
 PREFERENCE_KINDS = {
@@ -70,7 +72,7 @@ PREFERENCE_KINDS = {
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table ("responses", "pairs" or "texts"), and the headings of its row and column."""
+    """Where a measure stands: the table, such as "responses" or "texts", and the headings of its row and column."""
 
     table: str
     row: str
@@ -106,6 +108,8 @@ def place_of(name: str) -> Place | None:
     if over_tokens in TOKEN_KINDS:
         column = "per token" if over_tokens == name else "mean of examples"
         return Place("responses", TOKEN_KINDS[over_tokens].label, column)
+    if name in SUM_MEASURES:
+        return Place(*SUM_MEASURES[name].place)
     kind, branch = kind_and_branch(name)
     if kind in PREFERENCE_KINDS:
         return Place("pairs", PREFERENCE_KINDS[kind].row, _COLUMNS[branch])
@@ -149,6 +153,8 @@ def token_values(line: Mapping[str, Any]) -> dict[str, Floats]:
         values["effect_placebo"] = values["nll_placebo"] - factual
     values["effect_prob"] = np.exp(-factual) - np.exp(-counterfactual)
     values["share_above_threshold"] = (values["effect_prob"] > DEFAULT_THRESHOLD).astype(np.float64)
+    if "top1" in line:  # as `score` and earlier versions do not write it
+        values["top1"] = np.asarray(line["top1"], dtype=np.float64)
     return values
 
 
@@ -172,6 +178,26 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Label
             mean_label = f"{label}, mean of examples"
             means[f"{name}{PER_EXAMPLE}"] = LabelledScores(mean_label, over_examples, members, unit, better, name)
     return {**measures, **means}, scores
+
+
+def sum_measures(
+    lines: Sequence[Mapping[str, Any]], temperature: float | None = None, marked: Sequence[Bools | None] | None = None
+) -> tuple[dict[str, LabelledScores], list[dict[str, Row]]]:
+    """The measures of `token_measures` by name, and every example's rows of statistics that they follow from."""
+    known = [None] * len(lines) if marked is None else marked
+    rows = [
+        token_statistics(line, token_values(line), temperature, own) for line, own in zip(lines, known, strict=True)
+    ]
+    measures = dict[str, LabelledScores]()
+    for name, kind in SUM_MEASURES.items():
+        members = [index for index, own in enumerate(rows) if name in own]
+        if members:
+            label = (
+                f"nll at temperature {temperature:g}" if name == "nll_at_temperature" and temperature else kind.label
+            )
+            scores = kind.scores([rows[index][name] for index in members])
+            measures[name] = LabelledScores(label, scores, members, kind.unit, kind.higher_is_better)
+    return measures, rows
 
 
 def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:

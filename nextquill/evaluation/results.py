@@ -2,7 +2,7 @@
 
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
-    effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    effects.jsonl        the effect of every response token, as `nextquill score` writes it, and its calibration
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
@@ -112,6 +112,7 @@ class EvaluatedExample:
         generated: generated texts by branch: "factual", "counterfactual" and "placebo", as far as they were asked for.
         scores: scores by name; NLLs and effects are means over the response's tokens, `tokens` is their number. The
             names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
+        statistics: rows of the measures of `token_measures`, by name: values other than 0 by column.
     """
 
     index: int
@@ -122,6 +123,7 @@ class EvaluatedExample:
     history_total: int = 0
     generated: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its line of the file, as JSON holds it."""
@@ -182,6 +184,9 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
             values = getattr(example, name)
             if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
                 raise RecordError(f"{where}: field '{name}': expected an object of {what}")
+        rows = example.statistics.values() if isinstance(example.statistics, dict) else [None]
+        if not all(isinstance(row, dict) and are_numbers([*row.values()], len(row)) for row in rows):
+            raise RecordError(f"{where}: field 'statistics': expected an object of rows, each of numbers by column")
         examples[example.index] = example
     return list(examples.values())
 

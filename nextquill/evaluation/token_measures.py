@@ -1,0 +1,135 @@
+"""Measures of response tokens that are functions of sums over examples, but neither means of tokens nor of examples.
+
+Each example has a row of statistics for each of them. A measure is computed from the sum of these rows, so splitting
+the records changes nothing, and intervals and paired differences add up rows again.
+
+    ece                 expected calibration error, Σ_b n_b / n · |share right_b - mean confidence_b|, over equal bins b
+    temperature         the temperature of `TEMPERATURES` with the lowest nll on these records
+    nll_at_temperature  the nll at this temperature, or at one that was chosen on other records
+    nll_personal        the nll of the tokens that another model marks as personal; nll_generic is that of the others
+    top1_personal       the share of them that is predicted first; likewise top1_generic
+    share_personal      the share of tokens that are personal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nextquill.evaluation.metrics.scores import Floats, MetricScores, ratio
+
+#: The temperatures that NLLs are measured at: softmax(z / T).
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0, 2.5)
+#: Equal bins of confidence of the calibration error: (0, 1/15], (1/15, 2/15], …
+CONFIDENCE_BINS = 15
+
+Bools = NDArray[np.bool_]
+#: A row of statistics as JSON holds it: its values other than 0 by column.
+Row = Mapping[str, float]
+
+
+class SumMeasure(NamedTuple):
+    """A measure that is a function of summed statistics.
+
+    Attributes:
+        label, unit, higher_is_better: as in `MetricValue`.
+        place: its table, and the headings of its row and column.
+        columns: of a row of statistics.
+        from_sums: [..., columns] -> [...]; 0 where nothing was counted.
+    """
+
+    label: str
+    unit: str
+    higher_is_better: bool | None
+    place: tuple[str, str, str]
+    columns: int = 2
+    from_sums: Callable[[Floats], Floats] = ratio
+
+    def scores(self, rows: Sequence[Row]) -> MetricScores:
+        """The scores of the examples with these rows."""
+        statistics = np.zeros((len(rows), self.columns))
+        for at, row in enumerate(rows):
+            statistics[at, [int(column) for column in row]] = list(row.values())
+        return MetricScores(statistics, self.from_sums)
+
+
+def _calibration_error(sums: Floats) -> Floats:
+    return ratio(np.stack([np.abs(sums[..., :-1]).sum(axis=-1), sums[..., -1]], axis=-1))
+
+
+def _best_temperature(sums: Floats) -> Floats:
+    return np.where(sums[..., -1] > 0, np.take(TEMPERATURES, sums[..., :-1].argmin(axis=-1)), 0.0)
+
+
+def _least_nll(sums: Floats) -> Floats:
+    return ratio(np.stack([sums[..., :-1].min(axis=-1), sums[..., -1]], axis=-1))
+
+
+_NATS = "nats per token"
+_WHOSE = ("personal", "generic")
+_TEMPERATURE_COLUMNS = len(TEMPERATURES) + 1
+
+
+def _calibration(label: str, unit: str, better: bool | None, row: str, columns: int, from_sums: Any) -> SumMeasure:
+    return SumMeasure(label, unit, better, ("calibration", row, "all tokens"), columns, from_sums)
+
+
+def _of_marked(label: str, unit: str, better: bool | None, row: str, whose: str) -> SumMeasure:
+    return SumMeasure(f"{label}, {whose} tokens", unit, better, ("personal", row, whose))
+
+
+#: The measures by name, in the order of tables.
+SUM_MEASURES = {
+    "ece": _calibration(
+        "calibration error", "", False, "calibration error (ECE)", CONFIDENCE_BINS + 1, _calibration_error
+    ),
+    "temperature": _calibration(
+        "best temperature", "", None, "best temperature", _TEMPERATURE_COLUMNS, _best_temperature
+    ),
+    "nll_at_temperature": _calibration(
+        "nll at the best temperature", _NATS, False, "nll at a temperature", _TEMPERATURE_COLUMNS, _least_nll
+    ),
+    **{f"nll_{each}": _of_marked("nll", _NATS, False, "nll with history", each) for each in _WHOSE},
+    **{f"top1_{each}": _of_marked("predicted first", "", True, "predicted first", each) for each in _WHOSE},
+    "share_personal": SumMeasure("personal tokens", "", None, ("personal", "share of tokens", "personal")),
+}
+
+
+def token_statistics(
+    line: Mapping[str, Any],
+    values: Mapping[str, Floats],
+    temperature: float | None = None,
+    marked: Bools | None = None,
+) -> dict[str, Row]:
+    """An example's row of each measure, by name.
+
+    Args:
+        line: its line of `effects.jsonl`.
+        values: its tokens' values by name, each [tokens].
+        temperature: the one of `nll_at_temperature`; None for the best on all records.
+        marked: bool [tokens], whether another model marks a token as personal; None if no model does.
+    """
+    rows: dict[str, Sequence[float] | Floats] = {}
+    if "confidence" in line:
+        confidence, nlls = np.asarray(line["confidence"], dtype=np.float64), line["nll_by_temperature"]
+        bins = np.clip(np.ceil(confidence * CONFIDENCE_BINS), 1, CONFIDENCE_BINS).astype(int) - 1
+        gaps = np.bincount(bins, values["top1"] - confidence, CONFIDENCE_BINS)
+        rows["ece"] = [*gaps, len(bins)]
+        rows["temperature"] = [*nlls, len(bins)]
+        # The least of equal sums is the nll at the chosen temperature.
+        chosen = nlls if temperature is None else [nlls[TEMPERATURES.index(temperature)]] * len(nlls)
+        rows["nll_at_temperature"] = [*chosen, len(bins)]
+    if marked is not None:
+        rows["share_personal"] = [marked.sum(), len(marked)]
+        for whose, chosen in zip(_WHOSE, (marked, ~marked), strict=True):
+            if chosen.any():
+                found = {"nll": values["nll_factual"], "top1": values["top1"]}
+                rows |= {f"{kind}_{whose}": [each[chosen].sum(), chosen.sum()] for kind, each in found.items()}
+    return {name: _as_row(row) for name, row in rows.items()}
+
+
+def _as_row(values: Sequence[float] | Floats) -> Row:
+    return {str(column): round(float(value), 6) for column, value in enumerate(values) if value}
