@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = {
     "responses": "the records' responses", "pairs": "pairs", "texts": "generated texts", "calibration": "calibration",
-    "personal": "tokens of --personal_from",
+    "personal": "tokens of --personal_from", "known": "known personal tokens",
 }  # fmt: skip
 #: Below this number of users, bootstrap intervals are clearly too narrow.
 ENOUGH_USERS = 20

@@ -33,7 +33,7 @@ from nextquill.evaluation.measures import (
 )
 from nextquill.evaluation.metrics import METRICS, compute
 from nextquill.evaluation.options import EvaluationOptions
-from nextquill.evaluation.personal_tokens import read_marks
+from nextquill.evaluation.personal_tokens import known_tokens, personal_strings, read_marks
 from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, has_pair, preference_scores
 from nextquill.evaluation.results import (
@@ -195,6 +195,7 @@ class _Work:
         if folder is not None:
             with naming("personal_from"):
                 self.marks = read_marks(Path(folder), self.records)
+        self.strings = [personal_strings(record, index) for index, record in enumerate(self.records)]
         self.identity = {**options.identity(), "personal_from": self.marks and self.marks.digest}
         self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
@@ -249,7 +250,12 @@ class _Work:
         measures |= preference_measures(compared)
         generated = self._generated(texts)
         measures |= self.texts.measures(generated)
-        of_sums, statistics = sum_measures(effects, self.options.score_temperature, self.marks and self.marks.personal)
+        known = [
+            None if strings is None else known_tokens(line["tokens"], strings)
+            for line, strings in zip(effects, self.strings, strict=True)
+        ]
+        marked = None if self.marks is None else self.marks.personal
+        of_sums, statistics = sum_measures(effects, self.options.score_temperature, marked, known)
         measures |= of_sums
         _add_own_scores(scores, measures)
         examples = [

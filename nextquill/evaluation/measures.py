@@ -181,21 +181,27 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Label
 
 
 def sum_measures(
-    lines: Sequence[Mapping[str, Any]], temperature: float | None = None, marked: Sequence[Bools | None] | None = None
+    lines: Sequence[Mapping[str, Any]],
+    temperature: float | None = None,
+    marked: Sequence[Bools | None] | None = None,
+    known: Sequence[Bools | None] | None = None,
 ) -> tuple[dict[str, LabelledScores], list[dict[str, Row]]]:
-    """The measures of `token_measures` by name, and every example's rows of statistics that they follow from."""
-    known = [None] * len(lines) if marked is None else marked
+    """The measures of `token_measures` by name, and every example's rows of statistics that they follow from.
+
+    A measure is left out where nothing is counted, as where no token is personal.
+    """
+    nothing = [None] * len(lines)
     rows = [
-        token_statistics(line, token_values(line), temperature, own) for line, own in zip(lines, known, strict=True)
+        token_statistics(line, token_values(line), temperature, *own)
+        for line, *own in zip(lines, marked or nothing, known or nothing, strict=True)
     ]
     measures = dict[str, LabelledScores]()
     for name, kind in SUM_MEASURES.items():
         members = [index for index, own in enumerate(rows) if name in own]
-        if members:
-            label = (
-                f"nll at temperature {temperature:g}" if name == "nll_at_temperature" and temperature else kind.label
-            )
-            scores = kind.scores([rows[index][name] for index in members])
+        scores = kind.scores([rows[index][name] for index in members])
+        if kind.is_defined(scores.statistics.sum(axis=0)):
+            is_fixed = name == "nll_at_temperature" and temperature is not None
+            label = f"nll at temperature {temperature:g}" if is_fixed else kind.label
             measures[name] = LabelledScores(label, scores, members, kind.unit, kind.higher_is_better)
     return measures, rows
 

@@ -6,13 +6,14 @@ known     the token overlaps one of the record's own `personal` strings, such as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nextquill.data import EncodedExample, Record
+from nextquill.data import Record
 from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.errors import RecordError
 from nextquill.evaluation.identity import records_digest
@@ -20,6 +21,9 @@ from nextquill.evaluation.results import EFFECTS_FILE, are_numbers, line_index, 
 from nextquill.evaluation.token_measures import Bools
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_objects
+
+if TYPE_CHECKING:
+    from nextquill.data import EncodedExample
 
 
 class Marks(NamedTuple):
@@ -78,3 +82,37 @@ def read_marks(folder: Path, records: Sequence[Record]) -> Marks:
     if sorted(found) != list(range(len(records))):
         raise RecordError(f"{folder / EFFECTS_FILE}: expected a line for each of {len(records)} records")
     return Marks(*map(list, zip(*(found[index] for index in range(len(records))), strict=True)))
+
+
+def personal_strings(record: Record, index: int) -> list[str] | None:
+    """The strings that a record names as personal; None if it has no such field.
+
+    Raises:
+        RecordError: the field is not a list of texts, or one is blank.
+    """
+    strings = record.extra.get("personal")
+    if strings is None:
+        return None
+    if not isinstance(strings, list) or not all(isinstance(each, str) and each.strip() for each in strings):
+        problem = f"expected a list of strings, none of them blank, got {strings!r:.80}"
+        raise RecordError(f"record {index}: field 'personal': {problem}", argument="records")
+    return strings
+
+
+def known_tokens(texts: Sequence[str], strings: Sequence[str]) -> Bools:
+    """Which tokens overlap one of the strings, as whole words in upper or lower case; bool [tokens].
+
+    Args:
+        texts: the text that each token adds. One that ends inside a character adds nothing; it counts as a part of
+            the text of the token that completes the character.
+        strings: the personal ones.
+    """
+    ends = np.cumsum([len(text) for text in texts], dtype=int)
+    starts, lengths = np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)
+    completed = ends[np.minimum(np.searchsorted(ends, starts, side="right"), len(ends) - 1)]
+    ends = np.where(lengths == 0, completed, ends)
+    known = np.zeros(len(texts), dtype=bool)
+    for each in strings:
+        for match in re.finditer(rf"(?<!\w){re.escape(each.strip())}(?!\w)", "".join(texts), re.IGNORECASE):
+            known |= (starts < match.end()) & (ends > match.start())
+    return known
