@@ -52,6 +52,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         show("Without history: under another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
+    if "calibration" in tables and evaluation.settings.get("score_temperature") is None:
+        show("The best temperature is that of these records: --score_temperature takes one that others chose.")
     warn_of_few(users)
 
 

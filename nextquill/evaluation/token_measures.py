@@ -31,12 +31,12 @@ CONFIDENCE_BINS = 15
 #: Bins of an effect, of equal width in asinh(effect / scale), so that small effects are told apart as well. The area
 #: under the curve counts effects in one bin as equal; on realistic effects of 3,600 tokens that changes it by 2e-4.
 EFFECT_BINS = 1024
-#: Effects that are to find known personal tokens: heading, and limit and scale of the bins.
+#: Effects that are to find known personal tokens: limit and scale of their bins.
 EFFECTS = {
-    "effect_prob": ("prob", 1.0, 1e-4),
-    "effect_prob_placebo": ("prob, placebo", 1.0, 1e-4),
-    "effect_logprob": ("log-prob", 50.0, 1e-3),
-    "effect_logprob_placebo": ("log-prob, placebo", 50.0, 1e-3),
+    "effect_prob": (1.0, 1e-4),
+    "effect_prob_placebo": (1.0, 1e-4),
+    "effect_logprob": (50.0, 1e-3),
+    "effect_logprob_placebo": (50.0, 1e-3),
 }
 
 Bools = NDArray[np.bool_]
@@ -107,11 +107,11 @@ def _of_marked(label: str, unit: str, better: bool | None, row: str, whose: str)
 
 
 def _of_known(kind: str, effect: str) -> SumMeasure:
-    row = EFFECTS[effect][0]
-    label = f"{kind} of {row.replace('placebo', 'against the placebo')} effect on known personal tokens"
-    if kind == "AUC":
-        return SumMeasure(label, "", True, ("known", row, kind), 2 * EFFECT_BINS, _area)
-    return SumMeasure(label, "", True, ("known", row, kind))
+    scale = "log-prob" if "log" in effect else "prob"
+    against = "another's" if effect.endswith("placebo") else "no history"
+    area = (2 * EFFECT_BINS, _area) if kind == "AUC" else ()
+    label = f"{kind} of the {scale} effect against {against}, known personal tokens"
+    return SumMeasure(label, "", True, ("known", f"{kind}, {scale} effect", f"against {against}"), *area)
 
 
 #: The measures by name, in the order of tables.
@@ -172,7 +172,7 @@ def token_statistics(
                 rows |= {f"{kind}_{whose}": [each[chosen].sum(), chosen.sum()] for kind, each in own.items()}
     if known is not None:
         for name, effect in _effects(values).items():
-            _, limit, scale = EFFECTS[name]
+            limit, scale = EFFECTS[name]
             height = np.arcsinh(effect / scale) / np.arcsinh(limit / scale)  # in -1..1
             bins = np.clip((height + 1) / 2 * EFFECT_BINS, 0, EFFECT_BINS - 1).astype(int)
             rows[f"auc_{name}"] = np.bincount(bins + EFFECT_BINS * ~known, minlength=2 * EFFECT_BINS)

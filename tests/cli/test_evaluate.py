@@ -174,6 +174,30 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
     assert f"--baseline: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
 
 
+def test_tokens_that_another_evaluation_marks(nextquill, trained, data, finished, tmp_path):
+    words = ("--generate", "false", "--resamples", 50, "--personal_from", finished, "--baseline", finished)
+    result = evaluate(nextquill, trained, data, *words, "--score_temperature", 1.4, "--output_dir", tmp_path)
+    assert result.code == 0, result.err
+    assert "tokens of --personal_from" in result.out
+    assert re.search(r"\n  share of tokens +\d", result.out)
+    assert "nll at a temperature" in result.out
+    unlike = " ".join(result.out[result.out.index("These settings differ too") :].split())
+    assert "score_temperature 1.4, there None" in unlike
+    assert "personal_from" not in unlike, "it changes no measure that both have"
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert read_evaluation(tmp_path).metrics["nll_at_temperature"].label == "nll at temperature 1.4"
+
+
+def test_marks_of_other_records_are_refused_before_the_model_is_loaded(nextquill, data, finished, tmp_path):
+    result = evaluate(nextquill, "./nowhere", data, "--personal_from", finished, "--limit", 3)
+    assert result.code == 1
+    assert f"--personal_from: {finished} is an evaluation of other records (5) than these (3)" in result.err
+    result = evaluate(nextquill, "./nowhere", data, "--personal_from", tmp_path)
+    assert f"--personal_from: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
+    result = evaluate(nextquill, "./nowhere", data, "--score_temperature", 1.3)
+    assert "--score_temperature: expected one of 0.7, 0.8" in result.err
+
+
 # ---- runs that are cut short, and second ones ----------------------------------------------------
 
 
