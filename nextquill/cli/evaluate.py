@@ -25,8 +25,10 @@ from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.personal_tokens import read_marks
 from nextquill.evaluation.results import Evaluation, check_folder, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
+from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.generation import ENGINES, check_engine
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.checkpoints import trained_users
@@ -89,6 +91,14 @@ class EvaluateOptions:
         "Also measure the nll of this plain text, its first 20,000 tokens: what training has cost of other language.",
         None, metavar="FILE",
     )  # fmt: skip
+    score_temperature: float | None = option(
+        f"Measure the nll at this temperature ({', '.join(f'{t:g}' for t in TEMPERATURES)}), chosen on other records; "
+        "by default at the best one of these records.", None,
+    )  # fmt: skip
+    personal_from: str | None = option(
+        "The --output_dir of another evaluation of these records, such as the untrained model's. It decides which "
+        "tokens are personal, and nll and accuracy are shown for these and for the others.", None, metavar="DIR",
+    )  # fmt: skip
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
     dry_run: bool = dry_run_option()
 
@@ -114,6 +124,9 @@ def run(arguments: Sequence[str]) -> int:
         say_skipped(skipped)
     if options.baseline is not None:
         _check_baseline(Path(options.baseline), records)
+    if options.personal_from is not None:
+        with naming("personal_from"):
+            read_marks(Path(options.personal_from), records)
     loaded = Loaded(model_options, prompt_options, records)
     _say_prompts(loaded, options.baseline)
     if options.dry_run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.bootstrap import PairedResult
-from nextquill.evaluation.measures import NEW_USERS, PAIRS, TOKENS, place_of, text_metric
+from nextquill.evaluation.measures import NEW_USERS, PAIRS, TOKENS, place_of
 from nextquill.evaluation.results import Evaluation, MetricValue, unlike_settings
 from nextquill.report.headline import few_people
 from nextquill.report.numbers import counted, in_words, p_value
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADINGS = {
-    "responses": "the records' responses",
-    "pairs": "pairs",
-    "texts": "generated texts",
-    "prose": "general prose",
-}
+    "responses": "the records' responses", "calibration": "calibration", "personal": "tokens of --personal_from",
+    "known": "known personal tokens", "pairs": "pairs", "texts": "generated texts", "prose": "general prose",
+}  # fmt: skip
 # With more columns than this, an interval goes below its value, to fit 80 characters.
 _MOST_BESIDE = 1
 # More columns than this take a table of their own.
@@ -33,7 +31,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for name, metric in evaluation.metrics.items():
         place = place_of(name)
         if place is not None:
-            label = f"{place.row} ({metric.unit})" if metric.unit and text_metric(name) else place.row
+            label = f"{place.row} ({metric.unit})" if metric.unit and place.table == "texts" else place.row
             tables.setdefault(place.table, {}).setdefault(label, {})[place.column] = metric
     for kind, rows in tables.items():
         found = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -65,6 +63,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         show("Without history: under another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
+    if "calibration" in tables and evaluation.settings.get("score_temperature") is None:
+        show("The best temperature is that of these records: --score_temperature takes one that others chose.")
     warn_of_few(users)
 
 

@@ -19,6 +19,7 @@ from nextquill.evaluation.results import (
 )
 from nextquill.evaluation.tasks import TASKS
 from nextquill.evaluation.text_measures import REFERENCE
+from nextquill.evaluation.token_measures import SUM_MEASURES
 from nextquill.storage.json_files import json_objects
 
 
@@ -33,7 +34,8 @@ def compare_evaluations(
 ) -> dict[str, PairedResult]:
     """Each measure of the evaluation in folder `a` minus that in folder `b`, paired by example and by user.
 
-    A mean over examples, or over their tokens, is taken over the examples that have a score in both evaluations. BLEU
+    A mean over examples, or over their tokens, is taken over the examples that have a score in both evaluations; so are
+    measures of `token_measures`, from rows of statistics. BLEU
     and other measures of a whole corpus are computed again from the texts that both generated. So a difference may rest
     on fewer examples than either evaluation's own value.
 
@@ -110,6 +112,14 @@ def paired_scores(
             texts = [example.generated[branch] for example in examples]
             references = [example.response for example in examples]
             return compute([kind], references, texts, labels=task.labels if task else None)[kind]
+
+    elif name in SUM_MEASURES:
+
+        def usable(example: EvaluatedExample) -> bool:
+            return name in example.statistics
+
+        def scored(examples: Sequence[EvaluatedExample]) -> MetricScores:
+            return SUM_MEASURES[name].scores([example.statistics[name] for example in examples])
 
     else:
         own = evaluation.metrics[name].per_example

@@ -39,11 +39,13 @@ from nextquill.evaluation.measures import (
     kind_and_branch,
     measure_name,
     preference_measures,
+    sum_measures,
     text_measure,
 )
 from nextquill.evaluation.metrics import METRICS, Authors, compute
 from nextquill.evaluation.metrics.words import Span
 from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.personal_tokens import known_tokens, personal_strings, read_marks
 from nextquill.evaluation.predictions import Id, is_id, write_predictions
 from nextquill.evaluation.preferences import PreferencePair, encode_pairs, has_pair, preference_scores
 from nextquill.evaluation.prose import Prose, prose_measures
@@ -115,7 +117,7 @@ def evaluate_model(
     check_engine(options.generation(), model, model_name)
     work = _Work(model, tokenizer, list(records), settings, options, model_name, trained_users, progress)
     run = {**model_identity(model, tokenizer, settings), "content of the records": records_digest(work.records)}
-    run |= {**options.identity(), **work.identity()}
+    run |= work.identity()
     with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
         pair_indices, item_indices = ([each.index for each in found] for found in (work.pairs, work.itemised))
         effects = place.stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
@@ -227,10 +229,17 @@ class _Work:
             raise RecordError("records: expected at least one, got none")
         options = self.options
         self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
+        folder, self.marks = options.personal_from, None
+        if folder is not None:
+            with naming("personal_from"):
+                self.marks = read_marks(Path(folder), self.records)
+        self.strings = [personal_strings(record, index) for index, record in enumerate(self.records)]
         self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
             self.pairs = encode_pairs(self.encoder, self.records, options.seed)
             self.examples = self.encoder.encode_all(self.records, True, options.seed, self.progress)
+        if self.marks is not None:
+            self.marks.check(self.examples)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
         against, examples = (
@@ -259,8 +268,10 @@ class _Work:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What an evaluation with a judge or with prose depends on besides its options, by name; JSON."""
+        """What the results depend on besides the model and the records, by name; JSON."""
         return {
+            **self.options.identity(),
+            "personal_from": None if self.marks is None else self.marks.digest,
             "content of judge_model": None if self.judge is None else model_digest(self.judge.model),
             "content of prose_file": None if self.prose is None else fingerprint([self.prose.text]),
         }
@@ -269,7 +280,7 @@ class _Work:
         options, pad = self.options, pad_token(self.tokenizer)
         for scores in score_examples(
             self.model, self.examples, pad, options.batch_size,
-            attention=options.attention, max_tokens=options.max_tokens, skip=len(done),
+            attention=options.attention, max_tokens=options.max_tokens, skip=len(done), calibrated=True,
         ):  # fmt: skip
             yield effect_line(scores, self.tokenizer)
 
@@ -333,13 +344,22 @@ class _Work:
             labels[f"{RIGHT_PERSON_LM}_{REFERENCE}"] = f"{JUDGE.label}, the person's own"
             measures |= self.judge.measures(judged, labels)
         measures |= prose_measures(prose)
+        known = [
+            None if strings is None else known_tokens(line["tokens"], strings)
+            for line, strings in zip(effects, self.strings, strict=True)
+        ]
+        marked = None if self.marks is None else self.marks.personal
+        of_sums, statistics = sum_measures(effects, self.options.score_temperature, marked, known)
+        measures |= of_sums
         _add_own_scores(scores, measures)
         examples = [
             EvaluatedExample(
                 index, record.user_id, record.query, record.response, encoded.history_kept, encoded.history_total,
-                generated[index], own, self.texts.copied(index, record.response, generated[index]),
+                generated[index], own, self.texts.copied(index, record.response, generated[index]), rows,
             )
-            for index, (record, encoded, own) in enumerate(zip(self.records, self.examples, scores, strict=True))
+            for index, (record, encoded, own, rows) in enumerate(
+                zip(self.records, self.examples, scores, statistics, strict=True)
+            )
         ]  # fmt: skip
         return self._evaluation(measures, scores), examples
 
@@ -363,12 +383,7 @@ class _Work:
         if self.pairs:
             metrics[PAIRS] = MetricValue("pairs", float(len(self.pairs)))
         metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
-        settings = {
-            **dataclasses.asdict(self.settings),
-            **options.identity(),
-            **self.identity(),
-            "dtype": str(self.model.dtype),
-        }
+        settings = {**dataclasses.asdict(self.settings), **self.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
             model=self.model_name,
             records=records_digest(self.records),

@@ -23,10 +23,11 @@ import numpy as np
 from nextquill.data.templates import BRANCHES
 from nextquill.defaults import DEFAULT_THRESHOLD
 from nextquill.evaluation.bootstrap import bootstrap_interval
-from nextquill.evaluation.metrics import METRICS, Metric, MetricScores
+from nextquill.evaluation.metrics import METRICS, OF_ONE, Metric, MetricScores
 from nextquill.evaluation.metrics.scores import Floats
 from nextquill.evaluation.results import MetricValue, finite
 from nextquill.evaluation.text_measures import REFERENCE
+from nextquill.evaluation.token_measures import SUM_MEASURES, Bools, Row, token_statistics
 
 if TYPE_CHECKING:
     from nextquill.evaluation.options import EvaluationOptions
@@ -65,6 +66,7 @@ TOKEN_KINDS = {
     "effect_placebo": Kind("effect against the placebo", _NATS, None),
     "effect_prob": Kind("mean probability effect", "", None),
     "share_above_threshold": Kind(f"tokens with effect > {DEFAULT_THRESHOLD}", "", None),
+    "top1": Kind("tokens predicted first", "", True),
 }
 #: Measures of a chosen against a rejected response.
 PREFERENCE_KINDS = {
@@ -74,12 +76,12 @@ PREFERENCE_KINDS = {
     "preference_margin_per_token": Kind("margin of the chosen per token", _NATS, None, "margin/token"),
 }
 #: Measures of texts by a judge that is a language model, and of general prose.
-RIGHT_PERSON_LM, JUDGE = "right_person_lm", Kind("Right person, by LM", "", True)
+RIGHT_PERSON_LM, JUDGE = "right_person_lm", Kind("Right person, by LM", OF_ONE, True)
 NLL_PROSE, PROSE = "nll_prose", Kind("nll of general prose", _NATS, False)
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table ("responses", "pairs", "texts", "prose"), and the heads of row and column."""
+    """Where a measure stands: the table, such as "responses" or "texts", and the headings of its row and column."""
 
     table: str
     row: str
@@ -115,6 +117,8 @@ def place_of(name: str) -> Place | None:
     if over_tokens in TOKEN_KINDS:
         column = "per token" if over_tokens == name else "mean of examples"
         return Place("responses", TOKEN_KINDS[over_tokens].label, column)
+    if name in SUM_MEASURES:
+        return Place(*SUM_MEASURES[name].place)
     kind, branch = kind_and_branch(name)
     if kind == NLL_PROSE:
         return Place("prose", PROSE.label, "per token")
@@ -164,6 +168,8 @@ def token_values(line: Mapping[str, Any]) -> dict[str, Floats]:
         values["effect_placebo"] = values["nll_placebo"] - factual
     values["effect_prob"] = np.exp(-factual) - np.exp(-counterfactual)
     values["share_above_threshold"] = (values["effect_prob"] > DEFAULT_THRESHOLD).astype(np.float64)
+    if "top1" in line:  # as `score` and earlier versions do not write it
+        values["top1"] = np.asarray(line["top1"], dtype=np.float64)
     return values
 
 
@@ -189,6 +195,32 @@ def effect_measures(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Label
     return {**measures, **means}, scores
 
 
+def sum_measures(
+    lines: Sequence[Mapping[str, Any]],
+    temperature: float | None = None,
+    marked: Sequence[Bools | None] | None = None,
+    known: Sequence[Bools | None] | None = None,
+) -> tuple[dict[str, LabelledScores], list[dict[str, Row]]]:
+    """The measures of `token_measures` by name, and every example's rows of statistics that they follow from.
+
+    A measure is left out where nothing is counted, as where no token is personal.
+    """
+    nothing = [None] * len(lines)
+    rows = [
+        token_statistics(line, token_values(line), temperature, *own)
+        for line, *own in zip(lines, marked or nothing, known or nothing, strict=True)
+    ]
+    measures = dict[str, LabelledScores]()
+    for name, kind in SUM_MEASURES.items():
+        members = [index for index, own in enumerate(rows) if name in own]
+        scores = kind.scores([rows[index][name] for index in members])
+        if kind.is_defined(scores.statistics.sum(axis=0)):
+            is_fixed = name == "nll_at_temperature" and temperature is not None
+            label = f"nll at temperature {temperature:g}" if is_fixed else kind.label
+            measures[name] = LabelledScores(label, scores, members, kind.unit, kind.higher_is_better)
+    return measures, rows
+
+
 def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, LabelledScores]:
     """Means over the examples that hold a pair of responses, from their `preference_scores` by position."""
     members, measures = sorted(scores), dict[str, LabelledScores]()
@@ -204,7 +236,7 @@ def preference_measures(scores: Mapping[int, Mapping[str, float]]) -> dict[str, 
 
 
 def text_measure(
-    name: str, label: str, scores: MetricScores, unit: str = "", higher_is_better: bool | None = None
+    name: str, label: str, scores: MetricScores, unit: str = OF_ONE, higher_is_better: bool | None = None
 ) -> dict[str, LabelledScores]:
     """A measure of texts by its name, over the examples that have a score; nothing if none has."""
     defined = scores.defined()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextquill.data._checks import check_integer
@@ -14,6 +15,7 @@ from nextquill.evaluation.bootstrap import check_draws
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.metrics.authors import CANDIDATES
 from nextquill.evaluation.tasks import TASKS
+from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.generation import PLAUSIBILITY, GenerationOptions
 from nextquill.models import ATTENTIONS
 
@@ -32,6 +34,10 @@ class EvaluationOptions:
         guidance_against: the branch that responses of the factual branch are guided away from, with `guidance` above 0.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
+        score_temperature: the temperature of `nll_at_temperature`, one of `TEMPERATURES`, chosen on other records; by
+            default the best on these records, which flatters.
+        personal_from: the folder of another evaluation of the same records, with the same tokenizer, as that of the
+            untrained model. Tokens are personal where it has p(own history) - p(another's) above 0.05.
         item_effects: measure the effect of each history item for the first so many records with a history.
         judge_model: a folder or hub name of an untrained language model that picks the author of every generated text
             among several people; None for no such judge.
@@ -61,6 +67,8 @@ class EvaluationOptions:
     guidance: float = 0.0
     guidance_against: str = "counterfactual"
     plausibility: float = PLAUSIBILITY
+    score_temperature: float | None = None
+    personal_from: Path | str | None = None
     item_effects: int = 0
     judge_model: str | None = None
     judge_candidates: int = CANDIDATES
@@ -90,6 +98,9 @@ class EvaluationOptions:
             check_integer(name, getattr(self, name), least=1, or_none=True)
         if self.max_tokens is not None and self.attention == "padded":
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+        if self.score_temperature is not None and self.score_temperature not in TEMPERATURES:
+            known = ", ".join(f"{each:g}" for each in TEMPERATURES)
+            raise ArgumentError(f"score_temperature: expected one of {known}, got {self.score_temperature!r}")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
         if reading and not self.generate_branches:
             raise ArgumentError(f"metrics: {reading[0]} measures generated texts, and none are generated")
@@ -107,10 +118,10 @@ class EvaluationOptions:
         return tuple(name for name in names if METRICS[name].score is not None)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must agree for an evaluation to resume, by name; JSON."""
+        """The settings that must agree for an evaluation to resume, by name; JSON. Paths are none of them."""
         values = dataclasses.asdict(self)
-        # The content of the prose is compared, not where it lies.
-        for name in ("overwrite", "prose_file"):
+        # The content of the prose and of the other evaluation is compared, not where they lie.
+        for name in ("overwrite", "prose_file", "personal_from"):
             del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -2,7 +2,7 @@
 
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
-    effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    effects.jsonl        the effect of every response token, as `nextquill score` writes it, and its calibration
     prose.jsonl          the summed nll of each window of general prose, if a text was given
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
@@ -117,6 +117,8 @@ def unlike_settings(own: Evaluation, other: Evaluation) -> str:
 
     here, there = deciding(own), deciding(other)
     unlike = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if None in (here.get("personal_from"), there.get("personal_from")):  # then no measure of both depends on it
+        unlike = [name for name in unlike if name != "personal_from"]
     return "; ".join(f"{name} {here.get(name)!r:.40}, there {there.get(name)!r:.40}" for name in unlike)
 
 
@@ -133,6 +135,7 @@ class EvaluatedExample:
             names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
         copied: where phrases of the record's own history stand, by branch, and in the response as "reference": pairs of
             the first character and the one after the last, in order. Texts without a copied phrase are left out.
+        statistics: rows of the measures of `token_measures`, by name: values other than 0 by column.
     """
 
     index: int
@@ -144,6 +147,7 @@ class EvaluatedExample:
     generated: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     copied: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its line of the file, as JSON holds it."""
@@ -209,6 +213,9 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
             for branch, spans in example.copied.items()
         ):
             raise RecordError(f"{where}: field 'copied': expected an object of places in the texts")
+        rows = example.statistics.values() if isinstance(example.statistics, dict) else [None]
+        if not all(isinstance(row, dict) and are_numbers([*row.values()], len(row)) for row in rows):
+            raise RecordError(f"{where}: field 'statistics': expected an object of rows, each of numbers by column")
         examples[example.index] = example
     return list(examples.values())
 

@@ -112,7 +112,8 @@ class _Table:
         if found is None:
             return Estimate(statistics.mean(values), None, None, values)
         (scores,), users = found
-        nothing = MetricScores.mean_of([0.0] * len(users))
+        # Its measure is 0, so the difference to it is the measure itself.
+        nothing = MetricScores(0 * scores[0].statistics, scores[0].from_sums)
         interval, kind = paired_over_seeds(scores, [nothing], users, **self._options), self.measures[measure]
         low, high = interval.low, interval.high
         if (

@@ -17,6 +17,7 @@ _HEADINGS = {
     "nll_placebo": "nll, another's history",
     "effect_logprob": "effect of history",
     "effect_placebo": "effect vs placebo",
+    "top1": "predicted first",
 }
 # A terminal of 80 columns has room for these, and for the first measure of generated texts or preferences.
 _FIRST = ("nll_factual", "nll_counterfactual", "effect_placebo")
