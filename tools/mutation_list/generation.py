@@ -67,6 +67,13 @@ MUTATIONS = (
         "biases are left out of a step on a CPU",
     ),
     Mutation(
+        "few-rows-layout",
+        "nextquill/generation/few_rows.py",
+        ".t().contiguous().view(",
+        ".t().reshape(",
+        "a guided token takes twice the time on a CPU",
+    ),
+    Mutation(
         "writer-against",
         "nextquill/generation/writer.py",
         "guided = chosen.guidance > 0 and against != ids",
