@@ -29,7 +29,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """What every demo can be told; each adds settings of its own.
+    """The settings of every demo; each demo adds its own.
 
     Args:
         seed: The first seed.
@@ -118,12 +118,13 @@ def run_seeds(
         conclude: Says what follows from all of them.
         output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
             replace files of these names at the end of the run. Made if absent.
-        packages: Those whose versions are noted.
+        packages: The packages whose versions are noted.
         quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
         progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
         console: Where the results are printed. Default: stdout.
         quiet: Print nothing and show no progress.
-        settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds excepted.
+        settings: Settings of the recipe; None stands for the default. The same settings give the same figures, seconds
+            excepted.
 
     Raises:
         ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.

@@ -24,9 +24,9 @@ from nextquill.report.progress import Progress
 
 SAMPLE = Path(__file__).with_name("people.jsonl")
 GUIDANCES = (0.0, 0.5, 1.0)
-#: A word counts as raised or lowered from here on, in probability: the threshold of NextQuill's weights.
+#: A word whose probability changes by more counts as raised or lowered: the threshold of NextQuill's weights.
 CLEAR = 0.05
-#: Nats that a word loses without a past text that it is said to lean on.
+#: A word is said to lean on a past text if it loses at least so many nats without it.
 LEAST_LEANING = 0.5
 
 
@@ -115,7 +115,7 @@ def partners(records: Sequence[Record]) -> dict[str, str]:
 
 
 def load_writer(name: str) -> Writer:
-    """The model with its own prompt settings; one not trained here reads the history first, so that texts share it."""
+    """The model with its prompt settings. One that was not trained here reads the history first, so that texts share it."""
     device = torch.accelerator.current_accelerator(check_available=True)
     # Probabilities differ little between two histories; a CPU is also slow in half precision.
     model, tokenizer = load_model(name, dtype="auto" if device else "float32")

@@ -18,7 +18,7 @@ from demos.popi.recipe import PopiRecipe
 from nextquill.report.data import Cell, Column, Page, Panel, Picture, Table
 
 SHOWN_USERS = 6
-# Steps that a point of a curve is the mean of: single steps are of a few users each.
+# A point of a curve is the mean of so many steps, because a single step has only a few users.
 _WINDOW = 5
 
 _COLUMNS = (

@@ -246,7 +246,7 @@ def check_training(args: TrainingArguments) -> None:
         if getattr(args, name) not in unset:
             raise UsageError(f"{name}: not for comparisons: {reason}")
     if args.save_strategy == "best":
-        raise UsageError("save_strategy: not for comparisons: best would choose on the records that are compared on")
+        raise UsageError("save_strategy: not for comparisons: best would choose by the records that models are compared on")
     if args.world_size > 1:
         raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
     check_arguments(args, has_eval_file=True)
@@ -299,7 +299,7 @@ def outcome(record: RunRecord) -> str:
 
 
 def show(comparison: Any, folder: Path, texts: int) -> None:
-    """Print the tables and what they mean, the findings, and the names of the files; each run has so many texts."""
+    """Print the tables, their notes, the findings, and the names of the files; each run has `texts` texts."""
     from rich.console import Console
 
     console = Console()

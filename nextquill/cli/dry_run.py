@@ -146,7 +146,8 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
     shared = sum(part["num_tokens"] for batch in batches for part in TreeCollator((names,))(batch)["parts"])
     some = records[:: max(1, len(records) // MEASURED)][:MEASURED]
     times = _StageTimes()
-    # A few records may be of one person, among whom no judge can choose, and are not those of another evaluation.
+    # A few records may all be of one person, so that a judge has no choice, and they are not those of another
+    # evaluation.
     few = dataclasses.replace(
         options, resamples=1, item_effects=min(options.item_effects, 1), metrics=None, judge_model=None,
         prose_file=None, personal_from=None,

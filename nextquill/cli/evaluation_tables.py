@@ -64,7 +64,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
     if "calibration" in tables and evaluation.settings.get("score_temperature") is None:
-        show("The best temperature is that of these records: --score_temperature takes one that others chose.")
+        show("The best temperature was chosen on these records; --score_temperature takes one chosen on others.")
     warn_of_few(users)
 
 

@@ -53,7 +53,7 @@ class HistoryOptions:
     def check(self) -> None:
         """Raise ArgumentError or RecordError for flags that do not go together, and for a file that is not there."""
         if (self.history_file is None) == (self.records_file is None):
-            raise ArgumentError("history_file: expected either it or --records_file with --user_id")
+            raise ArgumentError("history_file: expected either this flag or --records_file with --user_id")
         if (self.records_file is None) != (self.user_id is None):
             raise ArgumentError("user_id: expected with --records_file, and only with it")
         if self.other_user_id is not None and self.records_file is None:
@@ -120,10 +120,10 @@ class GenerateOptions:
 
         Raises:
             ArgumentError: neither flag, or both.
-            RecordError: a line of the file is no query.
+            RecordError: a line of the file is not a query.
         """
         if (self.query is None) == (self.queries_file is None):
-            raise ArgumentError("query: expected either it or --queries_file")
+            raise ArgumentError("query: expected either this flag or --queries_file")
         if self.query is not None:
             return self.query
         with naming("queries_file"):
@@ -220,7 +220,7 @@ def compared(
     histories: Histories,
     chosen: Mapping[str, Any],
 ) -> dict[str, list[str]]:
-    """The responses of a stream and, with histories, also those without one and with another user's, unguided."""
+    """The responses of a stream; with `histories`, also unguided ones without a history and with another user's."""
     texts = {OWN: _joined(own, len(queries), OWN)}
     others = {"no history": (), **histories} if histories else {}
     for name, history in others.items():

@@ -115,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         generator = generator.against(_loaded("reference_model", options.reference_model, models)[0])
     if generator.is_what_it_was and not config.freeze_generator:
         say(
-            "the folder lacks the generator before training, so the reference is the trained one without context; "
+            "the folder does not hold the untrained generator, so the trained one without context is the reference; "
             "--reference_model names it"
         )
     measured, sees = partial(_measured, saved, held.draws, summaries, options), config.reference_sees_summary

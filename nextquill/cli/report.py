@@ -58,7 +58,7 @@ class ReportOptions:
         ending = Path(name).suffix.removeprefix(".").lower()
         if self.format is not None and ending in FORMATS and ending != self.format:
             raise ArgumentError(
-                f"format: expected {ending}, as {Path(name).name} ends, or another output_file, got {self.format}"
+                f"format: expected {ending}, the ending of {Path(name).name}, or another output_file, got {self.format}"
             )
         return name, self.format or (ending if ending in FORMATS else FORMATS[0])
 

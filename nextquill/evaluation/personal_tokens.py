@@ -75,7 +75,7 @@ def read_marks(folder: Path, records: Sequence[Record]) -> Marks:
             raise RecordError(f"{where}: field 'nll_placebo': missing; a placebo needs records of several users")
         if not isinstance(ids, list) or not all(are_numbers(line.get(name), len(ids)) for name in names):
             raise RecordError(
-                f"{where}: expected 'token_ids', 'nll_factual' and 'nll_placebo', one number a token each"
+                f"{where}: expected 'token_ids', 'nll_factual' and 'nll_placebo', each with one number per token"
             )
         own, other = (np.exp(-np.asarray(line[name], dtype=np.float64)) for name in names)
         found[line_index(line, where)] = ids, own - other > DEFAULT_THRESHOLD

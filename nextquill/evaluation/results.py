@@ -46,7 +46,7 @@ _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
 _FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
-# Settings that change no score, or only which scores there are.
+# Settings that change no score, or only decide which scores exist.
 _IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
 Progress = Callable[..., Iterable[Any]]
@@ -283,7 +283,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
-    """A folder that one evaluation writes into; at the end of its context, a folder without any line is as it was.
+    """A folder that one evaluation writes into. If no line was written, leaving the context restores the folder.
 
     Args:
         folder: created if it is missing.

@@ -23,7 +23,7 @@ _MOST_ROWS = 8
 
 @contextmanager
 def faster_few_rows(model: nn.Module) -> Iterator[None]:
-    """Compute a model's linear layers that way inside the block, where it is on a CPU in float32."""
+    """Compute a model's linear layers as (W xᵀ)ᵀ inside the block, if they are on a CPU in float32."""
     with ExitStack() as stack:
         for module in model.modules():
             if _is_plain(module):
@@ -32,7 +32,7 @@ def faster_few_rows(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether this is a float32 layer on a CPU; one with a forward of its own has weights elsewhere until it runs."""
+    """Whether this is a float32 layer on a CPU; a layer with its own forward may have its weights elsewhere."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32

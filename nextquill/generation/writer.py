@@ -19,7 +19,7 @@ from nextquill.storage.fingerprints import seed_of
 
 #: A user's earlier texts, oldest first: strings, mappings with `text` and optional `title` and `timestamp`, or items.
 History = Sequence[str | Mapping[str, Any] | HistoryItem]
-#: The length of prompt and response of a model that has neither settings nor, when it is not loaded, a known context.
+#: The length of prompt and response for a model without prompt settings whose context is not known.
 _MAX_LENGTH = 2048
 #: Stands for a character of which not all bytes have been generated.
 _INCOMPLETE = "\ufffd"
@@ -176,7 +176,7 @@ class Writer:
             known = ", ".join(GenerationOptions.__dataclass_fields__)
             raise ArgumentError(f"options: expected some of {known}, got {unknown[0]}")
         if options.get("engine") == "vllm":
-            raise ArgumentError("engine: expected 'auto', 'tree' or 'hf', got 'vllm', which serves by itself")
+            raise ArgumentError("engine: expected 'auto', 'tree' or 'hf', got 'vllm', which runs as a server")
         return GenerationOptions(**options)
 
     def _prompt(

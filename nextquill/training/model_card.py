@@ -115,7 +115,7 @@ def _data(dataset: Any) -> str:
 
 
 def _prompting(encoder: Any) -> str:
-    """What a card says on prompts, with that of a query and two texts."""
+    """The card's section on prompts, with the prompt of a query and two texts."""
     if encoder is None:
         return "With the prompts of the program that trained it, which are not known here."
     renderer = encoder.renderer

@@ -53,7 +53,7 @@ def notes(comparison: Comparison) -> list[str]:
         "may disagree, and then nothing is marked."
     )
     if not several:
-        tests += " The marks are of these trained models; another seed may give others."
+        tests += " The marks hold for these trained models; another seed may give others."
     on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
     costs = (
         "Time: the training steps and the making of their batches, without evaluations and checkpoints. The first step "
