@@ -115,7 +115,7 @@ def partners(records: Sequence[Record]) -> dict[str, str]:
 
 
 def load_writer(name: str) -> Writer:
-    """The model with its prompt settings. One that was not trained here reads the history first, so that texts share it."""
+    """The model with its prompt settings. One not trained here reads the history first, so that texts share it."""
     device = torch.accelerator.current_accelerator(check_available=True)
     # Probabilities differ little between two histories; a CPU is also slow in half precision.
     model, tokenizer = load_model(name, dtype="auto" if device else "float32")

@@ -64,16 +64,16 @@ class PopiEvaluateOptions:
     """Measures and output."""
 
     transfer_model: list[str] | None = option(
-        "Other, untrained generators to measure with the same contexts.", None, metavar="MODEL"
+        "Other generators, not trained with POPI, to measure with the same contexts.", None, metavar="MODEL"
     )
     reference_model: str | None = option(
         "The generator before training, if it was a whole model (for adapters: their base).", None, metavar="MODEL"
     )
     output_file: str | None = option("Also write the results here, as JSON.", None, metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
-    batch_size: int = option("Summaries that are written at once.", 16)
+    batch_size: int = option("Summaries written at a time.", 16)
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
+    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
     seed: int = option("Seed of the placebos and of the intervals' resamples.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
