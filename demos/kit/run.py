@@ -70,7 +70,7 @@ class DemoRecipe:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What follows from the runs of all seeds.
+    """The conclusions from the runs of all seeds.
 
     Args:
         findings: The sentences, in reading order.
@@ -159,7 +159,7 @@ def make_folder(output_dir: str | Path) -> Path:
 def _contents(
     recipe: DemoRecipe, report: DemoReport, versions: Mapping[str, str], seconds: float
 ) -> dict[str, bytes | str]:
-    """What is written, by file name."""
+    """The contents of the files, by file name."""
     assert report.page.picture is not None
     seeds = ", ".join(map(str, recipe.seed_values))
     installed = ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -11,7 +11,7 @@ from nextquill.errors import ArgumentError
 
 @dataclass(frozen=True)
 class LossRecipe(DemoRecipe):
-    """How long each phase lasts and on whom it is evaluated.
+    """The length of each phase, and the users for the evaluation.
 
     Phase C is evaluated after `steps` and again after `long_steps`, because one checkpoint would tell half the story.
     Measured, seeds 0 / 1 / 2: after 16 steps the published NextQuill loss is ahead of SFT on personal tokens (nll .14 /

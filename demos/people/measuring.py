@@ -1,4 +1,4 @@
-"""What a model makes of the sample: every word under three histories, single past texts, and new texts."""
+"""Measures a model on the sample: every word under three histories, single past texts, and new texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEAST_LEANING = 0.5
 
 @dataclass(frozen=True)
 class PeopleRecipe:
-    """How much of the sample is read: `texts` of each of the first `people`, `shown` of them with single past texts.
+    """The part of the sample to read: `texts` of each of the first `people`, `shown` of them with single past texts.
 
     The first `pairs` answer a question, in at most `max_new_tokens`.
     """
@@ -82,7 +82,7 @@ class People:
     answers: list[Answer]
 
     def to_json(self) -> str:
-        """The results as JSON, a text a line."""
+        """The results as JSON, one text per line."""
         lines = {
             name: ",\n".join(json.dumps(asdict(each), ensure_ascii=False) for each in getattr(self, name))
             for name in ("texts", "answers")
@@ -203,7 +203,7 @@ def by_effect(people: People) -> list[ReadText]:
 def strongest(text: ReadText) -> tuple[int, int, float] | None:
     """The past text, and the word that loses most without it, of those that the own history raises; and the nats.
 
-    None if it raises no word, or none of them loses half a nat without a single past text.
+    None if it raises no word, or no such word loses half a nat without a single past text.
     """
     raised = [word for word, change in enumerate(effect(text)) if change > CLEAR]
     found = [(item, word, row[word]) for item, row in enumerate(text.items) for word in raised]
@@ -215,7 +215,7 @@ def _with_items(
     writer: Writer, records: Sequence[Record], examples: Sequence[EncodedExample], texts: Sequence[ReadText],
     recipe: PeopleRecipe, progress: Progress,
 ) -> list[ReadText]:  # fmt: skip
-    """The texts, some of which have the effect of every single past text."""
+    """The texts; some of them have the effect of every single past text."""
     chosen = choose({text.index: sum(effect(text)) for text in texts}, recipe.shown)
     found = list(texts)
     with BranchScorer(writer.model, pad_token(writer.tokenizer)) as scorer:
@@ -247,7 +247,7 @@ def _answers(writer: Writer, records: Sequence[Record], recipe: PeopleRecipe, pr
 
 
 def copied_from(text: str, history: Sequence[HistoryItem]) -> tuple[int, int, list[Span]]:
-    """How many of a text's word triples occur in one of the past texts, how many it has, and where the copies stand."""
+    """The number of a text's word triples that occur in a past text, their total, and the places of the copies."""
     return copied(text, {phrase for past in history for phrase in phrases(past.text)})
 
 

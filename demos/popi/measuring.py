@@ -1,4 +1,4 @@
-"""What is measured on unseen users, and its results over all seeds.
+"""Measures on unseen users, and their results over all seeds.
 
 Every user's first pairs are signals, the others are judged. For each context that a generator is given, a pair counts
 as judged rightly where the log-ratio margin against the base without context is on the user's side:
@@ -94,7 +94,7 @@ class ContextResult:
 
 @dataclass(frozen=True)
 class PopiFigures:
-    """What all seeds come to.
+    """The results over all seeds.
 
     Args:
         contexts: by name, in the order of `CONTEXTS`.
@@ -155,7 +155,7 @@ def _summaries(role: Role, prompts: Prompts, draws: Sequence[Draw]) -> dict[str,
 
 
 def figures(runs: Sequence[PopiRun]) -> PopiFigures:
-    """What all seeds come to."""
+    """Compute the results over all seeds."""
     users = [score.user_id for run in runs for score in run.scores[SUMMARY]]
     right = {name: [[score.accuracy for score in run.scores[name]] for run in runs] for name in CONTEXTS}
     stated = {name: [run.stated(name) for run in runs] for name in WRITTEN}

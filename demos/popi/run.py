@@ -67,7 +67,7 @@ def examples_table(run: PopiRun) -> Table:
 
 
 def _curves(runs: Sequence[PopiRun]) -> Picture:
-    """What training logged, mean and range over the seeds."""
+    """The figures that training logged: mean and range over the seeds."""
     starts = range(0, len(runs[0].history), _WINDOW)
 
     def panel(title: str, hint: str, key: str) -> Panel:
@@ -112,7 +112,7 @@ def page(recipe: PopiRecipe, measured: PopiFigures, runs: Sequence[PopiRun]) -> 
 
 
 def report(recipe: PopiRecipe, runs: Sequence[PopiRun]) -> DemoReport:
-    """What all seeds come to; of each seed, its users' summaries and what training logged."""
+    """Draw the conclusions from all seeds; with each seed's summaries of users and training log."""
     measured = figures(runs)
     seeds = [
         {"seed": run.seed, "users": [asdict(user) for user in run.users], "history": list(run.history)} for run in runs

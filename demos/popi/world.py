@@ -125,13 +125,13 @@ def most_shown(texts: Sequence[str], rng: random.Random) -> list[str]:
 
 
 def write_summary(values: Sequence[str]) -> str:
-    """How a summary states two values."""
+    """The words of a summary that states two values."""
     first, second = values
     return f"likes {first} and {second}"
 
 
 def stated_share(summary: str, preferences: Sequence[str]) -> float:
-    """How many of the user's preferences a summary states, as a share.
+    """The share of the user's preferences that a summary states.
 
     A text that lists every value would state all of them; one that names more values than the user has preferences is
     therefore counted as stating none.

@@ -169,7 +169,7 @@ def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
     own = _prompt(asdict(loaded.settings))
     if loaded.stored is None:
         made = f"{own['order']} order, at most {own['max_length']} tokens"
-        say(f"the model's folder has no prompt settings; the prompts are those of the flags or nextquill's ({made})")
+        say(f"the model's folder has no prompt settings; flags and nextquill's defaults decide the prompts ({made})")
         say("--prompt_from RUN measures with the prompts of a run, so that the two can be compared")
     if baseline is not None:
         there = _prompt(read_evaluation(Path(baseline)).settings)
@@ -181,7 +181,7 @@ def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
 
 
 def _prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the prompts, of an evaluation's settings."""
+    """The settings of an evaluation that decide its prompts."""
     lengths = {name: settings.get(name) for name in ("max_length", "max_response_length")}
     return {**lengths, **settings["template"]}
 

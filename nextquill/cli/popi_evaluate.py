@@ -262,7 +262,7 @@ def _print(evaluation: PairEvaluation, level: float) -> None:
     known = "" if evaluation.new_users is None else f" ({evaluation.new_users} never trained on)"
     show(f"{counted(found.pairs, 'pair')} of {counted(found.users, 'user')}{known}.")
     show(f"[low, high]: {level:.0%} intervals over users.")
-    show("Accuracy: share of pairs with margin r above 0 (nats, against the reference); of log p: without reference.")
+    show("Accuracy: share of pairs with a margin r (nats, against the reference) above 0; of log p: without reference.")
     if evaluation.transfer:
         show("A transfer model is its own reference: its r is the context's effect, and 0 without context.")
     if found.token_ratio is not None:

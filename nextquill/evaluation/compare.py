@@ -78,7 +78,7 @@ def compare_evaluations(
 def _paired_prose(
     a: Path, b: Path, first: Evaluation, second: Evaluation
 ) -> tuple[list[MetricScores], list[str]] | None:
-    """Both nlls of general prose, and the windows as groups; None where text or tokens differ."""
+    """Both NLLs of general prose, and the windows as groups; None where text or tokens differ."""
     windows = [[line for _, line in json_objects(folder / PROSE_FILE)] for folder in (a, b)]
     sizes = [[line["tokens"] for line in lines] for lines in windows]
     texts = [each.settings.get("content of prose_file") for each in (first, second)]

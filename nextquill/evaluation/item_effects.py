@@ -1,4 +1,4 @@
-"""Which item of a history a response depends on: the effect of leaving each item out on every token.
+"""Measures which item of a history a response depends on: the effect of leaving each item out on every token.
 
     effect[item, token] = nll(token | history without the item) - nll(token | whole history)        (nats)
 

@@ -95,7 +95,7 @@ class PersonJudge:
             return cls(model.to(device), tokenizer, *rest)
 
     def lines(self, texts: Sequence[Sequence[str]], done: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        """The log-probabilities of every record's texts under its candidates, a line a group.
+        """The log-probabilities of every record's texts under its candidates, one line per group.
 
         Args:
             texts: the texts of each record, equally many for all.

@@ -81,7 +81,7 @@ NLL_PROSE, PROSE = "nll_prose", Kind("nll of general prose", _NATS, False)
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table, such as "responses" or "texts", and the headings of its row and column."""
+    """The place of a measure: the table, such as "responses" or "texts", and the headings of its row and column."""
 
     table: str
     row: str

@@ -265,7 +265,7 @@ def is_number(value: Any) -> bool:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None if it is not finite, for which JSON has no number."""
+    """The value, or None if it is not finite, because JSON has no number for that."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -365,7 +365,7 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     if not isinstance(line.effects, list) or len(line.effects) != len(line.items):
         raise RecordError(f"{where}: field 'effects': expected a list for each of {len(line.items)} items")
     if not all(are_numbers(row, count) for row in line.effects):
-        raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
+        raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one per token")
     return line
 
 

@@ -27,7 +27,7 @@ from nextquill.tree import build_prefix_tree
 #: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
 #: slower, at D=256), and the cost of a whole mask is quadratic.
 DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
-# Records at a time: those that trees are packed from, and padded ones, of which each is a row.
+# Records at a time: those to pack into trees, and padded ones, where each is a row.
 _PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
 _REPLACEMENT = "\ufffd"
 
@@ -79,7 +79,7 @@ def score_examples(
         model: a causal language model; used in eval mode and left as it was.
         examples: encoded examples; the placebo branch is scored where every example has one.
         pad_token_id: fills padded batches.
-        batch_size: examples at a time: 64 of which trees are packed, or 8 padded ones.
+        batch_size: examples at a time; by default 64 to pack into trees, or 8 padded ones.
         attention: see `PairPasses`.
         max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
             attention="mask"), or what the largest example takes.
@@ -217,7 +217,7 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills padded batches: never attended, so any token does."""
+    """The token that fills padded batches; it is never attended to, so any token does."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((id for id in known if id is not None), 0)
 

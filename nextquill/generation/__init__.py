@@ -191,7 +191,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
-        """As `generate`, but with token ids; the last one is a stop token if the response reached one."""
+        """Yield token ids instead of texts; the last id is a stop token if the response reached one."""
 
 
 def check_engine(options: GenerationOptions, model: Any = None, model_name: str | None = None) -> None:

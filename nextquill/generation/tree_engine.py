@@ -141,7 +141,7 @@ class TreeEngine(Engine):
         return guide(own, against, self.options.guidance, self.options.plausibility) if len(against) else own
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
-        """How many first tokens of the prompts were computed before and kept, and their keys and values."""
+        """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
         if self.kept is None:
             return ()
         ids, layers = self.kept
@@ -174,7 +174,7 @@ class TreeEngine(Engine):
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """The number of first tokens that are the same."""
     return next(
         (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b))
     )
@@ -185,7 +185,7 @@ class _Row:
 
     Args:
         tree: the prompts.
-        known: how many first tokens of the first prompt are computed already.
+        known: the number of first tokens of the first prompt that are computed already.
         layers: their keys and values, by layer; there may be more.
 
     Attributes:

@@ -21,7 +21,7 @@ from nextquill.storage.fingerprints import seed_of
 History = Sequence[str | Mapping[str, Any] | HistoryItem]
 #: The length of prompt and response for a model without prompt settings whose context is not known.
 _MAX_LENGTH = 2048
-#: Stands for a character of which not all bytes have been generated.
+#: Stands for a character whose bytes are not all generated yet.
 _INCOMPLETE = "\ufffd"
 
 
@@ -146,7 +146,7 @@ class Writer:
     def stream(
         self, queries: str | Sequence[str], history: History = (), *, against: History = (), **options: Any
     ) -> Iterator[tuple[int, str]]:
-        """As `write`, but yields the index of a query and the next piece of its response as soon as it is known."""
+        """Yield a query's index and the next piece of its response as soon as it is known; arguments as in `write`."""
         chosen = self._options(options)
         asked = [queries] if isinstance(queries, str) else queries
         own, other = history_items(history), history_items(against)

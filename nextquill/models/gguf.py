@@ -58,7 +58,7 @@ def gguf_arguments(place: str) -> dict[str, str]:
 
 
 def as_ordinary(model: Any, place: str, **options: Any) -> Any:
-    """The same weights in a model that can be trained and saved.
+    """Return a model with the same weights that can be trained and saved.
 
     transformers takes a model from a GGUF file for a quantised one, although its weights are dequantised, and refuses
     to train or save it.
