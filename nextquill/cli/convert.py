@@ -96,10 +96,8 @@ class ConvertOutput:
         "Split the records. last: each user's last record goes to --test_file, the one before to --eval_file. users: "
         "a share of the users goes to each. The records are held in memory.", None, choices=["last", "users"],
     )  # fmt: skip
-    eval_file: str | None = option(
-        "With --split_by: where to write the records for evaluation in training.", None, metavar="FILE"
-    )
-    test_file: str | None = option("With --split_by: where to write the records for the test.", None, metavar="FILE")
+    eval_file: str | None = option("With --split_by: where the evaluation records go.", None, metavar="FILE")
+    test_file: str | None = option("With --split_by: where the test records go.", None, metavar="FILE")
     share: float = option("With --split_by users: the share of users in each of the two files.", 0.1)
     seed: int = option("With --split_by users: decides which users.", 0)
 

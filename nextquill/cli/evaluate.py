@@ -86,9 +86,7 @@ class EvaluateOptions:
         "An untrained model as judge: it picks the author of every generated text among several people.", None,
         metavar="NAME",
     )  # fmt: skip
-    judge_candidates: int = option(
-        "With --judge_model: the number of people to choose from, the author included: 2 to 8; fewer cost less.", 8
-    )
+    judge_candidates: int = option("Number of people the judge chooses from, 2 to 8, the author included.", 8)
     prose_file: str | None = option(
         "Also measure the nll of the first 20,000 tokens of this plain text, which shows how much general language "
         "training has cost.", None, metavar="FILE",

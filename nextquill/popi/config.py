@@ -66,9 +66,7 @@ class POPIConfig:
     alternate_every: int = _setting(1, "With --update alternate: steps of one model in a row, the generator first.")
     freeze_inference: bool = _setting(False, "Train only the generator.")
     freeze_generator: bool = _setting(False, "Train only the inference model.")
-    warm_start_steps: int = _setting(
-        0, "Number of first steps in which the inference model learns to imitate summaries."
-    )
+    warm_start_steps: int = _setting(0, "Number of first steps in which the inference model imitates summaries.")
     warm_start: str = _setting(
         "self", "given: imitate the summaries in the records; self: the best sampled summary of each group."
     )
