@@ -116,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     if generator.is_what_it_was and not config.freeze_generator:
         say(
             "the folder does not hold the untrained generator, so the trained one without context is the reference; "
-            "--reference_model names it"
+            "--reference_model gives the untrained one"
         )
     measured, sees = partial(_measured, saved, held.draws, summaries, options), config.reference_sees_summary
     evaluation = PairEvaluation(
