@@ -86,7 +86,7 @@ ifneq ($(shell test -w . && echo writable),writable)
 $(error $(CURDIR) cannot be written to: copy it to a folder that can, and run make there)
 endif
 
-# An environment of which a part was removed, or whose Python was, is made again.
+# If a part of the environment, or its Python, was removed, the environment is made again.
 MISSING := $(shell [ ! -e $(READY)-contents ] || xargs ls -dL <$(READY)-contents 2>&1 >/dev/null | head -n 1)
 ifneq ($(MISSING),)
 $(info The environment in $(VENV) is incomplete ($(MISSING)): making it again.)

@@ -2,7 +2,7 @@
 
 A provider is one file in `benchmarks/peers` that imports nothing optional until it is called; `benchmarks.registry`
 lists them. It names its losses; a loss takes `Inputs` (and a variant's options) and returns a scalar, or for the
-scoring operators a tuple of [N] nll's in nats.
+scoring operators a tuple of NLLs [N] in nats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Provider:
     Args:
         name: as it stands in the CSV.
         losses: by the names of `benchmarks.cases.PRODUCTS`.
-        missing: why it cannot run on a device, or None; imports nothing heavy where the answer is no.
+        missing: why it cannot run on a device, or None; it imports nothing heavy if the provider is missing.
         unsupported: why it cannot do a task on these inputs, or None.
         variants: options to choose the fastest from; the choice is written beside the figures.
         ours: held to plain PyTorch's accuracy, and a failure of it fails the run.
@@ -74,7 +74,7 @@ class Provider:
         return self._guarded(compute)
 
     def bind_forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None = None) -> Call:
-        """As `bind`, but the outputs alone, which hold what the forward keeps for a training task's backward."""
+        """As `bind`, for the outputs alone; they hold what the forward keeps for a training task's backward."""
         return self._guarded(self._forward(task, inputs, options))
 
     def _forward(self, task: Task, inputs: Inputs, options: Mapping[str, Any] | None) -> Call:

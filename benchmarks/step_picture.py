@@ -116,7 +116,7 @@ def _dot(row: dict[str, str], label: str, colour: str, place: int) -> str:
 
 
 def _x(value: float) -> float:
-    """Where a multiple stands."""
+    """The place of a multiple."""
     share = math.log(value / _FIRST) / math.log(_LAST / _FIRST)
     return round(_LEFT + share * (_RIGHT - _LEFT), 1)
 

@@ -1,3 +1,3 @@
-"""The former place of the demo of losses; gone with version 0.3."""
+"""The former place of the demo of losses; removed in version 0.3."""
 
 raise ImportError(f"{__name__} is now demos.losses, in the source tree only", name=__name__)

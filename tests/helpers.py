@@ -112,7 +112,7 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = FLOAT32_REL
 def assert_rounds_like(actual: Tensor, plain: Tensor, truth: Tensor, terms: int, what: str = "value") -> None:
     """Assert that the error of `actual` is at most √terms times that of `plain`, or of one rounding.
 
-    Both errors are against `truth` in float64. This is for calls that are equal on paper only. A sum of k terms is
+    Both errors are against `truth` in float64. This is for calls that are equal only on paper. A sum of k terms is
     rounded by one unit at best (in one block, or fused). It is rounded by about √k units if its terms are added one by
     one, with errors of random sign (Higham, Accuracy and Stability of Numerical Algorithms, section 2.8). The order of
     summation depends on processor, shape and alignment. So the errors of two correct computations differ by a factor of

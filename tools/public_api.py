@@ -1,6 +1,6 @@
 """The public API, as a table for readers and as signatures that a test compares with the stored ones.
 
-    python -m tools.public_api    # after a deliberate change: writes both anew
+    python -m tools.public_api    # after a deliberate change: writes both again
 
 The table is docs/reference/api.md, the signatures are tests/golden/public_api.txt. Public is what `__all__` of the
 packages below lists, the trainer that needs TRL, and the names of the commands.
@@ -146,7 +146,7 @@ def _members(cls: type) -> dict[str, str]:
 
 
 def _signature(value: Any, *, is_method: bool = False) -> str:
-    """As written, with the values of defaults; the same text under every version of Python."""
+    """The signature as written, with the values of defaults; the same text under every version of Python."""
     parsed = inspect.signature(value)
     parameters = list(parsed.parameters.values())[is_method:]
     shown, kinds = list[str](), [each.kind for each in parameters]
@@ -184,7 +184,7 @@ def _line(text: str, indent: int) -> str:
 
 
 def main() -> None:
-    """Write the page and the stored signatures anew."""
+    """Write the page and the stored signatures again."""
     PAGE.write_text(page(), encoding="utf-8")
     SIGNATURES.write_text(signatures(), encoding="utf-8")
 

@@ -87,7 +87,7 @@ def unsupported(task: Task, inputs: Inputs, softcap: bool = True) -> str | None:
     if inputs.softcap is not None and not softcap:
         return "has no softcap"
     if inputs.softcap is not None and task.loss in _WITH_EFFECT:
-        return "a difference of soft-capped logits is no head on h1 - h0"
+        return "a difference of soft-capped logits is not a head on h1 - h0"
     if task.loss == "NextQuill detached" and task.head == TRAINABLE:
         return "a head on h1 - h0 cannot treat z0 as constant for a trainable W"
     return None

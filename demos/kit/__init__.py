@@ -1,4 +1,4 @@
-"""What the demos share.
+"""What the demos of losses and POPI share.
 
 run.py       a run from its settings to its files
 training.py  a base model made from nothing, and steps of an optimizer

@@ -20,12 +20,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of one value a seed."""
+        """The spread of one value per seed."""
         return cls(statistics.fmean(values), min(values), max(values))
 
 
 def curve(label: str, x: Sequence[float], values: Sequence[Sequence[float]], **options: Any) -> Series:
-    """The means of `values`, which hold for each x a value a seed, and a band over several seeds."""
+    """A curve of means with a band over several seeds; `values` hold, for each x, one value per seed."""
     if len(values[0]) > 1:
         options |= {"low": list(map(min, values)), "high": list(map(max, values))}
     return Series(label, x, list(map(statistics.fmean, values)), **options)

@@ -29,7 +29,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """What every demo can be told; each adds settings of its own.
+    """The settings of every demo; each demo adds its own.
 
     Args:
         seed: The first seed.
@@ -70,7 +70,7 @@ class DemoRecipe:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What follows from the runs of all seeds.
+    """The conclusions from the runs of all seeds.
 
     Args:
         findings: The sentences, in reading order.
@@ -118,12 +118,13 @@ def run_seeds(
         conclude: Says what follows from all of them.
         output_dir: Receives `demo.png`, `demo.html`, `results.json` and, where there are rows, `results.csv`, which
             replace files of these names at the end of the run. Made if absent.
-        packages: Those whose versions are noted.
+        packages: The packages whose versions are noted.
         quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
         progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
         console: Where the results are printed. Default: stdout.
         quiet: Print nothing and show no progress.
-        settings: Of the recipe; None stands for the default. The same settings give the same figures, seconds excepted.
+        settings: Settings of the recipe; None stands for the default. The same settings give the same figures, seconds
+            excepted.
 
     Raises:
         ArgumentError, ArgumentTypeError: A setting is out of range or not an integer.
@@ -158,7 +159,7 @@ def make_folder(output_dir: str | Path) -> Path:
 def _contents(
     recipe: DemoRecipe, report: DemoReport, versions: Mapping[str, str], seconds: float
 ) -> dict[str, bytes | str]:
-    """What is written, by file name."""
+    """The contents of the files, by file name."""
     assert report.page.picture is not None
     seeds = ", ".join(map(str, recipe.seed_values))
     installed = ", ".join(f"{name} {number}" for name, number in versions.items())

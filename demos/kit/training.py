@@ -1,4 +1,4 @@
-"""A small base model made from nothing, the steps that train it, and the global state meanwhile."""
+"""A small base model made from nothing, the steps that train it, and the global state while they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_GRAD_NORM = 1.0
 
 
 def build_base(size: ScratchSize, seed: int, *, weight_scale: float, **token_ids: int) -> Any:
-    """A Llama whose matrices are `weight_scale` times the usual ones, of deviation 0.02.
+    """A Llama whose initial matrices have `weight_scale` times the usual standard deviation of 0.02.
 
     At a width below 100 a model then learns to copy from its prompt several times sooner.
     """
@@ -50,7 +50,7 @@ class Learner:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread meanwhile.
+    """Use one thread inside the block.
 
     Matrices this small gain little from a second (a pass over the test users: 0.6 s with two threads and 0.2 s with one
     while the other core was busy), and with one thread sums have the same order on every machine.
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seeded global generators meanwhile: PEFT's and the Trainer's draws come from them."""
+    """Seed the global generators inside the block: PEFT and the Trainer draw from them."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What is measured on unseen users: every response under its own history, under none, and under another user's.
+"""Measures on unseen users: every response is scored under its own history, under none, and under another user's.
 
     effect_prob         = p(token | own history) − p(token | no history)
     effect_logprob      = nll without history − nll with it
@@ -137,7 +137,7 @@ def exact_match(logits: Tensor, batch: Batch) -> float:
 
 
 def step_times(seconds: Sequence[float], sft_seconds: Sequence[float]) -> dict[str, float]:
-    """What a step of phase C costs, as in `LossRow`."""
+    """The cost of a step of phase C, as in `LossRow`."""
     ratios = [own / sft for own, sft in zip(seconds, sft_seconds, strict=True)]
     skip = min(1, len(ratios) - 1)
     return {"seconds_per_step": statistics.median(seconds[skip:]), "time_vs_sft": statistics.median(ratios[skip:])}

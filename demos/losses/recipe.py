@@ -11,7 +11,7 @@ from nextquill.errors import ArgumentError
 
 @dataclass(frozen=True)
 class LossRecipe(DemoRecipe):
-    """How long each phase lasts and on whom it is evaluated.
+    """The length of each phase, and the users for the evaluation.
 
     Phase C is evaluated after `steps` and again after `long_steps`, because one checkpoint would tell half the story.
     Measured, seeds 0 / 1 / 2: after 16 steps the published NextQuill loss is ahead of SFT on personal tokens (nll .14 /
@@ -53,7 +53,7 @@ class LossRecipe(DemoRecipe):
 
     @classmethod
     def of(cls, *, quick: bool = False, steps: Any = None, long_steps: int | None = None, **given: Any) -> LossRecipe:
-        """As of every demo; asked for more `steps` alone, one means to train for longer, not to get an error."""
+        """As in every demo. More `steps` alone raise `long_steps` too, because they would be an error otherwise."""
         if long_steps is None and isinstance(steps, int):
             long_steps = max(steps, cls(**(cls.QUICK if quick else {})).long_steps)
         return super().of(quick=quick, steps=steps, long_steps=long_steps, **given)

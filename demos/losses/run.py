@@ -187,7 +187,7 @@ def page(recipe: LossRecipe, table: RowTable, runs: Sequence[LossRun], timing: s
 
 
 def report(recipe: LossRecipe, runs: Sequence[LossRun]) -> DemoReport:
-    """What all seeds come to."""
+    """Draw the conclusions from all seeds."""
     rows = [row for run in runs for row in run.rows]
     table = RowTable(rows)
     timing = timing_note(table, recipe)

@@ -118,7 +118,7 @@ def train_base(world: LossWorld, recipe: LossRecipe, seed: int, progress: Progre
 
 @torch.no_grad()
 def personal_accuracy(model: Any, batch: Batch) -> float:
-    """How often the most probable token is the right one, over personal tokens."""
+    """The share of personal tokens for which the most probable token is the right one."""
     logits = hidden_states(model, batch) @ model.lm_head.weight.T
     return float((logits.argmax(-1) == batch.labels)[batch.personal].double().mean())
 

@@ -1,4 +1,4 @@
-"""What a model makes of the sample: every word under three histories, single past texts, and new texts."""
+"""Measures a model on the sample: every word under three histories, single past texts, and new texts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from nextquill.report.progress import Progress
 
 SAMPLE = Path(__file__).with_name("people.jsonl")
 GUIDANCES = (0.0, 0.5, 1.0)
-#: A word counts as raised or lowered from here on, in probability: the threshold of NextQuill's weights.
+#: A word whose probability changes by more counts as raised or lowered: the threshold of NextQuill's weights.
 CLEAR = 0.05
-#: Nats that a word loses without a past text that it is said to lean on.
+#: A word is said to lean on a past text if it loses at least so many nats without it.
 LEAST_LEANING = 0.5
 
 
 @dataclass(frozen=True)
 class PeopleRecipe:
-    """How much of the sample is read: `texts` of each of the first `people`, `shown` of them with single past texts.
+    """The part of the sample to read: `texts` of each of the first `people`, `shown` of them with single past texts.
 
     The first `pairs` answer a question, in at most `max_new_tokens`.
     """
@@ -82,7 +82,7 @@ class People:
     answers: list[Answer]
 
     def to_json(self) -> str:
-        """The results as JSON, a text a line."""
+        """The results as JSON, one text per line."""
         lines = {
             name: ",\n".join(json.dumps(asdict(each), ensure_ascii=False) for each in getattr(self, name))
             for name in ("texts", "answers")
@@ -115,7 +115,7 @@ def partners(records: Sequence[Record]) -> dict[str, str]:
 
 
 def load_writer(name: str) -> Writer:
-    """The model with its own prompt settings; one not trained here reads the history first, so that texts share it."""
+    """The model with its prompt settings. One not trained here reads the history first, so that texts share it."""
     device = torch.accelerator.current_accelerator(check_available=True)
     # Probabilities differ little between two histories; a CPU is also slow in half precision.
     model, tokenizer = load_model(name, dtype="auto" if device else "float32")
@@ -203,7 +203,7 @@ def by_effect(people: People) -> list[ReadText]:
 def strongest(text: ReadText) -> tuple[int, int, float] | None:
     """The past text, and the word that loses most without it, of those that the own history raises; and the nats.
 
-    None if it raises no word, or none of them loses half a nat without a single past text.
+    None if it raises no word, or no such word loses half a nat without a single past text.
     """
     raised = [word for word, change in enumerate(effect(text)) if change > CLEAR]
     found = [(item, word, row[word]) for item, row in enumerate(text.items) for word in raised]
@@ -215,7 +215,7 @@ def _with_items(
     writer: Writer, records: Sequence[Record], examples: Sequence[EncodedExample], texts: Sequence[ReadText],
     recipe: PeopleRecipe, progress: Progress,
 ) -> list[ReadText]:  # fmt: skip
-    """The texts, some of which have the effect of every single past text."""
+    """The texts; some of them have the effect of every single past text."""
     chosen = choose({text.index: sum(effect(text)) for text in texts}, recipe.shown)
     found = list(texts)
     with BranchScorer(writer.model, pad_token(writer.tokenizer)) as scorer:
@@ -247,7 +247,7 @@ def _answers(writer: Writer, records: Sequence[Record], recipe: PeopleRecipe, pr
 
 
 def copied_from(text: str, history: Sequence[HistoryItem]) -> tuple[int, int, list[Span]]:
-    """How many of a text's word triples occur in one of the past texts, how many it has, and where the copies stand."""
+    """The number of a text's word triples that occur in a past text, their total, and the places of the copies."""
     return copied(text, {phrase for past in history for phrase in phrases(past.text)})
 
 

@@ -92,9 +92,9 @@ def _raw(measured: PopiFigures) -> Finding:
 
 def _lost(measured: PopiFigures) -> Finding:
     heading = {
-        WORSE: "Better summaries would bring more: the generator follows the truth where it is told it",
+        WORSE: "Better summaries would bring more: the generator follows the true preferences when it reads them",
         BETTER: "Summaries serve better than the true preferences in the same words",
-        UNCLEAR: "Summaries leave no clear room to better ones",
+        UNCLEAR: "There is no clear room for better summaries",
     }[_verdict(measured, TRUTH)]
     text = (
         f"Given the true preferences in a summary's words, the same generator judges "

@@ -1,4 +1,4 @@
-"""What is measured on unseen users, and what it comes to over all seeds.
+"""Measures on unseen users, and their results over all seeds.
 
 Every user's first pairs are signals, the others are judged. For each context that a generator is given, a pair counts
 as judged rightly where the log-ratio margin against the base without context is on the user's side:
@@ -80,7 +80,7 @@ class Share:
 
     @classmethod
     def of(cls, by_seed: Sequence[Sequence[float]], users: Sequence[str] | None = None) -> Share:
-        """That of each seed's values, which belong to these users or to one each."""
+        """The share from each seed's values; `users` are their users, by default one for each value."""
         return cls(*bootstrap_interval(list(chain(*by_seed)), users), tuple(statistics.fmean(each) for each in by_seed))
 
 
@@ -94,13 +94,13 @@ class ContextResult:
 
 @dataclass(frozen=True)
 class PopiFigures:
-    """What all seeds come to.
+    """The results over all seeds.
 
     Args:
         contexts: by name, in the order of `CONTEXTS`.
-        summary_minus: what the trained summary is ahead of each other context in accuracy, on the same pairs.
+        summary_minus: the lead of the trained summary in accuracy over each other context, on the same pairs.
         stated: of each context that is a model's summary, the share of the users' preferences that it states.
-        stated_gain: that of the trained summary minus that before training.
+        stated_gain: the share that the trained summary states minus the share before training.
     """
 
     contexts: Mapping[str, ContextResult]
@@ -155,7 +155,7 @@ def _summaries(role: Role, prompts: Prompts, draws: Sequence[Draw]) -> dict[str,
 
 
 def figures(runs: Sequence[PopiRun]) -> PopiFigures:
-    """What all seeds come to."""
+    """Compute the results over all seeds."""
     users = [score.user_id for run in runs for score in run.scores[SUMMARY]]
     right = {name: [[score.accuracy for score in run.scores[name]] for run in runs] for name in CONTEXTS}
     stated = {name: [run.stated(name) for run in runs] for name in WRITTEN}

@@ -10,7 +10,7 @@ from demos.kit.run import DemoRecipe
 
 @dataclass(frozen=True)
 class PopiRecipe(DemoRecipe):
-    """How the base is made, how POPI trains it, and on whom it is evaluated.
+    """Settings of the base, of its training with POPI, and of the users for the evaluation.
 
     Three seeds took 193 s of one core. Over seeds 0 to 5 the summary judges 0.82 to 0.92 of the pairs rightly and
     states 0.62 to 0.83 of the preferences. What was tried and did worse, each with one seed or two and with an earlier
@@ -23,7 +23,7 @@ class PopiRecipe(DemoRecipe):
                         1e-3 summaries get better more slowly: 0.64 stated after 40 steps, 0.72 with 2e-3.
     base_steps          summaries get no better than the base reads: 400 steps with 16 users each gave 0.62 and 0.63
                         stated in the end, 500 gave 0.72. More steps of POPI do not make up for it: 40 and 70 after the
-                        latter gave 0.72 and 0.71, while the reward on training users went on rising.
+                        latter gave 0.72 and 0.71, while the reward on training users kept rising.
     the three kinds     without a bland kind, and with what either side shows most instead, the reward has to teach
                         which aspects matter: sampled summaries stated 0.44 before and 0.56 after 60 steps.
     freeze_generator    with the generator frozen and 6e-3, summaries collapsed to one word within 50 steps.

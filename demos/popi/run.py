@@ -18,7 +18,7 @@ from demos.popi.recipe import PopiRecipe
 from nextquill.report.data import Cell, Column, Page, Panel, Picture, Table
 
 SHOWN_USERS = 6
-# Steps that a point of a curve is the mean of: single steps are of a few users each.
+# A point of a curve is the mean of so many steps, because a single step has only a few users.
 _WINDOW = 5
 
 _COLUMNS = (
@@ -67,7 +67,7 @@ def examples_table(run: PopiRun) -> Table:
 
 
 def _curves(runs: Sequence[PopiRun]) -> Picture:
-    """What training logged, mean and range over the seeds."""
+    """The figures that training logged: mean and range over the seeds."""
     starts = range(0, len(runs[0].history), _WINDOW)
 
     def panel(title: str, hint: str, key: str) -> Panel:
@@ -112,7 +112,7 @@ def page(recipe: PopiRecipe, measured: PopiFigures, runs: Sequence[PopiRun]) -> 
 
 
 def report(recipe: PopiRecipe, runs: Sequence[PopiRun]) -> DemoReport:
-    """What all seeds come to; of each seed, its users' summaries and what training logged."""
+    """Draw the conclusions from all seeds; with each seed's summaries of users and training log."""
     measured = figures(runs)
     seeds = [
         {"seed": run.seed, "users": [asdict(user) for user in run.users], "history": list(run.history)} for run in runs

@@ -160,7 +160,7 @@ def _nll(model: Any, branches: Sequence[Branch], pad: int) -> tuple[Tensor, Tens
 
 
 def popi_config(recipe: PopiRecipe) -> POPIConfig:
-    """What the demo asks of POPI."""
+    """The settings that the demo gives to POPI."""
     return POPIConfig(
         beta=recipe.beta,
         group_size=recipe.group_size,

@@ -52,13 +52,13 @@ VALUES: tuple[str, ...] = tuple(value for values in ASPECTS.values() for value i
 SHOWS: dict[str, str] = {word: value for values in ASPECTS.values() for value in values for word in values[value]}
 ASPECT_OF: dict[str, str] = {value: aspect for aspect, values in ASPECTS.items() for value in values}
 
-#: What fits everybody, and says nothing of anybody.
+#: What fits everybody, and says nothing about anybody.
 BLAND: tuple[str, str] = ("helpful", "clear")
 
 _VERBS = ("buy", "gift", "keep", "rent")
 _THINGS = "kettle lamp chair blanket radio camera backpack umbrella jacket scarf mug clock".split()
 QUERIES: tuple[str, ...] = tuple(f"{verb} a {thing} ?" for verb in _VERBS for thing in _THINGS)
-_TEST_SHARE = 4  # one combination in so many is the test users'
+_TEST_SHARE = 4  # one combination in so many belongs to the test users
 
 #: Value of each aspect that a user cares about.
 Preferences = Mapping[str, str]
@@ -125,13 +125,13 @@ def most_shown(texts: Sequence[str], rng: random.Random) -> list[str]:
 
 
 def write_summary(values: Sequence[str]) -> str:
-    """How a summary states two values."""
+    """The words of a summary that states two values."""
     first, second = values
     return f"likes {first} and {second}"
 
 
 def stated_share(summary: str, preferences: Sequence[str]) -> float:
-    """How many of the user's preferences a summary states, as a share.
+    """The share of the user's preferences that a summary states.
 
     A text that lists every value would state all of them; one that names more values than the user has preferences is
     therefore counted as stating none.

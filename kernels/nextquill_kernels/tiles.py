@@ -28,7 +28,7 @@ BUCKETS = {"1024": 1024, "4096": 4096, "larger": None}
 
 @dataclass(frozen=True)
 class Tile:
-    """How the streaming kernel divides its work.
+    """The division of the streaming kernel's work.
 
     Attributes:
         block_n: rows of hidden states per program; for a pair half as many tokens.

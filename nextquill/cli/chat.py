@@ -26,8 +26,8 @@ from nextquill.errors import ArgumentError, BudgetError
 
 DESCRIPTION = (
     "Write responses to queries that you type, as a user would; each query is answered from the user's history alone, "
-    "not from the queries before it. /history shows the texts, /guidance NUMBER changes the guidance, /compare writes "
-    "without history and as others too, /quit or Ctrl-D ends."
+    "not from the queries before it. /history shows the texts, /guidance NUMBER changes the guidance, /compare also "
+    "writes without history and with another user's, /quit or Ctrl-D ends."
 )
 OPTIONS = (ModelOptions, HistoryOptions, WritingOptions, PromptOptions)
 _SHOWN_CHARACTERS = 100

@@ -1,4 +1,4 @@
-"""What stands beside the package in the source tree, and in no wheel: the benchmarks and the demos."""
+"""Access to the benchmarks and the demos, which stand beside the package in the source tree, not in the wheel."""
 
 from __future__ import annotations
 

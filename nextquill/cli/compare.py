@@ -94,9 +94,7 @@ class CompareOptions(LossComputation):
         "Each arm is trained once per seed, which decides the order and a new model's weights.", [0, 1, 2]
     )
     baseline: str = option("The arm to compare the others with.", "sft", metavar="ARM")
-    time_reference: str = option(
-        "The arm whose training time sft_time is given.", DEFAULT_TIME_REFERENCE, metavar="ARM"
-    )
+    time_reference: str = option("The arm whose training time sft_time gets.", DEFAULT_TIME_REFERENCE, metavar="ARM")
     save_models: bool = option("Keep every trained model.", False)
 
     def loss_options(self) -> dict[str, Any]:
@@ -112,7 +110,7 @@ class CompareEvaluation(Measures):
     """Evaluation: the same for every arm."""
 
     max_new_tokens: int = option("Most tokens of a generated response.", 128)
-    eval_limit: int | None = option("Evaluate only on this many records, the first ones.", None)
+    eval_limit: int | None = option("Evaluate only on the first INT records.", None)
     report_examples: int = option("Responses on the page, coloured by effect, from the first seed.", 6)
 
     def options(self, batches: BatchOptions, batch_size: int) -> EvaluationOptions:
@@ -246,7 +244,7 @@ def check_training(args: TrainingArguments) -> None:
         if getattr(args, name) not in unset:
             raise UsageError(f"{name}: not for comparisons: {reason}")
     if args.save_strategy == "best":
-        raise UsageError("save_strategy: not for comparisons: best would choose on the records that are compared on")
+        raise UsageError("save_strategy: not for comparisons: best would choose by the records of the comparison")
     if args.world_size > 1:
         raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
     check_arguments(args, has_eval_file=True)
@@ -299,7 +297,7 @@ def outcome(record: RunRecord) -> str:
 
 
 def show(comparison: Any, folder: Path, texts: int) -> None:
-    """Print the tables and what they mean, the findings, and the names of the files; each run has so many texts."""
+    """Print the tables, their notes, the findings, and the names of the files; each run has `texts` texts."""
     from rich.console import Console
 
     console = Console()

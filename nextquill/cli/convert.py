@@ -26,8 +26,8 @@ from nextquill.storage.atomic_files import written_together
 DESCRIPTION = (
     "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
     "and score read. Formats: "
-    + "; ".join(f"{name}, {form.summary}" for name, form in FORMATS.items())
-    + ". Rows are read one at a time; the error of a bad one names file, line and field. OUTPUT appears when complete."
+    + "; ".join(f"{name} ({form.summary})" for name, form in FORMATS.items())
+    + ". Rows are read one at a time; the error of a bad row names file, line and field. OUTPUT appears when complete."
 )
 _SHOWN = 10  # messages of skipped records on the screen; --skipped_file holds all
 
@@ -41,14 +41,14 @@ class ConvertInput:
         metavar="PATH",
     )
     format: str = option("The format of the rows.", choices=list(FORMATS))
-    split: str | None = option("The split on the hub (train).", None)
+    split: str | None = option("The split on the hub (default: train).", None)
     columns: list[str] | None = option(
         "Columns with other names than their fields, such as user_id=author response=body.", None,
         metavar="FIELD=COLUMN",
     )  # fmt: skip
-    timezone: str | None = option("Zone of times without one, such as Europe/Berlin; by default they are errors.", None)
-    time_unit: str | None = option("Unit of times that are numbers (amazon: ms; others: s).", None, choices=TIME_UNITS)
-    limit: int | None = option("Use only this many records, the first ones.", None)
+    timezone: str | None = option("Zone of times without one, such as Europe/Berlin; otherwise they are errors.", None)
+    time_unit: str | None = option("Unit of numeric times (default: ms for amazon, else s).", None, choices=TIME_UNITS)
+    limit: int | None = option("Use only the first INT records.", None)
 
 
 @dataclass
@@ -58,14 +58,14 @@ class ConvertFormat:
     outputs: str | None = option("lamp: the file with the outputs.", None, metavar="FILE")
     task: str | None = option("lamp: the task's name in the records.", None)
     metadata: str | None = option("amazon: the items: a file, or hf://OWNER/NAME/CONFIG.", None, metavar="PATH")
-    metadata_split: str | None = option("amazon: their split on the hub (full).", None)
-    max_pairs: int | None = option("preferences: most earlier pairs in the history (8).", None)
+    metadata_split: str | None = option("amazon: the items' split on the hub (default: full).", None)
+    max_pairs: int | None = option("preferences: most earlier pairs in the history (default: 8).", None)
     respond_as: str | None = option(
-        "chat: the role whose last turn is the response (assistant).", None, choices=["assistant", "user"]
+        "chat: the role whose last turn is the response (default: assistant).", None, choices=["assistant", "user"]
     )
     query: str | None = option("events: the query, such as 'Write the next post titled {title}'.", None)
-    min_history: int | None = option("events: earlier texts that a record needs (0).", None)
-    max_history: int | None = option("events, chat: most earlier texts, the newest ones (all).", None)
+    min_history: int | None = option("events: fewest earlier texts of a record (default: 0).", None)
+    max_history: int | None = option("events, chat: most earlier texts; the newest are kept (default: all).", None)
 
 
 @dataclass
@@ -87,8 +87,8 @@ class ConvertOutput:
     output_file: str = option("Where to write the records, JSONL.", metavar="OUTPUT")
     overwrite: bool = option("Replace existing output files.", False)
     select: str = option(
-        "History to keep: all, the newest items, those with the query's words (bm25) or its meaning (dense), or the "
-        "same items for all records of a user (fixed).", "all",
+        "History to keep: all, the newest items (recency), those with the query's words (bm25) or its meaning "
+        "(dense), or the same items for all records of a user (fixed).", "all",
         choices=["all", "recency", "bm25", "dense", "fixed"],
     )  # fmt: skip
     num_items: int | None = option("With --select: history items to keep.", None)
@@ -96,8 +96,8 @@ class ConvertOutput:
         "Split the records. last: each user's last record goes to --test_file, the one before to --eval_file. users: "
         "a share of the users goes to each. The records are held in memory.", None, choices=["last", "users"],
     )  # fmt: skip
-    eval_file: str | None = option("With --split_by: records for evaluation during training.", None, metavar="FILE")
-    test_file: str | None = option("With --split_by: records for the test.", None, metavar="FILE")
+    eval_file: str | None = option("With --split_by: where the evaluation records go.", None, metavar="FILE")
+    test_file: str | None = option("With --split_by: where the test records go.", None, metavar="FILE")
     share: float = option("With --split_by users: the share of users in each of the two files.", 0.1)
     seed: int = option("With --split_by users: decides which users.", 0)
 

@@ -14,10 +14,11 @@ from nextquill.cli.parsing import parse
 from nextquill.errors import ArgumentError
 
 DESCRIPTION = (
-    "Train a small model of synthetic users whose personal tokens are known, with each loss from the same start, and "
-    "compare. Writes demo.png, demo.html, results.json and results.csv. With --model a real model reads "
-    "real people's texts instead, in minutes and without training: which words their own history makes more likely, "
-    "from which past sentence, and one question answered for two people. Writes demo.html, people.svg and results.json."
+    "Train a small model on synthetic users whose personal tokens are known, with each loss from the same start, and "
+    "compare. Writes demo.png, demo.html, results.json and results.csv. With --model a real model reads real people's "
+    "texts instead, in minutes and without training. This shows which words a person's own history makes more likely, "
+    "on which past text they depend, and one question answered for two people. It writes demo.html, people.svg and "
+    "results.json."
 )
 
 
@@ -26,9 +27,9 @@ class DemoOptions:
     """A demonstration."""
 
     output_dir: str = option("Where the picture, the page and the figures go.", "demo", metavar="DIR")
-    seed: int = option("Users, models and data order follow from it.", 0)
-    seeds: int | None = option("Runs, each with its own users and models (3).", None)
-    quick: bool = option("A few seconds' run that shows the machinery, not the result.", False)
+    seed: int = option("Seed of the users, the models and the data order.", 0)
+    seeds: int | None = option("Number of runs, each with its own users and models (default: 3).", None)
+    quick: bool = option("A run of a few seconds, which shows that it works, not the result.", False)
 
 
 @dataclass
@@ -36,7 +37,7 @@ class PeopleOptions:
     """A real model."""
 
     model: str | None = option(
-        "A model folder, a run's folder, or a name on the Hugging Face hub, which reads the shipped real texts.", None,
+        "The model that reads the shipped real texts: a model folder, a run's folder, or a name on the hub.", None,
         ["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def without_output(args: TrainingArguments) -> Iterator[None]:
 
 
 class _TwoSteps(TrainerCallback):
-    """Stops after the second step, the first of which compiles and allocates, and notes the time of the last."""
+    """Stops after the second step and notes its time; the first step compiles and allocates."""
 
     seconds = 0.0
     _since = 0.0
@@ -62,7 +62,7 @@ class _TwoSteps(TrainerCallback):
 
 
 def training_rows(trainer: Any, items: str = "examples") -> Rows:
-    """Steps of so many `items`, time, memory and settings, from the training's first two steps, which it makes."""
+    """A table of steps (each of so many `items`), time, memory and settings, from the first two steps of a training."""
     from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
 
@@ -102,7 +102,7 @@ def tokens_of_training(trainer: Any) -> Rows:
 
 
 def length_rows(lengths: Sequence[int], stats: EncodingStats, settings: PromptSettings) -> Rows:
-    """How long the examples are with their history, what of it was cut, and how prompts are made."""
+    """The lengths of the examples with their history, the part of it that was cut, and the prompt settings."""
     template, dropped = settings.template, stats.history_items_dropped
     return [
         ("examples", f"{stats.examples:,} with {stats.response_tokens:,} response tokens"),
@@ -122,7 +122,7 @@ def _own(template: Any) -> str:
 
 
 class _StageTimes:
-    """The `progress` of an evaluation: the seconds a line of each stage."""
+    """A `progress` for an evaluation, which measures the seconds per line of each stage."""
 
     def __init__(self) -> None:
         self.found = dict[str, float]()
@@ -146,7 +146,8 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
     shared = sum(part["num_tokens"] for batch in batches for part in TreeCollator((names,))(batch)["parts"])
     some = records[:: max(1, len(records) // MEASURED)][:MEASURED]
     times = _StageTimes()
-    # A few records may be of one person, among whom no judge can choose, and are not those of another evaluation.
+    # A few records may all be of one person, so that a judge has no choice, and they are not those of another
+    # evaluation.
     few = dataclasses.replace(
         options, resamples=1, item_effects=min(options.item_effects, 1), metrics=None, judge_model=None,
         prose_file=None, personal_from=None,

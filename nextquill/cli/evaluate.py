@@ -34,10 +34,10 @@ from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
-    "Measure a model on records: the nll of the responses with the user's history, without it and under another "
-    "user's (placebo), the effects between them, and generated texts in the measures of the task. For records with "
-    "chosen and rejected, also which of the two the model prefers. Intervals are over users. With --output_dir the "
-    "same command resumes a stopped evaluation."
+    "Measure a model on records: the nll (negative log-likelihood) of the responses with the user's history, without "
+    "it and with another user's (placebo); the effects, which are their differences; and generated texts, by the "
+    "measures of the task. For records with chosen and rejected, also which of the two the model prefers. Intervals "
+    "are over users. With --output_dir the same command resumes a stopped evaluation."
 )
 
 
@@ -50,8 +50,8 @@ class Measures:
         f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None, metavar="NAME ..."
     )
     generate: bool = option("Generate responses and score them; false: only NLLs and effects.", True)
-    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
-    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
+    generate_limit: int | None = option("Generate only for the first INT records.", None)
+    item_effects: int = option("Number of records for which to measure what leaving out each history item changes.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
 
@@ -83,17 +83,17 @@ class EvaluateOptions:
         metavar="DIR",
     )  # fmt: skip
     judge_model: str | None = option(
-        "An untrained model that picks the author of every generated text among people, by likelihood.", None,
+        "An untrained model as judge: it picks the author of every generated text among several people.", None,
         metavar="NAME",
     )  # fmt: skip
-    judge_candidates: int = option("People that it chooses from, the author included: 2 to 8; fewer cost less.", 8)
+    judge_candidates: int = option("Number of people the judge chooses from, 2 to 8, the author included.", 8)
     prose_file: str | None = option(
-        "Also measure the nll of this plain text, its first 20,000 tokens: what training has cost of other language.",
-        None, metavar="FILE",
+        "Also measure the nll of the first 20,000 tokens of this plain text, which shows how much general language "
+        "training has cost.", None, metavar="FILE",
     )  # fmt: skip
     score_temperature: float | None = option(
         f"Measure the nll at this temperature ({', '.join(f'{t:g}' for t in TEMPERATURES)}), chosen on other records; "
-        "by default at the best one of these records.", None,
+        "by default at the best one for these records.", None,
     )  # fmt: skip
     personal_from: str | None = option(
         "The --output_dir of another evaluation of these records, such as the untrained model's. It decides which "
@@ -167,7 +167,7 @@ def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
     own = _prompt(asdict(loaded.settings))
     if loaded.stored is None:
         made = f"{own['order']} order, at most {own['max_length']} tokens"
-        say(f"the model's folder has no prompt settings; the prompts are those of the flags or nextquill's ({made})")
+        say(f"the model's folder has no prompt settings; flags and nextquill's defaults decide the prompts ({made})")
         say("--prompt_from RUN measures with the prompts of a run, so that the two can be compared")
     if baseline is not None:
         there = _prompt(read_evaluation(Path(baseline)).settings)
@@ -179,7 +179,7 @@ def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
 
 
 def _prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the prompts, of an evaluation's settings."""
+    """The settings of an evaluation that decide its prompts."""
     lengths = {name: settings.get(name) for name in ("max_length", "max_response_length")}
     return {**lengths, **settings["template"]}
 

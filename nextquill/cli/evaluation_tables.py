@@ -64,7 +64,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
     if "calibration" in tables and evaluation.settings.get("score_temperature") is None:
-        show("The best temperature is that of these records: --score_temperature takes one that others chose.")
+        show("The best temperature was chosen on these records; --score_temperature takes one chosen on others.")
     warn_of_few(users)
 
 
@@ -88,16 +88,16 @@ def print_differences(
     show(table)
     show(
         "Paired, on the examples that both have. [low, high]: bootstrap over users; p: permutation within users, not "
-        "corrected for several measures. A difference is clear, that is better, worse, higher or lower than the "
-        f"baseline, if the interval excludes 0 and p is below {1 - evaluation.level:.2g}. Near 0, or with few users, "
-        "the two may disagree, as they ask differently; then nothing is claimed."
+        "corrected for several measures. A difference is called better, worse, higher or lower only if its interval "
+        f"excludes 0 and p is below {1 - evaluation.level:.2g}. Near 0, or with few users, the two may disagree; then "
+        "nothing is claimed."
     )
     if unlike := unlike_settings(evaluation, baseline):
         show(f"These settings differ too, and add to the differences: {unlike}.")
 
 
 def _verdict(found: PairedResult, metric: MetricValue, level: float) -> str:
-    """How this evaluation differs from the baseline, in a word; empty where that is not clear."""
+    """The difference of this evaluation from the baseline in a word; empty where it is not clear."""
     if not found.is_clear(level):
         return ""
     if metric.higher_is_better is None:
@@ -119,7 +119,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def show(what: Table | str) -> None:
-    """Print to stdout, a text as it is, without markup."""
+    """Print to stdout; a text is printed as it is, without markup."""
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(what)

@@ -1,4 +1,4 @@
-"""How a command declares and checks its flags; light, so that a command loads no more than it needs."""
+"""Helpers to declare and check a command's flags; light, so that a command loads no more than it needs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nextquill.generation.writer import Writer
 
 DESCRIPTION = (
-    "Write responses as a user would. The history is a file of the user's texts, or comes from a file of records. The "
+    "Write responses as a user would. The user's history comes from a file of texts, or from a file of records. The "
     "prompt has the order and the wording that the model was trained with."
 )
 OWN = "own history"
@@ -42,20 +42,20 @@ class HistoryOptions:
         "reads standard input.", None, metavar="FILE",
     )  # fmt: skip
     records_file: str | None = option(
-        "Records in the form of train, instead: the history of the last record of --user_id.", None, metavar="FILE"
+        "Instead of --history_file: records; the last one of --user_id has the history.", None, metavar="FILE"
     )
-    user_id: str | None = option("The user in --records_file.", None, metavar="USER")
+    user_id: str | None = option("The user to write as, in --records_file.", None, metavar="USER")
     other_user_id: str | None = option(
-        "Another user in --records_file, for --compare_history and --guidance_against placebo (the next one in the "
-        "file).", None, metavar="USER",
+        "Another user in --records_file, for --compare_history and --guidance_against placebo (default: the next one "
+        "in the file).", None, metavar="USER",
     )  # fmt: skip
 
     def check(self) -> None:
         """Raise ArgumentError or RecordError for flags that do not go together, and for a file that is not there."""
         if (self.history_file is None) == (self.records_file is None):
-            raise ArgumentError("history_file: expected either it or --records_file with --user_id")
+            raise ArgumentError("history_file: expected either this flag or --records_file with --user_id")
         if (self.records_file is None) != (self.user_id is None):
-            raise ArgumentError("user_id: expected with --records_file, and only with it")
+            raise ArgumentError("user_id: expected together with --records_file, and only then")
         if self.other_user_id is not None and self.records_file is None:
             raise ArgumentError("other_user_id: expected --records_file with it")
         if self.history_file not in (None, "-"):
@@ -85,10 +85,10 @@ class HistoryOptions:
 class WritingOptions(DecodingOptions):
     """Writing: how the next token is chosen."""
 
-    seed: int = option("Of the samples.", 0)
+    seed: int = option("Seed of the samples.", 0)
     batch_size: int = option("Queries at a time.", 8)
     engine: str = option(
-        "Shared prefixes computed once (tree), or transformers' generate (hf); auto: tree where the model allows it.",
+        "Compute shared prefixes once (tree), or use transformers' generate (hf); auto: tree if the model allows it.",
         "auto", choices=["auto", "tree", "hf"],
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ class GenerateOptions:
     query: list[str] | None = option("What to write: one or more requests.", None, metavar="TEXT")
     queries_file: str | None = option("Queries, JSONL: strings, or objects with query.", None, metavar="FILE")
     compare_history: bool = option(
-        "Also write without history and, from records, with another user's; shown side by side.", False
+        "Also write without history and, with --records_file, with another user's; shown side by side.", False
     )
     output_file: str | None = option("Also write the responses here, JSONL.", None, metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
@@ -120,10 +120,10 @@ class GenerateOptions:
 
         Raises:
             ArgumentError: neither flag, or both.
-            RecordError: a line of the file is no query.
+            RecordError: a line of the file is not a query.
         """
         if (self.query is None) == (self.queries_file is None):
-            raise ArgumentError("query: expected either it or --queries_file")
+            raise ArgumentError("query: expected either this flag or --queries_file")
         if self.query is not None:
             return self.query
         with naming("queries_file"):
@@ -220,7 +220,7 @@ def compared(
     histories: Histories,
     chosen: Mapping[str, Any],
 ) -> dict[str, list[str]]:
-    """The responses of a stream and, with histories, also those without one and with another user's, unguided."""
+    """The responses of a stream; with `histories`, also unguided ones without a history and with another user's."""
     texts = {OWN: _joined(own, len(queries), OWN)}
     others = {"no history": (), **histories} if histories else {}
     for name, history in others.items():

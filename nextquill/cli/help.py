@@ -43,8 +43,8 @@ def help_text(parser: Any, required: Collection[str]) -> str:
     formatter.add_arguments([actions["config"], actions["help"]])
     formatter.end_section()
     formatter.add_text(
-        "Hyphens work as underscores. A true/false flag alone means true. --debug, anywhere on the command line, "
-        "shows the traceback of an error."
+        "A flag may have hyphens for underscores. A true/false flag alone means true. --debug, anywhere on the command "
+        "line, shows the traceback of an error."
     )
     return formatter.format_help()
 

@@ -56,9 +56,9 @@ class InspectFiles:
         aliases=["model_name_or_path"],
         metavar="MODEL",
     )
-    index: list[int] | None = option("Records to show, counted from 0 (only the first).", None)
+    index: list[int] | None = option("Records to show, counted from 0 (default: only the first).", None)
     user_id: str | None = option("Show the records of this user instead, at most --limit.", None)
-    limit: int = option("Most records of --user_id.", 4)
+    limit: int = option("With --user_id: the most records to show.", 4)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class InspectOptions:
 
     format: str = option("text for people, json for programs.", "text", choices=["text", "json"])
     max_shown: int = option("Most tokens of a section; a longer one is shown without its middle. 0 shows all.", 160)
-    seed: int = option("Decides whose history --counterfactual placebo takes; the default is that of train.", 42)
+    seed: int = option("Seed that decides whose history --counterfactual placebo takes; as in train by default.", 42)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def unknown_flag(word: str, known: Mapping[str, str]) -> str:
 
 
 def refused(module: str, words: Sequence[str]) -> str | None:
-    """The message on the first word, or key of --config, that is no flag of the command in `module`.
+    """The message on the first word, or key of --config, that is not a flag of the command in `module`.
 
     None where argparse has to decide. A word with a space is a value, and a negative number too.
     """

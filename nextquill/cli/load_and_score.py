@@ -87,7 +87,7 @@ def encode_records(
 
 
 def device() -> torch.device:
-    """Where models run: the accelerator, or the CPU."""
+    """The device that models run on: the accelerator, or the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from nextquill.errors import NextQuillError
 
 COMMANDS = {
-    "demo": "Personalise a small model of synthetic users, and see what each loss does (CPU, minutes; in a checkout).",
+    "demo": "Train a small model on synthetic users, and see what each loss does (CPU, minutes; in a checkout).",
     "convert": "Turn a public data set, a chat log, a table or an event log into training records.",
     "inspect": "Show an example's prompts as tokens: what is shared, supervised and cut.",
     "prepare": "Tokenise records once, into a folder that training reads from disk.",
     "train": "Fine-tune a model on users' histories with a causal loss.",
-    "evaluate": "Measure a model: generated text, nll with, without and under another user's history, effects.",
-    "score": "Write every response token's effect, and show some in colour.",
+    "evaluate": "Measure a model: nll with, without and with another user's history; effects; generated texts.",
+    "score": "Write the effect of the history on every response token, and show some responses in colour.",
     "generate": "Write responses as a user would, from the user's texts and one or many queries.",
-    "chat": "The same for queries that you type, with the history in view.",
+    "chat": "Write responses as a user would, to queries that you type.",
     "popi": "Summarise users' preferences in words: train, summarize, evaluate, export.",
-    "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens by effect.",
+    "report": "Put runs on one HTML page: curves, measures with intervals, texts, tokens coloured by effect.",
     "compare": "Train several losses from the same start and report how they differ.",
     "completion": "Print a script that completes commands and flags in bash or zsh.",
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",

@@ -90,8 +90,8 @@ class TrainFiles:
     )
     eval_file: str | None = option("Evaluation records, in the same form.", None, metavar="FILE")
     effects_file: str | None = option(
-        "Output of score for the training file: weigh tokens by its effects instead of the model's own. A frozen "
-        "estimator saves the pass without history if only the weights need it.", None, metavar="FILE",
+        "Output of score for the training file. Its stored effects weight the tokens, instead of the model's own. "
+        "This saves the pass without history if only the weights need it.", None, metavar="FILE",
     )  # fmt: skip
     overwrite: bool = option("Delete the earlier run that the output folder holds.", False, ["overwrite_output_dir"])
     dry_run: bool = dry_run_option()
@@ -102,8 +102,8 @@ class PromptOptions:
     """Prompt: unset values come from a model folder that nextquill wrote, else from `PromptTemplate` and the model."""
 
     prompt_from: str | None = option(
-        "Take unset values from the folder of this run instead: to measure a base model with the prompts of its run.",
-        None, metavar="RUN",
+        "A run whose prompt settings are used where no flag sets them, for example to measure a base model with the "
+        "prompts of a trained run.", None, metavar="RUN",
     )  # fmt: skip
     max_length: int | None = option(
         "Tokens of prompt and response together; the oldest history items that do not fit are dropped.", None
@@ -186,10 +186,10 @@ class LossComputation:
     """Loss: how it is averaged and computed."""
 
     reduction: str | None = option(
-        "Average over examples, over tokens, or as the published code over a micro-batch.", None,
+        "Average the loss over examples, over tokens, or, as the published code does, over a micro-batch.", None,
         choices=["sequence", "token", "micro_batch"],
     )  # fmt: skip
-    chunk_bytes: int | None = option("Bytes of logits held at once.", None)
+    chunk_bytes: int | None = option("Most bytes of logits held at once.", None)
     impl: str | None = option(
         "Kernels that compute the loss (auto: the best on the device).", None,
         choices=["auto", "triton", "native", "torch"],
@@ -198,26 +198,26 @@ class LossComputation:
 
 @dataclass
 class LossOptions(LossComputation):
-    """Loss: the objective. Values in brackets are the published ones, which are the defaults."""
+    """Loss: the objective. The defaults are the published values."""
 
     loss: str = option(
         "The training objective, by its name in compare. nextquill_detached is recommended: no gradient through the "
-        "pass without history, so it is cheaper, and effects keep their meaning. nextquill: as its authors' code; "
+        "pass without history, so it is cheaper, and effects keep their meaning. nextquill: as in its authors' code; "
         "nextquill_paper: with the paper's effect term.", LOSSES[0], choices=list(LOSSES),
     )  # fmt: skip
-    threshold: float | None = option("nextquill: smallest probability difference of a personal token (0.05).", None)
-    high_weight: float | None = option("nextquill: weight of personal tokens (0.9).", None)
-    low_weight: float | None = option("nextquill: weight of the other tokens (0.1).", None)
-    alpha: float | None = option("nextquill: factor of the effect term (0.1).", None)
+    threshold: float | None = option("nextquill: smallest effect of a personal token (default: 0.05).", None)
+    high_weight: float | None = option("nextquill: weight of personal tokens (default: 0.9).", None)
+    low_weight: float | None = option("nextquill: weight of the other tokens (default: 0.1).", None)
+    alpha: float | None = option("nextquill: factor of the effect term (default: 0.1).", None)
     weighted_effect: bool | None = option("nextquill: the paper's effect term, as in nextquill_paper.", None)
     detach_counterfactual: bool | None = option(
         "nextquill: no gradient through the pass without history, as in nextquill_detached.", None
     )
     anchor: float | None = option(
-        "nextquill, nextquill_paper: factor of the nll without history, which needs a gradient (0).", None
+        "nextquill, nextquill_paper: factor of a further term, the nll without history (default: 0).", None
     )
-    min_weight: float | None = option("perce: smallest weight (0.8).", None)
-    max_weight: float | None = option("perce, longce: largest weight (5.0).", None)
+    min_weight: float | None = option("perce: smallest weight (default: 0.8).", None)
+    max_weight: float | None = option("perce, longce: largest weight (default: 5.0).", None)
 
     def build(self) -> PairLoss:
         """The loss these flags describe; a flag that it does not have is an error."""
@@ -252,7 +252,7 @@ class BatchOptions:
 
     attention: str = attention_option()
     max_tokens: int | None = option(
-        "Most tokens of one forward with gradient; a device's batch of more tokens is run in several.", None
+        "Most tokens of one forward pass with gradient; a device's batch with more tokens runs in several passes.", None
     )
     examples_per_user: int = option(
         "Examples of a user to keep together in a batch; with --prompt_order history_first they share the history.", 1
@@ -272,11 +272,11 @@ LORA_LEARNING_RATE = 2e-4
 class AdapterOptions:
     """LoRA: adapters instead of the whole model."""
 
-    LEARNING_RATE = f"The first learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} with --lora_r)."
+    LEARNING_RATE = f"The initial learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} with --lora_r)."
     lora_r: int | None = None  # each command's own option
-    lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
+    lora_alpha: int | None = option("Scale of the adapters (default: 2 · lora_r).", None)
     lora_target_modules: list[str] | None = option(
-        "Names of the modules that get adapters (all linear layers except the head).", None
+        "Names of the modules that get adapters (default: all linear layers except the head).", None
     )
 
     def set_learning_rate(self, args: Any) -> None:
@@ -303,7 +303,7 @@ class AdapterOptions:
         """Wrap the model in adapters where there is a rank; they name the revision of their base."""
         if not self.lora_r:
             if getattr(model, "is_quantized", False) and not is_adapter(model):
-                raise ArgumentError("lora_r: expected one for a quantised model, whose own weights cannot be trained")
+                raise ArgumentError("lora_r: expected a rank, as a quantised model's own weights cannot be trained")
             return model
         from peft import get_peft_model
 
@@ -318,7 +318,7 @@ class AdapterOptions:
 class LoraOptions(AdapterOptions):
     """LoRA: adapters instead of the whole model."""
 
-    lora_r: int | None = option("Rank of the adapters; given, only they are trained.", None)
+    lora_r: int | None = option("Rank of the adapters. With it, only they are trained.", None)
     lora_dropout: float = option("Dropout inside the adapters.", 0.0)
 
     def check(self, model_name: str) -> None:
@@ -351,19 +351,19 @@ class DecodingOptions:
     """Decoding: how the next token is chosen."""
 
     guidance: float = option(
-        "Strengthen the user's own history: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt that "
-        "--guidance_against names. 0: off; 0.5 is a start.", 0.0,
+        "Strengthen the user's own history: score a token by log p1 + NUMBER · (log p1 - log p0), with p1 from the "
+        "user's prompt and p0 from that of --guidance_against. 0: off; start with 0.5.", 0.0,
     )  # fmt: skip
     guidance_against: str = option(
-        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
-        choices=list(BRANCHES[1:]),
+        "The prompt that gives p0: without history (counterfactual), or with another user's (placebo).",
+        "counterfactual", choices=list(BRANCHES[1:]),
     )  # fmt: skip
     plausibility: float = option(
-        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
+        "With --guidance, choose only among tokens with at least this share of the largest probability.", PLAUSIBILITY
     )
     max_new_tokens: int = option("Most tokens of a response.", 128)
     temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
-    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
+    top_p: float = option("Sample only from the most likely tokens, whose probabilities add up to this share.", 1.0)
 
 
 @dataclass
@@ -374,13 +374,15 @@ class ScoreFiles:
         "Records to measure on, JSONL or hf://OWNER/NAME[/CONFIG][:SPLIT].", aliases=["records_file", "test_file"],
         metavar="FILE",
     )  # fmt: skip
-    limit: int | None = option("Use only this many records, the first ones.", None)
+    limit: int | None = option("Use only the first INT records.", None)
     batch_size: int | None = option(
-        "Records at a time (64, packed into rows; 8 where rows are padded or texts are generated).", None
+        "Records at a time (default: 64, packed into rows; 8 if rows are padded or texts are generated).", None
     )
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward; shared ones count once (16384; 4096 on a CPU).", None)
-    seed: int = option("Decides whose history is the placebo; the default is that of train.", 42)
+    max_tokens: int | None = option(
+        "Most tokens of one forward pass; shared tokens count once (default: 16384; 4096 on a CPU).", None
+    )
+    seed: int = option("Seed that decides whose history is the placebo; the default is that of train.", 42)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nextquill.cli.demo import DemoOptions, parsed, run_demo
 
 DESCRIPTION = (
-    "Train a small model to write and to read summaries of synthetic users, whose preferences are known, and measure "
+    "Train a small model to write summaries of synthetic users whose preferences are known, and to read them; measure "
     "both on unseen users."
 )
 OPTIONS = (DemoOptions,)

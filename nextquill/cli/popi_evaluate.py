@@ -64,16 +64,16 @@ class PopiEvaluateOptions:
     """Measures and output."""
 
     transfer_model: list[str] | None = option(
-        "Other, untrained generators to measure with the same contexts.", None, metavar="MODEL"
+        "Other generators, not trained with POPI, to measure with the same contexts.", None, metavar="MODEL"
     )
     reference_model: str | None = option(
         "The generator before training, if it was a whole model (for adapters: their base).", None, metavar="MODEL"
     )
     output_file: str | None = option("Also write the results here, as JSON.", None, metavar="FILE")
     overwrite: bool = option("Replace an existing output file.", False)
-    batch_size: int = option("Summaries that are written at once.", 16)
+    batch_size: int = option("Summaries written at a time.", 16)
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
+    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
     seed: int = option("Seed of the placebos and of the intervals' resamples.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
@@ -115,8 +115,8 @@ def run(arguments: Sequence[str]) -> int:
         generator = generator.against(_loaded("reference_model", options.reference_model, models)[0])
     if generator.is_what_it_was and not config.freeze_generator:
         say(
-            "the folder lacks the generator before training, so the reference is the trained one without context; "
-            "--reference_model names it"
+            "the folder does not hold the untrained generator, so the trained one without context is the reference; "
+            "--reference_model gives the untrained one"
         )
     measured, sees = partial(_measured, saved, held.draws, summaries, options), config.reference_sees_summary
     evaluation = PairEvaluation(
@@ -262,7 +262,7 @@ def _print(evaluation: PairEvaluation, level: float) -> None:
     known = "" if evaluation.new_users is None else f" ({evaluation.new_users} never trained on)"
     show(f"{counted(found.pairs, 'pair')} of {counted(found.users, 'user')}{known}.")
     show(f"[low, high]: {level:.0%} intervals over users.")
-    show("Accuracy: share of pairs with margin r above 0 (nats, against the reference); of log p: without reference.")
+    show("Accuracy: share of pairs with a margin r (nats, against the reference) above 0; of log p: without reference.")
     if evaluation.transfer:
         show("A transfer model is its own reference: its r is the context's effect, and 0 without context.")
     if found.token_ratio is not None:

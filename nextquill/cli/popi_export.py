@@ -32,7 +32,7 @@ class PopiExportOptions:
     output_file: str = option("Where to write the prompts, JSONL.", metavar="FILE")
     format: str = option("Chat messages, or plain text.", "chat", choices=list(FORMATS))
     model: str | None = option(
-        "An output folder of popi train, for its wording of prompts (nextquill's default).",
+        "An output folder of popi train, for its wording of prompts (default: nextquill's).",
         None,
         ["model_name_or_path"],
         metavar="DIR",

@@ -42,10 +42,10 @@ class PopiFormat:
     """Rows: their format and number."""
 
     format: str = option(
-        "The format of the rows: records (nextquill's own, with chosen and rejected), or one of convert.",
+        "The format of the rows: records (nextquill's own, with chosen and rejected), or a format of convert.",
         RECORDS, choices=[RECORDS, *FORMATS],
     )  # fmt: skip
-    limit: int | None = option("Use only this many users, the first ones.", None)
+    limit: int | None = option("Use only the first INT users.", None)
 
     def users(self, flag: str, paths: list[str], *, need_pairs: bool = True) -> list[User]:
         """Read the users in these files; an error in them names the flag."""
@@ -76,8 +76,8 @@ def check_not_read(target: Path, inputs: Sequence[str]) -> None:
 class PopiSignals:
     """Signals: the texts of a user that the inference model reads."""
 
-    signals_per_user: int | None = option("Most signals of a user, the newest ones (as in training).", None)
-    max_pairs: int | None = option("Most held-out pairs of a user, the first after the signals (all).", None)
+    signals_per_user: int | None = option("Most signals of a user, the newest ones (default: as in training).", None)
+    max_pairs: int | None = option("Most held-out pairs of a user, the first after the signals (default: all).", None)
 
     def check(self) -> None:
         """Raise ArgumentError for a number below 1."""

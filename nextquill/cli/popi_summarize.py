@@ -33,14 +33,14 @@ Signals = Mapping[str, tuple[HistoryItem, ...]]
 class PopiSummarizeOptions:
     """Summaries: selection, sampling and file."""
 
-    output_file: str = option("The file of summaries, JSONL; may exist.", metavar="FILE")
-    held_out: bool = option("Read only the users' first pairs, as evaluate judges summaries by the others.", False)
+    output_file: str = option("The file of summaries, JSONL; it may exist already.", metavar="FILE")
+    held_out: bool = option("Read only the users' first pairs, because evaluate judges summaries by the others.", False)
     again: bool = option("Also replace summaries that are up to date.", False)
     force: bool = option("Also replace summaries that a person has edited.", False)
-    max_new_tokens: int | None = option("Most tokens of a summary (as in training).", None)
+    max_new_tokens: int | None = option("Most tokens of a summary (default: as in training).", None)
     temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
     seed: int = option("Seed of sampling.", 0)
-    batch_size: int = option("Summaries that are written at once.", 16)
+    batch_size: int = option("Summaries written at a time.", 16)
 
     def writer(self, saved: SavedRun) -> str:
         """The name of the model and its settings, which each summary holds."""

@@ -49,7 +49,7 @@ class PopiModelOptions(ModelOptions):
         "One model for both roles: a folder, a .gguf file, a name on the Hugging Face hub, or 'tiny' / 'small' to "
         "build a model and its tokenizer from the training text.", "", ["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
-    inference_model: str | None = option("Instead: the model that writes summaries.", None, metavar="MODEL")
+    inference_model: str | None = option("Instead of --model: the model that writes summaries.", None, metavar="MODEL")
     generator_model: str | None = option("With --inference_model: the model that reads them.", None, metavar="MODEL")
 
     @property
@@ -84,7 +84,7 @@ class PopiPromptOptions:
 
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward; shared ones count once.", None)
+    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
 
     def build(self) -> dict[str, Any]:
         """These flags as arguments of POPITrainer."""
@@ -97,8 +97,8 @@ class PopiPromptOptions:
 class PopiLoraOptions(AdapterOptions):
     """LoRA: the adapters of both roles."""
 
-    LEARNING_RATE = f"The first learning rate (default: {LORA_LEARNING_RATE:g}; 5e-5 with --lora_r 0)."
-    lora_r: int = option("Rank of the adapters; 0, with a model for each role, trains whole models.", 16)
+    LEARNING_RATE = f"The initial learning rate (default: {LORA_LEARNING_RATE:g}; 5e-5 with --lora_r 0)."
+    lora_r: int = option("Rank of the adapters; 0 trains whole models, and needs a model for each role.", 16)
 
     def check(self, models: Mapping[str, str]) -> None:
         """Raise ArgumentError for flags that do not fit each other or the models."""

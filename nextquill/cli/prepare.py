@@ -49,7 +49,7 @@ class PrepareOptions:
     placebo: bool = option(
         "Add the prompt with another user's history, which an --eval_file needs for effect_placebo.", False
     )
-    seed: int = option("Decides which other user.", 42)
+    seed: int = option("With --placebo: the seed that decides which other user.", 42)
     skip_bad: bool = option("Leave out and list records that do not fit the budget, instead of stopping.", False)
     overwrite: bool = option("Replace an earlier folder, or the parts of a run with other flags.", False)
     dry_run: bool = dry_run_option()

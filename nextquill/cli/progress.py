@@ -62,7 +62,8 @@ class TrainingProgress(ProgressCallback, ExportableState):
     """A bar for the training with the last log's figures, or a line for each log; and a bar for each evaluation.
 
     Besides the logs that the arguments ask for, there is one for the last step, for every checkpoint, and `EVERY`
-    seconds after the last. Checkpoints hold the seconds so far, so that the totals of a resumed run are of all of it.
+    seconds after the last. Checkpoints hold the seconds so far, so that the totals of a resumed run cover the whole
+    run.
     """
 
     training_bar: Any
@@ -136,9 +137,9 @@ class TrainingProgress(ProgressCallback, ExportableState):
             tqdm.write(line, file=sys.stderr)
 
     def _count_all_sessions(self, state: Any, num_examples: int) -> None:
-        """Make the last entry of the log, which transformers computes from this session, that of the whole run.
+        """Make the last entry of the log cover the whole run; transformers computes it from this session alone.
 
-        What is not known, as the run was begun without these screens, is left out.
+        Totals that are not known, because the run was started without these screens, are left out.
         """
         entry = state.log_history[-1]
         losses = {log["step"]: log["loss"] for log in state.log_history if "loss" in log}

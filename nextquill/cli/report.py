@@ -34,12 +34,12 @@ class ReportOptions:
     """Runs and output."""
 
     runs: list[str] = option(
-        "Output folders of train or popi train, also with an evaluation in them, or of evaluate.", metavar="RUN ..."
+        "Output folders of train, popi train or evaluate; evaluations inside are read too.", metavar="RUN ..."
     )
     output_file: str | None = option("Where to write the report; by default report.FORMAT.", None, metavar="FILE")
     format: str | None = option(
-        "html, the page; png or svg, only its measures and curves as a picture. By default as the file's name ends.",
-        None, choices=list(FORMATS),
+        "html: the whole page; png or svg: only its measures and curves, as a picture. By default the ending of the "
+        "file's name decides.", None, choices=list(FORMATS),
     )  # fmt: skip
     overwrite: bool = option("Replace an existing output file.", False)
     title: str | None = option("The page's title; by default the runs' names.", None)
@@ -58,7 +58,7 @@ class ReportOptions:
         ending = Path(name).suffix.removeprefix(".").lower()
         if self.format is not None and ending in FORMATS and ending != self.format:
             raise ArgumentError(
-                f"format: expected {ending}, as {Path(name).name} ends, or another output_file, got {self.format}"
+                f"format: expected {ending}, the ending of {Path(name).name}, or another output_file, got {self.format}"
             )
         return name, self.format or (ending if ending in FORMATS else FORMATS[0])
 

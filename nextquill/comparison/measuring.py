@@ -20,7 +20,7 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class RunMeter(TrainerCallback, ExportableState):
     """Time, examples, memory and order of a run, kept in its checkpoints.
 
-    The time is that of the training steps and the making of their batches, without evaluations, logs and checkpoints.
+    The time covers the training steps and the making of their batches, without evaluations, logs and checkpoints.
     The first step of a process counts as the mean of the others: kernels are compiled and memory is allocated in it,
     which later runs in the process do not repeat. Steps lost with a killed process are not counted twice.
 
@@ -103,7 +103,7 @@ class ComparedTrainer(NextQuillTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """As the Trainer's, batches and a float32 scalar or None; the meter sees the batches."""
+        """Get batches as the Trainer does, with a float32 scalar or None; the meter sees the batches."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.run_meter.see(batches)

@@ -81,7 +81,7 @@ def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Ten
 def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tensor:
     values = _field(raw, name, where, list)
     if len(values) != count:
-        raise PlacedError(where, f"expected {count} numbers, one a token, got {len(values)}", name)
+        raise PlacedError(where, f"expected {count} numbers, one per token, got {len(values)}", name)
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
         raise PlacedError(where, "expected numbers only", name)
     numbers = torch.tensor(values, dtype=torch.float32)

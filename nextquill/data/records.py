@@ -130,7 +130,7 @@ def iter_jsonl(
     Args:
         path: the file.
         skipped: counts bad records, which are then left out; None makes the first one an error.
-        max_line_bytes: a longer line is a bad record, of which no more than this is held.
+        max_line_bytes: a longer line is a bad record; no more of it than this is held.
 
     Raises:
         RecordError: the file is missing, unreadable or empty; a line is too long, not UTF-8, not JSON or not a valid

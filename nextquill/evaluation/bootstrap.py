@@ -1,4 +1,4 @@
-"""How far a measure, or a difference of two, might change with other users: bootstrap intervals and paired tests.
+"""Bootstrap intervals and paired tests: they say how far a measure, or a difference, might change with other users.
 
     low, high = quantiles of f(Σ_g w_g S_g)     over draws of G users from the G there are, with replacement
 
@@ -87,7 +87,7 @@ def bootstrap_interval(
     """A measure and its percentile interval.
 
     Args:
-        scores: the scores that `compute` returns, or plain numbers, one an example, whose mean is the measure.
+        scores: the scores that `compute` returns, or plain numbers, one per example, whose mean is the measure.
         groups: each example's user; whole users are drawn.
         level: the share of intervals that should hold the true value.
         resamples: the number of draws.
@@ -122,7 +122,7 @@ def paired_difference(
     (`permutation.py`). Both are about the same difference, f(Σ S_g^a) − f(Σ S_g^b).
 
     Args:
-        a, b: scores in one measure, as `compute` returns them, or plain numbers, one an example, in the same order.
+        a, b: scores in one measure, as `compute` returns them, or plain numbers, one per example, in the same order.
         groups: each example's user, who is drawn and exchanged as a whole.
         level, resamples, seed: as in `bootstrap_interval`; `resamples` is also the number of exchanges.
 
@@ -238,7 +238,7 @@ def _seed_noise(values: Floats, resamples: int, rng: np.random.Generator) -> Flo
 
 
 def _draws(rng: np.random.Generator, num: int, resamples: int) -> Iterator[Floats]:
-    """[at most some resamples, num]: how often each of `num` users came up in as many draws with replacement."""
+    """[at most some resamples, num]: how often each of `num` users was drawn in `num` draws with replacement."""
     block = max(1, _BLOCK // num)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)

@@ -1,4 +1,4 @@
-"""How sure a model is of each response token, and how likely the response is at other temperatures.
+"""Measures how sure a model is of each response token, and how likely the response is at other temperatures.
 
     confidence = max_v p(v)        top1: p(y) = max_v p(v)        nll_T = -log softmax(z / T)[y]
 

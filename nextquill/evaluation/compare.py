@@ -34,10 +34,10 @@ def compare_evaluations(
 ) -> dict[str, PairedResult]:
     """Each measure of the evaluation in folder `a` minus that in folder `b`, paired by example and by user.
 
-    A mean over examples, or over their tokens, is taken over the examples that have a score in both evaluations; so are
-    measures of `token_measures`, from rows of statistics. BLEU
-    and other measures of a whole corpus are computed again from the texts that both generated. So a difference may rest
-    on fewer examples than either evaluation's own value.
+    A mean over examples, or over their tokens, is taken over the examples that have a score in both evaluations. So are
+    the measures of `token_measures`, which add up rows of statistics. BLEU and other measures of a whole corpus are
+    computed again from the texts that both generated. So a difference may rest on fewer examples than either
+    evaluation's own value.
 
     Args:
         a, b: folders of two evaluations of the same records.
@@ -78,7 +78,7 @@ def compare_evaluations(
 def _paired_prose(
     a: Path, b: Path, first: Evaluation, second: Evaluation
 ) -> tuple[list[MetricScores], list[str]] | None:
-    """Both nlls of general prose, and the windows as groups; None where text or tokens differ."""
+    """Both NLLs of general prose, and the windows as groups; None where text or tokens differ."""
     windows = [[line for _, line in json_objects(folder / PROSE_FILE)] for folder in (a, b)]
     sizes = [[line["tokens"] for line in lines] for lines in windows]
     texts = [each.settings.get("content of prose_file") for each in (first, second)]
@@ -123,7 +123,7 @@ def paired_scores(
 
     else:
         own = evaluation.metrics[name].per_example
-        # Without a score that it is the mean of, it is a mean over tokens: of the examples' means, weighted by tokens.
+        # Without scores per example, it is a mean over tokens: the examples' means, weighted by their tokens.
         needed = (name, TOKENS) if own is None else (own,)
 
         def usable(example: EvaluatedExample) -> bool:

@@ -197,7 +197,7 @@ class TaskTexts:
         return measures
 
     def copied(self, index: int, response: str, generated: Mapping[str, str]) -> dict[str, list[Span]]:
-        """Where the texts of a record have phrases of its history, by branch; texts without any are left out."""
+        """The places of phrases of its history in the texts of a record, by branch; texts without any are left out."""
         if self.authors is None or index >= len(self.references):
             return {}
         texts = {**generated, REFERENCE: response}
@@ -268,7 +268,7 @@ class _Work:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What the results depend on besides the model and the records, by name; JSON."""
+        """The settings that the results depend on besides the model and the records, by name; JSON."""
         return {
             **self.options.identity(),
             "personal_from": None if self.marks is None else self.marks.digest,

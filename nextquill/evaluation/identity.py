@@ -33,7 +33,7 @@ def model_digest(model: Any) -> str:
 
 
 def model_identity(model: Any, tokenizer: Any, settings: PromptSettings) -> dict[str, Any]:
-    """What distinguishes a model, its precision, its tokenizer and its prompts from others, by name; JSON."""
+    """The values that distinguish a model, its precision, its tokenizer and its prompts from others, by name; JSON."""
     prompt = dataclasses.asdict(settings)
     template = prompt.pop("template")
     return {

@@ -1,4 +1,4 @@
-"""Which item of a history a response depends on: the effect of leaving each item out on every token.
+"""Measures which item of a history a response depends on: the effect of leaving each item out on every token.
 
     effect[item, token] = nll(token | history without the item) - nll(token | whole history)        (nats)
 
@@ -25,8 +25,8 @@ def leave_one_out(scorer: BranchScorer, renderer: PromptRenderer, record: Record
     """The effect of each history item of a prompt on each token of the response.
 
     Args:
-        scorer: of the model.
-        renderer: what made the example's prompts.
+        scorer: the model's scorer.
+        renderer: the renderer that made the example's prompts.
         record: the example's record.
         example: the encoded record; its factual prompt holds the newest `history_kept` items.
 

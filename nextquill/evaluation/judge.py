@@ -1,10 +1,10 @@
-"""Whether a language model tells whose text it is: the likelihood of a text under several people's histories.
+"""A language model as a judge of whose text it is: the likelihood of a text under several people's histories.
 
     log p(text | prompt with a candidate's history) = Σ_t log p(text[t] | prompt, text[:t])
 
-The judge picks the candidate with the largest one, among the people that the judge of 3-grams chooses from. It should
-be a model that no measured method has trained, such as their common base. The prompts are those of the evaluation,
-with the record's own query, so a text gains nothing by answering the query.
+The judge picks the candidate with the largest log-probability. It chooses from the same people as the judge of 3-grams.
+It should be a model that none of the measured methods has trained, such as their common base. The prompts are those of
+the evaluation, with the record's own query, so a text gains nothing by answering the query.
 
 Prompts that begin alike are computed together: those with one history where it comes first, else those of one record.
 """
@@ -38,8 +38,8 @@ class PersonJudge:
 
     Args:
         model, tokenizer: an untrained causal language model and its tokenizer.
-        records: those that texts are judged for.
-        among: records of all people that are chosen from.
+        records: the records whose texts are judged.
+        among: records of all people that the judge chooses from.
         authors: the users and histories of `records`, and whom each is compared with.
         settings: how prompts are made.
         candidates: the number of people to choose from, the author included.
@@ -95,11 +95,11 @@ class PersonJudge:
             return cls(model.to(device), tokenizer, *rest)
 
     def lines(self, texts: Sequence[Sequence[str]], done: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        """The log-probabilities of every record's texts under its candidates, a line a group.
+        """The log-probabilities of every record's texts under its candidates, one line per group.
 
         Args:
-            texts: those of each record, as many for all.
-            done: the indices of lines that are there already.
+            texts: the texts of each record, equally many for all.
+            done: the indices of lines that exist already.
             options: of `BranchScorer`.
         """
         with BranchScorer(self.model, pad_token(self.tokenizer), **options) as scorer:

@@ -81,7 +81,7 @@ NLL_PROSE, PROSE = "nll_prose", Kind("nll of general prose", _NATS, False)
 
 
 class Place(NamedTuple):
-    """Where a measure stands: the table, such as "responses" or "texts", and the headings of its row and column."""
+    """The place of a measure: the table, such as "responses" or "texts", and the headings of its row and column."""
 
     table: str
     row: str
@@ -100,7 +100,7 @@ def kind_and_branch(name: str) -> tuple[str, str]:
 
 
 def text_metric(name: str) -> Metric | None:
-    """The metric of generated texts that a measure is, or None where it is another measure."""
+    """The metric of generated texts that a measure shows, or None for any other measure."""
     metric = METRICS.get(kind_and_branch(name)[0])
     return metric if metric is not None and metric.score is not None else None
 
@@ -137,7 +137,7 @@ class LabelledScores:
         label, unit, higher_is_better, per_example: as in `MetricValue`.
         scores: the scores of some examples.
         members: the positions of those examples.
-        groups: what is drawn for the interval, for each score; by default those examples' users.
+        groups: the group of each score; whole groups are drawn for the interval; by default the examples' users.
     """
 
     label: str
@@ -203,7 +203,7 @@ def sum_measures(
 ) -> tuple[dict[str, LabelledScores], list[dict[str, Row]]]:
     """The measures of `token_measures` by name, and every example's rows of statistics that they follow from.
 
-    A measure is left out where nothing is counted, as where no token is personal.
+    A measure is left out where nothing is counted, for example if no token is personal.
     """
     nothing = [None] * len(lines)
     rows = [

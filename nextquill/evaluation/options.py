@@ -22,7 +22,7 @@ from nextquill.models import ATTENTIONS
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Which measures are taken besides NLLs and effects, which always are, and how.
+    """Which measures are taken, and how. NLLs and effects are always measured.
 
     Args:
         task: name of a task in `nextquill.evaluation.tasks.TASKS`; it decides the metrics of texts and what a record
@@ -35,13 +35,13 @@ class EvaluationOptions:
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
         score_temperature: the temperature of `nll_at_temperature`, one of `TEMPERATURES`, chosen on other records; by
-            default the best on these records, which flatters.
-        personal_from: the folder of another evaluation of the same records, with the same tokenizer, as that of the
-            untrained model. Tokens are personal where it has p(own history) - p(another's) above 0.05.
+            default the best on these records, which makes the nll look too good.
+        personal_from: the folder of another evaluation of the same records, with the same tokenizer, such as that of
+            the untrained model. Tokens are personal where its p(own history) - p(another's) is above 0.05.
         item_effects: measure the effect of each history item for the first so many records with a history.
         judge_model: a folder or hub name of an untrained language model that picks the author of every generated text
             among several people; None for no such judge.
-        judge_candidates: the people that it chooses from, the author included: 2 to 8.
+        judge_candidates: the number of people that it chooses from, the author included: 2 to 8.
         prose_file: a plain UTF-8 text whose nll is measured, its first 20,000 tokens; None for none.
         seed: decides whose history is the placebo, whom a judge chooses from, the samples, and the draws of the
             intervals.
@@ -118,9 +118,9 @@ class EvaluationOptions:
         return tuple(name for name in names if METRICS[name].score is not None)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must agree for an evaluation to resume, by name; JSON. Paths are none of them."""
+        """The settings that must agree for an evaluation to resume, by name; JSON. Paths are not among them."""
         values = dataclasses.asdict(self)
-        # The content of the prose and of the other evaluation is compared, not where they lie.
+        # The prose and the other evaluation are compared by their content, not by their paths.
         for name in ("overwrite", "prose_file", "personal_from"):
             del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

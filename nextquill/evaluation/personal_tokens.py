@@ -1,4 +1,4 @@
-"""Which tokens of a response are personal: as an untrained model finds them, or as the records say.
+"""The personal tokens of a response: those that an untrained model finds, or those that the records name.
 
 marked    p(token | own history) - p(token | another's history) > 0.05 in another evaluation of the same records
 known     the token overlaps one of the record's own `personal` strings, such as a surname
@@ -75,7 +75,7 @@ def read_marks(folder: Path, records: Sequence[Record]) -> Marks:
             raise RecordError(f"{where}: field 'nll_placebo': missing; a placebo needs records of several users")
         if not isinstance(ids, list) or not all(are_numbers(line.get(name), len(ids)) for name in names):
             raise RecordError(
-                f"{where}: expected 'token_ids', 'nll_factual' and 'nll_placebo', one number a token each"
+                f"{where}: expected 'token_ids', 'nll_factual' and 'nll_placebo', each with one number per token"
             )
         own, other = (np.exp(-np.asarray(line[name], dtype=np.float64)) for name in names)
         found[line_index(line, where)] = ids, own - other > DEFAULT_THRESHOLD
@@ -100,7 +100,7 @@ def personal_strings(record: Record, index: int) -> list[str] | None:
 
 
 def known_tokens(texts: Sequence[str], strings: Sequence[str]) -> Bools:
-    """Which tokens overlap one of the strings, as whole words in upper or lower case; bool [tokens].
+    """Whether each token overlaps one of the strings, as whole words in upper or lower case; bool [tokens].
 
     Args:
         texts: the text that each token adds. One that ends inside a character adds nothing; it counts as a part of

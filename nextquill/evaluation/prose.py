@@ -1,9 +1,9 @@
-"""The nll of general prose, which nobody's history explains: how much of the language a training has cost.
+"""The nll of general prose, which does not depend on a user: it shows how much language a training has cost.
 
     nll = Σ −log p(token | the tokens before it in its window) / number of those tokens        (nats per token)
 
 A text is cut into windows of 512 tokens, or of the model's context if that is shorter. The first token of a window has
-nothing before it and is not counted. The interval resamples windows, as users say nothing about this text.
+nothing before it and is not counted. The interval resamples windows, because this text has no users.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
 _FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
 
-# Settings that change no score, or only which scores there are.
+# Settings that change no score, or only decide which scores exist.
 _IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
 Progress = Callable[..., Iterable[Any]]
@@ -265,7 +265,7 @@ def is_number(value: Any) -> bool:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None if it is not finite, for which JSON has no number."""
+    """The value, or None if it is not finite, because JSON has no number for that."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -283,7 +283,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
-    """A folder that one evaluation writes into; at the end of its context, a folder without any line is as it was.
+    """A folder that one evaluation writes into. If no line was written, leaving the context restores the folder.
 
     Args:
         folder: created if it is missing.
@@ -365,7 +365,7 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     if not isinstance(line.effects, list) or len(line.effects) != len(line.items):
         raise RecordError(f"{where}: field 'effects': expected a list for each of {len(line.items)} items")
     if not all(are_numbers(row, count) for row in line.effects):
-        raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
+        raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one per token")
     return line
 
 

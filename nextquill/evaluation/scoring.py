@@ -25,9 +25,9 @@ from nextquill.models.probe import in_eval_mode
 from nextquill.tree import build_prefix_tree
 
 #: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
-#: slower, at D=256), and a whole mask costs their square.
+#: slower, at D=256), and the cost of a whole mask is quadratic.
 DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
-# Records at a time: those that trees are packed from, and padded ones, of which each is a row.
+# Records at a time: those to pack into trees, and padded ones, where each is a row.
 _PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
 _REPLACEMENT = "\ufffd"
 
@@ -38,7 +38,7 @@ class ExampleScores:
 
     Attributes:
         example: what was scored.
-        token_ids: the response's tokens, with what ends it.
+        token_ids: the response's tokens, with its end tokens.
         nll_factual, nll_counterfactual: [tokens], nll with and without the user's history.
         nll_placebo: [tokens], nll under another user's history, or None.
         calibration: of the tokens with the user's history, or None.
@@ -79,11 +79,11 @@ def score_examples(
         model: a causal language model; used in eval mode and left as it was.
         examples: encoded examples; the placebo branch is scored where every example has one.
         pad_token_id: fills padded batches.
-        batch_size: examples at a time: 64 of which trees are packed, or 8 padded ones.
+        batch_size: examples at a time; by default 64 to pack into trees, or 8 padded ones.
         attention: see `PairPasses`.
         max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
             attention="mask"), or what the largest example takes.
-        skip: leave out so many of the first scores; the others are those of a call without it, to the last bit.
+        skip: the number of first scores to leave out; the others have the same bits as without it.
         calibrated: also measure each token's `calibration`.
 
     Raises:
@@ -113,18 +113,18 @@ def score_examples(
 
 
 class BranchScorer(AbstractContextManager["BranchScorer"]):
-    """Scores any branches of one model without gradient, those that begin alike in one forward.
+    """Scores any branches of one model without gradient. Branches that begin alike share one forward.
 
         nll[t] = -log p(response[t] | prompt, response[:t])
 
-    Leaving its context gives the model back as it was.
+    Leaving its context restores the model.
 
     Args:
         model: a causal language model; used in eval mode.
         pad_token_id: fills padded batches.
         attention: see `PairPasses`.
-        max_tokens: most tokens of one forward, what branches share counted once; by default as for `score_examples`.
-        passes: of the model, where they are there already; `attention` is then theirs.
+        max_tokens: most tokens of one forward, shared tokens counted once; by default as for `score_examples`.
+        passes: existing passes of the model, whose attention is then used.
 
     Raises:
         ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
@@ -160,7 +160,7 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
         Raises:
             BudgetError: a branch alone takes more than `max_tokens`.
         """
-        # Each is the one branch of an example of its own, and its nll the loss of plain fine-tuning.
+        # Each branch becomes an example of its own, whose nll is the loss of plain fine-tuning.
         examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(branches)]
         budget, size = self._given, _PADDED_TOGETHER
         if self._passes.trees is not None:
@@ -217,7 +217,7 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills padded batches: never attended, so any token does."""
+    """The token that fills padded batches; it is never attended to, so any token does."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((id for id in known if id is not None), 0)
 

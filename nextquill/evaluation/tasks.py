@@ -65,7 +65,7 @@ class Task:
     ) -> dict[str, MetricScores]:
         """Scores of the predictions in the task's metrics, or in those named instead; see `metrics.compute`.
 
-        The task's metrics that look for the person are left out, as `text_measures` takes them from records.
+        The task's metrics that look for the person are left out, because they need records: see `text_measures`.
 
         Raises:
             ArgumentError: as in `metrics.compute`; or models write no answers in this task.

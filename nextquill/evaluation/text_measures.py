@@ -1,10 +1,10 @@
-"""Metrics of texts that were written for records, whoever wrote them: beside the references, and as whose they are.
+"""Metrics of texts written for records: how close they are to the references, and whether they sound like their person.
 
     found = text_measures(records, texts)
     found["right_person"].value, found["right_person_reference"].value
 
 The metrics that look for the person are measured on the references too, the people's own texts. Their names then end in
-`_reference`. They are the ceiling of a judge, and the usual share of copies.
+`_reference`. These are the ceiling of a judge, and the usual share of copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.metrics import METRICS, Authors, MetricScores, compute
 from nextquill.evaluation.tasks import task_named
 
-#: Stands for the people's own texts where a branch names the prompt of generated ones.
+#: Stands for the people's own texts, in the place of a branch that names the prompt of generated texts.
 REFERENCE = "reference"
 
 
@@ -37,8 +37,8 @@ def text_measures(
         metrics: names of metrics, instead of the task's; by default those that look for the person are left out where
             fewer than two people have a history.
         task: name of a task in `nextquill.evaluation.tasks.TASKS`.
-        among: records of all people that a judge chooses from; by default `records`. An evaluation of many records
-            that generated texts for the first few takes all of them.
+        among: records of all people that a judge chooses from; by default `records`. An evaluation that generated texts
+            for only some of its records gives all of them.
         seed: decides, with a record's position, whom a judge chooses from; an evaluation's own `seed`.
 
     Returns:
@@ -61,14 +61,14 @@ def text_measures(
 
 
 def reference_scores(names: Sequence[str], references: Sequence[str], authors: Authors) -> dict[str, MetricScores]:
-    """The people's own texts in those of the named metrics that look for the person, by name."""
+    """The scores of the people's own texts by name, in the named metrics that look for the person."""
     personal = [name for name in names if METRICS[name].needs_authors]
     found = compute(personal, references, references, authors=authors) if personal else {}
     return {f"{name}_{REFERENCE}": scores for name, scores in found.items()}
 
 
 def usable(names: Sequence[str], authors: Authors) -> tuple[str, ...]:
-    """Those of the named metrics that these people suffice for."""
+    """The named metrics that can be computed with these people."""
     return tuple(name for name in names if authors.are_several or not METRICS[name].needs_authors)
 
 

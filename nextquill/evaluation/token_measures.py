@@ -1,4 +1,4 @@
-"""Measures of response tokens that are functions of sums over examples, but neither means of tokens nor of examples.
+"""Measures of response tokens that follow from sums over examples, and are not means over tokens or examples.
 
 Each example has a row of statistics for each of them. A measure is computed from the sum of these rows, so splitting
 the records changes nothing, and intervals and paired differences add up rows again.
@@ -7,7 +7,7 @@ the records changes nothing, and intervals and paired differences add up rows ag
     temperature         the temperature of `TEMPERATURES` with the lowest nll on these records
     nll_at_temperature  the nll at this temperature, or at one that was chosen on other records
     nll_personal        the nll of the tokens that another model marks as personal; nll_generic is that of the others
-    top1_personal       the share of them that is predicted first; likewise top1_generic
+    top1_personal       the share of personal tokens that are predicted first; likewise top1_generic
     share_personal      the share of tokens that are personal
     auc_EFFECT          how well an effect ranks known personal tokens above others: the area under its ROC curve
     precision_EFFECT    the share of known ones among tokens with an effect above 0.05; likewise recall, and F1 of both
@@ -31,7 +31,7 @@ CONFIDENCE_BINS = 15
 #: Bins of an effect, of equal width in asinh(effect / scale), so that small effects are told apart as well. The area
 #: under the curve counts effects in one bin as equal; on realistic effects of 3,600 tokens that changes it by 2e-4.
 EFFECT_BINS = 1024
-#: Effects that are to find known personal tokens: limit and scale of their bins.
+#: Effects that are compared with known personal tokens: limit and scale of their bins.
 EFFECTS = {
     "effect_prob": (1.0, 1e-4),
     "effect_prob_placebo": (1.0, 1e-4),
@@ -45,7 +45,7 @@ Row = Mapping[str, float]
 
 
 class SumMeasure(NamedTuple):
-    """A measure that is a function of summed statistics.
+    """A measure that is computed from summed statistics.
 
     Attributes:
         label, unit, higher_is_better: as in `MetricValue`.

@@ -3,7 +3,7 @@
     tree_engine.py           prompts with a common beginning in one row, which is computed and kept once
     transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
     vllm_engine.py           vLLM, which batches by itself
-    guidance.py              decoding away from the prompt without the user's history
+    guidance.py              decoding that strengthens the user's history
     sampling.py              the next token of each row
     writer.py                texts for a user, from queries and a history
 
@@ -191,7 +191,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
-        """As `generate`, but with token ids; the last one is a stop token if the response reached one."""
+        """Yield token ids instead of texts; the last id is a stop token if the response reached one."""
 
 
 def check_engine(options: GenerationOptions, model: Any = None, model_name: str | None = None) -> None:
@@ -239,7 +239,7 @@ def generation_engine(
 
 @contextmanager
 def local_engine(model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> Iterator[Engine]:
-    """The engine "tree" or "hf" around a model in memory, not a PEFT model around one; "auto" chooses by the model.
+    """The engine "tree" or "hf" for a model in memory, without a PEFT wrapper; "auto" chooses by the model.
 
     Raises:
         UnsupportedModelError: `engine="tree"` and the model cannot run branches in one row.

@@ -29,7 +29,7 @@ _SHARED_KEYS = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 @contextmanager
 def faster_few_rows(model: nn.Module) -> Iterator[None]:
-    """Compute a model's linear layers that way inside the block, where it is on a CPU in float32."""
+    """Compute a model's linear layers as (W xᵀ)ᵀ inside the block, if they are on a CPU in float32."""
     with ExitStack() as stack:
         for module in model.modules():
             if _is_plain(module):
@@ -51,7 +51,7 @@ def keys_in_place(device: torch.device) -> Iterator[None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether this is a float32 layer on a CPU; one with a forward of its own has weights elsewhere until it runs."""
+    """Whether this is a float32 layer on a CPU; a layer with its own forward may have its weights elsewhere."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32

@@ -61,8 +61,8 @@ class HistoryGuidance(LogitsProcessor):
         plausibility: β, in (0, 1].
 
     Raises:
-        ArgumentError: a value is out of range, or a prompt has no tokens; when it is called, another number of rows
-            than prompts, as beams give.
+        ArgumentError: a value is out of range, or a prompt has no tokens; when it is called, if the numbers of rows and
+            prompts differ, as with beams.
     """
 
     def __init__(

@@ -4,7 +4,8 @@
     a step     the last token of every response, side by side in one row; each sees its prompt's path and its own tokens
 
 transformers' own `generate` keeps a row of keys for each prompt: eight queries over one history compute and read it
-eight times. Guidance adds to a step a token for each prompt to move away from, not another pass over the weights.
+eight times. With guidance, a step has one more token for each prompt to move away from, and still reads the weights
+once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def tree_engine(model: Any, tokenizer: Any, stops: set[int], options: Generation
     """An engine around a model in eval mode.
 
     Raises:
-        UnsupportedModelError: the model cannot run branches in one row, or its rotary embedding depends on the longest.
+        UnsupportedModelError: the model cannot run branches in one row, or its rotary embedding depends on the longest
+            branch.
     """
     with in_eval_mode(model), faster_few_rows(model):
         engine = TreeEngine(model, tokenizer, stops, options)
@@ -139,7 +141,7 @@ class TreeEngine(Engine):
         return guide(own, against, self.options.guidance, self.options.plausibility) if len(against) else own
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
-        """How many of the prompts' first tokens are kept from before, and their keys and values."""
+        """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
         if self.kept is None:
             return ()
         ids, layers = self.kept
@@ -173,7 +175,7 @@ class TreeEngine(Engine):
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """The number of first tokens that are the same."""
     return next(
         (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b))
     )
@@ -184,7 +186,7 @@ class _Row:
 
     Args:
         tree: the prompts.
-        known: how many first tokens of the first prompt are computed already.
+        known: the number of first tokens of the first prompt that are computed already.
         layers: their keys and values, by layer; there may be more.
 
     Attributes:

@@ -19,9 +19,9 @@ from nextquill.storage.fingerprints import seed_of
 
 #: A user's earlier texts, oldest first: strings, mappings with `text` and optional `title` and `timestamp`, or items.
 History = Sequence[str | Mapping[str, Any] | HistoryItem]
-#: The length of prompt and response of a model that has neither settings nor, when it is not loaded, a known context.
+#: The length of prompt and response for a model without prompt settings whose context is not known.
 _MAX_LENGTH = 2048
-#: Stands for a character of which not all bytes have been generated.
+#: Stands for a character whose bytes are not all generated yet.
 _INCOMPLETE = "\ufffd"
 
 
@@ -146,7 +146,7 @@ class Writer:
     def stream(
         self, queries: str | Sequence[str], history: History = (), *, against: History = (), **options: Any
     ) -> Iterator[tuple[int, str]]:
-        """As `write`, but yields the index of a query and the next piece of its response as soon as it is known."""
+        """Yield a query's index and the next piece of its response as soon as it is known; arguments as in `write`."""
         chosen = self._options(options)
         asked = [queries] if isinstance(queries, str) else queries
         own, other = history_items(history), history_items(against)
@@ -176,7 +176,7 @@ class Writer:
             known = ", ".join(GenerationOptions.__dataclass_fields__)
             raise ArgumentError(f"options: expected some of {known}, got {unknown[0]}")
         if options.get("engine") == "vllm":
-            raise ArgumentError("engine: expected 'auto', 'tree' or 'hf', got 'vllm', which serves by itself")
+            raise ArgumentError("engine: expected 'auto', 'tree' or 'hf', got 'vllm', which runs as a server")
         return GenerationOptions(**options)
 
     def _prompt(

@@ -1,4 +1,4 @@
-"""Where the modules of this former folder are now. Importing one of them says so; gone with version 0.3."""
+"""The new places of the modules of this former folder. Importing one names its place; removed in version 0.3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a GGUF file, llama.cpp's format of one file, as an ordinary model of transformers."""
+"""Read a GGUF file, llama.cpp's single-file format, as an ordinary model of transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_gguf(path: Path) -> None:
 
 @contextmanager
 def read_once(place: str) -> Iterator[None]:
-    """Let transformers parse a GGUF file once: it does so for config, weights and tokenizer, some 10 seconds each."""
+    """Let transformers parse a GGUF file once, not for config, weights and tokenizer, some 10 seconds each."""
     if not is_gguf(place):
         yield
         return
@@ -58,9 +58,10 @@ def gguf_arguments(place: str) -> dict[str, str]:
 
 
 def as_ordinary(model: Any, place: str, **options: Any) -> Any:
-    """The same weights in a model that can be trained and saved.
+    """Return a model with the same weights that can be trained and saved.
 
-    transformers counts a model from a GGUF file as quantised, although its weights are dequantised, and refuses both.
+    transformers takes a model from a GGUF file for a quantised one, although its weights are dequantised, and refuses
+    to train or save it.
     """
     config = model.config
     del config.quantization_config

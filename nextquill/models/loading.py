@@ -80,7 +80,7 @@ class Loading:
     def check(self, name_or_path: str) -> None:
         """Raise ArgumentError for values that do not go together, or that the model or this machine cannot take."""
         if self.load_in_4bit and self.load_in_8bit:
-            raise ArgumentError("load_in_4bit: expected either it or load_in_8bit, got both")
+            raise ArgumentError("load_in_4bit: expected either this or load_in_8bit, got both")
         if self.quantised and is_new(name_or_path):
             raise ArgumentError(f"{self.quantised}: a new {name_or_path!r} model has no trained weights to quantise")
         if self.quantised and importlib.util.find_spec("bitsandbytes") is None:

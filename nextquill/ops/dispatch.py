@@ -1,4 +1,4 @@
-"""Which implementation of the kernels runs: `impl` as an ordinary argument, resolved once per call.
+"""Chooses the implementation of the kernels: `impl` is an ordinary argument, resolved once per call.
 
 "auto" means Triton on an accelerator and the native extension on a CPU, if it is installed and supports the dtype, and
 plain PyTorch otherwise.

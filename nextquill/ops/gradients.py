@@ -14,7 +14,7 @@ from nextquill.ops.head import LinearHead
 
 
 class Needs(NamedTuple):
-    """Which inputs want a gradient."""
+    """Says which inputs need a gradient."""
 
     factual: bool
     counterfactual: bool

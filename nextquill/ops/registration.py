@@ -1,4 +1,4 @@
-"""How an operator is registered with PyTorch: schema, fake shapes, autograd, and autocast as one argument.
+"""Registers an operator with PyTorch: schema, fake shapes, autograd, and autocast as one argument.
 
 The last five arguments of every operator are the options of the output head, which `open_head` names. The last one,
 `product_dtype`, is the dtype in which hidden states and weight are multiplied; None keeps their own. Under autocast the

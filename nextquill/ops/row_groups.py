@@ -1,4 +1,4 @@
-"""Which rows are computed together: supervised rows, sorted by sequence, cut into groups under a byte budget.
+"""Groups of rows to compute together: supervised rows, sorted by sequence, cut under a byte budget.
 
 A weight may depend on its whole sequence (Σω is the denominator), so a group holds whole sequences. A sequence longer
 than the budget becomes a group of several chunks. All but the last of them are computed twice, once for the weights and
@@ -73,7 +73,7 @@ class RowGroup:
 
     @property
     def offsets(self) -> Tensor:
-        """Where the group's sequences begin and end among the plan's rows: [S + 1], int64."""
+        """The bounds of the group's sequences among the plan's rows: [S + 1], int64."""
         assert self.sequences is not None
         return self.plan.offsets[self.sequences.start : self.sequences.stop + 1]
 

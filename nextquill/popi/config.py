@@ -51,7 +51,7 @@ class POPIConfig:
     )
     estimator: str = _setting("rloo", "Estimator of advantages within a group of summaries: rloo, grpo or reinforce.")
     group_size: int = _setting(4, "Summaries sampled per user and step.")
-    pairs_per_user: int = _setting(4, "Pairs of a user that a step's rewards are averaged over.")
+    pairs_per_user: int = _setting(4, "Pairs of a user over which a step averages its rewards.")
     signals_per_user: int = _setting(8, "Most signals of a user in the inference model's prompt.")
     kl_coef: float = _setting(0.01, "Penalty on the reward for each nat of log φ(s) - log φ_initial(s).")
     length_penalty: float = _setting(0.0, "Penalty on the reward for each token of a summary.")
@@ -63,10 +63,10 @@ class POPIConfig:
     max_length: int = _setting(2048, "Most tokens of the generator's prompt and response.")
     temperature: float = _setting(1.0, "Sampling temperature; the gradient has the same temperature.")
     update: str = _setting("joint", "joint: train both models in every step; alternate: in turns.")
-    alternate_every: int = _setting(1, "With alternate: steps of one model in a row, the generator first.")
+    alternate_every: int = _setting(1, "With --update alternate: steps of one model in a row, the generator first.")
     freeze_inference: bool = _setting(False, "Train only the generator.")
     freeze_generator: bool = _setting(False, "Train only the inference model.")
-    warm_start_steps: int = _setting(0, "First steps, in which the inference model learns to imitate summaries.")
+    warm_start_steps: int = _setting(0, "Number of first steps in which the inference model imitates summaries.")
     warm_start: str = _setting(
         "self", "given: imitate the summaries in the records; self: the best sampled summary of each group."
     )

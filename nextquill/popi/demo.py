@@ -1,3 +1,3 @@
-"""The former place of the demo of POPI; gone with version 0.3."""
+"""The former place of the demo of POPI; removed in version 0.3."""
 
 raise ImportError(f"{__name__} is now demos.popi, in the source tree only", name=__name__)

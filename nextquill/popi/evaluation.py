@@ -87,7 +87,7 @@ class PairScore:
 def placebo_summaries(summaries: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     """Return for every user the summary of another. Among users with a summary, each summary is used once.
 
-    An empty summary is nobody's placebo. With fewer than two users who have a summary, there are no placebos.
+    An empty summary is not used as a placebo. With fewer than two users who have a summary, there are no placebos.
     """
     donors = sorted(user for user, text in summaries.items() if text.strip())
     if len(donors) < 2:

@@ -36,7 +36,7 @@ of the user's data (POPI, arXiv 2510.17881). Summaries describe people: treat th
 With nextquill, from this folder; the file holds the users' pairs or texts:
 
 ```bash
-nextquill popi summarize --model . --signals_file users.jsonl --output_file summaries.jsonl
+nextquill popi summarize --model . --records_file users.jsonl --output_file summaries.jsonl
 ```
 
 ## Measures

@@ -143,7 +143,7 @@ class SummaryFile:
         return [user for user, own in hashes.items() if edited.get(user, own) != own]
 
     def put(self, *summaries: Summary, force: bool = False) -> list[str]:
-        """Add summaries, or replace those of the same users, of which the last one counts.
+        """Add summaries, or replace those of the same users. The last summary of a user counts.
 
         Returns the users whose summary was kept because a person has edited it; with `force` these are replaced too.
         """

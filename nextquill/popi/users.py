@@ -77,7 +77,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Pairs of one user, and signals of that user which give none of them away.
+    """Pairs of one user, and signals of that user that give no pair away.
 
     Args:
         user_id: the user.

@@ -1,7 +1,7 @@
-"""What a report says first: a sentence on each subject, and the measures that matter as a forest plot.
+"""The beginning of a report: a sentence on each subject, and the measures that matter as a forest plot.
 
 A subject is a run or an arm of a comparison. A sentence claims a difference only if its interval excludes 0 and, where
-it is paired, its test agrees. Everything else is no clear change, which does not mean that there is none.
+it is paired, its test agrees. Everything else is called "no clear change", which does not mean that there is no change.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _word(subject: Subject, name: str) -> str:
 
 
 def _texts(subject: Subject, names: Sequence[str], level: float) -> str:
-    """Which of the texts' measures changed clearly, corrected for their number, as they all judge the same texts."""
+    """The texts' measures that changed clearly, corrected for their number, because they all judge the same texts."""
     tested = [name for name in names if name in subject.changes]
     adjusted = holm([subject.changes[name].p_value for name in tested])
     found: dict[str, list[str]] = {"better": [], "worse": []}
@@ -215,7 +215,7 @@ def _short(metric: MetricValue) -> str:
 
 
 def of_people(what: str, users: int | None, new: int | None) -> str:
-    """`what` of so many people, `new` of whom were never trained on; that is left out where it is not known."""
+    """`what` of so many people; `new` of them were never trained on, which is left out if it is not known."""
     if not users:
         return what
     known = {None: "", users: " never trained on", 0: ", all of them trained on"}

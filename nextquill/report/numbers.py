@@ -21,7 +21,7 @@ def p_text(value: float) -> str:
 
 
 def rounded(value: float, low: float | None = None, high: float | None = None, *, sign: str = "") -> tuple[str, str]:
-    """A figure and its interval in brackets, to equally many places; an empty text where there is no interval.
+    """A figure and its interval in brackets, with equally many decimals; an empty text where there is no interval.
 
     The largest of them has two significant digits below 1 and three from 1 on. A figure that would read as 0 and is not
     keeps one digit, so that an interval that excludes 0 does not seem to end there.

@@ -200,7 +200,7 @@ def _other_settings(measured: Sequence[Run], baseline: Run | None) -> list[str]:
 
 
 def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What runs lack, and the names of those that lack it."""
+    """The things that runs lack, and the names of the runs that lack each."""
     found: dict[str, list[str]] = {}
     for run in runs:
         for text in run.missing:
@@ -248,7 +248,7 @@ def _series(run: Run, name: str, place: int, *, alone: bool) -> Iterator[Series]
         log = run.training.log if run.training is not None else ()
         # If a step has several entries, as after a resume, the last one counts.
         points = {entry["step"]: entry[key] for entry in log if is_number(entry.get(key))}
-        if len(points) > 1:  # one point is no curve
+        if len(points) > 1:  # one point is not a curve
             x, label, is_eval = sorted(points), what if alone else f"{run.label}, {what}", what == "evaluation"
             yield Series(label, x, [points[step] for step in x], dashed=is_eval, colour=place, dots=is_eval)
 

@@ -229,5 +229,5 @@ def _tokens(raw: Mapping[str, Any], where: str) -> list[TokenEffect]:
 
 def _probabilities(nlls: Any, name: str, count: int, where: str) -> Iterator[float]:
     if not are_numbers(nlls, count):
-        raise RecordError(f"{where}: field '{name}': expected {count} numbers, one a token")
+        raise RecordError(f"{where}: field '{name}': expected {count} numbers, one per token")
     return (math.exp(-max(0.0, nll)) if math.isfinite(nll) else math.nan for nll in nlls)

@@ -62,7 +62,7 @@ def _measure(measure: ForestMeasure) -> str:
 
 
 def _anchor(place: float) -> str:
-    """Where a label at this percentage is fixed, so that it stays inside."""
+    """The anchor of a label at this percentage, so that it stays inside."""
     return "start" if place < 6 else "end" if place > 94 else "middle"
 
 
@@ -160,7 +160,7 @@ def _drawn(panel: Panel) -> list[Series]:
 
 
 def _finite(series: Series, colour: int) -> Series:
-    """The points of a series that can be drawn, thinned where there is no band; `colour` is that of its place."""
+    """The points of a series that can be drawn, thinned if it has no band; `colour` is the colour of its place."""
     bands = [] if series.low is None or series.high is None else [series.low, series.high]
     points = [row for row in zip(series.x, series.y, *bands, strict=True) if all(map(math.isfinite, row))]
     x, y, *edges = map(list, zip(*points, strict=True)) if points else ([], [])

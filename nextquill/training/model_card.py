@@ -101,7 +101,7 @@ def base_name(model: Any) -> str:
 
 
 def steps(args: Any, number: int, of: str) -> str:
-    """How long a run trained, in words."""
+    """The length of a run's training, in words."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     made = f"{number} {'step' if number == 1 else 'steps'} of {batch} {of}"
     return f"{made}, learning rate {args.learning_rate:g}, seed {args.seed}"
@@ -115,7 +115,7 @@ def _data(dataset: Any) -> str:
 
 
 def _prompting(encoder: Any) -> str:
-    """What a card says on prompts, with that of a query and two texts."""
+    """The card's section on prompts, with the prompt of a query and two texts."""
     if encoder is None:
         return "With the prompts of the program that trained it, which are not known here."
     renderer = encoder.renderer

@@ -1,4 +1,4 @@
-"""Which branches share a row: by a token budget, and by whether they need a gradient."""
+"""Decides which branches share a row: by a token budget, and by whether they need a gradient."""
 
 from __future__ import annotations
 

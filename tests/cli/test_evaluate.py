@@ -55,7 +55,7 @@ def test_a_base_model_is_measured_with_the_prompts_of_its_run(nextquill, train, 
     base, run, words = tmp_path / "base", tmp_path / "run", ("--generate", "false", "--resamples", 50)
     shutil.copytree(trained, base, ignore=shutil.ignore_patterns("nextquill_prompt.json", "checkpoint-*"))
     own = evaluate(nextquill, base, data, *words, "--output_dir", tmp_path / "own")
-    assert "no prompt settings; the prompts are those of the flags or nextquill's (official order, at most " in own.err
+    assert "no prompt settings; flags and nextquill's defaults decide the prompts (official order, at most " in own.err
     sizes = ("--max_steps", 1, "--prompt_order", "history_first", "--max_length", 600)
     assert train(run, "--model", base, *sizes).code == 0
     baseline = ("--baseline", tmp_path / "own")

@@ -93,11 +93,11 @@ def test_an_empty_history_is_said_to_leave_guidance_without_effect(nextquill, co
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--query", "x"], 2, "--history_file: expected either it or --records_file with --user_id"),
-        (["--query", "x", "--records_file", "RECORDS"], 2, "--user_id: expected with --records_file"),
+        (["--query", "x"], 2, "--history_file: expected either this flag or --records_file with --user_id"),
+        (["--query", "x", "--records_file", "RECORDS"], 2, "--user_id: expected together with --records_file"),
         (["--query", "x", "--records_file", "RECORDS", "--user_id", "u9"], 2, "has no user 'u9'; it has 4, such as u0"),
         (["--query", "x", "--history_file", "gone.jsonl"], 1, "--history_file: gone.jsonl is not a file"),
-        (["--history_file", "HISTORY"], 2, "--query: expected either it or --queries_file"),
+        (["--history_file", "HISTORY"], 2, "--query: expected either this flag or --queries_file"),
         (["--query", "x", "--history_file", "HISTORY", "--guidance", "-1"], 2, "--guidance: expected a finite number"),
         (["--query", "x", "--history_file", "HISTORY", "--plausibility", "2"], 2, "--plausibility: expected a share"),
         (

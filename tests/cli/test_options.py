@@ -95,7 +95,7 @@ def test_adapters_of_popi_have_the_same_learning_rate(given, rank, rate):
 
 @pytest.mark.parametrize("options", [LoraOptions(), PopiLoraOptions(lora_r=0)])
 def test_quantised_weights_are_not_trained(options):
-    with pytest.raises(ArgumentError, match=r"^lora_r: expected one for a quantised model"):
+    with pytest.raises(ArgumentError, match=r"^lora_r: expected a rank, as a quantised model"):
         options.apply(SimpleNamespace(is_quantized=True))
 
 

@@ -113,7 +113,7 @@ def test_separate_whole_models_and_a_frozen_one(popi_train, popi, pairs, tmp_pat
     flags = ("evaluate", "--model", folder, "--test_file", pairs / "test.jsonl", "--output_file", tmp_path / "e.json")
     result = popi(*flags)
     assert result.code == 0, result.err
-    assert "--reference_model names it" in result.err
+    assert "--reference_model gives the untrained one" in result.err
     found = [_margin(tmp_path / "e.json", "signals")]
     result = popi(*flags, "--overwrite", "--reference_model", folder / "inference")  # began alike, and is frozen
     assert "--reference_model" not in result.err

@@ -94,7 +94,10 @@ def test_nothing_to_draw_is_said(nextquill, runs, tmp_path):
 
 
 WRONG = {
-    "format": (("{root}/a", "--format", "png"), "--format: expected html, as r.html ends, or another output_file"),
+    "format": (
+        ("{root}/a", "--format", "png"),
+        "--format: expected html, the ending of r.html, or another output_file",
+    ),
     "unknown format": (("{root}/a", "--format", "pdf"), "argument --format"),
     "no runs": (("--examples", "3"), "expected --runs"),
     "no folder": (("nowhere",), "--runs: expected a folder, nowhere is not there"),

@@ -62,7 +62,7 @@ WRONG = {
         r"field 'token_ids': expected the response of example 1, which begins \[7, 1",
     ),
     "fewer tokens": (line(1, token_ids=[7]), r"field 'token_ids': .* has 2 tokens, got \[7\] and 1"),
-    "fewer numbers": (line(1, nll_factual=[0.1]), "field 'nll_factual': expected 2 numbers, one a token, got 1"),
+    "fewer numbers": (line(1, nll_factual=[0.1]), "field 'nll_factual': expected 2 numbers, one per token, got 1"),
     "text": (line(1, nll_counterfactual=[0.1, "x"]), "field 'nll_counterfactual': expected numbers only"),
     "flag": (line(1, nll_factual=[0.1, True]), "field 'nll_factual': expected numbers only"),
     "nan": (line(1, nll_factual=[0.1, float("nan")]), "field 'nll_factual': expected finite numbers"),

@@ -319,7 +319,7 @@ def test_quantising_needs_its_package(folder, bits, monkeypatch):
 
 
 def test_quantising_twice_or_a_new_model_is_refused(folder):
-    with pytest.raises(ArgumentError, match="expected either it or load_in_8bit"):
+    with pytest.raises(ArgumentError, match="expected either this or load_in_8bit"):
         load_model(str(folder), load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(ArgumentError, match="load_in_8bit: a new 'tiny' model has no trained weights"):
         load_model("tiny", load_in_8bit=True)
@@ -330,7 +330,7 @@ def test_quantised_weights_give_nearly_the_same_logits(folder, bits, most):
     pytest.importorskip("bitsandbytes")
     model, _ = load_model(str(folder), **{f"load_in_{bits}bit": True})
     assert model.is_quantized
-    with pytest.raises(ArgumentError, match=r"^lora_r: expected one for a quantised model"):
+    with pytest.raises(ArgumentError, match=r"^lora_r: expected a rank, as a quantised model"):
         LoraOptions().apply(model)
     whole = outputs(load_model(str(folder))[0])
     assert 0 < (outputs(model) - whole).std() / whole.std() < most

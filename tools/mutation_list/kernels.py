@@ -1,4 +1,4 @@
-"""Mutations of the Triton kernels, and of those in C++, which are built anew for each."""
+"""Mutations of the Triton kernels, and of those in C++, which are built again for each."""
 
 from tools.mutation import Mutation
 

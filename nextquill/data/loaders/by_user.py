@@ -37,7 +37,7 @@ def records_of(
 ) -> Iterator[tuple[str, Record]]:
     """Yield a record for every entry that has at least `min_history` earlier entries by its user.
 
-    Other entries still become history, of which a record holds the latest `max_history`; None takes all. An entry
+    Other entries still become history. A record holds the latest `max_history` of them; None takes all. An entry
     without a timestamp is bad if others of its user have one.
     """
     for entries in by_user(entry for _, entry in source.each(convert)):

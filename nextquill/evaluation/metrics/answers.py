@@ -83,7 +83,7 @@ def preference_accuracy(chosen: Sequence[float] | Floats, rejected: Sequence[flo
             allowed.
 
     Raises:
-        ArgumentError: there are no pairs, different numbers of both, or a score is not a number.
+        ArgumentError: there are no pairs, the two differ in number, or a score is not a number.
     """
     better, worse = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     if better.shape != worse.shape or better.ndim != 1 or not len(better):
@@ -134,7 +134,7 @@ def _plain(text: str) -> str:
 
 
 def _errors(texts: Texts) -> list[float]:
-    """How far each prediction is from its reference, in rating points."""
+    """The distance of each prediction from its reference, in rating points."""
     errors = []
     references = texts.single_references("a rating's error")
     for i, (reference, prediction) in enumerate(zip(references, texts.predictions, strict=True)):

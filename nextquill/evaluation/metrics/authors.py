@@ -36,7 +36,7 @@ class Authors:
         users: each example's user.
         histories: each example's own history: the user's earlier texts, oldest first; may be empty.
         everyone: a history of every person that a judge may choose, by user; by default the longest of each user's own.
-            Without texts a person is not chosen.
+            A person without texts is not chosen.
         seed: decides, with an example's position, which seven others a judge chooses from.
 
     Raises:
@@ -74,7 +74,7 @@ class Authors:
         return len(self.chosen_from) > 1
 
     def others(self, index: int) -> list[str]:
-        """The users that a judge of an example chooses from beside its own: seven, or all where there are fewer."""
+        """The users that the judge of an example chooses from besides its own: seven, or all if there are fewer."""
         known = list(self.chosen_from)
         drawn = random.Random(f"{self.seed}/{index}").sample(known, min(CANDIDATES, len(known)))
         return [user for user in drawn if user != self.users[index]][: CANDIDATES - 1]

@@ -28,7 +28,7 @@ _CHARACTER = re.compile(rf"[{UNSPACED}]")
 
 
 class _NoSynonyms:
-    """In WordNet's place: no word has a synonym."""
+    """A replacement for WordNet in which no word has a synonym."""
 
     def synsets(self, word: str) -> list[object]:
         return []

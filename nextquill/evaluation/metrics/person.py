@@ -1,4 +1,4 @@
-"""Whether a text carries its person: would somebody who knows the person's earlier texts say whose it is?
+"""Whether a text sounds like its person: could somebody who knows the person's earlier texts say whose it is?
 
     right_person            a judge of character 3-grams picks the author's history among eight; chance is 1/8
     right_person_uncopied   the same judge, on the text without the phrases that it copies from the history
@@ -6,10 +6,11 @@
     distinct                the number of different texts, as a share of all
     length_ratio            words of all texts / words of all references
 
-A judge of n-grams rewards copying, so read the first with the next two. The same three of the people's own texts are
-the ceiling of the judge and the usual share of copies; an evaluation reports them beside a model's. Fewer than eight
-people are all chosen from, and ties count as a share. A text is left out where a measure is not defined: without a
-history, for the judge and for copies; under three words, for copies; with under three words left, for the rest.
+A judge of n-grams rewards copying, so read the first with the next two. The same three measures of the people's own
+texts are the ceiling of the judge and the usual share of copies. An evaluation reports them beside a model's. With
+fewer than eight people, the judge chooses from all of them. A tie counts as a share. A text is left out where a measure
+is not defined: without a history, for the judge and `copied`; under three words, for `copied`; with under three words
+left, for `right_person_uncopied`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def right_person_uncopied(texts: Texts) -> MetricScores:
 
 
 def distinct(texts: Texts) -> MetricScores:
-    """Each text weighs 1 / the number of texts equal to it, up to the white space around them."""
+    """The mean over texts of 1 / the number of texts equal to it, without the white space around them."""
     plain = [text.strip() for text in texts.predictions]
     equal = Counter(plain)
     return MetricScores.mean_of([1 / equal[text] for text in plain])

@@ -28,7 +28,7 @@ class MetricScores:
     """One metric over some examples.
 
     Args:
-        statistics: [examples, columns], a row an example.
+        statistics: [examples, columns], one row per example.
         from_sums: [..., columns] -> [...], the metric as a function of summed rows.
         per_example: [examples], each example's own score if the metric is their mean, else None; NaN where an example
             has none, which the mean leaves out.
@@ -53,7 +53,7 @@ class MetricScores:
         """The mean of the examples' scores.
 
         Args:
-            values: finite numbers, one an example.
+            values: finite numbers, one per example.
             name: their name in an error.
 
         Raises:
@@ -142,7 +142,8 @@ class Texts:
 
         Raises:
             ArgumentTypeError: something is not a string.
-            ArgumentError: there are no examples, different numbers of both, or an example without a reference.
+            ArgumentError: there are no examples, predictions and references differ in number, or an example has no
+                reference.
         """
         for name, values in (("references", references), ("predictions", predictions), ("labels", labels)):
             if isinstance(values, str):

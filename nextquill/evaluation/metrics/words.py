@@ -19,7 +19,7 @@ Phrase = tuple[str, ...]
 def word_spans(text: str) -> list[tuple[str, Span]]:
     """The words of a text in lower case, and where each stands in it.
 
-    A word is a run of letters, digits and underscores; of scripts without spaces between words, a character.
+    A word is a run of letters, digits and underscores; in scripts without spaces between words, it is a character.
     """
     return [(found[0].lower(), found.span()) for found in _WORD.finditer(text)]
 
@@ -31,9 +31,9 @@ def phrases(text: str) -> list[Phrase]:
 
 
 def copied(text: str, known: Container[Phrase]) -> tuple[int, int, list[Span]]:
-    """How many of a text's phrases are known, how many it has, and where the words of known ones stand.
+    """Return the number of a text's known phrases, the number of all its phrases, and the places of the known ones.
 
-    Words of known phrases that follow each other are one place; the places are in order and apart.
+    Neighbouring words of known phrases form one place; the places are in order and do not touch.
     """
     words, hits = word_spans(text), [phrase in known for phrase in phrases(text)]
     is_known = [any(hits[max(0, at - PHRASE + 1) : at + 1]) for at in range(len(words))]

@@ -26,7 +26,7 @@ _IN_WORDS = {"better": "lower than", "worse": "higher than", "unclear": "not cle
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, as a heading, and the figures behind it."""
+    """A heading that says what was found, and the figures behind it."""
 
     heading: str
     text: str

@@ -31,7 +31,7 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """How the tables' figures were computed."""
+    """Notes on how the tables' figures were computed."""
     several = len(comparison.seeds) > 1
     over = "users and seeds" if several else "users alone"
     seeds = f"Means over seeds {', '.join(map(str, comparison.seeds))}" if several else f"Seed {comparison.seeds[0]}"
@@ -49,11 +49,11 @@ def notes(comparison: Comparison) -> list[str]:
     tests = (
         f"Differences are paired: the same records{' and seeds' if several else ''}. p: over {over}, Holm's correction "
         f"over the arms. *: a clear difference, better or worse: p is below {1 - comparison.level:.2g} and the "
-        "interval excludes 0; bold: clearly better. Interval and p ask differently, so near 0 or with few users they "
-        "may disagree, and then nothing is marked."
+        "interval excludes 0; bold: clearly better. Near 0, or with few users, interval and p may disagree; then "
+        "nothing is marked."
     )
     if not several:
-        tests += " The marks are of these trained models; another seed may give others."
+        tests += " The marks hold for these trained models; another seed may give others."
     on_cpu = any(machine.get("device") == "cpu" for machine in comparison.machines)
     costs = (
         "Time: the training steps and the making of their batches, without evaluations and checkpoints. The first step "
