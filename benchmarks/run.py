@@ -8,8 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.measure import RESULTS, GateError, Options, Row, default_device, device_name, short_name, write_csv
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
 
 #: Modules with a function `run(options)`, imported on use because `step` needs transformers and `head` only torch.
 SUITES = {
@@ -34,7 +36,7 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
     parser.add_argument(
         "--budget", type=_positive(float), default=330.0, help="seconds per suite; fewer rounds run if time is short"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
     parser.add_argument("--csv", type=Path, help="the CSV file itself, with one --suite")
     return parser
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
     names = chosen.suite or sorted(SUITES)
     if chosen.csv and len(names) != 1:
         parser.error("--csv: expected exactly one --suite")
+    from benchmarks.measure import GateError, Options, default_device, write_csv  # imports torch
+
     code = 0
     for name in names:
         path = chosen.csv or chosen.out / file_name(name, chosen.device or default_device())
@@ -73,6 +77,8 @@ _PER_PROCESSOR = ("step",)
 
 def file_name(suite: str, device: str) -> str:
     """The CSV's name: `head.csv` for all CPUs, `step-cpu-amd-epyc.csv` for one, `head-nvidia-h200.csv` for a GPU."""
+    from benchmarks.measure import device_name, short_name
+
     if device != "cuda" and suite not in _PER_PROCESSOR:
         return f"{suite}.csv"
     slug = re.sub(r"[^a-z0-9]+", "-", short_name(device_name(device)).lower()).strip("-")

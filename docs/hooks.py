@@ -1,4 +1,4 @@
-"""Adds to the site's pages: the commands' flags, the tasks' measures, and links that stay inside the site.
+"""Adds to the site's pages: the commands' flags, the metrics, the tasks' metrics, and links that stay inside the site.
 
 mkdocs calls `on_page_markdown` for each page before it is rendered.
 """
@@ -21,7 +21,7 @@ from nextquill.cli.popi import SUBCOMMANDS
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.tasks import TASKS
 
-_COMMANDS_MARK, _TASKS_MARK = "<!-- commands -->", "<!-- tasks -->"
+_COMMANDS_MARK, _TASKS_MARK, _METRICS_MARK = "<!-- commands -->", "<!-- tasks -->", "<!-- metrics -->"
 #: The programs are on a page of their own; on GitHub the same links open the files.
 _EXAMPLE_LINK = re.compile(r"\]\((?:\.\./)+examples/(\w+)\.py\)")
 _TRAINING_ARGUMENTS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -35,7 +35,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     markdown = _EXAMPLE_LINK.sub(lambda found: f"]({up}examples.md#{found[1]}py)", markdown)
     if _COMMANDS_MARK in markdown:
         markdown = markdown.replace(_COMMANDS_MARK, "\n\n".join("\n".join(_command(name)) for name in commands()))
-    return markdown.replace(_TASKS_MARK, "\n".join(_tasks()))
+    return markdown.replace(_TASKS_MARK, "\n".join(_tasks())).replace(_METRICS_MARK, "\n".join(_metrics()))
+
+
+def _metrics() -> Iterator[str]:
+    """Every metric of texts with its label, its unit and its direction."""
+    yield from ("| name | label | unit | better |", "|---|---|---|---|")
+    ways = {True: "higher", False: "lower", None: "neither"}
+    for metric in METRICS.values():
+        yield f"| `{metric.name}` | {metric.label} | {metric.unit or '0 to 1'} | {ways[metric.higher_is_better]} |"
 
 
 def _tasks() -> Iterator[str]:

@@ -34,6 +34,7 @@ def main() -> None:
         args=args,
         train_dataset=EncodedDataset(encoder.encode_all(load_records(options.train_file))),
         processing_class=tokenizer,
+        encoder=encoder,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         loss=nq.NextQuillLoss(detach_counterfactual=True),
     )

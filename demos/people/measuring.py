@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 
-from nextquill.data import EncodedExample, PromptTemplate, Record, read_jsonl
+from nextquill.data import EncodedExample, HistoryItem, PromptTemplate, Record, read_jsonl
 from nextquill.errors import ArgumentError, naming
 from nextquill.evaluation.item_effects import leave_one_out
+from nextquill.evaluation.metrics.words import Span, copied, phrases
 from nextquill.evaluation.scoring import BranchScorer, pad_token, score_examples, token_texts
 from nextquill.generation.writer import Writer
 from nextquill.models.configs import default_max_length
@@ -246,19 +246,12 @@ def _answers(writer: Writer, records: Sequence[Record], recipe: PeopleRecipe, pr
     return found
 
 
-def copied(text: str, history: Sequence[str]) -> tuple[int, int]:
-    """How many of a text's word triples occur in one of the past texts, and how many it has."""
-    known = {triple for past in history for triple in _triples(past)}
-    triples = _triples(text)
-    return sum(triple in known for triple in triples), len(triples)
+def copied_from(text: str, history: Sequence[HistoryItem]) -> tuple[int, int, list[Span]]:
+    """How many of a text's word triples occur in one of the past texts, how many it has, and where the copies stand."""
+    return copied(text, {phrase for past in history for phrase in phrases(past.text)})
 
 
 def copied_share(texts: Sequence[tuple[str, Answer]], records: Sequence[Record]) -> float:
     """The share of word triples that stand in the writer's history."""
-    counts = [copied(text, [item.text for item in records[answer.index].history]) for text, answer in texts]
-    return sum(found for found, _ in counts) / max(1, sum(total for _, total in counts))
-
-
-def _triples(text: str) -> list[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return [tuple(words[at : at + 3]) for at in range(len(words) - 2)]
+    counts = [copied_from(text, records[answer.index].history) for text, answer in texts]
+    return sum(found for found, _, _ in counts) / max(1, sum(total for _, total, _ in counts))

@@ -20,7 +20,7 @@ from demos.people.measuring import (
     PeopleRecipe,
     ReadText,
     by_effect,
-    copied,
+    copied_from,
     copied_share,
     effect,
     measure,
@@ -32,9 +32,9 @@ from nextquill.data import Record
 from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.report.data import GeneratedText, LeftOutItem, Page, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.html import render_page
-from nextquill.report.numbers import with_interval
+from nextquill.report.numbers import in_words
 from nextquill.report.progress import Progress, phase_bars
-from nextquill.report.terminal import effect_legend, effect_text
+from nextquill.report.terminal import copied_legend, copied_text, effect_legend, effect_text
 from nextquill.storage.atomic_files import write_whole
 
 _PRINTED = 3
@@ -74,7 +74,7 @@ def run_demo(
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
-    _print(people, found, console or Console(highlight=False))
+    _print(people, found, records, console or Console(highlight=False))
     written = ", ".join(str(folder / name) for name in contents)
     (console or Console(highlight=False)).print(
         f"\nThe run took {time.perf_counter() - start:.0f} s. Written: {written}", soft_wrap=True
@@ -99,7 +99,7 @@ def _worth(people: People) -> tuple[str, str]:
     value, low, high = bootstrap_interval(gains, users)
     verdict = "The model reads who is writing" if low > 0 else "No clear use of a person's own history"
     figures = (
-        f"A word of a person's later texts is worth {with_interval(value, low, high, digits=2)} nats more under their "
+        f"A word of a person's later texts is worth {in_words(value, low, high, 'nats')} more under their "
         f"own history than under another person's (95% interval over {len(set(users))} people, {len(users)} texts). "
     )
     return verdict, figures + "The demo does not train the model."
@@ -188,7 +188,7 @@ def _answer_views(people: People, records: Sequence[Record]) -> list[ResponseVie
             [("Question", records[one.index].query), *((f"{each.user} wrote", each.own) for each in (one, two))],
             [],
             [
-                GeneratedText(f"as {each.user}, γ = {guidance}", text, _copied_note(text, records[each.index]))
+                _written(f"as {each.user}, γ = {guidance}", text, records[each.index])
                 for each in (one, two)
                 for guidance, text in each.written.items()
             ],
@@ -197,15 +197,16 @@ def _answer_views(people: People, records: Sequence[Record]) -> list[ResponseVie
     ]
 
 
-def _copied_note(text: str, record: Record) -> str:
-    found, total = copied(text, [item.text for item in record.history])
-    return f"{found} of {total} three-word sequences from the history" if total else ""
+def _written(label: str, text: str, record: Record) -> GeneratedText:
+    found, total, spans = copied_from(text, record.history)
+    note = f"{found} of {total} three-word sequences from the history" if total else ""
+    return GeneratedText(label, text, note, spans)
 
 
 # ---- terminal ---------------------------------------------------------------------------------------
 
 
-def _print(people: People, found: Sequence[tuple[str, str]], out: Console) -> None:
+def _print(people: People, found: Sequence[tuple[str, str]], records: Sequence[Record], out: Console) -> None:
     for heading, text in found:
         out.print(Text.assemble((heading, "bold"), "\n", text, "\n"))
     out.print(Text.assemble("Own history against another person's: ", effect_legend(), "\n"))
@@ -214,5 +215,8 @@ def _print(people: People, found: Sequence[tuple[str, str]], out: Console) -> No
     out.print()
     table = rich.table.Table("", *(f"γ = {guidance:g}" for guidance in GUIDANCES), title="One question, two people")
     for answer in people.answers[:2]:
-        table.add_row(answer.user, *map(Text, answer.written.values()))
+        history = records[answer.index].history
+        marked = (copied_text(text, copied_from(text, history)[2]) for text in answer.written.values())
+        table.add_row(answer.user, *marked)
     out.print(table)
+    out.print(copied_legend())

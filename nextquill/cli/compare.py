@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.evaluate import evaluation_options
+from nextquill.cli.evaluate import Measures, evaluation_options
 from nextquill.cli.evaluation_tables import warn_of_few
-from nextquill.cli.flags import check_positive, option
+from nextquill.cli.flags import UsageError, check_positive, option
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
-from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
-from nextquill.cli.parsing import UsageError, parse, refusals
+from nextquill.cli.options import BatchOptions, LoraOptions, LossComputation, PromptOptions, TrainModelOptions
+from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_inputs_stay
 from nextquill.cli.terminal import bar, duration, say
 from nextquill.cli.train import DEFAULTS, load, quieten
@@ -40,11 +40,13 @@ from nextquill.evaluation.identity import model_digest, records_digest
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.losses import SFTLoss
 from nextquill.models.loading import PromptSettings
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.tiny_models import is_new
 from nextquill.report.comparison.findings import find
 from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
 from nextquill.report.comparison.tables import notes, tables
+from nextquill.report.numbers import counted
 from nextquill.report.terminal import results_table
+from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
     "Train several losses from the same start on the same records in the same order, evaluate each, and report paired "
@@ -84,7 +86,7 @@ class CompareFiles:
 
 
 @dataclass
-class CompareOptions:
+class CompareOptions(LossComputation):
     """Comparison: the losses and how often each is trained."""
 
     arms: list[str] = option(f"Arms to train: {', '.join(ARMS)}.", list(ARMS), metavar="ARM")
@@ -96,35 +98,22 @@ class CompareOptions:
         "The arm whose training time sft_time is given.", DEFAULT_TIME_REFERENCE, metavar="ARM"
     )
     save_models: bool = option("Keep every trained model.", False)
-    reduction: str | None = option(
-        "Average over examples, over tokens, or as the published code over a micro-batch.", None,
-        choices=["sequence", "token", "micro_batch"],
-    )  # fmt: skip
-    chunk_bytes: int | None = option("Bytes of logits held at once.", None)
-    impl: str | None = option("Kernels that compute the losses.", None, choices=["auto", "triton", "native", "torch"])
 
     def loss_options(self) -> dict[str, Any]:
         """Arguments of every loss."""
-        names = ("reduction", "chunk_bytes", "impl")
+        names = [field.name for field in dataclasses.fields(LossComputation)]
         options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         SFTLoss(**options)  # refuses bad values before any work
         return options
 
 
 @dataclass
-class CompareEvaluation:
+class CompareEvaluation(Measures):
     """Evaluation: the same for every arm."""
 
-    task: str = option("A task of nextquill evaluate, which decides the measures of generated texts.", "text")
-    metrics: list[str] | None = option("Measures of generated texts, instead of the task's.", None, metavar="NAME")
-    generate: bool = option("Generate responses and score them; false: only NLLs and effects.", True)
     max_new_tokens: int = option("Most tokens of a generated response.", 128)
-    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
     eval_limit: int | None = option("Evaluate only on this many records, the first ones.", None)
-    item_effects: int = option("Records for which the effect of each history item is measured.", 0)
     report_examples: int = option("Responses on the page, coloured by effect, from the first seed.", 6)
-    level: float = option("Confidence level of the intervals.", 0.95)
-    resamples: int = option("Resamples of each interval and test.", 2000)
 
     def options(self, batches: BatchOptions, batch_size: int) -> EvaluationOptions:
         """These flags as the options of `evaluate_model`."""
@@ -147,7 +136,7 @@ FLAGS = {"names": "arms", "folder": "output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "seed": None, "learning_rate": None}
+    defaults = {**DEFAULTS, "seed": None}
     parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed
     from nextquill.cli.progress import shown
@@ -174,8 +163,8 @@ def run(arguments: Sequence[str]) -> int:
         return lora.apply(model, model_options.revision), tokenizer
 
     model, tokenizer, settings = loaded(options.seeds[0])
-    is_new = model_options.model in SCRATCH_SIZES
-    weights = None if is_new else model_digest(model)
+    new = is_new(model_options.model)
+    weights = None if new else model_digest(model)
     model = lora.apply(model, model_options.revision)
     check_optimizer(args, model)
     folder = Path(args.output_dir)
@@ -202,11 +191,19 @@ def run(arguments: Sequence[str]) -> int:
         arms=arms,
         seeds=options.seeds,
         start=start,
-        shares_start=not is_new,
+        shares_start=not new,
         args=args,
         settings=settings,
         evaluate=lambda model, tokenizer, settings, folder, name: evaluate_model(
-            model, tokenizer, records["eval"], settings, measured, folder, model_name=name, progress=_brief_bar
+            model,
+            tokenizer,
+            records["eval"],
+            settings,
+            measured,
+            folder,
+            model_name=name,
+            trained_users=trained_users(folder.parent),
+            progress=_brief_bar,
         ),
         attend=shown,
         loss_options=loss_options,
@@ -296,7 +293,8 @@ def heading(planned: PlannedRun, number: int, count: int, seconds: float | None)
 
 def outcome(record: RunRecord) -> str:
     """The steps and the time of a run."""
-    steps = "" if record.order is None and not record.steps else f"{record.steps} steps in {duration(record.seconds)}, "
+    took = f"{counted(record.steps, 'step')} in {duration(record.seconds)}, "
+    steps = "" if record.order is None and not record.steps else took
     return f"  {steps}{duration(record.wall_seconds)} in total"
 
 

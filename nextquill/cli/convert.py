@@ -219,10 +219,9 @@ def _parted(records: Iterable[Record], output: ConvertOutput) -> Iterator[tuple[
 
 
 def _check_together(rows: ConvertRows, output: ConvertOutput) -> None:
-    if not rows.skip_bad and rows.skipped_file is not None:
-        raise ArgumentError("skipped_file: expected --skip_bad with it; without, the first bad record is an error")
-    if not rows.skip_bad and rows.max_skipped != ConvertRows.max_skipped:
-        raise ArgumentError("max_skipped: expected --skip_bad with it; without, the first bad record is an error")
+    for name in ("skipped_file", "max_skipped"):
+        if not rows.skip_bad and getattr(rows, name) != getattr(ConvertRows, name):
+            raise ArgumentError(f"{name}: expected --skip_bad with it; without, the first bad record is an error")
     if not 0 < output.share < 0.5:
         raise ArgumentError(f"share: expected a share above 0 and below 0.5, as it is taken twice, got {output.share}")
     for name in ("share", "seed"):

@@ -15,7 +15,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from nextquill.cli.terminal import duration
-from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, TreeCollator, iter_jsonl
+from nextquill.data import EncodedDataset, EncodingStats, ExampleEncoder, TreeCollator
+from nextquill.data.records import iter_records
 from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import has_pair
@@ -145,7 +146,11 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
     shared = sum(part["num_tokens"] for batch in batches for part in TreeCollator((names,))(batch)["parts"])
     some = records[:: max(1, len(records) // MEASURED)][:MEASURED]
     times = _StageTimes()
-    few = dataclasses.replace(options, resamples=1, item_effects=min(options.item_effects, 1))
+    # A few records may be of one person, among whom no judge can choose, and are not those of another evaluation.
+    few = dataclasses.replace(
+        options, resamples=1, item_effects=min(options.item_effects, 1), metrics=None, judge_model=None,
+        prose_file=None, personal_from=None,
+    )  # fmt: skip
     reset_peak_memory()
     with TemporaryDirectory(prefix="nextquill-") as folder:
         evaluate_model(
@@ -169,20 +174,26 @@ def evaluation_rows(loaded: Any, options: EvaluationOptions, name: str) -> Rows:
             f"{shared:,}; {sum(data.num_branch_tokens(names)):,} without sharing; {len(names)} prompts each",
         ),
         ("texts", f"{texts:,}, at most {options.max_new_tokens} tokens each"),
-        ("time", f"about {duration(sum(seconds.values()))} from {len(some)} records ({parts})"),
+        ("time", f"about {duration(sum(seconds.values()))} from {len(some)} records ({parts}){_untimed(options)}"),
         ("peak memory", _memory(memory, loaded.model.device)),
         ("precision", _precision(loaded.model)),
         ("device", loaded.model.device),
     ]
 
 
+def _untimed(options: EvaluationOptions) -> str:
+    names = [name for name in ("judge_model", "prose_file") if getattr(options, name) is not None]
+    return f"; without {' and '.join(names)}" if names else ""
+
+
 def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:
     """Lengths and time of a preparation, from its first records."""
-    records = list(islice(iter_jsonl(options.records_file), PREPARED))
+    source = iter_records(options.records_file)
+    records = list(islice(source, PREPARED))
     began = time.perf_counter()
     data = EncodedDataset(encoder.encode_all(records, options.placebo, options.seed))
     seconds = (time.perf_counter() - began) / len(records)
-    total = sum(1 for _ in iter_jsonl(options.records_file)) if len(records) == PREPARED else len(records)
+    total = len(records) + sum(1 for _ in source)
     settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
     names = BRANCHES if options.placebo else BRANCHES[:2]
     tokens = sum(data.num_branch_tokens(names))

@@ -14,7 +14,7 @@ from nextquill.cli.evaluation_tables import print_differences, print_evaluation
 from nextquill.cli.flags import claim_output_file, dry_run_option, option
 from nextquill.cli.load_and_score import Loaded, check_files, eval_records
 from nextquill.cli.main import OK
-from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
+from nextquill.cli.options import DecodingOptions, ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say, say_skipped
 from nextquill.data import Record
@@ -25,10 +25,13 @@ from nextquill.evaluation.compare import compare_evaluations
 from nextquill.evaluation.identity import records_digest
 from nextquill.evaluation.metrics import METRICS
 from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.personal_tokens import read_marks
 from nextquill.evaluation.results import Evaluation, check_folder, read_evaluation, read_examples
 from nextquill.evaluation.tasks import TASKS
-from nextquill.generation import ENGINES, PLAUSIBILITY, check_engine
+from nextquill.evaluation.token_measures import TEMPERATURES
+from nextquill.generation import ENGINES, check_engine
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
     "Measure a model on records: the nll of the responses with the user's history, without it and under another "
@@ -39,8 +42,36 @@ DESCRIPTION = (
 
 
 @dataclass
+class Measures:
+    """Measures: what is taken of each record."""
+
+    task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
+    metrics: list[str] | None = option(
+        f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None, metavar="NAME ..."
+    )
+    generate: bool = option("Generate responses and score them; false: only NLLs and effects.", True)
+    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
+    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
+    level: float = option("Confidence level of the intervals.", 0.95)
+    resamples: int = option("Resamples of each interval.", 2000)
+
+
+@dataclass
+class EvaluateTexts(DecodingOptions):
+    """Texts: how they are generated."""
+
+    generate_branches: list[str] = option(
+        "Prompts to generate for: with history, without, with another user's.", ["factual"], choices=list(BRANCHES)
+    )
+    engine: str = option(
+        "Generate with shared prefixes (tree), with transformers' own generate (hf) or with vLLM; auto: tree where the "
+        "model allows it, else hf.", "auto", choices=list(ENGINES),
+    )  # fmt: skip
+
+
+@dataclass
 class EvaluateOptions:
-    """Measures and output."""
+    """Output: what is written, and the evaluation to compare with."""
 
     output_dir: str | None = option(
         "Write everything here: evaluation.json, examples.jsonl, effects.jsonl. report and --baseline read it.", None
@@ -51,48 +82,35 @@ class EvaluateOptions:
         "The --output_dir of another evaluation of the same records; paired differences to it are shown.", None,
         metavar="DIR",
     )  # fmt: skip
-    task: str = option("The records' task, which decides the measures of generated texts.", "text", choices=list(TASKS))
-    metrics: list[str] | None = option(
-        f"Measures of generated texts, instead of the task's: {', '.join(METRICS)}.", None
-    )
-    generate: bool = option("Generate responses and score them.", True)
-    generate_branches: list[str] = option(
-        "Prompts to generate for: with history, without, with another user's.", ["factual"], choices=list(BRANCHES)
-    )
-    max_new_tokens: int = option("Most tokens of a generated response.", 128)
-    generate_limit: int | None = option("Generate only for this many records, the first ones.", None)
-    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
-    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
-    engine: str = option(
-        "Generate with shared prefixes (tree), with transformers' own generate (hf) or with vLLM; auto: tree where the "
-        "model allows it, else hf.", "auto", choices=list(ENGINES),
+    judge_model: str | None = option(
+        "An untrained model that picks the author of every generated text among people, by likelihood.", None,
+        metavar="NAME",
     )  # fmt: skip
-    guidance: float = option(
-        "Strengthen the user's own history while generating: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt "
-        "that --guidance_against names. 0: off.", 0.0,
+    judge_candidates: int = option("People that it chooses from, the author included: 2 to 8; fewer cost less.", 8)
+    prose_file: str | None = option(
+        "Also measure the nll of this plain text, its first 20,000 tokens: what training has cost of other language.",
+        None, metavar="FILE",
     )  # fmt: skip
-    guidance_against: str = option(
-        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
-        choices=list(BRANCHES[1:]),
+    score_temperature: float | None = option(
+        f"Measure the nll at this temperature ({', '.join(f'{t:g}' for t in TEMPERATURES)}), chosen on other records; "
+        "by default at the best one of these records.", None,
     )  # fmt: skip
-    plausibility: float = option(
-        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
-    )
-    item_effects: int = option("Records for which every token's change is measured when a history item is left out.", 0)
-    level: float = option("Confidence level of the intervals.", 0.95)
-    resamples: int = option("Resamples of each interval.", 2000)
+    personal_from: str | None = option(
+        "The --output_dir of another evaluation of these records, such as the untrained model's. It decides which "
+        "tokens are personal, and nll and accuracy are shown for these and for the others.", None, metavar="DIR",
+    )  # fmt: skip
     skip_bad: bool = option("Leave out and count records that cannot be read.", False)
     dry_run: bool = dry_run_option()
 
 
-OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, EvaluateOptions)
+OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, Measures, EvaluateTexts, EvaluateOptions)
 FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_branches"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    model_options, files, prompt_options, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
+    model_options, files, prompt_options, measures, texts, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
     check_files(files)
-    measured = evaluation_options(**vars(files), **vars(options))
+    measured = evaluation_options(**vars(files), **vars(measures), **vars(texts), **vars(options))
     target = None
     if options.output_file is not None:
         target = claim_output_file(options.output_file, overwrite=options.overwrite)
@@ -106,6 +124,9 @@ def run(arguments: Sequence[str]) -> int:
         say_skipped(skipped)
     if options.baseline is not None:
         _check_baseline(Path(options.baseline), records)
+    if options.personal_from is not None:
+        with naming("personal_from"):
+            read_marks(Path(options.personal_from), records)
     loaded = Loaded(model_options, prompt_options, records)
     _say_prompts(loaded, options.baseline)
     if options.dry_run:
@@ -118,7 +139,10 @@ def run(arguments: Sequence[str]) -> int:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
         print_evaluation(evaluation)
         if options.baseline is not None:
-            _print_differences(Path(folder), Path(options.baseline), measured)
+            draws: dict[str, Any] = {name: getattr(measured, name) for name in ("level", "resamples", "seed")}
+            there = Path(options.baseline)
+            differences = compare_evaluations(Path(folder), there, **draws)
+            print_differences(differences, evaluation, read_evaluation(there), str(there))
     if kept is not None:
         print(f"Results: {kept}")
     if target is not None:
@@ -160,19 +184,13 @@ def _prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**lengths, **settings["template"]}
 
 
-def _print_differences(folder: Path, baseline: Path, options: EvaluationOptions) -> None:
-    draws: dict[str, Any] = {name: getattr(options, name) for name in ("level", "resamples", "seed")}
-    differences = compare_evaluations(folder, baseline, **draws)
-    print_differences(differences, read_evaluation(folder), read_evaluation(baseline), str(baseline))
-
-
 def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: str, kept: bool) -> Evaluation:
     from nextquill.evaluation.evaluate import evaluate_model
 
     try:
         return evaluate_model(
             loaded.model, loaded.tokenizer, loaded.records, loaded.settings, options, folder,
-            model_name=name, progress=bar,
+            model_name=name, trained_users=trained_users(name), progress=bar,
         )  # fmt: skip
     except KeyboardInterrupt:
         if kept:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.bootstrap import PairedResult
-from nextquill.evaluation.measures import COUNTS, place_of, text_metric
-from nextquill.evaluation.results import Evaluation, MetricValue
-from nextquill.report.numbers import p_value, with_interval
+from nextquill.evaluation.measures import NEW_USERS, PAIRS, TOKENS, place_of
+from nextquill.evaluation.results import Evaluation, MetricValue, unlike_settings
+from nextquill.report.headline import few_people
+from nextquill.report.numbers import counted, in_words, p_value
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HEADINGS = {"responses": "the records' responses", "pairs": "pairs", "texts": "generated texts"}
-#: Below this number of users, bootstrap intervals are clearly too narrow.
-ENOUGH_USERS = 20
+_HEADINGS = {
+    "responses": "the records' responses", "calibration": "calibration", "personal": "tokens of --personal_from",
+    "known": "known personal tokens", "pairs": "pairs", "texts": "generated texts", "prose": "general prose",
+}  # fmt: skip
 # With more columns than this, an interval goes below its value, to fit 80 characters.
 _MOST_BESIDE = 1
-# Settings that change no score, or only which scores there are.
-_IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
+# More columns than this take a table of their own.
+_MOST_COLUMNS = 3
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -28,35 +31,47 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for name, metric in evaluation.metrics.items():
         place = place_of(name)
         if place is not None:
-            label = f"{place.row} ({metric.unit})" if metric.unit and text_metric(name) else place.row
+            label = f"{place.row} ({metric.unit})" if metric.unit and place.table == "texts" else place.row
             tables.setdefault(place.table, {}).setdefault(label, {})[place.column] = metric
     for kind, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        table = new_table(_HEADINGS[kind], *columns)
-        between = " " if len(columns) <= _MOST_BESIDE else "\n"
-        for label, row in rows.items():
-            cells = [row.get(column) for column in columns]
-            table.add_row(label, *("" if m is None else with_interval(m.value, m.low, m.high, between) for m in cells))
-        show(table)
-    examples, users, tokens = (int(evaluation.metrics[name].value) for name in COUNTS)
-    show(f"{examples} examples of {users} user{'s' * (users != 1)}, {tokens} response tokens.")
+        found = list(dict.fromkeys(column for row in rows.values() for column in row))
+        for columns in (found[at : at + _MOST_COLUMNS] for at in range(0, len(found), _MOST_COLUMNS)):
+            table = new_table(_HEADINGS[kind], *columns)
+            gap = " " if len(columns) <= _MOST_BESIDE else "\n"
+            for label, row in rows.items():
+                cells = [row.get(column) for column in columns]
+                if any(cells):
+                    table.add_row(
+                        label, *("" if m is None else in_words(m.value, m.low, m.high, gap=gap) for m in cells)
+                    )
+            show(table)
+    counts = {name: int(metric.value) for name, metric in evaluation.metrics.items() if place_of(name) is None}
+    examples, users = counts["examples"], counts["users"]
+    new = f" ({counts[NEW_USERS]:,} never trained on)" if NEW_USERS in counts else ""
+    show(f"{counted(examples, 'example')} of {counted(users, 'user')}{new}, {counts[TOKENS]:,} response tokens.")
+    if PAIRS in counts:
+        show(f"{counted(counts[PAIRS], 'pair')} of a chosen and a rejected response.")
     if "texts" in tables:
-        texts = min(examples, evaluation.settings.get("generate_limit") or examples)
-        show(f"Texts were generated for {texts} of them. Their measures without a unit lie between 0 and 1.")
+        shown = min(examples, evaluation.settings.get("generate_limit") or examples)
+        texts = shown * len(evaluation.settings.get("generate_branches", BRANCHES[:1]))
+        show(f"{counted(texts, 'text')} generated, for {counted(shown, 'example')}.")
     show(f"[low, high]: {evaluation.level:.0%} intervals over users. NLLs and effects are in nats per token.")
+    if "prose" in tables:
+        show("The interval of general prose is over its windows of text, not over users.")
     show("Effect of the history: nll without it minus nll with it.")
     if evaluation.template.get("counterfactual") == "placebo":
         show("Without history: under another user's history, which these prompts put in its place.")
     if "effect_placebo" in evaluation.metrics:
         show("Effect against the placebo: nll with another user's history minus nll with the user's own.")
+    if "calibration" in tables and evaluation.settings.get("score_temperature") is None:
+        show("The best temperature is that of these records: --score_temperature takes one that others chose.")
     warn_of_few(users)
 
 
 def warn_of_few(users: int) -> None:
     """Print a warning where intervals over this number of users promise too much."""
-    if users < ENOUGH_USERS:
-        whose = "1 user has no interval" if users == 1 else f"{users} users are few: the intervals are too narrow"
-        show(f"Warning: {whose}. Evaluate at least {ENOUGH_USERS} users before you conclude anything.")
+    for text in few_people(users):
+        show(f"Warning: {text}")
 
 
 def print_differences(
@@ -67,7 +82,7 @@ def print_differences(
     for name, found in differences.items():
         if place_of(name) is not None:
             metric = evaluation.metrics[name]
-            bounded = with_interval(found.difference, found.low, found.high, sign="+", digits=3)
+            bounded = in_words(found.difference, found.low, found.high, sign="+")
             label = metric.label.replace(", generated with", " with").replace("mean of examples", "per example")
             table.add_row(label, bounded, p_value(found.p_value), _verdict(found, metric, evaluation.level))
     show(table)
@@ -77,11 +92,8 @@ def print_differences(
         f"baseline, if the interval excludes 0 and p is below {1 - evaluation.level:.2g}. Near 0, or with few users, "
         "the two may disagree, as they ask differently; then nothing is claimed."
     )
-    own, theirs = _comparable(evaluation), _comparable(baseline)
-    unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
-    if unlike:
-        named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
-        show(f"These settings differ too, and add to the differences: {named}.")
+    if unlike := unlike_settings(evaluation, baseline):
+        show(f"These settings differ too, and add to the differences: {unlike}.")
 
 
 def _verdict(found: PairedResult, metric: MetricValue, level: float) -> str:
@@ -91,13 +103,6 @@ def _verdict(found: PairedResult, metric: MetricValue, level: float) -> str:
     if metric.higher_is_better is None:
         return "higher" if found.difference > 0 else "lower"
     return "better" if (found.difference > 0) == metric.higher_is_better else "worse"
-
-
-def _comparable(evaluation: Evaluation) -> dict[str, Any]:
-    """The settings that decide the examples' scores."""
-    ignored = (*_IRRELEVANT, "template")
-    settings = {name: value for name, value in evaluation.settings.items() if name not in ignored}
-    return {**settings, **{f"template {name}": value for name, value in evaluation.template.items()}}
 
 
 def new_table(first: str, *others: str) -> Table:

@@ -8,7 +8,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from nextquill.errors import ArgumentError, OutputExistsError, RecordError
+from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
+
+
+class UsageError(NextQuillError, ValueError):
+    """A flag or a config key is wrong; nothing has been started."""
 
 
 def option(help: str, default: Any = dataclasses.MISSING, aliases: Sequence[str] = (), **metadata: Any) -> Any:
@@ -64,3 +68,29 @@ def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") 
     except (FileExistsError, NotADirectoryError) as error:
         raise OutputExistsError(f"{flag}: {target.parent} is a file") from error
     return target
+
+
+def read_config(path: str) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(f"--config: expected a mapping of flags in {path}, got {type(content).__name__}")
+    return content or {}
+
+
+def config_path(arguments: Sequence[str]) -> str | None:
+    path = None
+    for position, word in enumerate(arguments):
+        if word == "--config":
+            if position + 1 == len(arguments):
+                raise UsageError("--config: expected a file name")
+            path = arguments[position + 1]
+        elif word.startswith("--config="):
+            path = word.split("=", 1)[1]
+    return path

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from nextquill.cli.flags import check_file, claim_output_file, option
 from nextquill.cli.load_and_score import Loaded, read_records
 from nextquill.cli.main import OK
-from nextquill.cli.options import ModelOptions, PromptOptions
+from nextquill.cli.options import DecodingOptions, ModelOptions, PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
 from nextquill.data import HistoryItem, Record
-from nextquill.data.lines import json_lines
+from nextquill.data.lines import json_lines, parsed_json
 from nextquill.data.records import check_text
 from nextquill.errors import ArgumentError, RecordError, naming
-from nextquill.generation import PLAUSIBILITY, GenerationOptions
+from nextquill.generation import GenerationOptions
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -82,23 +82,9 @@ class HistoryOptions:
 
 
 @dataclass
-class WritingOptions:
+class WritingOptions(DecodingOptions):
     """Writing: how the next token is chosen."""
 
-    guidance: float = option(
-        "Strengthen the user's own history: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt that "
-        "--guidance_against names. 0: off; 0.5 is a start.", 0.0,
-    )  # fmt: skip
-    guidance_against: str = option(
-        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
-        choices=["counterfactual", "placebo"],
-    )  # fmt: skip
-    plausibility: float = option(
-        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
-    )
-    max_new_tokens: int = option("Most tokens of a response.", 128)
-    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
-    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
     seed: int = option("Of the samples.", 0)
     batch_size: int = option("Queries at a time.", 8)
     engine: str = option(
@@ -275,15 +261,8 @@ def _texts(path: str) -> tuple[HistoryItem, ...]:
     from nextquill.generation.writer import history_items
 
     if path == "-":
-        lines = [(f"standard input line {number}", line) for number, line in enumerate(sys.stdin, 1)]
-        raw = [_parsed(where, line) for where, line in lines if line.strip()]
+        lines = ((number, line) for number, line in enumerate(sys.stdin, 1) if line.strip())
+        raw: list[Any] = [parsed_json(f"standard input line {number}", line) for number, line in lines]
     else:
         raw = [value for _, value in json_lines(path)]
     return history_items(raw)
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise RecordError(f"{where}: expected a JSON string or object: {error}") from error

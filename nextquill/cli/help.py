@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import shutil
 from collections.abc import Collection
@@ -30,6 +31,7 @@ def help_text(parser: Any, required: Collection[str]) -> str:
     formatter.add_text(parser.description)
     for kind in parser.dataclass_types:
         names = [field.name for field in dataclasses.fields(kind) if field.init]
+        names.sort(key=inspect.get_annotations(kind).__contains__, reverse=True)  # before those it inherits
         for name in ("output_dir", "learning_rate"):
             if hasattr(kind, name.upper()):
                 actions[name].help = getattr(kind, name.upper())

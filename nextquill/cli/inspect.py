@@ -20,7 +20,8 @@ from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
 from nextquill.models.gguf import gguf_arguments
 from nextquill.models.loading import PromptSettings, find_tokenizer
-from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, training_texts
+from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, is_new, training_texts
+from nextquill.report.numbers import counted
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample, ExampleEncoder
@@ -127,7 +128,7 @@ def choose(records: Sequence[Record], files: InspectFiles) -> list[int]:
 
 def prepare(name: str, prompt_options: PromptOptions, records: Sequence[Record]) -> tuple[Any, PromptSettings]:
     """The tokenizer, and the prompt settings that train would use."""
-    if name in SCRATCH_SIZES:
+    if is_new(name):
         from nextquill.cli.train import SCRATCH_MAX_LENGTH
 
         tokenizer = build_tokenizer(training_texts(records), SCRATCH_SIZES[name].vocabulary)
@@ -231,7 +232,7 @@ def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, 
                 meaning = "under another user's history only"
             if tokens:
                 line("")
-                line(f"{mark} {meaning}: {_count(len(tokens), 'token')}", "bold")
+                line(f"{mark} {meaning}: {counted(len(tokens), 'token')}", "bold")
             for text in _lines(tokens, max_shown, max(20, console.width) - 2):
                 line(f"{mark} {text}", style)
         line("")
@@ -245,23 +246,23 @@ def _heading(each: Inspected, otherwise: str) -> Iterator[str]:
     factual, counterfactual = example.factual, example.counterfactual
     sizes = f"{factual.prompt_length} tokens, {otherwise} {counterfactual.prompt_length}"
     yield f"  prompt with history {sizes}, response {factual.response_length}"
-    yield f"  {example.history_kept} of {_count(example.history_total, 'history item')} in the prompt"
+    yield f"  {example.history_kept} of {counted(example.history_total, 'history item')} in the prompt"
     for text, size in each.dropped[:_DROPPED_SHOWN]:
         yield f"    dropped {size:6d} tokens: {_excerpt(text, 50)}"
     if len(each.dropped) > _DROPPED_SHOWN:
         rest = each.dropped[_DROPPED_SHOWN:]
-        yield f"    dropped {sum(size for _, size in rest):6d} tokens: {_count(len(rest), 'more item')}"
+        yield f"    dropped {sum(size for _, size in rest):6d} tokens: {counted(len(rest), 'more item')}"
 
 
 def _summary(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder) -> Iterator[str]:
     yield (
-        f"{_count(len(found), 'record')}, {_count(len(tree.branch_rows), 'branch', 'branches')}: "
+        f"{counted(len(found), 'record')}, {counted(len(tree.branch_rows), 'branch', 'branches')}: "
         f"{tree.num_branch_tokens} tokens apart, {len(tree)} in one row, sharing factor {tree.sharing_factor:.2f}"
     )
     changed = encoder.renderer.user_text.changed
     if changed:
         yield (
-            f"{_count(changed, 'text')} contained a control token or a line like those of the prompt, now split or "
+            f"{counted(changed, 'text')} contained a control token or a line like those of the prompt, now split or "
             "quoted"
         )
 
@@ -307,7 +308,3 @@ def _visible(token: str) -> str:
 def _excerpt(text: str, length: int) -> str:
     words = " ".join(text.split())
     return words if len(words) <= length else f"{words[: length - 3]}..."
-
-
-def _count(number: int, one: str, more: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else more or one + 's'}"

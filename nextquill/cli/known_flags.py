@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from nextquill.cli.flags import config_path, read_config
+
 #: What other tools call a flag. Where a name stands twice, the first flag that the command has is meant.
 _ELSEWHERE = {
     "dtype": "precision torch_dtype",
@@ -57,9 +59,9 @@ def unknown_flag(word: str, known: Mapping[str, str]) -> str:
 
 
 def refused(module: str, words: Sequence[str]) -> str | None:
-    """The message on the first word that is no flag of the command in `module`; None where argparse has to decide.
+    """The message on the first word, or key of --config, that is no flag of the command in `module`.
 
-    A word with a space is a value, and a negative number too.
+    None where argparse has to decide. A word with a space is a value, and a negative number too.
     """
     flags = [word for word in words if re.match(r"--?[A-Za-z]", word) and " " not in word]
     if not flags or {"-h", "--help"} & set(flags):
@@ -67,6 +69,14 @@ def refused(module: str, words: Sequence[str]) -> str | None:
     known = known_flags(module)
     if not known:
         return None
+    wrong, path = _first_unknown(flags, known), config_path(words)
+    if wrong or path is None:
+        return wrong
+    wrong = _first_unknown([f"--{key}" for key in read_config(path)], known)
+    return wrong and f"--config: {path}: {wrong}"
+
+
+def _first_unknown(flags: Sequence[str], known: Mapping[str, str]) -> str | None:
     names = ((word, word.split("=", 1)[0][2:].replace("-", "_")) for word in flags)
     wrong = (word for word, name in names if not word.startswith("--") or name.removeprefix("no_") not in known)
     return next((unknown_flag(word, known) for word in wrong), None)

@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(commands)}"
         return _fail(f"unknown command {command!r}; {hint}", USAGE)
     arguments, debug = _take_debug(rest)
-    if wrong := refused(_module(command), arguments):
-        return _fail(f"{wrong}; see nextquill {command} --help", USAGE)
     try:
+        if wrong := refused(_module(command), arguments):
+            return _fail(f"{wrong}; see nextquill {command} --help", USAGE)
         return _run(command, arguments, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

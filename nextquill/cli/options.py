@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from nextquill.cli.flags import check_positive, check_token_budget, dry_run_option, option
 from nextquill.cli.terminal import say
 from nextquill.data import PromptTemplate
+from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, naming
+from nextquill.generation import PLAUSIBILITY
 from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
-from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_prompt_settings
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.loading import PROMPT_FILE, Loading, PromptSettings, load_prompt_settings
+from nextquill.models.tiny_models import is_new
 
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss
@@ -50,7 +52,12 @@ class ModelOptions:
 
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_model` except the name."""
-        return {name: value for name, value in vars(self).items() if name != "model"}
+        names = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "model"]
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raise ArgumentError for flags that do not go together, or with the model."""
+        Loading(**self.loading()).check(self.model)
 
 
 @dataclass
@@ -123,7 +130,7 @@ class PromptOptions:
     def stored(self, model: str) -> PromptSettings | None:
         """The settings in the folder of --prompt_from, or else in that of the model; None if it has none."""
         if self.prompt_from is None:
-            return None if model in SCRATCH_SIZES else load_prompt_settings(model)
+            return None if is_new(model) else load_prompt_settings(model)
         with naming("prompt_from"):
             stored = load_prompt_settings(self.prompt_from)
         if stored is None:
@@ -175,7 +182,22 @@ def _read_template(path: str) -> str:
 
 
 @dataclass
-class LossOptions:
+class LossComputation:
+    """Loss: how it is averaged and computed."""
+
+    reduction: str | None = option(
+        "Average over examples, over tokens, or as the published code over a micro-batch.", None,
+        choices=["sequence", "token", "micro_batch"],
+    )  # fmt: skip
+    chunk_bytes: int | None = option("Bytes of logits held at once.", None)
+    impl: str | None = option(
+        "Kernels that compute the loss (auto: the best on the device).", None,
+        choices=["auto", "triton", "native", "torch"],
+    )  # fmt: skip
+
+
+@dataclass
+class LossOptions(LossComputation):
     """Loss: the objective. Values in brackets are the published ones, which are the defaults."""
 
     loss: str = option(
@@ -196,15 +218,6 @@ class LossOptions:
     )
     min_weight: float | None = option("perce: smallest weight (0.8).", None)
     max_weight: float | None = option("perce, longce: largest weight (5.0).", None)
-    reduction: str | None = option(
-        "Average over examples, over tokens, or as the published code over a micro-batch.", None,
-        choices=["sequence", "token", "micro_batch"],
-    )  # fmt: skip
-    chunk_bytes: int | None = option("Bytes of logits held at once.", None)
-    impl: str | None = option(
-        "Kernels that compute the loss (auto: the best on the device).", None,
-        choices=["auto", "triton", "native", "torch"],
-    )  # fmt: skip
 
     def build(self) -> PairLoss:
         """The loss these flags describe; a flag that it does not have is an error."""
@@ -256,16 +269,57 @@ LORA_LEARNING_RATE = 2e-4
 
 
 @dataclass
-class LoraOptions:
+class AdapterOptions:
     """LoRA: adapters instead of the whole model."""
 
     LEARNING_RATE = f"The first learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} with --lora_r)."
-    lora_r: int | None = option("Rank of the adapters; given, only they are trained.", None)
+    lora_r: int | None = None  # each command's own option
     lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
-    lora_dropout: float = option("Dropout inside the adapters.", 0.0)
     lora_target_modules: list[str] | None = option(
         "Names of the modules that get adapters (all linear layers except the head).", None
     )
+
+    def set_learning_rate(self, args: Any) -> None:
+        """Fill in the learning rate where none was given, and say it if it is that of adapters."""
+        if args.learning_rate is None:
+            args.learning_rate = LORA_LEARNING_RATE if self.lora_r else 5e-5
+            if self.lora_r and args.process_index == 0:
+                say(f"learning rate {args.learning_rate:g}, the default for adapters; --learning_rate sets another")
+
+    def config(self, **more: Any) -> Any:
+        """PEFT's config of the adapters."""
+        from peft import LoraConfig
+
+        assert self.lora_r
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha or 2 * self.lora_r,
+            target_modules=self.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+            **more,
+        )
+
+    def apply(self, model: Any, revision: str | None = None) -> Any:
+        """Wrap the model in adapters where there is a rank; they name the revision of their base."""
+        if not self.lora_r:
+            if getattr(model, "is_quantized", False) and not is_adapter(model):
+                raise ArgumentError("lora_r: expected one for a quantised model, whose own weights cannot be trained")
+            return model
+        from peft import get_peft_model
+
+        config = self.config(revision=revision)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ArgumentError(f"lora_target_modules: {error}") from error
+
+
+@dataclass
+class LoraOptions(AdapterOptions):
+    """LoRA: adapters instead of the whole model."""
+
+    lora_r: int | None = option("Rank of the adapters; given, only they are trained.", None)
+    lora_dropout: float = option("Dropout inside the adapters.", 0.0)
 
     def check(self, model_name: str) -> None:
         """Raise ArgumentError for flags that do not go together."""
@@ -277,51 +331,39 @@ class LoraOptions:
         check_positive(self, ("lora_r", "lora_alpha"))
         if not 0 <= self.lora_dropout < 1:
             raise ArgumentError(f"lora_dropout: expected a probability below 1, got {self.lora_dropout}")
-        if model_name in SCRATCH_SIZES:
+        if is_new(model_name):
             raise ArgumentError(
                 f"lora_r: a new {model_name!r} model has no trained weights to adapt; train the whole model, then "
                 "adapt its folder"
             )
 
-    def set_learning_rate(self, args: Any) -> None:
-        """Fill in the learning rate where none was given, and say it if it is that of adapters."""
-        if args.learning_rate is None:
-            args.learning_rate = 5e-5 if self.lora_r is None else LORA_LEARNING_RATE
-            if self.lora_r is not None and args.process_index == 0:
-                say(f"learning rate {args.learning_rate:g}, the default with --lora_r; --learning_rate sets another")
+    def config(self, **more: Any) -> Any:
+        return super().config(lora_dropout=self.lora_dropout, **more)
 
     def apply(self, model: Any, revision: str | None = None) -> Any:
-        """Wrap the model in adapters where a rank was given; they name the revision of their base."""
-        if self.lora_r is None:
-            if getattr(model, "is_quantized", False) and not is_adapter(model):
-                raise ArgumentError("lora_r: expected one for a quantised model, whose own weights cannot be trained")
-            return model
-        if is_adapter(model):
+        if self.lora_r is not None and is_adapter(model):
             raise ArgumentError("lora_r: the model already has an adapter, which is trained; leave --lora_r out")
-        return adapted(model, lora_config(self, lora_dropout=self.lora_dropout, revision=revision))
+        return super().apply(model, revision)
 
 
-def lora_config(options: Any, **more: Any) -> Any:
-    """PEFT's config of the adapters that the flags --lora_* describe."""
-    from peft import LoraConfig
+@dataclass
+class DecodingOptions:
+    """Decoding: how the next token is chosen."""
 
-    return LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha or 2 * options.lora_r,
-        target_modules=options.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-        **more,
+    guidance: float = option(
+        "Strengthen the user's own history: log p1 + NUMBER · (log p1 - log p0), p0 from the prompt that "
+        "--guidance_against names. 0: off; 0.5 is a start.", 0.0,
+    )  # fmt: skip
+    guidance_against: str = option(
+        "Without history (counterfactual), or with another user's (placebo).", "counterfactual",
+        choices=list(BRANCHES[1:]),
+    )  # fmt: skip
+    plausibility: float = option(
+        "With --guidance, leave only tokens with at least this share of the largest probability.", PLAUSIBILITY
     )
-
-
-def adapted(model: Any, config: Any) -> Any:
-    """The model in new adapters."""
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ArgumentError(f"lora_target_modules: {error}") from error
+    max_new_tokens: int = option("Most tokens of a response.", 128)
+    temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
+    top_p: float = option("Sample from the most likely tokens with this share of the probability.", 1.0)
 
 
 @dataclass

@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from nextquill.cli.flags import UsageError, config_path, read_config
 from nextquill.cli.help import help_text
 from nextquill.cli.known_flags import unknown_flag
 from nextquill.errors import NextQuillError
@@ -27,10 +27,6 @@ _BARE_MEANS_TRUE = ("resume_from_checkpoint",)
 REFUSALS = (ValueError, TypeError, ImportError, RuntimeError)
 #: The same, with the errors of their lookups by name and of their dataclasses.
 WIDE_REFUSALS = (*REFUSALS, KeyError, IndexError, AttributeError)
-
-
-class UsageError(NextQuillError, ValueError):
-    """A flag or a config key is wrong; nothing has been started."""
 
 
 class Parser(HfArgumentParser):
@@ -148,11 +144,11 @@ def _check_json(name: str, value: Any) -> None:
 
 def _config_words(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """The config file's keys as flags, so that they are checked and converted like flags."""
-    path = _config_path(arguments)
+    path = config_path(arguments)
     if path is None:
         return []
     flags, words = parser.flags(), list[str]()
-    for key, value in _read_yaml(path).items():
+    for key, value in read_config(path).items():
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
             raise UsageError(f"--config: {path}: {parser.unknown_message(flag)}")
@@ -165,32 +161,6 @@ def _config_words(parser: Parser, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"--config: {path}: {error}") from error
         words += found
     return words
-
-
-def _read_yaml(path: str) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config: {path} is not YAML: {one_line(error)}") from error
-    if content is not None and not isinstance(content, dict):
-        raise UsageError(f"--config: expected a mapping of flags in {path}, got {type(content).__name__}")
-    return content or {}
-
-
-def _config_path(arguments: Sequence[str]) -> str | None:
-    path = None
-    for position, word in enumerate(arguments):
-        if word == "--config":
-            if position + 1 == len(arguments):
-                raise UsageError("--config: expected a file name")
-            path = arguments[position + 1]
-        elif word.startswith("--config="):
-            path = word.split("=", 1)[1]
-    return path
 
 
 def _as_words(parser: Parser, action: argparse.Action, flag: str, value: Any) -> list[str]:

@@ -28,8 +28,9 @@ from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash, summarize
 from nextquill.popi.users import Draw
-from nextquill.report.numbers import number, p_value, with_interval
+from nextquill.report.numbers import counted, in_words, p_value
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.checkpoints import trained_users, user_digest
 
 if TYPE_CHECKING:
     from nextquill.popi.evaluation import PairEvaluation, PairMeasures
@@ -91,6 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
     from nextquill.popi.evaluation import PairEvaluation
 
+    models.check()
     options.check()
     shown.check()
     target = None
@@ -99,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         check_not_read(target, [*files.eval_file, *([] if files.summaries_file is None else [files.summaries_file])])
     config = read_settings(models.model)[0]
     held = shown.hold_out("eval_file", form.users("eval_file", files.eval_file), config)
-    _warn_of_trained(models.model, held.draws)
+    new_users = _new_users(models.model, held.draws)
     known = None if files.summaries_file is None else _read(files.summaries_file, held.draws)
     saved = loaded_run(models)
     _check_prompts(saved, held.draws, options, 0 if known else config.max_summary_tokens)
@@ -110,7 +112,7 @@ def run(arguments: Sequence[str]) -> int:
         summaries = _written(saved, held.draws, options.batch_size)
     generator = saved.roles.generator
     if options.reference_model is not None:
-        generator = generator.against(_loaded("reference_model", options.reference_model, models.dtype)[0])
+        generator = generator.against(_loaded("reference_model", options.reference_model, models)[0])
     if generator.is_what_it_was and not config.freeze_generator:
         say(
             "the folder lacks the generator before training, so the reference is the trained one without context; "
@@ -120,9 +122,10 @@ def run(arguments: Sequence[str]) -> int:
     evaluation = PairEvaluation(
         model=models.model,
         generator=measured(generator, saved.generator_prompts, sees=sees),
-        transfer={name: measured(*_untrained(name, saved, models.dtype), sees=False) for name in _others(options)},
+        transfer={name: measured(*_untrained(name, saved, models), sees=False) for name in _others(options)},
         empty_summaries=sum(not text.strip() for text in summaries.values()),
         left_out=held.left_out,
+        new_users=new_users,
         settings={
             "signals_per_user": shown.signals_per_user or config.signals_per_user,
             "max_pairs": shown.max_pairs,
@@ -157,16 +160,17 @@ def _read(path: str, draws: Sequence[Draw]) -> dict[str, Summary]:
     return {draw.user_id: known[draw.user_id] for draw in draws}
 
 
-def _warn_of_trained(folder: str, draws: Sequence[Draw]) -> None:
-    from nextquill.popi.saved_run import trained_users
-
-    trained = trained_users(folder)
-    both = [draw.user_id for draw in draws if draw.user_id in trained]
+def _new_users(folder: str, draws: Sequence[Draw]) -> int | None:
+    """The number of users who were in no training data, None if not known; warns of the others."""
+    if (trained := trained_users(folder)) is None:
+        return None
+    both = [draw.user_id for draw in draws if user_digest(draw.user_id) in trained]
     if both:
         say(
             f"{len(both)} of {len(draws)} users were trained on, if the same id is the same user, such as {both[0]!r}; "
             "their pairs are not held out"
         )
+    return len(draws) - len(both)
 
 
 def _warn_of_other_writers(known: Mapping[str, Summary], saved: SavedRun) -> None:
@@ -205,17 +209,17 @@ def _written(saved: SavedRun, draws: Sequence[Draw], batch_size: int) -> dict[st
     return {each.user_id: each.text for each in bar(written, total=len(draws), desc="Summarizing", unit=" users")}
 
 
-def _loaded(flag: str, name: str, dtype: str) -> tuple[Any, Any]:
+def _loaded(flag: str, name: str, models: PopiRunOptions) -> tuple[Any, Any]:
     with naming(flag, "model_name_or_path"):
-        model, tokenizer = load_model(name, dtype=dtype)
+        model, tokenizer = load_model(name, **models.loading())
     return model.to(device()), tokenizer
 
 
-def _untrained(name: str, saved: SavedRun, dtype: str) -> tuple[Role, GeneratorPrompts]:
+def _untrained(name: str, saved: SavedRun, models: PopiRunOptions) -> tuple[Role, GeneratorPrompts]:
     """A transfer model as a generator, which is its own reference."""
     from nextquill.popi.roles import GENERATOR, Role
 
-    model, tokenizer = _loaded("transfer_model", name, dtype)
+    model, tokenizer = _loaded("transfer_model", name, models)
     prompts = GeneratorPrompts(tokenizer, saved.templates, max_length=saved.config.max_length)
     return Role.untrained(GENERATOR, model, tokenizer), prompts
 
@@ -255,7 +259,9 @@ def _print(evaluation: PairEvaluation, level: float) -> None:
     _print_contexts(evaluation.model, found)
     for name, each in evaluation.transfer.items():
         _print_contexts(f"transfer: {name}", each)
-    show(f"{found.pairs} pairs of {found.users} users. [low, high]: {level:.0%} intervals over users.")
+    known = "" if evaluation.new_users is None else f" ({evaluation.new_users} never trained on)"
+    show(f"{counted(found.pairs, 'pair')} of {counted(found.users, 'user')}{known}.")
+    show(f"[low, high]: {level:.0%} intervals over users.")
     show("Accuracy: share of pairs with margin r above 0 (nats, against the reference); of log p: without reference.")
     if evaluation.transfer:
         show("A transfer model is its own reference: its r is the context's effect, and 0 without context.")
@@ -272,8 +278,8 @@ def _print_contexts(title: str, found: PairMeasures) -> None:
     table.columns[0].no_wrap = True
     table.padding, table.pad_edge = (0, 1, 0, 0), False  # 80 characters hold three intervals with two digits before
     for name, each in found.contexts.items():
-        cells = [with_interval(*each.measures[column], "\n", digits=3) for column in _HEADINGS]
-        table.add_row(name, *cells, number(each.measures["loss"].value), f"{each.context_tokens:.1f}")
+        cells = [in_words(*each.measures[column], gap="\n") for column in _HEADINGS]
+        table.add_row(name, *cells, in_words(each.measures["loss"].value), f"{each.context_tokens:.1f}")
     show(title)
     show(table)
     if not found.differences:
@@ -282,7 +288,7 @@ def _print_contexts(title: str, found: PairMeasures) -> None:
     for name, differences in found.differences.items():
         cells = []
         for result in (differences["accuracy"], differences["margin"]):
-            cells.append(with_interval(result.difference, result.low, result.high, "\n", sign="+", digits=3))
+            cells.append(in_words(result.difference, result.low, result.high, sign="+", gap="\n"))
             cells.append(p_value(result.p_value))
         table.add_row(f"summary - {name}", *cells)
     show(table)

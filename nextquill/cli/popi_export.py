@@ -15,6 +15,7 @@ from nextquill.data.records import check_text, check_user_id
 from nextquill.errors import RecordError, naming
 from nextquill.popi.export import FORMATS, Query, write_export
 from nextquill.popi.summaries import Summary, SummaryFile
+from nextquill.report.numbers import counted
 
 DESCRIPTION = (
     "Write a prompt for every query: chat messages with the user's summary in the system message, or the plain text "
@@ -54,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         queries = list(_queries(options.queries_file, known))
         count = write_export(target, queries, format=options.format, templates=templates)
     bare = [query.user_id for query in queries if not (query.summary or "").strip()]
-    say(f"{target}: {count} prompt{'' if count == 1 else 's'}")
+    say(f"{target}: {counted(count, 'prompt')}")
     if bare:
         say(f"{len(bare)} of them without a summary, such as that of {bare[0]!r}")
     return OK

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import device, quieten_transformers
-from nextquill.cli.options import PRECISIONS
+from nextquill.cli.options import ModelOptions
 from nextquill.cli.terminal import say
 from nextquill.data import Record, load_records
 from nextquill.data.loaders import FORMATS, load
@@ -29,13 +29,12 @@ RECORDS = "records"
 
 
 @dataclass
-class PopiRunOptions:
+class PopiRunOptions(ModelOptions):
     """Models: the trained run."""
 
     model: str = option(
         "The output folder of popi train, or a checkpoint in it.", aliases=["model_name_or_path"], metavar="DIR"
     )
-    dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
 
 
 @dataclass
@@ -101,7 +100,7 @@ def loaded_run(options: PopiRunOptions) -> SavedRun:
 
     quieten_transformers()
     with naming("model", "model_name_or_path"):
-        run = SavedRun(options.model, dtype=options.dtype)
+        run = SavedRun(options.model, **options.loading())
     run.roles.to(device())
     return run
 

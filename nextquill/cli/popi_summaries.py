@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nextquill.cli.flags import check_file, option
+from nextquill.cli.flags import UsageError, check_file, option
 from nextquill.cli.main import OK
-from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import say
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.summaries import Summary, SummaryFile

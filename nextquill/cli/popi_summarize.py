@@ -65,6 +65,7 @@ OPTIONS = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummari
 
 def run(arguments: Sequence[str]) -> int:
     models, files, form, shown, options = parse("popi summarize", DESCRIPTION, OPTIONS, arguments)
+    models.check()
     options.check()
     shown.check()
     if shown.max_pairs is not None and not options.held_out:

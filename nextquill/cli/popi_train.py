@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.flags import check_token_budget, dry_run_option, option
+from nextquill.cli.flags import UsageError, check_token_budget, dry_run_option, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import PRECISIONS, adapted, attention_option, lora_config
-from nextquill.cli.parsing import UsageError, parse, refusals
+from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, ModelOptions, attention_option
+from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
-from nextquill.cli.train import DEFAULTS, quieten, say, train, trial
+from nextquill.cli.train import DEFAULTS, quieten, say, train, trainable, trial
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import load_model
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.tiny_models import is_new
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import PopiTemplates
 from nextquill.popi.roles import INFERENCE, check_roles
@@ -42,31 +42,29 @@ METRICS = ("accuracy", "margin", "loss")
 
 
 @dataclass
-class PopiModelOptions:
+class PopiModelOptions(ModelOptions):
     """Models: one for both roles, or one for each."""
 
-    model: str | None = option(
-        "One model for both roles: a folder, a name on the Hugging Face hub, or 'tiny' / 'small' to build a model and "
-        "its tokenizer from the training text.", None, ["model_name_or_path"], metavar="MODEL",
+    model: str = option(
+        "One model for both roles: a folder, a .gguf file, a name on the Hugging Face hub, or 'tiny' / 'small' to "
+        "build a model and its tokenizer from the training text.", "", ["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
     inference_model: str | None = option("Instead: the model that writes summaries.", None, metavar="MODEL")
     generator_model: str | None = option("With --inference_model: the model that reads them.", None, metavar="MODEL")
-    dtype: str = option("Precision of the weights; 'auto': as stored.", "auto", choices=PRECISIONS)
 
     @property
     def names(self) -> dict[str, str]:
         """The given models, by the name of POPITrainer's argument."""
-        given = {
-            "model": self.model,
-            "inference_model": self.inference_model,
-            "generator_model": self.generator_model,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+        names = ("model", "inference_model", "generator_model")
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def check(self) -> None:
         """Raise UsageError unless there is one model, or one for each role."""
         if set(self.names) not in ({"model"}, {"inference_model", "generator_model"}):
             raise UsageError("expected --model, or --inference_model and --generator_model together")
+        if self.revision is not None and not self.model:
+            raise UsageError("revision: expected one --model with it, as each model has revisions of its own")
+        super().check()
 
 
 @dataclass
@@ -96,14 +94,11 @@ class PopiPromptOptions:
 
 
 @dataclass
-class PopiLoraOptions:
+class PopiLoraOptions(AdapterOptions):
     """LoRA: the adapters of both roles."""
 
+    LEARNING_RATE = f"The first learning rate (default: {LORA_LEARNING_RATE:g}; 5e-5 with --lora_r 0)."
     lora_r: int = option("Rank of the adapters; 0, with a model for each role, trains whole models.", 16)
-    lora_alpha: int | None = option("Scale of the adapters (2 · lora_r).", None)
-    lora_target_modules: list[str] | None = option(
-        "Names of the modules that get adapters (all linear layers except the head).", None
-    )
 
     def check(self, models: Mapping[str, str]) -> None:
         """Raise ArgumentError for flags that do not fit each other or the models."""
@@ -113,7 +108,7 @@ class PopiLoraOptions:
             raise ArgumentError(f"lora_r: expected at least {least}, got {self.lora_r}")
         if self.lora_alpha is not None and self.lora_alpha < 1:
             raise ArgumentError(f"lora_alpha: expected a positive number, got {self.lora_alpha}")
-        if not shared and self.lora_r and (new := [name for name in models.values() if name in SCRATCH_SIZES]):
+        if not shared and self.lora_r and (new := [name for name in models.values() if is_new(name)]):
             raise ArgumentError(f"lora_r: expected 0 with a new {new[0]!r} model for a role, got {self.lora_r}")
         for name in ("lora_alpha", "lora_target_modules"):
             if self.lora_r == 0 and getattr(self, name) is not None:
@@ -129,6 +124,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, config, prompts, lora, args = parsed
     models.check()
     lora.check(models.names)
+    lora.set_learning_rate(args)
     prompting = prompts.build()
     check_arguments(args, has_eval_file=files.eval_file is not None, metrics=METRICS)
     folder = Path(args.output_dir)
@@ -179,16 +175,16 @@ def _load(options: PopiModelOptions, lora: PopiLoraOptions, users: list[User], s
     result, tokenizers = dict[str, Any](), list[Any]()
     for name, given in options.names.items():
         with naming(name, "model_name_or_path"):
-            model, tokenizer = load_model(given, dtype=options.dtype, records=lambda: _as_records(users), seed=seed)
-        if name != "model" and lora.lora_r and not is_adapter(model):
-            model = adapted(model, lora_config(lora))
+            model, tokenizer = load_model(given, **options.loading(), records=lambda: _as_records(users), seed=seed)
+        if name != "model" and not is_adapter(model):
+            model = lora.apply(model)
         result[name] = model
         tokenizers.append(tokenizer)
     result["processing_class"] = tokenizers[0]
     if "model" not in result:
         result["generator_tokenizer"] = tokenizers[1]
     elif not is_adapter(result["model"]):
-        result["peft_config"] = lora_config(lora)
+        result["peft_config"] = lora.config(revision=options.revision)
     return result
 
 
@@ -205,11 +201,11 @@ def _summary(trainer: POPITrainer, config: POPIConfig) -> str:
     """A report before training: users, pairs, and users left out."""
     assert trainer.train_users is not None
     pairs = sum(len(user.pairs) for user in trainer.train_users.users)
-    size = sum(p.numel() for role in trainer.roles for p in role.parameters()) / 1e6
+    size = trainable(p for role in trainer.roles for p in role.parameters())
     each = f"{config.group_size} summaries a user, {config.pairs_per_user} pairs, {config.signals_per_user} signals"
     lines = [
         f"{trainer.train_users}; {pairs} pairs",
-        f"{size:.1f}M trainable parameters, {config.objective} with {config.estimator}: at most {each}",
+        f"{size}, {config.objective} with {config.estimator}: at most {each}",
     ]
     if trainer.eval_users is not None:
         lines.append(f"evaluation: {trainer.eval_users}")

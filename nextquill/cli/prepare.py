@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextquill.cli.flags import check_file, dry_run_option, option
+from nextquill.cli.flags import UsageError, check_file, dry_run_option, option
 from nextquill.cli.inspect import prepare as load_prompts
 from nextquill.cli.load_and_score import history_notes, quieten_transformers
 from nextquill.cli.main import OK
 from nextquill.cli.options import PromptOptions
-from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
-from nextquill.data import iter_jsonl
+from nextquill.data.lines import HUB
+from nextquill.data.records import iter_records
 from nextquill.errors import BudgetError, RecordError, naming
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.tiny_models import is_new
 
 if TYPE_CHECKING:
     from nextquill.data import ExampleEncoder, PreparedDataset
@@ -35,7 +36,9 @@ _SHOWN = 10
 class PrepareOptions:
     """Output: what is read and written; no weights are loaded."""
 
-    records_file: str = option("Records, JSONL, plain or gzipped.", aliases=["train_file", "eval_file"], metavar="FILE")
+    records_file: str = option(
+        "Records, in the form that train takes.", aliases=["train_file", "eval_file"], metavar="FILE"
+    )
     model: str = option(
         "The source of the tokenizer and the prompt settings: a model folder, a folder with only a tokenizer, or a "
         "name on the Hugging Face hub.",
@@ -53,7 +56,7 @@ class PrepareOptions:
 
 
 OPTIONS = (PrepareOptions, PromptOptions)
-FLAGS = {"folder": "output_dir", "records": "records_file"}
+FLAGS = {"folder": "output_dir", "records": "records_file", "source": "records_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -61,19 +64,20 @@ def run(arguments: Sequence[str]) -> int:
     from nextquill.data import ExampleEncoder
 
     name = options.model
-    if name in SCRATCH_SIZES:
+    if is_new(name):
         raise UsageError(
             f"model: a new {name!r} model takes its tokenizer from the text when it is trained; give a "
             "model that has a tokenizer"
         )
-    check_file("records_file", options.records_file)
+    if not options.records_file.startswith(HUB):
+        check_file("records_file", options.records_file)
     quieten_transformers()
     tokenizer, settings = load_prompts(name, prompt_options, ())
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
     if options.dry_run:
         from nextquill.cli import dry_run
 
-        with naming("records_file"):
+        with naming("records_file", "source"):
             dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
         return OK
     prepared = _prepare(options, encoder)
@@ -89,7 +93,7 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
     with bar(total=_lines(options.records_file), desc="Preparing", unit=" records") as shown:
         try:
             return prepare(
-                iter_jsonl(options.records_file),
+                iter_records(options.records_file),
                 encoder,
                 options.output_dir,
                 progress=shown.update,
@@ -112,8 +116,8 @@ def _what_is_there(options: PrepareOptions) -> str:
 
 
 def _lines(path: str) -> int | None:
-    """The number of lines, for the bar; None where there is no terminal, or the file is compressed."""
-    if not sys.stderr.isatty() or path.endswith(".gz"):
+    """The number of lines, for the bar; None where there is no terminal, or the file is compressed or on the hub."""
+    if not sys.stderr.isatty() or path.endswith(".gz") or path.startswith(HUB):
         return None
     with Path(path).open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

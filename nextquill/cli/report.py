@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from nextquill.cli.flags import claim_output_file, option
+from nextquill.cli.flags import UsageError, claim_output_file, option
 from nextquill.cli.main import OK
-from nextquill.cli.parsing import UsageError, parse
+from nextquill.cli.parsing import parse
 from nextquill.errors import ArgumentError
 from nextquill.report.data import Page
 from nextquill.report.html import render_page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -26,7 +26,8 @@ from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
 from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model
-from nextquill.models.tiny_models import SCRATCH_SIZES
+from nextquill.models.tiny_models import is_new
+from nextquill.report.numbers import counted
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
@@ -40,7 +41,9 @@ DESCRIPTION = (
 )
 OPTIONS = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
 FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
+#: No learning rate, as `set_learning_rate` fills it in.
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
+DEFAULTS["learning_rate"] = None
 #: Length of prompt and response for a new model, whose whole context would be slow on a CPU.
 SCRATCH_MAX_LENGTH = 1024
 #: Characters of the query in the command that is recommended at the end.
@@ -50,8 +53,7 @@ Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
-    defaults = {**DEFAULTS, "learning_rate": None}
-    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
+    parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     model_options, files, prompt_options, loss_options, batches, lora, args = parsed
     loss = loss_options.build()
     lora.check(model_options.model)
@@ -117,7 +119,13 @@ def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
 
 def parameters(trainer: Any) -> str:
     """The number of trainable parameters in a report."""
-    return f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) / 1e6:.1f}M trainable parameters"
+    return trainable(p for p in trainer.model.parameters() if p.requires_grad)
+
+
+def trainable(parameters: Iterable[Any]) -> str:
+    """The number of these parameters in words, such as `4.9M trainable parameters`."""
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{f'{count / 1e6:.1f}M' if count >= 1e5 else f'{count:,}'} trainable parameters"
 
 
 def train(
@@ -191,7 +199,7 @@ def can_be_saved(trainer: Trainer) -> bool:
 
 def ending(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> str:
     """A report after training: steps, time, and what was written where."""
-    steps, log = f"{trainer.state.global_step} steps", trainer.state.log_history
+    steps, log = counted(trainer.state.global_step, "step"), trainer.state.log_history
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     time = "" if seconds is None else f" in {duration(seconds)}"
     kept = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.partition("-")[2]))
@@ -234,8 +242,8 @@ def load(
 ) -> tuple[Any, Any, PromptSettings]:
     """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
     name, prepared = model_options.model, isinstance(source, PreparedDataset)
-    is_new = name in SCRATCH_SIZES
-    if is_new and prepared:
+    new = is_new(name)
+    if new and prepared:
         raise ArgumentError(
             f"model: a new {name!r} model takes its tokenizer from the records' text, which a prepared "
             "--train_file does not hold; give the records, or the model that they were prepared for"
@@ -243,7 +251,7 @@ def load(
     records: Any = source  # for a new model, which has no prepared examples
     stored = prompt_options.stored(name)
     model, tokenizer = load_model(name, **model_options.loading(), records=lambda: records, seed=seed)
-    length = SCRATCH_MAX_LENGTH if is_new else default_max_length(model)
+    length = SCRATCH_MAX_LENGTH if new else default_max_length(model)
     if stored is None and isinstance(source, PreparedDataset):
         encoded_with = source.settings
         stored = PromptSettings(source.template, encoded_with["max_length"], encoded_with["max_response_length"])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from nextquill.cli.flags import check_positive
-from nextquill.cli.parsing import WIDE_REFUSALS, UsageError, refusals
+from nextquill.cli.flags import UsageError, check_positive
+from nextquill.cli.parsing import WIDE_REFUSALS, refusals
 from nextquill.errors import BackendUnavailableError
 from nextquill.training.meter import EVAL_COLUMNS
 

@@ -5,5 +5,3 @@ folder.py     a comparison's folder, and which of its runs are finished
 measuring.py  a run's time, memory and order of examples
 running.py    trains and evaluates one arm from one seed
 """
-
-from __future__ import annotations

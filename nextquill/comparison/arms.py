@@ -23,12 +23,9 @@ DEFAULT_TIME_REFERENCE = "nextquill_detached"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """One way of training, with its name on the command line and its label in tables.
 
     Args:
-        name: its name on the command line, and its folder's.
-        label: its name in tables.
-        kind: the class of its loss.
         arguments: the loss's arguments, without its defaults.
         learning_rate_factor: multiplies the learning rate of the comparison.
         matches_time: train for as long as a reference arm took, rather than for as many steps.
@@ -67,16 +64,10 @@ ARMS: Mapping[str, Arm] = {
 
 
 def choose_arms(names: Sequence[str], baseline: str, time_reference: str) -> list[Arm]:
-    """The named arms, in the order given.
+    """The named arms, in the order given; the others are compared with `baseline`, which is one of them.
 
-    Args:
-        names: names of `ARMS`, none twice.
-        baseline: one of `names`; the others are compared with it.
-        time_reference: the arm whose training time an arm with `matches_time` gets.
-
-    Raises:
-        ArgumentError: a name is unknown or given twice, the baseline is not among them, or an arm that matches
-            another's time lacks an arm that it needs for that.
+    ArgumentError if a name is unknown or given twice, the baseline is not among them, or an arm that matches another's
+    time lacks an arm that it needs for that.
     """
     if not names:
         raise ArgumentError("names: expected at least one, got none")

@@ -21,6 +21,7 @@ from typing import Any
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.json_files import first_difference
 from nextquill.storage.locks import try_lock
 
 SETTINGS_FILE = "nextquill_comparison.json"
@@ -70,11 +71,7 @@ def run_folder(folder: Path, arm: str, seed: int) -> Path:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run's folder; None if the run is not finished.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """The record in a run's folder, None if the run is not finished; CheckpointError if the file is damaged."""
     path = folder / RECORD_FILE
     if not path.is_file() or not (folder / EVALUATION_FOLDER / EVALUATION_FILE).is_file():
         return None
@@ -90,15 +87,9 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make sure that a comparison may use `folder`; nothing is changed yet.
+    """Check, before anything is changed, that a comparison with these settings (JSON, by flag) may use a folder.
 
-    Args:
-        folder: a new or empty folder, or that of a comparison with the same settings.
-        settings: the settings of all runs, by flag; JSON.
-        overwrite: replace an earlier comparison.
-
-    Raises:
-        OutputExistsError: it holds something else, or a comparison with another setting, which the message names.
+    OutputExistsError unless it is new, empty, or of a comparison with the same settings. `overwrite` allows others.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"folder: {folder} is a file")
@@ -113,29 +104,19 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
         saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise OutputExistsError(f"folder: {path} is damaged: {error}; choose another folder") from error
-    saved, given = _flat(saved), _flat(json.loads(json.dumps(dict(settings))))
-    for name in {**saved, **given}:
-        if saved.get(name) != given.get(name):
-            raise OutputExistsError(
-                f"folder: {folder} holds a comparison with another {name}: there {saved.get(name)!r}, here "
-                f"{given.get(name)!r}; choose another folder, or replace it with overwrite=True"
-            )
-
-
-def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings under one name each, such as "prompt template order"."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found
+    difference = first_difference(saved, json.loads(json.dumps(dict(settings))))
+    if difference is not None:
+        raise OutputExistsError(
+            f"folder: {folder} holds a comparison with another {difference}; choose another folder, or replace it with "
+            "overwrite=True"
+        )
 
 
 @contextmanager
 def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Claim `folder` for this comparison, and keep other processes out of it while the block runs.
 
-    Raises:
-        OutputExistsError: another process is comparing in it.
+    OutputExistsError if another process is comparing in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:

@@ -46,7 +46,7 @@ class RunMeter(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        self.peak_memory = _larger(self.peak_memory, peak_memory())
+        self.peak_memory = max(filter(None, (self.peak_memory, peak_memory())), default=None)
         noted = {name: value for name, value in vars(self).items() if name != "order_after" and name[0] != "_"}
         return {"args": {"order_after": self.order_after}, "attributes": noted}
 
@@ -71,8 +71,8 @@ class RunMeter(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step."""
         turns = (control.should_save, control.should_evaluate, control.should_log, control.should_training_stop)
-        if self._is_first or any(turns):
-            _wait_for_device()  # queued work belongs to this step, and must not count as the evaluation's
+        if (self._is_first or any(turns)) and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # queued work is this step's, and must not count as the evaluation's
         now = time.perf_counter()
         if self._is_first:
             self.first_seconds += now - self._since
@@ -89,7 +89,7 @@ class RunMeter(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the peak memory."""
-        self.peak_memory = _larger(self.peak_memory, peak_memory())
+        self.peak_memory = max(filter(None, (self.peak_memory, peak_memory())), default=None)
 
 
 class ComparedTrainer(NextQuillTrainer):
@@ -140,12 +140,3 @@ def machine() -> Mapping[str, Any]:
         return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     device = "cpu" if accelerator is None else accelerator.type
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def _larger(one: int | None, other: int | None) -> int | None:
-    return max((value for value in (one, other) if value is not None), default=None)

@@ -99,10 +99,9 @@ def planned_runs(setup: Setup) -> list[PlannedRun]:
 
 
 def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
-    """The record of a finished run, which need not be repeated; None if it is not finished.
+    """The record of a run that need not be repeated, None if it is not finished.
 
-    Raises:
-        CheckpointError: the folder holds another run, or a damaged one.
+    CheckpointError if the folder holds another run, or a damaged one.
     """
     folder = run_folder(setup.folder, planned.name, planned.seed)
     record = read_record(folder)
@@ -135,8 +134,7 @@ def remaining_seconds(done: Sequence[RunRecord], left: Sequence[PlannedRun]) -> 
 def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     """Make a run, or resume it; None if it was asked to stop, after a checkpoint.
 
-    Raises:
-        CheckpointError: the run started from other weights, or saw other examples, than the earlier runs of its seed.
+    CheckpointError if it started from other weights, or saw other examples, than the earlier runs of its seed.
     """
     from nextquill.comparison.measuring import machine
 
@@ -185,12 +183,8 @@ def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
 
         ratio = seconds of the reference / seconds of the arm at its own pace
 
-    Returns:
-        `reference`, its `seconds`, the `ratio`, `steps` = ceil(ratio · steps), over which the schedule is stretched,
-        and `order_after`, the steps at the arm's own pace.
-
-    Raises:
-        CheckpointError: one of these two runs is not finished.
+    The result has `reference`, its `seconds`, the `ratio`, `steps` = ceil(ratio · steps), over which the schedule is
+    stretched, and `order_after`, the steps at the arm's own pace. CheckpointError if one of these runs is not finished.
     """
     names = (setup.time_reference, own_pace(arm).name)
     reference, pace = (read_record(run_folder(setup.folder, name, seed)) for name in names)
@@ -207,11 +201,7 @@ def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def check_trainable(setup: Setup, model: Any, tokenizer: Any) -> None:
-    """Make the trainer of every arm once, so that a refusal is known before the first run.
-
-    Raises:
-        NextQuillError, ValueError, TypeError, ImportError, RuntimeError: as `NextQuillTrainer` and transformers do.
-    """
+    """Make the trainer of every arm once, so that a refusal by it or by transformers is known before the first run."""
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         for arm in setup.arms:
             _trainer(setup, arm, setup.seeds[0], Path(folder), model, tokenizer, None)

@@ -111,10 +111,7 @@ class ExampleEncoder:
             RecordError: the template cannot render the record.
             ArgumentError: `counterfactual_history` does not fit the template.
         """
-        (found,) = self._encode_jobs([(index, record, placebo_history, counterfactual_history)])
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return self._result(self._steps(index, record, placebo_history, counterfactual_history))
 
     def encode_prompt(
         self, query: str, history: Sequence[HistoryItem] = (), response_tokens: int = 0
@@ -144,10 +141,7 @@ class ExampleEncoder:
             room = self.max_length - response_tokens - len(start)
             return (yield from self._fit(_Fitting(query, bare, room, len(bare) / len(text)), history))
 
-        (found,) = self._run([steps()])
-        if isinstance(found, Exception):
-            raise found
-        prompt, kept = found
+        prompt, kept = self._result(steps())
         return list(start + prompt), kept
 
     def encode_all(
@@ -240,6 +234,12 @@ class ExampleEncoder:
     def _encode_jobs(self, jobs: Sequence[Job]) -> list[EncodedExample | Exception]:
         """The example of each job, or the error of its record."""
         return self._run([self._steps(*job) for job in jobs])
+
+    def _result(self, steps: Generator[list[str], list[Ids], Found]) -> Found:
+        (found,) = self._run([steps])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _run(self, jobs: Sequence[Generator[list[str], list[Ids], Found]]) -> list[Found | Exception]:
         """The result of each job, or its error; the texts that they ask for are tokenised together."""

@@ -121,7 +121,6 @@ class EncodingStats:
     """Counts of what encoding kept and dropped.
 
     Args:
-        examples: examples.
         history_items: history items of all records.
         history_items_dropped: history items that did not fit the budget.
         examples_truncated: examples that lost at least one item.
@@ -160,11 +159,7 @@ def encoding_stats(counts: Tensor) -> EncodingStats:
 
 
 class EncodedDataset(Dataset[EncodedExample]):
-    """Encoded examples as a map-style data set.
-
-    Args:
-        examples: the examples, in the order of the data set.
-    """
+    """Encoded examples as a map-style data set, in their order."""
 
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
         self.examples: Sequence[EncodedExample] = list(examples)

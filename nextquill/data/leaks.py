@@ -45,12 +45,7 @@ _CUT = "….[] "
 
 @dataclass(frozen=True)
 class Leak:
-    """One test record that training gives away.
-
-    Args:
-        kind: "answer", "itself", "user" or "time".
-        message: the records, and what they share.
-    """
+    """One test record that training gives away, with a message; the kind is "answer", "itself", "user" or "time"."""
 
     kind: str
     message: str

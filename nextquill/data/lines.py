@@ -18,6 +18,8 @@ from typing import BinaryIO, cast
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted, skip_or_raise
 from nextquill.errors import RecordError
 
+#: Begins the name of a data set of the Hugging Face hub.
+HUB = "hf://"
 #: The longest line that is read. Lines of the public data sets stay below a tenth of it.
 MAX_LINE_BYTES = 32 * 2**20
 _GZIP = b"\x1f\x8b"
@@ -43,10 +45,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def numbered_lines(
     path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield each line's number, from 1, and its bytes with the line break.
+    """Yield each line's number, from 1, and its bytes with the line break; RecordError if the file cannot be read.
 
-    Raises:
-        RecordError: the file cannot be read, or a line is too long and there is no `skipped` to count it.
+    A line that is too long is skipped, or raised without `skipped`.
     """
     with opened(path) as file:
         number = 0
@@ -68,11 +69,9 @@ def numbered_lines(
 def json_lines(
     path: str | os.PathLike[str], *, max_line_bytes: int = MAX_LINE_BYTES, skipped: SkippedRecords | None = None
 ) -> Iterator[tuple[str, object]]:
-    """The place and the value of each line of a JSONL file, without blank lines.
+    """The place and the value of each line of a JSONL file, without blank lines; RecordError if it cannot be read.
 
-    Raises:
-        RecordError: the file cannot be read; or a line is too long, not UTF-8 or not JSON, and there is no `skipped` to
-            count it.
+    A line that is too long, not UTF-8 or not JSON is skipped, or raised without `skipped`.
     """
     lines = numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
     texts = converted(((f"{os.fspath(path)} line {number}", line) for number, line in lines), decoded, skipped)

@@ -32,6 +32,7 @@ from nextquill.data.examples import Branch, EncodedDataset, EncodedExample, Enco
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
+from nextquill.storage.json_files import first_difference
 
 HEADER = "header.json"
 FORMAT = 1
@@ -111,7 +112,8 @@ class PreparedDataset(EncodedDataset):
         here = encoder_settings(encoder)
         if encoder.max_response_length is None:  # no limit, so any limit of the folder's fits
             here["max_response_length"] = self.settings["max_response_length"]
-        there = {**self.settings, "template": dict(self.settings["template"])}
+        there: dict[str, Any] = {name: self.settings.get(name) for name in here}
+        there |= {"template": dict(self.settings["template"])}
         for template in (there["template"], here["template"]):
             if template.get("chat") is None:  # as the tokenizer has it, which is compared too
                 template["chat"] = encoder.renderer.uses_chat
@@ -195,18 +197,6 @@ def encoder_settings(encoder: ExampleEncoder) -> dict[str, Any]:
         "max_length": encoder.max_length,
         "max_response_length": encoder.max_response_length,
     }
-
-
-def first_difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first setting of `here` that differs, with both values, in words; None if all are equal."""
-    for name, value in here.items():
-        if isinstance(value, dict):
-            inner = first_difference(there.get(name) or {}, value)
-            if inner is not None:
-                return f"{name} {inner}"
-        elif there.get(name) != value:
-            return f"{name}: there {there.get(name)!r}, here {value!r}"
-    return None
 
 
 def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:

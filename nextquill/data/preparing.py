@@ -29,13 +29,13 @@ from nextquill.data.prepared import (
     PreparedDataset,
     check_shard,
     encoder_settings,
-    first_difference,
     is_prepared,
     read_header,
 )
 from nextquill.data.records import Record
 from nextquill.errors import CheckpointError, OutputExistsError, RecordError, naming
 from nextquill.storage.atomic_files import move_into_place, write_whole
+from nextquill.storage.json_files import first_difference
 from nextquill.storage.locks import try_lock
 
 _PROGRESS = "progress.json"

@@ -22,7 +22,7 @@ from datetime import datetime
 from numbers import Integral, Real
 from typing import Any
 
-from nextquill.data.lines import MAX_LINE_BYTES, json_lines
+from nextquill.data.lines import HUB, MAX_LINE_BYTES, json_lines
 from nextquill.data.skipped import PlacedError, SkippedRecords, each_good, type_name, unexpected
 from nextquill.data.times import Clock, as_float
 from nextquill.errors import ArgumentError, ArgumentTypeError
@@ -107,7 +107,10 @@ def parse_record(raw: object, where: str) -> Record:
     if not isinstance(raw, Mapping):
         raise PlacedError(where, f"expected an object with named fields, got {type_name(raw)}")
     timestamp = _timestamp(raw.get("timestamp"), where, "timestamp")
-    history = _history(required(raw, "history", where), where)
+    given = required(raw, "history", where)
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise unexpected(where, "history", "a list of strings or of objects with 'text'", given)
+    history = [_history_item(item, where, f"history[{position}]") for position, item in enumerate(given)]
     check_times(history, timestamp, where)
     return Record(
         user_id=check_user_id(required(raw, "user_id", where), where),
@@ -138,12 +141,17 @@ def iter_jsonl(
 
 
 def read_jsonl(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> list[Record]:
-    """Read all records of a file; see `iter_jsonl`.
-
-    Raises:
-        RecordError: as `iter_jsonl`.
-    """
+    """Read all records of a file; arguments and errors are those of `iter_jsonl`."""
     return list(iter_jsonl(path, skipped))
+
+
+def iter_records(path: str | os.PathLike[str], skipped: SkippedRecords | None = None) -> Iterator[Record]:
+    """Read records from a JSONL file or `hf://owner/name[/config][:split]`, one at a time; see `iter_jsonl`."""
+    if not str(path).startswith(HUB):
+        return iter_jsonl(path, skipped)
+    from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
+
+    return load("table", path, skipped=skipped, keep_duplicates=True)
 
 
 def load_records(source: object, skipped: SkippedRecords | None = None) -> list[Record]:
@@ -159,12 +167,8 @@ def load_records(source: object, skipped: SkippedRecords | None = None) -> list[
         ArgumentTypeError: `source` has another type. A mapping, such as a `datasets.DatasetDict`, is refused, since
             iterating it would yield the names of its splits.
     """
-    if isinstance(source, str) and source.startswith("hf://"):
-        from nextquill.data.loaders import load  # which makes records of rows, so it imports this module
-
-        return list(load("table", source, skipped=skipped, keep_duplicates=True))
     if isinstance(source, (str, os.PathLike)):
-        return read_jsonl(source, skipped)
+        return list(iter_records(source, skipped))
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise ArgumentTypeError(
             f"source: expected a path or an iterable of records (of one split), got {type_name(source)}"
@@ -223,7 +227,7 @@ def _timestamp(value: object, where: str, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, (str, datetime)):
-        return Clock().date(value, where, name)  # of its own, as its errors name earlier times of one source
+        return Clock().date(value, where, name)  # a new clock, as its errors name earlier times of the same source
     if isinstance(value, bool) or not isinstance(value, Real):
         raise unexpected(where, name, "a number of seconds or an ISO 8601 time", value)
     seconds = as_float(value)
@@ -249,12 +253,6 @@ def in_time_order(history: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
     if any(item.timestamp is None for item in history):
         return history
     return sorted(history, key=lambda item: item.timestamp or 0.0)
-
-
-def _history(value: object, where: str) -> list[HistoryItem]:
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise unexpected(where, "history", "a list of strings or of objects with 'text'", value)
-    return [_history_item(raw, where, f"history[{position}]") for position, raw in enumerate(value)]
 
 
 def _history_item(raw: object, where: str, name: str) -> HistoryItem:

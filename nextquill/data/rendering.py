@@ -183,8 +183,8 @@ def _uses_chat(template: PromptTemplate, tokenizer: Tokenizer) -> bool:
     if template.chat and not available:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ArgumentError(
-            f"chat: expected a tokenizer with a chat template, as asked for or as the trained run used one, got {name} "
-            "without"
+            "chat: expected a tokenizer with a chat template, because it was asked for or the trained run used one, "
+            f"got {name} without one"
         )
     return available if template.chat is None else template.chat
 

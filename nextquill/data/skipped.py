@@ -134,11 +134,7 @@ def each_good(
     source: str,
     empty: str = "no records",
 ) -> Iterator[_U]:
-    """Yield the results of `converted`, count them as good, and check the source at its end.
-
-    Raises:
-        RecordError: an item is bad and nothing is skipped, too many are bad, or there is none.
-    """
+    """Yield the results of `converted` and count them as good; at the end, check the source and that there was one."""
     count = 0
     for _, result in converted(items, convert, skipped):
         count += 1

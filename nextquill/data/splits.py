@@ -135,12 +135,7 @@ def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, va
 def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> Iterator[tuple[bool, Record]]:
     """Yield each record and whether its user is held out, in one pass that holds no records.
 
-    The share holds on average: with 0.1, 100 ± 9 of 1,000 users are held out.
-
-    Args:
-        records: the records.
-        share: the probability that a user is held out, in (0, 1).
-        seed: decides which users.
+    Each user is held out with probability `share`, in (0, 1): with 0.1, 100 ± 9 of 1,000 users.
 
     Raises:
         ArgumentError: `share` is not in (0, 1).

@@ -36,8 +36,7 @@ _UNIT_BORDER = 1e11
 class Clock:
     """Reads the times of one source; an hour that a clock change repeats is read as the earlier one.
 
-    Raises:
-        ArgumentError: an unknown time zone or unit.
+    ArgumentError for an unknown time zone or unit.
     """
 
     def __init__(self, time_zone: str | None = None, unit: str = "s") -> None:

@@ -65,11 +65,9 @@ _SPLIT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "Me
 
 
 class BatchTokenizer:
-    """Encodes lists of texts to the same ids that `encode` gives for each text.
+    """Encodes lists of texts to the ids that `encode` gives for each text, with no token added.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer, or an object with its interface; a fast one is used on all cores.
-        encode: returns the ids of one text, with no token added.
+    A fast tokenizer of Hugging Face works on all cores; any other encodes the texts one by one.
     """
 
     def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]]) -> None:
@@ -149,11 +147,7 @@ def _joined(pieces: list[Ids]) -> Ids:
 
 
 def cut_pattern(backend: Any) -> re.Pattern[str] | None:
-    """The pattern of line breaks after which a text may be cut, or None if no cut is known to be safe.
-
-    Args:
-        backend: a `tokenizers.Tokenizer`.
-    """
+    """The pattern of line breaks after which a text may be cut, or None if no cut is known to be safe."""
     model, added = backend.model, [token.content for token in backend.get_added_tokens_decoder().values()]
     is_bpe = type(model).__name__ == "BPE" and not model.dropout
     if not is_bpe or not (_splits_safely(backend) or _never_spans(backend)):

@@ -5,6 +5,8 @@ Runs a model:
     evaluate.py      a whole evaluation, from records to a folder; options.py and identity.py belong to it
     scoring.py       the nll of every response token, with, without and under another user's history
     preferences.py   chosen against rejected responses
+    judge.py         whose text it is, by a language model
+    prose.py         the nll of general prose
     item_effects.py  the effect of every single history item
     generation/      responses, by transformers or by vLLM
 
@@ -12,6 +14,7 @@ Works on numbers and texts alone, from whatever model:
 
     metrics/         metrics of texts, labels, ratings and preferences
     tasks.py         the public tasks
+    text_measures.py the metrics of texts that were written for records
     measures.py      measures over all examples, and their names
     bootstrap.py     intervals, and paired differences of two runs, or of two methods with several seeds
     permutation.py   p-values by exchanging, and their correction for several comparisons

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextquill.data._checks import check_integer
@@ -12,7 +13,9 @@ from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.evaluation.bootstrap import check_draws
 from nextquill.evaluation.metrics import METRICS
+from nextquill.evaluation.metrics.authors import CANDIDATES
 from nextquill.evaluation.tasks import TASKS
+from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.generation import PLAUSIBILITY, GenerationOptions
 from nextquill.models import ATTENTIONS
 
@@ -31,8 +34,17 @@ class EvaluationOptions:
         guidance_against: the branch that responses of the factual branch are guided away from, with `guidance` above 0.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
+        score_temperature: the temperature of `nll_at_temperature`, one of `TEMPERATURES`, chosen on other records; by
+            default the best on these records, which flatters.
+        personal_from: the folder of another evaluation of the same records, with the same tokenizer, as that of the
+            untrained model. Tokens are personal where it has p(own history) - p(another's) above 0.05.
         item_effects: measure the effect of each history item for the first so many records with a history.
-        seed: decides whose history is the placebo, the samples, and the draws of the intervals.
+        judge_model: a folder or hub name of an untrained language model that picks the author of every generated text
+            among several people; None for no such judge.
+        judge_candidates: the people that it chooses from, the author included: 2 to 8.
+        prose_file: a plain UTF-8 text whose nll is measured, its first 20,000 tokens; None for none.
+        seed: decides whose history is the placebo, whom a judge chooses from, the samples, and the draws of the
+            intervals.
         resamples: draws of each interval.
         level: confidence level of the intervals.
         attention, max_tokens: as for `score_examples`.
@@ -55,7 +67,12 @@ class EvaluationOptions:
     guidance: float = 0.0
     guidance_against: str = "counterfactual"
     plausibility: float = PLAUSIBILITY
+    score_temperature: float | None = None
+    personal_from: Path | str | None = None
     item_effects: int = 0
+    judge_model: str | None = None
+    judge_candidates: int = CANDIDATES
+    prose_file: str | None = None
     seed: int = 42
     resamples: int = 2000
     level: float = 0.95
@@ -72,10 +89,18 @@ class EvaluationOptions:
         _check_name("attention", self.attention, ATTENTIONS)
         check_draws(self.level, self.resamples, self.seed)
         check_integer("item_effects", self.item_effects, least=0)
+        check_integer("judge_candidates", self.judge_candidates, least=2)
+        if self.judge_candidates > CANDIDATES:
+            raise ArgumentError(f"judge_candidates: expected at most {CANDIDATES}, got {self.judge_candidates}")
+        if self.judge_model is not None and not (self.generate_branches and TASKS[self.task].generates):
+            raise ArgumentError("judge_model: it judges generated texts, and none are generated")
         for name in ("batch_size", "generate_limit", "max_tokens"):
             check_integer(name, getattr(self, name), least=1, or_none=True)
         if self.max_tokens is not None and self.attention == "padded":
             raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
+        if self.score_temperature is not None and self.score_temperature not in TEMPERATURES:
+            known = ", ".join(f"{each:g}" for each in TEMPERATURES)
+            raise ArgumentError(f"score_temperature: expected one of {known}, got {self.score_temperature!r}")
         reading = [name for name in self.metrics or () if METRICS[name].score is not None]
         if reading and not self.generate_branches:
             raise ArgumentError(f"metrics: {reading[0]} measures generated texts, and none are generated")
@@ -88,14 +113,16 @@ class EvaluationOptions:
         return GenerationOptions(**{**values, "batch_size": self.batch_size or GenerationOptions.batch_size})
 
     def text_metrics(self) -> tuple[str, ...]:
-        """The metrics of generated texts: those asked for, or the task's."""
+        """The metrics of generated texts: those asked for, or the task's, before the records are known."""
         names = TASKS[self.task].metrics if self.metrics is None else self.metrics
         return tuple(name for name in names if METRICS[name].score is not None)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must agree for an evaluation to resume, by name; JSON."""
+        """The settings that must agree for an evaluation to resume, by name; JSON. Paths are none of them."""
         values = dataclasses.asdict(self)
-        values.pop("overwrite")
+        # The content of the prose and of the other evaluation is compared, not where they lie.
+        for name in ("overwrite", "prose_file", "personal_from"):
+            del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

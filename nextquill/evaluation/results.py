@@ -2,7 +2,8 @@
 
     evaluation.json      an `Evaluation`: which model on which records, and every measure with its interval
     examples.jsonl       one `EvaluatedExample` a line, in the records' order
-    effects.jsonl        the effect of every response token, as `nextquill score` writes it
+    effects.jsonl        the effect of every response token, as `nextquill score` writes it, and its calibration
+    prose.jsonl          the summed nll of each window of general prose, if a text was given
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
@@ -39,10 +40,14 @@ EXAMPLES_FILE = "examples.jsonl"
 EFFECTS_FILE = "effects.jsonl"
 ITEM_EFFECTS_FILE = "item_effects.jsonl"
 PREFERENCES_FILE, GENERATED_FILE, PREDICTIONS_FILE = "preferences.jsonl", "generated.jsonl", "predictions.json"
+JUDGED_FILE, PROSE_FILE = "judged.jsonl", "prose.jsonl"
 # Stages whose content ends up in the examples' file.
-_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE)
+_PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
-_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+_FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+
+# Settings that change no score, or only which scores there are.
+_IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -101,6 +106,22 @@ class Evaluation:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
+def unlike_settings(own: Evaluation, other: Evaluation) -> str:
+    """The settings that decide scores and differ, as `name here, there other; ...`; empty if they agree."""
+
+    def deciding(evaluation: Evaluation) -> dict[str, Any]:
+        settings = {
+            name: value for name, value in evaluation.settings.items() if name not in (*_IRRELEVANT, "template")
+        }
+        return {**settings, **{f"template {name}": value for name, value in evaluation.template.items()}}
+
+    here, there = deciding(own), deciding(other)
+    unlike = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if None in (here.get("personal_from"), there.get("personal_from")):  # then no measure of both depends on it
+        unlike = [name for name in unlike if name != "personal_from"]
+    return "; ".join(f"{name} {here.get(name)!r:.40}, there {there.get(name)!r:.40}" for name in unlike)
+
+
 @dataclass(frozen=True)
 class EvaluatedExample:
     """One record, the texts generated for it, and its scores.
@@ -112,6 +133,9 @@ class EvaluatedExample:
         generated: generated texts by branch: "factual", "counterfactual" and "placebo", as far as they were asked for.
         scores: scores by name; NLLs and effects are means over the response's tokens, `tokens` is their number. The
             names of generated texts' scores carry the branch, as `rouge_l` (factual) and `rouge_l_counterfactual`.
+        copied: where phrases of the record's own history stand, by branch, and in the response as "reference": pairs of
+            the first character and the one after the last, in order. Texts without a copied phrase are left out.
+        statistics: rows of the measures of `token_measures`, by name: values other than 0 by column.
     """
 
     index: int
@@ -122,6 +146,8 @@ class EvaluatedExample:
     history_total: int = 0
     generated: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    copied: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return its line of the file, as JSON holds it."""
@@ -182,6 +208,14 @@ def read_examples(folder: Path) -> list[EvaluatedExample]:
             values = getattr(example, name)
             if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
                 raise RecordError(f"{where}: field '{name}': expected an object of {what}")
+        if not isinstance(example.copied, dict) or not all(
+            _are_spans(spans, example.response if branch == "reference" else example.generated.get(branch, ""))
+            for branch, spans in example.copied.items()
+        ):
+            raise RecordError(f"{where}: field 'copied': expected an object of places in the texts")
+        rows = example.statistics.values() if isinstance(example.statistics, dict) else [None]
+        if not all(isinstance(row, dict) and are_numbers([*row.values()], len(row)) for row in rows):
+            raise RecordError(f"{where}: field 'statistics': expected an object of rows, each of numbers by column")
         examples[example.index] = example
     return list(examples.values())
 
@@ -333,6 +367,14 @@ def _item_effects(raw: Mapping[str, Any], where: str) -> ItemEffects:
     if not all(are_numbers(row, count) for row in line.effects):
         raise RecordError(f"{where}: field 'effects': expected {count} numbers for each item, one a token")
     return line
+
+
+def _are_spans(value: Any, text: str) -> bool:
+    """Whether a value from JSON is a list of places in a text, one after another."""
+    if not isinstance(value, list) or not all(are_numbers(span, 2) for span in value):
+        return False
+    places = [0, *(place for span in value for place in span), len(text)]
+    return all(isinstance(place, int) for place in places) and places == sorted(places)
 
 
 def _built(kind: Any, raw: Mapping[str, Any], where: str) -> Any:

@@ -11,15 +11,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, BudgetError
+from nextquill.evaluation.calibration import Calibration, calibration
 from nextquill.losses import SFTLoss
 from nextquill.models.branch_passes import PairPasses
+from nextquill.models.head import HeadState
 from nextquill.models.probe import in_eval_mode
 from nextquill.tree import build_prefix_tree
 
@@ -40,6 +41,7 @@ class ExampleScores:
         token_ids: the response's tokens, with what ends it.
         nll_factual, nll_counterfactual: [tokens], nll with and without the user's history.
         nll_placebo: [tokens], nll under another user's history, or None.
+        calibration: of the tokens with the user's history, or None.
     """
 
     example: EncodedExample
@@ -47,6 +49,7 @@ class ExampleScores:
     nll_factual: Tensor
     nll_counterfactual: Tensor
     nll_placebo: Tensor | None
+    calibration: Calibration | None = None
 
     @property
     def effect_logprob(self) -> Tensor:
@@ -68,6 +71,7 @@ def score_examples(
     attention: str = "auto",
     max_tokens: int | None = None,
     skip: int = 0,
+    calibrated: bool = False,
 ) -> Iterator[ExampleScores]:
     """Yield the scores of each example, as they are computed: user by user, not in the examples' order.
 
@@ -80,6 +84,7 @@ def score_examples(
         max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
             attention="mask"), or what the largest example takes.
         skip: leave out so many of the first scores; the others are those of a call without it, to the last bit.
+        calibrated: also measure each token's `calibration`.
 
     Raises:
         ArgumentError: a number below 1, or `max_tokens` with padded batches.
@@ -103,7 +108,7 @@ def score_examples(
             batch = [examples[index] for index in members]
             for part in collate(batch)["parts"]:
                 if done < part["num_sequences"]:
-                    yield from _score_part(passes, batch, part, device)[done:]
+                    yield from _score_part(passes, batch, to_device(part, device), calibrated)[done:]
                 done = max(0, done - part["num_sequences"])
 
 
@@ -183,9 +188,18 @@ def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0
 
 
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
-    """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals."""
+    """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals.
+
+    With calibration also `top1` (0 or 1) and `confidence` of every token, and the sum of their NLLs at each of
+    `TEMPERATURES`, `nll_by_temperature`.
+    """
     names = ("nll_factual", "nll_counterfactual", "effect_logprob", "effect_prob", "nll_placebo")
     values = {name: getattr(scores, name) for name in names}
+    calibrated = {}
+    if scores.calibration is not None:
+        top1, confidence, nlls = scores.calibration
+        calibrated = {"top1": top1.int().tolist(), "confidence": rounded(confidence)}
+        calibrated["nll_by_temperature"] = rounded(nlls.double().sum(0))
     return {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
@@ -193,6 +207,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
         "tokens": token_texts(tokenizer, scores.token_ids),
         "token_ids": scores.token_ids,
         **{name: rounded(value) for name, value in values.items() if value is not None},
+        **calibrated,
     }
 
 
@@ -283,15 +298,21 @@ def forward_budget(
 
 
 def _score_part(
-    passes: PairPasses, examples: Sequence[EncodedExample], part: Any, device: torch.device
+    passes: PairPasses, examples: Sequence[EncodedExample], part: Any, calibrated: bool
 ) -> list[ExampleScores]:
     members = part["sequence_ids"].unique_consecutive().tolist()  # every example has a response
-    sizes = [examples[index].factual.response_length for index in members]
-    scores = passes.scores(to_device(part, device))
+    sizes, found = [examples[index].factual.response_length for index in members], list[Calibration]()
+
+    def look(rows: Tensor, state: HeadState) -> None:
+        found.append(calibration(rows, state, part["labels"], passes.loss))
+
+    scores = passes.scores(part, None, look if calibrated else None)
     pair = scores.output.pair_nll
     streams = (pair.factual, pair.counterfactual, scores.placebo_nll)
     split = [[None] * len(sizes) if s is None else s.float().cpu().split(sizes) for s in streams]
+    of_tokens = zip(*(s.cpu().split(sizes) for s in found[0]), strict=True) if found else ()
+    own: list[Any] = [Calibration(*each) for each in of_tokens] or [None] * len(sizes)
     return [
-        ExampleScores(examples[index], examples[index].factual.response_ids, *nlls)
-        for index, *nlls in zip(members, *split, strict=True)
+        ExampleScores(examples[index], examples[index].factual.response_ids, *values)
+        for index, *values in zip(members, *split, own, strict=True)
     ]

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.metrics import MetricScores, compute
+from nextquill.evaluation.metrics import METRICS, MetricScores, compute
 from nextquill.evaluation.metrics.answers import read_rating
 from nextquill.evaluation.metrics.scores import Reference
 
@@ -65,12 +65,16 @@ class Task:
     ) -> dict[str, MetricScores]:
         """Scores of the predictions in the task's metrics, or in those named instead; see `metrics.compute`.
 
+        The task's metrics that look for the person are left out, as `text_measures` takes them from records.
+
         Raises:
             ArgumentError: as in `metrics.compute`; or models write no answers in this task.
         """
         if not self.generates and metrics is None:
             raise ArgumentError(f"task: {self.name} is measured by the scores of pairs, not by texts")
-        return compute(self.metrics if metrics is None else metrics, references, predictions, labels=self.labels)
+        if metrics is None:
+            metrics = [name for name in self.metrics if not METRICS[name].needs_authors]
+        return compute(metrics, references, predictions, labels=self.labels)
 
 
 _MOVIE_TAGS = (
@@ -102,7 +106,22 @@ _TASKS = (
     Task("longlamp_topic", "LongLaMP: topic writing", _LONG, file_names=("topic_writing",), source=_LONGLAMP),
     Task("amazon_reviews", "Amazon reviews", (*_LONG, "bleu"), source="eval-basic.py of github.com/SnowCharmQ/DPL"),
     Task("preferences", "Preferences", ("preference_accuracy",), "pair"),
-    Task("text", "Text", ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf")),
+    Task(
+        "text",
+        "Text",
+        (
+            "rouge_1",
+            "rouge_2",
+            "rouge_l",
+            "bleu",
+            "chrf",
+            "right_person",
+            "right_person_uncopied",
+            "copied",
+            "distinct",
+            "length_ratio",
+        ),
+    ),
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 

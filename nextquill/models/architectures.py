@@ -48,9 +48,7 @@ def random_rates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 def check_dropout(rates: Sequence[tuple[str, nn.Module, str]], *, in_training_only: bool = False) -> None:
     """Raise UnsupportedModelError if training would draw once for all branches that share a token.
 
-    Args:
-        rates: the result of `random_rates`; the values are read now.
-        in_training_only: check only modules in training mode.
+    The rates, found by `random_rates`, are read now; with `in_training_only`, only those of modules in training mode.
     """
     for name, module, attribute in rates:
         rate = _rate(module, attribute)

@@ -91,8 +91,7 @@ class TreeAttention:
     def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model for one forward of a tree batch.
 
-        Raises:
-            UnsupportedModelError: a branch is longer than `max_depth`, or the model is training with dropout.
+        UnsupportedModelError if a branch is longer than `max_depth`, or the model is training with dropout.
         """
         self._check_depth(forward["layout"].depth)
         check_dropout(self._rates, in_training_only=True)
@@ -117,11 +116,7 @@ class TreeAttention:
     # ---- checks --------------------------------------------------------------------------------
 
     def check_training(self, max_length: int) -> None:
-        """Raise before training the errors that would occur during it.
-
-        Raises:
-            UnsupportedModelError: branches may be longer than `max_depth`, or the model has dropout.
-        """
+        """Raise UnsupportedModelError now if branches may be longer than `max_depth`, or the model has dropout."""
         self._check_depth(max_length)
         check_dropout(self._rates)
 

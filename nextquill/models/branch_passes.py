@@ -232,15 +232,20 @@ class PairPasses:
     # ---- evaluation --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def scores(self, part: Part, call: nn.Module | None = None) -> PartScores:
+    def scores(
+        self, part: Part, call: nn.Module | None = None, look: Callable[[Tensor, HeadState], None] | None = None
+    ) -> PartScores:
         """Score all branches of a part of a batch of `scoring_collator`, without gradient.
 
         The reduction's items count as 1, so each sequence's `token_loss` adds up to its own loss. A "micro_batch"
-        reduction has no loss per sequence and is scored as "sequence".
+        reduction has no loss per sequence and is scored as "sequence". `look` is called inside the head with the
+        factual rows [n, D] that predict the labels, and the head's state.
         """
         loss, placebo = self._scoring_loss(), list[Tensor]()
 
         def score_placebo(streams: Mapping[str, Tensor], state: HeadState) -> None:
+            if look is not None:
+                look(streams["factual"], state)
             if "placebo" in streams:
                 placebo.append(_token_nll(loss, streams["placebo"], state, part["labels"]))
 

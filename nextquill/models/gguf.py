@@ -67,4 +67,14 @@ def as_ordinary(model: Any, place: str, **options: Any) -> Any:
     weights = model.state_dict()
     ordinary = type(model).from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype, **options)
     ordinary.config._name_or_path = ordinary.name_or_path = place  # where an adapter finds its base model
+    ordinary.gguf_name = _name(place)
     return ordinary
+
+
+def _name(place: str) -> str | None:
+    """The name of the model that a GGUF file holds, as the file tells it."""
+    import gguf
+
+    module: Any = gguf
+    field = module.GGUFReader(place).fields.get("general.name")
+    return None if field is None else str(field.contents())

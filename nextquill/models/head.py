@@ -91,10 +91,7 @@ class LossInHead:
     def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
         """Run the model on `inputs` and return the scalar of `function` in its head, of any floating dtype.
 
-        Args:
-            function: maps `HeadState` to a scalar.
-            inputs: keyword arguments of the model's forward, without labels.
-            call: the same model inside a DDP or FSDP wrapper, called in its place.
+        The inputs are keyword arguments without labels. `call` is the model in a DDP or FSDP wrapper, if there is one.
         """
         _check_adapters(self.head)  # an adapter may have been added or switched
         self._function = function
@@ -123,11 +120,7 @@ class LossInHead:
 
 
 def find_head(model: Any) -> Any:
-    """Return the module whose forward computes the logits.
-
-    Raises:
-        UnsupportedModelError: the model has no such module, or it is not a linear layer.
-    """
+    """Return the module whose forward computes the logits; UnsupportedModelError if none is a linear layer."""
     base = base_model(model)
     head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):

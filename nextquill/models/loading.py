@@ -15,7 +15,7 @@ from typing import Any
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
 from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
-from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
+from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, is_new, training_texts
 
 PROMPT_FILE = "nextquill_prompt.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -42,8 +42,7 @@ class PromptSettings:
 def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
     """The prompt settings stored in a model folder, or in the run folder of a checkpoint; None if there are none.
 
-    Raises:
-        CheckpointError: the file exists and cannot be read.
+    CheckpointError if the file exists and cannot be read.
     """
     folder = Path(folder)
     places = [folder / PROMPT_FILE]
@@ -64,7 +63,7 @@ def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loading:
+class Loading:
     """How weights are loaded; see `load_model`."""
 
     dtype: str = "auto"
@@ -79,13 +78,14 @@ class _Loading:
         return "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else None
 
     def check(self, name_or_path: str) -> None:
+        """Raise ArgumentError for values that do not go together, or that the model or this machine cannot take."""
         if self.load_in_4bit and self.load_in_8bit:
             raise ArgumentError("load_in_4bit: expected either it or load_in_8bit, got both")
-        if self.quantised and name_or_path in SCRATCH_SIZES:
+        if self.quantised and is_new(name_or_path):
             raise ArgumentError(f"{self.quantised}: a new {name_or_path!r} model has no trained weights to quantise")
         if self.quantised and importlib.util.find_spec("bitsandbytes") is None:
             raise ArgumentError(f"{self.quantised}: needs the package bitsandbytes; pip install 'nextquill[quantize]'")
-        if self.revision is not None and (name_or_path in SCRATCH_SIZES or Path(name_or_path).expanduser().exists()):
+        if self.revision is not None and (is_new(name_or_path) or Path(name_or_path).expanduser().exists()):
             raise ArgumentError(f"revision: expected a model on the hub with it, got {name_or_path}")
 
     def quantisation(self) -> dict[str, Any]:
@@ -127,9 +127,9 @@ def load_model(
             its base model.
         ArgumentError: arguments that do not go together, or one that the model or this machine cannot take.
     """
-    how = _Loading(dtype, revision, attn_implementation, load_in_4bit, load_in_8bit)
+    how = Loading(dtype, revision, attn_implementation, load_in_4bit, load_in_8bit)
     how.check(name_or_path)
-    if name_or_path in SCRATCH_SIZES:
+    if is_new(name_or_path):
         return _with_attention(_new_model(name_or_path, records, seed), how)
     place, cached_only = _locate(name_or_path)
     try:
@@ -164,8 +164,8 @@ def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: 
 def _locate(name_or_path: str) -> tuple[str, bool]:
     """The absolute path of a folder, or the hub name; and whether to load from the hub's cache alone.
 
-    The path is absolute so that an adapter saved later still finds its base model. Without the cache alone, the hub's
-    client would retry each file for a minute while the hub cannot be reached.
+    The path is absolute so that an adapter saved later still finds its base model. If the hub cannot be reached, only
+    the cache is used, as the hub's client would retry each file for a minute.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -210,11 +210,7 @@ def _hub_answers() -> bool:
 
 
 def load_tokenizer(place: str, cached_only: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer of a folder, a GGUF file or a hub name, there of a revision.
-
-    Raises:
-        UnsupportedModelError: the tokenizer cannot be loaded.
-    """
+    """The tokenizer of a folder, a GGUF file or a hub name, there of a revision; UnsupportedModelError if it fails."""
     from transformers import AutoTokenizer
 
     try:
@@ -227,10 +223,9 @@ def load_tokenizer(place: str, cached_only: bool = False, revision: str | None =
 
 
 def find_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer that `load_model` would return, without loading weights; a folder with only a tokenizer works too.
+    """The tokenizer that `load_model` would return, without loading weights; errors are those of `load_tokenizer`.
 
-    Raises:
-        UnsupportedModelError: the tokenizer cannot be loaded.
+    A folder with only a tokenizer works too.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / "tokenizer_config.json").is_file():
@@ -245,7 +240,7 @@ def _at(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
 
 
-def _with_attention(loaded: tuple[Any, Any], how: _Loading) -> tuple[Any, Any]:
+def _with_attention(loaded: tuple[Any, Any], how: Loading) -> tuple[Any, Any]:
     if how.attn_implementation is not None:
         try:
             loaded[0].set_attn_implementation(how.attn_implementation)
@@ -254,7 +249,7 @@ def _with_attention(loaded: tuple[Any, Any], how: _Loading) -> tuple[Any, Any]:
     return loaded
 
 
-def _load_base(place: str, how: _Loading, cached_only: bool = False) -> Any:
+def _load_base(place: str, how: Loading, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -272,11 +267,11 @@ def _load_base(place: str, how: _Loading, cached_only: bool = False) -> Any:
     return as_ordinary(model, place, **quantisation) if from_file else model
 
 
-def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
+def _load_adapter(place: str, how: Loading) -> tuple[Any, Any]:
     """The base model with the adapter of a folder. PEFT's auto class is not used: it resizes the base's embeddings."""
     base_name, revision = _base(place)
     try:
-        revision = None if Path(base_name).exists() else revision  # saved elsewhere meanwhile
+        revision = None if Path(base_name).exists() else revision  # a base that was saved to a folder has no revision
         base, tokenizer = load_model(base_name, **vars(how) | {"revision": revision})
     except UnsupportedModelError as error:
         message = f"model_name_or_path: the adapter in {place} needs its base model: {error.message}"
@@ -289,20 +284,21 @@ def _load_adapter(place: str, how: _Loading) -> tuple[Any, Any]:
 
 
 def _with_adapter(base: Any, place: str, base_name: str) -> Any:
-    """The base in the adapter; PEFT itself drops weights for layers that the base lacks without a word."""
+    """The base in the adapter. PEFT itself silently drops weights for layers that the base lacks."""
     from peft import PeftModel
 
     unfit = f"model_name_or_path: the adapter in {place} does not fit its base model {base_name}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
-            model = PeftModel.from_pretrained(base, place, is_trainable=True)
+            model: Any = PeftModel.from_pretrained(base, place, is_trainable=True)
             found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
     except (ValueError, RuntimeError, KeyError) as error:
         raise UnsupportedModelError(f"{unfit}: {_detail(error)}") from error
     for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
         if names:
             raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
+    model.name_or_path = place  # else it would be the base's
     return model
 
 

@@ -28,13 +28,9 @@ def without_router_loss(model: nn.Module) -> dict[str, bool]:
 
 
 class RouterLoss:
-    """`router_aux_loss_coef` times the architecture's load-balancing loss.
+    """`router_aux_loss_coef` times the load-balancing loss of a model whose config says `output_router_logits`.
 
-    Args:
-        model: a model whose config says `output_router_logits`.
-
-    Raises:
-        UnsupportedModelError: the routers or the formula are not found.
+    UnsupportedModelError if the routers or the formula are not found.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,15 +22,10 @@ _LIMIT, _HALF_LIMIT = 1e-3, 0.1
 def check_against_separate_passes(
     model: Any, model_inputs: Callable[[Mapping[str, Any]], dict[str, Any]], before_the_others: Callable[[], None]
 ) -> None:
-    """Raise unless branches that share a prefix have the same logits as in separate rows.
+    """Raise UnsupportedModelError unless branches that share a prefix have the same logits as in separate rows.
 
-    Args:
-        model: the model; not checked if its parameters are not loaded, or partitioned by ZeRO-3.
-        model_inputs: returns the model's keyword arguments for a forward over a tree of a collator.
-        before_the_others: called between the tree's forward and the ordinary ones.
-
-    Raises:
-        UnsupportedModelError: the logits differ by more than rounding.
+    A model whose parameters are not loaded, or are partitioned by ZeRO-3, is not checked. `model_inputs` returns the
+    model's keyword arguments for a tree of a collator, and `before_the_others` is called before the separate rows.
     """
     base = base_model(model)
     if not _is_loaded(base):

@@ -37,7 +37,6 @@ def stored_weights(loss: PairLoss, effects: Tensor, sequence_ids: Tensor) -> Ten
     """The weights w = weighting(NLLs) of stored NLLs, with the loss's own weighting.
 
     Args:
-        loss: the loss.
         effects: float32 [2, n], nll_factual and nll_counterfactual in nats.
         sequence_ids: int64 [n]; the rows of a sequence are adjacent.
 

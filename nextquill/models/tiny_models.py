@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextquill.data import Record
+from nextquill.errors import ArgumentError
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
@@ -33,6 +35,20 @@ SCRATCH_SIZES = {
 }
 
 
+def is_new(name: str) -> bool:
+    """Whether a name means a new model.
+
+    Raises:
+        ArgumentError: a model's folder in the current directory has the name too.
+    """
+    if name in SCRATCH_SIZES and any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ArgumentError(
+            f"model_name_or_path: {name!r} means a new model, and the folder {name} holds one; write ./{name} for the "
+            "folder, or rename it"
+        )
+    return name in SCRATCH_SIZES
+
+
 def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE tokenizer of at most `vocabulary` tokens; it decodes every text to itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,13 +68,9 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def build_model(size: ScratchSize, seed: int, *, vocabulary: int | None = None, **token_ids: int | None) -> Any:
-    """A randomly initialised Llama of this size; the same for the same seed.
+    """A randomly initialised Llama of this size, the same for the same seed; the global random state does not change.
 
-    Args:
-        size: the architecture.
-        seed: seed of the initialisation; the global random state does not change.
-        vocabulary: number of tokens; by default `size.vocabulary`.
-        token_ids: the tokenizer's `eos_token_id` and `pad_token_id`; by default None.
+    `vocabulary` is by default `size.vocabulary`. `token_ids` are the tokenizer's `eos_token_id` and `pad_token_id`.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -52,10 +52,8 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
 def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Container[str] = ()) -> Any:
     """Return the model with a fresh LoRA adapter of each name, by default of rank 16 on all linear layers but the head.
 
-    Checkpoints do not restore the `frozen` adapters, so their random part is always the same.
-
-    Raises:
-        ArgumentError: the config does not fit two roles of one model.
+    Checkpoints do not restore the `frozen` adapters, so their random part is always the same. ArgumentError if the
+    config does not fit two roles of one model.
     """
     from peft import LoraConfig, get_peft_model
 

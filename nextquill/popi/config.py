@@ -150,11 +150,7 @@ def check_resumable(checkpoint: Path) -> None:
 
 
 def within_context(config: POPIConfig, roles: Roles) -> POPIConfig:
-    """Return the settings with token budgets that fit into the models' contexts.
-
-    Raises:
-        ArgumentError: a summary alone fills the inference model's context.
-    """
+    """Return the settings with token budgets that fit into the models' contexts; a summary alone must fit."""
     inference, generator = (context_length(base_model(role.model)) or 2**31 for role in roles)
     if inference <= config.max_summary_tokens:
         raise ArgumentError(
@@ -180,11 +176,7 @@ def make_roles(
     generator_tokenizer: Any,
     peft_config: Any,
 ) -> Roles:
-    """Make both roles from the arguments of `POPITrainer`; `config` says which of them are frozen.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: the arguments do not fit each other, or cannot be trained exactly.
-    """
+    """Make both roles from the arguments of `POPITrainer`; refuse what does not fit or cannot be trained exactly."""
     two = {"inference_model": inference_model, "generator_model": generator_model}
     for name, given in {"model": model, **two}.items():
         if given is not None and not isinstance(given, nn.Module):
@@ -251,12 +243,9 @@ def _check_role(role: Role, *, shared: bool) -> None:
 
 
 def usable_users(name: str, given: Any, config: POPIConfig, prompts: GeneratorPrompts) -> UserCounts | None:
-    """Return the users that can be drawn from, or None for None; all their pairs fit into the generator's prompt.
+    """Return the users that can be drawn from, or None for None; errors name the argument `name`.
 
-    Raises:
-        ArgumentTypeError: the argument `name` holds neither users nor records.
-        RecordError: no user can be drawn from.
-        BudgetError: a pair leaves no room for a summary.
+    BudgetError if a pair leaves no room for a summary in the generator's prompt; RecordError if no user is left.
     """
     if given is None:
         return None

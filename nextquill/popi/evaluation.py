@@ -87,12 +87,7 @@ class PairScore:
 def placebo_summaries(summaries: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     """Return for every user the summary of another. Among users with a summary, each summary is used once.
 
-    Args:
-        summaries: the summaries by user; an empty one is nobody's placebo.
-        seed: the same seed and users give the same placebos.
-
-    Returns:
-        The placebos by user; none if fewer than two users have a summary.
+    An empty summary is nobody's placebo. With fewer than two users who have a summary, there are no placebos.
     """
     donors = sorted(user for user, text in summaries.items() if text.strip())
     if len(donors) < 2:
@@ -121,14 +116,11 @@ def score_pairs(
 
     Args:
         generator: the model that judges the pairs; it is left as it was.
-        prompts: makes the generator's prompts.
         draws: one for each user, from `held_out`.
         summaries: the users' summaries; by default only "none" and "signals" are scored. "placebo" needs two users.
         loss: the run's objective; by default DPO with β = 0.1.
-        reference_sees_context: whether the reference gets the context too.
         seed: decides whose summary is the placebo.
         attention, max_tokens: see `BranchScorer`.
-        progress: shows progress, see `Progress`.
 
     Returns:
         The scores of all pairs in the draws' order, by context in the order of `CONTEXTS`.
@@ -270,11 +262,9 @@ class PairMeasures:
     """The measures of one generator on the pairs of some users.
 
     Args:
-        pairs, users: their numbers.
         contexts: the measures by context, in the order of `CONTEXTS`.
         differences: accuracy and margin under the summary minus those under another context, by that context's name.
-        token_ratio: the mean tokens of signals divided by the mean tokens of summaries; None if summaries add no
-            tokens.
+        token_ratio: the mean tokens of signals divided by the mean tokens of summaries; None if summaries add none.
     """
 
     pairs: int
@@ -305,20 +295,18 @@ class PairMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class PairEvaluation:
-    """The result of `nextquill popi evaluate`.
+    """The result of `nextquill popi evaluate`: the run's folder, counts, and the measures of its generator.
 
     Args:
-        model: the run's folder.
-        settings: the settings of the evaluation.
         left_out: the number of users that were left out, by reason.
-        empty_summaries: the number of users whose summary is empty.
-        generator: the measures of the trained generator.
+        new_users: the number of users who were never trained on; None if it is not known.
         transfer: the measures of other, frozen generators that read the same summaries, by name.
     """
 
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    new_users: int | None = None
     empty_summaries: int = 0
     generator: PairMeasures
     transfer: dict[str, PairMeasures] = field(default_factory=dict)
@@ -333,14 +321,9 @@ class PairEvaluation:
 def measure(
     scores: Mapping[str, Sequence[PairScore]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> PairMeasures:
-    """Compute the measures from the scores of `score_pairs`.
+    """Compute the measures from the scores of `score_pairs`, with intervals of `bootstrap_interval`.
 
-    Args:
-        scores: the scores by context, with the same pairs in the same order.
-        level, resamples, seed: see `bootstrap_interval`.
-
-    Raises:
-        ArgumentError: there are no scores, or the contexts have different pairs.
+    ArgumentError if there are no scores, or the contexts have different pairs.
     """
     options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
     users = [score.user_id for score in next(iter(scores.values()))]

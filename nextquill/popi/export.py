@@ -45,13 +45,7 @@ _HEADING = "[About the user]:"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query for a generator, with its user.
-
-    Args:
-        user_id: the user who asks.
-        query: the question.
-        summary: the user's summary, or None.
-    """
+    """A user's query for a generator, with the user's summary, if there is one."""
 
     user_id: str
     query: str
@@ -59,14 +53,7 @@ class Query:
 
 
 class Exporter:
-    """Makes prompts without knowing a tokenizer.
-
-    Args:
-        templates: the wording; the generator template's `chat` is ignored.
-
-    Raises:
-        ArgumentError: the template cannot be rendered.
-    """
+    """Makes prompts without knowing a tokenizer; the generator template's `chat` is ignored."""
 
     def __init__(self, templates: PopiTemplates | None = None) -> None:
         template = (PopiTemplates() if templates is None else templates).generator
@@ -104,10 +91,7 @@ def write_export(
     format: str = "chat",
     templates: PopiTemplates | None = None,
 ) -> int:
-    """Write one line for each query; an error leaves no partial file.
-
-    Returns:
-        The number of lines.
+    """Write one line for each query, and return their number; an error leaves no partial file.
 
     Raises:
         RecordError: there is no query.

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from nextquill.training.model_card import hub_name, measures, steps
+from nextquill.training.model_card import base_name, hub_name, measures, steps
 
 #: The measures that a card shows, by the name of their log without "eval_".
 _MEASURES = {
@@ -51,7 +51,7 @@ def popi_card(trainer: Any) -> str:
     base = hub_name(trainer.roles.inference.model)
     return _CARD.format(
         data=ModelCardData(base_model=base, tags=["nextquill", "personalization"]).to_yaml(),
-        base=base or "not on the hub",
+        base=base_name(trainer.roles.inference.model),
         objective=trainer.config.objective,
         beta=trainer.config.beta,
         steps=steps(trainer.args, trainer.state.global_step, "users"),

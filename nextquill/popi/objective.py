@@ -116,14 +116,10 @@ class PreferenceLoss:
             log_probs = policy.detach().double().requires_grad_()
             ratios = (log_probs - reference.double()) * scale
             margin = ratios[:, 0] - ratios[:, 1]
-            loss = self._of_margin(margin)
+            is_dpo = self.kind == "dpo"
+            loss = -logsigmoid(self.beta * margin) if is_dpo else (margin - 1 / (2 * self.beta)).square()
             (slopes,) = torch.autograd.grad(loss.sum(), log_probs)
         return PairLosses(loss.detach(), margin.detach(), slopes[:, 0], slopes[:, 1])
-
-    def _of_margin(self, margin: Tensor) -> Tensor:
-        if self.kind == "dpo":
-            return -logsigmoid(self.beta * margin)
-        return (margin - 1 / (2 * self.beta)).square()
 
     def log_choice(self, margin: Tensor) -> Tensor:
         """Return log q(y⁺ ≻ y⁻) = log σ(β r), the Bradley-Terry log-probability of the user's choice.

@@ -24,7 +24,7 @@ from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.models.configs import is_adapter
-from nextquill.models.loading import load_model, load_tokenizer
+from nextquill.models.loading import Loading, load_model, load_tokenizer
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
@@ -42,9 +42,7 @@ class Role:
     """One of the two models, with its initial state.
 
     Args:
-        name: "inference" or "generator".
         model: the model, which the other role may share.
-        tokenizer: its tokenizer.
         adapter: the adapter that makes the model this role; None if there is none to switch.
         initial_state: a model, the name of an adapter, or None for the model without adapters.
         frozen: whether the role stays as it is.
@@ -225,11 +223,9 @@ class Roles(nn.Module):
     # ---- files -------------------------------------------------------------------------------------
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Write both roles and `popi.json`; a role with an adapter is written without its base model.
+        """Write both roles into `folder`, and `popi.json` with further JSON `settings` for readers.
 
-        Args:
-            folder: gets the subfolders `inference/` and `generator/`.
-            settings: further settings for readers, under the key "settings"; JSON.
+        A role with an adapter is written without its base model.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for role in self:
@@ -263,50 +259,50 @@ class Roles(nn.Module):
         return BASE
 
     def load_weights(self, folder: Path) -> None:
-        """Load the weights that `save` wrote for these roles.
-
-        Raises:
-            CheckpointError: a role's weights are missing, or do not fit.
-        """
+        """Load the weights that `save` wrote for these roles; CheckpointError if they are missing or do not fit."""
         check_roles(folder)
         for role in self:
             if not role.frozen:
                 _load_role(role, folder / role.name)
 
     @classmethod
-    def load(cls, folder: str | Path, *, base_model: Any = None, dtype: str = "auto") -> Roles:
+    def load(cls, folder: str | Path, *, base_model: Any = None, **loading: Any) -> Roles:
         """Load saved roles, frozen. The initial state of a role with an adapter is the model without it.
 
         Args:
             folder: the folder that `save` wrote.
             base_model: the base of shared adapters, if it is already loaded.
-            dtype: see `load_model`.
+            loading: how models are loaded; see `load_model`. The base has the revision that it was trained at.
 
         Raises:
+            ArgumentError: an argument of loading that this folder or this machine cannot take.
             CheckpointError: the folder is not from POPI, an adapter is missing, or the adapters were trained on another
                 base model.
             UnsupportedModelError: the base model cannot be loaded.
         """
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         folder = Path(folder)
         header = check_roles(folder)
+        Loading(**loading).check(str(folder))
         if not header["shared"]:
-            (inference, first), (generator, second) = (load_model(str(folder / name), dtype=dtype) for name in ROLES)
+            (inference, first), (generator, second) = (load_model(str(folder / name), **loading) for name in ROLES)
             roles = cls.separate(inference, generator, first, second, freeze_inference=True, freeze_generator=True)
-            return roles._begun_without_adapters()
+            return roles._compared_with_base()
         tokenizer = None
         if base_model is None:
-            name = header["base_model"]
-            base_model, tokenizer = load_model(str(folder / BASE) if name == BASE else name, dtype=dtype)
+            name = str(folder / BASE) if header["base_model"] == BASE else header["base_model"]
+            if not Path(name).exists():
+                loading["revision"] = PeftConfig.from_pretrained(str(folder / INFERENCE)).revision
+            base_model, tokenizer = load_model(name, **loading)
         _check_base(folder, header, base_model)
         if (folder / INFERENCE / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder / INFERENCE))
         model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
         model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
-        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._begun_without_adapters()
+        return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._compared_with_base()
 
-    def _begun_without_adapters(self) -> Roles:
+    def _compared_with_base(self) -> Roles:
         for role in self:
             if role.adapter is not None:
                 role.initial_state = None
@@ -319,8 +315,7 @@ class Roles(nn.Module):
 def check_roles(folder: Path) -> dict[str, Any]:
     """Return the header of a folder that `Roles.save` wrote.
 
-    Raises:
-        CheckpointError: the folder is not from POPI, or lacks a role's weights.
+    CheckpointError if the folder is not from POPI, or lacks a role's weights.
     """
     path = folder / ROLES_FILE
     try:

@@ -37,6 +37,7 @@ from nextquill.generation.vllm_engine import (
 )
 from nextquill.models.configs import base_model, context_length, is_adapter
 from nextquill.storage.fingerprints import digest_of
+from nextquill.storage.json_files import line_fields
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
 
@@ -268,11 +269,7 @@ class VLLMRollouts(Rollouts):
 
 
 class RecordingRollouts(Rollouts):
-    """Passes on the samples of other rollouts and appends each to a file, as a JSON line.
-
-    Args:
-        inner: the rollouts that sample; closed with this.
-        path: the new file; its folder is made.
+    """Passes on the samples of `inner` and appends each to a new file, as a JSON line; closes `inner` too.
 
     Raises:
         OutputExistsError: the file exists.
@@ -413,15 +410,6 @@ def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
                 f"{path}, line {number}: expected a sample with key, ids and ended, got {_shown(line)}"
             )
         yield key, ids or [], ended
-
-
-def line_fields(line: str | bytes) -> dict[str, Any]:
-    """Return the JSON object in a line; a line that was cut short, or is not an object, has no fields."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _shown(line: bytes) -> str:

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.evaluation.identity import model_digest
 from nextquill.popi.config import SAMPLES_FILE, POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
-from nextquill.popi.rollouts import line_fields
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import line_fields
 
 _STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
@@ -26,17 +27,18 @@ class SavedRun:
 
     Args:
         folder: the folder that `POPITrainer` wrote, or a checkpoint in it.
-        dtype: see `load_model`.
+        loading: how models are loaded; see `load_model`.
 
     Raises:
+        ArgumentError: an argument of loading that this run or this machine cannot take.
         CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
         UnsupportedModelError: a model cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path, *, dtype: str = "auto") -> None:
+    def __init__(self, folder: str | Path, **loading: Any) -> None:
         self.folder = Path(folder)
         self.config, self.templates = saved_settings(folder)
-        self.roles = Roles.load(folder, dtype=dtype)
+        self.roles = Roles.load(folder, **loading)
 
     @cached_property
     def inference_prompts(self) -> InferencePrompts:
@@ -53,11 +55,8 @@ class SavedRun:
     def writer(self, *, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0) -> str:
         """Name the writer of summaries: the folder's name, and a digest of everything that decides their text.
 
-        The digest covers the weights, the prompt, the longest summary and, for sampling, the temperature and the seed.
-
-        Args:
-            max_new_tokens: the most tokens of a summary; by default as in training.
-            temperature, seed: see `summarize`.
+        The digest covers the weights, the prompt, the longest summary (by default as in training) and, for sampling,
+        the temperature and the seed.
         """
         settings = {
             "weights": self._weights,
@@ -75,10 +74,9 @@ class SavedRun:
 
 
 def saved_settings(folder: str | Path) -> tuple[POPIConfig, PopiTemplates]:
-    """Read the settings of training and the wording of the prompts of the run in a folder, without loading its models.
+    """Read the settings of training and the wording of the prompts of a run, without loading its models.
 
-    Raises:
-        CheckpointError: the folder is not from POPI, an adapter is missing, or the settings are damaged.
+    CheckpointError if the folder is not from POPI, an adapter is missing, or the settings are damaged.
     """
     settings = check_roles(Path(folder))["settings"]
     try:
@@ -115,17 +113,6 @@ class SampleLog:
                 lines = path.read_text(encoding="utf-8").split("\n")
                 kept = [line for line in lines if line_fields(line).get("step", math.inf) < step]
                 write_whole(path, "".join(f"{line}\n" for line in kept))
-
-
-def trained_users(folder: str | Path) -> set[str]:
-    """Return the users whose summaries a run has sampled, by the logs in its folder; also for a checkpoint in it."""
-    run = Path(folder).resolve()
-    places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]
-    found: set[str] = set()
-    for log in (log for place in places for log in place.glob(f"{_STEM}*{_SUFFIX}")):
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            found.update(str(fields["user_id"]) for line in lines if "user_id" in (fields := line_fields(line)))
-    return found
 
 
 def _name(rank: int | str) -> str:

@@ -80,12 +80,7 @@ class _Losses(NamedTuple):
 
 
 class StepMaker:
-    """Makes steps. The same users, step number and weights give the same step, however they are divided into batches.
-
-    Args:
-        roles, config, inference_prompts, generator_prompts, rollouts, passes: those of the run.
-        seed: the seed of draws and samples.
-    """
+    """Makes steps. The same users, step number and weights give the same step, whatever their division into batches."""
 
     def __init__(
         self,
@@ -111,11 +106,9 @@ class StepMaker:
         return Phase(inference, generator, inference and step < config.warm_start_steps)
 
     def make(self, users: Sequence[User], step: int) -> Step:
-        """Make a step, up to its gradient.
+        """Make a step of this rank's users, up to its gradient; without users it has no work.
 
-        Args:
-            users: the users of this rank; with none the step has no work.
-            step: the optimizer step's number from 0; it decides draws, samples and phase.
+        The optimizer step's number from 0 decides draws, samples and phase.
         """
         if not users:
             return Step([], {})
@@ -126,7 +119,8 @@ class StepMaker:
         texts = [[tidy_summary(sample.text) for sample in group] for group in groups]
         read = [[self._read(text, each.pairs) for text in own] for each, own in zip(draws, texts, strict=True)]
         scored = self._score(draws, texts, read)
-        rewards = self._rewards(draws, scored)
+        mean_losses = [own.loss.view(-1, len(each.pairs)).mean(1) for own, each in zip(scored.own, draws, strict=True)]
+        rewards = -torch.stack(mean_losses)  # float64 [users, K]
         kl = self._kl(draws, groups) if phase.inference and config.kl_coef > 0 else None
         lengths = torch.tensor([[len(s.ids) for s in group] for group in groups], dtype=torch.float64)
         unfinished = torch.tensor([[not s.ended for s in group] for group in groups], dtype=torch.float64)
@@ -211,12 +205,6 @@ class StepMaker:
         sizes = [count * len(each.pairs) for each, both in zip(draws, counts, strict=True) for count in both]
         parts = [PairLosses(*part) for part in zip(*(values.split(sizes) for values in losses), strict=True)]
         return _Losses(parts[::2], parts[1::2])
-
-    def _rewards(self, draws: Sequence[Draw], scored: _Losses) -> Tensor:
-        """The rewards, -mean loss over a user's pairs, float64 [users, K]."""
-        return torch.stack(
-            [-losses.loss.view(-1, len(each.pairs)).mean(1) for losses, each in zip(scored.own, draws, strict=True)]
-        )
 
     def _summary_branches(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> list[Branch]:
         found = list[Branch]()

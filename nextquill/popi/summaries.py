@@ -49,13 +49,11 @@ _ONE_THREAD = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A user's summary.
+    """A user's summary, which may be empty.
 
     Args:
-        user_id: the user.
-        signals_hash: the hash of its signals, see `signals_hash`.
+        signals_hash: the hash of the user's signals, see `signals_hash`.
         model: the name of the model that wrote it.
-        summary: the text; may be empty.
         created: the time when it was written or last edited, in ISO 8601 with a time zone.
         tokens: its number of tokens for that model; None after an edit.
         edited: whether a person has edited it.
@@ -145,14 +143,9 @@ class SummaryFile:
         return [user for user, own in hashes.items() if edited.get(user, own) != own]
 
     def put(self, *summaries: Summary, force: bool = False) -> list[str]:
-        """Add summaries, or replace those of the same users.
+        """Add summaries, or replace those of the same users, of which the last one counts.
 
-        Args:
-            summaries: the last one of each user counts.
-            force: also replace summaries that a person has edited.
-
-        Returns:
-            The users whose summary was kept because a person has edited it.
+        Returns the users whose summary was kept because a person has edited it; with `force` these are replaced too.
         """
         kept = list[str]()
         if not summaries:
@@ -167,21 +160,16 @@ class SummaryFile:
         return kept
 
     def edit(self, user_id: str, text: str) -> Summary:
-        """Replace the text of a user's summary by a person's; it may be blank.
-
-        Raises:
-            ArgumentError: the user has no summary.
-        """
+        """Replace the text of a user's summary by a person's, which may be blank; ArgumentError without a summary."""
         tidy = check_text(text, "edit", "text").strip()
         with self._changed(user_id) as known:
             known[user_id] = replace(known[user_id], summary=tidy, created=_now(), tokens=None, edited=True, cut=False)
             return known[user_id]
 
     def delete(self, user_id: str) -> None:
-        """Delete a user's summary, edited or not; the next run writes a new one if it gets the user's signals.
+        """Delete a user's summary, edited or not; ArgumentError without one.
 
-        Raises:
-            ArgumentError: the user has no summary.
+        The next run writes a new one if it gets the user's signals.
         """
         with self._changed(user_id) as known:
             del known[user_id]
@@ -251,12 +239,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The signals and held-out pairs of the users to evaluate.
-
-    Args:
-        draws: one for each user, with first signals and later pairs.
-        no_pairs, few_signals: the users that are left out, see `UserCounts`.
-    """
+    """The first signals and later pairs of each user to evaluate, and the users that are left out, see `UserCounts`."""
 
     draws: tuple[Draw, ...]
     no_pairs: tuple[str, ...] = ()
@@ -299,14 +282,7 @@ def all_signals(user: User, *, num_signals: int) -> tuple[HistoryItem, ...]:
 
 
 class Written(NamedTuple):
-    """A summary by the inference model.
-
-    Args:
-        user_id: the user.
-        text: the summary; may be empty.
-        tokens: its number of tokens.
-        ended: whether it ended within `max_new_tokens`.
-    """
+    """A summary by the inference model; `ended` says whether it ended within `max_new_tokens`. It may be empty."""
 
     user_id: str
     text: str
@@ -327,12 +303,8 @@ def summarize(
     """Yield each user's summary as soon as its batch is written, the longest prompts first.
 
     Args:
-        role: the inference model; it is left as it was.
-        prompts: makes the inference model's prompts.
         signals: the signals by user, oldest first.
-        max_new_tokens: the most tokens of a summary.
         temperature: 0 for the most likely tokens; above 0, a sample that depends on `seed` and the user alone.
-        seed: the seed of sampling.
         batch_size: the number of users at a time.
 
     Raises:

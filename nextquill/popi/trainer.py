@@ -12,6 +12,7 @@ Draws and samples depend on the seed, the step and the user alone, so a resumed 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -78,8 +79,9 @@ class POPITrainer(AtomicCheckpoints, Trainer):
     preference_margin (nats), preference_accuracy, informativeness and generator_error (the two parts of the loss, nats
     per pair, see `objective`), reward, reward_std (within groups), kl (nats) and summary_tokens. Logged as shares:
     summaries_empty, summaries_unfinished, summaries_too_long (the generator then reads none), prompts_without_signals
-    and groups_equal. reward_nan is the number per step. Every sampled summary is appended to `sampled_summaries.jsonl`
-    in the run's folder.
+    and groups_equal. reward_nan is the number per step. tokens_per_second counts the branches with gradient in separate
+    rows, over the time of sampling and scoring too. Every sampled summary is appended to `sampled_summaries.jsonl` in
+    the run's folder.
 
     Evaluation summarises every user greedily. It returns accuracy, margin and loss of held-out pairs with the summary,
     without one and with another user's. Each process evaluates all users, `rollout_batch_size` of them at a time.
@@ -160,7 +162,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
         self._log = SampleLog(Path(str(args.output_dir)), args.process_index, args.world_size)
-        self._sums = _no_sums()
+        self._start_interval()
 
     # ---- preparation ---------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
-        self._sums = _no_sums()
+        self._start_interval()
         self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -219,6 +221,11 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
         }
+
+    def _starting_point(self) -> tuple[list[str], list[Any]]:
+        """The training users, and the models of the roles."""
+        users: Any = () if self.train_users is None else self.train_users.users
+        return [user.user_id for user in users], list(self.roles.models)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -298,9 +305,15 @@ class POPITrainer(AtomicCheckpoints, Trainer):
     def _metrics(self) -> dict[str, float]:
         packed = torch.stack(list(self._sums.values())).to(self.args.device)
         sums = dict(zip(self._sums, self.accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
-        self._sums = _no_sums()
+        seconds, (branches, computed) = time.perf_counter() - self._since, sums["sharing_factor"]
+        self._start_interval()
         found = {name: total / count for name, (total, count) in sums.items() if count}
-        return {**found, "num_tokens": sums["sharing_factor"][1]}
+        return {**found, "num_tokens": computed, "tokens_per_second": branches / max(1e-9, seconds)}
+
+    def _start_interval(self) -> None:
+        """Forget the sums and the time since the last log; float64 [2] each, the sum and the count of a logged mean."""
+        self._sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
+        self._since = time.perf_counter()
 
     # ---- evaluation ----------------------------------------------------------------------------------
 
@@ -411,11 +424,6 @@ class POPITrainer(AtomicCheckpoints, Trainer):
 def _places(counts: UserCounts | None) -> Any:
     """A data set of the users' places."""
     return None if counts is None else range(len(counts.users))
-
-
-def _no_sums() -> dict[str, Tensor]:
-    """The sum and the count of every logged mean, at the start of an interval; float64 [2] each."""
-    return {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
 
 
 def _collate(indices: Sequence[int]) -> dict[str, Any]:

@@ -92,13 +92,11 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class UserCounts:
-    """The users that can be drawn from, and those that are left out; see `check_users`.
+    """The users that can be drawn from, and the ids of those that are left out; see `check_users`.
 
     Args:
-        users: the users that can be drawn from, in their order.
-        no_pairs: the ids of users that are left out because they have no pair.
-        few_signals: the ids of users that are left out because they have too few signals beside a pair.
-        short: the ids of those in `users` with fewer pairs or signals than were asked for.
+        few_signals: users with too few signals beside a pair.
+        short: those in `users` with fewer pairs or signals than were asked for.
     """
 
     users: tuple[User, ...]
@@ -245,11 +243,7 @@ def gives_away(item: HistoryItem, pair: Pair) -> bool:
 
 
 def check_draw(draw: Draw) -> None:
-    """Check that no signal of a draw gives one of its pairs away.
-
-    Raises:
-        RecordError: a signal does; the message names the user, the signal and the query.
-    """
+    """Raise RecordError if a signal gives a pair away; the message names the user, the signal and the query."""
     for place, item in enumerate(draw.signals):
         for pair in draw.pairs:
             if gives_away(item, pair):

@@ -56,11 +56,15 @@ class ResponseVariant:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text among others: a label, the text, and its scores in a few words."""
+    """A text among others: a label, the text, and its scores in a few words.
+
+    `copied` are the places of phrases that are copied from the history: first character and the one after the last.
+    """
 
     label: str
     text: str
     detail: str = ""
+    copied: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)

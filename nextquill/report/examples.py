@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.evaluation.measures import PROMPTS
 from nextquill.evaluation.results import EFFECTS_FILE, ITEM_EFFECTS_FILE, EvaluatedExample, ItemEffects, finite
+from nextquill.evaluation.text_measures import REFERENCE
 from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.numbers import rounded
 from nextquill.report.run_tables import scores_text
@@ -96,14 +97,19 @@ def _view(title: str, why: str, parts: Sequence[_Part], *, alone: bool) -> Respo
     ]
     texts = [
         GeneratedText(
-            f"{'' if alone else f'{run.label}: '}generated {prompt}", own.generated[branch], scores_text(own, branch)
+            f"{'' if alone else f'{run.label}: '}generated {prompt}",
+            own.generated[branch],
+            scores_text(own, branch),
+            own.copied.get(branch, ()),
         )
         for run, own, _, _ in parts
         for branch, prompt in PROMPTS.items()
         if branch in own.generated
     ]
     if texts or not variants:  # the coloured tokens are the response already, but other texts are to be read beside it
-        texts.insert(0, GeneratedText("the user's own response", example.response))
+        texts.insert(
+            0, GeneratedText("the user's own response", example.response, copied=example.copied.get(REFERENCE, ()))
+        )
     return ResponseView(title, context, variants, texts)
 
 

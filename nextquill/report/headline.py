@@ -13,7 +13,7 @@ from nextquill.evaluation.measures import TOKEN_KINDS, kind_and_branch, text_met
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import MetricValue
 from nextquill.report.data import ForestMeasure, ForestRow
-from nextquill.report.numbers import in_words, rounded
+from nextquill.report.numbers import counted, in_words, rounded
 
 #: Below this number of people a page warns.
 FEW_PEOPLE = 20
@@ -164,7 +164,7 @@ def _worth(name: str, subject: Subject, baseline: Subject | None) -> str:
         said += " (another person's was not tried, so it need not be personal)"
     if baseline is not None and name in baseline.metrics:
         theirs = rounded(baseline.metrics[name].value)[0]
-        said += f", against {theirs} in {baseline.label} ({_word(subject, name)})"
+        said += f", against {theirs} in {baseline.label} ({_changed(subject, name, rounded(metric.value)[0], theirs)})"
     return f"{subject.label}'s {what} {said}"
 
 
@@ -179,8 +179,14 @@ def _beside(name: str, subject: Subject, baseline: Subject | None) -> str:
     own = subject.metrics[name]
     if baseline is None or name not in baseline.metrics:
         return in_words(own.value, own.low, own.high)
-    theirs = rounded(baseline.metrics[name].value)[0]
-    return f"{rounded(own.value)[0]} against {theirs} ({_word(subject, name)})"
+    figure, theirs = rounded(own.value)[0], rounded(baseline.metrics[name].value)[0]
+    return f"{figure} against {theirs} ({_changed(subject, name, figure, theirs)})"
+
+
+def _changed(subject: Subject, name: str, figure: str, theirs: str) -> str:
+    """The change in words; a clear one that the figures do not show is too small to be claimed."""
+    said = _word(subject, name)
+    return "the same to these digits" if figure == theirs and said.startswith("clearly") else said
 
 
 def _word(subject: Subject, name: str) -> str:
@@ -206,6 +212,14 @@ def _texts(subject: Subject, names: Sequence[str], level: float) -> str:
 
 def _short(metric: MetricValue) -> str:
     return metric.label.removesuffix(OWN_HISTORY)
+
+
+def of_people(what: str, users: int | None, new: int | None) -> str:
+    """`what` of so many people, `new` of whom were never trained on; that is left out where it is not known."""
+    if not users:
+        return what
+    known = {None: "", users: " never trained on", 0: ", all of them trained on"}
+    return f"{what} of {counted(users, 'person', 'people')}{known.get(new, f', {new} of them never trained on')}"
 
 
 def few_people(users: float) -> list[str]:

@@ -5,30 +5,9 @@ from __future__ import annotations
 import math
 
 
-def number(value: float, *, sign: str = "", digits: int = 4) -> str:
-    """A figure: `digits` after the point, and two from 10 on. `sign` is "+" to show that of a positive number too.
-
-    Below a thousandth `digits` - 2 are significant, so that it does not read as 0.
-    """
-    if 1e-9 < abs(value) < 0.001:
-        return f"{value:{sign}.{digits - 2}g}"
-    digits = 2 if abs(value) >= 10 else digits
-    return f"{round(value, digits) + 0.0:{sign},.{digits}f}"  # never -0.0000
-
-
-def interval(low: float | None, high: float | None, *, digits: int = 4) -> str:
-    """An interval in brackets; an empty text where there is none."""
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        return ""
-    return f"[{number(low, digits=digits)}, {number(high, digits=digits)}]"
-
-
-def with_interval(
-    value: float, low: float | None, high: float | None, between: str = " ", *, sign: str = "", digits: int = 4
-) -> str:
-    """A figure and, after `between`, its interval if there is one."""
-    bounds = interval(low, high, digits=digits)
-    return f"{number(value, sign=sign, digits=digits)}{between if bounds else ''}{bounds}"
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """A number of things in words: `1 step`, `1,200 steps`."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def p_value(value: float) -> str:
@@ -61,8 +40,8 @@ def rounded(value: float, low: float | None = None, high: float | None = None, *
 
 
 def in_words(
-    value: float, low: float | None = None, high: float | None = None, unit: str = "", *, sign: str = ""
+    value: float, low: float | None = None, high: float | None = None, unit: str = "", *, sign: str = "", gap: str = " "
 ) -> str:
-    """`rounded` in a sentence: `0.41 nats per token [0.33, 0.50]`."""
+    """`rounded` in a sentence: `0.41 nats per token [0.33, 0.50]`; `gap` goes before the interval."""
     figure, bounds = rounded(value, low, high, sign=sign)
-    return " ".join(filter(None, (figure, unit, bounds)))
+    return gap.join(filter(None, (" ".join(filter(None, (figure, unit))), bounds)))

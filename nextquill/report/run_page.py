@@ -12,10 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.bootstrap import PairedResult
-from nextquill.evaluation.results import is_number
+from nextquill.evaluation.measures import NEW_USERS
+from nextquill.evaluation.results import is_number, unlike_settings
 from nextquill.report.data import Charts, Page, Panel, ResponseView, Series, Table
 from nextquill.report.examples import MIX, example_views
-from nextquill.report.headline import FEW_PEOPLE, Change, Subject, few_people, forest, trainer_metrics, verdict
+from nextquill.report.headline import (
+    FEW_PEOPLE,
+    Change,
+    Subject,
+    few_people,
+    forest,
+    of_people,
+    trainer_metrics,
+    verdict,
+)
+from nextquill.report.numbers import counted
 from nextquill.report.run_tables import Pairing, evaluated, generated, level_of, measures_tables, same_records
 from nextquill.report.runs import Run
 
@@ -110,7 +121,7 @@ def runs_page(
             *_few_writers(measured),
             *_mixed_records(measured, baseline),
             *_other_settings(measured, baseline),
-            *(f"{run.label}: {text}." for run in runs for text in run.missing),
+            *(f"{', '.join(names)}: {text}." for text, names in _missing(runs).items()),
         ],
         measures=forest(list(subjects.values()), baseline.label if baseline is not None else None),
         measures_lead=_measures_lead(measured),
@@ -144,10 +155,8 @@ def _change(result: PairedResult, level: float) -> Change:
 
 def _on(run: Run) -> str:
     assert run.evaluation is not None
-    users = run.metrics["users"].value if "users" in run.metrics else 0
-    what = "pairs" if run.is_popi else "responses"
-    people = f" of {users:.0f} {'person' if users == 1 else 'people'}" if users else ""
-    return f"{run.evaluation.num_examples:,} {what}{people}"
+    users, new = (int(run.metrics[name].value) if name in run.metrics else None for name in ("users", NEW_USERS))
+    return of_people(counted(run.evaluation.num_examples, "pair" if run.is_popi else "response"), users, new)
 
 
 def _verdicts(measured: Sequence[Run], baseline: Run | None, subjects: Mapping[str, Subject]) -> list[str]:
@@ -180,17 +189,23 @@ def _measures_lead(measured: Sequence[Run]) -> str:
 
 def _other_settings(measured: Sequence[Run], baseline: Run | None) -> list[str]:
     """Names the settings of prompts and generation that differ from the baseline's and add to differences."""
-    said = []
-    theirs = _settings(baseline)
-    for run in measured:
-        own = _settings(run)
-        unlike = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
-        if baseline is not None and same_records(run, baseline) and unlike:
-            named = "; ".join(f"{name} {own.get(name)!r:.40}, there {theirs.get(name)!r:.40}" for name in unlike)
-            said.append(
-                f"{run.label} was evaluated otherwise than {baseline.label}, which adds to differences: {named}."
-            )
-    return said
+    if baseline is None or baseline.evaluation is None:
+        return []
+    return [
+        f"{run.label} was evaluated otherwise than {baseline.label}, which adds to differences: {unlike}."
+        for run in measured
+        if run.evaluation is not None and same_records(run, baseline)
+        if (unlike := unlike_settings(run.evaluation, baseline.evaluation))
+    ]
+
+
+def _missing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What runs lack, and the names of those that lack it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for text in run.missing:
+            found.setdefault(text, []).append(run.label)
+    return found
 
 
 def _few_writers(measured: Sequence[Run]) -> list[str]:
@@ -203,13 +218,6 @@ def _few_writers(measured: Sequence[Run]) -> list[str]:
                 f"{run.label}: texts of only {people} people, so the intervals of their measures are too narrow."
             )
     return said
-
-
-def _settings(run: Run | None) -> dict[str, object]:
-    if run is None or run.evaluation is None:
-        return {}
-    shared = {name: run.evaluation.settings.get(name) for name in ("max_length", "max_new_tokens", "guidance")}
-    return {**shared, **run.evaluation.template}
 
 
 def training_charts(runs: Sequence[Run]) -> Charts | None:
@@ -248,8 +256,7 @@ def _series(run: Run, name: str, place: int, *, alone: bool) -> Iterator[Series]
 def _lead(runs: Sequence[Run]) -> str:
     trained = sum(run.training is not None for run in runs)
     measured = len(evaluated(runs))
-    what = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{what}, {trained} with a training log, {measured} evaluated."
+    return f"{counted(len(runs), 'run')}, {trained} with a training log, {measured} evaluated."
 
 
 def _mixed_records(measured: Sequence[Run], baseline: Run | None) -> list[str]:

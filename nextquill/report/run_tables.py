@@ -170,7 +170,10 @@ def _fewer(run: Run, name: str) -> str:
     """The number of examples behind a measure of generated texts, if texts were generated for only some."""
     if text_metric(name) is None or not run.examples:
         return ""
+    own = run.metrics[name].per_example
     count = generated(run, kind_and_branch(name)[1])
+    if own is not None:  # some measures are defined for only some texts
+        count = sum(own in example.scores for example in run.examples)
     return f"n {count}" if count < len(run.examples) else ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.evaluation.measures import NEW_USERS
 from nextquill.evaluation.results import (
     EFFECTS_FILE,
     EVALUATION_FILE,
@@ -145,6 +146,8 @@ def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
                 text = f"{label}, {_POPI_CONTEXTS.get(name, 'own summary')}"
                 metrics[f"{measure}_{name}"] = _metric(text, each[measure], "value", unit, better=True)
         metrics["users"] = MetricValue("users", float(found["users"]))
+        if raw.get(NEW_USERS) is not None:
+            metrics[NEW_USERS] = MetricValue("users never trained on", float(raw[NEW_USERS]))
         pairs = int(found["pairs"])
         level = raw["settings"].get("level", 0.95)
         return Evaluation(raw["model"], f"{pairs} pairs", pairs, POPI, level, raw["settings"], metrics)

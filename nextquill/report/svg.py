@@ -51,13 +51,19 @@ def _measure(measure: ForestMeasure) -> str:
     ticks = axis.ticks(6)
     lines = "".join(_upright("zero" if tick == 0 and measure.with_zero else "grid", axis(tick)) for tick in ticks)
     labels = "".join(
-        f'<text class="axis" x="{axis(tick):.1f}%" y="12" text-anchor="middle">{_number(tick)}</text>' for tick in ticks
+        f'<text class="axis" x="{(at := axis(tick)):.1f}%" y="12" text-anchor="{_anchor(at)}">{_number(tick)}</text>'
+        for tick in ticks
     )
     drawn = "".join(_row(row, axis, lines) for row in rows)
     return (
         f'<div class="forest"><h3>{html(measure.title)}</h3><p class="note">{html(measure.hint)}</p><ul>{drawn}'
         f'<li aria-hidden="true"><svg class="strip ticks">{labels}</svg></li></ul></div>'
     )
+
+
+def _anchor(place: float) -> str:
+    """Where a label at this percentage is fixed, so that it stays inside."""
+    return "start" if place < 6 else "end" if place > 94 else "middle"
 
 
 def forest_axis(rows: Sequence[ForestRow], *, with_zero: bool) -> _Axis:
@@ -77,8 +83,9 @@ def _row(row: ForestRow, axis: _Axis, lines: str) -> str:
             f'<line class="whisker {colour}" x1="{axis(row.low):.1f}%" x2="{axis(row.high):.1f}%" y1="11" y2="11"/>'
         )
     note = f"<small>{html(row.note)}</small>" if row.note else ""
+    label = html(row.label).replace("_", "_<wbr>")  # a long name breaks there
     return (
-        f'<li><b>{html(row.label)}</b><svg class="strip" aria-hidden="true">{lines}{whisker}'
+        f'<li><b>{label}</b><svg class="strip" aria-hidden="true">{lines}{whisker}'
         f'<circle class="dot {colour}" cx="{at:.1f}%" cy="11" r="4.5"/></svg>'
         f"<span>{figure} {bounds}{note}</span></li>"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from nextquill.errors import ArgumentError
@@ -21,6 +22,7 @@ _HURTS = (
     "", "underline black on #fbe6cf", "underline black on #f6c48c", "bold underline black on #ee9a3f",
     "bold underline white on #9c4a06",
 )  # fmt: skip
+_COPIED = "underline black on #ffe08a"
 # |effect| from which each step applies; below the first a token is left plain.
 _STEPS = (0.05, 0.2, 0.4, 0.7)
 
@@ -46,6 +48,22 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
     # Plain, because an escape sequence would be obeyed.
     pieces = [Text(plain(token), effect_style(effect)) for token, effect in zip(tokens, effects, strict=True)]
     return Text(separator).join(pieces)
+
+
+def copied_text(text: str, spans: Sequence[Sequence[int]]) -> Text:
+    """A text with the phrases that are copied from the history, at `spans` in order and apart, on yellow."""
+    from rich.text import Text
+
+    cuts = [0, *(place for span in spans for place in span), len(text)]
+    pieces = (plain(text[first:last]) for first, last in pairwise(cuts))
+    return Text.assemble(*((piece, _COPIED if at % 2 else "") for at, piece in enumerate(pieces)))
+
+
+def copied_legend() -> Text:
+    """One line that explains the mark."""
+    from rich.text import Text
+
+    return Text.assemble(("marked", _COPIED), " three or more words in a row of the history")
 
 
 def effect_style(effect: float) -> str:

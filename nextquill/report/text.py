@@ -7,6 +7,7 @@ around, and halves of surrogate pairs, which no file can hold.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 
 # C0 and C1 controls but tab and line feed, the bidirectional embeddings, overrides and isolates, lone surrogates.
@@ -24,3 +25,13 @@ def html(text: str, most: int | None = None) -> str:
     if most is not None and len(text) > most:
         return f"{escape(plain(text[:most]))} … [{len(text) - most:,} more characters]"
     return escape(plain(text))
+
+
+def marked_html(text: str, spans: Sequence[Sequence[int]], most: int | None = None) -> str:
+    """`text` as `html` writes it, with the characters of each span, in order and apart, in a `<mark>`."""
+    end = len(text) if most is None else most
+    parts, at = list[str](), 0
+    for first, last in ((first, min(last, end)) for first, last in spans if first < end):
+        parts.append(f"{html(text[at:first])}<mark>{html(text[first:last])}</mark>")
+        at = last
+    return "".join(parts) + html(text[at:], None if most is None else most - at)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from nextquill.report.data import GeneratedText, LeftOutItem, ResponseVariant, ResponseView, TokenEffect
-from nextquill.report.text import html
+from nextquill.report.text import html, marked_html
 
 #: Steps of colour, each a tenth; an effect below half a step is left plain, as it is neither visible nor reliable.
 STEPS = 10
@@ -24,7 +24,7 @@ TABLE_TOKENS = 12
 
 
 def responses_html(responses: Sequence[ResponseView]) -> str:
-    """A legend, if there are tokens, and a card for each response."""
+    """A legend, if there are tokens or copied phrases, and a card for each response."""
     tokens = [token for view in responses for variant in view.variants for token in variant.tokens]
     has_truth = any(token.personal is not None for token in tokens)
     truth = '<span><span class="personal">underlined</span> truly personal</span>' if has_truth else ""
@@ -33,7 +33,9 @@ def responses_html(responses: Sequence[ResponseView]) -> str:
         f"<svg viewBox='0 0 {20 * STEPS} 12' aria-hidden='true'>{_scale()}</svg> raised it by 1</span>"
         f"<span>plain: less than {0.5 / STEPS:g} either way</span>{truth}</p>"
     )
-    return (legend if tokens else "") + "".join(map(_card, responses))
+    has_copies = any(text.copied for view in responses for text in view.texts)
+    copies = '<p class="legend"><span><mark>marked</mark> three or more words in a row of the history</span></p>'
+    return (legend if tokens else "") + (copies if has_copies else "") + "".join(map(_card, responses))
 
 
 def effect_class(effect: float, full: float = 1.0) -> str:
@@ -63,7 +65,7 @@ def _card(view: ResponseView) -> str:
 def _text(text: GeneratedText) -> str:
     detail = f" <small>{html(text.detail)}</small>" if text.detail else ""
     nothing = f'<i class="empty">{"white space only" if text.text else "an empty text"}</i>'
-    shown = html(text.text, LONGEST_TEXT) if text.text.strip() else nothing
+    shown = marked_html(text.text, text.copied, LONGEST_TEXT) if text.text.strip() else nothing
     return f'<div><b>{html(text.label)}</b>{detail}<p dir="auto">{shown}</p></div>'
 
 

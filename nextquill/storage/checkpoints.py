@@ -1,8 +1,8 @@
 """Checkpoints that exist completely or not at all, and the identity of the run they belong to.
 
 A checkpoint is written into `<output_dir>/.incomplete/` and renamed when it is complete. A process that is killed while
-it saves leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint names its model and loss.
-The same file beside the checkpoints marks the folder as a run's.
+it saves leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint names its model and loss,
+and holds digests of the users it was trained on. The same file beside the checkpoints marks the folder as a run's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from typing import Any
 
 from nextquill.errors import CheckpointError
 from nextquill.storage.atomic_files import move_into_place
+from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import json_object
 
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
+#: The field of that file with the digests of the users in the training data.
+TRAINED_USERS = "trained_users"
 #: The trainer's log in a checkpoint, and in the folder of a finished run.
 STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 
@@ -50,8 +54,7 @@ def remove_staging(folder: Path) -> None:
 def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -> Path | None:
     """The checkpoint to resume from: the named one, the last in `folder` for True, or None to start from the beginning.
 
-    Raises:
-        CheckpointError: the checkpoint is missing or incomplete.
+    CheckpointError if it is missing or incomplete.
     """
     if given is None or given is False:
         return None
@@ -87,6 +90,18 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(limit, len(protected)))]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def user_digest(user_id: str) -> str:
+    """A user in the list of those that a run was trained on."""
+    return fingerprint([user_id])
+
+
+def trained_users(folder: str | os.PathLike[str]) -> frozenset[str] | None:
+    """The digests of all users in the training data of a run, by its folder or a checkpoint; None if not known."""
+    path = Path(folder) / RUN_FILE
+    users = json_object(path).get(TRAINED_USERS) if path.is_file() else None
+    return None if users is None else frozenset(users)
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:

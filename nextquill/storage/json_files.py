@@ -1,9 +1,9 @@
-"""Reads JSON files; damage is an error that names the file, and the line where there are several."""
+"""Reads JSON files, and says how two sets of settings differ. An error names the damaged file, and the line if any."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,7 @@ from nextquill.errors import RecordError
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
-
-    Raises:
-        RecordError: the file cannot be read, or is not a JSON object.
-    """
+    """The object that a file holds; RecordError if it cannot be read, or is not a JSON object."""
     try:
         return _object(path.read_bytes(), str(path))
     except OSError as error:
@@ -23,11 +19,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line's place, for errors, and the object that it holds.
-
-    Raises:
-        RecordError: the file cannot be read, or a line is not a JSON object.
-    """
+    """Yield each line's place, for errors, and the object that it holds; RecordError as `json_object`."""
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -35,6 +27,27 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, _object(line, where)
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def line_fields(line: str | bytes) -> dict[str, Any]:
+    """The JSON object in a line; a line that was cut short, or is not an object, has no fields."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The name of the first setting that differs, with both values; None if all are equal. Nested names are joined."""
+    for name in {**there, **here}:
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if (inner := first_difference(old, new)) is not None:
+                return f"{name} {inner}"
+        elif old != new:
+            return f"{name}: there {old!r}, here {new!r}"
+    return None
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.storage.atomic_files import written_whole
+from nextquill.storage.json_files import first_difference, line_fields
 from nextquill.storage.locks import HAS_LOCKS, try_lock
 
 _HEADER = "nextquill_partial"
@@ -74,13 +75,11 @@ class BegunFile:
 
     def _refusal(self, first: bytes, run: Mapping[str, Any]) -> str | None:
         """Why the file with this first line cannot be resumed."""
-        saved = _decoded(first).get(_HEADER)
+        saved = line_fields(first).get(_HEADER)
         if not isinstance(saved, dict):
             return f"{self.path} exists, and nextquill did not start it"
-        name = next((name for name in {**saved, **run} if saved.get(name) != run.get(name)), None)
-        if name is None:
-            return None
-        return f"{self.path} was started with another {name}: there {saved.get(name)!r}, here {run.get(name)!r}"
+        difference = first_difference(saved, run)
+        return None if difference is None else f"{self.path} was started with another {difference}"
 
 
 class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
@@ -115,11 +114,7 @@ class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
         self._stream.flush()
 
     def finish(self, indices: Sequence[int]) -> None:
-        """Write the lines with these indices to the target, in this order.
-
-        Raises:
-            CheckpointError: the file holds other lines than these.
-        """
+        """Write the lines with these indices to the target, in this order; CheckpointError if the file holds others."""
         if sorted(self._offsets) != sorted(indices):
             raise CheckpointError(f"{self.argument}: {self.path} does not hold every record once; delete it")
         with written_whole(self.target) as stream:
@@ -131,7 +126,7 @@ class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
     def _read_back(self) -> None:
         """Find the lines in the file, and cut it off at the first broken one, which a killed process may leave."""
         while line := self._stream.readline():
-            offset, index = self._stream.tell() - len(line), _decoded(line).get("index")
+            offset, index = self._stream.tell() - len(line), line_fields(line).get("index")
             if not line.endswith(b"\n") or not isinstance(index, int) or index in self._offsets:
                 self._stream.truncate(offset)
                 return
@@ -140,12 +135,3 @@ class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
 
 def _encoded(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-
-
-def _decoded(line: bytes) -> dict[str, Any]:
-    """The object in a line; an empty one if the line is not a JSON object."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

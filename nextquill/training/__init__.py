@@ -8,5 +8,3 @@ checks.py              checks of arguments, before any work
 atomic_checkpoints.py  checkpoints that are complete or absent, and the run that they belong to
 model_card.py          the README of a trained model's folder
 """
-
-from __future__ import annotations

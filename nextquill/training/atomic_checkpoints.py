@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,19 @@ _SAMPLE = 16
 class AtomicCheckpoints(_Base):
     """A mixin that writes a Trainer's checkpoints atomically; it precedes the Trainer among the bases of a class.
 
-    The class defines `run_identity`, which a run and its checkpoints must share.
+    The class defines `run_identity`, which a run and its checkpoints must share, and `_starting_point`.
     """
 
     _identity: dict[str, Any] | None = None
+    _trained_users: list[str] | None = None
     _is_staging = False
 
     def run_identity(self) -> dict[str, Any]:
         """The values that a checkpoint must share with a run that resumes from it, as JSON holds them."""
+        raise NotImplementedError
+
+    def _starting_point(self) -> tuple[Iterable[str], Sequence[Any]]:
+        """The ids of the users in the training data, and the models that the training starts from."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +60,7 @@ class AtomicCheckpoints(_Base):
         if self.args.should_save:
             checkpoints.remove_staging(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
@@ -90,8 +97,21 @@ class AtomicCheckpoints(_Base):
         if not self._is_staging:  # the upload runs in the background and needs a folder that stays
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _all_users(self, checkpoint: Path | None) -> list[str] | None:
+        """The digests of the users of this run and of the runs before it; None if those of an earlier run are lost."""
+        ids, models = self._starting_point()
+        users = set(map(checkpoints.user_digest, ids))
+        places = [*(getattr(model, "name_or_path", None) for model in models), checkpoint]
+        for place in map(Path, filter(None, places)):
+            earlier = checkpoints.trained_users(place)
+            if earlier is None and (place / checkpoints.RUN_FILE).is_file():
+                return None
+            users |= earlier or set()
+        return sorted(users)
+
     def _write_identity(self, folder: Path) -> None:
-        write_whole(folder / checkpoints.RUN_FILE, json.dumps(self._identity, indent=2) + "\n")
+        known = {} if self._trained_users is None else {checkpoints.TRAINED_USERS: self._trained_users}
+        write_whole(folder / checkpoints.RUN_FILE, json.dumps({**(self._identity or {}), **known}, indent=2) + "\n")
 
 
 def run_identity(model: Any, loss: Any) -> dict[str, Any]:

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextquill.data import EncodedDataset, EncodedExample, UserGroupSampler
+from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
 from nextquill.models.branch_passes import PairPasses, add_empty_parts, with_empty_parts
+from nextquill.models.loading import PROMPT_FILE, PromptSettings
+from nextquill.storage.atomic_files import write_whole
 from nextquill.training.checks import check_batching
 from nextquill.training.meter import TrainingMeter, eval_metrics, example_table
+from nextquill.training.model_card import CARD_FILE, model_card
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -44,6 +48,7 @@ class CausalLossMixin(_Base):
     meter: TrainingMeter
     max_tokens: int | None
     examples_per_user: int
+    encoder: ExampleEncoder | None  # the maker of the examples, if known
 
     def _set_loss(self, passes: PairPasses, args: Any, max_tokens: int | None, examples_per_user: int) -> None:
         check_batching(args, max_tokens, examples_per_user)
@@ -241,6 +246,23 @@ class CausalLossMixin(_Base):
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
         return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the model card into the output folder; a push to the hub asks for it."""
+        write_whole(Path(str(self.args.output_dir)) / CARD_FILE, model_card(self))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the model as the Trainer does, and beside it its card and, if known, how its prompts are made."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # under FSDP and ZeRO every rank comes here
+            return
+        folder, encoder = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.encoder
+        if encoder is not None:
+            settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
+            write_whole(folder / PROMPT_FILE, settings.with_chat(encoder.renderer.uses_chat).to_json())
+        write_whole(folder / CARD_FILE, model_card(self))  # in place of PEFT's, which names local paths
 
 
 def _longer(dataset: EncodedDataset, budget: int, names: Sequence[str]) -> list[EncodedExample]:

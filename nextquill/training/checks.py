@@ -84,11 +84,7 @@ def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
 
 
 def check_model(model: Any, processing_class: Any, loss: Any) -> None:
-    """Raise unless these are a causal language model, its tokenizer, and a loss.
-
-    Raises:
-        ArgumentTypeError, ArgumentError: an argument has the wrong type, or the tokenizer does not fit the model.
-    """
+    """Raise unless these are a causal language model, its tokenizer, and a loss, and the tokenizer fits the model."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a torch module, got {type(model).__name__}")
     if processing_class is None:

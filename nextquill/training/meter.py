@@ -53,19 +53,12 @@ class TrainingMeter:
     def begin_step(self, users: int | Tensor) -> None:
         """Start another optimiser step. A step to which nothing is added does not count.
 
-        Args:
-            users: different users in the step, over all ranks; a number or an int64 scalar.
+        `users` is the number of different users in the step over all ranks, or an int64 scalar.
         """
         self._step_users = users
 
     def add(self, output: PreferenceLossOutput, computed_tokens: int, branch_tokens: int) -> None:
-        """Add one part.
-
-        Args:
-            output: the loss's output.
-            computed_tokens: tokens computed for it.
-            branch_tokens: tokens of its branches in separate rows.
-        """
+        """Add one part: the loss's output, the tokens computed for it, and those of its branches in separate rows."""
         pair, count = output.pair_nll, output.num_tokens
         if self._step_users is not None:
             self._steps, self._users, self._step_users = self._steps + 1, self._users + self._step_users, None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +24,11 @@ from nextquill.evaluation.scoring import ExampleScores, pad_token, score_example
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.configs import default_max_length
-from nextquill.models.loading import PROMPT_FILE, PromptSettings
 from nextquill.models.stored_effects import effects_digest
-from nextquill.storage.atomic_files import write_whole
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
-from nextquill.training.model_card import CARD_FILE, model_card
 
 
 class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
@@ -85,6 +81,8 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         CheckpointError: a prepared folder is damaged, or its examples were made in another way.
         UnsupportedModelError: the model's head cannot be handled exactly.
     """
+
+    encoder: ExampleEncoder
 
     def __init__(
         self,
@@ -177,21 +175,10 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         identity = run_identity(self.model, self.loss)
         return {**identity, "effects_file": effects, "examples_per_user": self.examples_per_user}
 
-    # ---- files ---------------------------------------------------------------------------------
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write the model card into the output folder; a push to the hub asks for it."""
-        write_whole(Path(str(self.args.output_dir)) / CARD_FILE, model_card(self))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the model as the Trainer does, and beside it how its prompts are made and its card."""
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # under FSDP and ZeRO every rank comes here
-            return
-        folder, encoder = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.encoder
-        settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
-        write_whole(folder / PROMPT_FILE, settings.with_chat(encoder.renderer.uses_chat).to_json())
-        write_whole(folder / CARD_FILE, model_card(self))  # in place of PEFT's, which names local paths
+    def _starting_point(self) -> tuple[list[str], list[Any]]:
+        """The users of the training data, one for each example, and the model."""
+        dataset: Any = self.train_dataset
+        return [] if dataset is None else dataset.user_ids, [self.model]
 
 
 def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] | None) -> EncodedDataset | None:

@@ -1,7 +1,9 @@
 """TRL's `SFTTrainer` with a causal loss.
 
     data = EncodedDataset(encoder.encode_all(load_records("train.jsonl")))
-    trainer = CausalSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, loss=nq.PerCELoss())
+    trainer = CausalSFTTrainer(
+        model, args, train_dataset=data, processing_class=tokenizer, encoder=encoder, loss=nq.PerCELoss()
+    )
 
 TRL's other features stay: its handling of PEFT and quantised models, its arguments and callbacks. Only the loss and the
 preparation of text are replaced.
@@ -15,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from nextquill.data import EncodedDataset
+from nextquill.data import EncodedDataset, ExampleEncoder
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
@@ -34,6 +36,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         args: TRL's `SFTConfig`; the preparation of data sets is switched off.
         train_dataset, eval_dataset: `EncodedDataset`s; the second may be a dict of them.
         processing_class: the tokenizer.
+        encoder: the maker of the examples; its settings are then saved beside the model, as `nextquill generate` and
+            `evaluate` need them, and the model card says how to prompt.
         loss, attention, max_tokens, examples_per_user: as in `NextQuillTrainer`.
         options: everything else TRL's trainer takes, except compute_loss_func, compute_metrics, data_collator,
             preprocess_logits_for_metrics and model_init.
@@ -53,6 +57,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         train_dataset: EncodedDataset | None = None,
         eval_dataset: EncodedDataset | dict[str, EncodedDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        encoder: ExampleEncoder | None = None,
         loss: PairLoss | None = None,
         attention: str = "auto",
         max_tokens: int | None = None,
@@ -74,12 +79,14 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
                 if part is not None and not isinstance(part, EncodedDataset):
                     raise ArgumentTypeError(f"{name}: expected an EncodedDataset, got {type(part).__name__}")
         _check_lengths(train_dataset, args.max_length)
+        self.encoder = encoder
         args.remove_unused_columns = False
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
             model,
             args=args,
-            train_dataset=_stand_in(train_dataset),
+            # TRL's constructor refuses any other class, so it gets a `Dataset` of the same length.
+            train_dataset=None if train_dataset is None else Dataset.from_dict({"i": list(range(len(train_dataset)))}),
             processing_class=processing_class,
             data_collator=lambda examples: {},  # replaced below, once the model is known
             compute_metrics=self._eval_metrics,
@@ -104,8 +111,3 @@ def _check_lengths(dataset: EncodedDataset | None, limit: int | None) -> None:
             f"args.max_length: expected at least the {longest} tokens of the longest example, got {limit}; "
             "encode with a smaller max_length, or set this one larger or to None"
         )
-
-
-def _stand_in(dataset: EncodedDataset | None) -> Dataset | None:
-    """A `Dataset` of the same length, since TRL's constructor refuses any other class."""
-    return None if dataset is None else Dataset.from_dict({"index": list(range(len(dataset)))})

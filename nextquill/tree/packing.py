@@ -40,12 +40,7 @@ def pack_branches(groups: Sequence[Sequence[Sequence[int] | Tensor]], max_tokens
 def pack_sorted(
     branches: SortedBranches, groups: Sequence[Sequence[int]], max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Pack branches that are already sorted, as `pack_branches` does; a group is the indices of its branches.
-
-    Raises:
-        ArgumentError: a budget below 1.
-        BudgetError: a group is larger than the budget on its own.
-    """
+    """Pack branches that are already sorted, as `pack_branches` does; a group is the indices of its branches."""
     if max_tokens is not None and max_tokens < 1:
         raise ArgumentError(f"max_tokens: expected a positive number or None, got {max_tokens}")
     rank_of = {branch: rank for rank, branch in enumerate(branches.order)}

@@ -132,11 +132,7 @@ class SortedBranches:
 
 
 def sort_branches(branches: Sequence[Sequence[int] | Tensor]) -> SortedBranches:
-    """Check branches, sort them by their tokens, and measure the prefixes that neighbours share.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: as `build_prefix_tree`.
-    """
+    """Check branches as `build_prefix_tree` does, sort them by tokens, and measure what neighbours share."""
     ids = [_token_ids(branch, position) for position, branch in enumerate(branches)]
     if not ids:
         raise ArgumentError("branches: expected at least one, got none")

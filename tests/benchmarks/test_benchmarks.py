@@ -95,7 +95,7 @@ def test_table_of_the_extension(monkeypatch):
 
 def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
     names = {"cuda": "NVIDIA H200", "cpu": "AMD EPYC 7763 64-Core Processor"}
-    monkeypatch.setattr(run, "device_name", names.__getitem__)
+    monkeypatch.setattr(measure, "device_name", names.__getitem__)
     assert run.file_name("head", "cuda") == "head-nvidia-h200.csv"
     assert run.file_name("head", "cpu") == "head.csv"
     assert run.file_name("step", "cuda") == "step-nvidia-h200.csv"

@@ -23,7 +23,8 @@ def test_it_runs_the_checkouts_suites_with_its_own_flags(nextquill, monkeypatch,
 def test_a_wrong_flag_is_one_line(nextquill):
     result = nextquill("bench", "--suit", "head")
     assert result.code == USAGE
-    assert result.err == "nextquill: unrecognized arguments: --suit head; see nextquill bench --help\n"
+    assert result.err == "nextquill: unknown flag --suit; did you mean --suite?; see nextquill bench --help\n"
+    assert "unrecognized arguments: head; see" in nextquill("bench", "head").err
     assert "invalid choice: 'heads'" in nextquill("bench", "--suite", "heads").err
     assert "--rounds: expected a positive number, got 0" in nextquill("bench", "--rounds", 0).err
     assert "--csv: expected exactly one --suite" in nextquill("bench", "--csv", "a.csv").err

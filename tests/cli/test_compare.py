@@ -44,7 +44,7 @@ def test_what_a_comparison_leaves_and_prints(compared):
     assert names == {"base", *ARMS, *files}
     for title in ("What they reach", "Difference from SFT", "What they cost", "How far it reaches"):
         assert title in result.out
-    for meaning in ("nats per token", "*: a clear difference, better or worse", "Warning: 4 users are few"):
+    for meaning in ("nats per token", "*: a clear difference, better or worse", "Warning: Only 4 people."):
         assert meaning in result.out.replace("\n", " ")
     lines = result.err.splitlines()
     assert lines[0] == "nextquill: run 1 of 6: the model before training, seed 0"
@@ -265,7 +265,7 @@ def test_equal_time(nextquill, data, tmp_path):
         (["--resamples", 0], 2, "--resamples: expected at least 1, got 0"),
         (["--eval_limit", 0], 2, "--eval_limit: expected a positive number, got 0"),
         (["--report_examples", -1], 2, "--report_examples: expected at least 0, got -1"),
-        (["--task", "lamp_9"], 2, "--task: expected one of"),
+        (["--task", "lamp_9"], 2, "argument --task: invalid choice: 'lamp_9' (choose from"),
         (["--task", "lamp_3", "--generate", "true"], 1, "--eval_file: "),
         (["--lora_r", 2], 2, "--lora_r: a new 'tiny' model has no trained weights to adapt"),
         (["--eval_file", "nowhere.jsonl"], 1, "--eval_file: nowhere.jsonl: cannot be read: No such file"),

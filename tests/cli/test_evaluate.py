@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from nextquill.evaluation.results import read_evaluation, read_item_effects
+from nextquill.storage.checkpoints import trained_users, user_digest
 
 
 def evaluate(nextquill, model, data, *words):
@@ -85,13 +86,30 @@ def test_the_tables(nextquill, trained, data):
     )
     result = evaluate(nextquill, trained, data, *words)
     assert result.code == 0, result.err
-    for label in ("nll with history", "nll without history", "nll with another's history", "ROUGE-L", "BLEU (of 100)"):
+    texts = ("ROUGE-L (of 1)", "BLEU (of 100)")
+    for label in ("nll with history", "nll without history", "nll with another's history", *texts):
         assert f"\n  {label}  " in result.out, label
     assert re.search("with history +without", result.out)
-    assert "3 examples of 3 users" in result.out
+    known = trained_users(trained)
+    new = {json.loads(line)["user_id"] for line in (data / "eval.jsonl").read_text().splitlines()[:3]}
+    new = [user for user in new if user_digest(user) not in known]
+    assert f"3 examples of 3 users ({len(new)} never trained on), " in result.out
     assert "95% intervals over users" in result.out
-    assert "Texts were generated for 2 of them" in result.out
-    assert "Warning: 3 users are few" in result.out
+    assert "4 texts generated, for 2 examples." in result.out
+    assert "Warning: Only 3 people." in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+def test_four_columns_keep_their_labels(nextquill, trained, data):
+    branches = ("factual", "counterfactual", "placebo")
+    result = evaluate(nextquill, trained, data, "--max_new_tokens", 4, "--generate_branches", *branches)
+    assert result.code == 0, result.err
+    above, below = result.out.split("generated texts")[1:]
+    assert "\n  ROUGE-L (of 1)  " in above
+    assert "the person's own" not in above
+    assert below.split("\n")[0].strip() == "the person's own"
+    assert "\n  Right person (of 1)  " in below
+    assert "ROUGE-L" not in below
     assert max(map(len, result.out.splitlines())) <= 80
     assert result.err == ""
 
@@ -106,11 +124,15 @@ def test_flat_metrics_are_those_of_the_folder(nextquill, trained, data, tmp_path
     assert json.loads(file.read_text()) == {name: metric.value for name, metric in evaluation.metrics.items()}
     assert evaluation.model == str(trained)
     assert [each.index for each in read_item_effects(folder)] == [0]
-    assert (folder / "effects.jsonl").read_bytes() == scored(nextquill, trained, data, tmp_path)
+    lines = [json.loads(line) for line in (folder / "effects.jsonl").read_text().splitlines()]
+    calibrated = ("top1", "confidence", "nll_by_temperature")
+    assert all([each.pop(name) for name in calibrated] for each in lines)
+    written = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+    assert written.encode() == scored(nextquill, trained, data, tmp_path)
 
 
 def scored(nextquill, model, data, tmp_path):
-    """The output of `score`."""
+    """The output of `score`, which is that of `evaluate` without calibration."""
     file = tmp_path / "effects.jsonl"
     words = ("--eval_file", data / "eval.jsonl", "--output_file", file, "--show", 0)
     assert nextquill("score", "--model_name_or_path", model, *words).code == 0
@@ -145,7 +167,7 @@ def test_differences_to_a_baseline(nextquill, trained, data, finished):
     same = evaluate(nextquill, trained, data, *words, "--generate", "false")
     assert same.code == 0, same.err
     table = same.out[same.out.index("this - ") :]
-    assert "+0.000 [0.000, 0.000]   1.000" in table
+    assert "+0.00 [0.00, 0.00]   1.000" in table
     assert "ROUGE" not in table, "one side has no texts"
     other = evaluate(nextquill, trained, data, *words, "--prompt_order", "history_first", "--max_new_tokens", 3)
     row = next(line for line in other.out[other.out.index("this - ") :].splitlines() if "nll with history " in line)
@@ -168,6 +190,31 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
     assert f"--baseline: {tmp_path / 'half' / 'examples.jsonl'}: cannot be read: No such file" in result.err
     result = evaluate(nextquill, "./nowhere", data, "--baseline", tmp_path)
     assert f"--baseline: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
+
+
+def test_tokens_that_another_evaluation_marks(nextquill, trained, data, finished, tmp_path):
+    words = ("--generate", "false", "--resamples", 50, "--personal_from", finished, "--baseline", finished)
+    result = evaluate(nextquill, trained, data, *words, "--score_temperature", 1.4, "--output_dir", tmp_path)
+    assert result.code == 0, result.err
+    assert "tokens of --personal_from" in result.out
+    assert re.search(r"\n  share of tokens +\d", result.out)
+    assert "nll at a temperature" in result.out
+    unlike = " ".join(result.out[result.out.index("These settings differ too") :].split())
+    assert "score_temperature 1.4, there None" in unlike
+    assert "personal_from" not in unlike, "it changes no measure that both have"
+    lines = [line for line in result.out.splitlines() if not line.startswith("Results: ")]
+    assert max(map(len, lines)) <= 80
+    assert read_evaluation(tmp_path).metrics["nll_at_temperature"].label == "nll at temperature 1.4"
+
+
+def test_marks_of_other_records_are_refused_before_the_model_is_loaded(nextquill, data, finished, tmp_path):
+    result = evaluate(nextquill, "./nowhere", data, "--personal_from", finished, "--limit", 3)
+    assert result.code == 1
+    assert f"--personal_from: {finished} is an evaluation of other records (5) than these (3)" in result.err
+    result = evaluate(nextquill, "./nowhere", data, "--personal_from", tmp_path)
+    assert f"--personal_from: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
+    result = evaluate(nextquill, "./nowhere", data, "--score_temperature", 1.3)
+    assert "--score_temperature: expected one of 0.7, 0.8" in result.err
 
 
 # ---- runs that are cut short, and second ones ----------------------------------------------------

@@ -43,7 +43,7 @@ def test_the_history_may_come_from_standard_input(nextquill, common, history, mo
     monkeypatch.setattr("sys.stdin", io.StringIO('"a"\n{'))
     broken = nextquill("generate", *common, "--history_file", "-", "--query", "x")
     assert broken.code == 1
-    assert "--history_file: standard input line 2: expected a JSON string or object" in broken.err
+    assert "--history_file: standard input line 2: not valid JSON: Expecting property name" in broken.err
 
 
 def test_histories_side_by_side(nextquill, common, records, tmp_path, trained):

@@ -12,9 +12,9 @@ from nextquill.cli.main import COMMANDS
 from nextquill.cli.parsing import Parser
 from nextquill.cli.popi import SUBCOMMANDS
 
-#: bench has a parser of its own, popi only subcommands, and `popi demo` the flags of demo.
+#: bench has a parser of its own, and popi only subcommands.
 MODULES = [f"nextquill.cli.{name}" for name in COMMANDS if name not in ("bench", "popi")]
-MODULES += [f"nextquill.cli.popi_{name}" for name in SUBCOMMANDS if name != "demo"]
+MODULES += [f"nextquill.cli.popi_{name}" for name in SUBCOMMANDS]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -48,6 +48,8 @@ def test_every_name_of_another_tool_leads_to_its_flag_in_some_command():
         ("inspect", ["--dataset", "x"], "unknown flag --dataset; did you mean --records_file?"),
         ("train", ["--model_name_or_pat", "x"], "unknown flag --model_name_or_pat; did you mean --model?"),
         ("train", ["-lr", "1"], "unknown flag -lr; did you mean --learning_rate?"),
+        ("demo", ["--sed", "1"], "unknown flag --sed; did you mean --seed?"),
+        ("popi_demo", ["--out", "x"], "unknown flag --out; did you mean --output_dir?"),
         ("popi_train", ["--epochs", "1"], "unknown flag --epochs; did you mean --num_train_epochs?"),
     ],
 )
@@ -64,6 +66,17 @@ def test_the_flag_that_does_the_same_is_named(command, words, message):
     ],
 )
 def test_the_rest_is_left_to_the_parser(words):
+    assert refused("nextquill.cli.train", words) is None
+
+
+@pytest.mark.parametrize("words", [("--config", "c.yaml"), ("--config=c.yaml", "--max_steps", "1")])
+def test_an_unknown_key_of_a_config_file_is_refused_as_a_flag_is(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("max-steps: 3\nno_bf16: true\nepochs: 2\n")
+    message = "--config: c.yaml: unknown flag --epochs; did you mean --num_train_epochs?"
+    assert refused("nextquill.cli.train", words) == message
+    assert refused("nextquill.cli.train", [*words, "--lr", "1"]) == "unknown flag --lr; did you mean --learning_rate?"
+    (tmp_path / "c.yaml").write_text("max-steps: 3\nno_bf16: true\n")
     assert refused("nextquill.cli.train", words) is None
 
 

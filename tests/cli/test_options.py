@@ -6,6 +6,7 @@ import pytest
 
 from nextquill.cli.flags import check_positive
 from nextquill.cli.options import LOSSES, LoraOptions, LossOptions, PromptOptions
+from nextquill.cli.popi_train import PopiLoraOptions
 from nextquill.comparison.arms import ARMS, own_pace
 from nextquill.data import PromptTemplate
 from nextquill.errors import ArgumentError
@@ -20,14 +21,14 @@ STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="re
     ("options", "expected"),
     [
         (LossOptions(), NextQuillLoss(detach_counterfactual=True)),
-        (LossOptions("nextquill", threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
-        (LossOptions("nextquill", detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions(loss="nextquill", threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
+        (LossOptions(loss="nextquill", detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
         (LossOptions(weighted_effect=True), NextQuillLoss(detach_counterfactual=True, weighted_effect=True)),
-        (LossOptions("nextquill_paper", anchor=0.1), NextQuillLoss(weighted_effect=True, anchor=0.1)),
-        (LossOptions("perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
-        (LossOptions("longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
-        (LossOptions("sft", chunk_bytes=1024), SFTLoss(chunk_bytes=1024)),
-        (LossOptions("perce", impl="torch"), PerCELoss(impl="torch")),
+        (LossOptions(loss="nextquill_paper", anchor=0.1), NextQuillLoss(weighted_effect=True, anchor=0.1)),
+        (LossOptions(loss="perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
+        (LossOptions(loss="longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
+        (LossOptions(loss="sft", chunk_bytes=1024), SFTLoss(chunk_bytes=1024)),
+        (LossOptions(loss="perce", impl="torch"), PerCELoss(impl="torch")),
     ],
     ids=repr,
 )
@@ -38,13 +39,16 @@ def test_loss_flags_build_the_loss(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (LossOptions("sft", threshold=0.1), "threshold: --loss sft has no such option"),
-        (LossOptions("perce", detach_counterfactual=False), "detach_counterfactual: --loss perce has no such option"),
+        (LossOptions(loss="sft", threshold=0.1), "threshold: --loss sft has no such option"),
+        (
+            LossOptions(loss="perce", detach_counterfactual=False),
+            "detach_counterfactual: --loss perce has no such option",
+        ),
         (LossOptions(alpha=-1.0), "alpha: "),
-        (LossOptions("nextquill", anchor=1.0, detach_counterfactual=True), "anchor: expected 0 with"),
+        (LossOptions(loss="nextquill", anchor=1.0, detach_counterfactual=True), "anchor: expected 0 with"),
         (LossOptions(anchor=1.0), "anchor: --loss nextquill_detached has no gradient without history"),
         (LossOptions(detach_counterfactual=False), "detach_counterfactual: --loss nextquill_detached sets it to True"),
-        (LossOptions("nextquill_paper", weighted_effect=False), "weighted_effect: --loss nextquill_paper sets it"),
+        (LossOptions(loss="nextquill_paper", weighted_effect=False), "weighted_effect: --loss nextquill_paper sets it"),
         (LossOptions(chunk_bytes=0), "chunk_bytes: "),
     ],
 )
@@ -56,13 +60,13 @@ def test_loss_flags_that_do_not_fit_are_named(options, message):
 def test_losses_are_the_arms_of_compare_without_its_controls():
     assert set(LOSSES) == {name for name, arm in ARMS.items() if own_pace(arm) is arm and arm.learning_rate_factor == 1}
     for name in LOSSES:
-        assert repr(LossOptions(name).build()) == repr(ARMS[name].loss())
+        assert repr(LossOptions(loss=name).build()) == repr(ARMS[name].loss())
 
 
 def test_a_loss_is_called_by_its_form():
-    assert str(LossOptions()) == str(LossOptions("nextquill", detach_counterfactual=True)) == "nextquill_detached"
-    assert str(LossOptions("nextquill", alpha=0.2, detach_counterfactual=False)) == "nextquill, alpha 0.2"
-    assert str(LossOptions("perce", max_weight=2.0)) == "perce, max_weight 2.0"
+    assert str(LossOptions()) == str(LossOptions(loss="nextquill", detach_counterfactual=True)) == "nextquill_detached"
+    assert str(LossOptions(loss="nextquill", alpha=0.2, detach_counterfactual=False)) == "nextquill, alpha 0.2"
+    assert str(LossOptions(loss="perce", max_weight=2.0)) == "perce, max_weight 2.0"
 
 
 def test_prompts_of_another_folder(tmp_path):
@@ -78,8 +82,34 @@ def test_adapters_have_a_learning_rate_of_their_own_which_is_said(given, rank, r
     args = SimpleNamespace(learning_rate=given, process_index=0)
     LoraOptions(lora_r=rank).set_learning_rate(args)
     assert args.learning_rate == rate
-    said = "nextquill: learning rate 0.0002, the default with --lora_r; --learning_rate sets another\n"
+    said = "nextquill: learning rate 0.0002, the default for adapters; --learning_rate sets another\n"
     assert capsys.readouterr().err == (said if rate == 2e-4 else "")
+
+
+@pytest.mark.parametrize(("given", "rank", "rate"), [(None, 16, 2e-4), (None, 0, 5e-5), (1e-5, 16, 1e-5)])
+def test_adapters_of_popi_have_the_same_learning_rate(given, rank, rate):
+    args = SimpleNamespace(learning_rate=given, process_index=0)
+    PopiLoraOptions(lora_r=rank).set_learning_rate(args)
+    assert args.learning_rate == rate
+
+
+@pytest.mark.parametrize("options", [LoraOptions(), PopiLoraOptions(lora_r=0)])
+def test_quantised_weights_are_not_trained(options):
+    with pytest.raises(ArgumentError, match=r"^lora_r: expected one for a quantised model"):
+        options.apply(SimpleNamespace(is_quantized=True))
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "prepare", "evaluate"])
+def test_a_models_folder_is_not_taken_for_a_new_model(nextquill, command, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").touch()
+    records = "--train_file" if command == "train" else "--records_file"
+    output = () if command == "inspect" else ("--output_dir", "run")
+    result = nextquill(command, "--model", "tiny", records, data / "train.jsonl", *output)
+    assert result.code == 2
+    assert "nextquill: --model: 'tiny' means a new model, and the folder tiny holds one; write ./tiny" in result.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompt_settings_default():

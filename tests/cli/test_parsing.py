@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nextquill.cli.flags import option
-from nextquill.cli.parsing import WIDE_REFUSALS, UsageError, parse, refusals
+from nextquill.cli.flags import UsageError, option
+from nextquill.cli.parsing import WIDE_REFUSALS, parse, refusals
 from nextquill.errors import ArgumentError
 
 

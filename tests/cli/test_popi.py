@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from nextquill.cli import popi as command
+from nextquill.models.loading import load_model
 from nextquill.popi import POPIConfig
 from nextquill.popi.saved_run import SavedRun
+from tests.cli.conftest import LENGTHS, SIZES
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
     r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
@@ -51,7 +53,7 @@ def test_a_run_has_a_model_card_in_place_of_pefts(popi_trained):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "18 pairs of 3 users" in card
     assert "ipo, β 0.5" in card
-    assert "1 steps of 2 users" in card
+    assert "1 step of 2 users" in card
     assert "| tokens of a summary | " in card
     assert str(folder.parent) not in card
 
@@ -124,7 +126,74 @@ def _margin(path, context):
     return json.loads(path.read_text())["generator"]["contexts"][context]["margin"]["value"]
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_adapters_have_the_learning_rate_of_train(popi, pairs, tmp_path, rank):
+    models = ("--model", "tiny") if rank else ("--inference_model", "tiny", "--generator_model", "tiny")
+    data = ("--train_file", pairs / "train.jsonl", "--output_dir", tmp_path / "run", *SIZES, *LENGTHS)
+    result = popi("train", *data, *models, "--lora_r", rank, "--dry_run")
+    assert result.code == 0, result.err
+    assert f"learning rate     {'0.0002' if rank else '5e-05'}, linear" in result.out
+    assert ("learning rate 0.0002, the default for adapters" in result.err) == bool(rank)
+
+
+@pytest.fixture
+def loaded_with(monkeypatch):
+    """The arguments of every load of a model by the commands of popi."""
+    found = []
+
+    def recorded(name, **options):
+        found.append({key: options.get(key) for key in ("dtype", "attn_implementation", "load_in_4bit")})
+        return load_model(name, **options)
+
+    for module in ("cli.popi_train", "cli.popi_evaluate", "popi.roles"):
+        monkeypatch.setattr(f"nextquill.{module}.load_model", recorded)
+    return found
+
+
+def test_models_are_loaded_as_the_flags_say(popi_train, popi, popi_model, pairs, tmp_path, loaded_with):
+    flags = ("--attn_implementation", "eager", "--dtype", "float32")
+    result = popi_train(tmp_path / "run", *flags, "--lora_r", 4)
+    assert result.code == 0, result.err
+    evaluation = ("--model", popi_model, "--eval_file", pairs / "test.jsonl", "--transfer_model", popi_model / "base")
+    result = popi("evaluate", *evaluation, *flags)
+    assert result.code == 0, result.err
+    summaries = ("--records_file", pairs / "test.jsonl", "--output_file", tmp_path / "s.jsonl")
+    result = popi("summarize", "--model", popi_model, *summaries, *flags)
+    assert result.code == 0, result.err
+    assert loaded_with == [{"dtype": "float32", "attn_implementation": "eager", "load_in_4bit": False}] * 4
+
+
+@pytest.mark.parametrize("command", ["evaluate", "summarize"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--revision", "v2"), "--revision: expected a model on the hub with it, got "),
+        (("--load_in_4bit",), "--load_in_4bit: needs the package bitsandbytes"),
+        (("--load_in_8bit",), "--load_in_8bit: needs the package bitsandbytes"),
+        (
+            ("--attn_implementation", "nosuch"),
+            'attn_implementation: ValueError: Specified `attn_implementation="nosuch"`',
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_loaded_so_is_one_line(
+    popi, popi_model, pairs, tmp_path, monkeypatch, command, words, message
+):
+    monkeypatch.setattr("nextquill.models.loading.importlib.util.find_spec", lambda name: None)
+    more = ("--output_file", tmp_path / "s.jsonl") if command == "summarize" else ()
+    result = popi(command, "--model", popi_model, "--records_file", pairs / "test.jsonl", *words, *more)
+    assert result.code == 2
+    assert message in result.err
+
+
 WRONG_TRAINING = {
+    "revision": (("--revision", "v2"), "--revision: expected a model on the hub with it, got tiny"),
+    "revisions": (
+        ("--inference_model", "a", "--generator_model", "b", "--revision", "v2"),
+        "--revision: expected one --model with it, as each model has revisions of its own",
+    ),
+    "bits": (("--load_in_4bit",), "--load_in_4bit: a new 'tiny' model has no trained weights to quantise"),
+    "file of another kind": (("--model", "absent.gguf"), "--model: there is no file absent.gguf"),
     "no model": (("--inference_model", "x"), "expected --model, or --inference_model and"),
     "setting": (("--objective", "kto"), "--objective: expected one of dpo, ipo, got 'kto'"),
     "rank": (("--lora_r", 0), "--lora_r: expected at least 1"),

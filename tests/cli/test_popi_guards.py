@@ -103,7 +103,9 @@ def test_evaluation_does_not_replace_what_it_reads(evaluate, summarize, write_pa
 
 
 def test_users_who_were_trained_on_are_told(evaluate, popi, popi_model, pairs):
-    assert "were trained on" not in evaluate().err
+    found = evaluate()
+    assert "were trained on" not in found.err
+    assert "3 users (3 never trained on)" in found.out
     for model in (popi_model, popi_model / "checkpoint-1"):
         words = ("--model", model, "--test_file", pairs / "train.jsonl", "--resamples", 20)
         result = popi("evaluate", *words)

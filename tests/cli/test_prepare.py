@@ -170,6 +170,35 @@ def test_a_line_that_is_no_record_is_named(prepare, tmp_path, data):
     assert f"--records_file: {file} line 9: field 'history': required, but missing" in result.err
 
 
+def test_records_of_the_hub_are_prepared_as_those_of_a_file(prepare, tmp_path, data, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: calls.append((names, options)) or rows)
+    for output in ("hub", "file"):
+        place = "hf://a/b/c:test" if output == "hub" else data / "train.jsonl"
+        result = prepare(tmp_path / output, "--records_file", place)
+        assert result.code == 0, result.err
+    assert calls == [(("a/b", "c"), {"split": "test", "streaming": True})]
+    assert list(PreparedDataset(tmp_path / "hub").examples) == list(PreparedDataset(tmp_path / "file").examples)
+    result = prepare(tmp_path / "none", "--records_file", "hf://a/b", "--dry_run")
+    assert result.out.startswith("tokenizer"), result.err
+    assert "records            8; the rows below" in result.out
+
+
+@pytest.mark.parametrize("words", [(), ("--dry_run",)])
+def test_a_hub_that_cannot_be_reached_is_one_line(prepare, tmp_path, monkeypatch, words):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*names, **options):
+        raise ConnectionError("Couldn't reach 'a/b'")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    result = prepare(tmp_path / "p", "--records_file", "hf://a/b", *words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "nextquill: --records_file: hf://a/b, split 'train': Couldn't reach 'a/b'\n"
+
+
 def test_a_folder_that_is_there_is_kept_unless_it_may_go(prepare, tmp_path):
     assert prepare(tmp_path / "p").code == 0
     result = prepare(tmp_path / "p", "--seed", 1)

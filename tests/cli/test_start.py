@@ -42,10 +42,24 @@ def test_nothing_but_the_standard_library_is_needed_to_name_the_commands():
 
 
 def test_a_wrong_flag_is_refused_by_the_standard_library_alone():
-    calls = [f"{name} --no_such_flag 1" for name in (*TRAINING, *OTHERS) if name != "popi demo"]
+    calls = [f"{name} --no_such_flag 1" for name in (*TRAINING, *OTHERS, "bench")]
     for words, (code, modules) in called(calls).items():
         assert code == 2, words
-        assert tops(modules) <= {"nextquill", *sys.stdlib_module_names}, words
+        assert tops(modules) <= {"nextquill", "benchmarks", *sys.stdlib_module_names}, words
+
+
+def test_a_wrong_key_of_a_config_file_needs_no_parser(tmp_path):
+    (tmp_path / "c.yaml").write_text("no_such_key: 1")
+    calls = [f"{name} --config {tmp_path / 'c.yaml'}" for name in (*TRAINING, *OTHERS)]
+    for words, (code, modules) in called(calls).items():
+        assert code == 2, words
+        assert not tops(modules) & {"torch", "transformers", "numpy"}, words
+
+
+def test_the_benchmarks_answer_without_torch():
+    for words, (code, modules) in called(["bench --help", "bench --suite no_such_suite"]).items():
+        assert code == (0 if words.endswith("--help") else 2), words
+        assert "torch" not in tops(modules), words
 
 
 def test_help_and_wrong_flags_need_no_torch():

@@ -318,3 +318,10 @@ def test_final_metrics_are_those_of_the_model_that_is_saved():
         trainer.args = SimpleNamespace(load_best_model_at_end=best)
         assert final_metrics(trainer) == {"eval_loss": loss}
         assert final_metrics(trainer, may_evaluate=False) == ({} if best else {"eval_loss": loss})
+
+
+@pytest.mark.parametrize(("count", "said"), [(81920, "81,920"), (4_884_480, "4.9M")])
+def test_the_number_of_trainable_parameters_is_never_nothing(count, said):
+    from nextquill.cli.train import trainable
+
+    assert trainable([SimpleNamespace(numel=lambda: count)]) == f"{said} trainable parameters"

@@ -203,7 +203,7 @@ def test_an_adapter_is_measured_with_its_base(tmp_path):
 def test_places_of_measures_cover_all(whole):
     evaluation, _ = whole
     without = [name for name in evaluation.metrics if place_of(name) is None]
-    assert without == ["examples", "users", "tokens"]
+    assert without == ["examples", "users", "pairs", "tokens"]
     places = [place_of(name) for name in evaluation.metrics if name not in without]
     assert len(set(places)) == len(places)
     assert place_of("rouge_l_placebo") == ("texts", "ROUGE-L", "another's")

@@ -22,7 +22,10 @@ from nextquill.evaluation.results import (
     read_item_effects,
 )
 
-EXAMPLE = EvaluatedExample(0, "ann", "q", "naïve 東", 1, 2, {"factual": "text"}, {"rouge_l": 0.5})
+EXAMPLE = EvaluatedExample(
+    0, "ann", "q", "naïve 東", 1, 2, {"factual": "text"}, {"rouge_l": 0.5}, {"factual": [[0, 4]]},
+    {"ece": {"3": 0.25, "15": 2}},
+)  # fmt: skip
 ITEMS = ItemEffects(0, [{"title": None, "text": "old"}], [[0.25, -0.5]], ["na", "ïve"])
 
 
@@ -49,6 +52,16 @@ def test_item_effects_need_not_be_there(tmp_path):
     [
         (EXAMPLES_FILE, '{"index": 0}\n', "examples.jsonl line 1: not a line of an evaluation: .*user_id"),
         (EXAMPLES_FILE, json.dumps(EXAMPLE.to_dict()) + "\n{\n", "examples.jsonl line 2: not valid JSON"),
+        (
+            EXAMPLES_FILE,
+            json.dumps(EXAMPLE.to_dict() | {"statistics": 1}),
+            "line 1: field 'statistics': expected an obj",
+        ),
+        (
+            EXAMPLES_FILE,
+            json.dumps(EXAMPLE.to_dict() | {"statistics": {"a": {"0": "x"}}}),
+            "line 1: field 'statistics'",
+        ),
         (EXAMPLES_FILE, "[]\n", "examples.jsonl line 1: expected an object, got list"),
         (EVALUATION_FILE, "{}", "evaluation.json: not an evaluation: 'metrics'"),
         (EVALUATION_FILE, '{"metrics": {"a": {"colour": 1}}}', "evaluation.json: not an evaluation: .*colour"),

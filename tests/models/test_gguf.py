@@ -12,6 +12,7 @@ import torch
 from nextquill.data import Record
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.loading import find_tokenizer, load_model
+from nextquill.popi import Roles
 
 gguf = pytest.importorskip("gguf")
 RECORDS = [Record("u", "Write about the soup.", "The soup was warm and the service quick.")]
@@ -116,6 +117,23 @@ def test_an_adapter_finds_the_file_of_its_base(file, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(file)
     assert isinstance(load_model(str(tmp_path))[0], PeftModel)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT expects a folder
+def test_a_run_of_popi_finds_the_file_of_its_base(file, tmp_path):
+    model, tokenizer = load_model(str(file))
+    Roles.shared(model, tokenizer).save(tmp_path, {})
+    assert json.loads((tmp_path / "popi.json").read_text())["base_model"] == str(file)
+    loaded = Roles.load(tmp_path, dtype="bfloat16", attn_implementation="eager").inference.model
+    assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+
+
+def test_a_card_names_the_model_and_the_file_without_its_folder(file):
+    from nextquill.training.model_card import base_name, hub_name
+
+    model = load_model(str(file))[0]
+    assert hub_name(model) is None
+    assert base_name(model) == "tiny, read from the file `tiny.gguf`"
 
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.9999])

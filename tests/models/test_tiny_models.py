@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from nextquill.data import HistoryItem, Record
+from nextquill.errors import ArgumentError
 from nextquill.models.loading import load_model
-from nextquill.models.tiny_models import SCRATCH_SIZES, ScratchSize, build_model, build_tokenizer, training_texts
+from nextquill.models.tiny_models import (
+    SCRATCH_SIZES,
+    ScratchSize,
+    build_model,
+    build_tokenizer,
+    is_new,
+    training_texts,
+)
 
 RECORDS = [
     Record(
@@ -53,6 +61,19 @@ def test_building_leaves_the_random_state_alone():
     torch.manual_seed(3)
     load()
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_a_models_folder_with_the_name_of_a_new_model_is_not_passed_over(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert is_new("tiny")
+    (tmp_path / "tiny" / file).touch()
+    with pytest.raises(ArgumentError, match=r"^model_name_or_path: 'tiny' means a new .* write ./tiny for the folder"):
+        load_model("tiny", records=lambda: [Record("u", "q", "r")])
+    assert is_new("small")
+    assert not is_new("./tiny")
+    assert not is_new("other")
 
 
 @pytest.mark.parametrize("name", SCRATCH_SIZES)

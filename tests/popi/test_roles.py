@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +14,11 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nextquill.errors import CheckpointError
+from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.popi import Roles, evaluation
 from nextquill.popi.adapters import switched
 from nextquill.popi.passes import BranchPasses
+from nextquill.popi.roles import ROLES_FILE
 from tests.popi.popi_helpers import (
     logs_of,
     lora,
@@ -159,6 +161,28 @@ def test_a_base_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(logits(loaded.inference.active()), logits(roles.inference.active()))
     if separate:
         assert torch.equal(logits(loaded.inference.initial()), base_logits())
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_base_on_the_hub_has_the_revision_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(stored(tmp_path / "base"))
+    Roles.shared(model, word_tokenizer(), lora(revision="v2")).save(tmp_path / "run", {})
+    if not local:
+        header = tmp_path / "run" / ROLES_FILE
+        header.write_text(json.dumps({**json.loads(header.read_text()), "base_model": "some/model"}))
+    asked = []
+
+    def load_model(name: str, **options: Any) -> Any:
+        asked.append((name, options.get("revision")))
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base"), word_tokenizer()
+
+    monkeypatch.setattr("nextquill.popi.roles.load_model", load_model)
+    Roles.load(tmp_path / "run")
+    assert asked == [(str(tmp_path / "base"), None) if local else ("some/model", "v2")]
+    with pytest.raises(ArgumentError, match=r"^revision: expected a model on the hub with it, got .*run"):
+        Roles.load(tmp_path / "run", revision="v3")
 
 
 def test_a_new_base_moves_with_its_folder(tmp_path: Path) -> None:

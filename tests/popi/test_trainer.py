@@ -323,6 +323,7 @@ def test_equal_rewards_are_counted_and_move_no_summary(tmp_path: Path) -> None:
     before = trained_weights(trainer, "inference")
     trainer.train()
     assert [entry["groups_equal"] for entry in logs_of(trainer)] == [1.0, 1.0]
+    assert all(entry["tokens_per_second"] > 0 for entry in logs_of(trainer))
     after = trained_weights(trainer, "inference")
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert (rollouts.synced, rollouts.closed) == (2, 1)

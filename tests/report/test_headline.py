@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from nextquill.evaluation.results import MetricValue
-from nextquill.report.headline import Change, Subject, comparison_verdict, few_people, forest, trainer_metrics, verdict
+from nextquill.report.headline import (
+    Change,
+    Subject,
+    comparison_verdict,
+    few_people,
+    forest,
+    of_people,
+    trainer_metrics,
+    verdict,
+)
 
 NATS = "nats per token"
 
@@ -37,6 +46,20 @@ def test_a_clear_gain_is_said_with_its_figures() -> None:
         "person's, against 0.28 in base (clearly higher, by 0.13); nll 2.94 against 3.57 (clearly lower, by 0.63); "
         "texts: no clear change (12 generated)."
     )
+
+
+def test_people_are_called_new_only_where_it_is_known() -> None:
+    assert of_people("8 pairs", 3, None) == "8 pairs of 3 people"
+    assert of_people("8 pairs", 3, 3) == "8 pairs of 3 people never trained on"
+    assert of_people("8 pairs", 3, 1) == "8 pairs of 3 people, 1 of them never trained on"
+    assert of_people("8 pairs", 1, 0) == "8 pairs of 1 person, all of them trained on"
+    assert of_people("8 pairs", None, None) == "8 pairs"
+
+
+def test_a_change_that_the_figures_do_not_show_is_not_claimed() -> None:
+    tiny = Change(5e-6, 3e-6, 7e-6, 0.001, True)
+    said = verdict(subject("a", effect(0.28, 0.2, 0.36), 3.57, {"nll_factual": tiny}), BASE, 0.95)
+    assert "nll 3.57 against 3.57 (the same to these digits)" in said
 
 
 def test_an_interval_around_zero_is_no_gain() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import math
 import re
@@ -84,7 +85,10 @@ def full_page(word: str) -> Page:
         table_notes=[word],
         responses=[
             ResponseView(
-                word, [(word, word)], [ResponseVariant(word, tokens, items=items)], [GeneratedText(word, word, word)]
+                word,
+                [(word, word)],
+                [ResponseVariant(word, tokens, items=items)],
+                [GeneratedText(word, word, word, [(0, len(word))])],
             )
         ],
         responses_lead=word,
@@ -135,6 +139,16 @@ def test_tokens_carry_effect_probabilities_and_truth() -> None:
     assert [token.get("class") for token in tokens] == ["p8 personal", "n4", None]
     assert [token["data-p"] for token in tokens] == ["90 10 20", "20 60", "50 50"]
     assert [token.get("tabindex") for token in tokens] == ["0", None, None], "one tab stop for each response"
+
+
+def test_copied_phrases_are_marked_and_explained() -> None:
+    page = full_page("<b>word")
+    html = render_page(page)
+    assert html.count("<mark>&lt;b&gt;word</mark>") == 1
+    assert "<mark>marked</mark> three or more words in a row of the history" in html
+    (view,) = page.responses
+    plain = dataclasses.replace(view, texts=[GeneratedText("a", "b")])
+    assert "<mark>" not in render_page(dataclasses.replace(page, responses=[plain]))
 
 
 def test_items_carry_their_effects_and_totals() -> None:

@@ -164,3 +164,10 @@ def test_texts_of_few_people_are_warned_of(runs: list[Run]) -> None:
     page = runs_page([dataclasses.replace(runs[0], examples=few)])
     assert page.notices == ["a: texts of only 6 people, so the intervals of their measures are too narrow."]
     assert runs_page(runs[:1]).notices == []
+
+
+def test_copied_phrases_reach_the_page(runs: list[Run]) -> None:
+    copied = {"factual": [[0, 5]], "reference": [[0, 3]]}
+    examples = [dataclasses.replace(each, copied=copied) for each in runs[0].examples]
+    (view,) = runs_page([dataclasses.replace(runs[0], examples=examples)], indices=[2]).responses
+    assert [text.copied for text in view.texts if text.copied] == [[[0, 3]], [[0, 5]]]

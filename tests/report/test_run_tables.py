@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nextquill.evaluation.bootstrap import paired_difference
-from nextquill.evaluation.results import EXAMPLES_FILE
+from nextquill.evaluation.results import EXAMPLES_FILE, MetricValue
 from nextquill.report.data import Cell, Table
 from nextquill.report.numbers import rounded
 from nextquill.report.run_tables import Pairing, measures_tables, scores_text
@@ -124,6 +124,19 @@ def test_measures_of_few_texts_say_of_how_many(runs: list[Run]) -> None:
     rows = table(measures_tables([dataclasses.replace(runs[0], examples=few)], None), "Measures")
     assert rows["BLEU, generated with history"][0].detail == "[11.0, 13.4]; n 6"
     assert "n 6" not in rows["nll with the user's history"][0].detail
+
+
+def test_a_measure_of_some_texts_says_of_how_many(runs: list[Run]) -> None:
+    assert runs[0].evaluation is not None
+    name = "right_person_uncopied_reference"
+    few = [dataclasses.replace(each, scores={**each.scores, name: 1.0} if each.index < 7 else each.scores)
+           for each in runs[0].examples]  # fmt: skip
+    metric = MetricValue("Right person", 1.0, 0.5, 1.0, per_example=name)
+    evaluation = dataclasses.replace(runs[0].evaluation, metrics={name: metric})
+    (row,) = table(
+        measures_tables([dataclasses.replace(runs[0], examples=few, evaluation=evaluation)], None), "Measures"
+    ).values()
+    assert row[0].detail == "[0.50, 1.00]; n 7"
 
 
 def test_differences_are_drawn_as_the_evaluation_was(runs: list[Run]) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from nextquill.errors import ArgumentError
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.terminal import effect_legend, effect_style, effect_text, results_table
+from nextquill.report.terminal import (
+    copied_legend,
+    copied_text,
+    effect_legend,
+    effect_style,
+    effect_text,
+    results_table,
+)
 
 rich_console = pytest.importorskip("rich.console")
 
@@ -88,3 +95,11 @@ def test_table_leaves_out_secondary_columns_and_ranges() -> None:
     assert printed.count("nll") == 1
     assert "0.0-0.2" not in printed
     assert "ms" not in printed
+
+
+def test_copied_phrases_are_marked_and_nothing_else() -> None:
+    text = copied_text("one two\x1b three", [(4, 8), (9, 14)])
+    assert text.plain == "one two[U+001B] three"
+    (style,) = {str(span.style) for span in text.spans if str(span.style)}
+    assert [text.plain[span.start : span.end] for span in text.spans if str(span.style)] == ["two[U+001B]", "three"]
+    assert style in {str(span.style) for span in copied_legend().spans}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from nextquill.storage.checkpoints import STAGING, rotate, staged_files
+from nextquill.storage.checkpoints import RUN_FILE, STAGING, rotate, staged_files, trained_users, user_digest
 
 
 def test_staged_files_appear_together(tmp_path: Path) -> None:
@@ -72,3 +73,12 @@ def test_rotation_goes_by_age_and_spares_the_newest(tmp_path: Path) -> None:
         os.utime(folder, (1000 - age, 1000 - age))
     rotate(tmp_path, 2, "checkpoint-3", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-3"]
+
+
+def test_the_users_of_a_run_are_known_only_where_it_says_so(tmp_path: Path) -> None:
+    assert trained_users(tmp_path) is None
+    (tmp_path / RUN_FILE).write_text("{}")
+    assert trained_users(tmp_path) is None
+    (tmp_path / RUN_FILE).write_text(json.dumps({"trained_users": [user_digest("ann")]}))
+    assert trained_users(tmp_path) == {user_digest("ann")}
+    assert user_digest("ann") != user_digest("bob")

@@ -55,7 +55,7 @@ def test_it_stands_beside_the_prompt_settings_in_checkpoints_too(tmp_path):
     trainer.train()
     for step in (1, 2):
         folder = tmp_path / "run" / f"checkpoint-{step}"
-        assert f"| training | {step} steps" in (folder / "README.md").read_text(encoding="utf-8")
+        assert f"| training | {step} step{'s' * (step > 1)} of" in (folder / "README.md").read_text(encoding="utf-8")
         settings = load_prompt_settings(folder)
         assert settings is not None
         assert settings == PromptSettings(TEMPLATE, 200).with_chat(False)

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from nextquill import CheckpointError, NextQuillLoss, NextQuillTrainer, PairLoss, PerCELoss
-from nextquill.storage.checkpoints import RUN_FILE, STAGING
-from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, tiny_model
+from nextquill.models.loading import load_model
+from nextquill.storage.checkpoints import RUN_FILE, STAGING, trained_users, user_digest
+from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, tiny_model, word_tokenizer
 
 DROPOUT = {"attention_dropout": 0.2}
 
@@ -321,3 +322,33 @@ def test_checkpoints_are_pushed_from_where_they_stay(tmp_path: Path, monkeypatch
     trainer.args.push_to_hub = True
     trainer._save_checkpoint(trainer.model, None)
     assert pushed == [(str(tmp_path / "checkpoint-3"), True)]
+
+
+def digests(*users: str) -> set[str]:
+    return {user_digest(user) for user in users}
+
+
+@pytest.mark.parametrize("make", [full_model, lora_model], ids=["full", "lora"])
+def test_a_run_knows_its_users_and_those_of_the_run_it_started_from(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    records = [{**record, "user_id": user} for record, user in zip(make_records(8), "aabbccdd", strict=True)]
+    base, first, second = tmp_path / "base", tmp_path / "first", tmp_path / "second"
+    tiny_model(**DROPOUT).save_pretrained(base)
+    model = make()
+    if hasattr(model, "peft_config"):  # an adapter finds its base by name
+        model.peft_config["default"].base_model_name_or_path = str(base)
+    trainer = trainer_in(first, model, train_dataset=records[:4], max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert trained_users(first) == trained_users(first / "checkpoint-1") == digests("a", "b")
+    word_tokenizer().save_pretrained(base)
+    start = load_model(str(first))[0]
+    trainer_in(second, start, train_dataset=records[4:6], max_steps=1).train()
+    assert trained_users(second) == digests("a", "b", "c")
+    resumed = trainer_in(second, start, train_dataset=records[6:], max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert trained_users(second) == digests("a", "b", "c", "d")
+    (first / RUN_FILE).write_text("{}")  # a run of an earlier version
+    trainer_in(tmp_path / "third", load_model(str(first))[0], max_steps=1).train()
+    assert trained_users(tmp_path / "third") is None

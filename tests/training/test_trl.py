@@ -10,6 +10,8 @@ import torch
 
 from nextquill import ArgumentError, ArgumentTypeError
 from nextquill.data import EncodedDataset, ExampleEncoder, load_records
+from nextquill.models.loading import PromptSettings, load_prompt_settings
+from nextquill.training.model_card import model_card
 from tests.models.model_helpers import TEMPLATE, loss_cases, make_records, make_trainer, tiny_model, word_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -33,7 +35,9 @@ def trl_trainer(folder: Path, **options: Any) -> Any:
     from nextquill.training.trl import CausalSFTTrainer
 
     given = {
-        name: options.pop(name) for name in ("train_dataset", "eval_dataset", "max_tokens", "loss") if name in options
+        name: options.pop(name)
+        for name in ("train_dataset", "eval_dataset", "encoder", "max_tokens", "loss")
+        if name in options
     }
     return CausalSFTTrainer(
         tiny_model(),
@@ -52,6 +56,20 @@ def test_it_trains_as_our_own_trainer_does(tmp_path: Path) -> None:
         torch.testing.assert_close(b, a, rtol=0, atol=1e-6, msg=name)
     assert theirs.model.config._attn_implementation == "sdpa", "the model's own attention was not put back"
     assert theirs.evaluate()["eval_effect_placebo"] != 0
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["encoder", "no encoder"])
+def test_the_folder_has_the_card_and_what_is_known_of_the_prompts(tmp_path: Path, known: bool) -> None:
+    encoder = ExampleEncoder(word_tokenizer(), TEMPLATE, max_length=64) if known else None
+    trainer = trl_trainer(tmp_path, encoder=encoder)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(trainer)
+    assert "| training | 2 steps of 4 examples" in card
+    assert ("nq.Writer.load" in card) == known
+    settings = load_prompt_settings(tmp_path)
+    assert settings == (PromptSettings(TEMPLATE, 64).with_chat(False) if known else None)
 
 
 @pytest.mark.parametrize(

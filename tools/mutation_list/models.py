@@ -226,9 +226,9 @@ MUTATIONS = (
     ),
     Mutation(
         "partial-other-run",
-        "nextquill/storage/resumable_jsonl.py",
-        "if saved.get(name) != run.get(name)), None)",
-        "if name not in run), None)",
+        "nextquill/storage/json_files.py",
+        "elif old != new:",
+        "elif name not in here:",
         "a stopped evaluation resumes with another model",
     ),
     Mutation(
@@ -269,15 +269,15 @@ MUTATIONS = (
     Mutation(
         "card-local-path",
         "nextquill/training/model_card.py",
-        "None if not name or os.path.isabs(name) or os.path.exists(name) else name",
+        "None if not name or os.path.isabs(name) or os.path.exists(name) or is_gguf(name) else name",
         "name or None",
         "a model card that is pushed to the hub names a folder of somebody's machine",
     ),
     Mutation(
         "saved-prompts",
-        "nextquill/training/trainer.py",
+        "nextquill/training/causal_loss_mixin.py",
         "PromptSettings(encoder.template, encoder.max_length,",
-        "PromptSettings(PromptTemplate(), encoder.max_length,",
+        "PromptSettings(type(encoder.template)(), encoder.max_length,",
         "a model that was trained from Python writes with other prompts than it was trained with",
     ),
     Mutation(

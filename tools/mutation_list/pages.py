@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "cli-lora-alpha",
         "nextquill/cli/options.py",
-        "lora_alpha=options.lora_alpha or 2 * options.lora_r",
-        "lora_alpha=options.lora_alpha or options.lora_r",
+        "lora_alpha=self.lora_alpha or 2 * self.lora_r",
+        "lora_alpha=self.lora_alpha or self.lora_r",
         "--lora_alpha has another default than --help says",
     ),
     Mutation(

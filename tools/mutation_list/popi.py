@@ -6,8 +6,8 @@ MUTATIONS = (
     Mutation(
         "popi-dpo-sign",
         "nextquill/popi/objective.py",
-        "return -logsigmoid(self.beta * margin)",
-        "return -logsigmoid(-self.beta * margin)",
+        "loss = -logsigmoid(self.beta * margin) if is_dpo",
+        "loss = -logsigmoid(-self.beta * margin) if is_dpo",
         "the generator learns to prefer the rejected response",
     ),
     Mutation(
@@ -187,9 +187,9 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-trained-users",
-        "nextquill/popi/saved_run.py",
-        'places = [run, run.parent] if run.name.startswith("checkpoint-") else [run]',
-        "places = [run]",
-        "a checkpoint is evaluated on users that it was trained on without a word",
+        "nextquill/cli/popi_evaluate.py",
+        "if user_digest(draw.user_id) in trained]",
+        "if draw.user_id in trained]",
+        "a run is evaluated on users that it was trained on without a word",
     ),
 )

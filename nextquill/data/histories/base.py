@@ -5,10 +5,11 @@ A selector checks times, ranks the items, keeps those that fit, and puts them ba
 
 from __future__ import annotations
 
+import functools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from nextquill.data.records import HistoryItem, Record, check_times, in_time_order
 from nextquill.storage.fingerprints import digest_of
@@ -23,30 +24,16 @@ def item_text(item: HistoryItem) -> str:
     return item.text if item.title is None else f"{item.title}\n{item.text}"
 
 
-@dataclass
 class TokenBudget:
     """Limits a history to a number of tokens. Counts of items are cached, as a user's histories repeat."""
 
-    max_tokens: int
-    count_tokens: Callable[[str], int]
-    _counts: dict[HistoryItem, int] = field(default_factory=dict, repr=False)
-
-    def count(self, item: HistoryItem) -> int:
-        """The number of tokens of one item."""
-        if item not in self._counts:
-            if len(self._counts) >= _CACHED_COUNTS:
-                self._counts.clear()
-            self._counts[item] = self.count_tokens(item_text(item))
-        return self._counts[item]
+    def __init__(self, max_tokens: int, count_tokens: Callable[[str], int]) -> None:
+        self.max_tokens = max_tokens
+        self.count = functools.lru_cache(_CACHED_COUNTS)(lambda item: count_tokens(item_text(item)))
 
 
 class Selector(ABC):
-    """Chooses items of a record's history; made by `make_selector`.
-
-    Args:
-        num_items: the most items kept; None for no limit.
-        budget: the most tokens kept; None for no limit.
-    """
+    """Chooses items of a record's history; made by `make_selector`. None stands for no limit."""
 
     #: Whether the first item that does not fit ends the history, instead of being skipped.
     contiguous = False

@@ -38,11 +38,7 @@ class FixedSelector(Selector):
         self._items: dict[str, tuple[HistoryItem, ...]] = {}
 
     def fit(self, records: Iterable[Record]) -> None:
-        """Choose every user's items. A second call replaces the choice of the first.
-
-        Raises:
-            RecordError: a record has a history item dated after it.
-        """
+        """Choose every user's items, and check times; a second call replaces the choice of the first."""
         users, self._items = dict[str, _User](), {}
         for record in records:
             check_times(record.history, record.timestamp, describe(record))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Place, Source
-from nextquill.data.records import Record, check_text, parse_record
+from nextquill.data.records import Record, check_text
 from nextquill.data.skipped import unexpected
 from nextquill.errors import ArgumentError
 
@@ -66,17 +66,15 @@ def _record(row: Row, items: Mapping[str, _Product]) -> Record:
         f"[Item Title]: {item.title}\n[Item Description]: {item.description}\n"
         f"[Output Review Rating]: {review.label('rating')}\n[Output Review Title]: {review.text('title')}"
     )
-    raw: dict[str, object] = {
-        "user_id": row.user_id("user_id"),
-        "query": query,
-        "response": review.response("text"),
-        "history": [_past(past, items) for past in row.rows("profile")],
-        "timestamp": review.seconds("timestamp"),
-        "asin": review.user_id("asin"),
-    }
-    if rest := review.with_others({}):
-        raw["data"] = rest
-    return parse_record(row.with_others(raw), row.where)
+    return row.record(
+        user_id=row.user_id("user_id"),
+        query=query,
+        response=review.response("text"),
+        history=[_past(past, items) for past in row.rows("profile")],
+        timestamp=review.seconds("timestamp"),
+        asin=review.user_id("asin"),
+        **({"data": rest} if (rest := review.with_others({})) else {}),
+    )
 
 
 def _past(review: Row, items: Mapping[str, _Product]) -> dict[str, object]:

@@ -37,10 +37,8 @@ def records_of(
 ) -> Iterator[tuple[str, Record]]:
     """Yield a record for every entry that has at least `min_history` earlier entries by its user.
 
-    Other entries still become history, of which a record holds the latest `max_history`; None takes all.
-
-    Raises:
-        RecordError: some entries of a user have a timestamp and others have none, and nothing is skipped.
+    Other entries still become history, of which a record holds the latest `max_history`; None takes all. An entry
+    without a timestamp is bad if others of its user have one.
     """
     for entries in by_user(entry for _, entry in source.each(convert)):
         yield from _of_one(_placed(entries, source.skipped), source.skipped, min_history, max_history)

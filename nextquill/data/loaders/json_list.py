@@ -27,9 +27,6 @@ def json_list(path: str | os.PathLike[str], *, max_item_bytes: int = MAX_LINE_BY
     """Yield the place of each item, with its line and position, and its value.
 
     The file is plain or gzipped. A broken list cannot be read any further, so its errors are raised and never skipped.
-
-    Raises:
-        RecordError: the file cannot be read, is not UTF-8 or not a JSON list, or an item is too long.
     """
     with opened(path) as file:
         yield from _Parser(os.fspath(path), file, max_item_bytes).items()

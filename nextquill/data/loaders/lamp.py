@@ -23,10 +23,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from nextquill.data.lines import opened, parsed_json
+from nextquill.data.lines import HUB, opened, parsed_json
 from nextquill.data.loaders.row import Row
-from nextquill.data.loaders.source import HUB, Place, Source
-from nextquill.data.records import Record, parse_record
+from nextquill.data.loaders.source import Place, Source
+from nextquill.data.records import Record
 from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, RecordError
 
@@ -55,17 +55,15 @@ def _record(row: Row, golds: Mapping[str, str] | None, task: str | None) -> Reco
         response = golds[identity]
     else:
         raise row.error("id", f"expected an id from the outputs, got {identity!r}", kind="outputs")
-    raw = {
-        "user_id": row.user_id("user_id", "id"),
-        "query": query,
-        "response": response,
-        "history": [_item(item, task) for item in row.rows("profile")],
-        "timestamp": row.date("date", "timestamp"),
-        "id": identity,
-    }
-    if task is not None:
-        raw["task"] = task
-    return parse_record(row.with_others(raw), row.where)
+    return row.record(
+        user_id=row.user_id("user_id", "id"),
+        query=query,
+        response=response,
+        history=[_item(item, task) for item in row.rows("profile")],
+        timestamp=row.date("date", "timestamp"),
+        id=identity,
+        **({} if task is None else {"task": task}),
+    )
 
 
 def _item(item: Row, task: str | None) -> dict[str, object]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
-from nextquill.data.records import Record, parse_record
+from nextquill.data.records import Record
 
 _USERS = ("user_id", "name", "reviewerId", "reviewerID", "author")
 _RATINGS = ("overall", "rating")
@@ -30,14 +30,13 @@ def load_longlamp(source: Source) -> Iterator[tuple[str, Record]]:
 
 
 def _record(row: Row) -> Record:
-    raw: dict[str, object] = {
-        "user_id": row.user_id(*_USERS),
-        "query": row.text("input"),
-        "response": row.response("output"),
-        "history": [_item(item) for item in row.rows("profile")],
-        "timestamp": row.date("date", "year"),
-    }
-    return parse_record(row.with_others(raw), row.where)
+    return row.record(
+        user_id=row.user_id(*_USERS),
+        query=row.text("input"),
+        response=row.response("output"),
+        history=[_item(item) for item in row.rows("profile")],
+        timestamp=row.date("date", "year"),
+    )
 
 
 def _item(item: Row) -> dict[str, object]:

@@ -28,7 +28,7 @@ from nextquill.data._checks import check_integer
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
 from nextquill.data.loaders.tables import history_of
-from nextquill.data.records import Record, parse_record
+from nextquill.data.records import Record
 from nextquill.storage.fingerprints import digest_of
 
 _CONTENT, _FEEDBACK = "User-Generated Content", "Pair-wise Comparative Feedback"
@@ -78,16 +78,15 @@ def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[st
 
 
 def _record(row: Row, user: str, pair: _Pair, history: object) -> Record:
-    raw = {
-        "user_id": user,
-        "query": pair.prompt,
-        "response": pair.chosen,
-        "history": history,
-        "timestamp": pair.timestamp,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-    }
-    record = parse_record(row.with_others(raw), row.where)
+    record = row.record(
+        user_id=user,
+        query=pair.prompt,
+        response=pair.chosen,
+        history=history,
+        timestamp=pair.timestamp,
+        chosen=pair.chosen,
+        rejected=pair.rejected,
+    )
     kept = (item for item in record.history if item.title != pair.prompt and item.text != pair.chosen)
     return replace(record, history=tuple(kept))
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from nextquill.data.records import RECORD_FIELDS, check_response, check_text, check_user_id
+from nextquill.data.records import RECORD_FIELDS, Record, check_response, check_text, check_user_id, parse_record
 from nextquill.data.skipped import PlacedError, unexpected
 from nextquill.data.times import Clock
 
@@ -78,11 +78,14 @@ class Row:
             raise unexpected(where, path, "a list of objects", value)
         return [self._inside(item, f"{name}[{position}]") for position, item in enumerate(value)]
 
-    def with_others(self, made: Mapping[str, object]) -> dict[str, object]:
-        """`made` and every field that has not been read, converted for JSON, so that none is lost without a word.
+    def record(self, **fields: object) -> Record:
+        """A record of these fields; every field of the row that has not been read goes into `extra`."""
+        return parse_record(self.with_others(fields), self.where)
 
-        Raises:
-            RecordError: such a field has a name in `made`, or that of a record's field.
+    def with_others(self, made: Mapping[str, object]) -> dict[str, object]:
+        """`made` and every field that has not been read, converted for JSON, so that no field is dropped silently.
+
+        RecordError if such a field has a name in `made`, or that of a record's field.
         """
         others = {str(name): value for name, value in self.values.items() if name not in self.read}
         others = {name: value for name, value in others.items() if value is not None}

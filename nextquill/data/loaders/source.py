@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from nextquill.data.lines import MAX_LINE_BYTES, json_lines, opened
+from nextquill.data.lines import HUB, MAX_LINE_BYTES, json_lines, opened
 from nextquill.data.loaders.csv_rows import csv_rows
 from nextquill.data.loaders.json_list import json_list
 from nextquill.data.loaders.row import Row
@@ -19,7 +19,6 @@ from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 Place = str | os.PathLike[str]
 #: One place, several places that are read one after another, or rows.
 Rows = Place | Sequence[Place] | Iterable[Mapping[str, Any]]
-HUB = "hf://"
 _CSV = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".jsonl", ".ndjson", ".json", *_CSV, ".parquet")
 _PARQUET_BATCH = 64  # rows held at a time; a row with its history may take megabytes
@@ -28,14 +27,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows, and the way to read them; see `load`.
+    """A source of rows, and the way to read them; `load` describes its arguments and errors.
 
     A file's suffix tells its kind: .jsonl, .ndjson, .json (one list, or a record per line), .csv, .tsv or .parquet. All
     but .parquet may be followed by .gz. `argument` is the name of `rows_from` in errors.
-
-    Raises:
-        ArgumentTypeError: `rows_from` is neither a place nor an iterable of rows.
-        ArgumentError: a name on the hub is malformed, a suffix is unknown, or a split is given for local files.
     """
 
     rows_from: Rows

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from nextquill.data.lines import parsed_json
 from nextquill.data.loaders.row import Row
 from nextquill.data.loaders.source import Source
-from nextquill.data.records import RECORD_FIELDS, Record, parse_record
+from nextquill.data.records import RECORD_FIELDS, Record
 
 
 def load_table(source: Source) -> Iterator[tuple[str, Record]]:
@@ -22,14 +22,8 @@ def load_table(source: Source) -> Iterator[tuple[str, Record]]:
 
 def _record(row: Row) -> Record:
     row.read.update(RECORD_FIELDS)  # `parse_record` checks them
-    raw = {
-        "user_id": row.values.get("user_id"),
-        "query": row.values.get("query"),
-        "response": row.values.get("response"),
-        "history": history_of(row),
-        "timestamp": row.seconds("timestamp"),
-    }
-    return parse_record(row.with_others(raw), row.where)
+    given = {name: row.values.get(name) for name in ("user_id", "query", "response")}
+    return row.record(**given, history=history_of(row), timestamp=row.seconds("timestamp"))
 
 
 def history_of(row: Row) -> object:

@@ -16,12 +16,17 @@ from types import MappingProxyType
 
 from nextquill.errors import ArgumentError
 from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, preference_accuracy, rmse
+from nextquill.evaluation.metrics.authors import Authors
 from nextquill.evaluation.metrics.meteor import meteor, meteor_exact_stem, resolve
+from nextquill.evaluation.metrics.person import copied, distinct, length_ratio, right_person, right_person_uncopied
 from nextquill.evaluation.metrics.rouge import rouge
 from nextquill.evaluation.metrics.sacre import bleu, chrf
 from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts
 
-__all__ = ["METRICS", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
+__all__ = ["METRICS", "Authors", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
+
+#: The unit of scores between 0 and 1.
+OF_ONE = "of 1"
 
 Scorer = Callable[[Texts], MetricScores]
 
@@ -34,17 +39,19 @@ class Metric:
         name: its key in `METRICS` and in results.
         label: its name in tables.
         score: computes it from texts; None for a metric that reads no texts.
-        unit: empty for shares and F1, which lie between 0 and 1.
-        higher_is_better: which way is better.
+        unit: "of 1" for scores between 0 and 1.
+        higher_is_better: which way is better; None where neither is.
         per_example: whether it is the mean of the examples' scores.
+        needs_authors: whether it reads the examples' users and histories.
     """
 
     name: str
     label: str
     score: Scorer | None
-    unit: str = ""
-    higher_is_better: bool = True
+    unit: str = OF_ONE
+    higher_is_better: bool | None = True
     per_example: bool = True
+    needs_authors: bool = False
 
 
 _METRICS = (
@@ -58,6 +65,11 @@ _METRICS = (
     Metric("meteor_exact_stem", "METEOR (exact + stem)", meteor_exact_stem),
     Metric("bleu", "BLEU", bleu, unit="of 100", per_example=False),
     Metric("chrf", "chrF", chrf, unit="of 100", per_example=False),
+    Metric("right_person", "Right person", right_person, needs_authors=True),
+    Metric("right_person_uncopied", "Right person uncopied", right_person_uncopied, needs_authors=True),
+    Metric("copied", "Copied from history", copied, higher_is_better=None, needs_authors=True),
+    Metric("distinct", "Distinct texts", distinct, higher_is_better=None),
+    Metric("length_ratio", "Length", length_ratio, unit="of the person's", higher_is_better=None, per_example=False),
     Metric("accuracy", "Accuracy", accuracy),
     Metric("f1_macro", "Macro-F1", f1_macro, per_example=False),
     Metric("exact_match", "Exact match", exact_match),
@@ -74,6 +86,7 @@ def compute(
     predictions: Sequence[str],
     *,
     labels: Sequence[str] | None = None,
+    authors: Authors | None = None,
 ) -> dict[str, MetricScores]:
     """Score every prediction against its reference.
 
@@ -82,6 +95,7 @@ def compute(
         references: the right text of each example, or several of them.
         predictions: one text an example.
         labels: every possible answer, for the metrics of labels.
+        authors: the examples' users and histories, for the metrics that need them.
 
     Returns:
         The scores by name. METEOR's name says what could be computed here: "meteor" becomes "meteor_exact_stem" if nltk
@@ -89,12 +103,13 @@ def compute(
 
     Raises:
         ArgumentError: a metric is unknown or reads no texts; there are no examples, or different numbers of references
-            and predictions; or a reference is not a label or not a rating where a metric needs one.
+            and predictions; a metric lacks the authors it needs; or a reference is not a label or not a rating where a
+            metric needs one.
         ArgumentTypeError: a text is not a string.
         BackendUnavailableError: the library that computes a metric is not installed.
     """
     scorers = {name: _scorer(name) for name in map(resolve, names)}  # before anything is scored
-    texts = Texts.checked(references, predictions, labels)
+    texts = Texts.checked(references, predictions, labels, authors)
     return {name: score(texts) for name, score in scorers.items()}
 
 

@@ -20,8 +20,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from nextquill.evaluation.metrics.rouge import UNSPACED
 from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
+from nextquill.evaluation.metrics.words import UNSPACED
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _CHARACTER = re.compile(rf"[{UNSPACED}]")

@@ -16,9 +16,7 @@ from __future__ import annotations
 import re
 
 from nextquill.evaluation.metrics.scores import MetricScores, Texts, required
-
-#: Thai and Lao, kana, CJK ideographs: scripts without spaces between words.
-UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+from nextquill.evaluation.metrics.words import UNSPACED
 
 
 class RougeWords:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from nextquill.evaluation.metrics.authors import Authors
 
 Floats = NDArray[np.float64]
 #: One right text, or several.
@@ -29,7 +30,8 @@ class MetricScores:
     Args:
         statistics: [examples, columns], a row an example.
         from_sums: [..., columns] -> [...], the metric as a function of summed rows.
-        per_example: [examples], each example's own score if the metric is their mean, else None.
+        per_example: [examples], each example's own score if the metric is their mean, else None; NaN where an example
+            has none, which the mean leaves out.
         signature: how it was computed, if the library says so (sacreBLEU).
     """
 
@@ -59,6 +61,17 @@ class MetricScores:
         """
         scores = finite_numbers(name, values)
         return cls(np.stack([scores, np.ones_like(scores)], axis=1), ratio, per_example=scores)
+
+    @classmethod
+    def mean_of_defined(cls, values: Sequence[float]) -> MetricScores:
+        """The mean of the scores that are not NaN; 0 if all are."""
+        scores = np.asarray(values, dtype=np.float64)
+        defined = ~np.isnan(scores)
+        return cls(np.stack([np.where(defined, scores, 0.0), defined], axis=1), ratio, per_example=scores)
+
+    def defined(self) -> list[int] | None:
+        """The positions of the examples that have a score of their own; None where the metric is not their mean."""
+        return None if self.per_example is None else np.flatnonzero(~np.isnan(self.per_example)).tolist()
 
     @classmethod
     def ratio_of(cls, sums: Sequence[float] | Floats, counts: Sequence[float] | Floats) -> MetricScores:
@@ -108,16 +121,22 @@ def finite_numbers(name: str, values: Sequence[float] | Floats) -> Floats:
 class Texts:
     """Input of a metric of texts: an example has one or more references, the right answers, and one prediction.
 
-    `labels` are all possible answers, if the task has a list of them.
+    `labels` are all possible answers, if the task has a list of them; `authors` are the examples' users and histories,
+    if a metric needs them.
     """
 
     references: tuple[tuple[str, ...], ...]
     predictions: tuple[str, ...]
     labels: tuple[str, ...] | None = None
+    authors: Authors | None = None
 
     @classmethod
     def checked(
-        cls, references: Sequence[Reference], predictions: Sequence[str], labels: Sequence[str] | None = None
+        cls,
+        references: Sequence[Reference],
+        predictions: Sequence[str],
+        labels: Sequence[str] | None = None,
+        authors: Authors | None = None,
     ) -> Texts:
         """The input, checked.
 
@@ -132,10 +151,13 @@ class Texts:
             raise ArgumentError(
                 f"predictions: expected {len(references)}, as many as references, got {len(predictions)}"
             )
+        if authors is not None and len(authors.users) != len(predictions):
+            raise ArgumentError(f"authors: expected those of {len(predictions)} examples, got {len(authors.users)}")
         several = tuple(
             (each,) if isinstance(each, str) else _texts(f"references[{i}]", each) for i, each in enumerate(references)
         )
-        return cls(several, _texts("predictions", predictions), None if labels is None else _texts("labels", labels))
+        known = None if labels is None else _texts("labels", labels)
+        return cls(several, _texts("predictions", predictions), known, authors)
 
     def single_references(self, metric: str) -> list[str]:
         """The one reference of each example; ArgumentError where one has several, for which `metric` is not defined."""
@@ -143,6 +165,12 @@ class Texts:
             if len(each) > 1:
                 raise ArgumentError(f"references[{i}]: {metric} takes one reference an example, got {len(each)}")
         return [each[0] for each in self.references]
+
+    def known_authors(self, metric: str) -> Authors:
+        """The examples' users and histories; ArgumentError where `metric` is computed without them."""
+        if self.authors is None:
+            raise ArgumentError(f"authors: {metric} needs the examples' users and histories, got None")
+        return self.authors
 
 
 def _texts(name: str, values: object) -> tuple[str, ...]:

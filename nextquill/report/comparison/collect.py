@@ -13,8 +13,8 @@ from nextquill.comparison.folder import RunRecord, read_record, run_folder
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.bootstrap import paired_over_seeds
 from nextquill.evaluation.compare import paired_scores
-from nextquill.evaluation.measures import COUNTS, PER_EXAMPLE, is_of_corpus
-from nextquill.evaluation.metrics import MetricScores
+from nextquill.evaluation.measures import COUNTS, NEW_USERS, PER_EXAMPLE, is_of_corpus
+from nextquill.evaluation.metrics import OF_ONE, MetricScores
 from nextquill.evaluation.permutation import holm
 from nextquill.evaluation.results import EVALUATION_FOLDER, EvaluatedExample, Evaluation, read_evaluation, read_examples
 from nextquill.report.comparison.figures import ArmFigures, Comparison, Cost, Difference, Estimate, Measure
@@ -82,6 +82,7 @@ def collect(
         num_examples=first.evaluation.num_examples,
         num_users=len({example.user_id for example in first.examples}),
         num_train_examples=num_train_examples,
+        num_new_users=_new_users(runs[baseline][0].evaluation),
         level=level,
         machines=[machine for at, machine in enumerate(machines) if machine not in machines[:at]],
         resumed=[f"{run.record.arm}/seed-{run.record.seed}" for run in every if run.record.sessions > 1],
@@ -111,10 +112,13 @@ class _Table:
         if found is None:
             return Estimate(statistics.mean(values), None, None, values)
         (scores,), users = found
-        nothing = MetricScores.mean_of([0.0] * len(users))
+        # Its measure is 0, so the difference to it is the measure itself.
+        nothing = MetricScores(0 * scores[0].statistics, scores[0].from_sums)
         interval, kind = paired_over_seeds(scores, [nothing], users, **self._options), self.measures[measure]
         low, high = interval.low, interval.high
-        if not kind.unit and kind.higher_is_better is not None:  # a share or an error, which cannot be below 0
+        if (
+            kind.unit in ("", OF_ONE) and kind.higher_is_better is not None
+        ):  # a share or an error, which cannot be below 0
             low = max(low, 0.0)
             high = min(high, 1.0) if kind.higher_is_better else high
         return Estimate(statistics.mean(values), low, high, values)
@@ -147,6 +151,10 @@ class _Table:
             return None
         scores, seeds = found[0], len(runs) // len(arms)
         return [scores[start : start + seeds] for start in range(0, len(scores), seeds)], found[1]
+
+
+def _new_users(evaluation: Evaluation) -> int | None:
+    return int(evaluation.metrics[NEW_USERS].value) if NEW_USERS in evaluation.metrics else None
 
 
 def _read(folder: Path, arm: str, seed: int) -> _Run:

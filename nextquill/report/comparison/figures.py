@@ -113,6 +113,7 @@ class Comparison:
         records: digest of the evaluated records.
         num_examples, num_users: the number of evaluated records, and of their users.
         num_train_examples: the number of records trained on.
+        num_new_users: the number of those users who were never trained on; None if it is not known.
         level: confidence level of the intervals.
         machines: the machines of the runs; times compare within one.
         resumed: the runs that were interrupted, whose times are sums of parts.
@@ -129,6 +130,7 @@ class Comparison:
     num_examples: int
     num_users: int
     num_train_examples: int
+    num_new_users: int | None = None
     level: float = 0.95
     machines: Sequence[Mapping[str, Any]] = ()
     resumed: Sequence[str] = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nextquill.comparison.arms import BASE
 from nextquill.report.comparison.figures import Comparison, Difference, Measure
-from nextquill.report.numbers import in_words, p_text, rounded
+from nextquill.report.numbers import counted, in_words, p_text, rounded
 
 FACTUAL, COUNTERFACTUAL = "nll_factual", "nll_counterfactual"
 EFFECT, EFFECT_PLACEBO = "effect_logprob", "effect_placebo"
@@ -170,7 +170,7 @@ def _reach(comparison: Comparison) -> Finding:
         if least >= 1 - comparison.level and len(comparison.arms) > 2
         else ""
     )
-    records = f"{comparison.num_examples} records of {users} {'user' if users == 1 else 'users'}"
+    records = f"{counted(comparison.num_examples, 'record')} of {counted(users, 'user')}"
     if seeds == 1:
         draws = f"One seed ({comparison.seeds[0]}): intervals and tests are over users alone"
     else:

@@ -14,8 +14,9 @@ from nextquill.report.comparison.findings import Finding, find
 from nextquill.report.comparison.tables import machine_text, notes, tables
 from nextquill.report.data import Page, Table
 from nextquill.report.examples import example_views
-from nextquill.report.headline import Change, Subject, comparison_verdict, few_people, forest
+from nextquill.report.headline import Change, Subject, comparison_verdict, few_people, forest, of_people
 from nextquill.report.html import render_page
+from nextquill.report.numbers import counted
 from nextquill.report.run_page import training_charts
 from nextquill.report.runs import read_run
 from nextquill.storage.atomic_files import write_whole
@@ -85,11 +86,12 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
     machine = machine_text(comparison.machines[0]) if comparison.machines else ""
     count, one = len(comparison.arms) - 1, len(comparison.seeds) == 1
     subjects, baseline = _subjects(comparison), comparison.arm(comparison.baseline).label
-    people = f"{comparison.num_users:,} {'person' if comparison.num_users == 1 else 'people'}"
+    responses = counted(comparison.num_examples, "response")
+    on = of_people(responses, comparison.num_users, comparison.num_new_users)
     return Page(
         title=f"Losses compared: {comparison.model}",
         lead=(
-            f"{count} {'way' if count == 1 else 'ways'} of training {comparison.model} on the same "
+            f"{counted(count, 'way')} of training {comparison.model} on the same "
             f"{comparison.num_train_examples} records, from the same start and in the same order, and the model before "
             f"training. Compared with {baseline}."
         ),
@@ -97,7 +99,7 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> Page:
         notices=few_people(comparison.num_users)
         + [f"{each.heading}. {each.text}" for each in findings if each.is_warning],
         folded=tables(comparison),
-        verdict=[comparison_verdict(subjects, baseline, f"{comparison.num_examples:,} responses of {people}")],
+        verdict=[comparison_verdict(subjects, baseline, on)],
         measures=forest(subjects, baseline),
         measures_lead=f"Dots with {comparison.level:.0%} intervals over {'people' if one else 'people and seeds'}.",
         table_notes=notes(comparison),

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextquill.report.comparison.figures import Comparison, Cost, Difference, Measure
 from nextquill.report.data import Cell, Column, Table
-from nextquill.report.numbers import interval, number, p_text, rounded
+from nextquill.report.numbers import p_text, rounded
 
 # Short headings of the measures that every evaluation has; the others keep their labels.
 _HEADINGS = {
@@ -17,6 +17,7 @@ _HEADINGS = {
     "nll_placebo": "nll, another's history",
     "effect_logprob": "effect of history",
     "effect_placebo": "effect vs placebo",
+    "top1": "predicted first",
 }
 # A terminal of 80 columns has room for these, and for the first measure of generated texts or preferences.
 _FIRST = ("nll_factual", "nll_counterfactual", "effect_placebo")
@@ -118,9 +119,9 @@ def _difference(comparison: Comparison, measure: Measure, difference: Difference
     if difference is None:
         return Cell("")
     is_clear = difference.is_clear(comparison.level)
-    bounds = interval(difference.low, difference.high, digits=3)
+    figure, bounds = rounded(difference.value, difference.low, difference.high, sign="+")
     return Cell(
-        f"{number(difference.value, sign='+', digits=3)}{'*' if is_clear else ''}",
+        f"{figure}{'*' if is_clear else ''}",
         f"{bounds} {p_text(difference.p_adjusted)}".strip(),
         is_clear and (difference.value > 0) == measure.higher_is_better,
     )

@@ -22,12 +22,13 @@ from demos.people.measuring import (
     PeopleRecipe,
     ReadText,
     by_word,
-    copied,
+    copied_from,
     partners,
     sample,
     split_words,
     strongest,
 )
+from nextquill.data import HistoryItem
 from nextquill.errors import BudgetError, NextQuillError, OutputExistsError, UnsupportedModelError
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, training_texts
 
@@ -105,7 +106,7 @@ def test_findings_follow_the_figures() -> None:
     texts = [dataclasses.replace(text, user=user) for user in "abc"]
     worth, words, past, guided = run.findings(People("m", texts, [answer]), records)
     assert "reads who is writing" in worth[0]
-    assert "0.17 [0.17, 0.17] nats" in worth[1]  # (log 5/6 + log 2) / 3
+    assert "0.17 nats [0.17, 0.17]" in worth[1]  # (log 5/6 + log 2) / 3
     assert words[0] == "33% of the words become clearly more likely, 33% less"
     assert records[0].history[1].text in past[1]
     assert "100% at γ = 0, 0% at γ = 1" in guided[1]
@@ -119,8 +120,9 @@ def test_words_and_copied_triples() -> None:
     words, starts = split_words(["A", "2", " is", " un", "clear", "."])
     assert words == ["A2", " is", " unclear."]
     assert by_word(torch.tensor([[1.0, 2, 4, 8, 16, 32]]), starts).tolist() == [[3, 4, 56]]
-    assert copied("A2 is UNCLEAR and odd", ["I say A2 is unclear", "is unclear. And more"]) == (2, 3)
-    assert copied("a b c d", ["a b", "c d"]) == (0, 2)
+    past = [HistoryItem("I say A2 is unclear"), HistoryItem("is unclear. And more")]
+    assert copied_from("A2 is UNCLEAR and odd", past) == (2, 3, [(0, 17)])
+    assert copied_from("a b c d", [HistoryItem("a b"), HistoryItem("c d")]) == (0, 2, [])
 
 
 def test_the_sample_is_what_its_note_says() -> None:
