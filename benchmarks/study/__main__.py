@@ -15,7 +15,6 @@ from benchmarks.measure import RESULTS
 from benchmarks.study.folder import Study, make_study
 from benchmarks.study.plan import PRESETS, Run
 from nextquill.errors import NextQuillError
-from nextquill.storage.atomic_files import write_whole
 
 _INTERRUPTED = 130
 
@@ -94,7 +93,7 @@ class Driver:
         words += ["--model", self.chosen.model, "--out", str(self.study.folder)]
         words += [word for each in self.chosen.data for word in ("--data", each)]
         words += [] if self.chosen.prose is None else ["--prose", self.chosen.prose]
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         folder = self.study.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("ab") as log:

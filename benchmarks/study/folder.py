@@ -1,8 +1,8 @@
 """The study's folder: its settings, the results of its runs, and the files of runs under way.
 
-    study.json          the settings; a study with other settings is refused
-    runs/NAME.json      the result of a finished run
-    work/               checkpoints and evaluations of runs under way, on this machine only
+study.json          the settings; a study with other settings is refused
+runs/NAME.json      the result of a finished run
+work/               checkpoints and evaluations of runs under way, on this machine only
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from benchmarks.study.people import People, read_people
 from benchmarks.study.plan import PRESETS, Preset, Run, planned
 from nextquill.errors import ArgumentError, OutputExistsError
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import try_lock
 
 SETTINGS, RUNS, WORK = "study.json", "runs", "work"
 #: Raised when results of older code can no longer stand beside new ones.
 VERSION = 1
-_DEV_MEASURE = "nll_at_temperature"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Study:
         from nextquill.models.loading import load_model
 
         model, _ = load_model(self.model, dtype="float32")
-        prose = None if self.prose is None else Path(self.prose).name
+        prose = None if self.prose is None else fingerprint([Path(self.prose).read_bytes()])
         return {
             "version": VERSION,
             "preset": self.preset.to_dict(),

@@ -42,7 +42,12 @@ from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object, json_objects
 
-
+_TEXT_METRICS = (
+    "rouge_1", "rouge_l", "meteor_exact_stem", "chrf", "right_person", "right_person_uncopied", "copied", "distinct",
+    "length_ratio",
+)  # fmt: skip
+#: Texts generated at a time: a step reads all weights, whatever their number.
+_AT_A_TIME = 24
 #: Measures whose statistics are kept for paired tests; an area under a curve has too many.
 _KEPT = {name for name in SUM_MEASURES if not name.startswith(("auc", "temperature"))}
 
@@ -124,7 +129,8 @@ class Worker:
         args = TrainingArguments(
             str(folder), per_device_train_batch_size=preset.batch_size, learning_rate=self.run.rate,
             max_steps=self.steps(), warmup_steps=preset.warmup_steps, seed=self.run.seed, save_steps=preset.save_steps,
-            save_total_limit=1, logging_steps=preset.steps, report_to="none", disable_tqdm=True, bf16=True, use_cpu=not torch.accelerator.is_available(),
+            save_total_limit=1, logging_steps=preset.steps, report_to="none", disable_tqdm=True, bf16=True,
+            use_cpu=not torch.accelerator.is_available(),
         )  # fmt: skip
         trainer = ComparedTrainer(
             model, args, train_dataset=self.examples(tokenizer), processing_class=tokenizer, loss=loss,
@@ -234,12 +240,12 @@ class Worker:
         texts = self.texts(model, tokenizer, records)
         found = {}
         for name, written in texts.items():
-            measures = text_measures(records, written, among=everyone)
+            measures = text_measures(records, written, _TEXT_METRICS, among=everyone)
             rows = {each: scores.statistics.tolist() for each, scores in measures.items()}
             found[name] = {
                 "texts": written,
                 "values": {each: scores.value for each, scores in measures.items()},
-                "rows": {each: _short(row) for each, row in rows.items() if not each.startswith("bleu")},
+                "rows": {each: _short(row) for each, row in rows.items()},
             }
         judged = {name: texts[name] for name in self.preset.judged}
         if self.method.kind is None:  # the ceiling, which is the same for all methods
@@ -259,7 +265,7 @@ class Worker:
             if decoding.name in found:
                 continue
             options = GenerationOptions(
-                self.preset.max_new_tokens, temperature=decoding.temperature, top_p=decoding.top_p,
+                self.preset.max_new_tokens, _AT_A_TIME, temperature=decoding.temperature, top_p=decoding.top_p,
                 guidance=decoding.guidance, seed=self.run.seed,
             )  # fmt: skip
             against = "counterfactual" if decoding.guidance else None
