@@ -184,11 +184,20 @@ def as_csv(results: Results) -> str:
     return stream.getvalue()
 
 
+def methods_table() -> str:
+    """The methods, and what was expected of each before its first run."""
+    rows = [[f"`{name}`", method.label, method.hypothesis] for name, method in METHODS.items()]
+    return _table(["method", "", "expected before its first run"], rows)
+
+
 def markdown(results: Results) -> str:
     """All tables."""
-    parts = []
+    if not results.all:
+        return "No run is finished yet.\n"
+    machines = sorted({f"{raw['processor']}, torch {raw['torch']}" for raw in (each.raw for each in results.all)})
+    parts = [f"{len(results.all)} runs are finished ({'; '.join(machines)})."]
     for data in results.data:
-        parts += [f"## {data}", rates_table(results, data), own_table(results, data), texts_table(results, data),
+        parts += [f"### {data}", rates_table(results, data), own_table(results, data), texts_table(results, data),
                   differences_table(results, data)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
