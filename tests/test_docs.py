@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -304,7 +305,9 @@ def test_the_way_from_a_log_to_texts_runs_as_printed(tmp_path, monkeypatch):
 def test_the_way_from_a_log_to_texts_with_a_real_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(Path(os.environ["NEXTQUILL_REAL_MODEL"]).resolve())
+    began = time.process_time()
     run_tutorial()
+    assert time.process_time() - began < 30 * 60, "the tutorial promises half an hour"
     base, trained = (read_evaluation(Path(run)).metrics for run in ("runs/base", "runs/mine/evaluation"))
     assert trained["nll_factual"].value < base["nll_factual"].value
     assert trained["effect_placebo"].value > 0

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
-from nextquill.generation.few_rows import faster_few_rows
+from nextquill.generation.few_rows import faster_few_rows, keys_in_place
 from nextquill.generation.guidance import guide
 from nextquill.generation.sampling import GumbelNoise, sampling
 from nextquill.models.attention import TreeAttention
@@ -166,7 +166,8 @@ class TreeEngine(Engine):
         return self._logits({**inputs, "position_ids": positions[None]}, row)
 
     def _logits(self, inputs: dict[str, Any], row: _Row) -> Tensor:
-        outputs = self._model(**inputs, **self._extra, past_key_values=row.cache, use_cache=True)
+        with keys_in_place(self._device):
+            outputs = self._model(**inputs, **self._extra, past_key_values=row.cache, use_cache=True)
         logits: Tensor = returned_logits(outputs)[0]
         return logits
 

@@ -80,8 +80,10 @@ class LossInHead:
         # Always the same function object: compiled graphs are guarded by its identity.
         self._forward_in_head = torch.compiler.disable(self._run_function)
         # Without the cap only a scale is left; the returned scalar is divided by it.
-        with without_softcap(self._capped_configs):
-            self._residual_scale, residual_cap = probe_logits(model, self.head)
+        self._residual_scale, residual_cap = self.logit_scale, self.softcap
+        if self.softcap is not None:
+            with without_softcap(self._capped_configs):
+                self._residual_scale, residual_cap = probe_logits(model, self.head)
         if residual_cap is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its soft cap of {self.softcap:g} on the logits could not be switched off "

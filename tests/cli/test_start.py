@@ -1,7 +1,10 @@
 """Commands answer quickly: they import little before they print their help or refuse a flag."""
 
 import json
+import os
 import sys
+
+import pytest
 
 from nextquill.cli.main import COMMANDS
 from nextquill.cli.popi import SUBCOMMANDS
@@ -81,3 +84,51 @@ def test_help_of_training_needs_training_arguments_and_little_else():
         assert tops(modules) <= known, words
         assert not {name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))}, words
         assert "transformers.trainer" not in modules, words
+
+
+# Up to the forward of the first batch; prints seconds of CPU time.
+TRAINED = """
+import os, sys, time
+from nextquill.training.trainer import NextQuillTrainer
+
+def begin(*_, **__):
+    print(time.process_time(), flush=True)
+    os._exit(0)
+
+NextQuillTrainer.compute_loss = begin
+from nextquill.cli.main import main
+sys.exit(f"ended before the first forward, exit code {main(sys.argv[1:])}")
+"""
+LOADED = """
+import sys, time
+import peft, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+print(time.process_time())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif("NEXTQUILL_REAL_MODEL" not in os.environ, reason="NEXTQUILL_REAL_MODEL names no model's folder")
+def test_training_begins_soon_after_libraries_and_a_real_model_are_loaded(tmp_path):
+    """At most 1.5 times as late, in CPU time of one thread: the wall time of a busy machine says little."""
+    model, history = (
+        os.environ["NEXTQUILL_REAL_MODEL"],
+        [f"It was day {day}, and all was well. Cheers!" for day in range(9)],
+    )
+    lines = [
+        json.dumps(
+            {"user_id": f"u{n % 30}", "query": f"Write post {n}", "history": history, "response": history[n % 9]}
+        )
+        for n in range(300)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    train = (
+        f"train --model {model} --train_file {tmp_path}/train.jsonl --max_steps 1 --output_dir {tmp_path}/run".split()
+    )
+    seconds = {"trained": [], "loaded": []}
+    for _ in range(3):
+        for name, code, words in (("loaded", LOADED, [model]), ("trained", TRAINED, [*train, "--overwrite"])):
+            seconds[name].append(float(run_python(code, *words, timeout=300, OMP_NUM_THREADS="1")))
+    assert min(seconds["trained"]) <= 1.5 * min(seconds["loaded"]), seconds

@@ -18,6 +18,7 @@ def test_products_are_those_of_the_layer(shape, bias):
     with torch.no_grad(), faster_few_rows(nn.Sequential(layer)):
         found = layer(x)
     assert found.shape == truth.shape
+    assert found.is_contiguous(), "sdpa leaves its fused kernel for queries of another layout"
     # Each sum of 24 products and a bias has at most 25 roundings in either order.
     bound = 25 * torch.finfo(torch.float32).eps * (x.double().abs() @ layer.weight.double().abs().T + 1)
     assert ((found - truth).abs() <= bound).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -93,6 +95,25 @@ def test_a_response_ends_with_the_context_of_the_prompt_to_move_away_from(engine
     prompt = Prompt(0, [20, 30], 1, [2 + i % 90 for i in range(60)])
     found = tokens(model, tokenizer, [prompt], engine=engine, guidance=1.0, max_new_tokens=9)
     assert found == {0: separate(model, prompt, 4, 1.0)}
+
+
+def test_a_step_does_not_repeat_keys_that_heads_share(tokenizer, monkeypatch):
+    """transformers would copy them for every head, for all tokens at every step."""
+    model, heads, sdpa = tiny_model(eos_token_id=None), [], torch.nn.functional.scaled_dot_product_attention
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+
+    def attend(query, key, value, **options):
+        heads.append((key.shape[1], value.shape[1]))
+        return sdpa(query, key, value, **options)
+
+    before = dict(os.environ)
+    with local_engine(
+        model, tokenizer, set(), GenerationOptions(engine="tree", max_new_tokens=4, guidance=1.0)
+    ) as engine:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        for _ in engine.stream(GUIDED[:1]):
+            assert os.environ == before
+    assert {*heads[-3 * model.config.num_hidden_layers :]} == {(model.config.num_key_value_heads,) * 2}
 
 
 def test_a_shared_history_is_computed_once(tokenizer):

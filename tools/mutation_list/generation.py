@@ -67,6 +67,20 @@ MUTATIONS = (
         "biases are left out of a step on a CPU",
     ),
     Mutation(
+        "few-rows-layout",
+        "nextquill/generation/few_rows.py",
+        ".t().contiguous().view(",
+        ".t().reshape(",
+        "a guided token takes twice the time on a CPU",
+    ),
+    Mutation(
+        "keys-in-place",
+        "nextquill/generation/few_rows.py",
+        'device.type != "cpu" or',
+        'device.type == "cpu" or',
+        "a step on a CPU copies the whole cache for each head",
+    ),
+    Mutation(
         "writer-against",
         "nextquill/generation/writer.py",
         "guided = chosen.guidance > 0 and against != ids",
