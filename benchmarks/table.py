@@ -1,4 +1,4 @@
-"""Write the tables of the README, docs/benchmarks.md and docs/evidence.md: `python -m benchmarks.table` (`--check` only compares).
+"""Write the tables of the README and of two pages of docs: `python -m benchmarks.table` (`--check` only compares).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is written by hand.
 """

@@ -111,21 +111,19 @@ def _panel(place: int, measure: str, curves: dict[str, list[Point]], first: Resu
         return round(bottom - (bottom - _TOP - 24) * value, 1)
 
     parts = [f'<text class="panel" x="{left}" y="{_TOP + 6}">{PANELS[measure]}</text>']
-    for value in _TICKS:
-        parts.append(
-            f'<path class="tick" d="M{left} {y(value)}H{left + _SIDE}"/>'
-            f'<text class="note" x="{left - 8}" y="{y(value) + 4}" text-anchor="end">{value:g}</text>'
-        )
-    step = 0.05
-    for count in range(int(most / step) + 1):
-        parts.append(
-            f'<text class="note" x="{x(count * step)}" y="{bottom + 18}" text-anchor="middle">{count * step:.2f}</text>'
-        )
+    parts += [
+        f'<path class="tick" d="M{left} {y(value)}H{left + _SIDE}"/>'
+        f'<text class="note" x="{left - 8}" y="{y(value) + 4}" text-anchor="end">{value:g}</text>'
+        for value in _TICKS
+    ]
+    parts += [
+        f'<text class="note" x="{x(count / 20)}" y="{bottom + 18}" text-anchor="middle">{count / 20:.2f}</text>'
+        for count in range(int(20 * most) + 1)
+    ]
     parts.append(f'<text class="note" x="{left + _SIDE}" y="{bottom + 36}" text-anchor="end">ROUGE-L</text>')
     own = first.value(f"{measure}_reference", "γ=0")
-    for value in (own, _CHANCE):
-        if value is not None:
-            parts.append(f'<path class="mark" d="M{left} {y(value)}H{left + _SIDE}"/>')
+    marks = [value for value in (own, _CHANCE) if value is not None]
+    parts += [f'<path class="mark" d="M{left} {y(value)}H{left + _SIDE}"/>' for value in marks]
     for name, each in curves.items():
         colour = CURVES[name]
         line = "L".join(f"{x(a)} {y(b)}" for _, a, b in each)

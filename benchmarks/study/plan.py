@@ -51,7 +51,7 @@ class Preset:
         decodings: how texts are generated.
         generated: texts of the test set that are generated, the first ones.
         judged: names of the decodings that the language model judges.
-        max_new_tokens: of a generated text.
+        max_new_tokens: the most of a generated text; see `Worker.longest`.
         save_steps: steps between checkpoints.
     """
 
@@ -94,14 +94,14 @@ PRESETS: Mapping[str, Preset] = {
         Preset(
             "cpu", _MAIN, _OTHERS, (1e-3, 3e-4, 3e-3), (1, 2, 3), (1,), False,
             steps=60, batch_size=16, examples_per_user=8, warmup_steps=6, lora_r=16, lora_layers=0.4, max_length=1024,
-            sizes=Sizes(Size(120, 960), Size(24, 48), Size(48, 120), Size(24, 48), 10),
-            decodings=_DECODINGS, generated=48, judged=("γ=0", "γ=1"), max_new_tokens=96, save_steps=20,
+            sizes=Sizes(Size(120, 960), Size(24, 36), Size(48, 96), Size(24, 24), 10),
+            decodings=_DECODINGS, generated=48, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=20,
         ),
         Preset(
             "gpu", _MAIN, _OTHERS, (1e-5, 3e-5, 1e-4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), True,
             steps=120, batch_size=32, examples_per_user=8, warmup_steps=12, lora_r=None, lora_layers=1.0,
             max_length=2048, sizes=Sizes(Size(200, 3840), Size(24, 96), Size(96, 384), Size(48, 192), 10),
-            decodings=_DECODINGS, generated=192, judged=("γ=0", "γ=1"), max_new_tokens=96, save_steps=60,
+            decodings=_DECODINGS, generated=192, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=60,
         ),
         Preset(
             "smoke", ("sft", "perce"), ("perce_random", "perce_uncopied"), (1e-3, 1e-2), (1,), (1,), False,

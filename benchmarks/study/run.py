@@ -79,6 +79,8 @@ class Worker:
         costs: dict[str, Any] = {}
         if self.method.kind is not None:
             model, costs = self.train(model, tokenizer)
+        # Everything is measured in half precision, as models are served; a CPU is twice as fast in it.
+        model.to(torch.bfloat16)
         sets = self.measure(model, tokenizer)
         return {
             "run": {"data": self.run.data, "method": self.run.method, "seed": self.run.seed, "rate": self.run.rate},
@@ -142,9 +144,10 @@ class Worker:
         )  # fmt: skip
         last = checkpoints.last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # as it was, without autocast
         seen = trainer.run_meter
         costs = {name: getattr(seen, name) for name in ("seconds", "peak_memory", "steps", "examples", "sessions")}
-        return trainer.model, costs
+        return model, costs
 
     def steps(self) -> int:
         """The steps of the training: the preset's, or as many as take another method's time."""
@@ -214,10 +217,7 @@ class Worker:
                 options |= {"personal_from": str(self.base_evaluation()), "prose_file": self.study.prose}
             folder = self.folder / name
             if not (folder / EVALUATION_FILE).is_file():
-                evaluate_model(
-                    model, tokenizer, records, self.settings, EvaluationOptions(**options), folder,
-                    model_name=self.run.name,
-                )  # fmt: skip
+                self.evaluate(model, tokenizer, records, folder, **options)
             metrics = read_evaluation(folder).metrics
             if name == DEV:
                 temperature = metrics["temperature"].value
@@ -231,10 +231,15 @@ class Worker:
         folder = self.study.work / f"{self.run.data}-marks"
         with alone(folder.with_suffix(".lock")):
             if not (folder / EVALUATION_FILE).is_file():
-                model, tokenizer = load_model(self.study.model, dtype="float32")
-                records, options = self.people.sets[TEST], EvaluationOptions(generate_branches=())
-                evaluate_model(model, tokenizer, records, self.settings, options, folder, model_name=BASE)
+                model, tokenizer = load_model(self.study.model, dtype="bfloat16")
+                self.evaluate(model.to(self.device), tokenizer, self.people.sets[TEST], folder, generate_branches=())
         return folder
+
+    def evaluate(self, model: Any, tokenizer: Any, records: Sequence[Any], folder: Path, **options: Any) -> None:
+        """Measure the people's own texts."""
+        evaluate_model(
+            model, tokenizer, records, self.settings, EvaluationOptions(**options), folder, model_name=self.run.name
+        )
 
     def write(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Generated texts and their measures, by decoding."""
@@ -268,7 +273,7 @@ class Worker:
             if decoding.name in found:
                 continue
             options = GenerationOptions(
-                self.preset.max_new_tokens, _AT_A_TIME, temperature=decoding.temperature, top_p=decoding.top_p,
+                self.longest(tokenizer), _AT_A_TIME, temperature=decoding.temperature, top_p=decoding.top_p,
                 guidance=decoding.guidance, seed=self.run.seed,
             )  # fmt: skip
             against = "counterfactual" if decoding.guidance else None
@@ -278,11 +283,17 @@ class Worker:
             write_whole(path, json.dumps(found))
         return found
 
+    def longest(self, tokenizer: Any) -> int:
+        """The most tokens of a generated text: half more than all but a twentieth of the training responses have."""
+        lengths = sorted(len(tokenizer(record.response).input_ids) for record in self.people.train)
+        return min(self.preset.max_new_tokens, math.ceil(1.5 * lengths[len(lengths) * 19 // 20]))
+
     def judged(self, texts: Mapping[str, Sequence[str]], records: Sequence[Any]) -> dict[str, Any]:
         """Whether the untrained model finds the author of each text, by decoding."""
         everyone = self.people.sets[TEST]
-        judge = PersonJudge.load(
-            self.study.model, self.device, records, everyone, authors_of(records, among=everyone), self.settings,
+        model, tokenizer = load_model(self.study.model, dtype="bfloat16")
+        judge = PersonJudge(
+            model.to(self.device), tokenizer, records, everyone, authors_of(records, among=everyone), self.settings,
             CANDIDATES,
         )  # fmt: skip
         lines = list(judge.lines(list(zip(*texts.values(), strict=True)), ()))
