@@ -171,7 +171,7 @@ def make_row(
         torch=torch.__version__,
         triton=triton_version(),
         python=platform.python_version(),
-        commit=_commit(),
+        commit=commit(),
         time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     )
 
@@ -211,7 +211,7 @@ def short_name(device: str) -> str:
 
 
 @lru_cache
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)

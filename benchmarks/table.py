@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/benchmarks.md: `python -m benchmarks.table` (`--check` only compares).
+"""Write the tables of the README and of two pages of docs: `python -m benchmarks.table` (`--check` only compares).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is written by hand.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.measure import RESULTS, short_name
 
 BASELINE = "plain"
-PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/benchmarks.md"))
+PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md"))
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
 
@@ -205,6 +205,20 @@ def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
 
+def study_table() -> str:
+    """All tables of the study on a CPU."""
+    from benchmarks.study.tables import Results, markdown
+
+    return markdown(Results(RESULTS / "study-cpu"))
+
+
+def study_methods_table() -> str:
+    """The study's methods."""
+    from benchmarks.study.tables import methods_table
+
+    return methods_table()
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "step_all": partial(step_table, ()),
@@ -213,6 +227,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prepare": prepare_table,
     "popi": popi_table,
     "generate": generate_table,
+    "study": study_table,
+    "study_methods": study_methods_table,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from nextquill.comparison import measuring, running
+from nextquill.comparison import running
 from nextquill.comparison.arms import ARMS, BASE
 from nextquill.comparison.folder import RunRecord, read_record, run_folder, write_record
 from nextquill.comparison.measuring import ComparedTrainer, RunMeter
@@ -243,11 +243,10 @@ def step(meter, seconds, clock, **turns):
     meter.on_step_end(None, None, SimpleNamespace(**usual | turns))
 
 
-def test_the_first_step_of_a_process_counts_as_the_others(monkeypatch):
+def test_the_first_step_of_a_process_counts_as_the_others():
     """It compiles and allocates for all later runs, which must not count as the first arm's time."""
     clock = [0.0]
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
-    meter, state = RunMeter(), SimpleNamespace(stateful_callbacks={}, global_step=0)
+    meter, state = RunMeter(clock=lambda: clock[0]), SimpleNamespace(stateful_callbacks={}, global_step=0)
     meter.on_train_begin(None, state, None)
     step(meter, 60.0, clock)
     assert meter.seconds == 60.0  # nothing else is known
@@ -257,7 +256,7 @@ def test_the_first_step_of_a_process_counts_as_the_others(monkeypatch):
     clock[0] += 100.0
     meter.on_save(None, None, None)
     saved = SimpleNamespace(stateful_callbacks={"RunMeter": meter.state()}, global_step=3)
-    again = RunMeter()
+    again = RunMeter(clock=lambda: clock[0])
     again.on_train_begin(None, saved, None)
     step(again, 50.0, clock)
     assert (again.seconds, again.steps, again.sessions) == (12.0, 4, 2)
@@ -316,11 +315,10 @@ def test_an_arm_of_equal_time_sees_the_same_first_and_goes_on(setup, seen, monke
 # ---- time ------------------------------------------------------------------------------------------
 
 
-def test_only_steps_are_timed(monkeypatch):
+def test_only_steps_are_timed():
     """Evaluations, logs and checkpoints between two steps do not count as training."""
     clock = iter([0.0, 2.0, 100.0, 103.0, 200.0, 204.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    meter, state = RunMeter(), SimpleNamespace(stateful_callbacks={}, global_step=0)
+    meter, state = RunMeter(clock=lambda: next(clock)), SimpleNamespace(stateful_callbacks={}, global_step=0)
     control = SimpleNamespace(should_save=True, should_evaluate=True, should_log=True, should_training_stop=False)
     meter.on_train_begin(None, state, control)
     meter.on_step_end(None, state, control)

@@ -1,0 +1,123 @@
+"""Run the study, or go on with it: `python -m benchmarks.study --preset cpu --model DIR --data NAME=DIR …`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import RESULTS
+from benchmarks.study.folder import Study, make_study
+from benchmarks.study.plan import PRESETS, Run
+from nextquill.errors import NextQuillError
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the runs that are left, `--workers` at a time; 0 when the study is complete."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__, allow_abbrev=False)
+    add_study_flags(parser)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    parser.add_argument("--minutes", type=float, help="start no run after so many minutes, and stop those under way")
+    chosen = parser.parse_args(arguments)
+    try:
+        study = study_of(chosen)
+        study.open()
+    except NextQuillError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    return Driver(study, chosen).go_on()
+
+
+def add_study_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which study."""
+    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    parser.add_argument("--model", required=True, help="the pretrained model: a folder or a name on the hub")
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="a data set; once for each")
+    parser.add_argument("--prose", help="a text file of general prose, to see what training forgets")
+    parser.add_argument("--out", type=Path, help="the study's folder (benchmarks/results/study-PRESET)")
+
+
+def study_of(chosen: argparse.Namespace) -> Study:
+    """The study that the flags describe."""
+    pairs = [each.partition("=") for each in chosen.data]
+    data = {name: Path(folder) for name, _, folder in pairs}
+    return make_study(chosen.out or RESULTS / f"study-{chosen.preset}", chosen.preset, chosen.model, data, chosen.prose)
+
+
+class Driver:
+    """Starts the runs of a study, some at a time, each with one thread."""
+
+    def __init__(self, study: Study, chosen: argparse.Namespace) -> None:
+        self.study, self.chosen = study, chosen
+        self.under_way: dict[str, subprocess.Popen[bytes]] = {}
+        self.failed: set[str] = set()
+        self.began = time.monotonic()
+
+    def go_on(self) -> int:
+        """Make all runs that are left; the exit code."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while not self._is_late():
+                self._collect()
+                waiting = self._waiting()
+                if not waiting and not self.under_way:
+                    return 1 if self.failed else 0
+                for run in waiting[: self.chosen.workers - len(self.under_way)]:
+                    self._start(run)
+                time.sleep(1)
+            return _INTERRUPTED
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        finally:
+            for process in self.under_way.values():
+                process.terminate()
+
+    def _is_late(self) -> bool:
+        return self.chosen.minutes is not None and time.monotonic() - self.began > 60 * self.chosen.minutes
+
+    def _waiting(self) -> list[Run]:
+        """The runs that can start now, in their order."""
+        taken = {*self.under_way, *self.failed}
+        left = [run for run in self.study.runs() if run.name not in taken and not self.study.path(run.name).is_file()]
+        return [run for run in left if all(self.study.path(name).is_file() for name in run.needs)]
+
+    def _start(self, run: Run) -> None:
+        words = [sys.executable, "-m", "benchmarks.study.run", "--run", run.name, "--preset", self.chosen.preset]
+        words += ["--model", self.chosen.model, "--out", str(self.study.folder)]
+        words += [word for each in self.chosen.data for word in ("--data", each)]
+        words += [] if self.chosen.prose is None else ["--prose", self.chosen.prose]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        folder = self.study.work / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(words, env={**os.environ, **threads}, stdout=log, stderr=log)
+        self.under_way[run.name] = process
+        self._say(f"{run.name}: started")
+
+    def _collect(self) -> None:
+        for name, process in list(self.under_way.items()):
+            if process.poll() is None:
+                continue
+            del self.under_way[name]
+            if process.returncode:
+                self.failed.add(name)
+                self._say(f"{name}: failed with exit code {process.returncode}; see {self.study.work / name}/log.txt")
+            else:
+                self._say(f"{name}: finished")
+
+    def _say(self, text: str) -> None:
+        runs = self.study.runs()
+        done = sum(self.study.path(run.name).is_file() for run in runs)
+        minutes = (time.monotonic() - self.began) / 60
+        print(f"[{minutes:6.1f} min, {done} runs finished] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Tables, figures and the picture of the study: `python -m benchmarks.study.tables --out DIR`.
+
+Everything follows from the files in `runs/`. A difference from SFT is paired by text, with whole people drawn, and over
+seeds where there are several (`paired_over_seeds`); p-values of a measure are corrected for all methods (Holm).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.measure import RESULTS
+from benchmarks.study.folder import RUNS
+from benchmarks.study.methods import METHODS, SFT
+from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
+from nextquill.evaluation.metrics import MetricScores
+from nextquill.evaluation.metrics.sacre import chrf
+from nextquill.evaluation.metrics.scores import Texts, ratio
+from nextquill.evaluation.permutation import holm
+from nextquill.evaluation.token_measures import SUM_MEASURES
+from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.json_files import json_object
+
+#: The people's own texts, where a decoding stands for generated ones.
+OWN = ""
+#: A difference that would be seen in four of five studies like this one, in standard errors.
+_POWER = 1.96 + 0.84
+_TABLE = "study.csv"
+_COLUMNS = ("data", "method", "rate", "seed", "set", "decoding", "measure", "value", "texts", "people",
+            "seconds", "commit", "processor", "torch")  # fmt: skip
+
+
+class Measure(NamedTuple):
+    """A measure in a table: its name, its heading, and its decimals."""
+
+    name: str
+    heading: str
+    decimals: int = 2
+
+
+NLL_MEASURES = (
+    Measure("nll_factual", "nll"),
+    Measure("nll_at_temperature", "nll at its temperature"),
+    Measure("temperature", "temperature"),
+    Measure("ece", "ECE", 3),
+    Measure("top1", "first token right", 3),
+    Measure("nll_personal", "nll, personal tokens"),
+    Measure("nll_generic", "nll, generic tokens"),
+    Measure("effect_placebo", "effect against another's history", 3),
+    Measure("nll_prose", "nll of general prose"),
+)
+TEXT_MEASURES = (
+    Measure("rouge_l", "ROUGE-L", 3),
+    Measure("meteor_exact_stem", "METEOR", 3),
+    Measure("chrf", "chrF", 1),
+    Measure("right_person", "right person"),
+    Measure("right_person_lm", "by the language model"),
+    Measure("right_person_uncopied", "by what is not copied"),
+    Measure("copied", "copied"),
+    Measure("distinct", "distinct"),
+    Measure("length_ratio", "length"),
+)
+#: What methods are compared by, decided before the study.
+PRIMARY = ("nll_at_temperature", "rouge_l", "right_person", "right_person_uncopied", "copied")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    raw: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """Data set, method and learning rate."""
+        run = self.raw["run"]
+        return run["data"], run["method"], run["rate"]
+
+    def value(self, measure: str, decoding: str = OWN, of: str = "test") -> float | None:
+        """A measure of the people's own texts in a set, or of texts generated in one way."""
+        places = self.raw["sets"][of] if decoding == OWN else self.raw["texts"]["decodings"].get(decoding, {})
+        found: float | None = places.get("values", {}).get(measure)
+        return found
+
+    def scores(self, measure: str, decoding: str = OWN) -> tuple[list[Any], list[str]]:
+        """Every text's statistics (None where it has none), and the person of each."""
+        place = self.raw["sets"]["test"] if decoding == OWN else self.raw["texts"]["decodings"][decoding]
+        users = self.raw["sets"]["test"]["users"] if decoding == OWN else self.raw["texts"]["users"]
+        return place["rows"][measure], users
+
+
+class Results:
+    """The results of a study, by data set, method and rate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.all = [Result(json_object(path)) for path in sorted((folder / RUNS).glob("*.json"))]
+
+    @cached_property
+    def data(self) -> list[str]:
+        """The data sets; the one with most runs first."""
+        names = [result.key[0] for result in self.all]
+        return sorted(set(names), key=lambda name: (-names.count(name), name))
+
+    def methods(self, data: str) -> dict[str, list[Result]]:
+        """The runs of each method at the rate that the study chose, in the order of `METHODS`."""
+        found = dict[str, list[Result]]()
+        for name in METHODS:
+            rate = self.rate(data, name)
+            runs = [result for result in self.all if result.key == (data, name, rate)]
+            if runs:
+                found[name] = sorted(runs, key=lambda result: int(result.raw["run"]["seed"]))
+        return found
+
+    def rate(self, data: str, method: str) -> float | None:
+        """The chosen rate: that with most seeds, and among equals the lowest nll on development people."""
+        rates = dict[float, list[float]]()
+        for result in self.all:
+            if result.key[:2] == (data, method):
+                rates.setdefault(result.key[2], []).append(result.raw["dev_score"])
+        return min(rates, key=lambda rate: (-len(rates[rate]), mean(rates[rate]))) if rates else None
+
+    def tried(self, data: str) -> dict[str, dict[float, float]]:
+        """nll on development people of the first seed, by method and rate, of the methods with several rates."""
+        found = dict[str, dict[float, float]]()
+        for result in sorted(self.all, key=lambda each: int(each.raw["run"]["seed"]), reverse=True):
+            if result.key[0] == data:
+                found.setdefault(result.key[1], {})[result.key[2]] = result.raw["dev_score"]
+        return {method: dict(sorted(rates.items())) for method, rates in found.items() if len(rates) > 1}
+
+
+def rebuilt(measure: str, rows: Sequence[Any]) -> MetricScores:
+    """A measure's scores from the statistics in results."""
+    if measure in SUM_MEASURES and isinstance(rows[0], dict):
+        return SUM_MEASURES[measure].scores(rows)
+    from_sums = chrf(Texts.checked(["a"], ["a"])).from_sums if measure == "chrf" else ratio
+    return MetricScores(np.asarray(rows, dtype=np.float64), from_sums)
+
+
+def difference(ours: Sequence[Result], others: Sequence[Result], measure: str, decoding: str) -> SeedsResult | None:
+    """The mean of one method's runs minus another's, on the texts that have the measure in all of them."""
+    runs = [[result.scores(measure, decoding)[0] for result in side] for side in (ours, others)]
+    users = ours[0].scores(measure, decoding)[1]
+    held = [at for at in range(len(users)) if all(rows[at] is not None for side in runs for rows in side)]
+    if not held:
+        return None
+    sides = [[rebuilt(measure, [rows[at] for at in held]) for rows in side] for side in runs]
+    return paired_over_seeds(*sides, [users[at] for at in held], matched=len(ours) == len(others))
+
+
+def table_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """Every value of every run."""
+    for result in results.all:
+        raw = result.raw
+        run = raw["run"]
+        shared = {**run, **{name: raw[name] for name in ("commit", "processor", "torch")}}
+        shared["seconds"] = round(raw.get("seconds") or 0)
+        for name, part in raw["sets"].items():
+            people = {"texts": int(part["values"]["examples"]), "people": int(part["values"]["users"])}
+            for measure, value in part["values"].items():
+                yield {**shared, **people, "set": name, "decoding": "", "measure": measure, "value": f"{value:.6g}"}
+        written = raw["texts"]["users"]
+        people = {"texts": len(written), "people": len(set(written))}
+        for name, part in raw["texts"]["decodings"].items():
+            for measure, value in part["values"].items():
+                yield {**shared, **people, "set": "test", "decoding": name, "measure": measure, "value": f"{value:.6g}"}
+
+
+def as_csv(results: Results) -> str:
+    """The text of `study.csv`."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table_rows(results))
+    return stream.getvalue()
+
+
+def methods_table() -> str:
+    """The methods, and what was expected of each before its first run."""
+    rows = [[f"`{name}`", method.label, method.hypothesis] for name, method in METHODS.items()]
+    return _table(["method", "", "expected before its first run"], rows)
+
+
+def markdown(results: Results) -> str:
+    """All tables."""
+    if not results.all:
+        return "No run is finished yet.\n"
+    machines = sorted({f"{raw['processor']}, torch {raw['torch']}" for raw in (each.raw for each in results.all)})
+    parts = [f"{len(results.all)} runs are finished ({'; '.join(machines)})."]
+    for data in results.data:
+        parts += [f"### {data}", rates_table(results, data), own_table(results, data), texts_table(results, data),
+                  differences_table(results, data)]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def rates_table(results: Results, data: str) -> str:
+    """nll on development people by method and learning rate."""
+    tried = results.tried(data)
+    rates = sorted({rate for each in tried.values() for rate in each})
+    rows = [[METHODS[name].label, *(_number(each.get(rate), 3) for rate in rates)] for name, each in tried.items()]
+    return _table([f"nll on development people, {data}", *(f"{rate:g}" for rate in rates)], rows) if rows else ""
+
+
+def own_table(results: Results, data: str) -> str:
+    """Measures of the people's own texts."""
+    rows = []
+    for name, runs in results.methods(data).items():
+        values = [_number(_mean(runs, each.name), each.decimals) for each in NLL_MEASURES]
+        seen = _number(_mean(runs, "nll_at_temperature", of="seen"), 2)
+        rate = f"{runs[0].key[2]:g}" if runs[0].key[2] else "–"
+        rows.append([METHODS[name].label, rate, str(len(runs)), *values, seen])
+    heads = [f"the people's own texts, {data}", "rate", "seeds", *(each.heading for each in NLL_MEASURES)]
+    return _table([*heads, "nll, people of the training"], rows)
+
+
+def texts_table(results: Results, data: str) -> str:
+    """Measures of generated texts, by method and decoding."""
+    rows = []
+    for name, runs in results.methods(data).items():
+        for decoding in runs[0].raw["texts"]["decodings"]:
+            if decoding == "reference":
+                continue
+            values = [_number(_mean(runs, each.name, decoding), each.decimals) for each in TEXT_MEASURES]
+            rows.append([METHODS[name].label, decoding, *values])
+    first = next(iter(results.methods(data).values()), None)
+    if first is not None:
+        decoding = next(iter(first[0].raw["texts"]["decodings"]))
+        own = [_number(_ceiling(first[0], each.name, decoding), each.decimals) for each in TEXT_MEASURES]
+        rows.append(["the people's own", "", *own])
+    return _table([f"generated texts, {data}", "decoding", *(each.heading for each in TEXT_MEASURES)], rows)
+
+
+def _ceiling(result: Result, measure: str, decoding: str) -> float | None:
+    if measure == "right_person_lm":
+        return result.value(measure, "reference")
+    return result.value(f"{measure}_reference", decoding)
+
+
+def differences_table(results: Results, data: str, decoding: str = "γ=0") -> str:
+    """Every method minus SFT in the primary measures, with intervals, corrected p-values and the power."""
+    methods = results.methods(data)
+    if SFT not in methods:
+        return ""
+    others = [name for name in methods if name != SFT]
+    columns: list[list[str]] = []
+    for measure in PRIMARY:
+        where = OWN if measure in NLL_NAMES else decoding
+        found = [difference(methods[name], methods[SFT], measure, where) for name in others]
+        adjusted = iter(holm([each.p_value for each in found if each is not None]))
+        columns.append([_difference(each, None if each is None else next(adjusted)) for each in found])
+    rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(others)]
+    headings = {each.name: each.heading for each in (*NLL_MEASURES, *TEXT_MEASURES)}
+    return _table([f"minus SFT, {data}, {decoding}", *(headings[name] for name in PRIMARY)], rows)
+
+
+NLL_NAMES = {each.name for each in NLL_MEASURES}
+
+
+def _difference(found: SeedsResult | None, p: float | None) -> str:
+    if found is None or p is None:
+        return "–"
+    seen = _POWER * (found.high - found.low) / (2 * 1.96)
+    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p {p:.2g}, power {seen:.2f}"
+
+
+def _mean(runs: Sequence[Result], measure: str, decoding: str = OWN, of: str = "test") -> float | None:
+    values = [run.value(measure, decoding, of) for run in runs]
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables, and write all values as CSV."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study.tables", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=RESULTS / "study-cpu", help="the study's folder")
+    chosen = parser.parse_args(arguments)
+    results = Results(chosen.out)
+    if not results.all:
+        print(f"tables: no finished run in {chosen.out / RUNS}", file=sys.stderr)
+        return 1
+    write_whole(chosen.out / _TABLE, as_csv(results))
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

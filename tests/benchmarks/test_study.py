@@ -1,0 +1,310 @@
+"""The study: who is trained on and measured, which runs there are, and that a killed study gives the same tables."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.study import tables
+from benchmarks.study.__main__ import main
+from benchmarks.study.folder import RUNS, alone, make_study
+from benchmarks.study.methods import (
+    BASE,
+    METHODS,
+    ShuffledWeighting,
+    WarmUp,
+    WarmWeighting,
+    without_copied,
+    words_shuffled,
+)
+from benchmarks.study.people import DEV, SEEN, TEST, Size, Sizes, read_people
+from benchmarks.study.plan import PRESETS, planned
+from benchmarks.study.run import Worker
+from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_records
+from nextquill.errors import ArgumentError, OutputExistsError
+from nextquill.models.loading import load_model
+from nextquill.outputs import PairNLL
+from nextquill.weighting import ClipWeighting
+
+WORDS = [f"word{place}" for place in range(40)]
+ROOT = Path(__file__).parents[2]
+
+
+def texts(user, purpose, count):
+    draw = random.Random(f"{user} {purpose}")
+    return [" ".join(draw.choices(WORDS[user : user + 4] + WORDS[:8], k=6)) for _ in range(count)]
+
+
+def write_records(path, users, purpose, each):
+    lines = [
+        {"user_id": f"u{user}", "query": f"Write {place}.", "history": texts(user, "history", 3), "response": text}
+        for user in users
+        for place, text in enumerate(texts(user, purpose, each))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A data set, a model and general prose."""
+    folder = tmp_path_factory.mktemp("world")
+    data = folder / "data"
+    data.mkdir()
+    write_records(data / "train.jsonl", range(16), "train", 4)
+    write_records(data / "test_seen.jsonl", range(16), "later", 2)
+    write_records(data / "test_unseen.jsonl", range(20, 26), "test", 2)
+    (data / "persons.json").write_text(json.dumps({f"u{user}": {"word": WORDS[user]} for user in range(30)}))
+    (folder / "prose.txt").write_text(" ".join(random.Random(1).choices(WORDS, k=200)))
+    model, tokenizer = load_model("tiny", records=lambda: load_records(data / "train.jsonl"))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def flags(world, out):
+    given = {"preset": "smoke", "model": world / "model", "data": f"toy={world / 'data'}", "out": out}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+# ---- people ----------------------------------------------------------------------------------------
+
+SIZES = PRESETS["smoke"].sizes
+
+
+def users(records):
+    return {record.user_id for record in records}
+
+
+def test_nobody_is_in_two_sets_that_must_differ(world):
+    people = read_people("toy", world / "data", SIZES)
+    trained, dev, test = users(people.train), users(people.sets[DEV]), users(people.sets[TEST])
+    assert not trained & dev
+    assert not trained & test
+    assert not dev & test
+    assert users(people.sets[SEEN]) <= trained
+    assert {"train": len(trained), **{name: len(users(each)) for name, each in people.sets.items()}} == {
+        "train": 8, DEV: 3, TEST: 4, SEEN: 3,
+    }  # fmt: skip
+    assert list(people.sets) == [DEV, TEST, SEEN], "the first decides the temperature of the others"
+    first = people.sets[TEST][0]
+    assert first.extra["personal"] == [WORDS[int(first.user_id[1:])]]
+    assert read_people("toy", world / "data", SIZES).digest() == people.digest()
+    assert read_people("toy", world / "data", dataclasses.replace(SIZES, dev=Size(2, 2))).digest() != people.digest()
+
+
+def test_all_first_texts_come_before_any_second(world):
+    people = read_people("toy", world / "data", dataclasses.replace(SIZES, test=Size(4, 7)))
+    names = [record.user_id for record in people.sets[TEST]]
+    assert len(names) == 7
+    assert len(set(names[:4])) == 4
+
+
+def test_a_person_in_both_files_is_refused(world, tmp_path):
+    for path in (world / "data").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_records(tmp_path / "test_unseen.jsonl", [3, 20, 21], "test", 1)
+    with pytest.raises(ArgumentError, match=r"data: toy: 'u3' is in train.jsonl and in test_unseen.jsonl"):
+        read_people("toy", tmp_path, SIZES)
+
+
+def test_too_few_people_and_a_missing_file_are_refused(world, tmp_path):
+    with pytest.raises(ArgumentError, match="data: expected at least 10 test people in toy, got 6"):
+        read_people("toy", world / "data", Sizes(*(Size(9, 9),) * 4, least=10))
+    with pytest.raises(ArgumentError, match=r"data: expected toy=.* to hold train.jsonl, which is not there"):
+        read_people("toy", tmp_path, SIZES)
+
+
+# ---- plan ------------------------------------------------------------------------------------------
+
+
+def names(preset, data, scores):
+    return [run.name for run in planned(PRESETS[preset], data, scores.get)]
+
+
+def test_the_untrained_model_comes_first_and_rates_are_tried_by_all_methods_alike():
+    found = names("cpu", ["a", "b"], {})
+    assert found[0] == "a-base"
+    for start in (1, 4, 7):
+        rates = {name.split("-", 2)[2] for name in found[start : start + 3]}
+        assert len(rates) == 1, "a study that stops here has compared all methods at the same rates"
+    assert found[10:] == ["b-base"], "what depends on a rate waits until all rates are tried"
+
+
+def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
+    rates = {"sft": 3e-4, "perce": 1e-3, "nextquill_detached": 3e-3}
+    scores = {
+        f"a-{name}-{rate:g}-seed1": 2.0 if rate == best else 3.0
+        for name, best in rates.items()
+        for rate in PRESETS["cpu"].rates
+    }
+    runs = list(planned(PRESETS["cpu"], ["a", "b"], scores.get))
+    chosen = {}
+    for run in runs[10:]:
+        chosen.setdefault(run.method, set()).add(run.rate)
+    for name, method in METHODS.items():
+        assert chosen[name] == ({0.0} if name == BASE else {rates[method.parent or name]})
+    assert len({run.name for run in runs}) == len(runs)
+    timed = next(run for run in runs if run.method == "sft_time")
+    assert timed.needs == ("a-perce-0.001-seed1", "a-sft-0.0003-seed1")
+    seeds = [run.seed for run in runs if run.method == "perce" and run.data == "a" and run.rate == 1e-3]
+    assert seeds == [1, 2, 3]
+
+
+def test_every_method_says_what_is_expected_of_it():
+    assert all(method.hypothesis.endswith(".") and method.label for method in METHODS.values())
+    for method in METHODS.values():
+        assert method.parent is None or METHODS[method.parent].parent is None
+        assert method.kind is None or method.loss(100) is not None
+    assert METHODS["nextquill_log_v"].loss(100).objective.alpha == pytest.approx(0.1 / 4.60517)
+
+
+# ---- methods ---------------------------------------------------------------------------------------
+
+
+def test_shuffled_weights_are_the_same_ones_elsewhere():
+    torch.manual_seed(1)
+    pair = PairNLL(torch.rand(30), torch.rand(30) * 8, None)
+    own, shuffled = ClipWeighting()(pair), ShuffledWeighting()(pair)
+    assert not torch.equal(own, shuffled)
+    assert torch.equal(own.sort().values, shuffled.sort().values)
+    assert torch.equal(shuffled, ShuffledWeighting()(pair)), "a resumed run must repeat them"
+
+
+def test_weights_warm_up_for_a_third_of_the_steps():
+    weighting, state = WarmWeighting(), type("State", (), {"max_steps": 6, "global_step": 0})()
+    pair, seen = PairNLL(torch.zeros(2), torch.tensor([1.0, 9.0]), None), []
+    for state.global_step in range(6):
+        WarmUp(weighting).on_step_begin(None, state, None)
+        seen.append(weighting(pair).tolist())
+    assert seen == [[1.0, 1.0]] * 2 + [[1.0, 5.0]] * 4
+
+
+def test_words_of_a_history_change_places_alike_in_all_records_of_a_person():
+    history = (HistoryItem("one two three four five six", "title", 3.0), HistoryItem("alone"))
+    record = Record("u1", "q", "r", history)
+    mixed = words_shuffled(record, 1)
+    assert mixed.history[0].text != history[0].text
+    assert sorted(mixed.history[0].text.split()) == sorted(history[0].text.split())
+    assert (mixed.history[0].title, mixed.history[0].timestamp, mixed.history[1]) == ("title", 3.0, history[1])
+    assert words_shuffled(dataclasses.replace(record, response="other"), 1).history == mixed.history
+    assert words_shuffled(record, 2).history != mixed.history
+
+
+def test_a_token_that_continues_a_phrase_of_the_history_has_no_effect():
+    branch = Branch([1, 2, 3, 4, 9], [2, 3, 4, 5, 3, 4])
+    example = EncodedExample("u", 0, branch, branch, None, 1, 1)
+    line = {"nll_factual": [1.0] * 6, "nll_counterfactual": [3.0] * 6, "index": 0}
+    found = without_copied(example, line)
+    # Only "2 3 4" is a run of three tokens of the prompt, and its last token the one that continues a phrase.
+    assert found == {**line, "nll_counterfactual": [3.0, 3.0, 1.0, 3.0, 3.0, 3.0]}
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    """The folder of a study with two finished runs, made in this process."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    study = make_study(out, "smoke", str(world / "model"), {"toy": world / "data"}, str(world / "prose.txt"))
+    study.open()
+    for run in study.runs()[:3]:
+        study.path(run.name).write_text(json.dumps(Worker(study, run).perform()))
+    return out
+
+
+def test_a_result_follows_the_run(results):
+    base, sft = (json.loads((results / RUNS / f"toy-{name}.json").read_text()) for name in ("base", "sft-0.001-seed1"))
+    assert base["loss"] is None
+    assert sft["run"] == {"data": "toy", "method": "sft", "seed": 1, "rate": 0.001}
+    assert sft["steps"] == PRESETS["smoke"].steps
+    assert sft["dev_score"] == sft["sets"][DEV]["values"]["nll_at_temperature"]
+    assert sft["sets"][TEST]["values"]["nll_factual"] != base["sets"][TEST]["values"]["nll_factual"]
+    assert set(sft["texts"]["decodings"]) == {"γ=0", "γ=1"}
+    assert {"nll_prose", "auc_effect_prob_placebo", "ece", "effect_placebo"} <= set(sft["sets"][TEST]["values"])
+    assert "right_person_lm" in base["texts"]["decodings"]["reference"]["values"]
+
+
+def test_measures_are_rebuilt_from_a_result(results):
+    found = tables.Results(results)
+    for result in found.all:
+        for measure in ("nll_factual", "nll_at_temperature", "ece", "top1", "effect_placebo"):
+            rows, _ = result.scores(measure)
+            assert tables.rebuilt(measure, rows).value == pytest.approx(result.value(measure), rel=1e-4), measure
+        for measure in ("rouge_l", "chrf", "copied", "length_ratio", "right_person"):
+            rows, _ = result.scores(measure, "γ=0")
+            assert tables.rebuilt(measure, rows).value == pytest.approx(result.value(measure, "γ=0"), abs=1e-4), measure
+
+
+def test_tables_hold_every_method_and_its_difference_from_sft(results, capsys):
+    assert tables.main(["--out", str(results)]) == 0
+    shown = capsys.readouterr().out
+    assert "| no training | – | 1 |" in shown
+    assert "| SFT | 0.001 | 1 |" in shown
+    assert "minus SFT, toy, γ=0" in shown
+    rows = (results / "study.csv").read_text().splitlines()
+    assert rows[0] == ",".join(tables._COLUMNS)
+    assert len(rows) > 100
+
+
+def test_a_study_with_other_settings_is_refused(results, world):
+    other = make_study(results, "smoke", str(world / "model"), {"toy": world / "data"}, None)
+    with pytest.raises(OutputExistsError, match=r"holds a study with another prose: there '.*', here None"):
+        other.open()
+
+
+def test_bad_flags_are_named(world, tmp_path, capsys):
+    assert main(["--preset", "smoke", "--model", str(world / "model"), "--out", str(tmp_path / "a")]) == 1
+    assert "data: expected at least one data set, NAME=FOLDER, got none" in capsys.readouterr().err
+    assert tables.main(["--out", str(tmp_path)]) == 1
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_is_inside(tmp_path):
+    code = "import sys, pathlib; from benchmarks.study.folder import alone\nwith alone(pathlib.Path(sys.argv[1])): print('in')"
+    words = [sys.executable, "-c", code, str(tmp_path / "x")]
+    with alone(tmp_path / "x"):
+        waiting = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(4)
+    assert waiting.communicate(timeout=30)[0] == b"in\n"
+
+
+def start(world, out):
+    words = [sys.executable, "-m", "benchmarks.study", *flags(world, out), "--workers", "2"]
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def table(out):
+    """The study's figures, without those of the machine."""
+    return [line.rsplit(",", 4)[0] for line in tables.as_csv(tables.Results(out)).splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_study_killed_anywhere_gives_the_same_tables(world, tmp_path):
+    whole = start(world, tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    draw, kills = random.Random(0), 0
+    while True:
+        study = start(world, tmp_path / "killed")
+        try:
+            assert study.wait(draw.uniform(4, 16)) == 0, study.stderr.read()
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(study.pid, signal.SIGKILL)
+            kills += 1
+            study.wait()
+            time.sleep(0.2)
+    assert kills >= 2
+    assert len(table(tmp_path / "whole")) > 500
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+    assert not list((tmp_path / "killed" / "work").glob("toy-*seed*"))
