@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import signal
 from collections import defaultdict
 from itertools import combinations
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch here, and of every process that a test starts
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")  # otherwise trainers report to every installed service
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 
 import pytest
 import torch
