@@ -78,11 +78,17 @@ class Study:
         return self.result(name)["dev_score"] if self.path(name).is_file() else None
 
     def settings(self) -> dict[str, Any]:
-        """What must agree for a study to go on, as JSON; folders may differ between machines."""
+        """What must agree for a study to resume, as JSON; folders may differ between machines.
+
+        Raises:
+            ArgumentError: the model has no chat template, which all prompts of the study use.
+        """
         from nextquill.evaluation.identity import model_digest
         from nextquill.models.loading import load_model
 
-        model, _ = load_model(self.model, dtype="float32")
+        model, tokenizer = load_model(self.model, dtype="float32")
+        if not tokenizer.chat_template:
+            raise ArgumentError(f"model: expected a tokenizer with a chat template, got none in {self.model}")
         prose = None if self.prose is None else fingerprint([Path(self.prose).read_bytes()])
         return {
             "version": VERSION,

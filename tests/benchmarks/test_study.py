@@ -35,6 +35,7 @@ from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting
 
 WORDS = [f"word{place}" for place in range(40)]
+TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,6 +66,9 @@ def world(tmp_path_factory):
     (folder / "prose.txt").write_text(" ".join(random.Random(1).choices(WORDS, k=200)))
     model, tokenizer = load_model("tiny", records=lambda: load_records(data / "train.jsonl"))
     model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "plain")
+    model.save_pretrained(folder / "plain")
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
     return folder
 
@@ -264,12 +268,18 @@ def test_a_study_with_other_settings_is_refused(results, world):
 def test_bad_flags_are_named(world, tmp_path, capsys):
     assert main(["--preset", "smoke", "--model", str(world / "model"), "--out", str(tmp_path / "a")]) == 1
     assert "data: expected at least one data set, NAME=FOLDER, got none" in capsys.readouterr().err
+    given = ["--preset", "smoke", "--data", f"toy={world / 'data'}", "--out", str(tmp_path / "a")]
+    assert main([*given, "--model", str(world / "plain")]) == 1
+    assert "model: expected a tokenizer with a chat template, got none in" in capsys.readouterr().err
     assert tables.main(["--out", str(tmp_path)]) == 1
     assert "no finished run" in capsys.readouterr().err
 
 
 def test_one_process_at_a_time_is_inside(tmp_path):
-    code = "import sys, pathlib; from benchmarks.study.folder import alone\nwith alone(pathlib.Path(sys.argv[1])): print('in')"
+    code = (
+        "import sys, pathlib; from benchmarks.study.folder import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])): print('in')"
+    )
     words = [sys.executable, "-c", code, str(tmp_path / "x")]
     with alone(tmp_path / "x"):
         waiting = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT)
