@@ -101,10 +101,12 @@ def pretrained_case(name: str, device: torch.device, quick: bool = False) -> Cas
     """The case of a pretrained model, by name or folder.
 
     Raises:
-        UnsupportedModelError: it cannot be loaded, or its parts and sizes are not named as Llama's are.
+        UnsupportedModelError: it cannot be loaded, has an adapter, or its parts and sizes are not named as Llama's are.
     """
     place = str(Path(name).absolute()) if Path(name).exists() else name
     model = load_model(place)[0]
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError(f"{name}: expected a model without an adapter, got one with; merge it first")
     config, parts = model.config.get_text_config(), ("model", "lm_head")
     sizes = (
         "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",

@@ -12,8 +12,8 @@
 
 All providers take the same examples, in micro-batches whose gradients add up to the gradient of the mean. The official
 scheme is timed with one example per step, because it is slow; more examples would only reduce AdamW's small share. It
-treats its logits as the published code does, including the discarded cross-entropies, but in float32. Nobody
-checkpoints activations, which trades time for memory; in TRL that is on by default.
+treats its logits as the published code does, including the discarded cross-entropies, but in float32. No
+provider checkpoints activations, which trades time for memory; in TRL that is on by default.
 """
 
 from __future__ import annotations

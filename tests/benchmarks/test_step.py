@@ -126,10 +126,15 @@ def test_another_projects_trainer_with_a_wrong_gradient_is_left_out_with_the_rea
     assert reasons[TRL[0]].startswith("gradient of model.")
 
 
-def test_another_projects_trainer_that_is_not_installed_is_left_out_with_the_reason(monkeypatch):
+def test_another_projects_trainer_that_is_not_installed_gets_a_row_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setattr(step, "providers", lambda case: only(TRL[1], LORA))
-    assert "trl" in step.gate(LORA, CPU)[TRL[1]]
+    monkeypatch.setattr(step, "providers", lambda case: only("SFT, unpadded", LORA) | only(TRL[1], LORA))
+    monkeypatch.setattr(step, "cpu_peaks", lambda case, labels: {})
+    rows = []
+    step.measure(LORA, CPU, measure.Options(rounds=1), rows, None)
+    assert [row.provider for row in rows] == ["unpadded"] * 5 + ["TRL, padding-free"]
+    assert rows[-1].metric == "status"
+    assert "trl" in rows[-1].note
 
 
 def test_gate_stops_at_a_wrong_loss(monkeypatch):
@@ -276,6 +281,15 @@ def test_a_model_whose_parts_have_other_names_is_refused(monkeypatch):
     monkeypatch.setattr(step_cases, "load_model", lambda place: (model, None))
     with pytest.raises(UnsupportedModelError, match="like Llama, got one without model, num_key_value_heads, inter"):
         pretrained_case("gpt2", CPU)
+
+
+def test_a_model_with_an_adapter_is_refused(monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build_model(TINY.model, CPU), LoraConfig(target_modules="all-linear"))
+    monkeypatch.setattr(step_cases, "load_model", lambda place: (adapted, None))
+    with pytest.raises(UnsupportedModelError, match="expected a model without an adapter"):
+        pretrained_case("adapter", CPU)
 
 
 # ---- memory ------------------------------------------------------------------------------------------
