@@ -32,7 +32,7 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
     parser.add_argument("--quick", action="store_true", help="tiny shapes, as a test run")
     parser.add_argument("--full", action="store_true", help="the largest size, if a suite has one (prepare)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU if there is one")
-    parser.add_argument("--model", help="a model by name or folder, if a suite takes one (generate)")
+    parser.add_argument("--model", help="a model by name or folder, if a suite takes one (generate, step)")
     parser.add_argument(
         "--budget", type=_positive(float), default=330.0, help="seconds per suite; fewer rounds run if time is short"
     )
@@ -42,17 +42,19 @@ def make_parser(prog: str = "python -m benchmarks.run") -> argparse.ArgumentPars
 
 
 def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
-    """Parse the flags, then run, print and write the suites; return 1 if one of our results was wrong."""
+    """Parse the flags, then run, print and write the suites; return 1 if a result was wrong or no model was loaded."""
     parser = parser or make_parser()
     chosen = parser.parse_args(arguments)
     names = chosen.suite or sorted(SUITES)
     if chosen.csv and len(names) != 1:
         parser.error("--csv: expected exactly one --suite")
     from benchmarks.measure import GateError, Options, default_device, write_csv  # imports torch
+    from nextquill.errors import UnsupportedModelError
 
     code = 0
     for name in names:
-        path = chosen.csv or chosen.out / file_name(name, chosen.device or default_device())
+        kind = "real-step" if name == "step" and chosen.model else name
+        path = chosen.csv or chosen.out / file_name(kind, chosen.device or default_device())
         saved: list[Row] = []
 
         def save(rows: list[Row], path: Path = path, saved: list[Row] = saved) -> None:
@@ -65,6 +67,11 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
         except GateError as error:
             print(error, file=sys.stderr)
             code = 1
+        except UnsupportedModelError as error:
+            if not chosen.model:
+                raise
+            print(f"--model: {str(error).removeprefix('model_name_or_path: ')}", file=sys.stderr)
+            code = 1
         if saved:
             show(saved)
             print(f"wrote {path}\n")
@@ -72,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, parser: argparse.ArgumentParser
 
 
 #: Suites whose ratios to other code depend on the processor, so that each processor has its own file.
-_PER_PROCESSOR = ("step",)
+_PER_PROCESSOR = ("step", "real-step")
 
 
 def file_name(suite: str, device: str) -> str:

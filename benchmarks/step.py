@@ -2,8 +2,9 @@
 
 For each case (`benchmarks.step_cases`), every provider (`benchmarks.step_peers`) is first compared with separate
 unpadded passes in plain PyTorch: the loss and every gradient on a small model in float32, and the loss at full size.
-Then zero_grad, forwards, backwards and AdamW are timed in turns on one model. All metrics are per example, so that
-steps with different numbers of examples can be compared:
+A trainer of another project that is missing or wrong gets a `status`; a wrong result of ours ends the suite. Then
+zero_grad, forwards, backwards and AdamW are timed in turns on one model. All metrics are per example, so that steps
+with different numbers of examples can be compared:
 
     seconds     s     one example's share of a step
     time        x     seconds over those of plain SFT on unpadded examples, round by round
@@ -21,6 +22,7 @@ import gc
 import time
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 from benchmarks.measure import GateError, Options, Row, default_device, make_row, time_in_turns
 from benchmarks.memory import MIB
 from benchmarks.provider import OUT_OF_MEMORY
-from benchmarks.step_cases import Case, build_model, cases, make_examples, shrunken
+from benchmarks.step_cases import Case, build_model, cases, make_examples, pretrained_case, shrunken
 from benchmarks.step_memory import Peak, bind, cpu_peaks, cuda_peak, make_optimiser, short_step
 from benchmarks.step_peers import (
     LOSSES,
@@ -52,9 +54,12 @@ def run(options: Options) -> list[Row]:
 
     Raises:
         GateError: a provider is wrong; its case is not timed.
+        UnsupportedModelError: see `pretrained_case`.
     """
     device = torch.device(options.device or default_device())
     todo, rows = cases(device, options.quick), list[Row]()
+    if options.model is not None:
+        todo = (pretrained_case(options.model, device, options.quick),)
     begun = time.perf_counter()
     for position, case in enumerate(todo):
         share = None
@@ -67,10 +72,12 @@ def run(options: Options) -> list[Row]:
 def measure(case: Case, device: torch.device, options: Options, rows: list[Row], budget: float | None) -> None:
     """Check and measure one case, and append the results to `rows`."""
     deadline, begun = None if budget is None else time.perf_counter() + budget, len(rows)
-    gate(shrunken(case), device)
+    reasons = gate(shrunken(case), device)
     model = build_model(case.model, device)
     optimiser = make_optimiser(model)
     entrants, peaks = providers(case), dict[str, Peak]()
+    for label, reason in reasons.items():
+        rows.append(_row(case, device, entrants.pop(label), "status", "", [], note=reason))
     if device.type == "cuda":
         peaks = _cuda_peaks(model, optimiser, case, entrants, rows)
     computed = check_full_size(model, case, entrants)
@@ -93,25 +100,35 @@ def measure(case: Case, device: torch.device, options: Options, rows: list[Row],
     options.save(rows)
 
 
-def gate(case: Case, device: torch.device) -> None:
+def gate(case: Case, device: torch.device) -> dict[str, str]:
     """Check that every provider has the loss and the gradients of separate passes.
 
+    Returns:
+        The reason, by label, for each provider of another project that is not timed.
+
     Raises:
-        GateError: one of them is wrong, or the examples cannot show it because all their tokens have one weight.
+        GateError: one of ours is wrong, or the examples cannot show it because all their tokens have one weight.
     """
     model, examples = build_model(case.model, device), make_examples(case)
     expected = {loss: _loss_and_gradients(model, reference(model, loss, examples)) for loss in LOSSES}
     share = share_above_threshold(model, examples)
     if not 0.02 < share < 0.98:
         raise GateError(f"step: {share:.1%} of the gate's tokens are above the threshold, which tests one weight only")
-    for entrant in providers(case).values():
-        loss, gradients = _loss_and_gradients(model, entrant.build(model, case, examples))
-        truth, true_gradients = expected[entrant.loss]
-        _check_loss(entrant.label, float(loss), float(truth), _LOSS)
-        for (name, _), found, true in zip(model.named_parameters(), gradients, true_gradients, strict=True):
-            error = float((found - true).norm() / true.norm())
-            if not error <= _GRADIENT:
-                raise GateError(f"step: {entrant.label}: gradient of {name} is off by {error:.1e}; not timed")
+    reasons = dict[str, str]()
+    for label, entrant in providers(case).items():
+        try:
+            loss, gradients = _loss_and_gradients(model, entrant.build(model, case, examples))
+            truth, true_gradients = expected[entrant.loss]
+            _check_loss(label, float(loss), float(truth), _LOSS)
+            for name, true in true_gradients.items():
+                error = float((gradients[name] - true).norm() / true.norm())
+                if not error <= _GRADIENT:
+                    raise GateError(f"step: {label}: gradient of {name} is off by {error:.1e}; not timed")
+        except (GateError, ImportError) as error:
+            if not entrant.is_others:
+                raise
+            reasons[label] = str(error).removeprefix(f"step: {label}: ")
+    return reasons
 
 
 def check_full_size(model: Any, case: Case, entrants: dict[str, StepProvider]) -> dict[str, float]:
@@ -176,18 +193,19 @@ def _time_rows(
         if OFFICIAL in each:
             ratios = [base / own for own, base in zip(values, each[OFFICIAL], strict=True)]
             rows.append(_row(case, device, entrant, "examples", "x", ratios, OFFICIAL))
-        held = tokens_of(case, entrant.loss)
+        held = tokens_of(case, entrant.loss, entrant.examples)
         rows.append(_row(case, device, entrant, "rate", "1/s", [1 / value for value in values]))
         rows.append(_row(case, device, entrant, "tokens", "1/s", [held / value for value in values]))
         rows.append(_row(case, device, entrant, "computed", "", [computed[label]]))
     return rows
 
 
-def tokens_of(case: Case, loss: str) -> int:
-    """The number of tokens in the branches that one example needs for a loss."""
-    sizes = case.lengths
-    factual = sizes.system + sizes.history + sizes.query + sizes.response
-    return factual if loss == "SFT" else factual + factual - sizes.history + sizes.none
+def tokens_of(case: Case, loss: str, count: int | None = None) -> float:
+    """The mean number of tokens in the branches that an example needs for a loss, over the first `count` examples."""
+    branches = [("factual",), ("factual", "counterfactual")][loss != "SFT"]
+    return fmean(
+        sum(len(getattr(example, branch).input_ids) for branch in branches) for example in make_examples(case)[:count]
+    )
 
 
 def _row(
@@ -200,21 +218,22 @@ def _row(
     baseline: str = "",
     note: str = "",
 ) -> Row:
+    head = "frozen" if case.model.lora else "trainable"
     return make_row(
         "step", str(case), entrant.name, metric, unit, values, baseline,
-        loss=entrant.loss, mode="step", head="trainable", dtype=case.model.dtype, note=note, device=device.type,
+        loss=entrant.loss, mode="step", head=head, dtype=case.model.dtype, note=note, device=device.type,
     )  # fmt: skip
 
 
-def _loss_and_gradients(model: Any, micros: Sequence[Micro]) -> tuple[Tensor, list[Tensor]]:
-    """The loss and the gradients of the whole step; the model's own gradients are deleted."""
+def _loss_and_gradients(model: Any, micros: Sequence[Micro]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the gradients of the whole step by parameter; the model's own gradients are deleted."""
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.device)
     for micro in micros:
         loss = micro()
         loss.backward()
         total += loss.detach()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.zero_grad(set_to_none=True)
     return total, gradients
 

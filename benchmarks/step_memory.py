@@ -44,7 +44,8 @@ class Peak(NamedTuple):
 
 def make_optimiser(model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW with the published learning rate, which hardly changes the weights while steps are timed."""
-    return torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.025)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return torch.optim.AdamW(trained, lr=5e-6, weight_decay=0.025)
 
 
 def bind(model: torch.nn.Module, case: Case, provider: StepProvider) -> list[Callable[[], torch.Tensor]]:

@@ -7,14 +7,19 @@
                         the effect's NLL on h1 - h0
     ours, K=…           K examples of the user in a row of trees, through the passes of NextQuillTrainer
     unpadded            SFT: the factual pass unpadded, one example at a time, and a fused cross-entropy
+    TRL, …              with a pretrained model: the loss of TRL's SFTTrainer over one batch, padded or padding-free,
+                        which joins the examples into one row, as its packing does
 
 All providers take the same examples, in micro-batches whose gradients add up to the gradient of the mean. The official
 scheme is timed with one example per step, because it is slow; more examples would only reduce AdamW's small share. It
-treats its logits as the published code does, including the discarded cross-entropies, but in float32.
+treats its logits as the published code does, including the discarded cross-entropies, but in float32. No
+provider checkpoints activations, which trades time for memory; in TRL that is on by default.
 """
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +70,11 @@ class StepProvider:
     def examples_of(self, case: Case) -> int:
         return case.examples if self.examples is None else self.examples
 
+    @property
+    def is_others(self) -> bool:
+        """Whether it runs a trainer of another project, which may be missing or wrong for a model."""
+        return self.name.startswith("TRL")
+
 
 def providers(case: Case) -> dict[str, StepProvider]:
     """The providers by label, the slowest first, so that a lack of memory shows early."""
@@ -74,6 +84,8 @@ def providers(case: Case) -> dict[str, StepProvider]:
         *(StepProvider(loss, f"ours, K={group}", shared(loss, group)) for loss in LOSSES for group in case.groups),
         StepProvider("SFT", "unpadded", unpadded),
     ]
+    if case.model.lora:
+        entrants += [StepProvider("SFT", "TRL, padded", trl()), StepProvider("SFT", "TRL, padding-free", trl(True))]
     return {entrant.label: entrant for entrant in entrants}
 
 
@@ -208,6 +220,59 @@ def _per_example(
         return micro
 
     return [bind(example) for example in examples]
+
+
+# ---- TRL ---------------------------------------------------------------------------------------------
+
+
+def trl(padding_free: bool = False) -> Build:
+    """The loss of TRL's SFTTrainer over all examples. Collation is not timed.
+
+    TRL averages over tokens. As all responses have one length, that is the mean per example too.
+    """
+
+    def build(model: Any, case: Case, examples: Sequence[EncodedExample]) -> list[Micro]:
+        rows = [
+            {"input_ids": each.input_ids, "labels": [-100] * len(each.prompt_ids) + each.response_ids}
+            for each in (example.factual for example in examples)
+        ]
+        trainer = _trl_trainer(model, rows, padding_free)
+        batch = _on(trainer.data_collator(rows), model.device)
+        count = sum(len(example.factual.response_ids) for example in examples)
+        fused = model.__dict__.pop("forward")  # TRL's own forward, put back for TRL alone
+
+        def micro() -> Tensor:
+            model.forward = fused
+            try:
+                loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+            finally:
+                del model.forward
+            return loss
+
+        return [micro]
+
+    return build
+
+
+def _trl_trainer(model: Any, rows: list[dict[str, list[int]]], padding_free: bool) -> Any:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # SFTConfig sets an argument of transformers that has another name since.
+        warnings.filterwarnings("ignore", ".gradient_checkpointing. is deprecated", FutureWarning)
+        arguments = SFTConfig(
+            folder, per_device_train_batch_size=len(rows), padding_free=padding_free, max_length=None, bf16=False,
+            gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[],
+            use_cpu=model.device.type == "cpu",
+        )  # fmt: skip
+        return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 # ---- ours --------------------------------------------------------------------------------------------

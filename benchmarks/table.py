@@ -23,16 +23,18 @@ PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/bench
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
 
-NOT_ON_A_GPU = "Not measured on a GPU yet."
+NOT_MEASURED, NOT_ON_A_GPU = "Not measured yet.", "Not measured on a GPU yet."
 
 #: Left out of the README, where K = 1 and K = 8 are enough.
 _STEP_DETAILS = ("ours, K=4",)
 
 
-def step_table(left_out: Sequence[str] = _STEP_DETAILS) -> str:
+def step_table(left_out: Sequence[str] = _STEP_DETAILS, kind: str = "step") -> str:
     """Whole optimiser steps: one table per model, with all processors or GPUs that have figures for it."""
-    cpus = sorted(RESULTS.glob("step-cpu-*.csv"))
-    gpus = sorted(set(RESULTS.glob("step-*.csv")) - set(cpus))
+    cpus = sorted(RESULTS.glob(f"{kind}-cpu-*.csv"))
+    gpus = sorted(set(RESULTS.glob(f"{kind}-*.csv")) - set(cpus))
+    if not cpus and not gpus:
+        return NOT_MEASURED
     rows = [row for path in (*cpus, *gpus) for row in read(path.name) if row["provider"] not in left_out]
     cases = dict.fromkeys(row["case"] for row in rows)
     parts = [_step_part(case, [row for row in rows if row["case"] == case]) for case in cases]
@@ -222,6 +224,7 @@ def study_methods_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "step_all": partial(step_table, ()),
+    "real_step": partial(step_table, (), "real-step"),
     "head": head_table,
     "native": native_table,
     "prepare": prepare_table,

@@ -100,6 +100,7 @@ def test_a_gpu_and_the_cpu_write_different_files(monkeypatch):
     assert run.file_name("head", "cpu") == "head.csv"
     assert run.file_name("step", "cuda") == "step-nvidia-h200.csv"
     assert run.file_name("step", "cpu") == "step-cpu-amd-epyc-7763.csv"
+    assert run.file_name("real-step", "cpu") == "real-step-cpu-amd-epyc-7763.csv"
 
 
 @pytest.mark.parametrize(

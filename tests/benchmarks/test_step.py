@@ -9,17 +9,45 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import measure, step, step_memory, step_peers, table
-from benchmarks.step_cases import LLAMA, QWEN, REVIEWS, SHORT, Case, build_model, cases, make_examples, shrunken
+from benchmarks import measure, run, step, step_cases, step_memory, step_peers, table
+from benchmarks.step_cases import (
+    LLAMA,
+    QWEN,
+    REASONS,
+    REVIEWS,
+    SHORT,
+    Case,
+    build_model,
+    cases,
+    make_examples,
+    pretrained_case,
+    shrunken,
+)
+from nextquill.errors import UnsupportedModelError
+from nextquill.models import tiny_models
 
 CPU = torch.device("cpu")
 TINY = shrunken(Case(LLAMA, REVIEWS))
 #: With so many tokens no two queries begin alike by chance.
 PLAIN = replace(TINY, model=replace(TINY.model, vocabulary=4096))
+#: As a pretrained model is measured: with LoRA, queries of different lengths, and TRL.
+LORA = shrunken(Case(replace(LLAMA, lora=16), REASONS, groups=(1, 8)))
+TRL = ("SFT, TRL, padded", "SFT, TRL, padding-free")
 
 
 def only(label, case=TINY):
     return {label: step_peers.providers(case)[label]}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """The folder of a tiny pretrained chat model."""
+    folder = tmp_path_factory.mktemp("model") / "Chat"
+    tokenizer = tiny_models.build_tokenizer(["a person and a reason"], 300)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    tiny_models.build_model(tiny_models.ScratchSize(300, 64, 2, 2, 96), 0).save_pretrained(folder)
+    return folder
 
 
 # ---- cases -------------------------------------------------------------------------------------------
@@ -38,6 +66,29 @@ def test_examples_are_one_users_and_their_counterfactuals_lack_the_history():
         assert len(example.factual.response_ids) == 300
 
 
+def test_queries_of_different_lengths_have_the_stated_mean():
+    examples = make_examples(Case(LLAMA, REASONS))
+    lengths = [len(example.factual.prompt_ids) - 20 - 250 for example in examples]
+    assert (lengths[0], sum(lengths) / 8, lengths[-1]) == (90, 110, 130)
+    assert {len(example.factual.response_ids) for example in examples} == {18}, "TRL's mean over tokens is another one"
+    assert step.tokens_of(Case(LLAMA, REASONS), "SFT") == 20 + 250 + 110 + 18
+    assert step.tokens_of(Case(LLAMA, REASONS), "SFT", 1) == 20 + 250 + 90 + 18
+
+
+def test_a_pretrained_model_is_measured_with_its_own_weights_and_lora(chat_model):
+    case = pretrained_case(str(chat_model), CPU)
+    assert str(case) == "Chat, LoRA: 2 layers, D=64, V=300"
+    assert case.lengths == REASONS
+    model, saved = build_model(case.model, CPU), tiny_models.build_model(tiny_models.ScratchSize(300, 64, 2, 2, 96), 0)
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 7 * 2, "A and B of seven linear layers in each of two layers"
+    assert all("lora_" in name for name in trained)
+    small = shrunken(case)
+    assert (small.model.place, small.model.lora) == ("", 16)
+    assert len({len(example.factual.prompt_ids) for example in make_examples(small)}) > 1, "the gate needs padding"
+
+
 @pytest.mark.parametrize(("model", "billions"), [(QWEN[0], 0.494), (QWEN[1], 3.086)], ids=["0.5B", "3B"])
 def test_shapes_of_the_gpu_cases_are_those_of_the_published_models(model, billions):
     parameters = build_model(model, torch.device("meta")).parameters()
@@ -45,15 +96,45 @@ def test_shapes_of_the_gpu_cases_are_those_of_the_published_models(model, billio
 
 
 def test_a_case_travels_to_another_process_as_json():
-    assert all(Case.from_json(case.to_json()) == case for case in cases(torch.device("cuda")))
+    assert all(Case.from_json(case.to_json()) == case for case in (*cases(torch.device("cuda")), LORA))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [LLAMA, QWEN[0]], ids=["llama", "qwen2"])
-def test_gate_passes(model):
-    step.gate(shrunken(Case(model, REVIEWS)), CPU)
+@pytest.mark.parametrize(
+    "case",
+    [shrunken(Case(LLAMA, REVIEWS)), shrunken(Case(QWEN[0], REVIEWS)), LORA],
+    ids=["llama", "qwen2", "llama with LoRA, and TRL"],
+)
+def test_gate_passes(case):
+    assert step.gate(case, CPU) == {}
+
+
+def test_another_projects_trainer_with_a_wrong_gradient_is_left_out_with_the_reason(monkeypatch):
+    right = step_peers.providers(LORA)
+
+    def build(model, case, examples):
+        micros = right[TRL[0]].build(model, case, examples)
+        return [lambda: 0.999 * (loss := micros[0]()) + 0.001 * loss.detach()]
+
+    monkeypatch.setattr(
+        step, "providers", lambda case: {TRL[0]: replace(right[TRL[0]], build=build), TRL[1]: right[TRL[1]]}
+    )
+    reasons = step.gate(LORA, CPU)
+    assert list(reasons) == [TRL[0]]
+    assert reasons[TRL[0]].startswith("gradient of model.")
+
+
+def test_another_projects_trainer_that_is_not_installed_gets_a_row_with_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setattr(step, "providers", lambda case: only("SFT, unpadded", LORA) | only(TRL[1], LORA))
+    monkeypatch.setattr(step, "cpu_peaks", lambda case, labels: {})
+    rows = []
+    step.measure(LORA, CPU, measure.Options(rounds=1), rows, None)
+    assert [row.provider for row in rows] == ["unpadded"] * 5 + ["TRL, padding-free"]
+    assert rows[-1].metric == "status"
+    assert "trl" in rows[-1].note
 
 
 def test_gate_stops_at_a_wrong_loss(monkeypatch):
@@ -117,15 +198,26 @@ def test_tokens_that_go_through_the_model_are_counted():
     assert not model.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize("label", step_peers.providers(TINY))
-def test_a_step_changes_the_parameters_and_leaves_the_model_to_the_next_provider(label):
-    model = build_model(TINY.model, CPU)
-    before, optimiser = [parameter.detach().clone() for parameter in model.parameters()], torch.optim.AdamW(
-        model.parameters(), lr=1e-3
-    )  # fmt: skip
-    step_peers.step(optimiser, step_memory.bind(model, TINY, step_peers.providers(TINY)[label]))
-    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+def test_trl_pads_to_the_longest_example_or_joins_them():
+    computed = step.check_full_size(
+        build_model(LORA.model, CPU), LORA, {label: only(label, LORA)[label] for label in TRL}
+    )
+    mean = SHORT.system + SHORT.history + SHORT.query + SHORT.response
+    assert computed == dict(zip(TRL, (mean + 3, mean), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "label"), [*((TINY, label) for label in step_peers.providers(TINY)), *((LORA, label) for label in TRL)]
+)
+def test_a_step_changes_the_parameters_and_leaves_the_model_to_the_next_provider(case, label):
+    model = build_model(case.model, CPU)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step_peers.step(optimiser, step_memory.bind(model, case, step_peers.providers(case)[label]))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) is not parameter.requires_grad, name
     assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in vars(model)
 
 
 def test_figures_are_per_example():
@@ -155,6 +247,51 @@ def test_suite_runs_and_saves_the_times_before_it_measures_memory(monkeypatch):
     assert {row.value for row in rows if row.metric == "step_peak"} == {1.0}
 
 
+def test_quick_run_of_a_pretrained_model(chat_model, tmp_path, monkeypatch):
+    peaks = dict.fromkeys(step_peers.providers(LORA), step_memory.Peak(2**30, 2**20))
+    monkeypatch.setattr(step, "cpu_peaks", lambda case, labels: {label: peaks[label] for label in labels})
+    monkeypatch.setattr(measure, "device_name", lambda kind: "AMD EPYC")
+    given = ["--suite", "step", "--quick", "--rounds", "1", "--device", "cpu", "--model", str(chat_model)]
+    assert run.main([*given, "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    rows = table.read("real-step-cpu-amd-epyc.csv")
+    assert {row["case"] for row in rows} == {"Chat, LoRA: 2 layers, D=64, V=300"}
+    assert {row["head"] for row in rows} == {"frozen"}
+    assert list(dict.fromkeys(f"{row['loss']}, {row['provider']}" for row in rows)) == list(peaks)
+    assert len(rows) == 8 * len(peaks)
+    assert table.TABLES["real_step"]().count("\n| ") == len(peaks)
+    assert table.TABLES["step_all"]() == table.NOT_MEASURED
+
+
+def test_a_model_that_does_not_load_is_one_line(tmp_path, capsys):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    given = ["--suite", "step", "--quick", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert run.main([*given, "--model", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"--model: no model in {folder}: no config.json or adapter_config.json\n"
+    assert not captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_parts_have_other_names_is_refused(monkeypatch):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    monkeypatch.setattr(step_cases, "load_model", lambda place: (model, None))
+    with pytest.raises(UnsupportedModelError, match="like Llama, got one without model, num_key_value_heads, inter"):
+        pretrained_case("gpt2", CPU)
+
+
+def test_a_model_with_an_adapter_is_refused(monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build_model(TINY.model, CPU), LoraConfig(target_modules="all-linear"))
+    monkeypatch.setattr(step_cases, "load_model", lambda place: (adapted, None))
+    with pytest.raises(UnsupportedModelError, match="expected a model without an adapter"):
+        pretrained_case("adapter", CPU)
+
+
 # ---- memory ------------------------------------------------------------------------------------------
 
 
@@ -170,6 +307,15 @@ def test_peak_memory_of_a_process():
     assert 4 * logits < official.of_step < 20 * logits
     assert ours.of_step < 2 * logits
     assert 100 * 2**20 < ours.total - ours.of_step < 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_with_a_pretrained_model(chat_model):
+    case = replace(pretrained_case(str(chat_model), CPU), lengths=replace(REASONS, history=1000))
+    peaks = step_memory.cpu_peaks(case, [*TRL, "SFT, ours, K=8"])
+    assert list(peaks) == [*TRL, "SFT, ours, K=8"]
+    assert peaks[TRL[0]].of_step > 2 * peaks["SFT, ours, K=8"].of_step, "eight histories in place of one"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
