@@ -83,13 +83,15 @@ class PopiPromptOptions:
     """Prompts: wording and attention."""
 
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
+    opening: str = option("Words that every summary begins with, such as 'This person writes'.", "")
     attention: str = attention_option()
     max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
 
     def build(self) -> dict[str, Any]:
         """These flags as arguments of POPITrainer."""
         check_token_budget(self)
-        templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
+        given = {} if self.instruction is None else {"instruction": self.instruction}
+        templates = PopiTemplates(opening=self.opening, **given)
         return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
 
 
