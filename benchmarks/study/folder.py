@@ -55,7 +55,7 @@ class RunFolder(ABC):
 
     @abstractmethod
     def runs(self) -> Sequence[Any]:
-        """The runs in their order, as far as the finished ones decide them; each with its `name` and what it `needs`."""
+        """The runs in their order, as far as the finished ones decide them, each with a `name` and `needs`."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -84,7 +84,9 @@ def read_people(name: str, folder: Path, sizes: Sizes) -> People:
     # Development people take no more than a fifth of those there are to train on.
     dev = set(drawn(name, DEV, trained, min(sizes.dev.people, len(trained) // 5)))
     chosen = {
-        "train": first_texts(files["train"], drawn(name, "train", trained - dev, sizes.train.people), sizes.train.texts),
+        "train": first_texts(
+            files["train"], drawn(name, "train", trained - dev, sizes.train.people), sizes.train.texts
+        ),
         DEV: first_texts(files["train"], dev, sizes.dev.texts),
         TEST: first_texts(files["test_unseen"], drawn(name, TEST, unseen, sizes.test.people), sizes.test.texts),
     }

@@ -44,15 +44,11 @@ BASE = "base"
 FILES = "preferences_"
 #: Summaries kept with the signals they were written from.
 _SHOWN = 12
-_INSTRUCTION = (
-    "The texts above were written by one person. Describe in one sentence how this person writes: length, tone, "
-    "wording, and what they look for in an argument. Quote nothing."
-)
 #: The wording was chosen on the untrained model's summaries of five people, see docs/evidence.md.
 TEMPLATES = replace(
     PopiTemplates(),
-    instruction=_INSTRUCTION,
-    opening="This person writes",
+    instruction="In one short sentence, describe the style of the reasons that this person gives. Quote nothing.",
+    opening="This person's reasons are",
     inference=PromptTemplate(
         order="history_first", history_heading="[What the person wrote]:", query_heading="[Task]:",
         closing_cue="[Summary]:",
@@ -170,8 +166,12 @@ class PopiStudy(RunFolder):
                 f"data: expected at least {self.preset.least} test people in {self.name}, got {len(test)}"
             )
         size = self.preset.config.pairs_per_user
-        parts = [(user, user.pairs[start : start + size]) for user in train for start in range(0, len(user.pairs), size)]
-        return [User(f"{user.user_id} {place}", pairs, user.items) for place, (user, pairs) in enumerate(parts)], test
+        parts = [
+            User(f"{user.user_id} {start}", user.pairs[start : start + size], user.items)
+            for user in train
+            for start in range(0, len(user.pairs), size)
+        ]
+        return parts, test
 
 
 def _records(name: str, path: Path) -> list[Record]:
@@ -277,7 +277,7 @@ class PopiWorker:
         return tuple(trainer.roles), (trainer.inference_prompts, trainer.generator_prompts), costs
 
     def write(self, role: Any, prompts: Any) -> tuple[dict[str, str], dict[str, float]]:
-        """The likeliest summary of each test person, and their mean tokens and the shares that ended and are distinct."""
+        """The likeliest summary of each test person; their mean tokens, and the shares that ended and are distinct."""
         from nextquill.popi.summaries import summarize
 
         signals = {draw.user_id: draw.signals for draw in self.draws}
@@ -330,7 +330,7 @@ def markdown(folder: Path) -> str:
                 difference = found.differences[name]["accuracy"]
                 shown = _interval(difference.difference, difference.low, difference.high, "+")
                 minus.append([label, _NAMES[name], shown, f"{difference.p_value:.2g}"])
-    written = [[each["run"]["seed"] is None and "untrained" or f"seed {each['run']['seed']}",
+    written = [["untrained" if each in base else f"seed {each['run']['seed']}",
                 *(f"{each['written'][name]:.2f}" for name in ("tokens", "ended", "distinct")),
                 f"{each.get('seconds', 0) / 60:.0f}", f"{each['seconds_measuring'] / 60:.0f}"]
                for each in [*base, *trained]]  # fmt: skip
@@ -339,9 +339,9 @@ def markdown(folder: Path) -> str:
     some = results[0]
     pairs, people = len(some["scores"]["none"]), len({row[0] for row in some["scores"]["none"]})
     heads = ["person", *(["untrained"] if base else []), *(["trained"] if trained else [])]
+    machine = f"{some['processor']}, torch {some['torch']}"
     return "\n\n".join([
-        f"{len(results)} runs are finished: {pairs} pairs of {people} people ({some['processor']}, torch "
-        f"{some['torch']}).",
+        f"{len(results)} runs are finished: {pairs} pairs of {people} people ({machine}).",
         table(["model", "context", "pairs judged right", "by log-probability alone", "tokens added"], accuracy),
         table(["model", "own summary minus", "pairs judged right", "p"], minus),
         table(["summaries", "tokens", "ended", "distinct", "CPU minutes of training", "of measuring"], written),

@@ -61,7 +61,8 @@ class PopiTemplates:
             from there. A small model then describes the person, where it would have answered the person's texts.
 
     Raises:
-        ArgumentError: the instruction is blank, the opening ends with white space, or a template's counterfactual is another user's history.
+        ArgumentError: the instruction is blank, the opening has white space at an end, or a template's counterfactual
+            is another user's history.
         ArgumentTypeError: an argument has the wrong type.
     """
 
