@@ -221,6 +221,13 @@ def study_methods_table() -> str:
     return methods_table()
 
 
+def study_popi_table() -> str:
+    """All tables of POPI on the real model."""
+    from benchmarks.study.popi import markdown
+
+    return markdown(RESULTS / "study-popi-cpu")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "step_all": partial(step_table, ()),
@@ -232,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate": generate_table,
     "study": study_table,
     "study_methods": study_methods_table,
+    "study_popi": study_popi_table,
 }
 
 

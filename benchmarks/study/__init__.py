@@ -8,6 +8,7 @@ methods.py   the methods: how each trains, and what its authors or we expect of 
 people.py    the records: people to train on, to choose on, and to test on
 run.py       one run, in a process of its own: train, measure, write one small file
 tables.py    the tables and the picture of the results
+popi.py      summaries of users on the same people: a study of its own, `python -m benchmarks.study.popi`
 
 A run's result is `runs/<name>.json` in the study's folder; all tables follow from these files. Whoever has them goes
 on from there, on any machine. Files of a run under way are below `work/`, which may be deleted at any time.

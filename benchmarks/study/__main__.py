@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import RESULTS
-from benchmarks.study.folder import Study, make_study
-from benchmarks.study.plan import PRESETS, Run
+from benchmarks.study.folder import RunFolder, Study, make_study
+from benchmarks.study.plan import PRESETS
 from nextquill.errors import NextQuillError
 
 _INTERRUPTED = 130
@@ -23,39 +24,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the runs that are left, `--workers` at a time; 0 when the study is complete."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__, allow_abbrev=False)
     add_study_flags(parser)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
-    parser.add_argument("--minutes", type=float, help="start no run after so many minutes, and stop those under way")
+    add_driver_flags(parser)
     chosen = parser.parse_args(arguments)
+    return drive("benchmarks.study.run", study_of, chosen)
+
+
+def drive(module: str, study_of: Callable[[argparse.Namespace], RunFolder], chosen: argparse.Namespace) -> int:
+    """Make the runs that are left, each as `python -m module --run NAME`; the exit code."""
     try:
         study = study_of(chosen)
         study.open()
     except NextQuillError as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
-    return Driver(study, chosen).go_on()
+    words = [sys.executable, "-m", module]
+    for name in ("preset", "model", "data", "prose", "out"):
+        value = getattr(chosen, name, None)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        words += [word for each in values for word in (f"--{name}", str(each))]
+    return Driver(study, words, chosen.workers, chosen.minutes).go_on()
+
+
+def add_driver_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how many runs are started, and until when."""
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
+    parser.add_argument("--minutes", type=float, help="start no run after so many minutes, and stop those under way")
 
 
 def add_study_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which study."""
-    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    add_run_flags(parser, PRESETS, "study-PRESET")
+    parser.add_argument("--prose", help="a text file of general prose, to see what training forgets")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str], folder: str) -> None:
+    """The flags that any study has."""
+    parser.add_argument("--preset", choices=list(presets), default="cpu")
     parser.add_argument("--model", required=True, help="the pretrained model: a folder or a name on the hub")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="a data set; once for each")
-    parser.add_argument("--prose", help="a text file of general prose, to see what training forgets")
-    parser.add_argument("--out", type=Path, help="the study's folder (benchmarks/results/study-PRESET)")
+    parser.add_argument("--out", type=Path, help=f"the study's folder (benchmarks/results/{folder})")
 
 
 def study_of(chosen: argparse.Namespace) -> Study:
     """The study that the flags describe."""
+    folder = chosen.out or RESULTS / f"study-{chosen.preset}"
+    return make_study(folder, chosen.preset, chosen.model, data_of(chosen), chosen.prose)
+
+
+def data_of(chosen: argparse.Namespace) -> dict[str, Path]:
+    """The folders of the data sets by name."""
     pairs = [each.partition("=") for each in chosen.data]
-    data = {name: Path(folder) for name, _, folder in pairs}
-    return make_study(chosen.out or RESULTS / f"study-{chosen.preset}", chosen.preset, chosen.model, data, chosen.prose)
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
 class Driver:
-    """Starts the runs of a study, some at a time, each with one thread."""
+    """Starts the runs of a study, `workers` at a time, each with one thread, as `command` with `--run NAME`."""
 
-    def __init__(self, study: Study, chosen: argparse.Namespace) -> None:
-        self.study, self.chosen = study, chosen
+    def __init__(self, study: RunFolder, command: Sequence[str], workers: int, minutes: float | None) -> None:
+        self.study, self.command, self.workers, self.minutes = study, command, workers, minutes
         self.under_way: dict[str, subprocess.Popen[bytes]] = {}
         self.failed: set[str] = set()
         self.began = time.monotonic()
@@ -69,7 +95,7 @@ class Driver:
                 waiting = self._waiting()
                 if not waiting and not self.under_way:
                     return 1 if self.failed else 0
-                for run in waiting[: self.chosen.workers - len(self.under_way)]:
+                for run in waiting[: self.workers - len(self.under_way)]:
                     self._start(run)
                 time.sleep(1)
             return _INTERRUPTED
@@ -80,23 +106,20 @@ class Driver:
                 process.terminate()
 
     def _is_late(self) -> bool:
-        return self.chosen.minutes is not None and time.monotonic() - self.began > 60 * self.chosen.minutes
+        return self.minutes is not None and time.monotonic() - self.began > 60 * self.minutes
 
-    def _waiting(self) -> list[Run]:
+    def _waiting(self) -> list[Any]:
         """The runs that can start now, in their order."""
         taken = {*self.under_way, *self.failed}
         left = [run for run in self.study.runs() if run.name not in taken and not self.study.path(run.name).is_file()]
         return [run for run in left if all(self.study.path(name).is_file() for name in run.needs)]
 
-    def _start(self, run: Run) -> None:
-        words = [sys.executable, "-m", "benchmarks.study.run", "--run", run.name, "--preset", self.chosen.preset]
-        words += ["--model", self.chosen.model, "--out", str(self.study.folder)]
-        words += [word for each in self.chosen.data for word in ("--data", each)]
-        words += [] if self.chosen.prose is None else ["--prose", self.chosen.prose]
+    def _start(self, run: Any) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         folder = self.study.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("ab") as log:
+            words = [*self.command, "--run", run.name]
             process = subprocess.Popen(words, env={**os.environ, **threads}, stdout=log, stderr=log)
         self.under_way[run.name] = process
         self._say(f"{run.name}: started")

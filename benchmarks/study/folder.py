@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,37 +31,19 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study.
+class RunFolder(ABC):
+    """The folder of runs with small files as results; see `Driver` for what starts them.
 
     Args:
         folder: where its files are.
-        preset: its settings.
-        model: the folder or name of the pretrained model.
-        data: the folders of its data sets by name, in their order.
-        prose: a file of general prose, to see what training forgets.
     """
 
     folder: Path
-    preset: Preset
-    model: str
-    data: Mapping[str, Path]
-    prose: str | None = None
 
     @property
     def work(self) -> Path:
         """The folder of the runs under way."""
         return self.folder / WORK
-
-    @cached_property
-    def _people(self) -> dict[str, People]:
-        return {}
-
-    def people(self, name: str) -> People:
-        """A data set, divided."""
-        if name not in self._people:
-            self._people[name] = read_people(name, self.data[name], self.preset.sizes)
-        return self._people[name]
 
     def path(self, name: str) -> Path:
         """The file of a run's result."""
@@ -70,33 +53,13 @@ class Study:
         """The result of a finished run."""
         return json_object(self.path(name))
 
-    def runs(self) -> list[Run]:
-        """The runs in their order, as far as the finished ones decide them."""
-        return list(planned(self.preset, list(self.data), self._score))
+    @abstractmethod
+    def runs(self) -> Sequence[Any]:
+        """The runs in their order, as far as the finished ones decide them, each with a `name` and `needs`."""
 
-    def _score(self, name: str) -> float | None:
-        return self.result(name)["dev_score"] if self.path(name).is_file() else None
-
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What must agree for a study to resume, as JSON; folders may differ between machines.
-
-        Raises:
-            ArgumentError: the model has no chat template, which all prompts of the study use.
-        """
-        from nextquill.evaluation.identity import model_digest
-        from nextquill.models.loading import load_model
-
-        model, tokenizer = load_model(self.model, dtype="float32")
-        if not tokenizer.chat_template:
-            raise ArgumentError(f"model: expected a tokenizer with a chat template, got none in {self.model}")
-        prose = None if self.prose is None else fingerprint([Path(self.prose).read_bytes()])
-        return {
-            "version": VERSION,
-            "preset": self.preset.to_dict(),
-            "model": {"name": Path(self.model).name, "weights": model_digest(model)},
-            "data": {name: self.people(name).digest() for name in self.data},
-            "prose": prose,
-        }
+        """What must agree for the runs to resume, as JSON; folders may differ between machines."""
 
     def open(self) -> None:
         """Write the settings, or compare them with those that are there.
@@ -117,6 +80,51 @@ class Study:
         write_whole(path, json.dumps(given, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Study(RunFolder):
+    """A study of losses.
+
+    Args:
+        preset: its settings.
+        model: the folder or name of the pretrained model.
+        data: the folders of its data sets by name, in their order.
+        prose: a file of general prose, to see what training forgets.
+    """
+
+    preset: Preset
+    model: str
+    data: Mapping[str, Path]
+    prose: str | None = None
+
+    @cached_property
+    def _people(self) -> dict[str, People]:
+        return {}
+
+    def people(self, name: str) -> People:
+        """A data set, divided."""
+        if name not in self._people:
+            self._people[name] = read_people(name, self.data[name], self.preset.sizes)
+        return self._people[name]
+
+    def runs(self) -> list[Run]:
+        """See `RunFolder`."""
+        return list(planned(self.preset, list(self.data), self._score))
+
+    def _score(self, name: str) -> float | None:
+        return self.result(name)["dev_score"] if self.path(name).is_file() else None
+
+    def settings(self) -> dict[str, Any]:
+        """See `RunFolder`."""
+        prose = None if self.prose is None else fingerprint([Path(self.prose).read_bytes()])
+        return {
+            "version": VERSION,
+            "preset": self.preset.to_dict(),
+            "model": model_name(self.model),
+            "data": {name: self.people(name).digest() for name in self.data},
+            "prose": prose,
+        }
+
+
 def make_study(folder: Path, preset: str, model: str, data: Mapping[str, Path], prose: str | None) -> Study:
     """A study with these settings.
 
@@ -128,6 +136,21 @@ def make_study(folder: Path, preset: str, model: str, data: Mapping[str, Path], 
     if not data:
         raise ArgumentError("data: expected at least one data set, NAME=FOLDER, got none")
     return Study(folder, PRESETS[preset], model, data, prose)
+
+
+def model_name(given: str) -> dict[str, str]:
+    """A pretrained model's name and a digest of its weights.
+
+    Raises:
+        ArgumentError: the model has no chat template, which all prompts of a study use.
+    """
+    from nextquill.evaluation.identity import model_digest
+    from nextquill.models.loading import load_model
+
+    model, tokenizer = load_model(given, dtype="float32")
+    if not tokenizer.chat_template:
+        raise ArgumentError(f"model: expected a tokenizer with a chat template, got none in {given}")
+    return {"name": Path(given).name, "weights": model_digest(model)}
 
 
 @contextmanager

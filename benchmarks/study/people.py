@@ -80,31 +80,40 @@ def read_people(name: str, folder: Path, sizes: Sizes) -> People:
     known_file = folder / "persons.json"
     known = json_object(known_file) if known_file.is_file() else {}
     trained, unseen = ({record.user_id for record in files[stem]} for stem in ("train", "test_unseen"))
-    if both := sorted(trained & unseen):
-        raise ArgumentError(f"data: {name}: {both[0]!r} is in train.jsonl and in test_unseen.jsonl; expected others")
+    check_apart(name, trained, unseen)
     # Development people take no more than a fifth of those there are to train on.
-    dev = set(_drawn(name, DEV, trained, min(sizes.dev.people, len(trained) // 5)))
-    drawn = {
-        "train": _texts(files["train"], _drawn(name, "train", trained - dev, sizes.train.people), sizes.train.texts),
-        DEV: _texts(files["train"], dev, sizes.dev.texts),
-        TEST: _texts(files["test_unseen"], _drawn(name, TEST, unseen, sizes.test.people), sizes.test.texts),
+    dev = set(drawn(name, DEV, trained, min(sizes.dev.people, len(trained) // 5)))
+    chosen = {
+        "train": first_texts(
+            files["train"], drawn(name, "train", trained - dev, sizes.train.people), sizes.train.texts
+        ),
+        DEV: first_texts(files["train"], dev, sizes.dev.texts),
+        TEST: first_texts(files["test_unseen"], drawn(name, TEST, unseen, sizes.test.people), sizes.test.texts),
     }
-    later = {record.user_id for record in files["test_seen"]} & {record.user_id for record in drawn["train"]}
-    drawn[SEEN] = _texts(files["test_seen"], _drawn(name, SEEN, later, sizes.seen.people), sizes.seen.texts)
-    for each, records in drawn.items():
+    later = {record.user_id for record in files["test_seen"]} & {record.user_id for record in chosen["train"]}
+    chosen[SEEN] = first_texts(files["test_seen"], drawn(name, SEEN, later, sizes.seen.people), sizes.seen.texts)
+    for each, records in chosen.items():
         people, least = len({record.user_id for record in records}), sizes.least if each == TEST else 2
         if people < least:
             raise ArgumentError(f"data: expected at least {least} {each} people in {name}, got {people}")
-    marked = {each: [_with_known(record, known) for record in records] for each, records in drawn.items()}
+    marked = {each: [_with_known(record, known) for record in records] for each, records in chosen.items()}
     return People(marked.pop("train"), marked)
 
 
-def _drawn(name: str, purpose: str, users: set[str], most: int) -> list[str]:
+def check_apart(name: str, trained: set[str], unseen: set[str], files: str = "") -> None:
+    """Raise ArgumentError if a person is to train on and to test on; `files` is how the names of both files begin."""
+    if both := sorted(trained & unseen):
+        raise ArgumentError(
+            f"data: {name}: {both[0]!r} is in {files}train.jsonl and in {files}test_unseen.jsonl; expected others"
+        )
+
+
+def drawn(name: str, purpose: str, users: set[str], most: int) -> list[str]:
     """At most that many people, drawn with a seed of their own."""
     return random.Random(f"{name} {purpose}").sample(sorted(users), min(most, len(users)))
 
 
-def _texts(records: Sequence[Record], users: Collection[str], most: int) -> list[Record]:
+def first_texts(records: Sequence[Record], users: Collection[str], most: int) -> list[Record]:
     """At most that many texts of these people, in the order of `People.sets`."""
     of: dict[str, list[Record]] = {user: [] for user in sorted(users)}
     for record in records:

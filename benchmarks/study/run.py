@@ -101,19 +101,10 @@ class Worker:
         model.to(self.device)
         if self.method.kind is None or self.preset.lora_r is None:
             return model, tokenizer
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
         set_seed(self.run.seed)
-        layers = model.config.num_hidden_layers
-        last = list(range(layers - math.ceil(self.preset.lora_layers * layers), layers))
-        head = model.get_output_embeddings()
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules()
-                  if isinstance(module, torch.nn.Linear) and module is not head}  # fmt: skip
-        config = LoraConfig(
-            r=self.preset.lora_r, lora_alpha=2 * self.preset.lora_r, target_modules=sorted(linear),
-            layers_to_transform=last, task_type="CAUSAL_LM",
-        )  # fmt: skip
-        return get_peft_model(model, config), tokenizer
+        return get_peft_model(model, adapter(model, self.preset.lora_r, self.preset.lora_layers)), tokenizer
 
     def loss(self, model: Any) -> Any:
         """The method's loss for this model."""
@@ -299,6 +290,19 @@ class Worker:
         lines = list(judge.lines(list(zip(*texts.values(), strict=True)), ()))
         measures = judge.measures(lines, {name: name for name in texts})
         return {name: measures[name].scores for name in texts}
+
+
+def adapter(model: Any, rank: int, share: float) -> Any:
+    """The LoRA config of adapters on all linear layers but the head, in the last `share` of the model's layers."""
+    from peft import LoraConfig
+
+    layers, head = model.config.num_hidden_layers, model.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not head}  # fmt: skip
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=sorted(linear), task_type="CAUSAL_LM",
+        layers_to_transform=list(range(layers - math.ceil(share * layers), layers)),
+    )  # fmt: skip
 
 
 def _rows(folder: Path) -> dict[str, list[Any]]:

@@ -187,7 +187,7 @@ def as_csv(results: Results) -> str:
 def methods_table() -> str:
     """The methods, and what was expected of each before its first run."""
     rows = [[f"`{name}`", method.label, method.hypothesis] for name, method in METHODS.items()]
-    return _table(["method", "", "expected before its first run"], rows)
+    return table(["method", "", "expected before its first run"], rows)
 
 
 def markdown(results: Results) -> str:
@@ -207,7 +207,7 @@ def rates_table(results: Results, data: str) -> str:
     tried = results.tried(data)
     rates = sorted({rate for each in tried.values() for rate in each})
     rows = [[METHODS[name].label, *(_number(each.get(rate), 3) for rate in rates)] for name, each in tried.items()]
-    return _table([f"nll on development people, {data}", *(f"{rate:g}" for rate in rates)], rows) if rows else ""
+    return table([f"nll on development people, {data}", *(f"{rate:g}" for rate in rates)], rows) if rows else ""
 
 
 def own_table(results: Results, data: str) -> str:
@@ -219,7 +219,7 @@ def own_table(results: Results, data: str) -> str:
         rate = f"{runs[0].key[2]:g}" if runs[0].key[2] else "–"
         rows.append([METHODS[name].label, rate, str(len(runs)), *values, seen])
     heads = [f"the people's own texts, {data}", "rate", "seeds", *(each.heading for each in NLL_MEASURES)]
-    return _table([*heads, "nll, people of the training"], rows)
+    return table([*heads, "nll, people of the training"], rows)
 
 
 def texts_table(results: Results, data: str) -> str:
@@ -236,7 +236,7 @@ def texts_table(results: Results, data: str) -> str:
         decoding = next(iter(first[0].raw["texts"]["decodings"]))
         own = [_number(_ceiling(first[0], each.name, decoding), each.decimals) for each in TEXT_MEASURES]
         rows.append(["the people's own", "", *own])
-    return _table([f"generated texts, {data}", "decoding", *(each.heading for each in TEXT_MEASURES)], rows)
+    return table([f"generated texts, {data}", "decoding", *(each.heading for each in TEXT_MEASURES)], rows)
 
 
 def _ceiling(result: Result, measure: str, decoding: str) -> float | None:
@@ -259,7 +259,7 @@ def differences_table(results: Results, data: str, decoding: str = "γ=0") -> st
         columns.append([_difference(each, None if each is None else next(adjusted)) for each in found])
     rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(others)]
     headings = {each.name: each.heading for each in (*NLL_MEASURES, *TEXT_MEASURES)}
-    return _table([f"minus SFT, {data}, {decoding}", *(headings[name] for name in PRIMARY)], rows)
+    return table([f"minus SFT, {data}, {decoding}", *(headings[name] for name in PRIMARY)], rows)
 
 
 NLL_NAMES = {each.name for each in NLL_MEASURES}
@@ -282,7 +282,8 @@ def _number(value: float | None, decimals: int) -> str:
     return "–" if value is None else f"{value:.{decimals}f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

@@ -24,7 +24,7 @@ from nextquill.models.configs import is_adapter
 from nextquill.models.loading import load_model
 from nextquill.models.tiny_models import is_new
 from nextquill.popi.config import POPIConfig
-from nextquill.popi.prompts import PopiTemplates
+from nextquill.popi.prompts import INSTRUCTION, PopiTemplates
 from nextquill.popi.roles import INFERENCE, check_roles
 from nextquill.popi.users import User
 
@@ -83,13 +83,14 @@ class PopiPromptOptions:
     """Prompts: wording and attention."""
 
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
+    opening: str = option("Words that every summary begins with, such as 'This person writes'.", "")
     attention: str = attention_option()
     max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
 
     def build(self) -> dict[str, Any]:
         """These flags as arguments of POPITrainer."""
         check_token_budget(self)
-        templates = PopiTemplates() if self.instruction is None else PopiTemplates(instruction=self.instruction)
+        templates = PopiTemplates(INSTRUCTION if self.instruction is None else self.instruction, opening=self.opening)
         return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
 
 

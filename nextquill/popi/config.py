@@ -18,7 +18,7 @@ from nextquill.models.architectures import random_rates
 from nextquill.models.configs import base_model, check_vocabulary, context_length
 from nextquill.models.router import asks_for_router_loss
 from nextquill.popi.objective import ESTIMATORS, KINDS, PreferenceLoss
-from nextquill.popi.prompts import GeneratorPrompts
+from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.users import User, UserCounts, check_users, users_from_records
 from nextquill.training.checks import check_arguments
@@ -263,8 +263,8 @@ def usable_users(name: str, given: Any, config: POPIConfig, prompts: GeneratorPr
     return counts
 
 
-def check_warm_start(config: POPIConfig, users: UserCounts | None) -> None:
-    """Raise ArgumentError if the warm start needs given summaries and a user has none."""
+def check_warm_start(config: POPIConfig, users: UserCounts | None, prompts: InferencePrompts) -> None:
+    """Raise ArgumentError if the warm start needs given summaries, and a user has none or one that does not fit."""
     if not (config.warm_start_steps and config.warm_start == "given") or users is None:
         return
     missing = [user.user_id for user in users.users if user.summary is None]
@@ -273,3 +273,6 @@ def check_warm_start(config: POPIConfig, users: UserCounts | None) -> None:
             f"warm_start: expected every user's records to have a field 'summary' with warm_start='given', "
             f"{len(missing)} of {len(users.users)} users have none, such as {missing[0]!r}"
         )
+    for user in users.users:
+        with naming(f"warm_start: user {user.user_id!r}", "text"):
+            prompts.summary_ids(user.summary or "")

@@ -1,6 +1,6 @@
 """The prompts of both models: signals for a summary, and a query with a summary for an answer.
 
-    inference    [What the person wrote and chose]: signals   [Task]: the instruction   [Summary]:
+    inference    [What the person wrote and chose]: signals   [Task]: the instruction   [Summary]: the opening
     generator    [About the user]: the summary                [Request]: the query      [Response]:
 
 Both go through `PromptRenderer`, so signals and summaries are data: a control token in them stays text, and none of
@@ -28,6 +28,7 @@ from nextquill.popi.users import Pair
 
 if TYPE_CHECKING:
     from nextquill.data import Branch
+    from nextquill.popi.rollouts import Sample
 
 #: Our wording; the paper publishes none.
 INSTRUCTION = (
@@ -56,20 +57,27 @@ class PopiTemplates:
         instruction: the instruction to the inference model.
         inference: the prompt with the signals as history and the instruction as query.
         generator: the prompt with the summary, or signals, as history.
+        opening: the words that every summary begins with, such as "This person writes"; the inference model
+            continues them. A small model then describes the person, where it would have answered the person's texts.
 
     Raises:
-        ArgumentError: the instruction is blank, or a template's counterfactual is another user's history.
+        ArgumentError: the instruction is blank, the opening has white space at an end, or a template's counterfactual
+            is another user's history.
         ArgumentTypeError: an argument has the wrong type.
     """
 
     instruction: str = INSTRUCTION
     inference: PromptTemplate = field(default_factory=lambda: _INFERENCE)
     generator: PromptTemplate = field(default_factory=lambda: _GENERATOR)
+    opening: str = ""
 
     def __post_init__(self) -> None:
         check_instance("instruction", self.instruction, str, "a string")
         if not self.instruction.strip():
             raise ArgumentError("instruction: expected some text, got a blank string")
+        check_instance("opening", self.opening, str, "a string")
+        if self.opening != self.opening.strip():
+            raise ArgumentError(f"opening: expected no white space at its ends, got {self.opening!r}")
         for name in ("inference", "generator"):
             template = getattr(self, name)
             check_instance(name, template, PromptTemplate, "a PromptTemplate")
@@ -125,6 +133,7 @@ class InferencePrompts:
         self.max_prompt_tokens = max_prompt_tokens
         self.renderer = PromptRenderer(self.templates.inference, tokenizer)
         self._tokens = BatchTokenizer(tokenizer, self.renderer.encode)
+        self._opening = self.renderer.encode(self.templates.opening)
         bare = len(self._ids(()))
         if bare > max_prompt_tokens:
             raise BudgetError(
@@ -163,20 +172,32 @@ class InferencePrompts:
                 f"is {self.max_prompt_tokens}"
             )
 
+    def summary(self, sample: Sample) -> str:
+        """Return the summary that a sample completes, tidy; it is empty if the sample adds nothing to the opening."""
+        from nextquill.generation import decoded
+
+        tidy = tidy_summary(sample.text)
+        if not (tidy and self._opening):
+            return tidy
+        # Together, as some tokenizers drop the space before the first word of a text.
+        return tidy_summary(decoded(self.renderer.tokenizer, [*self._opening, *sample.ids], self.stop_ids))
+
     def summary_ids(self, text: str) -> list[int]:
-        """Return the token ids of a given summary and its end, all of which the warm start supervises.
+        """Return the token ids of a given summary after the opening, and its end, which the warm start supervises.
 
         Raises:
-            ArgumentError: the summary is blank.
+            ArgumentError: the summary is blank, or does not begin with the opening.
         """
-        tidy = tidy_summary(text)
+        tidy, opening = tidy_summary(text), self.templates.opening
         if not tidy:
             raise ArgumentError("text: expected a summary, got a blank string")
-        return self.renderer.response_ids(tidy)
+        if not tidy.startswith(opening) or tidy == opening:
+            raise ArgumentError(f"text: expected a summary that begins with {opening!r} and goes on, got {tidy[:60]!r}")
+        return self.renderer.response_ids(tidy.removeprefix(opening))
 
     def _ids(self, signals: Sequence[HistoryItem]) -> list[int]:
         (ids,) = self._tokens.ids([self.renderer.prompt(self.templates.instruction, signals)])
-        return self.renderer.start_ids + ids.tolist()
+        return self.renderer.start_ids + ids.tolist() + self._opening
 
 
 class GeneratorPrompts:
@@ -264,6 +285,7 @@ class GeneratorPrompts:
         probe = (HistoryItem("a"),) if max_summary_tokens else ()
         prompt = len(self._ids(pair.query, probe))
         summary = max_summary_tokens + -(-max_summary_tokens // 4)
+        summary += len(self.renderer.encode(self.templates.opening)) if max_summary_tokens else 0
         if prompt + summary + response > self.max_length:
             raise BudgetError(
                 f"{where}{': ' if where else ''}the pair of query {pair.query[:60]!r} takes {prompt} tokens for the "

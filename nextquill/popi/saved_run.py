@@ -65,6 +65,7 @@ class SavedRun:
             "max_prompt_tokens": self.config.max_signal_tokens,
             "max_new_tokens": max_new_tokens or self.config.max_summary_tokens,
             "sampling": [temperature, seed] if temperature else None,
+            **({"opening": self.templates.opening} if self.templates.opening else {}),
         }
         return f"{self.folder.resolve().name}@{fingerprint([json.dumps(settings, sort_keys=True)])}"
 

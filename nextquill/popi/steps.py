@@ -116,7 +116,7 @@ class StepMaker:
         self._too_long = self._without_signals = 0
         draws = [self._draw(user, step) for user in users]
         groups = self._sample(users, draws, step, phase)
-        texts = [[tidy_summary(sample.text) for sample in group] for group in groups]
+        texts = [[self._infer.summary(sample) for sample in group] for group in groups]
         read = [[self._read(text, each.pairs) for text in own] for each, own in zip(draws, texts, strict=True)]
         scored = self._score(draws, texts, read)
         mean_losses = [own.loss.view(-1, len(each.pairs)).mean(1) for own, each in zip(scored.own, draws, strict=True)]
@@ -296,7 +296,7 @@ class StepMaker:
             {
                 "step": step,
                 "user_id": each.user_id,
-                "summary": sample.text,
+                "summary": self._infer.summary(sample),
                 "tokens": len(sample.ids),
                 "ended": sample.ended,
                 "reward": finite(round(float(reward), 6)),

@@ -32,7 +32,7 @@ from nextquill.data.lines import json_lines
 from nextquill.data.records import HistoryItem, check_text, check_user_id
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
-from nextquill.popi.prompts import InferencePrompts, tidy_summary
+from nextquill.popi.prompts import InferencePrompts
 from nextquill.popi.users import LEAST_SIGNALS, Draw, User, held_out, in_time
 from nextquill.storage.atomic_files import written_whole
 from nextquill.storage.fingerprints import fingerprint, seed_of
@@ -334,4 +334,4 @@ def summarize(
             samples = rollouts.sample(batch)
         for prompt, sample in zip(batch, samples, strict=True):
             tokens = len(sample.ids) - sample.ended
-            yield Written(users[prompt.index], tidy_summary(sample.text), tokens, sample.ended)
+            yield Written(users[prompt.index], prompts.summary(sample), tokens, sample.ended)

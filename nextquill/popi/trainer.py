@@ -132,7 +132,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         self.train_users = self._users("train_dataset", train_dataset)
         self.eval_users = self._users("eval_dataset", eval_dataset)
         self._eval_draws = () if self.eval_users is None else self._held_out(self.eval_users)
-        check_warm_start(self.config, self.train_users)
+        check_warm_start(self.config, self.train_users, self.inference_prompts)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False

@@ -147,7 +147,8 @@ def popi_train(popi, pairs):
 def popi_trained(popi_train, pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = folder.parent / "popi.yaml"
-    settings.write_text("lora_r: 4\nobjective: ipo\nbeta: 0.5\ninstruction: What does this person like?\n")
+    wording = "instruction: What does this person like?\nopening: They\n"
+    settings.write_text(f"lora_r: 4\nobjective: ipo\nbeta: 0.5\n{wording}")
     result = popi_train(folder, "--eval_file", pairs / "test.jsonl", "--config", settings)
     assert result.code == 0, result.err
     return folder, result

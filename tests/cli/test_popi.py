@@ -69,7 +69,9 @@ def test_a_run_leaves_both_models_and_its_settings(popi_trained):
         objective="ipo", beta=0.5, group_size=2, pairs_per_user=2, signals_per_user=3, max_summary_tokens=6,
         max_signal_tokens=512, max_length=512,
     )  # fmt: skip
-    assert run.templates.instruction == "What does this person like?"
+    assert (run.templates.instruction, run.templates.opening) == ("What does this person like?", "They")
+    sampled = [json.loads(line)["summary"] for line in (folder / "sampled_summaries.jsonl").read_text().splitlines()]
+    assert all(text.startswith("They") for text in sampled if text)
     assert run.writer().startswith("run@")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"eval_accuracy", "eval_accuracy_none", "eval_margin", "eval_loss"} <= metrics["eval"].keys()

@@ -52,14 +52,15 @@ def test_summaries_are_written_again_after_a_change_of_settings(summarize, tmp_p
     assert "0 written, 3 kept" in summarize(file, "--seed", 2).err, "greedy: the seed makes no difference"
 
 
-def test_a_moved_run_keeps_its_summaries_and_another_wording_does_not(summarize, popi_model, tmp_path):
+@pytest.mark.parametrize("what", ["instruction", "opening"])
+def test_a_moved_run_keeps_its_summaries_and_another_wording_does_not(summarize, popi_model, tmp_path, what):
     file = tmp_path / "s.jsonl"
     summarize(file)
     moved = tmp_path / "moved"
     shutil.copytree(popi_model, moved)
     assert "0 written, 3 kept" in summarize(file, model=moved).err
     header = json.loads((moved / "popi.json").read_text())
-    header["settings"]["templates"]["instruction"] = "What else?"
+    header["settings"]["templates"][what] = "What else?"
     (moved / "popi.json").write_text(json.dumps(header))
     assert "3 written" in summarize(file, model=moved).err
 

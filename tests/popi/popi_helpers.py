@@ -29,7 +29,7 @@ TEMPLATES = PopiTemplates(
 )  # fmt: skip
 _OF_THE_TRAINER = (
     "model", "inference_model", "generator_model", "peft_config", "attention", "max_tokens", "rollouts",
-    "train_dataset", "eval_dataset", "callbacks", "generator_tokenizer",
+    "train_dataset", "eval_dataset", "callbacks", "generator_tokenizer", "templates",
 )  # fmt: skip
 CONFIG: dict[str, Any] = {"group_size": 3, "pairs_per_user": 2, "signals_per_user": 2, "max_summary_tokens": 4}
 
@@ -93,8 +93,7 @@ def make_trainer(folder: Path | str, config: dict[str, Any] | None = None, **opt
         args=TrainingArguments(**{**arguments, **options}),
         config=POPIConfig(**{**CONFIG, **(config or {})}),
         processing_class=word_tokenizer(),
-        templates=TEMPLATES,
-        **{"train_dataset": make_users(), **own},
+        **{"train_dataset": make_users(), "templates": TEMPLATES, **own},
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nextquill.data import HistoryItem, PromptTemplate
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates, tidy_summary
+from nextquill.popi.rollouts import Sample
 from nextquill.popi.users import Pair
 
 SIGNALS = (HistoryItem("I liked the sea.", title="books"), Pair("tea?", "green", "black").as_item())
@@ -31,6 +32,35 @@ def test_the_inference_prompt_is_signals_instruction_and_cue(tokenizer: Any) -> 
         "[Title]: tea?\n[Text]: Preferred: green\nNot preferred: black\n\n"
         "[Task]:\nSay what they like.\n\n[Summary]:\n"
     )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_summary_begins_with_the_opening(request: pytest.FixtureRequest, name: str) -> None:
+    tokenizer = request.getfixturevalue(name)
+    plain, opened = (InferencePrompts(tokenizer, PopiTemplates(opening=opening)) for opening in ("", "They like"))
+    ids, kept = opened.ids(SIGNALS)
+    assert (ids[: len(plain.ids(SIGNALS)[0])], kept) == plain.ids(SIGNALS)
+    assert tokenizer.decode(ids) == tokenizer.decode(plain.ids(SIGNALS)[0]) + "They like"
+    for text, whole in ((" the sea. ", "They like the sea."), (", oddly", "They like, oddly"), (" ", ""), ("", "")):
+        sample = Sample([*tokenizer.encode(text, add_special_tokens=False), *opened.end_ids], text, ended=True)
+        assert opened.summary(sample) == whole
+        assert plain.summary(sample) == text.strip()
+    assert opened.summary_ids(" They like the sea.\n") == plain.renderer.response_ids(" the sea.")
+    for text in ("They hate the sea.", "They like"):
+        with pytest.raises(ArgumentError, match=r"^text: expected a summary that begins with 'They like' and goes on"):
+            opened.summary_ids(text)
+
+
+def test_the_opening_takes_room_in_both_prompts(tokenizer: Any) -> None:
+    templates = PopiTemplates(opening="They like")
+    opening = len(tokenizer.encode("They like", add_special_tokens=False))
+    bare = len(InferencePrompts(tokenizer).ids(())[0])
+    with pytest.raises(BudgetError, match=rf"^max_prompt_tokens: expected at least {bare + opening}"):
+        InferencePrompts(tokenizer, templates, max_prompt_tokens=bare + opening - 1)
+    limit = len(GeneratorPrompts(tokenizer).branches(PAIR, summary="s" * 51)[1].input_ids)
+    GeneratorPrompts(tokenizer, templates, max_length=limit + opening).check(PAIR, 40)
+    with pytest.raises(BudgetError, match=f"max_length is {limit + opening - 1}"):
+        GeneratorPrompts(tokenizer, templates, max_length=limit + opening - 1).check(PAIR, 40)
 
 
 def test_the_generator_prompt_is_summary_query_and_cue(tokenizer: Any) -> None:
@@ -111,6 +141,8 @@ def test_templates_survive_json() -> None:
         ({"inference": "x"}, ArgumentTypeError, r"^inference: expected a mapping, got 'x'"),
         ({"instruction": " "}, ArgumentError, r"^instruction: expected some text"),
         ({"instruction": 3}, ArgumentTypeError, r"^instruction: expected a string, got 3"),
+        ({"opening": "They "}, ArgumentError, r"^opening: expected no white space at its ends, got 'They '"),
+        ({"opening": None}, ArgumentTypeError, r"^opening: expected a string, got None"),
         ({"generator": {"counterfactual": "placebo"}}, ArgumentError, r"^generator: expected counterfactual"),
         ({"generator": {"order": "last"}}, ArgumentError, r"^order: expected one of"),
     ],

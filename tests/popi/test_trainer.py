@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nextquill.popi.passes import BranchPasses
 from nextquill.popi.rollouts import RecordedRollouts, RecordingRollouts, Sample
 from tests.popi.popi_helpers import (
     CONFIG,
+    TEMPLATES,
     WORDS,
     logs_of,
     lora,
@@ -237,6 +239,31 @@ def test_a_warm_start_teaches_the_given_summaries(tmp_path: Path) -> None:
     assert likelihood() > before + 4
     assert {line["summary"] for line in summaries_of(tmp_path)} == {"red person", "blue person"}
     assert all(entry["warm_start"] == 1 for entry in logs_of(trainer))
+
+
+def test_summaries_begin_with_the_opening_which_no_one_samples(tmp_path: Path) -> None:
+    opened = replace(TEMPLATES, opening="person w3")
+    trainer = make_trainer(tmp_path, max_steps=1, rollouts=Scripted(["red", "", "w2"]), templates=opened)
+    trainer.train()
+    assert {line["summary"] for line in summaries_of(tmp_path)} == {"person w3 red", "", "person w3 w2"}
+    infer, tokenizer = trainer.inference_prompts, word_tokenizer()
+    ids, _ = infer.ids(make_users()[0].items)
+    assert tokenizer.decode(ids).endswith("say person w3")
+    draws = [trainer.steps._draw(user, 0) for user in make_users(2)]
+    groups = trainer.steps._sample(make_users(2), draws, 0, trainer.steps.phase(0))
+    branches = trainer.steps._summary_branches(draws, groups)
+    assert [tokenizer.decode(branch.response_ids) for branch in branches[:3]] == ["red </s>", "</s>", "w2 </s>"]
+    texts = trainer.summarize(make_users(3))
+    assert all(text.startswith("person w3 ") or not text for text in texts)
+
+
+def test_a_given_summary_that_lacks_the_opening_is_refused_before_training(tmp_path: Path) -> None:
+    config, opened = {"warm_start_steps": 1, "warm_start": "given"}, replace(TEMPLATES, opening="red")
+    with pytest.raises(ArgumentError, match=r"^warm_start: user 'user 0': expected a summary that begins with 'red'"):
+        make_trainer(tmp_path, config, templates=opened)
+    users = [replace(user, summary=f"red {user.summary}") for user in make_users()]
+    make_trainer(tmp_path, config, templates=opened, train_dataset=users, max_steps=1).train()
+    assert {line["summary"] for line in summaries_of(tmp_path)} <= {"red red person", "red blue person"}
 
 
 def test_a_warm_start_on_its_own_texts_learns_each_groups_best(tmp_path: Path) -> None:
