@@ -46,7 +46,7 @@ def picture(results: Results) -> str:
     data = results.data[0]
     methods = {name: runs for name, runs in results.methods(data).items() if name in CURVES}
     curves = {panel: {name: points(runs, panel) for name, runs in methods.items()} for panel in PANELS}
-    most = max(x for by_name in curves.values() for each in by_name.values() for _, x, _ in each)
+    most = max(0.05, *(x for by_name in curves.values() for each in by_name.values() for _, x, _ in each))
     first = methods[BASE][0]
     parts = [_panel(place, panel, curves[panel], first, 1.1 * most) for place, panel in enumerate(PANELS)]
     users = first.raw["texts"]["users"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from benchmarks.study.methods import (
     words_shuffled,
 )
 from benchmarks.study.people import DEV, SEEN, TEST, Size, Sizes, read_people
+from benchmarks.study.picture import picture
 from benchmarks.study.plan import PRESETS, planned
 from benchmarks.study.run import Worker
 from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_records
@@ -257,6 +259,15 @@ def test_tables_hold_every_method_and_its_difference_from_sft(results, capsys):
     rows = (results / "study.csv").read_text().splitlines()
     assert rows[0] == ",".join(tables._COLUMNS)
     assert len(rows) > 100
+
+
+def test_the_picture_has_a_curve_for_each_method_and_panel(results):
+    drawn = picture(tables.Results(results))
+    found = ElementTree.fromstring(drawn)
+    curves = [each for each in found.iter("{http://www.w3.org/2000/svg}path") if "curve" in each.get("class")]
+    assert [each.get("class") for each in curves] == ["curve base", "curve sft"] * 2
+    assert "SFT, from what is not copied: γ=0 " in found.get("aria-label")
+    assert "4 greedy texts of 4 people never trained on. Seeds: SFT: 1." in drawn
 
 
 def test_a_study_with_other_settings_is_refused(results, world):
