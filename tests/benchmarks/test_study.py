@@ -265,9 +265,9 @@ def test_the_picture_has_a_curve_for_each_method_and_panel(results):
     drawn = picture(tables.Results(results))
     found = ElementTree.fromstring(drawn)
     curves = [each for each in found.iter("{http://www.w3.org/2000/svg}path") if "curve" in each.get("class")]
-    assert [each.get("class") for each in curves] == ["curve base", "curve sft"] * 2
+    assert [each.get("class") for each in curves] == ["curve base", "curve sft", "curve perce"] * 2
     assert "SFT, from what is not copied: γ=0 " in found.get("aria-label")
-    assert "4 greedy texts of 4 people never trained on. Seeds: SFT: 1." in drawn
+    assert "4 greedy texts of 4 people never trained on. Seeds: SFT: 1; PerCE: 1." in drawn
 
 
 def test_a_study_with_other_settings_is_refused(results, world):
