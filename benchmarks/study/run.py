@@ -30,13 +30,13 @@ from nextquill.comparison.measuring import ComparedTrainer, RunMeter
 from nextquill.data import EncodedDataset, ExampleEncoder, PromptTemplate
 from nextquill.evaluation.evaluate import evaluate_model
 from nextquill.evaluation.judge import PersonJudge
-from nextquill.evaluation.measures import PER_EXAMPLE, effect_measures
+from nextquill.evaluation.measures import effect_measures
 from nextquill.evaluation.metrics.authors import CANDIDATES
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.results import EFFECTS_FILE, EVALUATION_FILE, read_evaluation, read_examples
 from nextquill.evaluation.scoring import effect_line, pad_token, score_examples
 from nextquill.evaluation.text_measures import REFERENCE, authors_of, text_measures
-from nextquill.evaluation.token_measures import SUM_MEASURES, TEMPERATURES
+from nextquill.evaluation.token_measures import SUM_MEASURES
 from nextquill.generation import GenerationOptions, generation_engine, make_prompts
 from nextquill.models.loading import PromptSettings, load_model
 from nextquill.storage import checkpoints
@@ -49,8 +49,12 @@ _TEXT_METRICS = (
 )  # fmt: skip
 #: Texts generated at a time: a step reads all weights, whatever their number.
 _AT_A_TIME = 24
-#: Measures whose statistics are kept for paired tests; an area under a curve has too many.
-_KEPT = {name for name in SUM_MEASURES if not name.startswith(("auc", "temperature"))}
+#: Measures whose two sums for every text are kept, for paired tests.
+PAIRED = {
+    "nll_factual", "nll_at_temperature", "nll_personal", "nll_generic", "effect_placebo", "top1",
+    "rouge_l", "meteor_exact_stem", "right_person", "right_person_lm", "right_person_uncopied", "copied",
+    "length_ratio",
+}  # fmt: skip
 
 
 @dataclass
@@ -244,7 +248,7 @@ class Worker:
             found[name] = {
                 "texts": written,
                 "values": {each: scores.value for each, scores in measures.items()},
-                "rows": {each: _short(row) for each, row in rows.items()},
+                "rows": {each: _short(row) for each, row in rows.items() if each in PAIRED},
             }
         judged = {name: texts[name] for name in self.preset.judged}
         if self.method.kind is None:  # the ceiling, which is the same for all methods
@@ -310,16 +314,15 @@ def _rows(folder: Path) -> dict[str, list[Any]]:
     lines = [line for _, line in json_objects(folder / EFFECTS_FILE)]
     measures, _ = effect_measures(lines)
     rows: dict[str, list[Any]] = {
-        name: _short(measure.scores.statistics.tolist())
-        for name, measure in measures.items()
-        if not name.endswith(PER_EXAMPLE)
+        name: _short(measures[name].scores.statistics.tolist()) for name in measures if name in PAIRED
     }
-    for example, place in zip(read_examples(folder), range(len(lines)), strict=True):
-        for name in _KEPT & example.statistics.keys():
-            rows.setdefault(name, [None] * len(lines))[place] = example.statistics[name]
-    # At a fixed temperature every column but the last is the same sum.
-    key, count = "nll_at_temperature", str(len(TEMPERATURES))
-    rows[key] = [[row["0"], row[count]] for row in rows[key]]
+    examples = read_examples(folder)
+    for name in sorted(PAIRED & SUM_MEASURES.keys()):
+        # At a fixed temperature every column but the last is the same sum.
+        last = str(SUM_MEASURES[name].columns - 1)
+        own = [example.statistics.get(name) for example in examples]
+        if any(own):
+            rows[name] = [None if row is None else [row.get("0", 0.0), row[last]] for row in own]
     return rows
 
 

@@ -24,10 +24,8 @@ from benchmarks.study.folder import RUNS
 from benchmarks.study.methods import METHODS, SFT
 from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
 from nextquill.evaluation.metrics import MetricScores
-from nextquill.evaluation.metrics.sacre import chrf
-from nextquill.evaluation.metrics.scores import Texts, ratio
+from nextquill.evaluation.metrics.scores import ratio
 from nextquill.evaluation.permutation import holm
-from nextquill.evaluation.token_measures import SUM_MEASURES
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object
 
@@ -138,12 +136,9 @@ class Results:
         return {method: dict(sorted(rates.items())) for method, rates in found.items() if len(rates) > 1}
 
 
-def rebuilt(measure: str, rows: Sequence[Any]) -> MetricScores:
-    """A measure's scores from the statistics in results."""
-    if measure in SUM_MEASURES and isinstance(rows[0], dict):
-        return SUM_MEASURES[measure].scores(rows)
-    from_sums = chrf(Texts.checked(["a"], ["a"])).from_sums if measure == "chrf" else ratio
-    return MetricScores(np.asarray(rows, dtype=np.float64), from_sums)
+def rebuilt(rows: Sequence[Any]) -> MetricScores:
+    """A measure's scores from the two sums of each text."""
+    return MetricScores(np.asarray(rows, dtype=np.float64), ratio)
 
 
 def difference(ours: Sequence[Result], others: Sequence[Result], measure: str, decoding: str) -> SeedsResult | None:
@@ -153,7 +148,7 @@ def difference(ours: Sequence[Result], others: Sequence[Result], measure: str, d
     held = [at for at in range(len(users)) if all(rows[at] is not None for side in runs for rows in side)]
     if not held:
         return None
-    sides = [[rebuilt(measure, [rows[at] for at in held]) for rows in side] for side in runs]
+    sides = [[rebuilt([rows[at] for at in held]) for rows in side] for side in runs]
     return paired_over_seeds(*sides, [users[at] for at in held], matched=len(ours) == len(others))
 
 
@@ -195,7 +190,7 @@ def markdown(results: Results) -> str:
     if not results.all:
         return "No run is finished yet.\n"
     machines = sorted({f"{raw['processor']}, torch {raw['torch']}" for raw in (each.raw for each in results.all)})
-    parts = [f"{len(results.all)} runs are finished ({'; '.join(machines)})."]
+    parts = [f"Finished runs: {len(results.all)} ({'; '.join(machines)})."]
     for data in results.data:
         parts += [f"### {data}", rates_table(results, data), own_table(results, data), texts_table(results, data),
                   differences_table(results, data)]  # fmt: skip
