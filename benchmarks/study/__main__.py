@@ -88,7 +88,8 @@ class Driver:
 
     def go_on(self) -> int:
         """Make all runs that are left; the exit code."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first in the background
+            signal.signal(number, signal.default_int_handler)
         try:
             while not self._is_late():
                 self._collect()
