@@ -1,4 +1,4 @@
-"""Run the study, or go on with it: `python -m benchmarks.study --preset cpu --model DIR --data NAME=DIR …`."""
+"""Run the study, or resume it: `python -m benchmarks.study --preset cpu --model DIR --data NAME=DIR …`."""
 
 from __future__ import annotations
 

@@ -187,9 +187,11 @@ class Worker:
         """Effects of the untrained model, or of another method's, which is trained again for them."""
         if self.method.effects == BASE:
             shared = self.study.work / f"{self.run.data}-base-effects.jsonl"
-            if not shared.is_file():
-                model, _ = load_model(self.study.model, dtype="float32")
-                write_whole(shared, "".join(json.dumps(line) + "\n" for line in _scored(model, examples, tokenizer)))
+            with alone(shared.with_suffix(".lock")):  # two runs with these weights may start together
+                if not shared.is_file():
+                    model, _ = load_model(self.study.model, dtype="bfloat16")
+                    lines = _scored(model.to(self.device), examples, tokenizer)
+                    write_whole(shared, "".join(json.dumps(line) + "\n" for line in lines))
             return [line for _, line in json_objects(shared)]
         (needed,) = (Run(**self.study.result(name)["run"]) for name in self.run.needs)
         other = Worker(self.study, needed)

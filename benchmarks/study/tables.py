@@ -31,8 +31,8 @@ from nextquill.storage.json_files import json_object
 
 #: The people's own texts, where a decoding stands for generated ones.
 OWN = ""
-#: A difference that would be seen in four of five studies like this one, in standard errors.
-_POWER = 1.96 + 0.84
+#: The difference that four of five studies like this one would detect, in standard errors.
+_DETECTABLE = 1.96 + 0.84
 _TABLE = "study.csv"
 _COLUMNS = ("data", "method", "rate", "seed", "set", "decoding", "measure", "value", "texts", "people",
             "seconds", "commit", "processor", "torch")  # fmt: skip
@@ -149,7 +149,8 @@ def difference(ours: Sequence[Result], others: Sequence[Result], measure: str, d
     if not held:
         return None
     sides = [[rebuilt([rows[at] for at in held]) for rows in side] for side in runs]
-    return paired_over_seeds(*sides, [users[at] for at in held], matched=len(ours) == len(others))
+    seeds = [[result.raw["run"]["seed"] for result in side] for side in (ours, others)]
+    return paired_over_seeds(*sides, [users[at] for at in held], matched=seeds[0] == seeds[1])
 
 
 def table_rows(results: Results) -> Iterator[dict[str, Any]]:
@@ -241,7 +242,7 @@ def _ceiling(result: Result, measure: str, decoding: str) -> float | None:
 
 
 def differences_table(results: Results, data: str, decoding: str = "γ=0") -> str:
-    """Every method minus SFT in the primary measures, with intervals, corrected p-values and the power."""
+    """Every method minus SFT in the primary measures, with intervals, corrected p-values and detectable differences."""
     methods = results.methods(data)
     if SFT not in methods:
         return ""
@@ -263,8 +264,8 @@ NLL_NAMES = {each.name for each in NLL_MEASURES}
 def _difference(found: SeedsResult | None, p: float | None) -> str:
     if found is None or p is None:
         return "–"
-    seen = _POWER * (found.high - found.low) / (2 * 1.96)
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p {p:.2g}, power {seen:.2f}"
+    seen = _DETECTABLE * (found.high - found.low) / (2 * 1.96)
+    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p {p:.2g}, detectable {seen:.2f}"
 
 
 def _mean(runs: Sequence[Result], measure: str, decoding: str = OWN, of: str = "test") -> float | None:

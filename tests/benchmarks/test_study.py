@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks.measure import RESULTS
 from benchmarks.study import tables
 from benchmarks.study.__main__ import main
 from benchmarks.study.folder import RUNS, alone, make_study
@@ -259,6 +260,20 @@ def test_tables_hold_every_method_and_its_difference_from_sft(results, capsys):
     rows = (results / "study.csv").read_text().splitlines()
     assert rows[0] == ",".join(tables._COLUMNS)
     assert len(rows) > 100
+
+
+def test_committed_figures_are_those_of_the_committed_results():
+    folder = RESULTS / "study-cpu"
+    assert (folder / "study.csv").read_text() == tables.as_csv(tables.Results(folder))
+
+
+def test_runs_are_matched_by_their_seeds(results, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tables, "paired_over_seeds", lambda *sides, **options: seen.append(options["matched"]))
+    base, sft = (next(each for each in tables.Results(results).all if each.key[1] == name) for name in (BASE, "sft"))
+    for ours, others in (([sft], [sft]), ([sft], [base]), ([sft, sft], [sft])):
+        tables.difference(ours, others, "nll_factual", tables.OWN)
+    assert seen == [True, False, False]
 
 
 def test_the_picture_has_a_curve_for_each_method_and_panel(results):

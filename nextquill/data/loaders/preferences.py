@@ -78,6 +78,8 @@ def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[st
 
 
 def _record(row: Row, user: str, pair: _Pair, history: object) -> Record:
+    if row.has("query") and row.text("query") != pair.prompt:  # a set may name the prompt twice
+        raise row.error("query", "expected the text of the prompt, or no query")
     record = row.record(
         user_id=user,
         query=pair.prompt,

@@ -163,3 +163,11 @@ def test_alignx_rows_of_one_person_are_one_user_in_every_file() -> None:
     second = [record.user_id for record in load("preferences", [other, {**row, "prompt": "q"}])]
     assert len(set(first)) == 4  # two of which nothing is known are not taken for one
     assert second == [first[1], first[0]]
+
+
+def test_a_row_may_name_its_prompt_twice_but_not_two_prompts() -> None:
+    row = {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b", "history": ["t"]}
+    (record,) = load("preferences", [{**row, "query": "p"}])
+    assert record == next(load("preferences", [row]))
+    with pytest.raises(RecordError, match="field 'query': expected the text of the prompt, or no query"):
+        list(load("preferences", [{**row, "query": "another"}]))
