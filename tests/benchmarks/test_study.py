@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -301,17 +302,20 @@ def test_bad_flags_are_named(world, tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
-def test_one_process_at_a_time_is_inside(tmp_path):
-    code = (
-        "import sys, pathlib; from benchmarks.study.folder import alone\n"
-        "with alone(pathlib.Path(sys.argv[1])): print('in')"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "x")]
+def test_one_at_a_time_is_inside(tmp_path):
+    """A lock is of an open file, so two threads exclude each other as two processes do."""
+    entered = threading.Event()
+
+    def enter():
+        with alone(tmp_path / "x"):
+            entered.set()
+
+    other = threading.Thread(target=enter)
     with alone(tmp_path / "x"):
-        waiting = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(4)
-    assert waiting.communicate(timeout=30)[0] == b"in\n"
+        other.start()
+        assert not entered.wait(1.5), "the other waits"
+    assert entered.wait(60)
+    other.join()
 
 
 def start(world, out):
