@@ -68,6 +68,21 @@ TEXT_MEASURES = (
     Measure("distinct", "distinct"),
     Measure("length_ratio", "length"),
 )
+#: How well effects find the tokens that the records name as personal.
+FOUND_MEASURES = (
+    Measure("auc_effect_prob", "AUC, probability"),
+    Measure("auc_effect_logprob", "AUC, log-probability"),
+    Measure("auc_effect_prob_placebo", "AUC, probability, against another's"),
+    Measure("auc_effect_logprob_placebo", "AUC, log-probability, against another's"),
+    Measure("precision_effect_prob", "precision"),
+    Measure("recall_effect_prob", "recall"),
+    Measure("f1_effect_prob", "F1"),
+    Measure("precision_effect_prob_placebo", "precision, against another's"),
+    Measure("recall_effect_prob_placebo", "recall, against another's"),
+    Measure("f1_effect_prob_placebo", "F1, against another's"),
+)
+#: Measures of being personal whose frontier with ROUGE-L is compared.
+FRONTIERS = ("right_person", "right_person_uncopied")
 #: What methods are compared by, decided before the study.
 PRIMARY = ("nll_at_temperature", "rouge_l", "right_person", "right_person_uncopied", "copied")
 
@@ -127,6 +142,19 @@ class Results:
                 rates.setdefault(result.key[2], []).append(result.raw["dev_score"])
         return min(rates, key=lambda rate: (-len(rates[rate]), mean(rates[rate]))) if rates else None
 
+    def cost(self, data: str, method: str) -> float | None:
+        """A method's training time as a multiple of SFT's on the same processor; None where that is not known."""
+        times = dict[tuple[str, str], list[float]]()
+        for result in self.all:
+            if result.key[0] == data and "seconds" in result.raw:
+                times.setdefault((result.key[1], result.raw["processor"]), []).append(result.raw["seconds"])
+        ratios = [
+            mean(seconds) / mean(times[SFT, processor])
+            for (name, processor), seconds in times.items()
+            if name == method and (SFT, processor) in times
+        ]
+        return mean(ratios) if ratios else None
+
     def tried(self, data: str) -> dict[str, dict[float, float]]:
         """nll on development people of the first seed, by method and rate, of the methods with several rates."""
         found = dict[str, dict[float, float]]()
@@ -149,8 +177,12 @@ def difference(ours: Sequence[Result], others: Sequence[Result], measure: str, d
     if not held:
         return None
     sides = [[rebuilt([rows[at] for at in held]) for rows in side] for side in runs]
-    seeds = [[result.raw["run"]["seed"] for result in side] for side in (ours, others)]
-    return paired_over_seeds(*sides, [users[at] for at in held], matched=seeds[0] == seeds[1])
+    return paired_over_seeds(*sides, [users[at] for at in held], matched=_matched(ours, others))
+
+
+def _matched(ours: Sequence[Result], others: Sequence[Result]) -> bool:
+    first, second = ([run.raw["run"]["seed"] for run in side] for side in (ours, others))
+    return first == second
 
 
 def table_rows(results: Results) -> Iterator[dict[str, Any]]:
@@ -193,8 +225,9 @@ def markdown(results: Results) -> str:
     machines = sorted({f"{raw['processor']}, torch {raw['torch']}" for raw in (each.raw for each in results.all)})
     parts = [f"Finished runs: {len(results.all)} ({'; '.join(machines)})."]
     for data in results.data:
-        parts += [f"### {data}", rates_table(results, data), own_table(results, data), texts_table(results, data),
-                  differences_table(results, data)]  # fmt: skip
+        parts += [f"### {data}", rates_table(results, data), own_table(results, data), found_table(results, data),
+                  texts_table(results, data), differences_table(results, data),
+                  frontiers_table(results, data)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -213,9 +246,21 @@ def own_table(results: Results, data: str) -> str:
         values = [_number(_mean(runs, each.name), each.decimals) for each in NLL_MEASURES]
         seen = _number(_mean(runs, "nll_at_temperature", of="seen"), 2)
         rate = f"{runs[0].key[2]:g}" if runs[0].key[2] else "–"
-        rows.append([METHODS[name].label, rate, str(len(runs)), *values, seen])
-    heads = [f"the people's own texts, {data}", "rate", "seeds", *(each.heading for each in NLL_MEASURES)]
+        rows.append([METHODS[name].label, rate, str(len(runs)), _number(results.cost(data, name), 2), *values, seen])
+    heads = [f"the people's own texts, {data}", "rate", "seeds", "training time"]
+    heads += [each.heading for each in NLL_MEASURES]
     return table([*heads, "nll, people of the training"], rows)
+
+
+def found_table(results: Results, data: str) -> str:
+    """How well the effects of each method's model find known personal tokens; empty where none are known."""
+    rows = []
+    for name, runs in results.methods(data).items():
+        values = [_mean(runs, each.name) for each in FOUND_MEASURES]
+        if any(value is not None for value in values):
+            rows.append([METHODS[name].label, *(_number(value, 2) for value in values)])
+    heads = [f"known personal tokens found, {data}", *(each.heading for each in FOUND_MEASURES)]
+    return table(heads, rows) if rows else ""
 
 
 def texts_table(results: Results, data: str) -> str:
@@ -241,6 +286,51 @@ def _ceiling(result: Result, measure: str, decoding: str) -> float | None:
     return result.value(f"{measure}_reference", decoding)
 
 
+def frontiers_table(results: Results, data: str) -> str:
+    """The area under every method's frontier, and its difference from SFT's."""
+    methods = results.methods(data)
+    if SFT not in methods:
+        return ""
+    others = [name for name in methods if name != SFT]
+    columns: list[list[str]] = []
+    for measure in FRONTIERS:
+        areas = {name: [frontier(run, measure) for run in runs] for name, runs in methods.items()}
+        users = methods[SFT][0].raw["texts"]["users"]
+        found = [
+            paired_over_seeds(areas[name], areas[SFT], users, matched=_matched(methods[name], methods[SFT]))
+            for name in others
+        ]
+        adjusted = dict(zip(others, zip(found, holm([each.p_value for each in found]), strict=True), strict=True))
+        columns.append([_number(mean(area.value for area in areas[name]), 3) for name in methods])
+        columns.append(["–" if name == SFT else _difference(*adjusted[name], decimals=3) for name in methods])
+    rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(methods)]
+    headings = {each.name: each.heading for each in TEXT_MEASURES}
+    pairs = [(f"area, {headings[name]}", "minus SFT") for name in FRONTIERS]
+    return table([f"frontier over γ, {data}", *(head for pair in pairs for head in pair)], rows)
+
+
+def frontier(result: Result, measure: str) -> MetricScores:
+    """The area under a run's frontier of ROUGE-L over a measure of being personal, as scores of its texts.
+
+    Over all levels t from 0 to 1: the best ROUGE-L of a γ whose texts reach the level, 0 where none does.
+
+        area = ∫ max{ROUGE-L(γ) : measure(γ) ≥ t} dt
+    """
+    greedy = [name for name in result.raw["texts"]["decodings"] if name.startswith("γ=") and "T=" not in name]
+    rows = [result.scores(each, name)[0] for name in greedy for each in ("rouge_l", measure)]
+    return MetricScores(np.concatenate([np.asarray(each, dtype=np.float64) for each in rows], axis=1), _area)
+
+
+def _area(sums: Any) -> Any:
+    """[..., 4 · decodings] -> [...], from the two sums of ROUGE-L and the two of the measure for each decoding."""
+    pairs = sums.reshape(*sums.shape[:-1], -1, 2, 2)
+    faithful, personal = (pairs[..., at, 0] / np.maximum(pairs[..., at, 1], 1e-12) for at in (0, 1))
+    order = np.argsort(personal, axis=-1)
+    levels = np.take_along_axis(personal, order, axis=-1)
+    best = np.maximum.accumulate(np.take_along_axis(faithful, order, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
+    return (np.diff(levels, axis=-1, prepend=0.0) * best).sum(axis=-1)
+
+
 def differences_table(results: Results, data: str, decoding: str = "γ=0") -> str:
     """Every method minus SFT in the primary measures, with intervals, corrected p-values and detectable differences."""
     methods = results.methods(data)
@@ -261,11 +351,12 @@ def differences_table(results: Results, data: str, decoding: str = "γ=0") -> st
 NLL_NAMES = {each.name for each in NLL_MEASURES}
 
 
-def _difference(found: SeedsResult | None, p: float | None) -> str:
+def _difference(found: SeedsResult | None, p: float | None, decimals: int = 2) -> str:
     if found is None or p is None:
         return "–"
     seen = _DETECTABLE * (found.high - found.low) / (2 * 1.96)
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p {p:.2g}, detectable {seen:.2f}"
+    own, low, high = (f"{each:+.{decimals}f}" for each in (found.difference, found.low, found.high))
+    return f"{own} [{low}, {high}], p {p:.2g}, detectable {seen:.{decimals}f}"
 
 
 def _mean(runs: Sequence[Result], measure: str, decoding: str = OWN, of: str = "test") -> float | None:

@@ -258,9 +258,43 @@ def test_tables_hold_every_method_and_its_difference_from_sft(results, capsys):
     assert "| no training | – | 1 |" in shown
     assert "| SFT | 0.001 | 1 |" in shown
     assert "minus SFT, toy, γ=0" in shown
+    assert "| known personal tokens found, toy | AUC, probability |" in shown
+    assert "| frontier over γ, toy | area, right person | minus SFT |" in shown
     rows = (results / "study.csv").read_text().splitlines()
     assert rows[0] == ",".join(tables._COLUMNS)
     assert len(rows) > 100
+
+
+def a_run(method="sft", processor="a", seconds=1.0, texts=(), seed=1):
+    """A result with one text of each person; `texts` are its ROUGE-L and right person by decoding."""
+    rows = {
+        name: {"rows": {"rouge_l": [[faithful, 1.0]] * 2, "right_person": [[personal, 1.0]] * 2}}
+        for name, (faithful, personal) in texts
+    }
+    run = {"data": "toy", "method": method, "seed": seed, "rate": 0.1}
+    return tables.Result(
+        {"run": run, "processor": processor, "seconds": seconds, "texts": {"users": ["u", "v"], "decodings": rows}}
+    )
+
+
+def test_the_area_is_the_best_rouge_l_that_reaches_each_level():
+    run = a_run(texts=[("γ=0", (0.4, 0.5)), ("γ=0.5", (0.1, 0.2)), ("γ=1", (0.2, 0.75)), ("γ=0, T=0.8", (0.9, 0.9))])
+    area = tables.frontier(run, "right_person")
+    assert area.value == pytest.approx(0.5 * 0.4 + 0.25 * 0.2), "a dominated γ and samples add nothing"
+    assert area.from_sums(area.statistics).tolist() == [area.value] * 2, "for each drawn sum of its own"
+
+
+def test_a_cost_compares_runs_of_one_processor(results):
+    found = tables.Results(results)
+    found.all = [
+        a_run("sft", "a", 2.0),
+        a_run("sft", "a", 4.0, seed=2),
+        a_run("perce", "a", 6.0),
+        a_run("perce", "b", 9),
+    ]
+    assert found.cost("toy", "perce") == 2.0
+    assert found.cost("toy", "sft") == 1.0
+    assert found.cost("toy", "base") is None
 
 
 def test_committed_figures_are_those_of_the_committed_results():
