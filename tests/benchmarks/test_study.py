@@ -29,7 +29,7 @@ from benchmarks.study.methods import (
     words_shuffled,
 )
 from benchmarks.study.people import DEV, SEEN, TEST, Size, Sizes, read_people
-from benchmarks.study.picture import picture
+from benchmarks.study.picture import PICTURE, picture
 from benchmarks.study.plan import PRESETS, planned
 from benchmarks.study.run import Worker
 from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_records
@@ -299,7 +299,9 @@ def test_a_cost_compares_runs_of_one_processor(results):
 
 def test_committed_figures_are_those_of_the_committed_results():
     folder = RESULTS / "study-cpu"
-    assert (folder / "study.csv").read_text() == tables.as_csv(tables.Results(folder))
+    results = tables.Results(folder)
+    assert (folder / "study.csv").read_text() == tables.as_csv(results)
+    assert PICTURE.read_text() == picture(results)
 
 
 def test_runs_are_matched_by_their_seeds(results, monkeypatch):
