@@ -22,11 +22,10 @@ from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import first_difference
-from nextquill.storage.locks import try_lock
+from nextquill.storage.locks import LOCK_FILE, held
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
-_LOCK_FILE = ".nextquill_comparison.lock"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"folder: {folder} is a file")
-    if not folder.is_dir() or all(path.name == _LOCK_FILE for path in folder.iterdir()):
+    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -119,19 +118,17 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
     OutputExistsError if another process is comparing in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
-        if not try_lock(lock):
-            raise OutputExistsError(f"folder: another process is comparing in {folder}")
+    with held(folder / LOCK_FILE, folder, "folder"):
         if overwrite:
-            empty_folder(folder, keep=_LOCK_FILE)
+            empty_folder(folder)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
         yield
 
 
-def empty_folder(folder: Path, keep: str | None = None) -> None:
-    """Delete the contents of a folder; the folder itself stays, as it may be a mount or a link."""
+def empty_folder(folder: Path) -> None:
+    """Delete the contents of a folder but its lock; the folder itself stays, as it may be a mount or a link."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name == keep:
+        if path.name == LOCK_FILE:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -8,6 +8,8 @@ import pytest
 from nextquill.cli.run_folder import check_output_dir, open_output_dir, resume_point
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.storage.checkpoints import RUN_FILE
+from nextquill.storage.locks import LOCK_FILE, held, release_claims
+from tests.helpers import run_python
 
 
 @pytest.fixture
@@ -23,6 +25,36 @@ def run_folder(tmp_path):
 
 def check(folder, resume=None, overwrite=False, inputs=()):
     check_output_dir(Path(folder), resume, overwrite=overwrite, inputs=[str(path) for path in inputs])
+
+
+def test_a_folder_that_another_process_writes_is_refused_before_any_change(run_folder):
+    pytest.importorskip("fcntl")
+    with held(run_folder / LOCK_FILE, run_folder):
+        for resume in (None, run_folder / "checkpoint-10"):
+            with pytest.raises(OutputExistsError, match=r"^output_dir: another process.* is writing .*run$"):
+                check(run_folder, resume, overwrite=True)
+            with pytest.raises(OutputExistsError, match=r"^output_dir: another process.* is writing .*run$"):
+                open_output_dir(run_folder, resume)
+    assert (run_folder / "checkpoint-10").is_dir()
+
+
+def test_an_opened_folder_is_kept_from_other_processes_until_the_command_ends(run_folder):
+    pytest.importorskip("fcntl")
+    open_output_dir(run_folder, None)
+    code = "import sys; from pathlib import Path; from nextquill.cli.run_folder import open_output_dir as o\n"
+    code += (
+        "from nextquill.errors import OutputExistsError as E\ntry: o(Path(sys.argv[1]), None)\nexcept E as e: print(e)"
+    )
+    assert "another process" in run_python(code, str(run_folder))
+    release_claims()
+    assert run_python(code, str(run_folder)) == ""
+
+
+def test_the_lock_of_a_killed_process_is_no_reason_to_refuse(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / LOCK_FILE).touch()
+    check(folder)
 
 
 @pytest.mark.parametrize("word", [None, "false", "False", "no", "0", ""])
