@@ -49,7 +49,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
 #: What torch, numpy, CUDA and the loader of libraries say when memory is short.
-_OUT_OF_MEMORY = re.compile(
+_OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc", re.IGNORECASE)
     r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc|DefaultCPUAllocator", re.I
 )
 

@@ -1,4 +1,4 @@
-"""A command that was killed at any change of a file can be repeated, and then leaves what an uninterrupted one leaves."""
+"""A command killed at any change of a file can be repeated, and then leaves what an uninterrupted one leaves."""
 
 import json
 import shutil
