@@ -50,8 +50,6 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
 #: What torch, numpy, CUDA and the loader of libraries say when memory is short.
 _OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc", re.IGNORECASE)
-    r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc|DefaultCPUAllocator", re.I
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
