@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from tests.processes import PRELOADED, run_command
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _COUNT = "changes"
+_DATE = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.+]+")
 
 
 class Ended(NamedTuple):
@@ -132,9 +134,9 @@ class Kills:
 
 
 def contents(folder: Path, ignored: Sequence[str] = ()) -> dict[str, bytes | None]:
-    """Every file below a folder by its relative name; None in place of what depends on times."""
+    """Every file below a folder by its relative name, without dates; None for an ignored one."""
     return {
-        str(path.relative_to(folder)): None if path.name in ignored else path.read_bytes()
+        str(path.relative_to(folder)): None if path.name in ignored else _DATE.sub(b"", path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -125,10 +125,10 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
         yield
 
 
-def empty_folder(folder: Path) -> None:
+def empty_folder(folder: Path, keep: str | None = None) -> None:
     """Delete the contents of a folder but its lock; the folder itself stays, as it may be a mount or a link."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name == LOCK_FILE:
+        if path.name in (LOCK_FILE, keep):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -150,10 +150,8 @@ def test_a_full_disk_costs_no_checkpoint(train, data, tmp_path, size, reason):
         [sys.executable, "-c", LIMITED, str(size), *words], capture_output=True, text=True, timeout=150, check=False
     )
     assert done.stdout == "1\n", done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert (
-        last == f"nextquill: {stopped} cannot be written: {reason}; checkpoint-1 is whole, so resume when there is room"
-    )
+    message = f"{stopped} cannot be written: {reason}; checkpoint-1 is whole, so resume when there is room"
+    assert done.stderr.splitlines()[-1] == f"nextquill: {message}"
     assert not (stopped / STAGING).exists()
     assert train(stopped, *schedule, "--resume_from_checkpoint", "true").code == 0
     assert_same_weights(stopped, whole)
