@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -100,14 +101,14 @@ class Kills:
         return folder
 
     def everywhere(
-        self, words: Sequence[str], again: Callable[[Path, str], Sequence[Sequence[str]]], step: int = 1
+        self, words: Sequence[str], again: Callable[[Path], Sequence[Sequence[str]]], most: int
     ) -> Iterator[tuple[int, Path, Path]]:
         """Kill a command before each change, and repeat it until it is done.
 
         Args:
             words: the command.
-            again: `again(folder, said)` gives the commands that a user runs next, from what the command said last.
-            step: kill before every one so many changes.
+            again: `again(folder)` gives the commands that a user tries next, until one works.
+            most: of more changes than this, so many are drawn at random.
 
         Yields:
             The number of the change, the folder at the end, and that of an uninterrupted command.
@@ -117,12 +118,13 @@ class Kills:
         ended = self.run(whole, words)
         assert ended.code == 0, ended.err
         assert ended.changes > 1
-        for at in range(1, ended.changes + 1, step):
+        places = range(1, ended.changes + 1)
+        for at in places if len(places) <= most else sorted(random.Random(0).sample(places, most)):
             folder = self.fresh()
             killed = self.run(folder, words, at)
             assert killed.code == -signal.SIGKILL, (at, killed)
             said = ""
-            for following in again(folder, said):
+            for following in again(folder):
                 done = self.run(folder, following)
                 if done.code == 0:
                     break

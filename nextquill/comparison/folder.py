@@ -20,7 +20,7 @@ from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
-from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.atomic_files import temporary, write_whole
 from nextquill.storage.json_files import first_difference
 from nextquill.storage.locks import LOCK_FILE, held
 
@@ -92,9 +92,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"folder: {folder} is a file")
-    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
-        return
     path = folder / SETTINGS_FILE
+    unfinished = {LOCK_FILE, temporary(path).name}  # of a comparison that was killed at its start
+    if not folder.is_dir() or all(each.name in unfinished for each in folder.iterdir()):
+        return
     if not path.is_file():
         raise OutputExistsError(f"folder: {folder} holds files, but not a comparison; choose another folder")
     if overwrite:
@@ -120,7 +121,7 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK_FILE, folder, "folder"):
         if overwrite:
-            empty_folder(folder)
+            empty_folder(folder, keep=SETTINGS_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
         yield
 
