@@ -15,6 +15,7 @@ from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class AtomicCheckpoints(_Base):
             checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
+            if checkpoint is not None and checkpoint == checkpoints.last_checkpoint(folder):
+                # A process may have been killed between a checkpoint and the deletion of older ones.
+                best = json_object(checkpoint / checkpoints.STATE_FILE).get("best_model_checkpoint")
+                checkpoints.rotate(folder, self.args.save_total_limit, checkpoint.name, best)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
         return checkpoint
