@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
+from nextquill.storage.atomic_files import temporary
+from nextquill.storage.locks import claim
 
 
 class UsageError(NextQuillError, ValueError):
@@ -55,6 +57,18 @@ def check_file(flag: str, path: str) -> None:
 
 
 def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
+    """Make sure, before any work, that a file can be written, make its folder, and keep other processes from it."""
+    target = check_output_file(path, overwrite=overwrite, flag=flag)
+    try:
+        claim(temporary(target), target, flag)
+    except NextQuillError:
+        raise
+    except OSError as error:
+        raise OutputExistsError(f"{flag}: {target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def check_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
     """Make sure, before any work, that a file can be written, and make its folder."""
     target = Path(path)
     if target.is_dir():

@@ -14,12 +14,16 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nextquill.cli.known_flags import refused
+from nextquill.storage.locks import release_claims
 
 if TYPE_CHECKING:
     from nextquill.errors import NextQuillError
@@ -44,6 +48,8 @@ DESCRIPTION = "Causal personalisation training of language models."
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
+#: What torch, numpy, CUDA and the loader of libraries say when memory is short.
+_OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if wrong := refused(_module(command), arguments):
             return _fail(f"{wrong}; see nextquill {command} --help", USAGE)
-        return _run(command, arguments, debug)
+        with _interrupted_by_all_signals():
+            return _run(command, arguments, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except SystemExit as stop:  # after --help
@@ -91,8 +98,30 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")  # users cannot fix deprecations in other packages
-        code: int = importlib.import_module(_module(command)).run(arguments)
+        try:
+            code: int = importlib.import_module(_module(command)).run(arguments)
+        finally:
+            release_claims()
     return code
+
+
+@contextmanager
+def _interrupted_by_all_signals() -> Iterator[None]:
+    """Let the signals that end a process do what Ctrl-C does, so that work is saved and named.
+
+    A signal that is ignored, as after `nohup`, stays ignored. Only the main thread may set handlers.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _module(command: str) -> str:
@@ -109,12 +138,12 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
             return f"{text}; see nextquill {command} --help", USAGE
         return text, USAGE if isinstance(error, (ArgumentError, ArgumentTypeError)) else FAILED
     text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
+        return f"out of memory; use a smaller batch, --max_length, --max_tokens or --chunk_bytes ({text[:120]})", FAILED
     if isinstance(error, ImportError):
         return f"{command} needs a package that is not installed: {text}; pip install 'nextquill[cli]'", FAILED
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return f"out of memory; use a smaller batch, --max_length or --chunk_bytes ({text[:120]})", FAILED
     is_of_the_connection = type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))
-    if isinstance(error, (OSError, MemoryError, ValueError)) or is_of_the_connection:
+    if isinstance(error, (OSError, ValueError)) or is_of_the_connection:
         return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
     return None, FAILED
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nextquill.cli.flags import check_positive, claim_output_file, option
+from nextquill.cli.flags import check_output_file, check_positive, option
 from nextquill.cli.main import OK
 from nextquill.cli.parsing import parse
 from nextquill.cli.popi_options import PopiFormat, PopiRunOptions, PopiSignals, loaded_run, read_settings
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     shown.check()
     if shown.max_pairs is not None and not options.held_out:
         raise ArgumentError("max_pairs: expected --held_out with it")
-    file = SummaryFile(claim_output_file(options.output_file, overwrite=True))
+    file = SummaryFile(check_output_file(options.output_file, overwrite=True))
     with naming("output_file"):
         file.read()
     config = read_settings(models.model)[0]

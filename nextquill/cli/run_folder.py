@@ -11,6 +11,8 @@ from nextquill.comparison.folder import empty_folder
 from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedModelError
 from nextquill.models.loading import load_tokenizer
 from nextquill.storage import checkpoints
+from nextquill.storage.atomic_files import temporary, write_whole
+from nextquill.storage.locks import LOCK_FILE, claim, held
 
 
 def resume_point(folder: Path, given: str | None) -> Path | None:
@@ -35,7 +37,11 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
         raise OutputExistsError(f"output_dir: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputExistsError(f"output_dir: {place} is not writable")
-    if not folder.exists() or not any(folder.iterdir()):
+    if (folder / LOCK_FILE).exists():
+        with held(folder / LOCK_FILE, folder, "output_dir"):
+            pass  # no process is writing there; the lock was left by a killed one
+    unfinished = {LOCK_FILE, temporary(folder / checkpoints.RUN_FILE).name}  # of a run that was killed at its start
+    if not folder.exists() or all(path.name in unfinished for path in folder.iterdir()):
         return
     if resume is not None and resume.resolve().parent == folder.resolve():
         return
@@ -57,10 +63,12 @@ def check_inputs_stay(folder: Path, inputs: Iterable[str | None]) -> None:
 
 
 def open_output_dir(folder: Path, resume: Path | None) -> None:
-    """Make `folder`, or empty it unless its own run is resumed."""
+    """Make `folder`, keep other processes from it, and empty it unless its own run is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder / LOCK_FILE, folder, "output_dir")
     if resume is None or resume.resolve().parent != folder.resolve():
-        empty_folder(folder)
+        empty_folder(folder, keep=checkpoints.RUN_FILE)  # which marks it as a run's, whenever this process is killed
+        write_whole(folder / checkpoints.RUN_FILE, "{}\n")
 
 
 def check_tokenizer(resume: Path, tokenizer: Any) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
-from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.atomic_files import temporary, write_whole
 from nextquill.storage.json_files import first_difference
-from nextquill.storage.locks import try_lock
+from nextquill.storage.locks import LOCK_FILE, held
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
-_LOCK_FILE = ".nextquill_comparison.lock"
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
     """
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"folder: {folder} is a file")
-    if not folder.is_dir() or all(path.name == _LOCK_FILE for path in folder.iterdir()):
-        return
     path = folder / SETTINGS_FILE
+    unfinished = {LOCK_FILE, temporary(path).name}  # of a comparison that was killed at its start
+    if not folder.is_dir() or all(each.name in unfinished for each in folder.iterdir()):
+        return
     if not path.is_file():
         raise OutputExistsError(f"folder: {folder} holds files, but not a comparison; choose another folder")
     if overwrite:
@@ -119,19 +119,17 @@ def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Ite
     OutputExistsError if another process is comparing in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
-        if not try_lock(lock):
-            raise OutputExistsError(f"folder: another process is comparing in {folder}")
+    with held(folder / LOCK_FILE, folder, "folder"):
         if overwrite:
-            empty_folder(folder, keep=_LOCK_FILE)
+            empty_folder(folder, keep=SETTINGS_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")
         yield
 
 
 def empty_folder(folder: Path, keep: str | None = None) -> None:
-    """Delete the contents of a folder; the folder itself stays, as it may be a mount or a link."""
+    """Delete the contents of a folder but its lock; the folder itself stays, as it may be a mount or a link."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name == keep:
+        if path.name in (LOCK_FILE, keep):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

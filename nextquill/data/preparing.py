@@ -16,6 +16,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,9 @@ from nextquill.data.records import Record
 from nextquill.errors import CheckpointError, OutputExistsError, RecordError, naming
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.json_files import first_difference
-from nextquill.storage.locks import try_lock
+from nextquill.storage.locks import LOCK_FILE, held
 
 _PROGRESS = "progress.json"
-_LOCK = "lock"
 #: 4096 examples of 2,000 tokens take 34 MB. A stopped run loses at most one shard, some five seconds of work.
 SHARD_EXAMPLES = 4096
 
@@ -151,15 +151,11 @@ class _Shards:
         self._target, self._folder = target, target.with_name(f"{target.name}.partial")
         self._settings = settings
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / _LOCK).open("wb")
         self.done: list[dict[str, Any]] = []
-        try:
-            if not try_lock(self._lock):
-                raise OutputExistsError(f"folder: another process is writing {self._folder}")
+        with ExitStack() as hold:
+            hold.enter_context(held(self._folder / LOCK_FILE, self._folder, "folder"))
             self.done = self._read_back(overwrite)
-        except BaseException:
-            self._lock.close()
-            raise
+            self._hold = hold.pop_all()
         self.skipped: list[dict[str, Any]] = []
         self._clear()
 
@@ -167,9 +163,9 @@ class _Shards:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
         if self._folder.exists() and not self.done:
             shutil.rmtree(self._folder)
+        self._hold.close()
 
     def __len__(self) -> int:
         return len(self._users)
@@ -215,8 +211,8 @@ class _Shards:
             self.done = []
             raise RecordError(f"records: {'there are none' if first is None else f'none can be encoded: {first}'}")
         write_whole(self._folder / HEADER, self._header(complete=True))
-        (self._folder / _PROGRESS).unlink()
-        (self._folder / _LOCK).unlink()
+        (self._folder / _PROGRESS).unlink(missing_ok=True)
+        (self._folder / LOCK_FILE).unlink()
         move_into_place(self._folder, self._target)
 
     def _clear(self) -> None:
@@ -244,27 +240,27 @@ class _Shards:
         """The complete shards of a stopped run; none if they belong to another run and may be overwritten."""
         for unfinished in self._folder.glob(".*.tmp"):
             unfinished.unlink()
-        path = self._folder / _PROGRESS
-        if not path.is_file():
+        files = [name for name in (_PROGRESS, HEADER) if (self._folder / name).is_file()]
+        if not files:
             names = sorted(each.name for each in self._folder.iterdir())
-            if unknown := [name for name in names if name != _LOCK and not name.startswith((".", "shard-"))]:
+            if unknown := [name for name in names if not name.startswith((".", "shard-"))]:
                 raise OutputExistsError(
                     f"folder: {self._folder} exists and holds {unknown[0]}, which is not part of a prepared folder"
                 )
             return []
         try:
             with naming("folder"):
-                return self._checked_shards()
+                return self._checked_shards(files[0])
         except CheckpointError:
             if not overwrite:
                 raise
             for each in self._folder.iterdir():
-                if each.name != _LOCK:
+                if each.name != LOCK_FILE:
                     each.unlink()
             return []
 
-    def _checked_shards(self) -> list[dict[str, Any]]:
-        header = read_header(self._folder, _PROGRESS)
+    def _checked_shards(self, name: str) -> list[dict[str, Any]]:
+        header = read_header(self._folder, name)  # the whole folder's, if a run was killed before it was renamed
         if (difference := first_difference(header["settings"], self._settings)) is not None:
             raise CheckpointError(
                 f"{self._folder} was started with another {difference}; delete it, or start again with overwrite=True"

@@ -342,8 +342,9 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         lines = [json.dumps(example.to_dict(), ensure_ascii=False) + "\n" for example in examples]
         write_whole(self.folder / EXAMPLES_FILE, "".join(lines))
         write_whole(self.folder / EVALUATION_FILE, evaluation.to_json())
-        for name in _PROGRESS:
-            (self.folder / name).unlink(missing_ok=True)
+        # The first are only needed until now; a killed process may have left the others.
+        for path in (*(self.folder / name for name in _PROGRESS), *self.folder.glob("*.jsonl.partial")):
+            path.unlink(missing_ok=True)
 
     def _present(self) -> list[Path]:
         """The files an evaluation has written here, without `evaluation.json` and `evaluation.json.partial`."""

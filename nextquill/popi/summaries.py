@@ -36,7 +36,7 @@ from nextquill.popi.prompts import InferencePrompts
 from nextquill.popi.users import LEAST_SIGNALS, Draw, User, held_out, in_time
 from nextquill.storage.atomic_files import written_whole
 from nextquill.storage.fingerprints import fingerprint, seed_of
-from nextquill.storage.locks import try_lock
+from nextquill.storage.locks import is_at, try_lock
 
 if TYPE_CHECKING:
     from nextquill.popi.roles import Role
@@ -199,19 +199,12 @@ class SummaryFile:
             except OSError as error:
                 raise RecordError(f"{self.path}: cannot be written: {error.strerror or error}") from error
             with stream:
-                if try_lock(stream) and _is_at(stream.fileno(), self.path):
+                if try_lock(stream) and is_at(stream, self.path):
                     yield
                     return
             if time.monotonic() > until:
                 raise OutputExistsError(f"{self.path}: another process has held it for {_PATIENCE_S:.0f} s")
             time.sleep(_PAUSE_S)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _parsed(raw: object, where: str) -> Summary:

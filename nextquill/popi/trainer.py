@@ -193,20 +193,20 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
         self._start_interval()
-        self._log.restart(self._steps_done(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.passes.close()
             self.rollouts.close()
 
-    def _steps_done(self, resume: str | bool | None) -> int:
-        checkpoint = checkpoints.find_checkpoint(resume, Path(str(self.args.output_dir)))
-        if checkpoint is None:
-            return 0
-        check_resumable(checkpoint)
-        checkpoints.check_identity(checkpoint, self.run_identity())  # before the log is cut to the checkpoint's steps
-        return int(json_object(checkpoint / checkpoints.STATE_FILE)["global_step"])
+    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
+        checkpoint = super()._begun(resume_from_checkpoint, folder)
+        if checkpoint is not None:
+            check_resumable(checkpoint)
+        # The log is cut to the checkpoint's steps, and a new run's is empty.
+        state = {} if checkpoint is None else json_object(checkpoint / checkpoints.STATE_FILE)
+        self._log.restart(int(state.get("global_step", 0)))
+        return checkpoint
 
     def run_identity(self) -> dict[str, Any]:
         """Return everything that must be the same in this run and in a checkpoint that it resumes."""

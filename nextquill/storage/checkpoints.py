@@ -7,6 +7,7 @@ and holds digests of the users it was trained on. The same file beside the check
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,10 @@ from nextquill.storage.atomic_files import move_into_place
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 
+#: Errors of a system that has no room: on the device, in a file, or for this user.
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+#: What torch says in that case. Python and safetensors repeat the system's words.
+_TORCH_CANNOT_WRITE = re.compile(r"file write failed|unexpected pos \d+ vs \d+")
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
 #: The field of that file with the digests of the users in the training data.
@@ -31,19 +36,37 @@ STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose files are renamed into `folder` when the block ends without an exception."""
+    """Yield a temporary folder whose files are renamed into `folder` when the block ends without an exception.
+
+    CheckpointError if the disk is full.
+    """
     staging = folder / STAGING / "files"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        yield staging
-        for path in sorted(staging.iterdir()):
-            if path.is_dir():
-                move_into_place(path, folder / path.name)
-            else:
-                os.replace(path, folder / path.name)
+        with full_disk_named(folder):
+            yield staging
+            for path in sorted(staging.iterdir()):
+                if path.is_dir():
+                    move_into_place(path, folder / path.name)
+                else:
+                    os.replace(path, folder / path.name)
     finally:
         remove_staging(folder)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError where the block cannot write below `folder`; libraries have an error each for that."""
+    try:
+        yield
+    except Exception as error:
+        system = next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
+        if system is None and not _TORCH_CANNOT_WRITE.search(str(error)):
+            raise
+        last = last_checkpoint(folder)
+        kept = "it holds no checkpoint yet" if last is None else f"{last.name} is whole, so resume when there is room"
+        raise CheckpointError(f"{folder} cannot be written: {system or 'is the disk full?'}; {kept}") from error
 
 
 def remove_staging(folder: Path) -> None:

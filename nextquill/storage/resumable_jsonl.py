@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from nextquill.errors import CheckpointError, OutputExistsError
+from nextquill.errors import CheckpointError
 from nextquill.storage.atomic_files import written_whole
 from nextquill.storage.json_files import first_difference, line_fields
-from nextquill.storage.locks import HAS_LOCKS, try_lock
+from nextquill.storage.locks import HAS_LOCKS, in_the_way, try_lock
 
 _HEADER = "nextquill_partial"
 
@@ -47,7 +47,7 @@ class BegunFile:
         self._stream = self.path.open("a+b")
         try:
             if not try_lock(self._stream):
-                raise OutputExistsError(f"{argument}: another process is writing {self.path}")
+                raise in_the_way(self._stream, target, argument)
             self._stream.seek(0)
             first = self._stream.readline()
             reason = self._refusal(first, json.loads(header)[_HEADER])

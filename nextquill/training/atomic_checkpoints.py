@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.json_files import json_object
+from nextquill.storage.locks import LOCK_FILE, held
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -50,8 +53,18 @@ class AtomicCheckpoints(_Base):
 
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, or belongs to another run.
+            OutputExistsError: another process is training in the output folder.
         """
         folder = Path(str(self.args.output_dir))
+        with ExitStack() as hold:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                hold.enter_context(held(folder / LOCK_FILE, folder, "args.output_dir"))
+            checkpoint = self._begun(resume_from_checkpoint, folder)
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
+        """Check the checkpoint to resume from, which is returned, and prepare the run's folder."""
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if self._identity is None:  # once: the engine may shard the parameters afterwards
             self._identity = self.run_identity()
@@ -59,10 +72,13 @@ class AtomicCheckpoints(_Base):
             checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            if checkpoint is not None and checkpoint == checkpoints.last_checkpoint(folder):
+                # A process may have been killed between a checkpoint and the deletion of older ones.
+                best = json_object(checkpoint / checkpoints.STATE_FILE).get("best_model_checkpoint")
+                checkpoints.rotate(folder, self.args.save_total_limit, checkpoint.name, best)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        return checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -74,7 +90,8 @@ class AtomicCheckpoints(_Base):
         staging = folder / checkpoints.STAGING / name
         self._is_staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            with checkpoints.full_disk_named(folder):
+                super()._save_checkpoint(model, trial)
             best = f"checkpoint-{self.state.best_global_step}"
             if best == name or (folder / best).is_dir():
                 self.state.best_model_checkpoint = str(folder / best)

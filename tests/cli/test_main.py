@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import os
+import signal
 import sys
+import time
 from dataclasses import make_dataclass
 from types import ModuleType
 
@@ -122,14 +125,53 @@ def test_every_flag_that_stands_for_an_argument_exists():
         assert set(getattr(module, "FLAGS", {}).values()) <= flags, name
 
 
-def test_out_of_memory_names_what_to_turn_down(nextquill, command):
-    class OutOfMemoryError(RuntimeError):
-        pass
-
-    command(raising(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")))
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object: Cannot allocate memory"),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+    ],
+)
+def test_out_of_memory_names_what_to_turn_down(nextquill, command, error):
+    command(raising(error))
     result = nextquill("score")
-    assert result.code == 1
-    assert "--chunk_bytes" in result.err
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert result.err.startswith("nextquill: out of memory; use a smaller batch, ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_every_signal_that_ends_a_process_interrupts_the_command(nextquill, command, name):
+    before, cleaned = signal.getsignal(getattr(signal, name)), []
+
+    def run(arguments):
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(60)
+        finally:
+            cleaned.append(name)
+
+    command(run)
+    assert nextquill("score") == (130, "", "nextquill: interrupted\n")
+    assert cleaned == [name]
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
+def test_a_hangup_that_is_ignored_stays_ignored(nextquill, command):
+    def run(arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    command(run)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert nextquill("score").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_our_own_errors_keep_their_traceback(nextquill, command):

@@ -7,7 +7,10 @@ import pytest
 
 from nextquill.cli.run_folder import check_output_dir, open_output_dir, resume_point
 from nextquill.errors import CheckpointError, OutputExistsError
+from nextquill.storage.atomic_files import temporary
 from nextquill.storage.checkpoints import RUN_FILE
+from nextquill.storage.locks import LOCK_FILE, held, release_claims
+from tests.helpers import run_python
 
 
 @pytest.fixture
@@ -21,8 +24,54 @@ def run_folder(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def command_ends():
+    """What `main` does at the end of a command."""
+    yield
+    release_claims()
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from nextquill.cli.run_folder import open_output_dir
+from nextquill.errors import OutputExistsError
+try:
+    open_output_dir(Path(sys.argv[1]), None)
+except OutputExistsError as error:
+    print(error)
+"""
+
+
 def check(folder, resume=None, overwrite=False, inputs=()):
     check_output_dir(Path(folder), resume, overwrite=overwrite, inputs=[str(path) for path in inputs])
+
+
+def test_a_folder_that_another_process_writes_is_refused_before_any_change(run_folder):
+    pytest.importorskip("fcntl")
+    with held(run_folder / LOCK_FILE, run_folder):
+        for resume in (None, run_folder / "checkpoint-10"):
+            with pytest.raises(OutputExistsError, match=r"^output_dir: another process.* is writing .*run$"):
+                check(run_folder, resume, overwrite=True)
+            with pytest.raises(OutputExistsError, match=r"^output_dir: another process.* is writing .*run$"):
+                open_output_dir(run_folder, resume)
+    assert (run_folder / "checkpoint-10").is_dir()
+
+
+def test_an_opened_folder_is_kept_from_other_processes_until_the_command_ends(run_folder):
+    pytest.importorskip("fcntl")
+    open_output_dir(run_folder, None)
+    assert "another process" in run_python(OPEN, str(run_folder))
+    release_claims()
+    assert run_python(OPEN, str(run_folder)) == ""
+
+
+def test_the_lock_of_a_killed_process_is_no_reason_to_refuse(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (LOCK_FILE, temporary(folder / RUN_FILE).name):  # what a run leaves that is killed at its start
+        (folder / name).touch()
+        check(folder)
 
 
 @pytest.mark.parametrize("word", [None, "false", "False", "no", "0", ""])
@@ -78,7 +127,7 @@ def test_overwriting_empties_the_folder_and_keeps_it(run_folder):
     assert (run_folder / "checkpoint-10").is_dir(), "the check must change nothing"
     inode = run_folder.stat().st_ino
     open_output_dir(run_folder, None)
-    assert list(run_folder.iterdir()) == []
+    assert sorted(path.name for path in run_folder.iterdir()) == [LOCK_FILE, RUN_FILE]
     assert run_folder.stat().st_ino == inode
 
 

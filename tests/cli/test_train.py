@@ -2,6 +2,9 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from nextquill.cli import training_checks
 from nextquill.cli.train import final_metrics
 from nextquill.models.loading import load_prompt_settings
+from nextquill.storage.checkpoints import STAGING
 
 FILES = {
     "config.json",
@@ -116,6 +120,41 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(train, tmp_path):
     result = train(halves, *schedule, "--resume_from_checkpoint")
     assert result.code == 0, result.err
     assert_same_weights(halves, whole)
+
+
+#: Trains with a limit on the size of a file, which the system treats as it treats a full disk.
+LIMITED = """
+import resource, sys
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+from nextquill.cli.main import main
+print(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+@pytest.mark.parametrize(("size", "reason"), [(100_000, "File too large"), (600_000, "is the disk full?")])
+def test_a_full_disk_costs_no_checkpoint(train, data, tmp_path, size, reason):
+    """The model does not fit in the first case; in the second the optimizer's state does not."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    schedule = ("--max_steps", 3, "--save_steps", 1, "--save_total_limit", 9)
+    assert train(whole, *schedule).code == 0
+    for name in ("checkpoint-1", "nextquill_run.json", "nextquill_prompt.json"):
+        copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+        stopped.mkdir(exist_ok=True)
+        copy(whole / name, stopped / name)
+    files = ("--train_file", data / "train.jsonl", "--model", "tiny", "--output_dir", stopped)
+    sizes = ("--per_device_train_batch_size", 4, "--learning_rate", 1e-3, *schedule)
+    words = map(str, ("train", *files, *sizes, "--resume_from_checkpoint", "true"))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(size), *words], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.stdout == "1\n", done.stderr
+    message = f"{stopped} cannot be written: {reason}; checkpoint-1 is whole, so resume when there is room"
+    assert done.stderr.splitlines()[-1] == f"nextquill: {message}"
+    assert not (stopped / STAGING).exists()
+    assert train(stopped, *schedule, "--resume_from_checkpoint", "true").code == 0
+    assert_same_weights(stopped, whole)
 
 
 def test_resuming_a_finished_run_changes_nothing(train, trained, tmp_path):

@@ -15,8 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from nextquill import CheckpointError, NextQuillLoss, NextQuillTrainer, PairLoss, PerCELoss
+from nextquill.errors import OutputExistsError
 from nextquill.models.loading import load_model
 from nextquill.storage.checkpoints import RUN_FILE, STAGING, trained_users, user_digest
+from nextquill.storage.locks import LOCK_FILE, held
 from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, tiny_model, word_tokenizer
 
 DROPOUT = {"attention_dropout": 0.2}
@@ -51,6 +53,17 @@ def trainer_in(folder: Path, model: nn.Module | None = None, loss: PairLoss | No
     defaults = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_dataset": make_records(20)}
     defaults["attention"] = "padded"  # which dropout needs
     return make_trainer(folder, loss, full_model() if model is None else model, **{**defaults, **options})
+
+
+def test_two_trainers_cannot_share_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    trainer = trainer_in(tmp_path)
+    with (
+        held(tmp_path / LOCK_FILE, tmp_path),
+        pytest.raises(OutputExistsError, match=r"^args\.output_dir: another process.* is writing "),
+    ):
+        trainer.train()
+    assert not (tmp_path / RUN_FILE).exists()
 
 
 def state_of(trainer: NextQuillTrainer) -> dict[str, torch.Tensor]:
