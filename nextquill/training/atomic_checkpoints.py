@@ -28,7 +28,7 @@ _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attenti
 #: Fields of an adapter's config that change the effect of its weights.
 _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 #: Training arguments that each process has for itself.
-_OF_A_RANK = ("local_rank", "logging_dir", "run_name", "output_dir")
+_OF_A_PROCESS = ("local_rank", "logging_dir", "run_name", "output_dir")
 #: Values of each parameter that enter the fingerprint.
 _SAMPLE = 16
 
@@ -71,7 +71,7 @@ class AtomicCheckpoints(_Base):
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if self._identity is None:  # once: the engine may shard the parameters afterwards
             self._identity = self.run_identity()
-        check_agreement({**self._identity, **rank_settings(self.args, self.model)})
+        check_agreement(self._shared_settings(self._identity))
         if checkpoint is not None and self.is_world_process_zero():
             checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
@@ -79,6 +79,16 @@ class AtomicCheckpoints(_Base):
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
         return checkpoint
+
+    def _shared_settings(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What all processes of a run share, as JSON holds it."""
+        shared = {name: value for name, value in self.args.to_dict().items() if name not in _OF_A_PROCESS}
+        shared |= {"version of " + name: version(name) for name in ("torch", "transformers", "accelerate")} | identity
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            del shared["frozen_weights"]  # only one process may have loaded them
+        else:
+            shared["initial weights"] = _fingerprint(self.model.named_parameters())
+        return shared
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -146,13 +156,6 @@ def run_identity(model: Any, loss: Any) -> dict[str, Any]:
         # The address of a function differs between processes.
         "loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)),
     }
-
-
-def rank_settings(args: Any, model: nn.Module) -> dict[str, Any]:
-    """What all processes of a run share besides its identity, as JSON holds it."""
-    versions = {name: version(name) for name in ("nextquill", "torch", "transformers", "accelerate")}
-    arguments = {name: value for name, value in args.to_dict().items() if name not in _OF_A_RANK}
-    return {**arguments, "initial weights": _fingerprint(model.named_parameters()), "versions": versions}
 
 
 def _describe(adapter: Any) -> str:

@@ -45,7 +45,7 @@ def test_processes_without_a_group_are_refused(tmp_path: Path, monkeypatch: pyte
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     lines = [
-        f'{{"user_id": "u{place % 3}", "query": "say {place}", "history": ["so {place}"], "response": "it is {place}"}}\n'
+        f'{{"user_id": "u{place % 3}", "query": "say {place}", "history": ["so {place}"], "response": "is {place}"}}\n'
         for place in range(8)
     ]
     for name, chosen in (("train", lines), ("reversed", lines[::-1]), ("fewer", lines[:6])):
