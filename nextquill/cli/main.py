@@ -50,6 +50,9 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
 #: What torch, numpy, CUDA and the loader of libraries say when memory is short.
 _OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate memory|bad_alloc", re.IGNORECASE)
+#: What torch raises, or says, when another process of a group has gone or has not answered within --ddp_timeout.
+_GROUP_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_GROUP_ENDED = re.compile(r"\bgloo\b|connection (closed|reset) by peer|timed out waiting \d+ms", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +143,8 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         return f"out of memory; use a smaller batch, --max_length, --max_tokens or --chunk_bytes ({text[:120]})", FAILED
+    if type(error).__name__ in _GROUP_ERRORS or (isinstance(error, RuntimeError) and _GROUP_ENDED.search(text)):
+        return f"another process of the group has ended or does not answer; its message says why ({text[:120]})", FAILED
     if isinstance(error, ImportError):
         return f"{command} needs a package that is not installed: {text}; pip install 'nextquill[cli]'", FAILED
     is_of_the_connection = type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))
@@ -175,7 +180,8 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # an unfinished progress bar's line
-    print(f"nextquill: {message}", file=sys.stderr)
+    rank = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"nextquill: {rank}{message}", file=sys.stderr)
     return code
 
 

@@ -14,6 +14,7 @@ from nextquill.cli.flags import UsageError, check_positive
 from nextquill.cli.parsing import WIDE_REFUSALS, refusals
 from nextquill.errors import BackendUnavailableError
 from nextquill.training.meter import EVAL_COLUMNS
+from nextquill.training.ranks import check_group
 
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 METRICS = (*EVAL_COLUMNS, "effect_logprob", "effect_placebo")
@@ -21,6 +22,7 @@ METRICS = (*EVAL_COLUMNS, "effect_logprob", "effect_placebo")
 
 def check_arguments(args: TrainingArguments, *, has_eval_file: bool, metrics: Sequence[str] = METRICS) -> None:
     """Raise UsageError or ArgumentError for values that do not fit each other or the run."""
+    check_group(args)
     check_positive(args, _COUNTS)
     if not math.isfinite(args.learning_rate) or args.learning_rate < 0:
         raise UsageError(f"learning_rate: expected a number of at least 0, got {args.learning_rate}")

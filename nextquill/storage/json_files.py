@@ -40,13 +40,19 @@ def line_fields(line: str | bytes) -> dict[str, Any]:
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """The name of the first setting that differs, with both values; None if all are equal. Nested names are joined."""
+    found = different_values(there, here)
+    return None if found is None else f"{found[0]}: there {found[1]!r}, here {found[2]!r}"
+
+
+def different_values(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The name of the first setting that differs, and both values; None if all are equal. Nested names are joined."""
     for name in {**there, **here}:
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            if (inner := first_difference(old, new)) is not None:
-                return f"{name} {inner}"
+            if (inner := different_values(old, new)) is not None:
+                return f"{name} {inner[0]}", *inner[1:]
         elif old != new:
-            return f"{name}: there {old!r}, here {new!r}"
+            return name, old, new
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
+from nextquill.training.ranks import check_agreement
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -26,7 +28,9 @@ else:
 _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: Fields of an adapter's config that change the effect of its weights.
 _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-#: Values of each frozen parameter that enter the fingerprint.
+#: Training arguments that each process has for itself.
+_OF_A_PROCESS = ("local_rank", "logging_dir", "run_name", "output_dir")
+#: Values of each parameter that enter the fingerprint.
 _SAMPLE = 16
 
 
@@ -68,6 +72,7 @@ class AtomicCheckpoints(_Base):
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if self._identity is None:  # once: the engine may shard the parameters afterwards
             self._identity = self.run_identity()
+        check_agreement(self._shared_settings(self._identity))
         if checkpoint is not None and self.is_world_process_zero():
             checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
@@ -79,6 +84,16 @@ class AtomicCheckpoints(_Base):
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
         return checkpoint
+
+    def _shared_settings(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What all processes of a run share, as JSON holds it."""
+        shared = {name: value for name, value in self.args.to_dict().items() if name not in _OF_A_PROCESS}
+        shared |= {"version of " + name: version(name) for name in ("torch", "transformers", "accelerate")} | identity
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            del shared["frozen_weights"]  # only one process may have loaded them
+        else:
+            shared["initial weights"] = _fingerprint(self.model.named_parameters())
+        return shared
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -138,10 +153,11 @@ def run_identity(model: Any, loss: Any) -> dict[str, Any]:
     adapter does not hold the frozen weights.
     """
     config = text_config(model)
+    frozen = ((name, each) for name, each in model.named_parameters() if not each.requires_grad)
     return {
         "model": {name: getattr(config, name, None) for name in _CONFIG_FIELDS},
         "adapters": {name: _describe(adapter) for name, adapter in sorted(getattr(model, "peft_config", {}).items())},
-        "frozen_weights": _fingerprint(model),
+        "frozen_weights": _fingerprint(frozen),
         # The address of a function differs between processes.
         "loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)),
     }
@@ -155,11 +171,11 @@ def _describe(adapter: Any) -> str:
     return f"{kind}, r={getattr(adapter, 'r', None)}, {scaling}, {targets}"
 
 
-def _fingerprint(model: nn.Module) -> str | None:
-    """A hash of the first values of every frozen parameter; None if no parameter is frozen."""
+def _fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
+    """A hash of the first values of each parameter; None if there is none."""
     parts = list[bytes]()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not parameter.is_meta:
+    for name, parameter in parameters:
+        if not parameter.is_meta:
             sample = parameter.detach().reshape(-1)[:_SAMPLE]
             sample = sample.float() if sample.is_floating_point() else sample
             parts.append(name.encode() + sample.cpu().numpy().tobytes())

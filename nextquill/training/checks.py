@@ -9,6 +9,7 @@ from torch import nn
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
 from nextquill.models.configs import check_vocabulary
+from nextquill.training.ranks import check_group
 
 #: Options of transformers' Trainer that our trainers set themselves.
 FILLED_OPTIONS = (
@@ -39,6 +40,7 @@ def check_options(options: dict[str, Any], trainer: str = "NextQuillTrainer") ->
 
 def check_arguments(args: Any) -> None:
     """Raise ArgumentError for training arguments that would be ignored or fail later."""
+    check_group(args)
     for name, (accepted, reason) in _ARGUMENTS.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:

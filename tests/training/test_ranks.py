@@ -1,0 +1,94 @@
+"""Processes that would not train together are refused, and one that ends or stops ends the others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainingArguments
+
+from nextquill.errors import ArgumentError
+from nextquill.training.ranks import check_group
+from tests.training.rank_worker import DIFFERENT, SIGNALS, UNGROUPED
+
+HERE = Path(__file__).parent
+#: Seconds after which processes have to be gone, launch included; a quiet machine takes half a minute for the longest.
+PATIENCE = 150
+#: What the message of each case names.
+NAMED = {
+    "seed": "seed: expected the same in all processes, got 42 and, on rank 1, 7",
+    "loss": "loss: expected the same",
+    "learning_rate": "learning_rate: expected the same in all processes, got 5e-05 and, on rank 1, 0.5",
+    "batch": "per_device_train_batch_size: expected the same in all processes, got 1 and, on rank 1, 2",
+    "max_steps": "max_steps: expected the same in all processes, got 2 and, on rank 1, 3",
+    "order": "expected the same in all processes",
+    "fewer": "expected the same in all processes",
+}
+
+
+def test_processes_without_a_group_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = TrainingArguments(str(tmp_path))
+    check_group(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match=r"^args\.use_cpu: expected True where 2 processes .* got False$"):
+        check_group(args)
+    check_group(SimpleNamespace(parallel_mode=SimpleNamespace(value="distributed"), ddp_timeout_delta=None))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    lines = [
+        f'{{"user_id": "u{place % 3}", "query": "say {place}", "history": ["so {place}"], "response": "is {place}"}}\n'
+        for place in range(8)
+    ]
+    for name, chosen in (("train", lines), ("reversed", lines[::-1]), ("fewer", lines[:6])):
+        (folder / f"{name}.jsonl").write_text("".join(chosen))
+    return folder
+
+
+def launch(case: str, folder: Path) -> tuple[int, list[str]]:
+    """Run a case on two processes; the exit code and what each has printed."""
+    shutil.rmtree(folder / case, ignore_errors=True)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    told = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*words, str(HERE / "rank_worker.py"), case, str(folder)], env=told, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        code = process.wait(PATIENCE)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return code, [(folder / f"{case}-{rank}").read_text() for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE + 30)
+@pytest.mark.parametrize("case", ["equal", *DIFFERENT, *UNGROUPED, *SIGNALS])
+def test_processes_train_together_or_end_with_one_line(case: str, folder: Path) -> None:
+    code, printed = launch(case, folder)
+    assert (code == 0) is (case == "equal"), printed
+    for rank, each in enumerate(printed):
+        assert "Traceback" not in each, each
+        told = [line for line in each.splitlines() if line.startswith("nextquill: ")]
+        if case == "equal" or (case in SIGNALS and rank == 1):
+            assert not told
+        elif case == "missing" and rank == 1:
+            assert told == ["nextquill: rank 1: --train_file: no such file: missing.jsonl"]
+        elif case in SIGNALS or case == "missing":
+            assert "rank 0: another process of the group has ended or does not answer" in told[-1]
+        elif case in UNGROUPED:
+            assert f"rank {rank}: --use_cpu: expected True where 2 processes train together" in told[-1]
+        else:
+            assert f"rank {rank}: " in told[-1]
+            assert NAMED[case] in told[-1]
+    if case != "equal":
+        assert not (folder / case / "model.safetensors").exists()
