@@ -68,13 +68,13 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The folder's `checkpoint-N` with the largest N."""
-    return max(_checkpoints(folder), key=_step, default=None)
+    return next(reversed(found_checkpoints(folder)), None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]
+def found_checkpoints(folder: Path) -> list[Path]:
+    """The folder's `checkpoint-N`, the largest N last."""
+    found = folder.glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -85,7 +85,7 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
     """Delete the oldest checkpoints until `limit` are left, but never the newest or the best."""
     if limit is None or limit <= 0:
         return
-    found = sorted(_checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, _step(path)))
+    found = sorted(found_checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, _step(path)))
     protected = {newest} if best is None else {newest, Path(best).name}
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(limit, len(protected)))]:

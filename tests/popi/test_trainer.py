@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from nextquill.data import HistoryItem
-from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, NonFiniteError, RecordError
 from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
 from nextquill.popi.rollouts import RecordedRollouts, RecordingRollouts, Sample
+from nextquill.popi.steps import StepMaker
+from nextquill.training.finite import FiniteGuard
 from tests.popi.popi_helpers import (
     CONFIG,
     TEMPLATES,
@@ -403,6 +405,35 @@ def test_a_reward_that_is_not_finite_is_counted_and_left_out(tmp_path: Path, mon
     first = summaries_of(tmp_path)[0]
     assert first["reward"] is None
     assert first["advantage"] == 0
+    assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_step_with_a_user_whose_losses_are_all_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The second step's; it stops the run or is skipped, and what is logged is over the others."""
+    honest, calls = StepMaker._score, list[int]()
+
+    def broken(self: StepMaker, draws: Any, *texts: Any) -> Any:
+        found = honest(self, draws, *texts)
+        calls.append(len(draws))
+        if len(calls) == 2:
+            found.own[0] = found.own[0]._replace(loss=found.own[0].loss * math.nan)
+        return found
+
+    monkeypatch.setattr(StepMaker, "_score", broken)
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=3, callbacks=[FiniteGuard(limit)])
+    if limit:
+        trainer.train()
+        assert trainer.guard.skipped == [2]
+        assert math.isfinite(logs_of(trainer)[0]["loss"])
+        assert logs_of(trainer)[0]["skipped_steps"] == 1
+    else:
+        with pytest.raises(
+            NonFiniteError, match=r"^step 2: the loss is not finite, with user 'user \d'; the step was not"
+        ):
+            trainer.train()
     assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
 
 
