@@ -159,7 +159,7 @@ def train(
     `report` is shown before, `following` are the commands that a user may want next.
     """
     if resume is not None:  # before the output folder is changed; the trainer would notice later
-        checkpoints.check_identity(resume, trainer.run_identity())
+        trainer.check_resume(resume)
     if trainer.args.should_save:
         open_output_dir(folder, resume)
         if settings is not None:

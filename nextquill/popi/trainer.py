@@ -30,7 +30,6 @@ from nextquill.popi.config import (
     POPIConfig,
     check_args,
     check_batches,
-    check_resumable,
     check_warm_start,
     make_roles,
     usable_users,
@@ -40,7 +39,7 @@ from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.model_card import popi_card
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
-from nextquill.popi.roles import Role
+from nextquill.popi.roles import Role, check_roles
 from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.saved_run import SampleLog
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
@@ -50,7 +49,7 @@ from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
-from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.checks import check_options
 from nextquill.training.finite import FiniteSteps
 from nextquill.training.model_card import CARD_FILE
@@ -206,9 +205,12 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         checkpoint = checkpoints.find_checkpoint(resume, Path(str(self.args.output_dir)))
         if checkpoint is None:
             return 0
-        check_resumable(checkpoint)
-        checkpoints.check_identity(checkpoint, self.run_identity())  # before the log is cut to the checkpoint's steps
+        self.check_resume(checkpoint)  # before the log is cut to the checkpoint's steps
         return int(json_object(checkpoint / checkpoints.STATE_FILE)["global_step"])
+
+    def check_resume(self, checkpoint: Path) -> None:
+        check_roles(checkpoint)
+        super().check_resume(checkpoint)
 
     def run_identity(self) -> dict[str, Any]:
         """Return everything that must be the same in this run and in a checkpoint that it resumes."""
@@ -222,6 +224,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             "users": fingerprint(map(repr, users)),
             "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
+            **training_identity(args, self.roles.models),
         }
 
     def _starting_point(self) -> tuple[list[str], list[Any]]:

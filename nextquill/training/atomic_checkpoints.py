@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from nextquill.errors import CheckpointError
+from nextquill.models.architectures import random_rates
 from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.manifests import write_manifest
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -23,6 +26,12 @@ else:
 _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: Fields of an adapter's config that change the effect of its weights.
 _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+#: Training arguments that decide which weights a run ends with, besides its length. Another value is refused.
+_ARGUMENTS = (
+    "learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16",
+    "fp16", "neftune_noise_alpha", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
 #: Values of each frozen parameter that enter the fingerprint.
 _SAMPLE = 16
 
@@ -35,6 +44,7 @@ class AtomicCheckpoints(_Base):
 
     _identity: dict[str, Any] | None = None
     _trained_users: list[str] | None = None
+    _checked: Path | None = None
     _is_staging = False
 
     def run_identity(self) -> dict[str, Any]:
@@ -49,20 +59,47 @@ class AtomicCheckpoints(_Base):
         """Train as the Trainer does.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, or belongs to another run.
+            CheckpointError: the checkpoint is missing, incomplete, damaged, or belongs to another run.
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
-        if self._identity is None:  # once: the engine may shard the parameters afterwards
-            self._identity = self.run_identity()
-        if checkpoint is not None and self.is_world_process_zero():
-            checkpoints.check_identity(checkpoint, self._identity)
+        if checkpoint is not None:
+            self.check_resume(checkpoint)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
+        self._checked = None  # the next call may find other files
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Check a checkpoint before anything is changed; all ranks call it, and one reads the files.
+
+        Raises:
+            CheckpointError: it belongs to another run, or a file is missing or differs from what was written.
+        """
+        if checkpoint == self._checked:
+            return
+        found: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                checkpoints.check_identity(checkpoint, self._own_identity())
+                if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # their states have other names
+                    checkpoints.check_resumable(checkpoint)
+                checkpoints.check_whole(checkpoint)
+            except CheckpointError as error:
+                found = [str(error)]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[0] is not None:
+            raise CheckpointError(found[0])
+        self._checked = checkpoint
+
+    def _own_identity(self) -> dict[str, Any]:
+        if self._identity is None:  # once: the engine may shard the parameters afterwards
+            self._identity = self.run_identity()
+        return self._identity
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -82,6 +119,7 @@ class AtomicCheckpoints(_Base):
             if self.args.should_save:
                 self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
                 self._write_identity(staging)
+                write_manifest(staging, {checkpoints.STATE_FILE: checkpoints.SHOWN_STATE})
                 move_into_place(staging, folder / name)
         finally:
             self._is_staging = False
@@ -111,7 +149,7 @@ class AtomicCheckpoints(_Base):
 
     def _write_identity(self, folder: Path) -> None:
         known = {} if self._trained_users is None else {checkpoints.TRAINED_USERS: self._trained_users}
-        write_whole(folder / checkpoints.RUN_FILE, json.dumps({**(self._identity or {}), **known}, indent=2) + "\n")
+        write_whole(folder / checkpoints.RUN_FILE, checkpoints.as_json({**self._own_identity(), **known}))
 
 
 def run_identity(model: Any, loss: Any) -> dict[str, Any]:
@@ -127,6 +165,19 @@ def run_identity(model: Any, loss: Any) -> dict[str, Any]:
         "frozen_weights": _fingerprint(model),
         # The address of a function differs between processes.
         "loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)),
+    }
+
+
+def training_identity(args: Any, models: Iterable[nn.Module]) -> dict[str, Any]:
+    """How these models are trained: training arguments by their flags, and the models' precision and dropout."""
+    models = list(models)
+    trained = {p.dtype for model in models for p in model.parameters() if p.requires_grad}
+    rates = {getattr(module, name) for model in models for _, module, name in random_rates(model)}
+    known = {name: getattr(args, name) for name in _ARGUMENTS if name in vars(args)}  # versions of transformers differ
+    return {
+        **{f"--{name}": value for name, value in known.items()},
+        "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in trained),
+        "dropout": sorted(filter(None, rates)),
     }
 
 

@@ -430,9 +430,7 @@ def test_a_step_with_a_user_whose_losses_are_all_not_finite(
         assert math.isfinite(logs_of(trainer)[0]["loss"])
         assert logs_of(trainer)[0]["skipped_steps"] == 1
     else:
-        with pytest.raises(
-            NonFiniteError, match=r"^step 2: the loss is not finite, with user 'user \d'; the step was not"
-        ):
+        with pytest.raises(NonFiniteError, match=r"^step 2: the loss is not finite, with user .user .d.; the step"):
             trainer.train()
     assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
 
