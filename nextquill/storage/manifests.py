@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,20 @@ MANIFEST = "nextquill_manifest.json"
 _FORMAT = "nextquill_manifest"
 
 
-def write_manifest(folder: Path, without: Mapping[str, Sequence[str]] | None = None) -> None:
-    """List the files of a folder and of the folders in it; `without` names JSON files, and fields that may change."""
+def write_manifest(
+    folder: Path, without: Mapping[str, Sequence[str]] | None = None, among: Sequence[str] = ("*",)
+) -> None:
+    """List the files of a folder and of the folders in it.
+
+    Args:
+        folder: the folder, which gets the manifest.
+        without: by the names of JSON files, the fields that may change.
+        among: patterns of the folder's own files and folders that are listed.
+    """
     left_out = without or {}
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    tops = [path for pattern in among for path in folder.glob(pattern)]
+    inner = [path for top in tops for path in (top, *top.rglob("*"))]
+    paths = sorted(path for path in inner if path.is_file() and path.name != MANIFEST)
     names = [path.relative_to(folder).as_posix() for path in paths]
     files = {name: _described(folder / name, left_out.get(name)) for name in names}
     write_whole(folder / MANIFEST, json.dumps({_FORMAT: 1, "files": files}, indent=2) + "\n")
@@ -45,11 +56,16 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def damage(folder: Path) -> str | None:
-    """The first difference between a folder and its manifest, in words that name the file; None if it is whole."""
+def damage(folder: Path, among: Sequence[str] = ("*",)) -> str | None:
+    """The first difference between a folder and its manifest, in words that name the file; None if it is whole.
+
+    `among` are patterns of the folder's own files and folders that are compared.
+    """
     try:
         files = json_object(folder / MANIFEST)["files"]
         for name, expected in files.items():
+            if not any(fnmatchcase(name.partition("/")[0], pattern) for pattern in among):
+                continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
             size = (folder / name).stat().st_size

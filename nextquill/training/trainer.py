@@ -31,6 +31,7 @@ from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
 
+#: The batch of a step, by the flags that make it.
 _STEP = "number of examples per step (--per_device_train_batch_size x --gradient_accumulation_steps x processes)"
 
 
@@ -177,18 +178,19 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
         encoder, args = self.encoder, self.args
         assert encoder is not None
-        prompt = {f"template {name}": value for name, value in asdict(encoder.template).items()}
-        together = args.train_batch_size if self.loss.reduction == "micro_batch" else None
+        template = {**asdict(encoder.template), "chat": encoder.renderer.uses_chat}  # None leaves it to the tokenizer
+        # The other reductions give the same gradient for any division of a step.
+        division = args.train_batch_size if self.loss.reduction == "micro_batch" else None
         return {
             **run_identity(self.model, self.loss),
             "effects_file": effects,
             "examples_per_user": self.examples_per_user,
-            **training_identity(args, [self.model]),
+            **training_identity(args, self._starting_point()[1]),
             _STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "--per_device_train_batch_size": together,
+            "--per_device_train_batch_size": division,
             "--max_length": encoder.max_length,
             "--max_response_length": encoder.max_response_length,
-            **prompt,
+            **{f"template {name}": value for name, value in template.items()},
             "--train_file (train_dataset)": None if dataset is None else f"{len(dataset)} examples, {dataset.digest}",
         }
 

@@ -159,6 +159,29 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path],
     assert log.read_text() == '{"step": 9}\n', "a refused resume must leave the log as it is"
 
 
+def test_a_damaged_run_is_refused(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    trainer, folder = whole
+    trainer.save_model(str(tmp_path))
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    for run in (tmp_path, tmp_path / "checkpoint-2"):
+        Roles.load(run)
+        weights = run / "generator" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        with pytest.raises(CheckpointError, match=r"generator/adapter_model.safetensors is damaged or was changed"):
+            Roles.load(run)
+    with pytest.raises(CheckpointError, match=r"generator/adapter_model.safetensors is damaged or was changed"):
+        make_trainer(tmp_path, per_device_train_batch_size=4).train(resume_from_checkpoint=True)
+
+
+def test_a_run_with_another_learning_rate_is_refused(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"another --learning_rate: there 0\.01, here 0\.5"):
+        make_trainer(tmp_path, per_device_train_batch_size=4, learning_rate=0.5).train(
+            resume_from_checkpoint=str(whole[1] / "checkpoint-2")
+        )
+
+
 @pytest.mark.parametrize("name", ["inference", "generator"])
 def test_an_adapter_missing_from_a_checkpoint_is_named(
     whole: tuple[POPITrainer, Path], tmp_path: Path, name: str
@@ -430,7 +453,7 @@ def test_a_step_with_a_user_whose_losses_are_all_not_finite(
         assert math.isfinite(logs_of(trainer)[0]["loss"])
         assert logs_of(trainer)[0]["skipped_steps"] == 1
     else:
-        with pytest.raises(NonFiniteError, match=r"^step 2: the loss is not finite, with user .user .d.; the step"):
+        with pytest.raises(NonFiniteError, match=r"^step 2: the loss is not finite, with user 'user \d'; the step"):
             trainer.train()
     assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
 
