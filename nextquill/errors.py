@@ -72,6 +72,10 @@ class CheckpointError(NextQuillError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another model or run."""
 
 
+class NonFiniteError(NextQuillError, FloatingPointError):
+    """A model gives NaN or infinity, in a loss, a gradient, a weight or an NLL; nothing is computed from it."""
+
+
 class UnsupportedModelError(NextQuillError, RuntimeError):
     """A model's head cannot be handled exactly, so it is refused."""
 

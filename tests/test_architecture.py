@@ -62,6 +62,7 @@ MAY_USE: dict[str, frozenset[str]] = {
     **dict.fromkeys(MAY_IMPORT, _TORCH),
     "defaults": frozenset(),
     "lazy": frozenset(),
+    "storage": _TORCH | {"xxhash"},
     "nextquill_kernels": _TORCH | {"triton"},
     "ops": _TORCH | {"nextquill_ext"},
     "tree": _TORCH | {"flash_attn"},

@@ -264,6 +264,24 @@ class BatchOptions:
         check_token_budget(self)
 
 
+@dataclass
+class GuardOptions:
+    """Steps that cannot be applied."""
+
+    max_skipped_steps: int = option(
+        "Skip and count this many steps whose loss or gradient is not finite. The next one stops the run, as the first "
+        "one does by default.", 0,
+    )  # fmt: skip
+
+    def watch(self, trainer: Any) -> None:
+        """Make a trainer skip such steps."""
+        from nextquill.training.finite import FiniteGuard
+
+        if self.max_skipped_steps < 0:
+            raise ArgumentError(f"max_skipped_steps: expected at least 0, got {self.max_skipped_steps}")
+        trainer.add_callback(FiniteGuard(self.max_skipped_steps))
+
+
 #: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.
 LORA_LEARNING_RATE = 2e-4
 

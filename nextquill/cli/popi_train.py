@@ -12,7 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from nextquill.cli.flags import UsageError, check_token_budget, dry_run_option, option
 from nextquill.cli.main import OK
-from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, ModelOptions, attention_option
+from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, GuardOptions, ModelOptions, attention_option
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
@@ -116,13 +116,22 @@ class PopiLoraOptions(AdapterOptions):
                 raise ArgumentError(f"{name}: expected --lora_r above 0 with it")
 
 
-OPTIONS = (PopiModelOptions, PopiFiles, PopiFormat, POPIConfig, PopiPromptOptions, PopiLoraOptions, TrainingArguments)
+OPTIONS = (
+    PopiModelOptions,
+    PopiFiles,
+    PopiFormat,
+    POPIConfig,
+    PopiPromptOptions,
+    PopiLoraOptions,
+    GuardOptions,
+    TrainingArguments,
+)
 FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
     parsed = parse("popi train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
-    models, files, form, config, prompts, lora, args = parsed
+    models, files, form, config, prompts, lora, guard, args = parsed
     models.check()
     lora.check(models.names)
     lora.set_learning_rate(args)
@@ -148,6 +157,7 @@ def run(arguments: Sequence[str]) -> int:
             trainer = POPITrainer(
                 **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
             )
+        guard.watch(trainer)
         check_optimizer(args, trainer.model)
         if files.dry_run:
             from nextquill.cli import dry_run

@@ -16,7 +16,15 @@ from transformers import TrainingArguments, set_seed
 from nextquill.cli.flags import check_file
 from nextquill.cli.load_and_score import encode_records, history_notes, quieten_transformers, read_records
 from nextquill.cli.main import INTERRUPTED, OK
-from nextquill.cli.options import BatchOptions, LoraOptions, LossOptions, PromptOptions, TrainFiles, TrainModelOptions
+from nextquill.cli.options import (
+    BatchOptions,
+    GuardOptions,
+    LoraOptions,
+    LossOptions,
+    PromptOptions,
+    TrainFiles,
+    TrainModelOptions,
+)
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.terminal import draws_bars, duration
@@ -39,7 +47,16 @@ DESCRIPTION = (
     "too. The output folder holds the model, its tokenizer, the prompt settings, the metrics and the checkpoints. "
     "Ctrl-C finishes the step and saves a checkpoint."
 )
-OPTIONS = (TrainModelOptions, TrainFiles, PromptOptions, LossOptions, BatchOptions, LoraOptions, TrainingArguments)
+OPTIONS = (
+    TrainModelOptions,
+    TrainFiles,
+    PromptOptions,
+    LossOptions,
+    BatchOptions,
+    LoraOptions,
+    GuardOptions,
+    TrainingArguments,
+)
 FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 #: No learning rate, as `set_learning_rate` fills it in.
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "save_total_limit": 2, "report_to": "none"}
@@ -54,7 +71,7 @@ Source = list[Record] | PreparedDataset
 
 def run(arguments: Sequence[str]) -> int:
     parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
-    model_options, files, prompt_options, loss_options, batches, lora, args = parsed
+    model_options, files, prompt_options, loss_options, batches, lora, guard, args = parsed
     loss = loss_options.build()
     lora.check(model_options.model)
     lora.set_learning_rate(args)
@@ -91,6 +108,7 @@ def run(arguments: Sequence[str]) -> int:
                 **vars(batches),
                 **vars(settings),
             )
+        guard.watch(trainer)
         if files.dry_run:
             return rehearse(trainer, model_options.model, settings)
     following = next_commands(folder, files, sources["train"])
@@ -141,7 +159,7 @@ def train(
     `report` is shown before, `following` are the commands that a user may want next.
     """
     if resume is not None:  # before the output folder is changed; the trainer would notice later
-        checkpoints.check_identity(resume, trainer.run_identity())
+        trainer.check_resume(resume)
     if trainer.args.should_save:
         open_output_dir(folder, resume)
         if settings is not None:

@@ -21,6 +21,8 @@ from nextquill.data.skipped import PlacedError, unexpected
 from nextquill.errors import ArgumentError, RecordError
 
 _FIELDS = ("nll_factual", "nll_counterfactual")
+#: Of numbers with six decimals, relative to 1 nat or to the NLLs, which are float32.
+_ROUNDING = 2e-6
 
 
 def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample]) -> list[EncodedExample]:
@@ -30,7 +32,8 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
     other indices are skipped. Prompts are not compared, as another model may have seen more history.
 
     Args:
-        path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats.
+        path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats. Their
+            difference must be `effect_logprob`, if a line has it; damage is found so.
         examples: encoded examples whose indices differ.
 
     Returns:
@@ -75,7 +78,19 @@ def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Ten
             "from other records or with another tokenizer",
             "token_ids",
         )
-    return torch.stack([_numbers(raw, name, where, len(ids)) for name in _FIELDS])
+    found = torch.stack([_numbers(raw, name, where, len(ids)) for name in _FIELDS])
+    if "effect_logprob" in raw:
+        effect = _numbers(raw, "effect_logprob", where, len(ids))
+        wrong = (effect - (found[1] - found[0])).abs() > _ROUNDING * (1 + found.abs().sum(0))
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
+            raise PlacedError(
+                where,
+                f"expected nll_counterfactual - nll_factual, which is {float(found[1, place] - found[0, place]):.6f} "
+                f"for token {place}, got {float(effect[place]):.6f}; the line is damaged",
+                "effect_logprob",
+            )
+    return found
 
 
 def _numbers(raw: Mapping[str, Any], name: str, where: str, count: int) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nextquill.data.tokenizing import Ids
+from nextquill.storage.fingerprints import fast_digest
 
 
 class Branch:
@@ -158,6 +162,17 @@ def encoding_stats(counts: Tensor) -> EncodingStats:
     )
 
 
+def examples_digest(users: Sequence[str], lengths: Tensor, ids: Iterable[Any]) -> str:
+    """See `EncodedDataset.digest`.
+
+    Args:
+        users: of each example.
+        lengths: int64 [examples, 3], the tokens of both prompts and of the response.
+        ids: int32 buffers; one after another, they hold each example's prompts and response.
+    """
+    return fast_digest(chain((json.dumps(users).encode(), lengths.contiguous().numpy()), ids))
+
+
 class EncodedDataset(Dataset[EncodedExample]):
     """Encoded examples as a map-style data set, in their order."""
 
@@ -179,6 +194,14 @@ class EncodedDataset(Dataset[EncodedExample]):
     def user_ids(self) -> list[str]:
         """The user of each example."""
         return [example.user_id for example in self.examples]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the examples in their order: users and token ids, without the placebo branches."""
+        found = [(e.factual, e.counterfactual) for e in self.examples]
+        lengths = [(one.prompt_length, other.prompt_length, one.response_length) for one, other in found]
+        arrays = ((one.to_arrays()[0], other.to_arrays()[0], one.to_arrays()[1]) for one, other in found)
+        return examples_digest(self.user_ids, torch.tensor(lengths), (ids for each in arrays for ids in each))
 
     @property
     def stats(self) -> EncodingStats:

@@ -19,7 +19,7 @@ import os
 import sys
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from nextquill.data.encoding import ExampleEncoder
-from nextquill.data.examples import Branch, EncodedDataset, EncodedExample, EncodingStats, encoding_stats
+from nextquill.data.examples import (
+    Branch,
+    EncodedDataset,
+    EncodedExample,
+    EncodingStats,
+    encoding_stats,
+    examples_digest,
+)
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
@@ -89,6 +96,12 @@ class PreparedDataset(EncodedDataset):
         """Counts of what encoding kept and dropped."""
         counts = [index[:, [_KEPT, _TOTAL, _FACTUAL, _RESPONSE]] for index in self._stored.indices()]
         return encoding_stats(torch.cat(counts))
+
+    @property
+    def digest(self) -> str:
+        """A digest of the examples, equal to that of the same examples in memory."""
+        lengths = torch.cat([index[:, [_FACTUAL, _COUNTERFACTUAL, _RESPONSE]] for index in self._stored.indices()])
+        return examples_digest(self.user_ids, lengths, self._stored.ids())
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
@@ -153,6 +166,16 @@ class _StoredExamples(Sequence[EncodedExample]):
     def indices(self) -> list[Tensor]:
         """Each shard's index, int64 [examples, 8]."""
         return [self._map(shard, "index").view(-1, len(_COLUMNS)) for shard in range(len(self._shards))]
+
+    def ids(self) -> Iterator[Any]:
+        """Each shard's token ids without the placebo prompts, int32 arrays."""
+        for shard, index in enumerate(self.indices()):
+            lengths = index[:, [_FACTUAL, _COUNTERFACTUAL, _PLACEBO, _RESPONSE]].clamp(min=0)
+            ids = self._map(shard, "tokens")
+            if lengths[:, 2].any():
+                kept = torch.tensor([True, True, False, True]).repeat(len(lengths))
+                ids = ids[kept.repeat_interleave(lengths.view(-1))]
+            yield ids.numpy()
 
     def users(self, shard: int) -> list[str]:
         """The user of each example of a shard."""

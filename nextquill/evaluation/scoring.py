@@ -16,7 +16,7 @@ from torch import Tensor
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
 from nextquill.data.templates import BRANCHES
-from nextquill.errors import ArgumentError, BudgetError
+from nextquill.errors import ArgumentError, BudgetError, NonFiniteError
 from nextquill.evaluation.calibration import Calibration, calibration
 from nextquill.losses import SFTLoss
 from nextquill.models.branch_passes import PairPasses
@@ -89,6 +89,7 @@ def score_examples(
     Raises:
         ArgumentError: a number below 1, or `max_tokens` with padded batches.
         BudgetError: an example alone takes more than `max_tokens`; found before anything is computed.
+        NonFiniteError: the model gives a token a NLL that is not finite.
     """
     if batch_size is not None and batch_size < 1:
         raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")
@@ -108,7 +109,9 @@ def score_examples(
             batch = [examples[index] for index in members]
             for part in collate(batch)["parts"]:
                 if done < part["num_sequences"]:
-                    yield from _score_part(passes, batch, to_device(part, device), calibrated)[done:]
+                    scored = _score_part(passes, batch, to_device(part, device), calibrated)[done:]
+                    _check_finite(model, scored)
+                    yield from scored
                 done = max(0, done - part["num_sequences"])
 
 
@@ -295,6 +298,19 @@ def forward_budget(
                 f"{example.user_id!r}) take together, got {given}"
             )
     return budget
+
+
+def _check_finite(model: Any, scored: Sequence[ExampleScores]) -> None:
+    for scores in scored:
+        for name in ("nll_factual", "nll_counterfactual", "nll_placebo"):
+            nll = getattr(scores, name)
+            if nll is not None and not nll.isfinite().all():
+                example = scores.example
+                raise NonFiniteError(
+                    f"model: {getattr(model, 'name_or_path', '') or 'it'} gives example {example.index} (user "
+                    f"{example.user_id!r}) a {name} of {float(nll[~nll.isfinite()][0])}; its weights are damaged, or "
+                    "its precision is too low"
+                )
 
 
 def _score_part(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.errors import UnsupportedModelError
+from nextquill.errors import NonFiniteError, UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 from nextquill.models.probe import in_eval_mode, returned_logits
 from nextquill.models.router import without_router_loss
@@ -24,8 +24,9 @@ def check_against_separate_passes(
 ) -> None:
     """Raise UnsupportedModelError unless branches that share a prefix have the same logits as in separate rows.
 
-    A model whose parameters are not loaded, or are partitioned by ZeRO-3, is not checked. `model_inputs` returns the
-    model's keyword arguments for a tree of a collator, and `before_the_others` is called before the separate rows.
+    NonFiniteError if the logits in separate rows are not finite. A model whose parameters are not loaded, or are
+    partitioned by ZeRO-3, is not checked. `model_inputs` returns the model's keyword arguments for a tree of a
+    collator, and `before_the_others` is called before the separate rows.
     """
     base = base_model(model)
     if not _is_loaded(base):
@@ -79,6 +80,11 @@ def _small_tree(vocabulary: int) -> tuple[list[list[int]], PrefixTree]:
 
 
 def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
+    if not alone.isfinite().all():
+        name = getattr(model, "name_or_path", "") or type(base_model(model)).__name__
+        raise NonFiniteError(
+            f"model: {name} gives logits that are not finite; its weights are damaged, or its precision is too low"
+        )
     together, alone = together.double(), alone.double()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()
     error = float((together - alone).norm() / spread.clamp(min=1e-30))

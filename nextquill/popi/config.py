@@ -6,14 +6,13 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nextquill.data import load_records
 from nextquill.data._checks import check_integer
-from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
+from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.models.architectures import random_rates
 from nextquill.models.configs import base_model, check_vocabulary, context_length
 from nextquill.models.router import asks_for_router_loss
@@ -137,16 +136,6 @@ def check_batches(args: TrainingArguments, users: int) -> None:
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and users < batch:
         raise ArgumentError(f"args.dataloader_drop_last: True leaves no batch of {batch}, there are {users} users")
-
-
-def check_resumable(checkpoint: Path) -> None:
-    """Raise CheckpointError if a checkpoint lacks the optimizer's state, which would be reset without a warning."""
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            raise CheckpointError(
-                f"resume_from_checkpoint: {checkpoint} has no {name}, as with save_only_model=True; start a new run "
-                "from its adapters, see Roles.load"
-            )
 
 
 def within_context(config: POPIConfig, roles: Roles) -> POPIConfig:

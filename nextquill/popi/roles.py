@@ -28,10 +28,13 @@ from nextquill.models.loading import Loading, load_model, load_tokenizer
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.manifests import damage, has_manifest, write_manifest
 
 INFERENCE, GENERATOR = "inference", "generator"
 ROLES = (INFERENCE, GENERATOR)
 ROLES_FILE, BASE = "popi.json", "base"
+#: What a manifest lists of a run: its other files may change, and a checkpoint has more.
+_SAVED = (*ROLES, BASE, ROLES_FILE)
 _FORMAT = 1
 # The number of values of each base weight that go into the base's digest.
 _SAMPLED_VALUES = 64
@@ -244,6 +247,7 @@ class Roles(nn.Module):
             header["base_model"] = self._save_base(folder)
             header["base_digest"] = _base_digest(self.inference.model.get_base_model())
         write_whole(folder / ROLES_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+        write_manifest(folder, among=_SAVED)
 
     def _save_base(self, folder: Path) -> str:
         """Return the place of the shared base: where it was loaded from, or the folder, where a new model is saved."""
@@ -276,14 +280,16 @@ class Roles(nn.Module):
 
         Raises:
             ArgumentError: an argument of loading that this folder or this machine cannot take.
-            CheckpointError: the folder is not from POPI, an adapter is missing, or the adapters were trained on another
-                base model.
+            CheckpointError: the folder is not from POPI, a file is missing or damaged, or the adapters were trained on
+                another base model.
             UnsupportedModelError: the base model cannot be loaded.
         """
         from peft import PeftConfig, PeftModel
 
         folder = Path(folder)
         header = check_roles(folder)
+        if has_manifest(folder) and (wrong := damage(folder, _SAVED)) is not None:
+            raise CheckpointError(f"{folder}: {wrong}")
         Loading(**loading).check(str(folder))
         if not header["shared"]:
             (inference, first), (generator, second) = (load_model(str(folder / name), **loading) for name in ROLES)

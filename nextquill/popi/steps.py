@@ -12,6 +12,7 @@ weighted branches follows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class UserWork:
     Attributes:
         branches: the branches whose log-probabilities are weighted, by role.
         weights: float64 [branches], the weight of each -log p in the user's share of the loss, by role.
-        loss: the user's mean preference loss, nats.
+        loss: the user's mean preference loss over the finite ones, nats; NaN if none is.
         lines: the sampled summaries and their measures, for the log of summaries.
     """
 
@@ -135,7 +136,7 @@ class StepMaker:
             self._weigh_summaries(work, draws, groups, values, warm=phase.warm)
         for index, each in enumerate(work):
             total, count = _sum_of_finite(scored.own[index].loss)
-            each.loss = total / max(1, count)
+            each.loss = total / count if count else math.nan
             each.lines = self._lines(step, draws[index], groups[index], rewards[index], found.values[index])
         sums = self._sums(groups, scored, rewards, kl, found.equal)
         return Step(work, sums | {"warm_start": (1, 1)} if phase.warm else sums)

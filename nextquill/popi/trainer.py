@@ -12,6 +12,7 @@ Draws and samples depend on the seed, the step and the user alone, so a resumed 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +30,6 @@ from nextquill.popi.config import (
     POPIConfig,
     check_args,
     check_batches,
-    check_resumable,
     check_warm_start,
     make_roles,
     usable_users,
@@ -39,7 +39,7 @@ from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.model_card import popi_card
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
-from nextquill.popi.roles import Role
+from nextquill.popi.roles import Role, check_roles
 from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.saved_run import SampleLog
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
@@ -49,12 +49,13 @@ from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
-from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.checks import check_options
+from nextquill.training.finite import FiniteSteps
 from nextquill.training.model_card import CARD_FILE
 
 
-class POPITrainer(AtomicCheckpoints, Trainer):
+class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     """Train summaries of users, and a generator that conditions on them, under one preference objective.
 
     Args:
@@ -201,12 +202,14 @@ class POPITrainer(AtomicCheckpoints, Trainer):
 
     def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
         checkpoint = super()._begun(resume_from_checkpoint, folder)
-        if checkpoint is not None:
-            check_resumable(checkpoint)
         # The log is cut to the checkpoint's steps, and a new run's is empty.
         state = {} if checkpoint is None else json_object(checkpoint / checkpoints.STATE_FILE)
         self._log.restart(int(state.get("global_step", 0)))
         return checkpoint
+
+    def check_resume(self, checkpoint: Path) -> None:
+        check_roles(checkpoint)
+        super().check_resume(checkpoint)
 
     def run_identity(self) -> dict[str, Any]:
         """Return everything that must be the same in this run and in a checkpoint that it resumes."""
@@ -220,6 +223,7 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             "users": fingerprint(map(repr, users)),
             "users_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
+            **training_identity(args, self.roles.models),
         }
 
     def _starting_point(self) -> tuple[list[str], list[Any]]:
@@ -233,12 +237,13 @@ class POPITrainer(AtomicCheckpoints, Trainer):
         """Return the window's batches with their work, and the number of users of the whole step, a scalar."""
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
+        self._begin_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         assert self.train_users is not None
         users = [self.train_users.users[index] for batch in batches for index in batch["users"].tolist()]
         with self._precision():
             step = self.steps.make(users, self.state.global_step)
-        work = iter(step.work)
+        self._step_work, work = list(zip(users, step.work, strict=True)), iter(step.work)
         for batch in batches:
             batch["work"] = [next(work) for _ in batch["users"]]
         for name, pair in step.sums.items():
@@ -260,7 +265,12 @@ class POPITrainer(AtomicCheckpoints, Trainer):
             self._sum_over_ranks()
             self.rollouts.sync()
         ranks = self.accelerator.num_processes
-        return torch.tensor(sum(each.loss for each in work) * ranks / users, device=self.args.device)
+        return self._watch(torch.tensor(sum(each.loss for each in work) * ranks / users, device=self.args.device))
+
+    def _suspects(self) -> list[str]:
+        """The step's users whose loss is not finite; all of them if there are none."""
+        broken = [user for user, work in self._step_work if not math.isfinite(work.loss)]
+        return [f"user {user.user_id!r}" for user in broken or [user for user, _ in self._step_work]]
 
     def _backward(self, role: Role, work: Sequence[UserWork], users: float) -> None:
         branches = [branch for each in work for branch in each.branches.get(role.name, ())]

@@ -4,6 +4,7 @@ atomic_files.py     files and folders that take their names only when they are c
 checkpoints.py      checkpoints: staged, found, rotated, and tied to one run
 fingerprints.py     short digests that tell inputs apart, and seeds made from them
 json_files.py       reads JSON files, and names damaged files and lines
+manifests.py        lists of a folder's files with their digests
 locks.py            locks that one process at a time can hold
 resumable_jsonl.py  JSONL files whose writing can stop at any moment and resume
 """

@@ -2,7 +2,8 @@
 
 A checkpoint is written into `<output_dir>/.incomplete/` and renamed when it is complete. A process that is killed while
 it saves leaves nothing that a resume would pick up. `nextquill_run.json` in every checkpoint names its model and loss,
-and holds digests of the users it was trained on. The same file beside the checkpoints marks the folder as a run's.
+and holds digests of the users it was trained on. The same file beside the checkpoints marks the folder as a run's. A
+manifest in every checkpoint says whether its files are still as they were written.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nextquill.errors import CheckpointError
+from nextquill.errors import CheckpointError, RecordError
 from nextquill.storage.atomic_files import move_into_place
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
+from nextquill.storage.manifests import damage, has_manifest
 
 #: Errors of a system that has no room: on the device, in a file, or for this user.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -32,6 +34,8 @@ RUN_FILE = "nextquill_run.json"
 TRAINED_USERS = "trained_users"
 #: The trainer's log in a checkpoint, and in the folder of a finished run.
 STATE_FILE, METRICS_FILE = "trainer_state.json", "metrics.json"
+#: Fields of the first that are only shown.
+SHOWN_STATE = ("log_history", "stateful_callbacks")
 
 
 @contextmanager
@@ -91,13 +95,13 @@ def find_checkpoint(given: str | os.PathLike[str] | bool | None, folder: Path) -
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The folder's `checkpoint-N` with the largest N."""
-    return max(_checkpoints(folder), key=_step, default=None)
+    return next(reversed(found_checkpoints(folder)), None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]
+def found_checkpoints(folder: Path) -> list[Path]:
+    """The folder's `checkpoint-N`, the largest N last."""
+    found = folder.glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -108,7 +112,7 @@ def rotate(folder: Path, limit: int | None, newest: str, best: str | None) -> No
     """Delete the oldest checkpoints until `limit` are left, but never the newest or the best."""
     if limit is None or limit <= 0:
         return
-    found = sorted(_checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, _step(path)))
+    found = sorted(found_checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, _step(path)))
     protected = {newest} if best is None else {newest, Path(best).name}
     spare = [path for path in found if path.name not in protected]
     for path in spare[: max(0, len(found) - max(limit, len(protected)))]:
@@ -128,21 +132,55 @@ def trained_users(folder: str | os.PathLike[str]) -> frozenset[str] | None:
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise CheckpointError if another model or loss wrote the checkpoint."""
+    """Raise CheckpointError if another run wrote the checkpoint; the message names what differs, with both values.
+
+    Fields that the checkpoint does not have, as those of earlier versions, are not compared.
+    """
     path = checkpoint / RUN_FILE
     if not path.is_file():
         raise CheckpointError(
             f"resume_from_checkpoint: {checkpoint} was not written by NextQuillTrainer (it has no {RUN_FILE}); "
             "load its model with from_pretrained and start a new training"
         )
+    here = json.loads(as_json(identity))
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in identity if saved.get(key) != identity[key]]
-    except (ValueError, AttributeError) as error:
+        saved = json_object(path)
+    except RecordError as error:
         raise CheckpointError(f"resume_from_checkpoint: {path} is not a run's description: {error}") from error
+    different = [key for key in here if key in saved and saved[key] != here[key]]
     if different:
         key = different[0]
         raise CheckpointError(
-            f"resume_from_checkpoint: {checkpoint} was written with another {key.replace('_', ' ')}: "
-            f"there {saved.get(key)}, here {identity[key]}"
+            f"resume_from_checkpoint: {checkpoint} was written with another "
+            f"{key if '--' in key else key.replace('_', ' ')}: there {saved[key]}, here {here[key]}"
         )
+
+
+def as_json(identity: dict[str, Any]) -> str:
+    """The text of a run's description."""
+    return json.dumps(identity, indent=2, default=str) + "\n"
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raise CheckpointError if a checkpoint lacks the optimizer's state, which would be reset without a warning."""
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {checkpoint} has no {name}, as with save_only_model=True; start a new run "
+                "from its model"
+            )
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise CheckpointError if a file is missing or differs; it names the newest whole checkpoint beside this one.
+
+    A checkpoint of an earlier version has no manifest, and passes.
+    """
+    if not has_manifest(checkpoint) or (wrong := damage(checkpoint)) is None:
+        return
+    others = [path for path in reversed(found_checkpoints(checkpoint.parent)) if path.name != checkpoint.name]
+    whole = next((path for path in others if has_manifest(path) and damage(path) is None), None)
+    raise CheckpointError(
+        f"resume_from_checkpoint: {checkpoint}: {wrong}; "
+        + (f"{whole} is the newest checkpoint that is whole" if whole else "no other checkpoint there is whole")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -10,14 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from nextquill.errors import CheckpointError
+from nextquill.models.architectures import random_rates
 from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
+from nextquill.storage.manifests import write_manifest
 from nextquill.training.ranks import check_agreement
 
 if TYPE_CHECKING:
@@ -30,6 +33,12 @@ _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attenti
 _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 #: Training arguments that each process has for itself.
 _OF_A_PROCESS = ("local_rank", "logging_dir", "run_name", "output_dir")
+#: Training arguments that decide which weights a run ends with, besides its length. Another value is refused.
+_ARGUMENTS = (
+    "learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16",
+    "fp16", "neftune_noise_alpha", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
 #: Values of each parameter that enter the fingerprint.
 _SAMPLE = 16
 
@@ -42,6 +51,7 @@ class AtomicCheckpoints(_Base):
 
     _identity: dict[str, Any] | None = None
     _trained_users: list[str] | None = None
+    _checked: Path | None = None
     _is_staging = False
 
     def run_identity(self) -> dict[str, Any]:
@@ -56,7 +66,7 @@ class AtomicCheckpoints(_Base):
         """Train as the Trainer does.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, or belongs to another run.
+            CheckpointError: the checkpoint is missing, incomplete, damaged, or belongs to another run.
             OutputExistsError: another process is training in the output folder.
         """
         folder = Path(str(self.args.output_dir))
@@ -70,11 +80,9 @@ class AtomicCheckpoints(_Base):
     def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
         """Check the checkpoint to resume from, which is returned, and prepare the run's folder."""
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
-        if self._identity is None:  # once: the engine may shard the parameters afterwards
-            self._identity = self.run_identity()
-        check_agreement(self._shared_settings(self._identity))
-        if checkpoint is not None and self.is_world_process_zero():
-            checkpoints.check_identity(checkpoint, self._identity)
+        check_agreement(self._shared_settings())
+        if checkpoint is not None:
+            self.check_resume(checkpoint)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
             if checkpoint is not None and checkpoint == checkpoints.last_checkpoint(folder):
@@ -83,17 +91,47 @@ class AtomicCheckpoints(_Base):
                 checkpoints.rotate(folder, self.args.save_total_limit, checkpoint.name, best)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
+        self._checked = None  # the next call may find other files
         return checkpoint
 
-    def _shared_settings(self, identity: dict[str, Any]) -> dict[str, Any]:
+    def _shared_settings(self) -> dict[str, Any]:
         """What all processes of a run share, as JSON holds it."""
         shared = {name: value for name, value in self.args.to_dict().items() if name not in _OF_A_PROCESS}
-        shared |= {"version of " + name: version(name) for name in ("torch", "transformers", "accelerate")} | identity
+        shared |= {"version of " + name: version(name) for name in ("torch", "transformers", "accelerate")}
+        shared |= self._own_identity()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             del shared["frozen_weights"]  # only one process may have loaded them
         else:
             shared["initial weights"] = _fingerprint(self.model.named_parameters())
         return shared
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Check a checkpoint before anything is changed; all ranks call it, and one reads the files.
+
+        Raises:
+            CheckpointError: it belongs to another run, or a file is missing or differs from what was written.
+        """
+        if checkpoint == self._checked:
+            return
+        found: list[str | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                checkpoints.check_identity(checkpoint, self._own_identity())
+                if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # their states have other names
+                    checkpoints.check_resumable(checkpoint)
+                checkpoints.check_whole(checkpoint)
+            except CheckpointError as error:
+                found = [str(error)]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[0] is not None:
+            raise CheckpointError(found[0])
+        self._checked = checkpoint
+
+    def _own_identity(self) -> dict[str, Any]:
+        if self._identity is None:  # once: the engine may shard the parameters afterwards
+            self._identity = self.run_identity()
+        return self._identity
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -107,14 +145,15 @@ class AtomicCheckpoints(_Base):
         try:
             with checkpoints.full_disk_named(folder):
                 super()._save_checkpoint(model, trial)
-            best = f"checkpoint-{self.state.best_global_step}"
-            if best == name or (folder / best).is_dir():
-                self.state.best_model_checkpoint = str(folder / best)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
-                self._write_identity(staging)
-                move_into_place(staging, folder / name)
+                best = f"checkpoint-{self.state.best_global_step}"
+                if best == name or (folder / best).is_dir():
+                    self.state.best_model_checkpoint = str(folder / best)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
+                    self._write_identity(staging)
+                    write_manifest(staging, {checkpoints.STATE_FILE: checkpoints.SHOWN_STATE})
+                    move_into_place(staging, folder / name)
         finally:
             self._is_staging = False
             if self.args.should_save:
@@ -143,7 +182,7 @@ class AtomicCheckpoints(_Base):
 
     def _write_identity(self, folder: Path) -> None:
         known = {} if self._trained_users is None else {checkpoints.TRAINED_USERS: self._trained_users}
-        write_whole(folder / checkpoints.RUN_FILE, json.dumps({**(self._identity or {}), **known}, indent=2) + "\n")
+        write_whole(folder / checkpoints.RUN_FILE, checkpoints.as_json({**self._own_identity(), **known}))
 
 
 def run_identity(model: Any, loss: Any) -> dict[str, Any]:
@@ -160,6 +199,19 @@ def run_identity(model: Any, loss: Any) -> dict[str, Any]:
         "frozen_weights": _fingerprint(frozen),
         # The address of a function differs between processes.
         "loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)),
+    }
+
+
+def training_identity(args: Any, models: Iterable[nn.Module]) -> dict[str, Any]:
+    """How these models are trained: training arguments by their flags, and the models' precision and dropout."""
+    models = list(models)
+    trained = {p.dtype for model in models for p in model.parameters() if p.requires_grad}
+    rates = {getattr(module, name) for model in models for _, module, name in random_rates(model)}
+    known = {name: getattr(args, name) for name in _ARGUMENTS if name in vars(args)}  # versions of transformers differ
+    return {
+        **{f"--{name}": value for name, value in known.items()},
+        "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in trained),
+        "dropout": sorted(filter(None, rates)),
     }
 
 

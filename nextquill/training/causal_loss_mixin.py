@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,23 +22,22 @@ from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
 from nextquill.data.templates import BRANCHES
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, NonFiniteError
 from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
 from nextquill.models.branch_passes import PairPasses, add_empty_parts, with_empty_parts
 from nextquill.models.loading import PROMPT_FILE, PromptSettings
 from nextquill.storage.atomic_files import write_whole
 from nextquill.training.checks import check_batching
+from nextquill.training.finite import FiniteSteps
 from nextquill.training.meter import TrainingMeter, eval_metrics, example_table
 from nextquill.training.model_card import CARD_FILE, model_card
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+    from nextquill.outputs import PreferenceLossOutput
 
 
-class CausalLossMixin(_Base):
+class CausalLossMixin(FiniteSteps):
     """Replaces the loss of a Trainer by a `PairLoss`; it precedes the Trainer among the bases of a class.
 
     A subclass calls `_set_loss` in its constructor, before or after the Trainer's constructor. It gives the Trainer
@@ -135,6 +135,7 @@ class CausalLossMixin(_Base):
         """
         if self.state.global_step >= self.state.max_steps:  # transformers asks once more when a finished run is resumed
             return [], None
+        self._begin_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
         users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
@@ -150,7 +151,8 @@ class CausalLossMixin(_Base):
         """Train as the Trainer does; the model gets its own attention back at the end.
 
         Raises:
-            CheckpointError: the checkpoint is missing, incomplete, or of another model or loss.
+            CheckpointError: the checkpoint is missing, incomplete, or of another run.
+            NonFiniteError: a step's loss or gradient is not finite; see `FiniteGuard`.
         """
         self.meter.reset()
         try:
@@ -165,14 +167,14 @@ class CausalLossMixin(_Base):
         """
         parts = inputs["parts"]
         if len(parts) == 1 or self.is_deepspeed_enabled:  # DeepSpeed's engine counts backwards to find its steps
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._watch(super().training_step(model, inputs, num_items_in_batch))
         losses = []
         for part in parts:
             # Without synchronisation, FSDP would hold all gradients unsharded.
             waits = part is not parts[-1] and not self.is_fsdp_enabled
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 losses.append(super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch))
-        return torch.stack(losses).sum()
+        return self._watch(torch.stack(losses).sum())
 
     def compute_loss(
         self,
@@ -187,11 +189,33 @@ class CausalLossMixin(_Base):
         """
         loss, outputs = self.passes.training_loss(inputs, num_items_in_batch, model)
         for part, output in zip(inputs["parts"], outputs, strict=True):
-            self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
+            added = self.meter.add(output, part["num_tokens"], part["num_branch_tokens"])
+            if self.is_in_train:
+                self._watched.append(added)
+                self._step_outputs.append((inputs["example_index"], part["sequence_ids"], output))
         if num_items_in_batch is not None:
             # Data-parallel engines average gradients over ranks; the loss was normalised as a sum over ranks.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _begin_step(self) -> None:
+        super()._begin_step()
+        self._step_outputs: list[tuple[Tensor, Tensor, PreferenceLossOutput]] = []
+
+    def _suspects(self) -> list[str]:
+        """The step's examples with a token whose loss or NLL is not finite; all of them if there are none."""
+        everything, broken = list[int](), list[int]()
+        for indices, sequences, output in self._step_outputs:
+            nlls = [each for each in output.pair_nll if each is not None]
+            wrong = ~torch.stack([output.token_loss, *nlls]).isfinite().all(0)
+            everything += indices[sequences.unique()].tolist()
+            broken += indices[sequences[wrong].unique()].tolist()
+        examples: Any = self.train_dataset
+        users = {example.index: example.user_id for example in examples.examples}
+        return [f"example {index} (user {users[index]!r})" for index in broken or everything]
+
+    def _forget_step(self) -> None:
+        self.meter.forget_step()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
@@ -245,7 +269,13 @@ class CausalLossMixin(_Base):
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
-        return eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
+        metrics = eval_metrics(table, token_mean_loss=self.loss.reduction == "token")
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise NonFiniteError(
+                f"step {self.state.global_step}: the evaluation's {broken[0]} is {metrics[broken[0]]}; the weights are "
+                "damaged, or their precision is too low"
+            )
+        return metrics
 
     # ---- files ---------------------------------------------------------------------------------
 

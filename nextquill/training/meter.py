@@ -6,6 +6,7 @@ Sums stay on the device and are reduced over ranks once per log, so that a step 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,7 @@ class TrainingMeter:
         self._users: int | Tensor = 0
         self._step_users: int | Tensor | None = None  # of a step that has begun and has no part yet
         self._since = time.perf_counter()
+        self._before: tuple[Tensor | None, int, int | Tensor] = (None, 0, 0)
 
     def begin_step(self, users: int | Tensor) -> None:
         """Start another optimiser step. A step to which nothing is added does not count.
@@ -56,9 +58,17 @@ class TrainingMeter:
         `users` is the number of different users in the step over all ranks, or an int64 scalar.
         """
         self._step_users = users
+        self._before = (self._sums, self._steps, self._users)
 
-    def add(self, output: PreferenceLossOutput, computed_tokens: int, branch_tokens: int) -> None:
-        """Add one part: the loss's output, the tokens computed for it, and those of its branches in separate rows."""
+    def forget_step(self) -> None:
+        """Leave out the step that was begun last."""
+        self._sums, self._steps, self._users = self._before
+
+    def add(self, output: PreferenceLossOutput, computed_tokens: int, branch_tokens: int) -> Tensor:
+        """Add one part: the loss's output, the tokens computed for it, and those of its branches in separate rows.
+
+        Returns what is added, float64 [columns]; it is finite if the loss and its NLLs are.
+        """
         pair, count = output.pair_nll, output.num_tokens
         if self._step_users is not None:
             self._steps, self._users, self._step_users = self._steps + 1, self._users + self._step_users, None
@@ -79,12 +89,14 @@ class TrainingMeter:
         counts = values.new_tensor([count, output.num_sequences, computed_tokens, branch_tokens])
         values = torch.cat([values, counts])
         self._sums = values if self._sums is None else self._sums + values
+        return values
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Reduce over ranks, reset, and return the interval's metrics; every rank must call it."""
         sums = torch.zeros(len(self._SUMS), dtype=torch.float64, device=device) if self._sums is None else self._sums
         total = dict(zip(self._SUMS, reduce(sums).tolist(), strict=True))
-        steps, tokens, paired = max(1, self._steps), max(1.0, total["num_tokens"]), self._paired
+        # Without a step that was applied, a mean is NaN and not 0.
+        steps, tokens, paired = self._steps or math.nan, total["num_tokens"] or math.nan, self._paired
         work = {
             "tokens_per_second": total["branches"] / max(1e-9, time.perf_counter() - self._since),
             "sharing_factor": total["branches"] / max(1.0, total["computed"]),

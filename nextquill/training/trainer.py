@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.configs import default_max_length
 from nextquill.models.stored_effects import effects_digest
-from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity
+from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
+
+#: The batch of a step, by the flags that make it.
+_STEP = "number of examples per step (--per_device_train_batch_size x --gradient_accumulation_steps x processes)"
 
 
 class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
@@ -172,8 +176,23 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         """The values that a checkpoint must share with a run that resumes from it."""
         dataset: Any = self.train_dataset
         effects = effects_digest(dataset.examples) if self.passes.stored_effects and dataset is not None else None
-        identity = run_identity(self.model, self.loss)
-        return {**identity, "effects_file": effects, "examples_per_user": self.examples_per_user}
+        encoder, args = self.encoder, self.args
+        assert encoder is not None
+        template = {**asdict(encoder.template), "chat": encoder.renderer.uses_chat}  # None leaves it to the tokenizer
+        # The other reductions give the same gradient for any division of a step.
+        division = args.train_batch_size if self.loss.reduction == "micro_batch" else None
+        return {
+            **run_identity(self.model, self.loss),
+            "effects_file": effects,
+            "examples_per_user": self.examples_per_user,
+            **training_identity(args, self._starting_point()[1]),
+            _STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "--per_device_train_batch_size": division,
+            "--max_length": encoder.max_length,
+            "--max_response_length": encoder.max_response_length,
+            **{f"template {name}": value for name, value in template.items()},
+            "--train_file (train_dataset)": None if dataset is None else f"{len(dataset)} examples, {dataset.digest}",
+        }
 
     def _starting_point(self) -> tuple[list[str], list[Any]]:
         """The users of the training data, one for each example, and the model."""

@@ -1,6 +1,7 @@
 """`nextquill train`: its files, repeatable results, and refusals before any work."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -293,6 +294,33 @@ def test_a_mistake_does_not_cost_the_run_that_was_to_be_replaced(train, tmp_path
     assert (folder / "checkpoint-1").is_dir()
     assert train(folder, "--overwrite_output_dir").code == 0
     assert not (folder / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--learning_rate", 0.5), "another --learning_rate: there 0.001, here 0.5"),
+        (("--per_device_train_batch_size", 2), "--per_device_train_batch_size x --gradient_accumulation_steps x"),
+        (("--max_length", 300), "another --max_length: there 1024, here 300"),
+    ],
+)
+def test_a_resume_with_another_setting_is_refused(train, trained, tmp_path, words, said):
+    result = train(tmp_path / "run", "--resume_from_checkpoint", trained / "checkpoint-2", *words)
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert said in result.err
+    assert is_untouched(tmp_path / "run")
+
+
+def test_a_step_that_is_not_finite_ends_the_run(train, tmp_path):
+    """A step of 1e15 is finite; the next loss is not."""
+    folder = tmp_path / "run"
+    result = train(folder, "--learning_rate", 1e15, "--max_steps", 3, "--logging_steps", 1)
+    assert result.code == 1
+    assert re.search(r"nextquill: step \d: the (loss|gradient's norm) is not finite, with example \d", result.err)
+    assert "loss 0.000" not in result.err
+    assert not (folder / "model.safetensors").exists()
+    wrong = train(folder, "--overwrite", "--max_skipped_steps", -1)
+    assert (wrong.code, wrong.err) == (2, "nextquill: --max_skipped_steps: expected at least 0, got -1\n")
 
 
 def test_no_checkpoint_to_resume_from(train, tmp_path):

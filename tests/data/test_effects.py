@@ -117,3 +117,16 @@ def test_a_part_with_an_example_that_has_none_has_none() -> None:
     first = dataclasses.replace(EXAMPLES[0], effects=torch.zeros(2, 3))
     (part,) = TreeCollator()([first, EXAMPLES[1]])["parts"]
     assert "effects" not in part
+
+
+@pytest.mark.parametrize("off", [0.0, 2e-6, 1e-4])
+def test_a_damaged_number_shows_in_the_effect(tmp_path: Path, off: float) -> None:
+    """`nextquill score` writes all three, rounded to six decimals."""
+    good = [line(index, effect_logprob=[0.5] * len(RESPONSES[index])) for index in range(len(RESPONSES))]
+    good[1]["nll_counterfactual"][-1] += off
+    path = write(tmp_path / "effects.jsonl", good)
+    if off < 1e-5:
+        load_effects(path, EXAMPLES)
+        return
+    with pytest.raises(RecordError, match=r"line 2: field 'effect_logprob': expected nll_counterfactual - nll_factual"):
+        load_effects(path, EXAMPLES)

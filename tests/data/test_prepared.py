@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from nextquill.data import EncodingStats, ExampleEncoder, PreparedDataset, PromptTemplate, Record, TreeCollator, prepare
+from nextquill.data import (
+    EncodedDataset,
+    EncodingStats,
+    ExampleEncoder,
+    PreparedDataset,
+    PromptTemplate,
+    Record,
+    TreeCollator,
+    prepare,
+)
 from nextquill.data.placebo import EVALUATION, stream_placebo_histories
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError, RecordError
 
@@ -82,6 +91,17 @@ def test_examples_are_those_of_the_encoder(
             prepared[outside]
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
     assert len(prepared.header["shards"]) == 5
+
+
+@pytest.mark.parametrize("placebo", [True, False])
+def test_its_digest_is_that_of_the_examples_in_memory(
+    make: Make, records: list[Record], encoder: ExampleEncoder, placebo: bool
+) -> None:
+    """So a run may resume from prepared records; placebo branches are not trained on."""
+    encoded = EncodedDataset(encoder.encode_all(records))
+    assert make(placebo=placebo).digest == encoded.digest
+    others = [encoded.examples[::-1], encoded.examples[1:], [*encoded.examples[:-1], encoded.examples[0]]]
+    assert len({encoded.digest, *(EncodedDataset(other).digest for other in others)}) == 4
 
 
 def test_it_can_be_sent_to_a_data_loaders_workers(make: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nextquill.data import Branch, EncodedExample
-from nextquill.errors import ArgumentError, BudgetError
+from nextquill.errors import ArgumentError, BudgetError, NonFiniteError
 from nextquill.evaluation import scoring
 from nextquill.evaluation.scoring import score_examples, token_texts
 from nextquill.models.tiny_models import build_tokenizer
@@ -153,6 +153,16 @@ def test_nothing_to_score():
 def test_batch_size_is_checked():
     with pytest.raises(ArgumentError, match="batch_size: expected a positive number, got 0"):
         list(score_examples(tiny_model(), random_examples(1), 0, 0))
+
+
+@pytest.mark.parametrize("attention", ["auto", "padded"])
+def test_a_model_that_gives_nan_is_named(attention):
+    model = tiny_model()
+    model.name_or_path = "runs/broken"
+    model.get_output_embeddings().weight.data[3] = float("nan")
+    what = "example 0 .user 'user0'. a nll_factual of nan" if attention == "padded" else "logits that are not finite"
+    with pytest.raises(NonFiniteError, match=f"^model: runs/broken gives {what}; its weights are damaged"):
+        list(score_examples(model, random_examples(2), attention=attention))
 
 
 # ---- texts -------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from nextquill.data import HistoryItem
-from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, NonFiniteError, RecordError
 from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
 from nextquill.popi.rollouts import RecordedRollouts, RecordingRollouts, Sample
+from nextquill.popi.steps import StepMaker
+from nextquill.training.finite import FiniteGuard
 from tests.popi.popi_helpers import (
     CONFIG,
     TEMPLATES,
@@ -155,6 +157,29 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[POPITrainer, Path],
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     assert log.read_text() == '{"step": 9}\n', "a refused resume must leave the log as it is"
+
+
+def test_a_damaged_run_is_refused(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    trainer, folder = whole
+    trainer.save_model(str(tmp_path))
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    for run in (tmp_path, tmp_path / "checkpoint-2"):
+        Roles.load(run)
+        weights = run / "generator" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        with pytest.raises(CheckpointError, match=r"generator/adapter_model.safetensors is damaged or was changed"):
+            Roles.load(run)
+    with pytest.raises(CheckpointError, match=r"generator/adapter_model.safetensors is damaged or was changed"):
+        make_trainer(tmp_path, per_device_train_batch_size=4).train(resume_from_checkpoint=True)
+
+
+def test_a_run_with_another_learning_rate_is_refused(whole: tuple[POPITrainer, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"another --learning_rate: there 0\.01, here 0\.5"):
+        make_trainer(tmp_path, per_device_train_batch_size=4, learning_rate=0.5).train(
+            resume_from_checkpoint=str(whole[1] / "checkpoint-2")
+        )
 
 
 @pytest.mark.parametrize("name", ["inference", "generator"])
@@ -403,6 +428,33 @@ def test_a_reward_that_is_not_finite_is_counted_and_left_out(tmp_path: Path, mon
     first = summaries_of(tmp_path)[0]
     assert first["reward"] is None
     assert first["advantage"] == 0
+    assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_step_with_a_user_whose_losses_are_all_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The second step's; it stops the run or is skipped, and what is logged is over the others."""
+    honest, calls = StepMaker._score, list[int]()
+
+    def broken(self: StepMaker, draws: Any, *texts: Any) -> Any:
+        found = honest(self, draws, *texts)
+        calls.append(len(draws))
+        if len(calls) == 2:
+            found.own[0] = found.own[0]._replace(loss=found.own[0].loss * math.nan)
+        return found
+
+    monkeypatch.setattr(StepMaker, "_score", broken)
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=3, callbacks=[FiniteGuard(limit)])
+    if limit:
+        trainer.train()
+        assert trainer.guard.skipped == [2]
+        assert math.isfinite(logs_of(trainer)[0]["loss"])
+        assert logs_of(trainer)[0]["skipped_steps"] == 1
+    else:
+        with pytest.raises(NonFiniteError, match=r"^step 2: the loss is not finite, with user 'user \d'; the step"):
+            trainer.train()
     assert all(tensor.isfinite().all() for tensor in trained_weights(trainer).values())
 
 

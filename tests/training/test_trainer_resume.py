@@ -19,6 +19,7 @@ from nextquill.errors import OutputExistsError
 from nextquill.models.loading import load_model
 from nextquill.storage.checkpoints import RUN_FILE, STAGING, trained_users, user_digest
 from nextquill.storage.locks import LOCK_FILE, held
+from nextquill.storage.manifests import MANIFEST
 from tests.models.model_helpers import logs_of, loss_cases, make_records, make_trainer, tiny_model, word_tokenizer
 
 DROPOUT = {"attention_dropout": 0.2}
@@ -202,6 +203,128 @@ def test_unusable_checkpoints_are_refused(tmp_path: Path, spoil: Callable[[Path]
         trainer_in(tmp_path).train(resume_from_checkpoint=True)
 
 
+# ---- other settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.5}, "another --learning_rate: there 0.001, here 0.5"),
+        ({"weight_decay": 0.1}, "another --weight_decay: there 0.0, here 0.1"),
+        ({"optim": "sgd"}, "another --optim: there adamw_torch_fused, here sgd"),
+        ({"lr_scheduler_type": "linear"}, "another --lr_scheduler_type: there constant, here linear"),
+        ({"max_grad_norm": 0.5}, "another --max_grad_norm: there 1.0, here 0.5"),
+        ({"seed": 4}, "another --seed: there 3, here 4"),
+        ({"data_seed": 4}, "another --data_seed: there None, here 4"),
+        ({"bf16": True}, "another --bf16: there False, here True"),
+        ({"per_device_train_batch_size": 2}, r"another number of examples per step \(--per_device_.*: there 4, here 2"),
+        ({"gradient_accumulation_steps": 3}, r"gradient_accumulation_steps x processes\): there 4, here 12"),
+        ({"max_length": 99}, r"another --max_length: there \d+, here 99"),
+        (
+            {"train_dataset": make_records(20)[::-1]},
+            r"another --train_file \(train_dataset\): there 20 examples, [0-9a-f]+",
+        ),
+        ({"train_dataset": make_records(19)}, "here 19 examples"),
+        ({"examples_per_user": 2}, "another examples per user: there 1, here 2"),
+        ({"model": tiny_model(attention_dropout=0.1)}, r"another dropout: there \[0.2\], here \[0.1\]"),
+        ({"model": tiny_model(dtype=torch.bfloat16, **DROPOUT)}, "another dtype: there ..float32.., here ..bfloat16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_with_another_setting_is_refused(
+    finished: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    trainer = trainer_in(tmp_path, **options)
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(resume_from_checkpoint=str(finished / "checkpoint-3"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with checkpoints 3 and 6, which tests only read."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer_in(folder).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 7, "logging_steps": 2, "save_steps": 2, "save_total_limit": 1},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+    ids=["length and files", "division of a batch"],
+)
+def test_a_run_may_change_what_does_not_shape_it(finished: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer_in(tmp_path, **options).train(resume_from_checkpoint=str(finished / "checkpoint-3"))
+
+
+def make_older(checkpoint: Path) -> None:
+    """Make it what the version before wrote."""
+    (checkpoint / MANIFEST).unlink()
+    saved = json.loads((checkpoint / RUN_FILE).read_text())
+    kept = ("model", "adapters", "frozen_weights", "loss", "effects_file", "examples_per_user", "trained_users")
+    (checkpoint / RUN_FILE).write_text(json.dumps({name: saved[name] for name in kept}))
+
+
+def test_a_checkpoint_of_the_version_before_is_resumed(finished: Path, tmp_path: Path) -> None:
+    """It has no manifest, and says less about the run."""
+    shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
+    make_older(tmp_path / "checkpoint-3")
+    trainer_in(tmp_path, learning_rate=0.5).train(resume_from_checkpoint=True)
+
+
+# ---- damage ----------------------------------------------------------------------------------------
+
+
+def edit_step(folder: Path) -> None:
+    path = folder / "trainer_state.json"
+    path.write_text(path.read_text().replace('"global_step": 6', '"global_step": 5'))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors is damaged or was changed"),
+        (lambda folder: flip(folder / "optimizer.pt"), "optimizer.pt is damaged or was changed"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "has no optimizer.pt"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "has no scheduler.pt"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (edit_step, "trainer_state.json is damaged or was changed"),
+        (lambda folder: (folder / MANIFEST).write_text(""), f"{MANIFEST}: not valid JSON"),
+    ],
+    ids=["weights", "optimizer", "no optimizer", "no schedule", "no random state", "step", "manifest"],
+)
+def test_a_damaged_checkpoint_is_refused(
+    finished: Path, tmp_path: Path, spoil: Callable[[Path], Any], message: str
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / "checkpoint-6")
+    with pytest.raises(CheckpointError, match=message):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_newest_whole_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
+    for step in (3, 4, 5, 6):
+        shutil.copytree(finished / "checkpoint-6", tmp_path / f"checkpoint-{step}")
+    for step in (5, 6):
+        flip(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.pt is .*; .*/checkpoint-4 is the newest checkpoint that is whole"
+    ):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="no other checkpoint there is whole"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         trainer_in(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
@@ -359,6 +482,7 @@ def test_a_run_knows_its_users_and_those_of_the_run_it_started_from(
     start = load_model(str(first))[0]
     trainer_in(second, start, train_dataset=records[4:6], max_steps=1).train()
     assert trained_users(second) == digests("a", "b", "c")
+    make_older(second / "checkpoint-1")  # later versions refuse other records
     resumed = trainer_in(second, start, train_dataset=records[6:], max_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert trained_users(second) == digests("a", "b", "c", "d")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nextquill import ArgumentError, ArgumentTypeError
+from nextquill import ArgumentError, ArgumentTypeError, NonFiniteError
 from nextquill.data import EncodedDataset, ExampleEncoder, load_records
 from nextquill.models.loading import PromptSettings, load_prompt_settings
 from nextquill.training.model_card import model_card
@@ -56,6 +57,15 @@ def test_it_trains_as_our_own_trainer_does(tmp_path: Path) -> None:
         torch.testing.assert_close(b, a, rtol=0, atol=1e-6, msg=name)
     assert theirs.model.config._attn_implementation == "sdpa", "the model's own attention was not put back"
     assert theirs.evaluate()["eval_effect_placebo"] != 0
+
+
+def test_a_step_that_is_not_finite_stops_it(tmp_path: Path) -> None:
+    trainer = trl_trainer(tmp_path)
+    weight = trainer.model.get_output_embeddings().weight
+    weight.register_hook(lambda gradient: gradient * math.nan if trainer.state.global_step == 1 else gradient)
+    with pytest.raises(NonFiniteError, match="step 2: the gradient's norm is not finite, with example"):
+        trainer.train()
+    assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["encoder", "no encoder"])
