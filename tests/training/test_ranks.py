@@ -82,7 +82,7 @@ def test_processes_train_together_or_end_with_one_line(case: str, folder: Path) 
         if case == "equal" or (case in SIGNALS and rank == 1):
             assert not told
         elif case == "missing" and rank == 1:
-            assert told == ["nextquill: rank 1: --train_file: no such file: missing.jsonl"]
+            assert told == ["nextquill: rank 1: --train_file: missing.jsonl: cannot be read: No such file or directory"]
         elif case in SIGNALS or case == "missing":
             assert "rank 0: another process of the group has ended or does not answer" in told[-1]
         elif case in UNGROUPED:
