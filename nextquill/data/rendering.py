@@ -15,10 +15,11 @@ Hugging Face's tokenizers fit, and no Hugging Face package is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from nextquill.data.records import HistoryItem
+from nextquill.data.template_budget import beyond_budget
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.user_text import UserText
 from nextquill.errors import ArgumentError
@@ -62,13 +63,16 @@ class PromptRenderer:
 
     Raises:
         ArgumentError: `template.chat` is True and the tokenizer has no chat template; the chat template cannot render a
-            user message; there is no token to end a response; or a special token's literal cannot be broken.
+            user message, or takes more than its budget for it; there is no token to end a response; or a special
+            token's literal cannot be broken.
     """
 
     def __init__(self, template: PromptTemplate, tokenizer: Tokenizer) -> None:
         self.template = template
         self.tokenizer = tokenizer
         self.uses_chat = _uses_chat(template, tokenizer)
+        if self.uses_chat:
+            self._check_budget()
         self._system_role = self.uses_chat and template.system is not None and self._accepts_system_role()
         frame = self._check_user_message() if self.uses_chat else _QUERY_MARKER
         self.start_ids = [] if self.uses_chat else self._own_bos_ids()
@@ -115,6 +119,24 @@ class PromptRenderer:
             return self._apply(messages, generation_prompt=generation_prompt)
         except Exception as error:  # noqa: BLE001 - a chat template is a program that can raise any error
             return error
+
+    def _check_budget(self) -> None:
+        """Refuse a chat template that goes beyond its budget for one of the conversations that are rendered here."""
+        said = {"content": f"{_QUERY_MARKER}\n" * 50}
+        user, system = {"role": "user", **said}, {"role": "system", **said}
+        conversations = ([user], [system, user], [user, {"role": "assistant", **said}])
+
+        def render() -> Iterator[str]:
+            for messages in conversations:
+                rendered = self._try_apply(messages, generation_prompt=messages[-1] is user)
+                if isinstance(rendered, MemoryError):
+                    raise rendered
+                yield str(rendered)
+
+        if beyond := beyond_budget(render):
+            raise ArgumentError(
+                f"tokenizer: expected a chat template that renders a small prompt at once, it takes {beyond}"
+            )
 
     def _accepts_system_role(self) -> bool:
         system = self.template.system or ""

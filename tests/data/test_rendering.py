@@ -94,6 +94,26 @@ def test_a_chat_template_without_user_message_is_refused(template: str, with_cha
         PromptRenderer(PromptTemplate(), with_chat_template(template))
 
 
+COSTLY = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "string": "{{ (' ' * 3000000000) | length }}",
+    "folded": "{{ 9 ** (9 ** 9) }}",
+    "system-only": "{% if messages[0]['role'] == 'system' %}{{ lipsum(n=10 ** 6) }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("cost", COSTLY.values(), ids=COSTLY.keys())
+def test_a_chat_template_beyond_its_budget_is_refused(cost: str, with_chat_template: Callable[..., Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"^tokenizer: expected a chat template that renders .* it takes more than"):
+        PromptRenderer(PromptTemplate(), with_chat_template(f"{{{{ messages[0]['content'] }}}}{cost}"))
+
+
+def test_a_chat_template_nested_too_deep_is_refused_in_one_line(with_chat_template: Callable[..., Any]) -> None:
+    deep = "{{ " + "(" * 3000 + "messages[0]['content']" + ")" * 3000 + " }}"
+    with pytest.raises(ArgumentError, match=r"^tokenizer: expected a chat template that[^\n]*RecursionError[^\n]*$"):
+        PromptRenderer(PromptTemplate(), with_chat_template(deep))
+
+
 def test_a_tokenizer_without_any_end_is_refused(with_chat_template: Callable[..., Any]) -> None:
     tokenizer = with_chat_template("", eos_token=None)
     with pytest.raises(ArgumentError, match=r"^tokenizer: expected an end-of-sequence token"):
