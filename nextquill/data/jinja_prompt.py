@@ -163,7 +163,7 @@ def _environment() -> Any:
         """Counts what can repeat: every step of a loop, also one that its condition leaves out, and every call."""
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
-            tree = super()._parse(source, name, filename)
+            tree: Any = super()._parse(source, name, filename)
             count: Any = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
                 if isinstance(node, nodes.For) and node.test is not None:

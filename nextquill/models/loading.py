@@ -258,7 +258,8 @@ def _load_base(place: str, how: Loading, cached_only: bool = False) -> Any:
     # The search for an adapter does not read the model's own settings.
     hub = {"local_files_only": cached_only, **_at(how.revision)}
     from_file, quantisation = is_gguf(place), how.quantisation()
-    options = {"dtype": "float32" if from_file and how.dtype == "auto" else how.dtype, **hub, "adapter_kwargs": hub}
+    dtype = "float32" if from_file and how.dtype == "auto" else how.dtype
+    options: dict[str, Any] = {"dtype": dtype, **hub, "adapter_kwargs": hub}
     options |= {} if from_file else quantisation
     model, info = from_pretrained(AutoModelForCausalLM, **gguf_arguments(place), **options, output_loading_info=True)
     missing = sorted(info["missing_keys"])
