@@ -20,6 +20,7 @@ from nextquill.errors import ArgumentError
 from nextquill.models.configs import context_length
 from nextquill.models.gguf import gguf_arguments
 from nextquill.models.loading import PromptSettings, find_tokenizer
+from nextquill.models.pretrained import from_pretrained
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, is_new, training_texts
 from nextquill.report.numbers import counted
 
@@ -145,7 +146,7 @@ def _context(name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(**gguf_arguments(name), local_files_only=True)
+        config = from_pretrained(AutoConfig, **gguf_arguments(name), local_files_only=True)
         return context_length(SimpleNamespace(config=config))
     # A folder with only a tokenizer has no config, and that of an unknown architecture cannot be read.
     except (OSError, ValueError, KeyError):

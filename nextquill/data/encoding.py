@@ -108,7 +108,8 @@ class ExampleEncoder:
 
         Raises:
             BudgetError: the response, or the prompt without history plus the response, exceeds the budget.
-            RecordError: the template cannot render the record.
+            RecordError: the template cannot render the record, or one of its texts crosses the border to the template;
+                see `PromptRenderer.check`.
             ArgumentError: `counterfactual_history` does not fit the template.
         """
         return self._result(self._steps(index, record, placebo_history, counterfactual_history))
@@ -129,7 +130,7 @@ class ExampleEncoder:
 
         Raises:
             BudgetError: the prompt without history leaves less room than that.
-            RecordError: the template cannot render the query or the history.
+            RecordError: the template cannot render the query or the history; see also `PromptRenderer.check`.
         """
         start = array("i", self.renderer.start_ids)
         response_tokens = min(response_tokens, self.max_response_length or response_tokens)
@@ -137,6 +138,7 @@ class ExampleEncoder:
         def steps() -> Generator[list[str], list[Ids], tuple[Ids, int]]:
             text = self.renderer.prompt(query)
             (bare,) = yield [text]
+            self.renderer.check(text, bare, query)
             self._check_budget("query", len(start) + len(bare), response_tokens)
             room = self.max_length - response_tokens - len(start)
             return (yield from self._fit(_Fitting(query, bare, room, len(bare) / len(text)), history))
@@ -281,6 +283,8 @@ class ExampleEncoder:
         try:
             response_text, bare_text = self.renderer.response_text(record.response), self.renderer.prompt(record.query)
             response, bare = yield [response_text, bare_text]
+            self.renderer.check_response(response, record.response)
+            self.renderer.check(bare_text, bare, record.query)
             response_ids = response + array("i", self.renderer.end_ids)
             self._check_budget(where, len(start) + len(bare), len(response_ids))
             fitting = _Fitting(
@@ -331,19 +335,22 @@ class ExampleEncoder:
         guess. From there whole prompts are tokenised, in widening steps, usually two of them. The search assumes that
         one more item never makes a prompt shorter.
         """
-        prompt, fits, too_many = fitting.bare, 0, len(history) + 1
+        text, prompt, fits, too_many = "", fitting.bare, 0, len(history) + 1
         if not history:
             return prompt, 0
         probe, step = (yield from self._estimate_kept(fitting, history)), 1
         while too_many - fits > 1:
             if not fits < probe < too_many:
                 probe = (fits + too_many) // 2
-            (candidate,) = yield [self.renderer.prompt(fitting.query, history[len(history) - probe :])]
+            candidate_text = self.renderer.prompt(fitting.query, history[len(history) - probe :])
+            (candidate,) = yield [candidate_text]
             if len(candidate) <= fitting.room:
-                prompt, fits, probe = candidate, probe, probe + step
+                text, prompt, fits, probe = candidate_text, candidate, probe, probe + step
             else:
                 too_many, probe = probe, probe - step
             step *= 2
+        if fits:
+            self.renderer.check(text, prompt, fitting.query, history[len(history) - fits :])
         return prompt, fits
 
     def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], int]:

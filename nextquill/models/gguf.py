@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import UnsupportedModelError
+from nextquill.models.pretrained import from_pretrained
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -66,7 +67,7 @@ def as_ordinary(model: Any, place: str, **options: Any) -> Any:
     config = model.config
     del config.quantization_config
     weights = model.state_dict()
-    ordinary = type(model).from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype, **options)
+    ordinary = from_pretrained(type(model), None, config=config, state_dict=weights, dtype=model.dtype, **options)
     ordinary.config._name_or_path = ordinary.name_or_path = place  # where an adapter finds its base model
     ordinary.gguf_name = _name(place)
     return ordinary

@@ -15,6 +15,7 @@ from typing import Any
 from nextquill.data import PromptTemplate, Record
 from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
 from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
+from nextquill.models.pretrained import from_pretrained
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, is_new, training_texts
 
 PROMPT_FILE = "nextquill_prompt.json"
@@ -214,7 +215,9 @@ def load_tokenizer(place: str, cached_only: bool = False, revision: str | None =
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**gguf_arguments(place), local_files_only=cached_only, **_at(revision))
+        return from_pretrained(AutoTokenizer, **gguf_arguments(place), local_files_only=cached_only, **_at(revision))
+    except NextQuillError:
+        raise
     # The file formats of tokenizers raise errors of many types, some from Rust.
     except Exception as error:
         raise UnsupportedModelError(
@@ -252,13 +255,13 @@ def _with_attention(loaded: tuple[Any, Any], how: Loading) -> tuple[Any, Any]:
 def _load_base(place: str, how: Loading, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
-    load: Any = AutoModelForCausalLM.from_pretrained
     # The search for an adapter does not read the model's own settings.
     hub = {"local_files_only": cached_only, **_at(how.revision)}
     from_file, quantisation = is_gguf(place), how.quantisation()
-    options = {"dtype": "float32" if from_file and how.dtype == "auto" else how.dtype, **hub, "adapter_kwargs": hub}
+    dtype = "float32" if from_file and how.dtype == "auto" else how.dtype
+    options: dict[str, Any] = {"dtype": dtype, **hub, "adapter_kwargs": hub}
     options |= {} if from_file else quantisation
-    model, info = load(**gguf_arguments(place), **options, output_loading_info=True)
+    model, info = from_pretrained(AutoModelForCausalLM, **gguf_arguments(place), **options, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers initialises them at random, and only logs it
         raise UnsupportedModelError(

@@ -196,8 +196,7 @@ class InferencePrompts:
         return self.renderer.response_ids(tidy.removeprefix(opening))
 
     def _ids(self, signals: Sequence[HistoryItem]) -> list[int]:
-        (ids,) = self._tokens.ids([self.renderer.prompt(self.templates.instruction, signals)])
-        return self.renderer.start_ids + ids.tolist() + self._opening
+        return _checked_ids(self.renderer, self._tokens, self.templates.instruction, signals) + self._opening
 
 
 class GeneratorPrompts:
@@ -315,12 +314,23 @@ class GeneratorPrompts:
 
     def _responses(self, pair: Pair) -> tuple[list[int], list[int]]:
         texts = [self.renderer.response_text(text) for text in (pair.chosen, pair.rejected)]
-        chosen, rejected = (ids.tolist() + self.renderer.end_ids for ids in self._tokens.ids(texts))
-        return chosen, rejected
+        chosen, rejected = self._tokens.ids(texts)
+        self.renderer.check_response(chosen, pair.chosen)
+        self.renderer.check_response(rejected, pair.rejected)
+        return chosen.tolist() + self.renderer.end_ids, rejected.tolist() + self.renderer.end_ids
 
     def _ids(self, query: str, context: Sequence[HistoryItem]) -> list[int]:
-        (ids,) = self._tokens.ids([self.renderer.prompt(query, context)])
-        return self.renderer.start_ids + ids.tolist()
+        return _checked_ids(self.renderer, self._tokens, query, context)
+
+
+def _checked_ids(
+    renderer: PromptRenderer, tokens: BatchTokenizer, query: str, history: Sequence[HistoryItem]
+) -> list[int]:
+    """A prompt's token ids; RecordError if a text crosses the border to the template."""
+    text = renderer.prompt(query, history)
+    (ids,) = tokens.ids([text])
+    renderer.check(text, ids, query, history)
+    return renderer.start_ids + ids.tolist()
 
 
 def _newest_that_fit(

@@ -25,6 +25,7 @@ from torch import nn
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import Loading, load_model, load_tokenizer
+from nextquill.models.pretrained import from_pretrained
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
@@ -355,7 +356,7 @@ def _load_role(role: Role, folder: Path) -> None:
             weights = load_peft_weights(str(folder), device="cpu")
             set_peft_model_state_dict(role.model, weights, adapter_name=role.adapter or role.model.active_adapter)
         else:
-            saved: Any = type(role.model).from_pretrained(folder, dtype=role.model.dtype)
+            saved = from_pretrained(type(role.model), str(folder), dtype=role.model.dtype)
             role.model.load_state_dict(saved.state_dict())
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into the {role.name} model: {error}") from error

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from nextquill.data import HistoryItem, Record
@@ -89,6 +99,16 @@ def chatml_tokenizer(byte_level: Tokenizer) -> PreTrainedTokenizerFast:
 def gemma_tokenizer(bos_byte_level: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer whose template refuses system messages and trims messages; `<s>` is in template and tokenizer."""
     return _wrap(bos_byte_level, chat_template=GEMMA, bos_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def normalising_tokenizer(byte_level: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that looks for special tokens in lower case, without accents and zero-width characters."""
+    copy = Tokenizer.from_str(byte_level.to_str())
+    forms = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    copy.normalizer = normalizers.Sequence([*forms, normalizers.Replace(Regex("[\u200b-\u200d]"), "")])
+    copy.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in SPECIAL])
+    return _wrap(copy)
 
 
 @pytest.fixture(scope="session")

@@ -346,3 +346,58 @@ def test_a_slow_tokenizer_works(make_record: Any) -> None:
     examples = encoder.encode_all(records)
     assert examples == [ExampleEncoder(Slow(), max_length=100).encode(record, i) for i, record in enumerate(records)]
     assert bytes(examples[0].factual.prompt_ids).decode() == encoder.renderer.prompt("tale 0", records[0].history[1:])
+
+
+# ---- the border between texts and markup ------------------------------------------------------------
+
+BRACKETS = PromptTemplate(prompt_jinja="Q: {{ query }} {% for i in history %}<{{ i.text }}> {% endfor %}")
+
+
+def test_a_record_that_crosses_the_border_is_named_and_can_be_left_out(plain_tokenizer: Any, make_record: Any) -> None:
+    encoder = ExampleEncoder(plain_tokenizer, BRACKETS)
+    fine, hostile = make_record("a text"), make_record("/s", "fine", user_id="eve")
+    bad: list[str] = []
+    found = list(encoder.encode_iter([fine, hostile, fine], on_bad=lambda *each: bad.append(str(each[2]))))
+    assert [example.index for example in found] == [0, 2]
+    message = "record 1 (user 'eve'): text: in the finished prompt, '/s' would add or remove the special token '</s>'"
+    assert [each.split(", which")[0] for each in bad] == [message]
+    with pytest.raises(RecordError, match=r"^text: in the finished prompt, '/s' would"):
+        encoder.encode_prompt("q", hostile.history)
+    assert encoder.encode_prompt("q", hostile.history[1:])[1] == 1
+
+
+special_texts = st.lists(
+    st.sampled_from(["<|IM_END|>", "＜|im_end|>", "</S>", "<\u200b/s>", "<", "/s", "/S", ">", " ", "\n", "a"]),  # noqa: RUF001
+    min_size=1,
+    max_size=5,
+).map("".join)
+
+
+@pytest.mark.parametrize("name", ["plain_tokenizer", "chatml_tokenizer", "normalising_tokenizer"])
+@pytest.mark.parametrize("template", [PromptTemplate(), BRACKETS], ids=["built-in", "brackets"])
+@settings(deadline=None, max_examples=30)
+@given(query=special_texts, texts=st.lists(special_texts, max_size=3), response=special_texts)
+def test_special_tokens_of_examples_are_the_templates(
+    request: pytest.FixtureRequest,
+    make_record: Any,
+    name: str,
+    template: PromptTemplate,
+    query: str,
+    texts: list[str],
+    response: str,
+) -> None:
+    tokenizer = request.getfixturevalue(name)
+    encoder = ExampleEncoder(tokenizer, template)
+
+    def special(record: Record) -> list[list[int]]:
+        example = encoder.encode(record, placebo_history=record.history)
+        branches = [example.factual, example.counterfactual, example.placebo]
+        ids = [part for branch in branches if branch for part in (branch.prompt_ids, branch.response_ids)]
+        return [[each for each in part if each in tokenizer.all_special_ids] for part in ids]
+
+    try:
+        found = special(make_record(*texts, query=query, response=response))
+    except RecordError:
+        assert template is BRACKETS, "the built-in wording lets no text cross the border, and refuses none"
+    else:
+        assert found == special(make_record(*("a" for _ in texts), query="a", response="a"))

@@ -100,6 +100,10 @@ REFUSED = {
     "reads-private": ("{{ query }} {% for i in history %}{{ i._day }}{% endfor %}", "line 1: .*unsafe"),
     "changes-values": ("{{ query }} {{ history.append(1) }}", "line 1: "),
     "runs-away": ("{{ query }}{% for i in range(999999999) %} {% endfor %}{{ history }}", "line 1: Range too big"),
+    "deep-brackets": (f"{{{{ query }}}} {{{{ {'(' * 3000}1{')' * 3000} }}}} {{{{ history }}}}", "nested too deep"),
+    "deep-ifs": ("{{ query }}" + "{% if query %}" * 200 + "{% endif %}" * 200 + "{{ history }}", "nested too deep"),
+    "deep-loops": ("{{ query }}" + "{% for i in history %}" * 99 + "{% endfor %}" * 99 + "{{ history }}", "nested too"),
+    "endless-macro": ("{% macro f() %}{{ f() }}{% endmacro %}{{ query }} {{ f() }}{{ history }}", "maximum recursion"),
 }  # fmt: skip
 
 
@@ -107,6 +111,54 @@ REFUSED = {
 def test_a_template_that_cannot_be_used_is_refused(source: str, message: str) -> None:
     with pytest.raises(ArgumentError, match=rf"^prompt_jinja: .*{message}"):
         PromptTemplate(prompt_jinja=source)
+
+
+LOOPS = {
+    "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "filtered": "{% for i in range(99999) %}{% for j in range(99999) if 0 %}{% endfor %}{% endfor %}",
+    "recursive": "{% for i in range(9) recursive %}{{ loop(range(9)) if loop.depth < 99 }}{% endfor %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "call": "{% macro f() %}{% for i in range(9) %}{{ caller() }}{% endfor %}{% endmacro %}"
+    "{% call f() %}{% call f() %}{% call f() %}{% call f() %}{% call f() %}{% call f() %}{% call f() %}{% call f() %}"
+    "{% endcall %}{% endcall %}{% endcall %}{% endcall %}{% endcall %}{% endcall %}{% endcall %}{% endcall %}",
+}
+COSTS = {
+    "string": "{{ (' ' * 3000000000) | length }}",
+    "folded": "{{ 9 ** (9 ** 9) }}",
+    "words": "{{ lipsum(n=10 ** 6) | length }}",
+    "slices": "{{ history | slice(10 ** 9) | list | length }}",
+    "nested-lists": "{% set n = namespace(a=[0]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
+    "{{ n.a }}",
+}
+SHOWS = "{{ query }} {{ history | length }} "
+
+
+@pytest.mark.parametrize("source", [*LOOPS.values(), *COSTS.values()], ids=[*LOOPS, *COSTS])
+def test_a_template_beyond_its_budget_is_refused_in_one_line(source: str) -> None:
+    beyond = r"takes more than (1 second of computing|512 MiB)|line 1: more than 100,000 steps of loops and macros"
+    with pytest.raises(ArgumentError, match=rf"^prompt_jinja: [^\n]*({beyond})$"):
+        PromptTemplate(prompt_jinja=SHOWS + source)
+
+
+@pytest.mark.parametrize("source", LOOPS.values(), ids=LOOPS)
+def test_loops_are_bounded_where_only_later_texts_start_them(source: str) -> None:
+    template = PromptTemplate(prompt_jinja=SHOWS + f"{{% if query | length > 20 %}}{source}{{% endif %}}")
+    with pytest.raises(ArgumentError, match=r"^prompt_jinja: line 1: more than 100,000 steps of loops and macros$"):
+        template.render("a long query, which no probe is", HISTORY)
+    assert template.render("q", HISTORY) == "q 2 ", "the next prompt starts with a whole budget"
+
+
+@pytest.mark.parametrize("piece", ["{{ ' ' * 999999 }}", " " * 99999], ids=["inserted", "written"])
+def test_the_output_is_bounded_where_only_later_texts_start_it(piece: str) -> None:
+    loop = f"{{% for i in range(9999) %}}{piece}{{% endfor %}}"
+    template = PromptTemplate(prompt_jinja=SHOWS + f"{{% if query | length > 20 %}}{loop}{{% endif %}}")
+    with pytest.raises(ArgumentError, match=r"^prompt_jinja: (line 1: )?more than 50,000,000 characters$"):
+        template.render("a long query, which no probe is", HISTORY)
+
+
+def test_a_template_cannot_set_what_counts() -> None:
+    source = "{% set step = query %}{% set spent = 1 %}{% for i in range(9) %}{% endfor %}"
+    assert PromptTemplate(prompt_jinja=SHOWS + source).render("q") == "q 0 "
 
 
 def test_a_failure_on_later_values_names_the_line() -> None:

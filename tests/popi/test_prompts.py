@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextquill.data import HistoryItem, PromptTemplate
-from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
+from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, RecordError
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates, tidy_summary
 from nextquill.popi.rollouts import Sample
 from nextquill.popi.users import Pair
@@ -227,6 +227,18 @@ def test_a_poisoned_response_ends_once(request: pytest.FixtureRequest, name: str
     for branch in prompts.branches(Pair("q", chosen, rejected)):
         found = specials(tokenizer, branch.response_ids)
         assert found == specials(tokenizer, prompts.renderer.end_ids)
+
+
+def test_a_text_that_crosses_the_border_is_refused_in_both_prompts(tokenizer: Any) -> None:
+    brackets = PromptTemplate(prompt_jinja="{{ query }} {% for i in history %}<{{ i.text }}> {% endfor %}")
+    templates = PopiTemplates(inference=brackets, generator=brackets)
+    inference, generator = InferencePrompts(tokenizer, templates), GeneratorPrompts(tokenizer, templates)
+    assert inference.ids(SIGNALS)
+    with pytest.raises(RecordError, match=r"^text: in the finished prompt, '/s' would add .* special token '</s>'"):
+        inference.ids([*SIGNALS, HistoryItem("/s")])
+    with pytest.raises(RecordError, match=r"^text: .* '\|im_end\|' would add .* special token '<\|im_end\|>'"):
+        generator.ids("q", summary="|im_end|")
+    assert generator.ids("q", summary="im_end")
 
 
 def test_a_summary_of_plain_text_is_inserted_as_it_is(tokenizer: Any) -> None:

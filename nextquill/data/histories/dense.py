@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,4 +67,10 @@ class DenseSelector(RankedSelector):
 def _load(name: str) -> TextEncoder:
     with needed_package("name: 'dense' needs sentence-transformers", "dense"):
         from sentence_transformers import SentenceTransformer
-    return functools.partial(SentenceTransformer(name).encode, show_progress_bar=False)
+    modules = Path(name).expanduser() / "modules.json"
+    # sentence-transformers 3.4 to 5 runs code in a folder here without being told to trust it.
+    kinds = [module["type"] for module in json.loads(modules.read_text())] if modules.is_file() else []
+    own = next((kind for kind in kinds if not kind.startswith("sentence_transformers.")), None)
+    if own is not None:
+        raise ArgumentError(f"encoder: {name} names its own code, {own}, and code in a model folder is not run")
+    return functools.partial(SentenceTransformer(name, trust_remote_code=False).encode, show_progress_bar=False)

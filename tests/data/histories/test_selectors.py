@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,3 +278,19 @@ def test_packages_that_are_not_installed_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BackendUnavailableError, match=message):
         make_selector(name, num_items=1)
+
+
+def test_code_in_an_encoders_folder_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Any] = []
+    package = ModuleType("sentence_transformers")
+    package.SentenceTransformer = lambda *names, **options: (
+        given.append((names, options)) or SimpleNamespace(encode=len)
+    )  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    known, own = "sentence_transformers.models.Transformer", "coded.Encoder"
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": known}]))
+    make_selector("dense", num_items=1, encoder=str(tmp_path))
+    assert given == [((str(tmp_path),), {"trust_remote_code": False})]
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": known}, {"type": own}]))
+    with pytest.raises(ArgumentError, match=r"^encoder: .* names its own code, coded\.Encoder, .* is not run"):
+        make_selector("dense", num_items=1, encoder=str(tmp_path))
