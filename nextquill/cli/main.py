@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nextquill.cli.known_flags import refused
+from nextquill.report.text import plain
 
 if TYPE_CHECKING:
     from nextquill.errors import NextQuillError
@@ -146,7 +147,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # an unfinished progress bar's line
-    print(f"nextquill: {message}", file=sys.stderr)
+    print(f"nextquill: {plain(message)}", file=sys.stderr)
     return code
 
 

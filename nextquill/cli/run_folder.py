@@ -11,6 +11,7 @@ from nextquill.comparison.folder import empty_folder
 from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedModelError
 from nextquill.models.loading import load_tokenizer
 from nextquill.storage import checkpoints
+from nextquill.storage.input_files import real_path
 
 
 def resume_point(folder: Path, given: str | None) -> Path | None:
@@ -30,14 +31,14 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
         overwrite: replace an earlier run there.
         inputs: files and folders the run reads, which must not be replaced.
     """
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    place = next(path for path in (folder, *real_path(folder).parents) if path.exists())
     if not place.is_dir():
         raise OutputExistsError(f"output_dir: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputExistsError(f"output_dir: {place} is not writable")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if resume is not None and resume.resolve().parent == folder.resolve():
+    if resume is not None and real_path(resume).parent == real_path(folder):
         return
     if not (folder / checkpoints.RUN_FILE).is_file():
         raise OutputExistsError(f"output_dir: {folder} holds files, but not a nextquill run; choose another folder")
@@ -52,14 +53,14 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
 def check_inputs_stay(folder: Path, inputs: Iterable[str | None]) -> None:
     """Raise OutputExistsError where replacing what `folder` holds would delete an input."""
     for path in inputs:
-        if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
+        if path is not None and Path(path).exists() and real_path(folder) in (p := real_path(path), *p.parents):
             raise OutputExistsError(f"overwrite: {folder} holds {path}, which this run reads")
 
 
 def open_output_dir(folder: Path, resume: Path | None) -> None:
     """Make `folder`, or empty it unless its own run is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if resume is None or resume.resolve().parent != folder.resolve():
+    if resume is None or real_path(resume).parent != real_path(folder):
         empty_folder(folder)
 
 

@@ -7,7 +7,6 @@ and holds digests of the users it was trained on. The same file beside the check
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 from nextquill.errors import CheckpointError
 from nextquill.storage.atomic_files import move_into_place
 from nextquill.storage.fingerprints import fingerprint
-from nextquill.storage.json_files import json_object
+from nextquill.storage.json_files import json_object, read_json
 
 STAGING = ".incomplete"
 RUN_FILE = "nextquill_run.json"
@@ -113,9 +112,9 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
             "load its model with from_pretrained and start a new training"
         )
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         different = [key for key in identity if saved.get(key) != identity[key]]
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"resume_from_checkpoint: {path} is not a run's description: {error}") from error
     if different:
         key = different[0]

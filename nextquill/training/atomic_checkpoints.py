@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nextquill.errors import CheckpointError
+from nextquill.models.border import reading
 from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
@@ -55,14 +58,48 @@ class AtomicCheckpoints(_Base):
         checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if self._identity is None:  # once: the engine may shard the parameters afterwards
             self._identity = self.run_identity()
-        if checkpoint is not None and self.is_world_process_zero():
-            checkpoints.check_identity(checkpoint, self._identity)
+        if checkpoint is not None:
+            _check_state(checkpoint)
+            if self.is_world_process_zero():
+                checkpoints.check_identity(checkpoint, self._identity)
         if self.args.should_save:
             checkpoints.remove_staging(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    # What the Trainer reads of a checkpoint: every error becomes one that names the file.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        # The settings came with the state; torch looks for none of them before it makes a step.
+        optimizer: Any = self.optimizer
+        missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
+        if missing:
+            raise CheckpointError(
+                f"resume_from_checkpoint: {Path(checkpoint) / 'optimizer.pt'} is of another optimiser than --optim "
+                f"{self.args.optim}, which has a setting {min(missing)!r}"
+            )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _resuming(checkpoint):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _resuming(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -112,6 +149,23 @@ class AtomicCheckpoints(_Base):
     def _write_identity(self, folder: Path) -> None:
         known = {} if self._trained_users is None else {checkpoints.TRAINED_USERS: self._trained_users}
         write_whole(folder / checkpoints.RUN_FILE, json.dumps({**(self._identity or {}), **known}, indent=2) + "\n")
+
+
+def _resuming(checkpoint: str | Path) -> AbstractContextManager[None]:
+    return reading(checkpoint, f"resume_from_checkpoint: cannot resume from {checkpoint}", CheckpointError)
+
+
+def _check_state(checkpoint: Path) -> None:
+    """Raise CheckpointError where the Trainer's log is damaged, on which it would fail in the middle of its set-up."""
+    from transformers import TrainerState
+
+    with _resuming(checkpoint):
+        state: Any = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_FILE))
+    if type(state.global_step) is not int or state.global_step < 1 or not isinstance(state.log_history, list):
+        raise CheckpointError(
+            f"resume_from_checkpoint: {checkpoint / checkpoints.STATE_FILE}: expected 'global_step', the number of the "
+            f"last step, and 'log_history', a list; got {state.global_step!r} and {type(state.log_history).__name__}"
+        )
 
 
 def run_identity(model: Any, loss: Any) -> dict[str, Any]:
