@@ -307,7 +307,8 @@ def _wrapped(tokens: Sequence[str], width: int) -> Iterator[str]:
 def _visible(token: str) -> str:
     """A token as one word: spaces become dots, and an empty token, which is part of a character, a small square."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-    return plain("".join(marks.get(character, character) for character in token)) or "▫"
+    shown = (marks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in token)
+    return "".join(shown) or "▫"
 
 
 def _excerpt(text: str, length: int) -> str:

@@ -66,9 +66,8 @@ def check_config(folder: str | Path) -> None:
         raise UnsupportedModelError(f"model_name_or_path: cannot load {folder}: {error}") from error
     for name, count in found:
         if count > _MOST_LAYERS:
-            raise UnsupportedModelError(
-                f"model_name_or_path: cannot load {folder}: {path}: {name}: expected at most {_MOST_LAYERS}, got {count}"
-            )
+            problem = f"{path}: {name}: expected at most {_MOST_LAYERS}, got {count}"
+            raise UnsupportedModelError(f"model_name_or_path: cannot load {folder}: {problem}")
 
 
 def _layers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -94,12 +93,11 @@ def _damage(folder: Path) -> str | None:
 
 def _read_alone(path: Path) -> None:
     """Read as much of a file as shows that it is whole; an error of any type if it is not."""
-    if path.suffix == ".json":
-        json_object(path)
+    found = json_object(path) if path.suffix == ".json" else {}
     if path.name == "config.json":
         from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
+        AutoConfig.for_model(**found)
     elif path.name == "adapter_config.json":
         from peft import PeftConfig
 

@@ -26,6 +26,18 @@ else:
 _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: Fields of an adapter's config that change the effect of its weights.
 _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+#: The fields of a Trainer's log that a resume takes over, and their types.
+_STATE = {
+    "global_step": int,
+    "epoch": int | float,
+    "total_flos": int | float,
+    "num_input_tokens_seen": int,
+    "log_history": list,
+    "stateful_callbacks": dict,
+    "best_metric": int | float | None,
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+}
 #: Values of each frozen parameter that enter the fingerprint.
 _SAMPLE = 16
 
@@ -159,12 +171,17 @@ def _check_state(checkpoint: Path) -> None:
     """Raise CheckpointError where the Trainer's log is damaged, on which it would fail in the middle of its set-up."""
     from transformers import TrainerState
 
+    path = checkpoint / checkpoints.STATE_FILE
     with _resuming(checkpoint):
-        state: Any = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_FILE))
-    if type(state.global_step) is not int or state.global_step < 1 or not isinstance(state.log_history, list):
+        state: Any = TrainerState.load_from_json(str(path))
+    wrong = next((name for name, kinds in _STATE.items() if not isinstance(getattr(state, name), kinds)), None)
+    if wrong is None and not all(isinstance(entry, dict) for entry in state.log_history):
+        wrong = "log_history"
+    if wrong is None and state.global_step < 1:
+        wrong = "global_step"
+    if wrong is not None:
         raise CheckpointError(
-            f"resume_from_checkpoint: {checkpoint / checkpoints.STATE_FILE}: expected 'global_step', the number of the "
-            f"last step, and 'log_history', a list; got {state.global_step!r} and {type(state.log_history).__name__}"
+            f"resume_from_checkpoint: {path}: damaged, field {wrong!r} is {getattr(state, wrong)!r:.80}"
         )
 
 
