@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -282,11 +282,11 @@ def _work(pipe: Connection, base: Path, place: Path) -> None:
         base.mkdir()
         make_base(base)
     pipe.send("ready")
-    while True:
-        pipe.send(run_case(pipe.recv(), base, place))
+    while (number := pipe.recv()) is not None:
+        pipe.send(run_case(number, base, place))
 
 
-def failures(numbers: Iterator[int] | range, folder: Path) -> Iterator[tuple[int, str]]:
+def failures(numbers: Iterable[int], folder: Path) -> Iterator[tuple[int, str]]:
     """Run these cases; yield the number of each that fails, and what is wrong with it."""
     context = multiprocessing.get_context("spawn")
     worker: Any = None
@@ -311,5 +311,6 @@ def failures(numbers: Iterator[int] | range, folder: Path) -> Iterator[tuple[int
                 worker = None
     finally:
         if worker is not None:
+            pipe.send(None)
+            worker.join(60)
             worker.kill()
-            worker.join()

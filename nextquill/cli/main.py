@@ -42,6 +42,8 @@ COMMANDS = {
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
 DESCRIPTION = "Causal personalisation training of language models."
+#: Characters of a message.
+_MOST_SHOWN = 2000
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
@@ -147,6 +149,8 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # an unfinished progress bar's line
+    if len(message) > _MOST_SHOWN:  # it quotes what somebody wrote, without end
+        message = f"{message[: _MOST_SHOWN // 2]} … {message[-_MOST_SHOWN // 2 :]}"
     print(f"nextquill: {plain(message)}", file=sys.stderr)
     return code
 

@@ -99,8 +99,8 @@ class AtomicCheckpoints(_Base):
         missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
         if missing:
             raise CheckpointError(
-                f"resume_from_checkpoint: {Path(checkpoint) / 'optimizer.pt'} is of another optimiser than --optim "
-                f"{self.args.optim}, which has a setting {min(missing)!r}"
+                f"resume_from_checkpoint: {Path(checkpoint) / 'optimizer.pt'} was written by another optimiser than "
+                f"args.optim asks for: it lacks the setting {min(missing)!r}"
             )
 
     def _load_scaler(self, checkpoint: str | None) -> None:

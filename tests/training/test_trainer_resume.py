@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_file(tmp_path: Path, n
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_the_state_of_another_optimiser_is_refused(tmp_path: Path, optim: str) -> None:
     trainer_in(tmp_path, max_steps=3).train()
-    with pytest.raises(CheckpointError, match=r"checkpoint-3/?.*"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3/optimizer.pt was written by another optimiser"):
         trainer_in(tmp_path, optim=optim).train(resume_from_checkpoint=True)
 
 
