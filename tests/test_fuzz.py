@@ -1,4 +1,7 @@
-"""Random shapes, strides, masks, dtypes and options: every implementation against float64."""
+"""Random shapes, strides, masks, dtypes and options: every implementation against float64.
+
+And files damaged at random: every command ends soon, with success or with an error of one line.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 import nextquill as nq
 from nextquill import reference
 from nextquill.ops.dispatch import why_not
+from tests.fuzzed_files import failures
 from tests.helpers import relative_error
 
 CPU = torch.device("cpu")
@@ -73,3 +77,11 @@ def test_pair_operator(impl, call):
         tolerance = 2**-10 if half and index > 2 else 1e-5
         error = (a.double() - t).abs().max() / (1 + t.abs().max()) if t.numel() else torch.zeros(())
         assert error <= tolerance or relative_error(a, t) <= tolerance, f"result {index}: {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_damaged_files(tmp_path):
+    """2,100 cases over records, YAML, files of models and checkpoints, and templates."""
+    found = dict(failures(range(2100), tmp_path))
+    assert not found, "\n".join(f"case {number}: {problem}" for number, problem in list(found.items())[:5])

@@ -23,6 +23,7 @@ from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import say
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, BudgetError
+from nextquill.report.text import plain
 
 DESCRIPTION = (
     "Write responses to queries that you type, as a user would; each query is answered from the user's history alone, "
@@ -92,4 +93,4 @@ def _print_history(texts: Sequence[HistoryItem]) -> None:
     """A line for each text, the newest last."""
     for item in texts:
         line = " ".join(f"{item.title or ''}  {item.text}".split())
-        print(f"  · {line[:_SHOWN_CHARACTERS]}{'…' if len(line) > _SHOWN_CHARACTERS else ''}")
+        print(f"  · {plain(line[:_SHOWN_CHARACTERS])}{'…' if len(line) > _SHOWN_CHARACTERS else ''}")

@@ -46,6 +46,7 @@ from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FI
 from nextquill.report.comparison.tables import notes, tables
 from nextquill.report.numbers import counted
 from nextquill.report.terminal import results_table
+from nextquill.report.text import plain
 from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
@@ -305,12 +306,12 @@ def show(comparison: Any, folder: Path, texts: int) -> None:
         console.print(results_table(table))
         console.print()
     for note in notes(comparison):
-        console.print(note, markup=False, highlight=False)
+        console.print(plain(note), markup=False, highlight=False)
     if texts:
         console.print(f"Texts were generated for {texts} records by every run.", highlight=False)
     warn_of_few(comparison.num_users)
     console.print()
     for finding in find(comparison):
-        console.print(f"- {finding.heading}", markup=False, highlight=False)
+        console.print(plain(f"- {finding.heading}"), markup=False, highlight=False)
     names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)
     say(f"wrote {', '.join(str(folder / name) for name in names)}")

@@ -22,6 +22,7 @@ from nextquill.data.loaders import FORMATS, load
 from nextquill.data.times import TIME_UNITS
 from nextquill.errors import ArgumentError, RecordError
 from nextquill.storage.atomic_files import written_together
+from nextquill.storage.input_files import real_path
 
 DESCRIPTION = (
     "Turn a data set into records: JSONL with user_id, query, history, response and timestamp, which train, evaluate "
@@ -237,13 +238,13 @@ def _claimed(source: ConvertInput, form: ConvertFormat, rows: ConvertRows, outpu
     given = {name: getattr(output, name) for name in ("output_file", "eval_file", "test_file")}
     given["skipped_file"] = rows.skipped_file
     paths: dict[str, Path] = {}
-    taken_by = {Path(path).resolve(): "--input" for path in source.input}
-    taken_by |= {Path(path).resolve(): f"--{name}" for name in ("outputs", "metadata") if (path := getattr(form, name))}
+    taken_by = {real_path(path): "--input" for path in source.input}
+    taken_by |= {real_path(path): f"--{name}" for name in ("outputs", "metadata") if (path := getattr(form, name))}
     for name, word in given.items():
         if word is None:
             continue
         path = claim_output_file(word, overwrite=output.overwrite, flag=name)
-        taken = taken_by.setdefault(path.resolve(), f"--{name}")
+        taken = taken_by.setdefault(real_path(path), f"--{name}")
         if taken != f"--{name}":
             raise ArgumentError(f"{name}: expected a file of its own, got {path}, which is that of {taken}")
         paths[name] = path

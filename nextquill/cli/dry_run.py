@@ -21,6 +21,7 @@ from nextquill.data.templates import BRANCHES
 from nextquill.evaluation.options import EvaluationOptions
 from nextquill.evaluation.preferences import has_pair
 from nextquill.models.loading import PromptSettings
+from nextquill.report.text import plain
 
 Rows = list[tuple[str, Any]]
 #: Steps whose tokens are counted, and records that are encoded by `prepare` or measured by `evaluate`.
@@ -32,7 +33,7 @@ def show(rows: Rows) -> None:
     """Print a table of names and values to stdout."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(plain(f"{name:<{width}}  {value}"))
     print("Nothing was written.")
 
 

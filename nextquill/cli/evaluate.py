@@ -30,6 +30,7 @@ from nextquill.evaluation.results import Evaluation, check_folder, read_evaluati
 from nextquill.evaluation.tasks import TASKS
 from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.generation import ENGINES, check_engine
+from nextquill.report.text import plain
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.checkpoints import trained_users
 
@@ -144,7 +145,7 @@ def run(arguments: Sequence[str]) -> int:
             differences = compare_evaluations(Path(folder), there, **draws)
             print_differences(differences, evaluation, read_evaluation(there), str(there))
     if kept is not None:
-        print(f"Results: {kept}")
+        print(plain(f"Results: {kept}"))
     if target is not None:
         metrics = {name: metric.value for name, metric in evaluation.metrics.items()}
         write_whole(target, json.dumps(metrics, indent=2) + "\n")

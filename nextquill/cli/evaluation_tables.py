@@ -11,6 +11,7 @@ from nextquill.evaluation.measures import NEW_USERS, PAIRS, TOKENS, place_of
 from nextquill.evaluation.results import Evaluation, MetricValue, unlike_settings
 from nextquill.report.headline import few_people
 from nextquill.report.numbers import counted, in_words, p_value
+from nextquill.report.text import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +113,7 @@ def new_table(first: str, *others: str) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(Text(first))
+    table.add_column(Text(plain(first)))
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
@@ -122,4 +123,4 @@ def show(what: Table | str) -> None:
     """Print to stdout; a text is printed as it is, without markup."""
     from rich.console import Console
 
-    Console(highlight=False, markup=False).print(what)
+    Console(highlight=False, markup=False).print(plain(what) if isinstance(what, str) else what)

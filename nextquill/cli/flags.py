@@ -10,7 +10,11 @@ from typing import Any
 
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
 from nextquill.storage.atomic_files import temporary
+from nextquill.storage.input_files import read_input
 from nextquill.storage.locks import claim
+
+#: The size of the largest file of flags; PyYAML reads some 100 KiB a second.
+_MOST_CONFIG_BYTES = 256 * 2**10
 
 
 class UsageError(NextQuillError, ValueError):
@@ -85,14 +89,16 @@ def check_output_file(path: str, *, overwrite: bool, flag: str = "output_file") 
 
 
 def read_config(path: str) -> dict[Any, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_input(path, _MOST_CONFIG_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
+    from nextquill.cli.yaml_file import read_yaml
+
+    try:
+        content = read_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"--config: {path} is not YAML: {error}") from error
     if content is not None and not isinstance(content, dict):
         raise UsageError(f"--config: expected a mapping of flags in {path}, got {type(content).__name__}")
     return content or {}

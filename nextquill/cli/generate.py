@@ -19,6 +19,7 @@ from nextquill.data.lines import json_lines, parsed_json
 from nextquill.data.records import check_text
 from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.generation import GenerationOptions
+from nextquill.report.text import plain
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def print_stream(stream: Iterable[tuple[int, str]]) -> str:
     text = ""
     for _, piece in stream:
         text += piece
-        print(piece, end="", flush=True)
+        print(plain(piece), end="", flush=True)
     print()
     return text
 
@@ -241,17 +242,17 @@ def _joined(stream: Iterable[tuple[int, str]], count: int, name: str) -> list[st
 def print_side_by_side(queries: Sequence[str], texts: Mapping[str, Sequence[str]]) -> None:
     """Print the responses to each query, a column for each history."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(highlight=False)
     for index, query in enumerate(queries):
-        console.print(Text(query, "bold"), soft_wrap=True)
+        console.print(Text(plain(query), "bold"), soft_wrap=True)
         if len(texts) == 1:
-            console.print(Text(texts[OWN][index]), soft_wrap=True)
+            console.print(Text(plain(texts[OWN][index])), soft_wrap=True)
         else:
-            table = Table(*texts, expand=True, show_lines=False)
-            table.add_row(*(Text(found[index]) for found in texts.values()))
+            table = Table(*(Column(Text(plain(name))) for name in texts), expand=True, show_lines=False)
+            table.add_row(*(Text(plain(found[index])) for found in texts.values()))
             console.print(table)
         console.print()
 

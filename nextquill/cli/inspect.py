@@ -16,13 +16,15 @@ from nextquill.cli.options import PromptOptions
 from nextquill.cli.parsing import parse
 from nextquill.data import Record, assign_placebo_histories
 from nextquill.data.placebo import COUNTERFACTUAL
-from nextquill.errors import ArgumentError
+from nextquill.errors import ArgumentError, UnsupportedModelError
+from nextquill.models.border import check_config, first_line
 from nextquill.models.configs import context_length
 from nextquill.models.gguf import gguf_arguments
 from nextquill.models.loading import PromptSettings, find_tokenizer
 from nextquill.models.pretrained import from_pretrained
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_tokenizer, is_new, training_texts
 from nextquill.report.numbers import counted
+from nextquill.report.text import plain, plain_json
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample, ExampleEncoder
@@ -105,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
     branches = [branch for each in found for branch in (each.example.factual, each.example.counterfactual)]
     tree = build_prefix_tree([branch.input_ids for branch in branches])
     if options.format == "json":
-        print(json.dumps(as_json(found, tree, encoder, settings), ensure_ascii=False, indent=2))
+        print(plain_json(json.dumps(as_json(found, tree, encoder, settings), ensure_ascii=False, indent=2)))
     else:
         show(found, tree, encoder, options.max_shown)
     return OK
@@ -145,12 +147,16 @@ def _context(name: str) -> int | None:
     """The model's number of positions, if there is a config."""
     from transformers import AutoConfig
 
+    check_config(name)
     try:
         config = from_pretrained(AutoConfig, **gguf_arguments(name), local_files_only=True)
         return context_length(SimpleNamespace(config=config))
     # A folder with only a tokenizer has no config, and that of an unknown architecture cannot be read.
     except (OSError, ValueError, KeyError):
         return None
+    except Exception as error:
+        message = f"model: {name}/config.json: {first_line(error)}"
+        raise UnsupportedModelError(message) from error
 
 
 def inspect(encoder: ExampleEncoder, record: Record, index: int, other: Any) -> Inspected:
@@ -221,7 +227,7 @@ def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, 
     console = Console(highlight=False)
 
     def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style))
+        console.print(Text(plain(text), style))
 
     for each in found:
         placebo = encoder.template.counterfactual == "placebo"

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nextquill.cli.known_flags import refused
+from nextquill.report.text import plain
 from nextquill.storage.locks import release_claims
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ COMMANDS = {
     "bench": "Check and time the losses against plain PyTorch and other fused losses (in a checkout).",
 }
 DESCRIPTION = "Causal personalisation training of language models."
+#: Characters of a message.
+_MOST_SHOWN = 2000
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
@@ -181,7 +184,9 @@ def _fail(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # an unfinished progress bar's line
     rank = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"nextquill: {rank}{message}", file=sys.stderr)
+    if len(message) > _MOST_SHOWN:  # it quotes what somebody wrote, without end
+        message = f"{message[: _MOST_SHOWN // 2]} … {message[-_MOST_SHOWN // 2 :]}"
+    print(f"nextquill: {rank}{plain(message)}", file=sys.stderr)
     return code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.flags import check_positive, check_token_budget, dry_run_option, option
@@ -18,6 +17,7 @@ from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import PROMPT_FILE, Loading, PromptSettings, load_prompt_settings
 from nextquill.models.tiny_models import is_new
+from nextquill.storage.input_files import MIB, read_input
 
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss
@@ -174,7 +174,7 @@ class PromptOptions:
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_input(path, MIB).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(
             f"prompt_jinja: cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"

@@ -20,6 +20,7 @@ from nextquill.cli.flags import UsageError, config_path, read_config
 from nextquill.cli.help import help_text
 from nextquill.cli.known_flags import unknown_flag
 from nextquill.errors import NextQuillError
+from nextquill.storage.json_files import parsed
 
 #: Flags that are not booleans and take "true".
 _BARE_MEANS_TRUE = ("resume_from_checkpoint",)
@@ -77,6 +78,9 @@ class Parser(HfArgumentParser):
         values = vars(namespace)
         for name in self.takes_mapping:
             _check_json(name, values.get(name))
+        for name, value in values.items():
+            for each in value if isinstance(value, list) else [value]:
+                _check_characters(name, each)
         return values
 
     def unknown_message(self, word: str) -> str:
@@ -137,9 +141,15 @@ def _instantiate(kind: type, values: dict[str, Any]) -> Any:
 def _check_json(name: str, value: Any) -> None:
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            json.loads(value)
+            parsed(value)
         except ValueError as error:
             raise UsageError(f"argument --{name}: not JSON: {error}") from error
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """Refuse text that no file's name and no file can hold; bytes that are not UTF-8 arrive as halves of surrogates."""
+    if isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
+        raise UsageError(f"argument --{name}: expected UTF-8 without null bytes, got {value!r}")
 
 
 def _config_words(parser: Parser, arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from nextquill.data.records import RECORD_FIELDS
 from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.users import User, users_from_records
+from nextquill.storage.input_files import real_path
 
 if TYPE_CHECKING:
     from nextquill.popi.config import POPIConfig
@@ -68,7 +69,7 @@ class PopiFormat:
 
 def check_not_read(target: Path, inputs: Sequence[str]) -> None:
     """Raise ArgumentError if the output file would replace an input."""
-    if target.resolve() in {Path(path).resolve() for path in inputs}:
+    if real_path(target) in {real_path(path) for path in inputs}:
         raise ArgumentError(f"output_file: expected a file of its own, got {target}, which is read")
 
 

@@ -11,6 +11,7 @@ from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import say
 from nextquill.errors import ArgumentError, naming
 from nextquill.popi.summaries import Summary, SummaryFile
+from nextquill.report.text import plain
 
 DESCRIPTION = (
     "Show all summaries in a file, or show, edit or delete one user's. summarize does not replace an edited summary."
@@ -63,11 +64,6 @@ def run(arguments: Sequence[str]) -> int:
 def _print(summary: Summary) -> None:
     made = "edited by a person" if summary.edited else f"by {summary.model}"
     size = "" if summary.tokens is None else f", {summary.tokens} tokens{', cut at the limit' if summary.cut else ''}"
-    print(_shown(f"{summary.user_id}  ({made}, {summary.created}{size})"))
+    print(plain(f"{summary.user_id}  ({made}, {summary.created}{size})"))
     for line in (summary.summary or "(empty)").splitlines():
-        print(f"  {_shown(line)}")
-
-
-def _shown(text: str) -> str:
-    """A line with its control characters escaped, as a terminal would obey those in a model's text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        print(f"  {plain(line)}")

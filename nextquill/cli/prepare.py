@@ -20,6 +20,7 @@ from nextquill.data.lines import HUB
 from nextquill.data.records import iter_records
 from nextquill.errors import BudgetError, RecordError, naming
 from nextquill.models.tiny_models import is_new
+from nextquill.report.text import plain
 
 if TYPE_CHECKING:
     from nextquill.data import ExampleEncoder, PreparedDataset
@@ -81,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
             dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
         return OK
     prepared = _prepare(options, encoder)
-    print(summary(prepared), file=sys.stderr)
+    print(plain(summary(prepared)), file=sys.stderr)
     return OK
 
 

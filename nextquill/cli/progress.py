@@ -18,6 +18,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from nextquill.cli.terminal import bar, duration, say
+from nextquill.report.text import plain
 
 #: Seconds after which another log is due, so that a slow run is seen to be alive.
 EVERY = 30.0
@@ -236,4 +237,4 @@ def shown(trainer: Trainer) -> Iterator[SaveOnInterrupt]:
 
 class _AboveBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"nextquill: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        tqdm.write(plain(f"nextquill: {record.levelname.lower()}: {record.getMessage()}"), file=sys.stderr)

@@ -16,7 +16,9 @@ from nextquill.report.data import Page
 from nextquill.report.html import render_page
 from nextquill.report.run_page import DEFAULT_EXAMPLES, runs_page
 from nextquill.report.runs import Run, labels, read_run
+from nextquill.report.text import plain
 from nextquill.storage.atomic_files import write_whole
+from nextquill.storage.input_files import real_path
 
 DESCRIPTION = (
     "Put runs side by side on one HTML page that needs no network: a verdict, the measures that matter with intervals "
@@ -76,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     page = runs_page(runs, title=options.title, baseline=baseline, examples=options.examples, indices=options.index)
     content = render_page(page).encode() if form == "html" else _picture(page, form)
     write_whole(target, content)
-    print(f"Written to {target} ({len(content) / 1e6:.1f} MB)", file=sys.stderr)
+    print(plain(f"Written to {target} ({len(content) / 1e6:.1f} MB)"), file=sys.stderr)
     return OK
 
 
@@ -99,13 +101,13 @@ def with_runs_flag(arguments: Sequence[str]) -> list[str]:
 def read_runs(folders: Sequence[str], baseline: str | None) -> tuple[list[Run], Run | None]:
     """The runs, each with its own label, and the one of them that is the baseline."""
     paths = [Path(folder) for folder in folders]
-    places = [path.resolve() for path in paths]
+    places = [real_path(path) for path in paths]
     for position, place in enumerate(places):
         if place in places[:position]:
             raise ArgumentError(f"runs: {paths[position]} is given twice")
     names = labels(paths)
     if baseline is not None:
-        place = Path(baseline).resolve()
+        place = real_path(baseline)
         if place not in places and baseline not in names:
             raise ArgumentError(f"baseline: expected one of the runs, {', '.join(folders)}, got {baseline}")
         chosen = places.index(place) if place in places else names.index(baseline)

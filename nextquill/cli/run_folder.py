@@ -12,6 +12,7 @@ from nextquill.errors import CheckpointError, OutputExistsError, UnsupportedMode
 from nextquill.models.loading import load_tokenizer
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import temporary, write_whole
+from nextquill.storage.input_files import real_path
 from nextquill.storage.locks import LOCK_FILE, claim, held
 
 
@@ -32,7 +33,7 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
         overwrite: replace an earlier run there.
         inputs: files and folders the run reads, which must not be replaced.
     """
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    place = next(path for path in (folder, *real_path(folder).parents) if path.exists())
     if not place.is_dir():
         raise OutputExistsError(f"output_dir: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -43,7 +44,7 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
     unfinished = {LOCK_FILE, temporary(folder / checkpoints.RUN_FILE).name}  # of a run that was killed at its start
     if not folder.exists() or all(path.name in unfinished for path in folder.iterdir()):
         return
-    if resume is not None and resume.resolve().parent == folder.resolve():
+    if resume is not None and real_path(resume).parent == real_path(folder):
         return
     if not (folder / checkpoints.RUN_FILE).is_file():
         raise OutputExistsError(f"output_dir: {folder} holds files, but not a nextquill run; choose another folder")
@@ -58,7 +59,7 @@ def check_output_dir(folder: Path, resume: Path | None, *, overwrite: bool, inpu
 def check_inputs_stay(folder: Path, inputs: Iterable[str | None]) -> None:
     """Raise OutputExistsError where replacing what `folder` holds would delete an input."""
     for path in inputs:
-        if path is not None and Path(path).exists() and folder.resolve() in (p := Path(path).resolve(), *p.parents):
+        if path is not None and Path(path).exists() and real_path(folder) in (p := real_path(path), *p.parents):
             raise OutputExistsError(f"overwrite: {folder} holds {path}, which this run reads")
 
 
@@ -66,7 +67,7 @@ def open_output_dir(folder: Path, resume: Path | None) -> None:
     """Make `folder`, keep other processes from it, and empty it unless its own run is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder / LOCK_FILE, folder, "output_dir")
-    if resume is None or resume.resolve().parent != folder.resolve():
+    if resume is None or real_path(resume).parent != real_path(folder):
         empty_folder(folder, keep=checkpoints.RUN_FILE)  # which marks it as a run's, whenever this process is killed
         write_whole(folder / checkpoints.RUN_FILE, "{}\n")
 

@@ -16,6 +16,7 @@ from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
 from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.report.terminal import effect_legend, effect_text
+from nextquill.report.text import plain
 from nextquill.storage.resumable_jsonl import PartialFile
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _print(file: Path, count: int, loaded: Loaded) -> None:
         for found in map(json.loads, islice(stream, count)):
             query = loaded.records[found["index"]].query
             console.print()
-            console.print(Text.assemble((found["user_id"], "bold"), "  ", query), soft_wrap=True)
+            console.print(Text.assemble((plain(found["user_id"]), "bold"), "  ", plain(query)), soft_wrap=True)
             console.print(effect_text(found["tokens"], found["effect_prob"]), soft_wrap=True)
     console.print()
     console.print(effect_legend(), soft_wrap=True)

@@ -8,11 +8,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nextquill.data.skipped import SkippedRecords
+from nextquill.report.text import plain
 
 
 def say(text: str) -> None:
     """Print a note that begins with the program's name."""
-    print(f"nextquill: {text}", file=sys.stderr)
+    print(f"nextquill: {plain(text)}", file=sys.stderr)
 
 
 def say_skipped(skipped: SkippedRecords, more: str = "") -> None:
@@ -20,7 +21,7 @@ def say_skipped(skipped: SkippedRecords, more: str = "") -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.counts.most_common())
     say(f"skipped {skipped.total:,} bad records{f' ({kinds})' if kinds else ''}")
     for message in skipped.messages:
-        print(f"  {message}", file=sys.stderr)
+        print(f"  {plain(message)}", file=sys.stderr)
     if skipped.total > len(skipped.messages):
         print(f"  and {skipped.total - len(skipped.messages):,} more{more}", file=sys.stderr)
 

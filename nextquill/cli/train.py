@@ -36,6 +36,7 @@ from nextquill.models.configs import context_length, default_max_length
 from nextquill.models.loading import PROMPT_FILE, PromptSettings, load_model
 from nextquill.models.tiny_models import is_new
 from nextquill.report.numbers import counted
+from nextquill.report.text import plain
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 
@@ -321,7 +322,7 @@ def final_metrics(trainer: Trainer, *, may_evaluate: bool = True) -> dict[str, f
 def say(trainer: Trainer, text: str) -> None:
     """Print to stderr, once among all ranks."""
     if trainer.is_world_process_zero():
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
 
 def save(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> None:

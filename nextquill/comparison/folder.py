@@ -21,7 +21,7 @@ from typing import Any
 from nextquill.errors import CheckpointError, OutputExistsError
 from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER
 from nextquill.storage.atomic_files import temporary, write_whole
-from nextquill.storage.json_files import first_difference
+from nextquill.storage.json_files import first_difference, read_json
 from nextquill.storage.locks import LOCK_FILE, held
 
 SETTINGS_FILE = "nextquill_comparison.json"
@@ -75,7 +75,7 @@ def read_record(folder: Path) -> RunRecord | None:
     if not path.is_file() or not (folder / EVALUATION_FOLDER / EVALUATION_FILE).is_file():
         return None
     try:
-        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+        return RunRecord(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a run's record: {error}; delete the folder to repeat the run") from error
 
@@ -101,7 +101,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
     if overwrite:
         return
     try:
-        saved: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        saved: dict[str, Any] = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise OutputExistsError(f"folder: {path} is damaged: {error}; choose another folder") from error
     difference = first_difference(saved, json.loads(json.dumps(dict(settings))))

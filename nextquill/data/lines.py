@@ -6,9 +6,9 @@ file that is not text, costs an error message and no memory.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from typing import BinaryIO, cast
 
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted, skip_or_raise
 from nextquill.errors import RecordError
+from nextquill.storage.input_files import open_input
+from nextquill.storage.json_files import parsed
 
 #: Begins the name of a data set of the Hugging Face hub.
 HUB = "hf://"
@@ -31,7 +33,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, decompressed if it is gzipped, whatever its name; RecordError if that fails."""
     name = os.fspath(path)
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             if file.peek(len(_GZIP))[: len(_GZIP)] == _GZIP:
                 yield cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=file)))
             else:
@@ -75,14 +77,14 @@ def json_lines(
     """
     lines = numbered_lines(path, max_line_bytes=max_line_bytes, skipped=skipped)
     texts = converted(((f"{os.fspath(path)} line {number}", line) for number, line in lines), decoded, skipped)
-    return converted(((where, text) for where, text in texts if text.strip()), parsed_json, skipped)
+    return converted(((where, text) for where, text in texts if text and not text.isspace()), parsed_json, skipped)
 
 
 def parsed_json(where: str, text: str | bytes, name: str | None = None) -> object:
     """The value of a JSON text, which stands in the field `name`; RecordError if it is not valid JSON."""
     try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value: object = parsed(text)
+    except ValueError as error:
         raise PlacedError(where, f"not valid JSON: {error}", name, "json") from error
     return value
 
@@ -91,6 +93,6 @@ def decoded(where: str, line: bytes, *, byte_order_mark: bool = True) -> str:
     """A line as text, without a byte-order mark; RecordError if it is not UTF-8."""
     try:
         # Editors on Windows write a byte-order mark at the start of a file, and JSON parsers refuse it.
-        return line.decode("utf-8-sig" if byte_order_mark else "utf-8")
+        return (line.removeprefix(codecs.BOM_UTF8) if byte_order_mark else line).decode()
     except UnicodeDecodeError as error:
         raise PlacedError(where, f"not UTF-8: {error.reason} at byte {error.start}", kind="utf-8") from error

@@ -14,7 +14,6 @@ of a data loader share the pages that one of them has read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import zlib
@@ -39,7 +38,7 @@ from nextquill.data.examples import (
 from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
-from nextquill.storage.json_files import first_difference
+from nextquill.storage.json_files import first_difference, read_json
 
 HEADER = "header.json"
 FORMAT = 1
@@ -180,7 +179,7 @@ class _StoredExamples(Sequence[EncodedExample]):
     def users(self, shard: int) -> list[str]:
         """The user of each example of a shard."""
         if shard not in self._users:
-            self._users[shard] = json.loads((self._folder / f"{self._shards[shard]['name']}.users").read_bytes())
+            self._users[shard] = read_json(self._folder / f"{self._shards[shard]['name']}.users")
         return self._users[shard]
 
     def _example(self, shard: int, row: int) -> EncodedExample:
@@ -226,7 +225,7 @@ def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
     """The header of a prepared folder; CheckpointError if it is missing, or has another format or byte order."""
     path = folder / name
     try:
-        header: dict[str, Any] = json.loads(path.read_bytes())
+        header: dict[str, Any] = read_json(path)
         found, order = header["nextquill_prepared"], header["byteorder"]
         complete = {"settings", "shards", "complete"} <= header.keys()
     except OSError as error:

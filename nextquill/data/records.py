@@ -214,6 +214,8 @@ def check_text(value: object, where: str, name: str) -> str:
     """Return a text, which may be empty; raise RecordError if it is not a string, or not valid Unicode."""
     if not isinstance(value, str):
         raise unexpected(where, name, "a string", value)
+    if value.isascii():  # without a copy
+        return value
     try:
         # JSON can hold half of a surrogate pair, on which tokenizers fail much later without naming the record.
         value.encode("utf-8")

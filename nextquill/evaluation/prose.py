@@ -8,6 +8,7 @@ nothing before it and is not counted. The interval resamples windows, because th
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nextquill.evaluation.measures import NLL_PROSE, PROSE, LabelledScores
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.models.configs import context_length
+from nextquill.storage.input_files import open_input
 
 #: Tokens of a window; the most tokens of a text, its first ones; and the most characters that are read for them.
 WINDOW, MOST_TOKENS, MOST_CHARACTERS = 512, 20_000, 400_000
@@ -77,7 +79,7 @@ def prose_measures(lines: Sequence[Mapping[str, Any]]) -> dict[str, LabelledScor
 
 def _read(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as stream:
+        with io.TextIOWrapper(open_input(path), encoding="utf-8") as stream:
             text = stream.read(MOST_CHARACTERS)
     except OSError as error:
         raise ArgumentError(f"prose_file: cannot read {path}: {error.strerror or error}") from error

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.data import PromptTemplate, Record
-from nextquill.errors import ArgumentError, CheckpointError, NextQuillError, UnsupportedModelError
+from nextquill.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from nextquill.models.border import check_config, first_line, reading
 from nextquill.models.gguf import SUFFIX, as_ordinary, check_gguf, gguf_arguments, is_gguf, read_once
 from nextquill.models.pretrained import from_pretrained
 from nextquill.models.tiny_models import SCRATCH_SIZES, build_model, build_tokenizer, is_new, training_texts
+from nextquill.storage.input_files import real_path
+from nextquill.storage.json_files import read_json
 
 PROMPT_FILE = "nextquill_prompt.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -53,13 +56,13 @@ def load_prompt_settings(folder: str | Path) -> PromptSettings | None:
     if path is None:
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         lengths = (raw["max_length"], raw.get("max_response_length"))
         for name, length in zip(("max_length", "max_response_length"), lengths, strict=True):
             if type(length) is not int and not (length is None and name == "max_response_length"):
                 raise TypeError(f"{name}: expected an integer, got {length!r}")
         return PromptSettings(PromptTemplate(**raw["template"]), *lengths)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the prompt settings of a nextquill model: {error}") from error
 
 
@@ -133,22 +136,16 @@ def load_model(
     if is_new(name_or_path):
         return _with_attention(_new_model(name_or_path, records, seed), how)
     place, cached_only = _locate(name_or_path)
-    try:
+    what = f"model_name_or_path: cannot load {name_or_path!r}"
+    if cached_only:
+        what += ": it is not a folder here, the hub cannot be reached, and it is not in the hub's cache"
+    elif is_gguf(place):
+        what += f" of {Path(place).stat().st_size:,} bytes"  # it may not be complete
+    with reading(place, what), read_once(place):
         if (Path(place) / _ADAPTER_FILE).is_file():
             return _load_adapter(place, how)
-        with read_once(place):
-            model = _load_base(place, how, cached_only)
-            return _with_attention((model, load_tokenizer(place, cached_only, revision)), how)
-    except NextQuillError:
-        raise
-    # A damaged folder can fail anywhere: in JSON, safetensors, pickle, shapes, or an architecture's own code.
-    except Exception as error:
-        reason = _first_sentence(error)
-        if cached_only:
-            reason = "it is not a folder here, the hub cannot be reached, and it is not in the hub's cache"
-        elif is_gguf(place) and "not supported" not in reason:
-            reason = f"is the file complete? It has {Path(place).stat().st_size:,} bytes ({reason})"
-        raise UnsupportedModelError(f"model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
+        model = _load_base(place, how, cached_only)
+        return _with_attention((model, load_tokenizer(place, cached_only, revision)), how)
 
 
 def _new_model(name: str, records: Callable[[], Sequence[Record]] | None, seed: int) -> tuple[Any, Any]:
@@ -171,7 +168,7 @@ def _locate(name_or_path: str) -> tuple[str, bool]:
     path = Path(name_or_path).expanduser()
     if path.exists():
         _check_place(path)
-        return str(path.resolve()), False
+        return str(real_path(path)), False
     if _looks_local(name_or_path):
         kind = "file" if is_gguf(name_or_path) else "folder"
         raise UnsupportedModelError(f"model_name_or_path: there is no {kind} {name_or_path}")
@@ -214,15 +211,9 @@ def load_tokenizer(place: str, cached_only: bool = False, revision: str | None =
     """The tokenizer of a folder, a GGUF file or a hub name, there of a revision; UnsupportedModelError if it fails."""
     from transformers import AutoTokenizer
 
-    try:
+    check_config(place)  # which transformers may read to find the kind of tokenizer
+    with reading(place, f"model_name_or_path: cannot load the tokenizer of {place}", file="tokenizer_config.json"):
         return from_pretrained(AutoTokenizer, **gguf_arguments(place), local_files_only=cached_only, **_at(revision))
-    except NextQuillError:
-        raise
-    # The file formats of tokenizers raise errors of many types, some from Rust.
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"model_name_or_path: cannot load the tokenizer of {place}: {_first_sentence(error)}"
-        ) from error
 
 
 def find_tokenizer(name_or_path: str) -> Any:
@@ -248,13 +239,14 @@ def _with_attention(loaded: tuple[Any, Any], how: Loading) -> tuple[Any, Any]:
         try:
             loaded[0].set_attn_implementation(how.attn_implementation)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
-            raise ArgumentError(f"attn_implementation: {_first_sentence(error)}") from error
+            raise ArgumentError(f"attn_implementation: {first_line(error)}") from error
     return loaded
 
 
 def _load_base(place: str, how: Loading, cached_only: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
+    check_config(place)
     # The search for an adapter does not read the model's own settings.
     hub = {"local_files_only": cached_only, **_at(how.revision)}
     from_file, quantisation = is_gguf(place), how.quantisation()
@@ -291,13 +283,10 @@ def _with_adapter(base: Any, place: str, base_name: str) -> Any:
     from peft import PeftModel
 
     unfit = f"model_name_or_path: the adapter in {place} does not fit its base model {base_name}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
-            model: Any = PeftModel.from_pretrained(base, place, is_trainable=True)
-            found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UnsupportedModelError(f"{unfit}: {_detail(error)}") from error
+    with reading(place, unfit), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of weights that the adapter lacks
+        model: Any = PeftModel.from_pretrained(base, place, is_trainable=True)
+        found = model.load_adapter(place, "default", is_trainable=True)  # again, as only this says what was missing
     for names, where in ((found.unexpected_keys, "the base"), (found.missing_keys, "the adapter")):
         if names:
             raise UnsupportedModelError(f"{unfit}: {where} lacks {len(names)} weights, such as {min(names)}")
@@ -320,19 +309,9 @@ def _base(place: str) -> tuple[str, str | None]:
     """The name of an adapter's base model, and its revision."""
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(place)
+    with reading(place, "model_name_or_path: cannot load the adapter", file=_ADAPTER_FILE):
+        config = PeftConfig.from_pretrained(place)
     name = config.base_model_name_or_path
     if not name:
         raise UnsupportedModelError(f"model_name_or_path: the adapter in {place} does not name its base model")
     return str(name), config.revision
-
-
-def _detail(error: BaseException) -> str:
-    """The first line that says what differs: torch's begin with a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else "".join(lines)
-
-
-def _first_sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -23,12 +23,15 @@ import torch
 from torch import nn
 
 from nextquill.errors import ArgumentError, CheckpointError
+from nextquill.models.border import reading
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import Loading, load_model, load_tokenizer
 from nextquill.models.pretrained import from_pretrained
 from nextquill.popi.adapters import check_trainable, initial_adapter, is_lora, switched, with_adapters
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.input_files import real_path
+from nextquill.storage.json_files import read_json
 from nextquill.storage.manifests import damage, has_manifest, write_manifest
 
 INFERENCE, GENERATOR = "inference", "generator"
@@ -300,13 +303,16 @@ class Roles(nn.Module):
         if base_model is None:
             name = str(folder / BASE) if header["base_model"] == BASE else header["base_model"]
             if not Path(name).exists():
-                loading["revision"] = PeftConfig.from_pretrained(str(folder / INFERENCE)).revision
+                with reading(folder / INFERENCE, f"{folder}: cannot load the inference adapter", CheckpointError):
+                    loading["revision"] = PeftConfig.from_pretrained(str(folder / INFERENCE)).revision
             base_model, tokenizer = load_model(name, **loading)
         _check_base(folder, header, base_model)
         if (folder / INFERENCE / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder / INFERENCE))
-        model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
-        model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
+        with reading(folder / INFERENCE, f"{folder}: cannot load the inference adapter", CheckpointError):
+            model: Any = PeftModel.from_pretrained(base_model, str(folder / INFERENCE), adapter_name=INFERENCE)
+        with reading(folder / GENERATOR, f"{folder}: cannot load the generator adapter", CheckpointError):
+            model.load_adapter(str(folder / GENERATOR), adapter_name=GENERATOR)
         return cls.shared(model, tokenizer, freeze_inference=True, freeze_generator=True)._compared_with_base()
 
     def _compared_with_base(self) -> Roles:
@@ -326,7 +332,7 @@ def check_roles(folder: Path) -> dict[str, Any]:
     """
     path = folder / ROLES_FILE
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        header: dict[str, Any] = read_json(path)
         known = header["nextquill_popi"] == _FORMAT and {"shared", "settings"} <= header.keys()
     except OSError as error:
         raise CheckpointError(f"{folder}: expected a folder that POPI has written, with a {ROLES_FILE}") from error
@@ -349,7 +355,7 @@ def _trains_alone(model: Any, adapter: str) -> bool:
 
 def _load_role(role: Role, folder: Path) -> None:
     """Load a role's weights; raise CheckpointError if they are damaged or do not fit."""
-    try:
+    with reading(folder, f"{folder}: cannot be loaded into the {role.name} model", CheckpointError):
         if role.adapter is not None or is_adapter(role.model):
             from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -358,8 +364,6 @@ def _load_role(role: Role, folder: Path) -> None:
         else:
             saved = from_pretrained(type(role.model), str(folder), dtype=role.model.dtype)
             role.model.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded into the {role.name} model: {error}") from error
 
 
 def _save_separate(role: Role, folder: Path) -> None:
@@ -379,7 +383,7 @@ def _save_separate(role: Role, folder: Path) -> None:
 
 def _place_of(name: str) -> str:
     """The place of a model, so that it is found from any working directory."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    return str(real_path(name)) if name and Path(name).is_dir() else name
 
 
 def _base_digest(base: nn.Module) -> str | None:

@@ -37,7 +37,8 @@ from nextquill.generation.vllm_engine import (
 )
 from nextquill.models.configs import base_model, context_length, is_adapter
 from nextquill.storage.fingerprints import digest_of
-from nextquill.storage.json_files import line_fields
+from nextquill.storage.input_files import read_input
+from nextquill.storage.json_files import MOST_BYTES, line_fields
 
 _HEADER = {"format": "nextquill rollouts", "version": 1}
 
@@ -396,7 +397,7 @@ def _key(prompt: Prompt) -> str:
 def _recording(path: Path) -> Iterator[tuple[str, list[int], bool]]:
     """Yield the key, the ids and the end of each recorded sample."""
     try:
-        header, *lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+        header, *lines = read_input(path, MOST_BYTES).removesuffix(b"\n").split(b"\n")
     except OSError as error:
         raise CheckpointError(f"path: cannot read the recording {path}: {error.strerror}") from error
     if line_fields(header) != _HEADER:

@@ -17,6 +17,7 @@ from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTempl
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
+from nextquill.storage.input_files import real_path
 from nextquill.storage.json_files import line_fields
 
 _STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
@@ -67,7 +68,7 @@ class SavedRun:
             "sampling": [temperature, seed] if temperature else None,
             **({"opening": self.templates.opening} if self.templates.opening else {}),
         }
-        return f"{self.folder.resolve().name}@{fingerprint([json.dumps(settings, sort_keys=True)])}"
+        return f"{real_path(self.folder).name}@{fingerprint([json.dumps(settings, sort_keys=True)])}"
 
     @cached_property
     def _weights(self) -> str:

@@ -34,6 +34,7 @@ from nextquill.evaluation.results import (
 )
 from nextquill.report.data import TokenEffect
 from nextquill.storage.checkpoints import METRICS_FILE, RUN_FILE, STATE_FILE, last_checkpoint
+from nextquill.storage.input_files import real_path
 from nextquill.storage.json_files import json_object, json_objects
 
 #: The settings of a run of `nextquill popi train`.
@@ -106,7 +107,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
             f"runs: {folder} is not a run: it holds neither {METRICS_FILE} of nextquill train nor {EVALUATION_FILE} of "
             "nextquill evaluate"
         )
-    label = label or folder.resolve().name
+    label = label or real_path(folder).name
     missing = [] if place == folder else _missing_of_training(folder, training)
     if place is None:
         command = f"nextquill evaluate --model {folder} --eval_file FILE --output_dir {inside}"
@@ -163,7 +164,7 @@ def _metric(
 
 def labels(folders: Sequence[Path]) -> list[str]:
     """A name for each folder that sets it apart: as few of the last parts of its path as that takes."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [real_path(folder).parts for folder in folders]
     # An evaluation's folder is named after its run.
     parts = [part[:-1] if part[-1] == EVALUATION_FOLDER and len(part) > 2 else part for part in parts]
     depth = 1

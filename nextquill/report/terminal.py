@@ -36,7 +36,7 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
         separator: goes between tokens, uncoloured; empty for tokens that carry their own spaces.
 
     Returns:
-        A `rich.text.Text`; `.plain` is the joined tokens, with control characters named as `[U+001B]`.
+        A `rich.text.Text`; `.plain` is the joined tokens, with control characters written as `\\x1b`.
 
     Raises:
         ArgumentError: the two sequences differ in length.
@@ -83,10 +83,16 @@ def results_table(table: Table) -> rich.table.Table:
     """A report table that fits 80 columns, without secondary columns and details, which only the page shows."""
     from rich import box
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     shown = [index for index, column in enumerate(table.columns) if not column.secondary]
     rendered = RichTable(
-        title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
+        title=Text(plain(table.title), "table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
     )
     group = ""
     for index in shown:
@@ -94,7 +100,9 @@ def results_table(table: Table) -> rich.table.Table:
         # rich has no headings over several columns, so the first column of a group carries its name.
         above = column.group if column.group != group else ""
         group = column.group
-        rendered.add_column(f"{above}\n{column.heading}", justify="left" if index == 0 else "right", no_wrap=True)
+        rendered.add_column(
+            Text(plain(f"{above}\n{column.heading}")), justify="left" if index == 0 else "right", no_wrap=True
+        )
     for row in table.rows:
-        rendered.add_row(*(row[index].text for index in shown))
+        rendered.add_row(*(Text(plain(row[index].text)) for index in shown))
     return rendered

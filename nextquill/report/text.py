@@ -1,4 +1,4 @@
-"""Any text as HTML that shows its characters and does nothing else.
+"""Any text, for a terminal or as HTML, so that it shows its characters and does nothing else.
 
 Users' texts may be hostile: markup, control characters, bidirectional overrides that would turn the rest of a line
 around, and halves of surrogate pairs, which no file can hold.
@@ -16,8 +16,13 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\
 
 
 def plain(text: str) -> str:
-    """`text` with control characters, bidirectional overrides and lone surrogates named, as `[U+202E]`."""
-    return _INVISIBLE.sub(lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n"))
+    """`text` with control characters, bidirectional overrides and lone surrogates as in Python: `\\x1b`, `\\u202e`."""
+    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def plain_json(text: str) -> str:
+    """JSON with the same characters escaped as JSON does it, where its strings hold them."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def html(text: str, most: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from nextquill.errors import CheckpointError
 from nextquill.models.architectures import random_rates
+from nextquill.models.border import reading
 from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
@@ -40,6 +41,19 @@ _ARGUMENTS = (
     "fp16", "neftune_noise_alpha", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
 #: Values of each parameter that enter the fingerprint.
+#: The fields of a Trainer's log that a resume takes over, and their types.
+_STATE = {
+    "global_step": int,
+    "epoch": int | float,
+    "total_flos": int | float,
+    "num_input_tokens_seen": int,
+    "log_history": list,
+    "stateful_callbacks": dict,
+    "best_metric": int | float | None,
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+}
+#: Values of each frozen parameter that enter the fingerprint.
 _SAMPLE = 16
 
 
@@ -116,6 +130,7 @@ class AtomicCheckpoints(_Base):
         found: list[str | None] = [None]
         if self.is_world_process_zero():
             try:
+                _check_state(checkpoint)
                 checkpoints.check_identity(checkpoint, self._own_identity())
                 if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # their states have other names
                     checkpoints.check_resumable(checkpoint)
@@ -132,6 +147,38 @@ class AtomicCheckpoints(_Base):
         if self._identity is None:  # once: the engine may shard the parameters afterwards
             self._identity = self.run_identity()
         return self._identity
+
+    # What the Trainer reads of a checkpoint: every error becomes one that names the file.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        # The settings came with the state; torch looks for none of them before it makes a step.
+        optimizer: Any = self.optimizer
+        missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
+        if missing:
+            raise CheckpointError(
+                f"resume_from_checkpoint: {Path(checkpoint) / 'optimizer.pt'} was written by another optimiser than "
+                f"args.optim asks for: it lacks the setting {min(missing)!r}"
+            )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _resuming(checkpoint):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _resuming(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -183,6 +230,28 @@ class AtomicCheckpoints(_Base):
     def _write_identity(self, folder: Path) -> None:
         known = {} if self._trained_users is None else {checkpoints.TRAINED_USERS: self._trained_users}
         write_whole(folder / checkpoints.RUN_FILE, checkpoints.as_json({**self._own_identity(), **known}))
+
+
+def _resuming(checkpoint: str | Path) -> AbstractContextManager[None]:
+    return reading(checkpoint, f"resume_from_checkpoint: cannot resume from {checkpoint}", CheckpointError)
+
+
+def _check_state(checkpoint: Path) -> None:
+    """Raise CheckpointError where the Trainer's log is damaged, on which it would fail in the middle of its set-up."""
+    from transformers import TrainerState
+
+    path = checkpoint / checkpoints.STATE_FILE
+    with _resuming(checkpoint):
+        state: Any = TrainerState.load_from_json(str(path))
+    wrong = next((name for name, kinds in _STATE.items() if not isinstance(getattr(state, name), kinds)), None)
+    if wrong is None and not all(isinstance(entry, dict) for entry in state.log_history):
+        wrong = "log_history"
+    if wrong is None and state.global_step < 1:
+        wrong = "global_step"
+    if wrong is not None:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {path}: damaged, field {wrong!r} is {getattr(state, wrong)!r:.80}"
+        )
 
 
 def run_identity(model: Any, loss: Any) -> dict[str, Any]:

@@ -86,6 +86,18 @@ def test_bad_rows_are_listed_on_the_screen_and_in_a_file(convert, tmp_path):
     ]
 
 
+def test_a_terminal_gets_no_escape_sequence_of_a_row(convert, tmp_path):
+    source = tmp_path / "in\x1b[1m.jsonl"
+    good = {"user_id": "u", "query": "q", "response": "r", "history": []}
+    rows = [good, {**good, "history": [{"text\x1b[2J": ""}]}, {"\x9b\u202e": 1}]
+    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    flags = ("--format", "table", "--input", source)
+    for result in (convert(*flags), convert(*flags, "--skip_bad", "--max_skipped", 1)):
+        assert not set("\x1b\x9b\u202e") & set(result.err)
+        assert r"in\x1b[1m.jsonl line 2" in result.err
+    assert r"there are \x9b\u202e" in result.err
+
+
 def test_too_many_bad_rows_are_an_error_that_leaves_the_list_and_no_output(convert, tmp_path):
     source = _records(tmp_path, 20, bad=range(15))
     result = convert("--format", "table", "--input", source, "--skip_bad", "--skipped_file", tmp_path / "bad.jsonl")

@@ -213,6 +213,22 @@ def test_mistakes_are_named(inspect, tmp_path, monkeypatch, words, code, message
     assert result.out == ""
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_terminal_gets_no_escape_sequence_of_a_text(nextquill, make_records, folder, tmp_path, form):
+    hostile = "a\x1b[2Jb\x9bc\u202ed\re"
+    item = {"title": hostile, "text": f"{hostile} " * 400}
+    file = make_records(tmp_path / "escapes.jsonl", 1, user_id=hostile, query=hostile, history=[item])
+    words = ("--records_file", file, "--model", folder, "--max_length", 900, "--format", form)
+    result = nextquill("inspect", *words)
+    assert result.code == 0, result.err
+    assert not set("\x1b\x9b\u202e\r") & set(result.out + result.err)
+    if form == "json":
+        assert json.loads(result.out)["examples"][0]["user_id"] == hostile
+    else:
+        assert r"user a\x1b[2Jb\x9bc\u202ed\re" in result.out
+        assert r"tokens: a\x1b[2Jb\x9bc\u202ed" in result.out
+
+
 def test_tokens_are_words_of_visible_characters():
     assert [_visible(token) for token in (" a b", "\n\n", "\t\r", "", "東", "\x00\u200b")] == [
         "·a·b", "⏎⏎", "⇥␍", "▫", "東", "\\x00\\u200b",

@@ -206,3 +206,11 @@ def test_an_unreachable_hub_is_one_line(nextquill, command):
     result = nextquill("score")
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert "ConnectError: [Errno -2]" in result.err
+
+
+def test_a_message_that_quotes_a_long_text_is_cut(nextquill):
+    result = nextquill("convert", "--limit", "x" * 100_000)
+    assert result.code == 2
+    assert result.err.startswith("nextquill: argument --limit: invalid int value: 'xxx")
+    assert " … " in result.err
+    assert len(result.err) < 2100

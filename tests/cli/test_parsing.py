@@ -44,6 +44,37 @@ def test_spellings_of_a_flag(words):
     assert parsed("--name", "a", *words).batch_size == 4
 
 
+@pytest.mark.parametrize("text", ["a\0b", "a\udcffb", "a\ud800"])
+def test_text_that_no_file_can_hold_is_refused_by_flag(text):
+    for words in (("--name", text), ("--name", "a", "--parts", "b", text)):
+        flag = words[-2] if len(words) == 2 else "--parts"
+        with pytest.raises(UsageError, match=f"argument {flag}: expected UTF-8 without null bytes, got 'a"):
+            parsed(*words)
+
+
+def test_a_mapping_in_a_config_file_may_use_aliases(tmp_path):
+    assert parsed(config="name: a\nextra: {x: &x [1], y: *x}", tmp_path=tmp_path).extra == '{"x": [1], "y": [1]}'
+
+
+@pytest.mark.parametrize("config", ["extra: &a {b: *a}", "extra: " + "[" * 3000, "name: a\nname: b"])
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, config):
+    with pytest.raises(UsageError, match=r"--config: .*config\.yaml is not YAML: ") as caught:
+        parsed(config=config, tmp_path=tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_file_is_a_small_regular_file(tmp_path):
+    for path, said in (("/dev/zero", "expected a regular file"), (tmp_path / "big", "expected at most 256 KiB")):
+        (tmp_path / "big").write_bytes(b"#" * 2**19)
+        with pytest.raises(UsageError, match=f"--config: cannot read {path}: {said}"):
+            parsed("--config", str(path))
+
+
+def test_a_mapping_that_nests_too_deeply_is_not_json():
+    with pytest.raises(UsageError, match="argument --extra: not JSON: its objects or lists are nested too deeply"):
+        parsed("--name", "a", "--extra", '{"a":' * 10_000)
+
+
 @pytest.mark.parametrize(
     ("words", "quick", "chat"),
     [

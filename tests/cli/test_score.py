@@ -93,6 +93,16 @@ def test_markup_in_a_query_is_text(nextquill, trained, make_records, tmp_path):
     assert "[bold]me  [/red] a [link=x]b[/link]" in result.out
 
 
+def test_a_terminal_gets_no_escape_sequence_of_a_text(nextquill, trained, make_records, tmp_path):
+    hostile = "a\x1b[2Jb\x9bc\u202ed\re"
+    file = make_records(tmp_path / "escapes.jsonl", 1, user_id=hostile, query=hostile, response=hostile)
+    words = ("--eval_file", file, "--output_file", tmp_path / "s.jsonl")
+    result = nextquill("score", "--model_name_or_path", trained, *words)
+    assert result.code == 0, result.err
+    assert not set("\x1b\x9b\u202e\r") & set(result.out + result.err)
+    assert result.out.count(r"a\x1b[2Jb\x9bc\u202ed\re") == 3
+
+
 def test_nothing_is_shown_where_nothing_is_asked(score, tmp_path):
     assert score(tmp_path / "s.jsonl", "--show", 0, "--limit", 1).out == ""
 

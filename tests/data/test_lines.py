@@ -66,6 +66,21 @@ def test_bad_lines_are_skipped_by_kind(tmp_path: Path) -> None:
     assert skipped.counts == {"json": 2, "utf-8": 1}
 
 
+def test_a_key_that_occurs_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1, "b": [{"c": 1}, {"c": 1}]}\n\n{"a": 1, "b": [{"c": 1, "c": 1}]}\n')
+    with pytest.raises(RecordError, match=r"a\.jsonl line 3: not valid JSON: the key 'c' occurs twice in an object"):
+        list(json_lines(path))
+    skipped = SkippedRecords()
+    assert len(list(json_lines(path, skipped=skipped))) == 1
+    assert skipped.counts == {"json": 1}
+
+
+def test_only_a_regular_file_is_read() -> None:
+    with pytest.raises(RecordError, match=r"^/dev/zero: cannot be read: expected a regular file"):
+        next(json_lines("/dev/zero"))
+
+
 def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(gzip.compress(b"1\n2\n")[:-9])

@@ -141,9 +141,7 @@ def test_a_truncated_file_is_named(file, tmp_path, share):
     cut = tmp_path / "cut.gguf"
     content = file.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(
-        UnsupportedModelError, match=r"cannot load '.*cut\.gguf': is the file complete\? It has [\d,]+ by"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"cannot load '.*cut\.gguf' of [\d,]+ by"):
         load_model(str(cut))
 
 

@@ -122,7 +122,7 @@ def test_a_file_or_an_empty_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00\x01" * 40], ids=["empty", "cut", "noise"])
 def test_a_damaged_file_is_one_typed_error(copy, name, content):
     (copy / name).write_bytes(content)
-    with pytest.raises(UnsupportedModelError, match="cannot load") as caught:
+    with pytest.raises(UnsupportedModelError, match=f"cannot load .*/{name}") as caught:
         load_model(str(copy))
     assert "\n" not in str(caught.value)
 

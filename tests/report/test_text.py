@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from nextquill.report.text import html, marked_html, plain
 
 NAMED = {
-    "override": ("a\u202eb", "a[U+202E]b"),
-    "isolate": ("\u2066x\u2069", "[U+2066]x[U+2069]"),
-    "zero": ("\x00", "[U+0000]"),
-    "escape": ("\x1b[31m", "[U+001B][31m"),
-    "surrogate": ("\ud83d", "[U+D83D]"),
-    "carriage return alone": ("a\rb", "a[U+000D]b"),
+    "override": ("a\u202eb", "a\\u202eb"),
+    "isolate": ("\u2066x\u2069", "\\u2066x\\u2069"),
+    "zero": ("\x00", "\\x00"),
+    "escape": ("\x1b[31m", "\\x1b[31m"),
+    "surrogate": ("\ud83d", "\\ud83d"),
+    "carriage return alone": ("a\rb", "a\\rb"),
     "line breaks": ("a\r\nb\nc\td", "a\nb\nc\td"),
     "marks that scripts need": ("שלום\u200f \u200d👩\u200d👧", "שלום\u200f \u200d👩\u200d👧"),
 }

@@ -20,7 +20,13 @@ def test_objects_are_read_with_their_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(b"{", "not valid JSON"), (b'{"a": "\xff"}', "not valid JSON"), (b"[]", "expected an object, got list")],
+    [
+        (b"{", "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[]", "expected an object, got list"),
+        (b'{"b": {"a": 1, "c": 2, "a": 1}}', "not valid JSON: the key 'a' occurs twice in an object"),
+        (b'{"a":' * 10_000, "not valid JSON: its objects or lists are nested too deeply"),
+    ],
 )
 def test_damage_is_named(tmp_path: Path, text: bytes, said: str) -> None:
     path = tmp_path / "a.json"

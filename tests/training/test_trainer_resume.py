@@ -325,6 +325,34 @@ def test_the_newest_whole_checkpoint_is_named(finished: Path, tmp_path: Path) ->
         trainer_in(tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("optimizer.pt", b""),
+        ("optimizer.pt", b"hello"),
+        ("scheduler.pt", b"\0" * 99),
+        ("rng_state.pth", b"null"),
+        ("trainer_state.json", b"{}"),
+        ("trainer_state.json", b"null"),
+        ("trainer_state.json", b'{"global_step": 3, "best_model_checkpoint": 1.5}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_error_that_names_the_file(tmp_path: Path, name: str, content: bytes) -> None:
+    trainer_in(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-3" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"checkpoint-3/{name}: ") as caught:
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_the_state_of_another_optimiser_is_refused(tmp_path: Path, optim: str) -> None:
+    trainer_in(tmp_path, max_steps=3).train()
+    with pytest.raises(CheckpointError, match=r"checkpoint-3/optimizer.pt was written by another optimiser"):
+        trainer_in(tmp_path, optim=optim).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         trainer_in(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))

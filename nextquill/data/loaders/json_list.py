@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from nextquill.data.lines import MAX_LINE_BYTES, opened
 from nextquill.data.skipped import PlacedError
+from nextquill.storage.json_files import DECODER
 
 _CHUNK = 2**18
 _SPACE = " \t\n\r"
@@ -36,7 +37,7 @@ class _Parser:
     def __init__(self, name: str, file: BinaryIO, most: int) -> None:
         self._name, self._file, self._most = name, file, most
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
+        self._json = DECODER
         self._buffer, self._at, self._line, self._ended = "", 0, 1, False
 
     def items(self) -> Iterator[tuple[str, object]]:

@@ -15,6 +15,7 @@ from nextquill.data.loaders.row import Row
 from nextquill.data.skipped import PlacedError, SkippedRecords, converted
 from nextquill.data.times import Clock
 from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
+from nextquill.storage.input_files import open_input
 
 Place = str | os.PathLike[str]
 #: One place, several places that are read one after another, or rows.
@@ -22,6 +23,8 @@ Rows = Place | Sequence[Place] | Iterable[Mapping[str, Any]]
 _CSV = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".jsonl", ".ndjson", ".json", *_CSV, ".parquet")
 _PARQUET_BATCH = 64  # rows held at a time; a row with its history may take megabytes
+#: What pyarrow raises for a string that is not UTF-8, a date out of Python's range, and an unknown time zone.
+_NOT_PYTHON = (ValueError, OverflowError, KeyError)
 _T = TypeVar("_T")
 
 
@@ -101,7 +104,7 @@ class Source:
     def _file(self, path: str) -> Iterator[tuple[str, object]]:
         suffix = _suffix(path)
         if suffix == ".parquet":
-            return _parquet_rows(path)
+            return _parquet_rows(path, self.skipped)
         if suffix in _CSV:
             return csv_rows(path, delimiter=_CSV[suffix], max_line_bytes=self.max_line_bytes, skipped=self.skipped)
         if suffix == ".json" and _is_list(path):
@@ -132,7 +135,8 @@ def _is_list(path: str) -> bool:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: str, skipped: SkippedRecords | None) -> Iterator[tuple[str, object]]:
+    """The place and the values of each row; a row that Python cannot hold is skipped, or raised without `skipped`."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -140,13 +144,31 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, object]]:
         raise ImportError(f"pyarrow reads {path}: {error}; pip install 'nextquill[cli]'") from error
     number = 0
     try:
+        open_input(path).close()
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for values in batch.to_pylist():
-                    yield f"{path} row {number}", values
-                    number += 1
+                try:
+                    rows = batch.to_pylist()
+                except _NOT_PYTHON:
+                    rows = [batch.slice(position, 1) for position in range(len(batch))]
+                placed = ((f"{path} row {number + position}", row) for position, row in enumerate(rows))
+                yield from converted(placed, _parquet_row, skipped)
+                number += len(batch)
     except (OSError, pyarrow.ArrowException) as error:
         raise RecordError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _parquet_row(where: str, row: Any) -> object:
+    """A row's values by column, of a dictionary or of a batch of one row; PlacedError names the column at fault."""
+    if isinstance(row, dict):
+        return row
+    values = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            (values[name],) = column.to_pylist()
+        except _NOT_PYTHON as error:
+            raise PlacedError(where, f"cannot be read: {error}", name) from error
+    return values
 
 
 def _hub_name(place: str, argument: str) -> tuple[str, str | None, str | None]:

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nextquill.data import HistoryItem, Record, read_jsonl
+from nextquill.data import HistoryItem, Record, SkippedRecords, read_jsonl
 from nextquill.data.loaders import load
 from nextquill.errors import ArgumentError, RecordError
 
@@ -49,6 +49,20 @@ def test_a_table_is_the_same_records_in_every_kind_of_file(tmp_path: Path, suffi
 
 def test_an_older_json_file_with_a_record_a_line_is_read(write: Any) -> None:
     assert [record.query for record in load("table", write("t.json", ROW, {**ROW, "query": "p"}))] == ["q", "p"]
+
+
+def test_parquet_values_that_python_cannot_hold_name_row_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    good, bad = pyarrow.array(["r", "r", "r"]), pyarrow.array([b"r", b"\xff", b"r"])
+    bad = pyarrow.StringArray.from_buffers(3, *bad.buffers()[1:])
+    late = pyarrow.array([0, 0, 2**60], pyarrow.timestamp("ms", "UTC"))
+    columns = {"user_id": good, "query": good, "response": bad, "history": pyarrow.array([[""]] * 3), "timestamp": late}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(RecordError, match=r"t.parquet row 1: field 'response': cannot be read: .*utf-8"):
+        list(load("table", path))
+    skipped = SkippedRecords(max_share=1.0)
+    assert len(list(load("table", path, skipped=skipped))) == 1
+    assert "row 2: field 'timestamp': cannot be read: " in skipped.messages[1]
 
 
 def test_values_that_only_parquet_has_become_json(tmp_path: Path) -> None:
