@@ -26,8 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
-
 from nextquill.data.records import HistoryItem
 from nextquill.data.template_budget import beyond_budget
 from nextquill.data.templates import PromptTemplate
@@ -90,6 +88,8 @@ class PromptRenderer:
     """
 
     def __init__(self, template: PromptTemplate, tokenizer: Tokenizer) -> None:
+        import torch  # here, as commands that show their help need no torch
+
         self.template = template
         self.tokenizer = tokenizer
         self.uses_chat = _uses_chat(template, tokenizer)
@@ -188,6 +188,8 @@ class PromptRenderer:
 
     def _control_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The special tokens among the ids, in their order."""
+        import torch
+
         if not ids:
             return ()
         values = torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)

@@ -116,7 +116,8 @@ class AtomicCheckpoints(_Base):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             del shared["frozen_weights"]  # only one process may have loaded them
         else:
-            shared["initial weights"] = _fingerprint(self.model.named_parameters())
+            model: Any = self.model
+            shared["initial weights"] = _fingerprint(model.named_parameters())
         return shared
 
     def check_resume(self, checkpoint: Path) -> None:
