@@ -209,6 +209,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         return int(json_object(checkpoint / checkpoints.STATE_FILE)["global_step"])
 
     def check_resume(self, checkpoint: Path) -> None:
+        """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
         check_roles(checkpoint)
         super().check_resume(checkpoint)
 
