@@ -37,8 +37,8 @@ from nextquill.storage.manifests import damage, has_manifest, write_manifest
 INFERENCE, GENERATOR = "inference", "generator"
 ROLES = (INFERENCE, GENERATOR)
 ROLES_FILE, BASE = "popi.json", "base"
-#: What a manifest lists of a run: its other files may change, and a checkpoint has more.
-_SAVED = (*ROLES, BASE, ROLES_FILE)
+#: What a run's manifest lists; the settings in `popi.json` may be edited.
+_SAVED = (*ROLES, BASE)
 _FORMAT = 1
 # The number of values of each base weight that go into the base's digest.
 _SAMPLED_VALUES = 64

@@ -208,6 +208,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         return checkpoint
 
     def check_resume(self, checkpoint: Path) -> None:
+        """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
         check_roles(checkpoint)
         super().check_resume(checkpoint)
 

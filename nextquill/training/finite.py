@@ -173,9 +173,8 @@ class FiniteSteps(_Base):
             else f"try a smaller learning rate than {self.args.learning_rate:g}"
         )
         return (
-            f"step {step}: {what} is not finite, with {_some(names)}; the step was not applied, and "
-            f"{f'the last checkpoints are {kept}' if kept else 'there is no checkpoint'}; {advice}, or skip such steps "
-            "with max_skipped_steps"
+            f"step {step}: {what} is not finite, with {_some(names)}; the step was not applied (last checkpoints: "
+            f"{kept or 'none'}); {advice}, or skip such steps with max_skipped_steps"
         )
 
     # ---- logs and files ------------------------------------------------------------------------
