@@ -29,6 +29,7 @@ _SCALING = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_patte
 #: The fields of a Trainer's log that a resume takes over, and their types.
 _STATE = {
     "global_step": int,
+    "train_batch_size": int,
     "epoch": int | float,
     "total_flos": int | float,
     "num_input_tokens_seen": int,

@@ -199,7 +199,7 @@ def test_unusable_checkpoints_are_refused(tmp_path: Path, spoil: Callable[[Path]
         ("rng_state.pth", b"null"),
         ("trainer_state.json", b"{}"),
         ("trainer_state.json", b"null"),
-        ("trainer_state.json", b'{"global_step": 3, "best_model_checkpoint": 1.5}'),
+        ("trainer_state.json", b'{"global_step": 3, "train_batch_size": 2, "best_model_checkpoint": 1.5}'),
     ],
 )
 def test_a_damaged_checkpoint_is_one_error_that_names_the_file(tmp_path: Path, name: str, content: bytes) -> None:
