@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Behaviours that cross the modules of a folder: the files `test_<behaviour>.py`.
 BEHAVIOURS = {
-    "cli": {"effects_file", "start"},
+    "cli": {"effects_file", "killed_anywhere", "start"},
     "data/histories": {"selectors"},
     "generation": {"engine"},
     "models": {"compile", "peft"},

@@ -23,12 +23,12 @@ _MOST_LAYERS = 4096
 
 @contextmanager
 def reading(
-    place: str | Path, what: str, kind: type[NextQuillError] = UnsupportedModelError, file: str | None = None
+    place: str | Path | None, what: str, kind: type[NextQuillError] = UnsupportedModelError, file: str | None = None
 ) -> Iterator[None]:
     """Turn every error of another package into `kind`; nextquill's own and those of memory pass.
 
     Args:
-        place: the folder that is read.
+        place: the folder that is read, if it is known.
         what: begins the message.
         kind: the type of the error.
         file: the file of the folder that is read, if it is only one.
@@ -40,8 +40,8 @@ def reading(
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
-        reason = first_line(error) if file is None else f"{Path(place) / file}: {first_line(error)}"
-        raise kind(f"{what}: {_damage(Path(place)) or reason}") from error
+        reason = first_line(error) if file is None else f"{file}: {first_line(error)}"
+        raise kind(f"{what}: {(place and _damage(Path(place))) or reason}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -213,7 +213,9 @@ def load_tokenizer(place: str, cached_only: bool = False, revision: str | None =
 
     check_config(place)  # which transformers may read to find the kind of tokenizer
     with reading(place, f"model_name_or_path: cannot load the tokenizer of {place}", file="tokenizer_config.json"):
-        return from_pretrained(AutoTokenizer, **gguf_arguments(place), local_files_only=cached_only, **_at(revision))
+        found = from_pretrained(AutoTokenizer, **gguf_arguments(place), local_files_only=cached_only, **_at(revision))
+        found.decode(found.encode("a"))  # some settings are only read on use
+    return found
 
 
 def find_tokenizer(name_or_path: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
+from nextquill.models.border import reading
 
 _SOFTCAP = "final_logit_softcapping"
 # Tiny values give the scale, since any cap is the identity there. Huge values give the cap. The others show a tanh.
@@ -32,7 +33,8 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
     # In float64 the constants equal the config's, unless the model rounds.
     points = torch.tensor(_POINTS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     known = replaced_forward(head, lambda *_, **__: points.view(1, 1, -1))
-    with torch.no_grad(), in_eval_mode(model), whole_parameters(model), known:
+    fails = reading(None, f"{type(model).__name__}: its forward fails")  # as some settings are only read there
+    with torch.no_grad(), in_eval_mode(model), whole_parameters(model), known, fails:
         outputs = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     logits = returned_logits(outputs)
     if not isinstance(logits, Tensor) or logits.numel() != points.numel():

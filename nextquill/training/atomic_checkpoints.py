@@ -44,6 +44,7 @@ _ARGUMENTS = (
 #: The fields of a Trainer's log that a resume takes over, and their types.
 _STATE = {
     "global_step": int,
+    "train_batch_size": int,
     "epoch": int | float,
     "total_flos": int | float,
     "num_input_tokens_seen": int,
@@ -276,12 +277,12 @@ def training_identity(args: Any, models: Iterable[nn.Module]) -> dict[str, Any]:
     """How these models are trained: training arguments by their flags, and the models' precision and dropout."""
     models = list(models)
     trained = {p.dtype for model in models for p in model.parameters() if p.requires_grad}
-    rates = {getattr(module, name) for model in models for _, module, name in random_rates(model)}
+    rates = [getattr(module, name) for model in models for _, module, name in random_rates(model)]
     known = {name: getattr(args, name) for name in _ARGUMENTS if name in vars(args)}  # versions of transformers differ
     return {
         **{f"--{name}": value for name, value in known.items()},
         "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in trained),
-        "dropout": sorted(filter(None, rates)),
+        "dropout": sorted({rate if isinstance(rate, float) else str(rate) for rate in rates if rate}, key=str),
     }
 
 

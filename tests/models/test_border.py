@@ -87,3 +87,10 @@ def test_other_errors_keep_their_type(tmp_path: Path) -> None:
         raise KeyError("x")
     assert first_line(RuntimeError("Error(s) in loading:\n\tsize mismatch\nmore")) == "size mismatch"
     assert first_line(EOFError()) == "EOFError"
+
+
+def test_a_tokenizer_that_fails_on_use_is_not_loaded(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "base", tmp_path / "copy")
+    changed(copy / "tokenizer_config.json", model_max_length=["x"])
+    with pytest.raises(UnsupportedModelError, match=r"cannot load the tokenizer of .*tokenizer_config.json: TypeError"):
+        find_tokenizer(str(copy))

@@ -281,13 +281,17 @@ def test_a_revision_is_for_the_hub(folder, name):
 def test_the_revision_is_asked_for(monkeypatch):
     asked = []
 
-    def from_pretrained(*names, **options):
-        asked.append((options["revision"], options.get("adapter_kwargs", options)["revision"]))
-        return SimpleNamespace(), {"missing_keys": set()}
+    def returning(found):
+        def from_pretrained(*names, **options):
+            asked.append((options["revision"], options.get("adapter_kwargs", options)["revision"]))
+            return found
+
+        return from_pretrained
 
     monkeypatch.setattr(loading, "_hub_answers", lambda: True)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    model = returning((SimpleNamespace(), {"missing_keys": set()}))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", model)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", returning(build_tokenizer(["a"], 300)))
     load_model("some/model", revision="v2")
     assert asked == [("v2", "v2")] * 2
 

@@ -335,11 +335,12 @@ def test_the_newest_whole_checkpoint_is_named(finished: Path, tmp_path: Path) ->
         ("rng_state.pth", b"null"),
         ("trainer_state.json", b"{}"),
         ("trainer_state.json", b"null"),
-        ("trainer_state.json", b'{"global_step": 3, "best_model_checkpoint": 1.5}'),
+        ("trainer_state.json", b'{"global_step": 3, "train_batch_size": 2, "best_model_checkpoint": 1.5}'),
     ],
 )
 def test_a_damaged_checkpoint_is_one_error_that_names_the_file(tmp_path: Path, name: str, content: bytes) -> None:
     trainer_in(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-3" / MANIFEST).unlink()  # as in earlier versions
     (tmp_path / "checkpoint-3" / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"checkpoint-3/{name}: ") as caught:
         trainer_in(tmp_path).train(resume_from_checkpoint=True)
@@ -349,6 +350,11 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_file(tmp_path: Path, n
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_the_state_of_another_optimiser_is_refused(tmp_path: Path, optim: str) -> None:
     trainer_in(tmp_path, max_steps=3).train()
+    for path in (tmp_path / "checkpoint-3" / RUN_FILE, tmp_path / "checkpoint-3" / MANIFEST):  # of an earlier version
+        found = json.loads(path.read_text())
+        path.unlink()
+        if path.name == RUN_FILE:
+            path.write_text(json.dumps({name: found[name] for name in ("model", "adapters", "frozen_weights", "loss")}))
     with pytest.raises(CheckpointError, match=r"checkpoint-3/optimizer.pt was written by another optimiser"):
         trainer_in(tmp_path, optim=optim).train(resume_from_checkpoint=True)
 

@@ -34,8 +34,8 @@ MUTATIONS = (
     Mutation(
         "comparison-lock",
         "nextquill/comparison/folder.py",
-        "if not try_lock(lock):",
-        "if not try_lock(lock) and False:",
+        'with held(folder / LOCK_FILE, folder, "folder"):',
+        "if True:",
         "two comparisons run in one folder",
     ),
     Mutation(

@@ -160,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "data-prepare-lock",
         "nextquill/data/preparing.py",
-        "if not try_lock(self._lock):",
-        "if not try_lock(self._lock) and False:",
+        'hold.enter_context(held(self._folder / LOCK_FILE, self._folder, "folder"))',
+        "pass",
         "two processes prepare into one folder",
     ),
     Mutation(

@@ -191,8 +191,8 @@ MUTATIONS = (
     Mutation(
         "files-half-written",
         "nextquill/storage/atomic_files.py",
-        'temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]',
-        "temporary = list(paths)",
+        'return path.with_name(f".{path.name}.tmp")',
+        "return path",
         "an error while a file is written leaves half of it in the place of the old one",
     ),
     Mutation(

@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "checkpoints-identity",
         "nextquill/storage/checkpoints.py",
-        "different = [key for key in identity if saved.get(key) != identity[key]]",
-        "different = [key for key in identity if key not in saved]",
+        "different = [key for key in here if key in saved and saved[key] != here[key]]",
+        "different = [key for key in here if key not in saved]",
         "a checkpoint of another loss or adapter is resumed from",
     ),
     Mutation(
@@ -98,18 +98,16 @@ MUTATIONS = (
         "checkpoints-half-written",
         "nextquill/storage/checkpoints.py",
         """\
-    try:
-        yield staging
-        for path""",
-        """\
-    try:
-        try:
             yield staging
-        except BaseException:
-            for path in sorted(staging.iterdir()):
-                os.replace(path, folder / path.name)
-            raise
-        for path""",
+            for path""",
+        """\
+            try:
+                yield staging
+            except BaseException:
+                for path in sorted(staging.iterdir()):
+                    os.replace(path, folder / path.name)
+                raise
+            for path""",
         "an error while a model is saved leaves part of it in the run's folder",
     ),
     Mutation(

@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "report-last-checkpoint",
         "nextquill/storage/checkpoints.py",
-        "max(_checkpoints(folder), key=_step, default=None)",
-        "max(_checkpoints(folder), default=None)",
+        "return next(reversed(found_checkpoints(folder)), None)",
+        "return max(found_checkpoints(folder), default=None)",
         "training resumes from, and curves of an unfinished run end at checkpoint-90 of 100",
     ),
     Mutation(

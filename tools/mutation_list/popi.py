@@ -132,7 +132,7 @@ MUTATIONS = (
     Mutation(
         "popi-summaries-lock",
         "nextquill/popi/summaries.py",
-        "if try_lock(stream) and _is_at(stream.fileno(), self.path):",
+        "if try_lock(stream) and is_at(stream, self.path):",
         "if try_lock(stream):",
         "of two processes that write at once one loses its summaries",
     ),
