@@ -76,9 +76,30 @@ MUTATIONS = (
     Mutation(
         "checkpoints-identity",
         "nextquill/storage/checkpoints.py",
-        "different = [key for key in identity if saved.get(key) != identity[key]]",
-        "different = [key for key in identity if key not in saved]",
+        "different = [key for key in here if key in saved and saved[key] != here[key]]",
+        "different = [key for key in here if key not in saved]",
         "a checkpoint of another loss or adapter is resumed from",
+    ),
+    Mutation(
+        "checkpoints-torch-files",
+        "nextquill/storage/manifests.py",
+        "return file.testzip() is None",
+        "return True",
+        "a flipped bit in the optimizer's state goes unnoticed",
+    ),
+    Mutation(
+        "finite-gradient",
+        "nextquill/training/finite.py",
+        "~norm.isfinite()]",
+        "norm.isnan()]",
+        "a step with an infinite gradient is applied",
+    ),
+    Mutation(
+        "finite-limit",
+        "nextquill/training/finite.py",
+        "if len(guard.skipped) >= guard.max_skipped_steps",
+        "if len(guard.skipped) > guard.max_skipped_steps",
+        "one more step is skipped than was asked for",
     ),
     Mutation(
         "checkpoints-rotation",
