@@ -41,7 +41,7 @@ def random_rates(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         if isinstance(module, nn.Dropout):
             found.append((name, module, "p"))
         named = (attribute for attribute in vars(module) if any(part in attribute for part in _RANDOM))
-        found += [(name, module, attribute) for attribute in named if _rate(module, attribute) is not None]
+        found += [(name, module, attribute) for attribute in named if random_rate(module, attribute) is not None]
     return found
 
 
@@ -51,7 +51,7 @@ def check_dropout(rates: Sequence[tuple[str, nn.Module, str]], *, in_training_on
     The rates, found by `random_rates`, are read now; with `in_training_only`, only those of modules in training mode.
     """
     for name, module, attribute in rates:
-        rate = _rate(module, attribute)
+        rate = random_rate(module, attribute)
         if rate and (module.training or not in_training_only):
             raise UnsupportedModelError(
                 f"dropout: {name}.{attribute}={rate:g} would drop the same units in all branches that share a prefix, "
@@ -59,7 +59,7 @@ def check_dropout(rates: Sequence[tuple[str, nn.Module, str]], *, in_training_on
             )
 
 
-def _rate(module: nn.Module, attribute: str) -> float | None:
+def random_rate(module: nn.Module, attribute: str) -> float | None:
     """A rate, or the largest one of a dict that PEFT keeps by adapter."""
     value = getattr(module, attribute, None)
     values = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, float)]

@@ -24,7 +24,6 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from nextquill.errors import RecordError
-from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fast_digest
 from nextquill.storage.json_files import json_object
 
@@ -48,7 +47,8 @@ def write_manifest(
     paths = sorted(path for path in inner if path.is_file() and path.name != MANIFEST)
     names = [path.relative_to(folder).as_posix() for path in paths]
     files = {name: _described(folder / name, left_out.get(name)) for name in names}
-    write_whole(folder / MANIFEST, json.dumps({_FORMAT: 1, "files": files}, indent=2) + "\n")
+    # Not synchronised, as the files that it lists are not: that alone would take as long as reading them.
+    (folder / MANIFEST).write_text(json.dumps({_FORMAT: 1, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def has_manifest(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from nextquill.errors import CheckpointError
-from nextquill.models.architectures import random_rates
+from nextquill.models.architectures import random_rate, random_rates
 from nextquill.models.border import reading
 from nextquill.models.configs import text_config
 from nextquill.storage import checkpoints
@@ -277,12 +277,12 @@ def training_identity(args: Any, models: Iterable[nn.Module]) -> dict[str, Any]:
     """How these models are trained: training arguments by their flags, and the models' precision and dropout."""
     models = list(models)
     trained = {p.dtype for model in models for p in model.parameters() if p.requires_grad}
-    rates = [getattr(module, name) for model in models for _, module, name in random_rates(model)]
+    rates = {random_rate(module, name) for model in models for _, module, name in random_rates(model)}
     known = {name: getattr(args, name) for name in _ARGUMENTS if name in vars(args)}  # versions of transformers differ
     return {
         **{f"--{name}": value for name, value in known.items()},
         "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in trained),
-        "dropout": sorted({rate if isinstance(rate, float) else str(rate) for rate in rates if rate}, key=str),
+        "dropout": sorted(filter(None, rates)),
     }
 
 

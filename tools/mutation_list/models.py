@@ -81,6 +81,27 @@ MUTATIONS = (
         "a checkpoint of another loss or adapter is resumed from",
     ),
     Mutation(
+        "checkpoints-torch-files",
+        "nextquill/storage/manifests.py",
+        "return file.testzip() is None",
+        "return True",
+        "a flipped bit in the optimizer's state goes unnoticed",
+    ),
+    Mutation(
+        "finite-gradient",
+        "nextquill/training/finite.py",
+        "~norm.isfinite()]",
+        "norm.isnan()]",
+        "a step with an infinite gradient is applied",
+    ),
+    Mutation(
+        "finite-limit",
+        "nextquill/training/finite.py",
+        "if len(guard.skipped) >= guard.max_skipped_steps",
+        "if len(guard.skipped) > guard.max_skipped_steps",
+        "one more step is skipped than was asked for",
+    ),
+    Mutation(
         "checkpoints-rotation",
         "nextquill/storage/checkpoints.py",
         "_step(path)))",

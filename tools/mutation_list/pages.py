@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "report-last-checkpoint",
         "nextquill/storage/checkpoints.py",
-        "return next(reversed(found_checkpoints(folder)), None)",
-        "return max(found_checkpoints(folder), default=None)",
+        "and path.is_dir()), key=_step)",
+        "and path.is_dir()))",
         "training resumes from, and curves of an unfinished run end at checkpoint-90 of 100",
     ),
     Mutation(
