@@ -230,7 +230,7 @@ def _timestamp(value: object, where: str, name: str) -> float | None:
         return None
     if isinstance(value, (str, datetime)):
         return Clock().date(value, where, name)  # a new clock, as its errors name earlier times of the same source
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise unexpected(where, name, "a number of seconds or an ISO 8601 time", value)
     seconds = as_float(value)
     if not math.isfinite(seconds):
@@ -260,7 +260,7 @@ def in_time_order(history: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
 def _history_item(raw: object, where: str, name: str) -> HistoryItem:
     if isinstance(raw, str):
         return HistoryItem(check_text(raw, where, name))
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, (dict, Mapping)):  # dict first, as an abstract class takes ten times as long to ask
         raise unexpected(where, name, "a string or an object with 'text'", raw)
     title = raw.get("title")
     return HistoryItem(

@@ -126,7 +126,7 @@ class Clock:
         return (moment - _EPOCH).total_seconds()
 
 
-def as_float(value: Real) -> float:
+def as_float(value: float | Real) -> float:
     """The nearest float; infinity if the number is too large for one."""
     try:
         return float(value)
