@@ -99,7 +99,7 @@ def planned_runs(setup: Setup) -> list[PlannedRun]:
 
 
 def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
-    """The record of a run that need not be repeated, None if it is not finished.
+    """The record of a run that need not be repeated, without its checkpoints; None if it is not finished.
 
     CheckpointError if the folder holds another run, or a damaged one.
     """
@@ -117,7 +117,14 @@ def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
                 f"folder: the run in {folder} has another {name.replace('_', ' ')}: there "
                 f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it with overwrite=True"
             )
+    _delete_checkpoints(folder)
     return record
+
+
+def _delete_checkpoints(folder: Path) -> None:
+    """Delete what a finished run never resumes from."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def remaining_seconds(done: Sequence[RunRecord], left: Sequence[PlannedRun]) -> float | None:
@@ -159,8 +166,7 @@ def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
         setup.evaluate(model, tokenizer, setup.settings, place, f"{planned.name}/seed-{planned.seed}")
     record = dataclasses.replace(record, wall_seconds=time.perf_counter() - began)
     write_record(folder, record)
-    for path in folder.glob("checkpoint-*"):  # a finished run never resumes from them
-        shutil.rmtree(path)
+    _delete_checkpoints(folder)
     return record
 
 
