@@ -60,8 +60,10 @@ COMMANDS = {
 #: Kills of a command; only `compare` changes more files, and does the same in every run.
 _MOST = 170
 #: Files that hold times.
-TIMED = ("metrics.json", "nextquill_manifest.json", "trainer_state.json", "training_args.bin", "run.json", "comparison.json", "comparison.md",
-         "report.html", "README.md", "out.json", "evaluation.json")  # fmt: skip
+TIMED = (
+    "metrics.json", "trainer_state.json", "training_args.bin", "nextquill_manifest.json", "run.json", "README.md",
+    "comparison.json", "comparison.md", "report.html", "out.json", "evaluation.json",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
