@@ -1,6 +1,7 @@
 """Which runs the study has, in an order in which every beginning is already a fair comparison.
 
-    1. the untrained model, then every main method with every learning rate, rate by rate
+    1. the untrained model, then every main method with every learning rate, rate by rate, and one rate more beyond the
+       end of the range where the best rate so far is
     2. the main methods at their best rate with the other seeds
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
@@ -41,6 +42,8 @@ class Preset:
         name: on the command line.
         main, others: names of methods; the first have learning rates of their own.
         rates: learning rates tried.
+        beyond: the rates below and above them; a method whose best rate is at an end tries the one next to it. None for
+            neither.
         seeds, other_seeds: seeds of the main methods, and of the others on the first data set.
         repeats_others: the other methods are trained on the other data sets too.
         steps, batch_size, examples_per_user, warmup_steps: of the training, with AdamW and a linear decay.
@@ -59,6 +62,7 @@ class Preset:
     main: Sequence[str]
     others: Sequence[str]
     rates: Sequence[float]
+    beyond: tuple[float, float] | None
     seeds: Sequence[int]
     other_seeds: Sequence[int]
     repeats_others: bool
@@ -92,19 +96,19 @@ PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
-            "cpu", _MAIN, _OTHERS, (1e-3, 3e-4, 3e-3), (1, 2, 3), (1,), False,
+            "cpu", _MAIN, _OTHERS, (1e-3, 3e-4, 3e-3), (1e-4, 1e-2), (1, 2, 3), (1,), False,
             steps=60, batch_size=16, examples_per_user=8, warmup_steps=6, lora_r=16, lora_layers=0.4, max_length=1024,
             sizes=Sizes(Size(120, 960), Size(24, 36), Size(48, 96), Size(24, 24), 10),
             decodings=_DECODINGS, generated=48, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=20,
         ),
         Preset(
-            "gpu", _MAIN, _OTHERS, (1e-5, 3e-5, 1e-4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), True,
+            "gpu", _MAIN, _OTHERS, (3e-5, 1e-5, 1e-4), (3e-6, 3e-4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), True,
             steps=120, batch_size=32, examples_per_user=8, warmup_steps=12, lora_r=None, lora_layers=1.0,
             max_length=2048, sizes=Sizes(Size(200, 3840), Size(24, 96), Size(96, 384), Size(48, 192), 10),
             decodings=_DECODINGS, generated=192, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=60,
         ),
         Preset(
-            "smoke", ("sft", "perce"), ("perce_random", "perce_uncopied"), (1e-3, 1e-2), (1,), (1,), False,
+            "smoke", ("sft", "perce"), ("perce_random", "perce_uncopied"), (1e-3, 1e-2), None, (1,), (1,), False,
             steps=4, batch_size=4, examples_per_user=2, warmup_steps=1, lora_r=2, lora_layers=1.0, max_length=256,
             sizes=Sizes(Size(8, 16), Size(3, 3), Size(4, 4), Size(3, 3), 2),
             decodings=(Decoding(), Decoding(1.0)), generated=4, judged=("γ=0",), max_new_tokens=6, save_steps=2,
@@ -146,6 +150,11 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
     yield bases[first]
     tried = {name: [Run(first, name, preset.seeds[0], rate) for rate in preset.rates] for name in preset.main}
     yield from (tried[name][place] for place in range(len(preset.rates)) for name in preset.main)
+    for name in preset.main if preset.beyond else ():
+        best = _best(tried[name], score)
+        if best in (min(preset.rates), max(preset.rates)):
+            tried[name].append(Run(first, name, preset.seeds[0], _beyond(preset, best)))
+            yield tried[name][-1]
     rates = {name: _best(runs, score) for name, runs in tried.items()}
     yield from _runs(first, preset.main, preset.seeds[1:], rates)
     for name in others:
@@ -172,6 +181,11 @@ def _runs(data: str, methods: Sequence[str], seeds: Sequence[int], rates: Mappin
                 needs.append(None if own is None else Run(data, str(other), seed, own).name)
             if None not in needs:
                 yield Run(data, name, seed, rate, tuple(sorted(map(str, needs))))
+
+
+def _beyond(preset: Preset, rate: float) -> float:
+    assert preset.beyond is not None
+    return preset.beyond[rate == max(preset.rates)]
 
 
 def _best(runs: Sequence[Run], score: Score) -> float | None:

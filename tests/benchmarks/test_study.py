@@ -153,9 +153,10 @@ def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
         for name, best in rates.items()
         for rate in PRESETS["cpu"].rates
     }
+    scores |= {"a-sft-0.0001-seed1": 2.5, "a-nextquill_detached-0.01-seed1": 2.5}
     runs = list(planned(PRESETS["cpu"], ["a", "b"], scores.get))
     chosen = {}
-    for run in runs[10:]:
+    for run in runs[12:]:
         chosen.setdefault(run.method, set()).add(run.rate)
     for name, method in METHODS.items():
         assert chosen[name] == ({0.0} if name == BASE else {rates[method.parent or name]})
@@ -164,6 +165,20 @@ def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
     assert timed.needs == ("a-perce-0.001-seed1", "a-sft-0.0003-seed1")
     seeds = [run.seed for run in runs if run.method == "perce" and run.data == "a" and run.rate == 1e-3]
     assert seeds == [1, 2, 3]
+
+
+def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
+    """And waits for it before other seeds; a method whose best rate is in the middle has tried both neighbours."""
+    best = {"sft": 3e-3, "perce": 1e-3, "nextquill_detached": 3e-4}
+    scores = {
+        f"a-{name}-{rate:g}-seed1": 2.0 if rate == best[name] else 3.0 for name in best for rate in PRESETS["cpu"].rates
+    }
+    found = names("cpu", ["a"], scores)
+    assert found[10:12] == ["a-sft-0.01-seed1", "a-nextquill_detached-0.0001-seed1"]
+    assert [name for name in found[12:] if "seed2" in name] == ["a-perce-0.001-seed2"]
+    found = names("cpu", ["a"], scores | {"a-sft-0.01-seed1": 1.0, "a-nextquill_detached-0.0001-seed1": 4.0})
+    second = [name for name in found if "seed2" in name]
+    assert second == ["a-sft-0.01-seed2", "a-perce-0.001-seed2", "a-nextquill_detached-0.0003-seed2"]
 
 
 def test_every_method_says_what_is_expected_of_it():
