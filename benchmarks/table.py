@@ -214,6 +214,13 @@ def study_table() -> str:
     return markdown(Results(RESULTS / "study-cpu"))
 
 
+def study_answer() -> str:
+    """What the study says so far."""
+    from benchmarks.study.tables import Results, answer
+
+    return answer(Results(RESULTS / "study-cpu"))
+
+
 def study_methods_table() -> str:
     """The study's methods."""
     from benchmarks.study.tables import methods_table
@@ -238,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "popi": popi_table,
     "generate": generate_table,
     "study": study_table,
+    "study_answer": study_answer,
     "study_methods": study_methods_table,
     "study_popi": study_popi_table,
 }

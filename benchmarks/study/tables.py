@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.measure import RESULTS
 from benchmarks.study.folder import RUNS
-from benchmarks.study.methods import METHODS, SFT
+from benchmarks.study.methods import BASE, METHODS, SFT
 from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.metrics.scores import ratio
@@ -33,6 +33,8 @@ from nextquill.storage.json_files import json_object
 OWN = ""
 #: The difference that four of five studies like this one would detect, in standard errors.
 _DETECTABLE = 1.96 + 0.84
+#: Corrected p-values below this are taken for a difference.
+_LEVEL = 0.05
 _TABLE = "study.csv"
 _COLUMNS = ("data", "method", "rate", "seed", "set", "decoding", "measure", "value", "texts", "people",
             "seconds", "commit", "processor", "torch")  # fmt: skip
@@ -231,6 +233,41 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def answer(results: Results) -> str:
+    """What the finished runs say of each trained method against SFT, in a sentence each."""
+    if not results.all or SFT not in results.methods(results.data[0]):
+        return "No run of SFT is finished yet.\n"
+    data = results.data[0]
+    methods = results.methods(data)
+    nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
+
+    def share(name: str, decoding: str) -> str:
+        return _number(_mean(methods[name], FRONTIERS[0], decoding), 2)
+
+    without, guided = share(SFT, "γ=0"), share(SFT, "γ=1")
+    said = [f"**SFT**: the author is found among eight people for {without} of the texts, and for {guided} with γ=1."]
+    for name, runs in methods.items():
+        if name in (SFT, BASE):
+            continue
+        cost = results.cost(data, name)
+        spent = f", {cost:.2f} times SFT's training time" if cost else ""
+        said.append(
+            f"**{METHODS[name].label}** ({len(runs)} seed{'s' * (len(runs) > 1)}{spent}): {share(name, 'γ=0')}, and "
+            f"{share(name, 'γ=1')} with γ=1. The nll at the best temperature is "
+            f"{_judged(nlls[name], 'higher', 'lower')}. The area under the frontier is "
+            f"{_judged(areas[name], 'larger', 'smaller', 3)}."
+        )
+    return "\n".join(f"- {each}" for each in said) + "\n"
+
+
+def _judged(found: tuple[SeedsResult, float], more: str, less: str, decimals: int = 2) -> str:
+    difference, p = found
+    own, low, high = (f"{each:+.{decimals}f}" for each in (difference.difference, difference.low, difference.high))
+    shown = difference.excludes_zero and p < _LEVEL
+    verdict = f"{more if difference.difference > 0 else less} than SFT's" if shown else "not shown to differ from SFT's"
+    return f"{verdict} ({own} [{low}, {high}])"
+
+
 def rates_table(results: Results, data: str) -> str:
     """nll on development people by method and learning rate."""
     tried = results.tried(data)
@@ -291,22 +328,41 @@ def frontiers_table(results: Results, data: str) -> str:
     methods = results.methods(data)
     if SFT not in methods:
         return ""
-    others = [name for name in methods if name != SFT]
     columns: list[list[str]] = []
     for measure in FRONTIERS:
-        areas = {name: [frontier(run, measure) for run in runs] for name, runs in methods.items()}
-        users = methods[SFT][0].raw["texts"]["users"]
-        found = [
-            paired_over_seeds(areas[name], areas[SFT], users, matched=_matched(methods[name], methods[SFT]))
-            for name in others
-        ]
-        adjusted = dict(zip(others, zip(found, holm([each.p_value for each in found]), strict=True), strict=True))
-        columns.append([_number(mean(area.value for area in areas[name]), 3) for name in methods])
-        columns.append(["–" if name == SFT else _difference(*adjusted[name], decimals=3) for name in methods])
+        found = _frontiers(results, data, measure)
+        areas = {name: mean(frontier(run, measure).value for run in runs) for name, runs in methods.items()}
+        columns.append([_number(areas[name], 3) for name in methods])
+        columns.append(["–" if name == SFT else _difference(*found[name], decimals=3) for name in methods])
     rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(methods)]
     headings = {each.name: each.heading for each in TEXT_MEASURES}
     pairs = [(f"area, {headings[name]}", "minus SFT") for name in FRONTIERS]
     return table([f"frontier over γ, {data}", *(head for pair in pairs for head in pair)], rows)
+
+
+def _frontiers(results: Results, data: str, measure: str) -> dict[str, tuple[SeedsResult, float]]:
+    """The area under each method's frontier minus that under SFT's, with p-values corrected for all methods."""
+    methods = results.methods(data)
+    areas = {name: [frontier(run, measure) for run in runs] for name, runs in methods.items()}
+    users = methods[SFT][0].raw["texts"]["users"]
+    found = {
+        name: paired_over_seeds(areas[name], areas[SFT], users, matched=_matched(methods[name], methods[SFT]))
+        for name in methods
+        if name != SFT
+    }
+    return _corrected(found)
+
+
+def _from_sft(results: Results, data: str, measure: str) -> dict[str, tuple[SeedsResult, float]]:
+    """Each method minus SFT in a measure of the people's own texts, with p-values corrected for all methods."""
+    methods = results.methods(data)
+    found = {name: difference(runs, methods[SFT], measure, OWN) for name, runs in methods.items() if name != SFT}
+    return _corrected({name: each for name, each in found.items() if each is not None})
+
+
+def _corrected(found: Mapping[str, SeedsResult]) -> dict[str, tuple[SeedsResult, float]]:
+    adjusted = holm([each.p_value for each in found.values()])
+    return {name: (each, p) for (name, each), p in zip(found.items(), adjusted, strict=True)}
 
 
 def frontier(result: Result, measure: str) -> MetricScores:

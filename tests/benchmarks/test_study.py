@@ -34,6 +34,7 @@ from benchmarks.study.plan import PRESETS, planned
 from benchmarks.study.run import Worker
 from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_records
 from nextquill.errors import ArgumentError, OutputExistsError
+from nextquill.evaluation.bootstrap import SeedsResult
 from nextquill.models.loading import load_model
 from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting
@@ -310,6 +311,19 @@ def test_a_cost_compares_runs_of_one_processor(results):
     assert found.cost("toy", "perce") == 2.0
     assert found.cost("toy", "sft") == 1.0
     assert found.cost("toy", "base") is None
+
+
+def test_the_answer_names_a_difference_only_where_it_is_shown(results):
+    said = tables.answer(tables.Results(results))
+    assert said.startswith("- **SFT**: the author is found among eight people for ")
+    assert "- **PerCE** (1 seed, " in said
+    assert "no training" not in said
+    found = SeedsResult(0.3, 0.1, 0.5, 0.01, 10, 0.01, (3, 3))
+    assert tables._judged((found, 0.04), "higher", "lower") == "higher than SFT's (+0.30 [+0.10, +0.50])"
+    assert tables._judged((found, 0.06), "higher", "lower").startswith("not shown to differ from SFT's (+0.30")
+    wide = dataclasses.replace(found, difference=-0.3, low=-0.5, high=0.1)
+    assert tables._judged((wide, 0.01), "higher", "lower").startswith("not shown")
+    assert tables._judged((dataclasses.replace(wide, high=-0.1), 0.01), "more", "less").startswith("less than SFT's")
 
 
 def test_committed_figures_are_those_of_the_committed_results():
