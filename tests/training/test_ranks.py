@@ -20,6 +20,8 @@ from tests.training.rank_worker import DIFFERENT, SIGNALS, UNGROUPED
 HERE = Path(__file__).parent
 #: Seconds after which processes have to be gone, launch included; a quiet machine takes half a minute for the longest.
 PATIENCE = 150
+#: Cases with more than two processes.
+THREE = {"seed": 3, "killed": 3}
 #: What the message of each case names.
 NAMED = {
     "seed": "seed: expected the same in all processes, got 42 and, on rank 1, 7",
@@ -54,9 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(case: str, folder: Path) -> tuple[int, list[str]]:
-    """Run a case on two processes; the exit code and what each has printed."""
+    """Run a case on two processes or three; the exit code and what each has printed."""
+    count = THREE.get(case, 2)
     shutil.rmtree(folder / case, ignore_errors=True)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     told = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*words, str(HERE / "rank_worker.py"), case, str(folder)], env=told, start_new_session=True,
@@ -67,7 +70,7 @@ def launch(case: str, folder: Path) -> tuple[int, list[str]]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return code, [(folder / f"{case}-{rank}").read_text() for rank in range(2)]
+    return code, [(folder / f"{case}-{rank}").read_text() for rank in range(count)]
 
 
 @pytest.mark.slow
@@ -84,7 +87,7 @@ def test_processes_train_together_or_end_with_one_line(case: str, folder: Path) 
         elif case == "missing" and rank == 1:
             assert told == ["nextquill: rank 1: --train_file: missing.jsonl: cannot be read: No such file or directory"]
         elif case in SIGNALS or case == "missing":
-            assert "rank 0: another process of the group has ended or does not answer" in told[-1]
+            assert f"rank {rank}: another process of the group has ended or does not answer" in told[-1]
         elif case in UNGROUPED:
             assert f"rank {rank}: --use_cpu: expected True where 2 processes train together" in told[-1]
         else:
