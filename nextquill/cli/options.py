@@ -273,12 +273,15 @@ class GuardOptions:
         "one does by default.", 0,
     )  # fmt: skip
 
+    def check(self) -> None:
+        """Raise ArgumentError for a negative number."""
+        if self.max_skipped_steps < 0:
+            raise ArgumentError(f"max_skipped_steps: expected at least 0, got {self.max_skipped_steps}")
+
     def watch(self, trainer: Any) -> None:
         """Make a trainer skip such steps."""
         from nextquill.training.finite import FiniteGuard
 
-        if self.max_skipped_steps < 0:
-            raise ArgumentError(f"max_skipped_steps: expected at least 0, got {self.max_skipped_steps}")
         trainer.add_callback(FiniteGuard(self.max_skipped_steps))
 
 

@@ -134,6 +134,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, config, prompts, lora, guard, args = parsed
     models.check()
     lora.check(models.names)
+    guard.check()
     lora.set_learning_rate(args)
     prompting = prompts.build()
     check_arguments(args, has_eval_file=files.eval_file is not None, metrics=METRICS)

@@ -77,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     lora.check(model_options.model)
     lora.set_learning_rate(args)
     batches.check()
+    guard.check()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from nextquill.data._checks import check_integer
 from nextquill.errors import NonFiniteError
 from nextquill.storage.checkpoints import found_checkpoints
 
@@ -44,9 +45,13 @@ class FiniteGuard(TrainerCallback, ExportableState):
 
     Attributes:
         skipped: the numbers of the skipped steps.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: `max_skipped_steps` is not a number of steps.
     """
 
     def __init__(self, max_skipped_steps: int = 0) -> None:
+        check_integer("max_skipped_steps", max_skipped_steps, least=0)
         self.max_skipped_steps = max_skipped_steps
         self.skipped: list[int] = []
 
@@ -98,11 +103,7 @@ class FiniteSteps(_Base):
     @property
     def guard(self) -> FiniteGuard:
         """The callback, which restoring a checkpoint may have replaced."""
-        found = [each for each in self.callback_handler.callbacks if isinstance(each, FiniteGuard)]
-        if not found:
-            found = [FiniteGuard()]
-            self.add_callback(found[0])
-        return found[0]
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, FiniteGuard))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does.
@@ -110,7 +111,8 @@ class FiniteSteps(_Base):
         Raises:
             NonFiniteError: a step is not finite, and no more may be skipped; it was not applied.
         """
-        assert self.guard.max_skipped_steps >= 0
+        if not any(isinstance(each, FiniteGuard) for each in self.callback_handler.callbacks):
+            self.add_callback(FiniteGuard())
         self.args.logging_nan_inf_filter = False
         self._interval = self._session = (0, 0)
         self._begin_step()

@@ -217,6 +217,7 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(train, tmp_path, m
         ("--report_to nothing", "nothing is not supported, only"),
         ("--accelerator_config no.json", "--accelerator_config: [Errno 2] No such file or directory: 'no.json'"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size: expected a positive number, got 0"),
+        ("--max_skipped_steps -1", "--max_skipped_steps: expected at least 0, got -1"),
         ("--learning_rate -1", "--learning_rate: expected a number of at least 0, got -1.0"),
         ("--max_steps 0 --num_train_epochs 0", "--num_train_epochs: expected a positive number, got 0.0"),
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor: 0.1 is not supported"),
