@@ -161,7 +161,7 @@ class Scaler:
 def test_an_overflow_of_float16_is_its_scalers_business(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, stops: bool
 ) -> None:
-    trainer = trainer_with(tmp_path)
+    trainer = trainer_with(tmp_path, callbacks=[FiniteGuard()])
     trainer._begin_step()
     trainer._watched = [torch.ones(())]
     monkeypatch.setattr(trainer.accelerator, "scaler", Scaler(scale))
