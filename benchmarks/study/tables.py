@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -257,7 +258,7 @@ def answer(results: Results) -> str:
             f"{_judged(nlls[name], 'higher', 'lower')}. The area under the frontier is "
             f"{_judged(areas[name], 'larger', 'smaller', 3)}."
         )
-    return "\n".join(f"- {each}" for each in said) + "\n"
+    return "\n".join(fill(f"- {each}", 120, subsequent_indent="  ") for each in said) + "\n"
 
 
 def _judged(found: tuple[SeedsResult, float], more: str, less: str, decimals: int = 2) -> str:
