@@ -89,7 +89,7 @@ def score_examples(
     Raises:
         ArgumentError: a number below 1, or `max_tokens` with padded batches.
         BudgetError: an example alone takes more than `max_tokens`; found before anything is computed.
-        NonFiniteError: the model gives a token a NLL that is not finite.
+        NonFiniteError: the model gives a token an NLL that is not finite.
     """
     if batch_size is not None and batch_size < 1:
         raise ArgumentError(f"batch_size: expected a positive number, got {batch_size}")

@@ -102,7 +102,9 @@ def in_the_way(stream: Any, target: Path, argument: str | None = None) -> Output
 
 def _open(path: Path, target: Path, argument: str | None) -> BinaryIO:
     while True:
-        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+        # The name can be guessed, so a link that somebody has put there is not followed.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        stream = os.fdopen(os.open(path, flags, 0o666), "r+b")
         if not try_lock(stream):
             with stream:
                 raise in_the_way(stream, target, argument)

@@ -22,7 +22,7 @@ def check_group(args: Any) -> None:
         ArgumentError: several processes were started, and they form no group that synchronises gradients.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and args.parallel_mode.value != "distributed":
+    if started > 1 and args.parallel_mode.value in ("not_parallel", "not_distributed"):
         raise ArgumentError(
             f"args.use_cpu: expected True where {started} processes train together without an accelerator, "
             f"got {args.use_cpu}"

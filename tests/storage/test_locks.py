@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from nextquill.errors import OutputExistsError
 from nextquill.storage import locks
+from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.locks import claim, held, release_claims, try_lock
 
 # Prints whether it got the lock, and keeps the file open until its input ends.
@@ -169,6 +171,15 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
     with held(path, path) as stream:
         assert locks.is_at(stream, path)
     assert len(seen) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system follows links")
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".page.html.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_whole(tmp_path / "page.html", "other")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 @needs_locks
