@@ -164,6 +164,8 @@ def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     place = folder / EVALUATION_FOLDER
     if not (place / EVALUATION_FILE).is_file():  # if it is there, the run was stopped between its last two files
         setup.evaluate(model, tokenizer, setup.settings, place, f"{planned.name}/seed-{planned.seed}")
+    for path in place.glob("*.partial"):  # left by a process that was killed just after the evaluation's last file
+        path.unlink()
     record = dataclasses.replace(record, wall_seconds=time.perf_counter() - began)
     write_record(folder, record)
     _delete_checkpoints(folder)
