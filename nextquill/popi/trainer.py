@@ -421,6 +421,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         self.passes.close()
+        if not self.args.should_save:  # every rank comes here
+            return
         self.roles.save(folder, self.settings())
         write_whole(folder / CARD_FILE, popi_card(self))  # in place of PEFT's, which names local paths
         torch.save(self.args, folder / "training_args.bin")

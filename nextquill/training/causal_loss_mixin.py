@@ -286,7 +286,7 @@ class CausalLossMixin(FiniteSteps):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model as the Trainer does, and beside it its card and, if known, how its prompts are made."""
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # under FSDP and ZeRO every rank comes here
+        if not self.args.should_save:  # every rank comes here
             return
         folder, encoder = Path(str(self.args.output_dir if output_dir is None else output_dir)), self.encoder
         if encoder is not None:

@@ -147,6 +147,7 @@ class FiniteSteps(_Base):
     def _broken(self, norm: Any) -> tuple[bool, bool]:
         """Whether a watched value, and whether the norm, is not finite on any rank."""
         device = self.args.device
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # as FSDP2 gives it
         norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=device)
         watched = torch.cat([each.reshape(-1).float() for each in self._watched])
         broken = torch.stack([~watched.isfinite().all(), ~norm.isfinite()]).float()
