@@ -59,7 +59,9 @@ def phase_main(suite: str, run: Run, arguments: Sequence[str] | None) -> int:
         run: gets the sheet, the device, whether sizes are tiny, and the deadline on `time.monotonic`.
         arguments: the flags; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gpu.{suite}", description=sys.modules[run.__module__].__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.gpu.{suite}", description=sys.modules[run.__module__].__doc__
+    )
     parser.add_argument("--csv", type=Path, required=True, help="file of the figures")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--quick", action="store_true", help="tiny sizes")

@@ -45,7 +45,7 @@ class _Runner:
     def __init__(self, config: pytest.Config) -> None:
         self.share = Share(config.option.share_folder, config.option.share_worker)
         self.reports: list[pytest.TestReport] = []
-        self.writer = config.get_terminal_writer()
+        self.config = config
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -83,7 +83,7 @@ class _Runner:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.reports.append(report)
         if report.failed:  # now, as a summary at the end would be lost with the process
-            self.writer.line(f"\n{report.longreprtext[-_LONGEST:]}")
+            self.config.get_terminal_writer().line(f"\n{report.longreprtext[-_LONGEST:]}")
 
 
 def blocks_of(names: list[str]) -> list[list[str]]:

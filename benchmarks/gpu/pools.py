@@ -58,7 +58,17 @@ def run_tests(
     def command(folder: Path, worker: int) -> list[str]:
         flags = ["-c", str(ROOT / "benchmarks" / "gpu_pytest.ini"), f"--rootdir={ROOT}", "-p", "benchmarks.gpu.plugin"]
         flags += ["--share-folder", str(folder), "--share-worker", str(worker), "--continue-on-collection-errors"]
-        return [sys.executable, "-m", "pytest", *flags, "--no-summary", "--tb=short", "-m", "not slow and not compiles", *there]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            *flags,
+            "--no-summary",
+            "--tb=short",
+            "-m",
+            "not slow and not compiles",
+            *there,
+        ]
 
     own = environment | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     count = 1 if len(there) == 1 else workers()
@@ -84,9 +94,7 @@ def _pool(
         def save(found: dict[str, Record]) -> None:
             write_csv([Row(**row) for row in found.values()], csv)
 
-        problems = work(
-            lambda worker: command(folder, worker), count, folder, seconds, save, cwd=ROOT, env=environment
-        )
+        problems = work(lambda worker: command(folder, worker), count, folder, seconds, save, cwd=ROOT, env=environment)
         with log.open("a", encoding="utf-8") as stream:
             for path in sorted(folder.glob("*.log")):
                 text = path.read_bytes()[-_LOG_BYTES:].decode(errors="replace")

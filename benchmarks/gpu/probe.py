@@ -148,9 +148,7 @@ def best_rates(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, int], float
     return found
 
 
-def floor(
-    rates: Mapping[tuple[str, int], float], task: Task, rows: int, hidden: int, vocabulary: int
-) -> float | None:
+def floor(rates: Mapping[tuple[str, int], float], task: Task, rows: int, hidden: int, vocabulary: int) -> float | None:
     """Seconds that the products of a task take at the probe's rates; None if the hidden size was not probed."""
     z, dh, dw = _PRODUCTS[task.loss]
     counts = {"z": z, "dh": dh * (task.mode == TRAINING), "dW": dw * (task.mode == TRAINING and task.head == TRAINABLE)}

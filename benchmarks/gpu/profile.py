@@ -84,9 +84,7 @@ def _self_time(event: Any, on_gpu: bool) -> float:
     return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
 
 
-def _add(
-    sheet: Sheet, device: torch.device, case: str, name: str, metric: str, seconds: float, note: str = ""
-) -> None:
+def _add(sheet: Sheet, device: torch.device, case: str, name: str, metric: str, seconds: float, note: str = "") -> None:
     sheet.add(make_row("profile", case, name, metric, "ms", [1000 * seconds], note=note, device=device.type))
 
 

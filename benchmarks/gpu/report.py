@@ -11,11 +11,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
 
-from benchmarks.cases import FROZEN, TRAINABLE, TRAINING, Task
+from benchmarks.cases import TRAINABLE, TRAINING, Task
 from benchmarks.gpu.phase import read_rows
-from benchmarks.gpu.probe import HIDDEN, KINDS, ROWS, best_rates, floor
+from benchmarks.gpu.probe import KINDS, ROWS, best_rates, floor
 from benchmarks.gpu.verdict import Verdict
 from benchmarks.measure import Row
 
@@ -216,7 +215,9 @@ def _head(found: dict[str, Rows]) -> str:
         ours = _value(mine, provider=_OURS, metric="seconds")
         if ours is None:
             continue
-        times = [_value(mine, provider=peer, metric="seconds") for peer in ("plain", "torch linear_cross_entropy", _LIGER)]
+        times = [
+            _value(mine, provider=peer, metric="seconds") for peer in ("plain", "torch linear_cross_entropy", _LIGER)
+        ]
         peaks = [_value(mine, provider=peer, metric="peak") for peer in (_OURS, "plain")]
         lines.append(
             (
@@ -296,7 +297,9 @@ def _missing(found: dict[str, Rows]) -> str:
     left = [row for row in left if not row.note.startswith("FAILED") and "allowed" not in row.note]
     counts = Counter((row.suite, row.provider, row.note.removeprefix("not measured: ")) for row in left)
     for (suite, provider, note), count in counts.items():
-        case = next(row.case for row in left if (row.suite, row.provider) == (suite, provider) and row.note.endswith(note))
+        case = next(
+            row.case for row in left if (row.suite, row.provider) == (suite, provider) and row.note.endswith(note)
+        )
         what = f"{count} cases, {case} among them" if count > 1 else case
         lines.append(f"- {suite}: {', '.join(filter(None, (provider, what)))}: {note}"[:300])
     skipped = Counter(row.note for row in found["tests"] if row.metric == "skipped")

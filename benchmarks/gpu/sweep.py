@@ -1,8 +1,8 @@
 """Phase `sweep`: NextQuill's loss for several chunk sizes, lengths of responses, heads and softcaps.
 
-    seconds     s     forward and backward of one call
-    floor_ratio x     seconds over the floor of its products at the probe's rates (`benchmarks.gpu.probe.floor`)
-    peak        MiB   beyond the inputs
+seconds     s     forward and backward of one call
+floor_ratio x     seconds over the floor of its products at the probe's rates (`benchmarks.gpu.probe.floor`)
+peak        MiB   beyond the inputs
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def run(sheet: Sheet, device: torch.device, quick: bool, deadline: float) -> Non
         _measure(sheet, shape, setting, inputs, rates)
 
 
-def _measure(
-    sheet: Sheet, shape: Shape, setting: Setting, inputs: Inputs, rates: dict[tuple[str, int], float]
-) -> None:
+def _measure(sheet: Sheet, shape: Shape, setting: Setting, inputs: Inputs, rates: dict[tuple[str, int], float]) -> None:
     task = Task("NextQuill", TRAINING, setting.head)
     mine, device = for_task(inputs, task), inputs.h1.device
     chunk_bytes = None if setting.chunk is None else int(setting.chunk * MIB)

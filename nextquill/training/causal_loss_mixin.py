@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
 from nextquill.data.templates import BRANCHES
+from nextquill.devices import send
 from nextquill.errors import ArgumentError, NonFiniteError
 from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
@@ -138,7 +139,7 @@ class CausalLossMixin(FiniteSteps):
         self._begin_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
-        users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
+        users = send(torch.cat([batch["users"] for batch in batches]), device) if batches else None
         if self.accelerator.num_processes > 1:
             counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=device)
             for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
