@@ -2,11 +2,9 @@
 
 For each case (`benchmarks.step_cases`), every provider (`benchmarks.step_peers`) is first compared with separate
 unpadded passes in plain PyTorch: the loss and every gradient on a small model in float32, and the loss at full size.
-Then
-zero_grad, forwards, backwards and AdamW are timed in turns on one model. A provider that is missing, wrong or fails gets
-a `status` and is not timed; if it is not a trainer of another project, the suite fails at its end, with the figures of
-all others saved. All metrics are per example, so that steps
-with different numbers of examples can be compared:
+Then zero_grad, forwards, backwards and AdamW are timed in turns on one model. A provider that is missing, fails or is
+wrong gets a `status` and is not timed. If it is not another project's trainer, the suite fails at its end, with all
+other figures saved. All metrics are per example, so that steps with different numbers of examples can be compared:
 
     seconds     s     one example's share of a step
     time        x     seconds over those of plain SFT on unpadded examples, round by round

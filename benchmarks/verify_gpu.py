@@ -73,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--part", choices=("a", "b", "all"), default="all", help="a checks, b measures")
-    parser.add_argument(
-        "--seconds", type=float, help="time limit; by default 260 for part a, 420 for part b, 680 for all"
-    )
+    parser.add_argument("--seconds", type=float, help="time limit; by default 260 for part a and 420 for part b")
     parser.add_argument("--phases", nargs="+", choices=[each.name for each in PHASES], help="only these phases")
     parser.add_argument("--probe", type=Path, help="probe.csv of an earlier part a on the same machine")
     parser.add_argument("--commit", help="the commit, where git cannot tell")

@@ -58,17 +58,8 @@ def run_tests(
     def command(folder: Path, worker: int) -> list[str]:
         flags = ["-c", str(ROOT / "benchmarks" / "gpu_pytest.ini"), f"--rootdir={ROOT}", "-p", "benchmarks.gpu.plugin"]
         flags += ["--share-folder", str(folder), "--share-worker", str(worker), "--continue-on-collection-errors"]
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            *flags,
-            "--no-summary",
-            "--tb=short",
-            "-m",
-            "not slow and not compiles",
-            *there,
-        ]
+        flags += ["--no-summary", "--tb=short", "-m", "not slow and not compiles"]
+        return [sys.executable, "-m", "pytest", *flags, *there]
 
     own = environment | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     count = 1 if len(there) == 1 else workers()

@@ -41,12 +41,7 @@ def run(sheet: Sheet, device: torch.device, quick: bool, deadline: float) -> Non
     """Measure, the sizes of the largest model first, until the deadline."""
     for line in _machine(device):
         sheet.add(make_row("probe", line, "", "fact", "", [], device=device.type))
-    numel = (2**20 if quick else _COPY_BYTES) // 4
-    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-    seconds = seconds_of(lambda: target.copy_(source), device)
-    rates = [2 * 4 * numel / value / 1e9 for value in seconds]
-    sheet.add(make_row("probe", f"{4 * numel} bytes", "copy", "copy", "GB/s", rates, device=device.type))
-    del source, target
+    _copy(sheet, device, (2**20 if quick else _COPY_BYTES) // 4)
     vocabulary, sizes, rows = (512, (32,), (16, 64)) if quick else (VOCABULARY, HIDDEN[::-1], ROWS)
     for hidden in sizes:
         for kind in KINDS:
@@ -57,6 +52,13 @@ def run(sheet: Sheet, device: torch.device, quick: bool, deadline: float) -> Non
                 _gemm(sheet, device, kind, count, hidden, vocabulary)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _copy(sheet: Sheet, device: torch.device, numel: int) -> None:
+    source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+    seconds = seconds_of(lambda: target.copy_(source), device)
+    rates = [2 * 4 * numel / value / 1e9 for value in seconds]
+    sheet.add(make_row("probe", f"{4 * numel} bytes", "copy", "copy", "GB/s", rates, device=device.type))
 
 
 def _gemm(sheet: Sheet, device: torch.device, kind: str, rows: int, hidden: int, vocabulary: int) -> None:

@@ -22,6 +22,7 @@ FILES = ("probe", "smoke", "tests", "head", "step", "tuning")
 HOLDS, FAILS, MISSING = "holds", "DOES NOT HOLD", "not measured"
 #: The bars.
 FLOOR, LIGER, STEP_1, STEP_8, MEMORY = 1.15, 5.0, 6.0, 15.0, 1 / 3
+_PEERS = ("plain", "torch linear_cross_entropy", "Liger")
 _OURS, _LIGER, _OFFICIAL = "ours, triton", "Liger", "official"
 #: At most so many lines of a list.
 _LISTED = 12
@@ -215,9 +216,7 @@ def _head(found: dict[str, Rows]) -> str:
         ours = _value(mine, provider=_OURS, metric="seconds")
         if ours is None:
             continue
-        times = [
-            _value(mine, provider=peer, metric="seconds") for peer in ("plain", "torch linear_cross_entropy", _LIGER)
-        ]
+        times = [_value(mine, provider=peer, metric="seconds") for peer in _PEERS]
         peaks = [_value(mine, provider=peer, metric="peak") for peer in (_OURS, "plain")]
         lines.append(
             (
@@ -297,9 +296,8 @@ def _missing(found: dict[str, Rows]) -> str:
     left = [row for row in left if not row.note.startswith("FAILED") and "allowed" not in row.note]
     counts = Counter((row.suite, row.provider, row.note.removeprefix("not measured: ")) for row in left)
     for (suite, provider, note), count in counts.items():
-        case = next(
-            row.case for row in left if (row.suite, row.provider) == (suite, provider) and row.note.endswith(note)
-        )
+        same = (row for row in left if (row.suite, row.provider) == (suite, provider) and row.note.endswith(note))
+        case = next(same).case
         what = f"{count} cases, {case} among them" if count > 1 else case
         lines.append(f"- {suite}: {', '.join(filter(None, (provider, what)))}: {note}"[:300])
     skipped = Counter(row.note for row in found["tests"] if row.metric == "skipped")

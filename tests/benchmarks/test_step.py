@@ -156,7 +156,7 @@ def test_a_provider_of_ours_that_fails_is_left_out_and_fails_the_suite_at_its_en
     monkeypatch.setattr(step, "cases", lambda device, quick: (TINY,))
     saved = []
     options = measure.Options(rounds=1, device="cpu", save=lambda rows: saved.append(list(rows)))
-    with pytest.raises(measure.GateError, match="not timed: SFT, ours, K=8, .* illegal memory access"):
+    with pytest.raises(measure.GateError, match=r"not timed: SFT, ours, K=8, .* illegal memory access"):
         step.run(options)
     assert {row.provider for row in saved[-1] if row.metric == "seconds"} == {"unpadded"}
     (status,) = (row for row in saved[-1] if row.metric == "status")

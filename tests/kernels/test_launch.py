@@ -35,10 +35,8 @@ except RuntimeError as error:
     print(error)
 """
 # Its interpreter gives `range` bounds that are arrays, which NumPy 2.4 no longer turns into integers.
-BROKEN_INTERPRETER = triton.__version__.startswith("3.6.") and [int(n) for n in numpy.__version__.split(".")[:2]] >= [
-    2,
-    4,
-]
+NUMPY = [int(part) for part in numpy.__version__.split(".")[:2]]
+BROKEN_INTERPRETER = triton.__version__.startswith("3.6.") and NUMPY >= [2, 4]
 SET, UNSET = 'os.environ["TRITON_INTERPRET"] = "1"', 'del os.environ["TRITON_INTERPRET"]'
 REFUSED = "logits: got a tensor on cpu, expected a CUDA or ROCm device (or the CPU with TRITON_INTERPRET=1 set before"
 
@@ -156,7 +154,7 @@ def test_a_gpu_with_too_little_memory_gets_the_portable_tile_and_one_warning(mon
 
 
 @pytest.mark.parametrize(
-    "gpu", [{"capability": (9, 0)}, {"arch": "gfx942", "memory": 64 * 1024}], ids=["H200", "MI300"]
+    "gpu", [{"capability": (9, 0)}, {"arch": "gfx942", "memory": 64 * 1024}], ids=["sm_90", "gfx942"]
 )
 def test_a_gpu_of_the_table_gets_its_own_tile_unchanged(gpu, monkeypatch):
     fake_gpu(monkeypatch, **gpu)
