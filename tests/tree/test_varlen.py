@@ -417,9 +417,9 @@ def flash_attn(monkeypatch):
     interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward = forward, backward
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
     monkeypatch.setattr(kernels, "why_not", lambda *_, kernel, **__: None if kernel == "flash_attn" else "absent")
-    kernels._verify.cache_clear()
+    kernels.failure.cache_clear()
     yield interface
-    kernels._verify.cache_clear()
+    kernels.failure.cache_clear()
 
 
 @options
