@@ -21,6 +21,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -61,20 +62,36 @@ def run(options: Options) -> list[Row]:
     if options.model is not None:
         todo = (pretrained_case(options.model, device, options.quick),)
     begun, broken = time.perf_counter(), list[str]()
+    gated = dict[Case, dict[str, str]]()
     for position, case in enumerate(todo):
         share = None
         if options.budget is not None:
             share = (options.budget - (time.perf_counter() - begun)) / (len(todo) - position)
-        broken += measure(case, device, options, rows, share)
+        broken += measure(case, device, options, rows, share, gated)
     if broken:
         raise GateError("step: not timed: " + "; ".join(broken))
     return rows
 
 
-def measure(case: Case, device: torch.device, options: Options, rows: list[Row], budget: float | None) -> list[str]:
-    """Check and measure one case, append the results to `rows`, and say which providers are wrong and not others'."""
+def measure(
+    case: Case,
+    device: torch.device,
+    options: Options,
+    rows: list[Row],
+    budget: float | None,
+    gated: dict[Case, dict[str, str]] | None = None,
+) -> list[str]:
+    """Check and measure one case, append the results to `rows`, and say which providers are wrong and not others'.
+
+    `gated` keeps what the gate found, as cases of one architecture have the same small model. The first of them has
+    the losses of the others.
+    """
     deadline, begun = None if budget is None else time.perf_counter() + budget, len(rows)
-    reasons = gate(shrunken(case), device)
+    small, gated = shrunken(case), {} if gated is None else gated
+    key = replace(small, model=replace(small.model, name=""), losses=())
+    if key not in gated:
+        gated[key] = gate(small, device)
+    reasons = {label: reason for label, reason in gated[key].items() if label in providers(case)}
     model = build_model(case.model, device)
     optimiser = make_optimiser(model)
     everyone, peaks = providers(case), dict[str, Peak]()
@@ -91,8 +108,11 @@ def measure(case: Case, device: torch.device, options: Options, rows: list[Row],
         for label, reason in reasons.items()
         if not everyone[label].is_others and reason != OUT_OF_MEMORY
     ]
-    options.save(rows)
+    if device.type == "cuda":
+        rows += _peak_rows(case, device, entrants, peaks)
+        options.save(rows)
     if not entrants:
+        options.save(rows)
         return broken
     calls = {label: partial(step, optimiser, bind(model, case, entrant)) for label, entrant in entrants.items()}
     left = None if deadline is None else max(0.0, deadline - time.perf_counter())
@@ -104,10 +124,7 @@ def measure(case: Case, device: torch.device, options: Options, rows: list[Row],
     del model, optimiser, calls
     gc.collect()
     if device.type != "cuda":
-        peaks = cpu_peaks(case, list(entrants))
-    for label, peak in ((label, peak) for label, peak in peaks.items() if label in entrants):
-        for metric, size in (("peak", peak.total), ("step_peak", peak.of_step)):
-            rows.append(_row(case, device, entrants[label], metric, "MiB", [size / MIB]))
+        rows += _peak_rows(case, device, entrants, cpu_peaks(case, list(entrants)))
     places = {(entrant.loss, entrant.name): place for place, entrant in enumerate(everyone.values())}
     rows[begun:] = sorted(rows[begun:], key=lambda row: places[row.loss, row.provider])
     options.save(rows)
@@ -197,6 +214,17 @@ def _cuda_peaks(
         gc.collect()
         torch.cuda.empty_cache()
     return peaks
+
+
+def _peak_rows(
+    case: Case, device: torch.device, entrants: dict[str, StepProvider], peaks: dict[str, Peak]
+) -> list[Row]:
+    return [
+        _row(case, device, entrants[label], metric, "MiB", [size / MIB])
+        for label, peak in peaks.items()
+        if label in entrants
+        for metric, size in (("peak", peak.total), ("step_peak", peak.of_step))
+    ]
 
 
 def _time_rows(
