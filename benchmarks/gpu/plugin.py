@@ -54,7 +54,9 @@ class _Runner:
             self.share.finish(report.nodeid, _row(report.nodeid, "skipped", 0, _reason(report)))
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.config.option.collectonly:
+            return None
         for name in self.share.interrupted():
             self.share.finish(name, _row(name, "failed", 0, "the process ended during this test"))
         items = {item.nodeid: item for item in session.items}

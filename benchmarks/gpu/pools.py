@@ -20,6 +20,7 @@ TESTS = (
     "tests/test_on_gpu.py",
     "tests/test_implementations.py",
     "tests/test_large_logits.py",
+    "tests/test_token_weights.py",
     *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),
 )
 #: Processes at most. A kernel's first use is its compilation on one core; all processes share Triton's cache on disk.

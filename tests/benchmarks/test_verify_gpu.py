@@ -285,6 +285,16 @@ def test_without_test_files_it_fails_and_all_that_are_listed_exist(tmp_path, log
     assert [test for test in pools.TESTS if not (pools.ROOT / test).exists()] == []
 
 
+def test_every_file_with_a_test_that_needs_a_gpu_is_run():
+    marked = [
+        path.relative_to(pools.ROOT).as_posix()
+        for path in (pools.ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)
+    ]
+    assert marked
+    assert [path for path in marked if not path.startswith(pools.TESTS)] == []
+
+
 @pytest.mark.slow
 def test_the_project_s_own_tests_are_collected_without_its_plugins(tmp_path, log):
     """`tests/conftest.py` reads a setting of pytest-timeout, which is not loaded."""
@@ -456,8 +466,8 @@ def figures(folder, ours=0.1, liger=0.6, failed=0):
     step = [
         make_row("step", "Qwen2.5-0.5B: 24 layers", provider, metric, unit, [value], loss="NextQuill")
         for provider, metric, unit, value in (
-            ("ours, K=1", "examples", "x", 7.0), ("ours, K=8", "examples", "x", 12.0), ("ours, K=1", "seconds", "s", 0.05),
-            ("ours, K=1", "peak", "MiB", 9e3), ("official", "peak", "MiB", 4e4),
+            ("ours, K=1", "examples", "x", 7.0), ("ours, K=8", "examples", "x", 12.0),
+            ("ours, K=1", "seconds", "s", 0.05), ("ours, K=1", "peak", "MiB", 9e3), ("official", "peak", "MiB", 4e4),
         )
     ]  # fmt: skip
     tests = [make_row("tests", f"t::{n}", "", "failed" if n < failed else "passed", "s", [1.0]) for n in range(3)]
