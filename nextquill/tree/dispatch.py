@@ -71,10 +71,9 @@ def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: 
     from nextquill.tree.varlen_kernels import why_auto_fails, why_not
 
     other = "flex" if head_size >= 16 else "pieces"  # the smallest head that FlexAttention takes
-    options = {"head_size": head_size, "softcap": softcap}
-    if why_not(dtype, device, **options) is not None:
+    if why_not(dtype, device, head_size=head_size, softcap=softcap) is not None:
         return other
-    problem = why_auto_fails(dtype, device, **options)
+    problem = why_auto_fails(dtype, device, head_size=head_size, softcap=softcap)
     if problem is None:
         return "varlen"
     _warn(problem)
