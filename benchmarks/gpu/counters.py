@@ -1,7 +1,7 @@
 """Phase `counters`: what NVIDIA's profiler `ncu` reads of three kernels, where it is installed.
 
-It runs `python -m benchmarks.gpu.profile --once`, and leaves the clocks as they are. Each kernel has a run of its own
-with a limit, because `ncu` starts a kernel several times and intercepts every other launch.
+It runs `python -m benchmarks.gpu.profile --once`, and leaves the clocks as they are. A figure is the median over the
+kernel's launches in one call.
 """
 
 from __future__ import annotations
@@ -35,26 +35,25 @@ METRICS = {
 }
 #: Used if phase `profile` left no names. A regular expression matches a part of a name.
 _KERNELS = ("pair_stats", "pair_grad", "stream_fwd")
-_LEAST_SECONDS = 15
+
+#: Values of each launch, by the kernel's name, the counter's, and the unit.
+Counters = dict[tuple[str, str, str], list[float]]
 
 
 def run(sheet: Sheet, device: torch.device, quick: bool, deadline: float) -> None:
-    """Read the counters of the kernels, one after the other."""
+    """Read the counters of all kernels in one run."""
     program = shutil.which("ncu")
     if program is None or (device.type != "cuda" and not quick):
         sheet.note("three kernels", "ncu is not on PATH" if program is None else "needs a GPU")
         return
     kernels = _kernels(sheet)
-    for place, kernel in enumerate(kernels):
-        left = deadline - time.monotonic()
-        if left < _LEAST_SECONDS * (not quick):
-            sheet.note(kernel, "out of time")
-            continue
-        found, problem = _ask(program, kernel, left / (len(kernels) - place), quick)
-        if not found:
-            sheet.note(kernel, problem)
-        for name, value, unit in found:
-            sheet.add(make_row("counters", kernel, name, "counter", unit, [value], device=device.type))
+    found, problem = _ask(program, kernels, deadline - time.monotonic(), quick)
+    for kernel in kernels:
+        mine = {key: values for key, values in found.items() if kernel in key[0]}
+        for (_, name, unit), values in mine.items():
+            sheet.add(make_row("counters", kernel, name, "counter", unit, values, device=device.type))
+        if not mine:
+            sheet.note(kernel, problem or "ncu saw no launch")
 
 
 def _kernels(sheet: Sheet) -> list[str]:
@@ -69,36 +68,38 @@ def _kernels(sheet: Sheet) -> list[str]:
     return list(dict.fromkeys(row.provider for row in longest))[:3] or list(_KERNELS)
 
 
-def _ask(program: str, kernel: str, seconds: float, quick: bool) -> tuple[list[tuple[str, float, str]], str]:
-    """Counters of one launch of a kernel, the second one, as (name, value, unit); or why there are none."""
+def _ask(program: str, kernels: Sequence[str], seconds: float, quick: bool) -> tuple[Counters, str]:
+    """The counters of the kernels' launches, and what went wrong."""
     command = [
         program, "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS.values()),
-        "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1", "--kill", "yes",
+        "--profile-from-start", "off", "--kernel-name", f"regex:{'|'.join(kernels)}", "--launch-count", "16",
         sys.executable, "-m", "benchmarks.gpu.profile", "--once", *(["--quick"] if quick else []),
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
     )
     try:
-        text, _ = process.communicate(timeout=seconds)
+        text, _ = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return [], f"stopped after {seconds:.0f} s"
-    found = parse(text)
-    return found, "" if found else f"ncu ended with {process.returncode}: {' '.join(text.split())[-200:]}"
+        text, _ = process.communicate()
+        return parse(text), f"stopped after {seconds:.0f} s"
+    print(text[-5000:], flush=True)
+    return parse(text), f"ncu ended with {process.returncode}: {' '.join(text.split())[-200:]}" * bool(
+        process.returncode
+    )
 
 
-def parse(text: str) -> list[tuple[str, float, str]]:
-    """The metrics in ncu's CSV output, which has other lines before it."""
+def parse(text: str) -> Counters:
+    """The metrics in ncu's CSV output, which has other lines before it, by kernel, name and unit."""
     lines = text.splitlines()
     start = next((place for place, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     names = {metric: name for name, metric in METRICS.items()}
-    found = []
+    found: Counters = {}
     for row in csv.DictReader(lines[start:]):
         name, value = names.get(row.get("Metric Name") or ""), (row.get("Metric Value") or "").replace(",", "")
         if name and value.replace(".", "", 1).isdigit():
-            found.append((name, float(value), row.get("Metric Unit") or ""))
+            found.setdefault((row["Kernel Name"], name, row.get("Metric Unit") or ""), []).append(float(value))
     return found
 
 

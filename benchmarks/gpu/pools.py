@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.shares import Record, rows_of, work
@@ -87,6 +89,14 @@ def _pool(
             write_csv([Row(**row) for row in found.values()], csv)
 
         problems = work(lambda worker: command(folder, worker), count, folder, seconds, save, cwd=ROOT, env=environment)
+        rows = [Row(**row) for row in rows_of(folder).values()]
+        # The list is not complete: without such a row, the file would look as if it were.
+        rest = [
+            replace(rows[0], case="the rest", metric="status", value=math.nan, note=f"not measured: {problem}")
+            for problem in problems
+            if rows
+        ]
+        write_csv([*rows, *rest], csv)
         with log.open("a", encoding="utf-8") as stream:
             for path in sorted(folder.glob("*.log")):
                 text = path.read_bytes()[-_LOG_BYTES:].decode(errors="replace")

@@ -92,11 +92,16 @@ def _goals(found: dict[str, Rows]) -> str:
 
 
 def _count(rows: Rows, is_bad: Callable[[Row], bool], good: str) -> tuple[str, str]:
+    left = [row.note for row in rows if row.metric == "status"]
+    rows = [row for row in rows if row.metric != "status"]
     if not rows:
         return "–", MISSING
     bad = sum(map(is_bad, rows))
     fine = sum(not is_bad(row) and (not good or row.metric == good) for row in rows)
-    return f"{fine} right, {bad} wrong", HOLDS if fine and not bad else FAILS
+    found = f"{fine} right, {bad} wrong"
+    if bad or not fine:
+        return found, FAILS
+    return (f"{found}; the rest {left[0]}", "holds so far") if left else (found, HOLDS)
 
 
 def _judged(value: float | None, bar: float, at_most: bool = False) -> str:

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SMALL = Shape("", 75, 96, 1031, sequences=5)
 #: The head of a real model, with 20% of the rows ignored as in every case.
 REAL = Shape("", 300, 896, 151936, sequences=3)
-_CHUNK_BYTES = 20 * 2 * 1031 * 4
+_CHUNK_BYTES = 10 * 2 * 1031 * 4
 
 Results = dict[str, Tensor]
 Operator = Callable[["Values", dict[str, Any], str], Results]

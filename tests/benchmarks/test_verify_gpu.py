@@ -387,13 +387,15 @@ def test_what_no_longer_fits_is_listed(tmp_path, phase):
 
 
 NCU = r"""#!/bin/sh
-case "$*" in *regex:pair_grad*) echo "==ERROR== No kernels were profiled."; exit 1;; esac
+case "$*" in *"--clock-control none"*"--profile-from-start off"*) ;; *) exit 9;; esac
 cat <<'END'
 ==PROF== Connected to process 1
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","1","_k","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","71.5"
-"0","1","_k","gpu__time_duration.sum","ns","1,234,567"
-"0","1","_k","something.else","","1"
+"0","1","_pair_stats_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","71.5"
+"0","1","_pair_stats_kernel","gpu__time_duration.sum","ns","1,234,567"
+"0","1","_pair_stats_kernel","something.else","","1"
+"1","1","_pair_stats_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","80.5"
+"2","1","stream_fwd_kernel","launch__registers_per_thread","register/thread","128"
 END
 """
 
@@ -403,10 +405,25 @@ def test_counters_of_three_kernels_where_ncu_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert counters.main(["--csv", str(tmp_path / "tuning.csv"), "--device", "cpu", "--quick"]) == 0
     rows = read_rows(tmp_path / "tuning.csv")
-    assert [(row.provider, row.value, row.unit) for row in rows[:2]] == [("memory", 71.5, "%"), ("time", 1234600, "ns")]
+    assert [(row.case, row.provider, row.value, row.unit) for row in rows if row.metric == "counter"] == [
+        ("pair_stats", "memory", 76.0, "%"),
+        ("pair_stats", "time", 1234600, "ns"),
+        ("stream_fwd", "registers", 128, "register/thread"),
+    ]
     (missing,) = (row for row in rows if row.metric == "status")
-    assert missing.case == "pair_grad"
-    assert "No kernels were profiled" in missing.note
+    assert (missing.case, missing.note) == ("pair_grad", "not measured: ncu saw no launch")
+
+
+def test_ncu_that_fails_or_hangs_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for text, reason in (
+        ("echo no permission; exit 3", "ncu ended with 3: no permission"),
+        ("sleep 60", "stopped after"),
+    ):
+        write(tmp_path / "ncu", f"#!/bin/sh\n{text}\n").chmod(0o755)
+        sheet = Sheet(tmp_path / "tuning.csv", "counters")
+        counters.run(sheet, CPU, True, time.monotonic() + 2)
+        assert all(reason in row.note for row in sheet.rows)
 
 
 # ---- the allocator -------------------------------------------------------------------------------------
