@@ -122,11 +122,11 @@ def _floor_goals(found: dict[str, Rows]) -> list[tuple[str, ...]]:
 
 
 def _floor_ratios(found: dict[str, Rows]) -> list[tuple[str, str, str, float]]:
-    """Case, loss, head and seconds over the floor at the probe's rates, for every training task of ours."""
+    """Case, loss, head and seconds over the floor at the probe's rates, for every task of ours."""
     rates = best_rates([{name: str(value) for name, value in vars(row).items()} for row in found["probe"]])
     ratios = []
     for row in found["head"]:
-        if row.metric != "seconds" or row.provider != _OURS or row.mode != TRAINING:
+        if row.metric != "seconds" or row.provider != _OURS:
             continue
         sizes = {key: int(value) for key, value in re.findall(r"([NDV])=(\d+)", row.case)}
         least = floor(rates, Task(row.loss, row.mode, row.head), sizes["N"], sizes["D"], sizes["V"])

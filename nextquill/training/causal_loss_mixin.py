@@ -138,10 +138,11 @@ class CausalLossMixin(FiniteSteps):
             return [], None
         self._begin_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
+        items = sum(self.passes.count_items(batch) for batch in batches)
+        own = send(torch.tensor(items, dtype=torch.float32), device)
         users = send(torch.cat([batch["users"] for batch in batches]), device) if batches else None
         if self.accelerator.num_processes > 1:
-            counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=device)
+            counts = send(torch.tensor([[len(batch["parts"]) for batch in batches]]), device)
             for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
                 batch["parts"] = add_empty_parts(batch["parts"], count)
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
