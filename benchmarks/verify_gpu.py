@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,7 +172,7 @@ def _with_growing_segments(setting: Setting) -> Setting:
     with setting.log.open("a", encoding="utf-8") as stream:
         stream.write(f"\n---- allocator: {note}\n")
     print(f"allocator: {note}", flush=True)
-    return Setting(setting.out, setting.device, setting.quick, setting.tests, {**setting.environment, **extra})
+    return replace(setting, environment={**setting.environment, **extra})
 
 
 # ---- the phases --------------------------------------------------------------------------------------

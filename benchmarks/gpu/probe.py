@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def _gemm(sheet: Sheet, device: torch.device, kind: str, rows: int, hidden: int,
 
 def _product(kind: str, rows: int, hidden: int, vocabulary: int, device: torch.device) -> Callable[[], Tensor]:
     """One product as the losses call it. A CPU has none with another result type, and takes float32 inputs."""
-    wide = {"out_dtype": torch.float32} if device.type == "cuda" else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if device.type == "cuda" else {}
     dtype = torch.bfloat16 if wide else torch.float32
 
     def random(*shape: int) -> Tensor:

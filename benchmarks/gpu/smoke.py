@@ -70,7 +70,7 @@ class Values:
         def wide(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-        return Values(*map(wide, (self.h1, self.h0, self.weight)), self.labels, self.ids, wide(self.bias))
+        return Values(wide(self.h1), wide(self.h0), wide(self.weight), self.labels, self.ids, wide(self.bias))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def cases(quick: bool = False) -> list[list[Case]]:
 
     With `quick`, those that Triton's interpreter can run: it multiplies bfloat16 wrongly.
     """
-    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
     options, operators = tuple(OPTIONS), tuple(OPERATORS)
     if quick:
         dtypes, options, operators = (torch.float32,), ("plain", "all"), ("token nll", "pair nll", "NextQuill")
