@@ -109,6 +109,23 @@ def test_each_part_keeps_its_limit_and_part_b_measures_rates_first(tmp_path, pha
     assert [name for name, _ in phases] == [phase.name for phase in PHASES if phase.part == "b"]
 
 
+def test_on_a_gpu_the_measurements_get_the_allocators_setting_and_the_checks_do_not(tmp_path, monkeypatch):
+    given = []
+
+    def run(setting, seconds):
+        given.append((setting.device, setting.environment.get("PYTORCH_ALLOC_CONF")))
+        return Verdict("x", True, "done")
+
+    phases = (Phase("probe", "a", 1, run), Phase("head", "b", 1, run))
+    monkeypatch.setattr(verify_gpu, "PHASES", phases)
+    monkeypatch.setattr(verify_gpu, "_no_gpu", lambda: None)
+    monkeypatch.setattr(allocator, "growing_segments", lambda _: ({"PYTORCH_ALLOC_CONF": "grow"}, "segments that grow"))
+    write_csv([make_row("probe", "a fact", "", "fact", "", [])], tmp_path / "probe.csv")
+    assert main(["--out", str(tmp_path)]) == 0
+    assert given == [("cuda", None), ("cuda", "grow")]
+    assert "allocator: segments that grow" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_some_phases_alone_in_a_time_of_ones_own(tmp_path, phases):
     main(["--out", str(tmp_path), "--dry-run", "--phases", "smoke", "--seconds", "50", "--part", "a"])
     ((name, seconds),) = phases
@@ -301,6 +318,23 @@ def test_the_project_s_own_tests_are_collected_without_its_plugins(tmp_path, log
     """`tests/conftest.py` reads a setting of pytest-timeout, which is not loaded."""
     verdict = pools.run_tests(tmp_path / "tests.csv", log, 200, environment(), ["tests/ops/test_dispatch.py"])
     assert verdict.passed, log.read_text(encoding="utf-8")
+
+
+def test_a_list_that_was_not_finished_says_so_in_its_file(tmp_path, log, monkeypatch):
+    row = make_row("tests", "t::a", "", "passed", "s", [1.0])
+
+    def work(command, count, folder, seconds, progress, **options):
+        share = shares.Share(folder, 0)
+        share.finish("t::a", vars(row))
+        return ["stopped after 9 s"]
+
+    monkeypatch.setattr(pools, "work", work)
+    verdict = pools.run_tests(tmp_path / "tests.csv", log, 9, environment(), [__file__])
+    assert (verdict.passed, verdict.summary) == (False, "1 passed, 0 failed, 0 skipped; stopped after 9 s")
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert line_of(page, "tests on the GPU").endswith(
+        "| 1 right, 0 wrong; the rest not measured: stopped after 9 s | holds so far |"
+    )
 
 
 # ---- smoke -----------------------------------------------------------------------------------------------
