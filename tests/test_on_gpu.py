@@ -64,8 +64,9 @@ def test_a_stream_of_the_callers_own_gives_the_same_result(name):
     with torch.cuda.stream(stream):
         actual = run(name, case)
     stream.synchronize()
+    # cuBLAS promises equal bits on a single active stream only.
     for one, other in zip(expected, actual, strict=True):
-        assert torch.equal(one, other)
+        assert_close(other, one)
 
 
 @losses

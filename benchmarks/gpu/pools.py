@@ -43,7 +43,7 @@ def run_smoke(csv: Path, log: Path, seconds: float, device: str, quick: bool, en
         flags = ["--folder", str(folder), "--worker", str(worker), "--device", device, *(["--quick"] if quick else [])]
         return [sys.executable, "-m", "benchmarks.gpu.smoke", *flags]
 
-    count = 1 if quick else min(4, workers())
+    count = 1 if quick else workers()
     found, problems = _pool(command, count, csv, log, seconds, environment)
     bad = sum(bool(row["note"]) for row in found.values())
     summary = f"{len(found) - bad} cases right, {bad} FAILED" + "".join(f"; {each}" for each in problems)
