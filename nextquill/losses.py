@@ -61,7 +61,8 @@ class PairLoss(nn.Module):
         ignore_index: label of rows that do not count.
         softcap, logit_scale: cap and factor that the architecture applies to its logits; see `linear_token_nll`.
         impl: "auto", "triton", "native" or "torch".
-        chunk_bytes: bound on the logits held at once, in bytes; by default 128 MiB on a CPU, 768 on an accelerator.
+        chunk_bytes: bound on the memory for the logits held at once and for their gradient, in bytes; by default 128
+            MiB on a CPU and 1,920 MiB on an accelerator.
 
     Raises:
         ArgumentError, ArgumentTypeError: a hyper-parameter is impossible; the message names it.

@@ -189,7 +189,7 @@ class LossComputation:
         "Average the loss over examples, over tokens, or, as the published code does, over a micro-batch.", None,
         choices=["sequence", "token", "micro_batch"],
     )  # fmt: skip
-    chunk_bytes: int | None = option("Most bytes of logits held at once.", None)
+    chunk_bytes: int | None = option("Most bytes of logits and of their gradient held at once.", None)
     impl: str | None = option(
         "Kernels that compute the loss (auto: the best on the device).", None,
         choices=["auto", "triton", "native", "torch"],
