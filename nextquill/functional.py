@@ -121,8 +121,8 @@ def linear_pair_stats(
         kl = KL(p1 ‖ p0) = Σ p1 (log p1 - log p0)        entropy = - Σ p1 log p1        (nats)
 
     Args:
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl,
-            chunk_bytes: as in `linear_pair_nll`; logits are stored a chunk at a time.
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias: as in `linear_pair_nll`.
+        ignore_index, softcap, logit_scale, impl, chunk_bytes: as there, but logits are always stored a chunk at a time.
 
     Returns:
         PairStats(pair_nll, kl, entropy), float32 (float64 for float64 inputs) in the labels' shape, in nats, and 0 in
