@@ -448,6 +448,8 @@ def test_adapters_train_and_are_measured_with_their_base(train, nextquill, train
         measured = nextquill("evaluate", "--model_name_or_path", place, "--eval_file", data / "eval.jsonl",
                              "--generate", "false")  # fmt: skip
         assert measured.code == 0, measured.err
+    words = ("--train_file", data / "train.jsonl", "--model", folder, "--output_dir", tmp_path / "dry", "--dry_run")
+    assert re.search("learning rate +0.0002, linear", nextquill("train", *words).out)
     nested = train(tmp_path / "nested", "--model_name_or_path", folder, "--lora_r", 2)
     assert nested.code == 2
     assert "the model already has an adapter" in nested.err
