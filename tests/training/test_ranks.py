@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from transformers import TrainingArguments
 
 from nextquill.errors import ArgumentError
 from nextquill.training.ranks import check_group
+from tests.processes import end_family
 from tests.training.rank_worker import DIFFERENT, SIGNALS, TIMEOUT, UNGROUPED
 
 HERE = Path(__file__).parent
@@ -72,7 +72,8 @@ def launch(case: str, folder: Path) -> tuple[int, list[str], float]:
         code, ended = process.wait(PATIENCE), time.time()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            end_family(process.pid)  # torchrun's workers are in sessions of their own
+            process.wait()
     return code, [(folder / f"{case}-{rank}").read_text() for rank in range(count)], ended
 
 
