@@ -94,12 +94,12 @@ def _chunk_call(kernels: ChunkKernels, streams: int, n: int, v: int) -> Callable
 
     def pair() -> Tensor:
         kernels.pair_stats(logits, labels, stats)
-        kernels.pair_grad_(logits, labels, stats, (ones, None, ones), None, 1.0, torch.float32)
+        kernels.pair_grad(logits, labels, stats, (ones, None, ones), logits)
         return logits[0]
 
     def token() -> Tensor:
         kernels.token_stats(*logits, labels, stats)
-        kernels.token_grad_(*logits, labels, stats, ones, None, 1.0, torch.float32)
+        kernels.token_grad(*logits, labels, stats, ones, *logits)
         return logits[0]
 
     return pair if streams == 2 else token

@@ -1,10 +1,12 @@
-"""Label statistics of a chunk of logits, and its gradient in place.
+"""Label statistics of a chunk of logits, and its gradient.
 
-The four launchers walk [n, V] float32 logits, one program per row, in tiles of BLOCK_V columns. A chunk of the training
-engine has at least a few hundred rows, which fills a GPU of 80 to 200 multiprocessors. So one program computes a whole
-row and nothing needs combining afterwards: no atomics, bitwise repeatable.
+The four launchers walk [n, V] float32 products x = h Wᵀ, one program per row, in tiles of BLOCK_V columns, and compute
+the logits z = cap(scale (x + b)) as they go. A chunk of the training engine has at least a few hundred rows, which
+fills a GPU of 80 to 200 multiprocessors. So one program computes a whole row and nothing needs combining afterwards: no
+atomics, bitwise repeatable.
 
-Memory bandwidth limits all four. While a program works on one tile, the next one is being loaded into registers.
+Memory bandwidth limits all four. While a program works on one tile, the next ones are copied into shared memory
+(cp.async). A prefetch into registers, written by hand, does not survive ptxas, which sinks the loads to their use.
 Accesses are 16 bytes wide if the row stride is a multiple of 16 numbers. Otherwise, and in the last tile of a row if V
 is not a multiple of 16, they are 4 bytes wide (still coalesced).
 
@@ -24,7 +26,7 @@ A row with a negative label is ignored: its statistics and gradients are exactly
 V or more makes the row's nll NaN. Neither is ever used as an address.
 """
 
-from nextquill_kernels.chunk_grad import pair_grad_, token_grad_
+from nextquill_kernels.chunk_grad import pair_grad, token_grad
 from nextquill_kernels.chunk_stats import pair_stats, token_stats
 
-__all__ = ["pair_grad_", "pair_stats", "token_grad_", "token_stats"]
+__all__ = ["pair_grad", "pair_stats", "token_grad", "token_stats"]

@@ -89,7 +89,7 @@ class CompileCase:
         kernel: a function decorated with `triton.jit`.
         signature: the type of each run-time argument, such as "*fp32", "i64" or "fp32"; None for one that is left out.
         constexprs: the value of each compile-time argument.
-        num_warps: warps per program.
+        num_warps: warps per program; half as many on AMD GPUs, whose warps have 64 threads, with `halve_on_amd`.
         num_stages: stages of software pipelining.
         divisible_by_16: names of pointers and integers that are multiples of 16; at a launch Triton detects this.
         targets: the targets it is meant for.
@@ -103,6 +103,11 @@ class CompileCase:
     num_stages: int = 2
     divisible_by_16: Sequence[str] = ()
     targets: Sequence[str] = TARGETS
+    halve_on_amd: bool = False
+
+    def warps(self, target: str) -> int:
+        """Return the warps per program on a target."""
+        return self.num_warps // 2 if self.halve_on_amd and target.startswith("gfx") else self.num_warps
 
     def compile(self, target: str) -> Resources:
         """Compile for a target such as "sm_90" and return the resources that the kernel uses there; needs no GPU.
@@ -126,7 +131,7 @@ class CompileCase:
             compiled = triton.compile(
                 source,
                 target=GPUTarget(*known[target]),
-                options={"num_warps": self.num_warps, "num_stages": self.num_stages},
+                options={"num_warps": self.warps(target), "num_stages": self.num_stages},
             )
         is_amd = target.startswith("gfx")
         assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
@@ -154,25 +159,33 @@ class CompileCase:
         )
 
 
-def row_case(
-    name: str, kernel: Any, tile: RowTile, signature: Mapping[str, str | None], aligned: tuple[str, ...], **flags: bool
-) -> CompileCase:
-    """Return the case of a kernel that walks along rows; V and names starting with `aligned` are multiples of 16."""
-    divisible = [name for name, kind in signature.items() if kind and name.startswith((*aligned, "V"))]
-    return CompileCase(name, kernel, signature, {"BLOCK_V": tile.block_v, **flags}, tile.num_warps, 1, divisible)
+def row_case(name: str, kernel: Any, tile: RowTile, signature: Mapping[str, str | None], **flags: bool) -> CompileCase:
+    """Return the case of a kernel that walks along rows of logits: no bias, scale or cap, and V a multiple of 16."""
+    aligned = [name for name, kind in signature.items() if kind and name.startswith(("x", "out1", "out0", "V"))]
+    # The gradient's `out` is aligned as the logits are; the statistics' is not.
+    aligned += [name for name in ("out_ptr", "out_stride") if "stats_ptr" in signature and name in signature]
+    constexprs = {**tile.constants, "HAS_SCALE": False, "HAS_CAP": False, **flags}
+    return CompileCase(name, kernel, signature, constexprs, tile.threads // 32, 1, aligned, halve_on_amd=True)
 
 
-def with_odd_vocabulary(cases: Sequence[CompileCase]) -> list[CompileCase]:
-    """Return the cases, and each of them again for a V that is not a multiple of 16, with a row stride that is."""
-    odd = [
+def variants(case: CompileCase) -> list[CompileCase]:
+    """Return a case, the same for a V that is no multiple of 16 (a row stride is), and with bias, scale and cap."""
+    finishing = {"HAS_SCALE": True, "HAS_CAP": True}
+    return [
+        case,
         dataclasses.replace(
             case,
             name=f"{case.name}/odd_vocabulary",
             divisible_by_16=[name for name in case.divisible_by_16 if name != "V"],
-        )
-        for case in cases
+        ),
+        dataclasses.replace(
+            case,
+            name=f"{case.name}/finishing",
+            signature={**case.signature, "bias_ptr": "*fp32"},
+            constexprs={**case.constexprs, **finishing},
+            divisible_by_16=[*case.divisible_by_16, "bias_ptr"],
+        ),
     ]
-    return [*cases, *odd]
 
 
 def refuse(resources: Resources) -> None:
@@ -234,7 +247,7 @@ def report(targets: Sequence[str], modules: Sequence[str] = ()) -> Iterator[dict
                     registers=resources.registers,
                     spill_bytes=resources.spill_bytes,
                     shared_bytes=resources.shared_bytes,
-                    num_warps=case.num_warps,
+                    num_warps=case.warps(target),
                 )
                 refuse(resources)
             except Exception as error:  # noqa: BLE001 - compilers raise anything, and the other cases must still run

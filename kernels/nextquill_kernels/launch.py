@@ -29,10 +29,21 @@ PORTABLE_TARGET = "portable"
 
 
 class RowTile(NamedTuple):
-    """Columns per step and warps per program of a kernel that walks along rows."""
+    """Columns per step, threads per program and steps in flight of a kernel that walks along rows of logits."""
 
     block_v: int
-    num_warps: int
+    threads: int
+    stages: int = 3
+
+    @property
+    def num_warps(self) -> int:
+        """Warps per program: a warp of an AMD GPU has 64 threads."""
+        return self.threads // (32 if torch.version.hip is None else 64)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments; a launch's own `num_stages` would not reach loads without a product."""
+        return {"BLOCK_V": self.block_v, "STAGES": self.stages}
 
 
 def jit(
@@ -97,6 +108,12 @@ def check_logits(name: str, logits: Tensor) -> tuple[int, int]:
         raise ValueError(f"{name}: expected shape [n, V] with V > 0, got {list(logits.shape)}")
     check_tensor(name, logits, torch.float32, *logits.shape)
     return logits.shape[0], logits.shape[1]
+
+
+def check_bias(bias: Tensor | None, vocabulary: int) -> None:
+    """Raise unless `bias` is None or [V] in float32."""
+    if bias is not None:
+        check_tensor("bias", bias, torch.float32, vocabulary)
 
 
 @contextmanager

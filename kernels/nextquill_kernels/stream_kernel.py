@@ -20,41 +20,18 @@ from __future__ import annotations
 import triton.language as tl
 
 from nextquill_kernels.launch import jit
+from nextquill_kernels.logits import exp, finish
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 # Start of a running maximum: finite, so that a tile with nothing but -inf never computes (-inf) - (-inf).
 _LOWEST = tl.constexpr(-3.4e38)
 _PIECE_V = tl.constexpr(64)
 
 
 @jit()
-def _tanh(x):
-    """Return tanh to 1e-6 relative from exp, which every backend has; a series where 1 - 2 / (e^2x + 1) cancels."""
-    square = x * x
-    near = x + x * square * (-0.33333144 + square * (0.13325879 + square * (-0.05304549 + square * 0.01724148)))
-    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.5, near, far)
-
-
-@jit()
-def _logits(
-    b_acc, b_bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr
-):
-    """Return cap(scale · (acc + bias))."""
-    if HAS_BIAS:
-        b_acc += b_bias[None, :]
-    if HAS_SCALE:
-        b_acc *= logit_scale
-    if HAS_CAP:
-        b_acc = softcap * _tanh(b_acc * (1.0 / softcap))
-    return b_acc
-
-
-@jit()
 def _fold(b_z, b_top, b_sum):
     """Add the columns of b_z to the running maximum and the running sum of exp(z - maximum)."""
     b_new = tl.maximum(b_top, tl.max(b_z, 1))
-    b_sum = b_sum * tl.exp2((b_top - b_new) * _LOG2E) + tl.sum(tl.exp2((b_z - b_new[:, None]) * _LOG2E), 1)
+    b_sum = b_sum * exp(b_top - b_new) + tl.sum(exp(b_z - b_new[:, None]), 1)
     return b_new, b_sum
 
 
@@ -78,10 +55,10 @@ def _token_epilogue(b_acc, start, bias_ptr, b_label, has_label, b_state, V, logi
     else:
         b_top, b_sum, b_at_label = b_state
         columns = start + tl.arange(0, b_acc.shape[1])
-        b_bias = 0.0
+        b_bias = tl.zeros(columns.shape, tl.float32)
         if HAS_BIAS:
             b_bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
-        b_z = _logits(b_acc, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        b_z = finish(b_acc, b_bias[None, :], logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
         if has_label:
             b_at_label += tl.sum(tl.where(columns[None, :] == b_label[:, None], b_z, 0.0), 1)
         b_top, b_sum = _fold(tl.where(columns[None, :] < V, b_z, float("-inf")), b_top, b_sum)
@@ -102,11 +79,11 @@ def _pair_epilogue(b_acc1, b_acc0, start, bias_ptr, b_label, has_label, b_state,
     else:
         b_top1, b_sum1, b_top0, b_sum0, b_tope, b_sume, b_at_label1, b_at_label0 = b_state
         columns = start + tl.arange(0, b_acc1.shape[1])
-        b_bias = 0.0
+        b_bias = tl.zeros(columns.shape, tl.float32)
         if HAS_BIAS:
             b_bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
-        b_z1 = _logits(b_acc1, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
-        b_z0 = _logits(b_acc0, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        b_z1 = finish(b_acc1, b_bias[None, :], logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        b_z0 = finish(b_acc0, b_bias[None, :], logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_CAP)
         if has_label:
             is_label = columns[None, :] == b_label[:, None]
             b_at_label1 += tl.sum(tl.where(is_label, b_z1, 0.0), 1)
@@ -275,8 +252,8 @@ def _merge(partial_ptr, tiles_v, stride, slots, offs, TILES: tl.constexpr, ROWS:
         b_tops = tl.load(ptrs, mask=is_tile, other=_LOWEST)
         b_sums = tl.load(ptrs + slots, mask=is_tile, other=0.0)
         b_new = tl.maximum(b_top, tl.max(b_tops, 0))
-        b_weights = tl.exp2((b_tops - b_new[None, :]) * _LOG2E)
-        b_sum = b_sum * tl.exp2((b_top - b_new) * _LOG2E) + tl.sum(b_sums * b_weights, 0)
+        b_weights = exp(b_tops - b_new[None, :])
+        b_sum = b_sum * exp(b_top - b_new) + tl.sum(b_sums * b_weights, 0)
         b_top = b_new
     return b_top, tl.log(b_sum)
 

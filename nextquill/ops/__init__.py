@@ -10,7 +10,8 @@ How `loss_fn(h1, h0, W, labels)` reaches a kernel: the file of each step, and th
     chunks, head      one product writes the logits of h1 and h0 into a buffer            ─► Chunk
     chunk_*           kernels.pair_stats reads them: three NLLs per row                   ─► PairNLL
     objective         weights and denominators, from the NLLs                             ─► RowCoefficients
-    chunk_*           kernels.pair_grad_ overwrites the logits with their gradient
+    chunk_*           kernels.pair_grad makes their gradient of them
+    chunks            collects it until there are rows enough for a fast product (on GPUs)  ─► GradientBuffer
     gradients         two or three products: dh1, dh0 [N, D], dW [V, D], db [V]           ─► HeadGradients
 
 `loss.backward()` scales those gradients. The operators `linear_*` go through nll_operators and nll instead of

@@ -39,39 +39,44 @@ def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> No
         _kernels().pair_stats(*map(_dlpack, (*logits, labels, out)), torch.get_num_threads())
 
 
-def token_grad_(
+def token_grad(
     logits: Tensor,
     labels: Tensor,
     stats: Tensor,
     grad_nll: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute as `chunk_torch.token_grad_` does; the result is float32 whatever `dtype` is."""
-    del dtype
+    out: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute as `chunk_torch.token_grad` does."""
     if len(logits) > 0:
         tensors = map(_dlpack, (logits, labels, stats, grad_nll))
         _kernels().token_grad_(*tensors, softcap, logit_scale, torch.get_num_threads())
-    return logits
+    _deliver(logits, out)
 
 
-def pair_grad_(
+def pair_grad(
     logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
     grad_nlls: tuple[Tensor, Tensor | None, Tensor],
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-    detach_counterfactual: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute as `chunk_torch.pair_grad_` does; the results are float32 whatever `dtype` is."""
-    del dtype
+    outs: tuple[Tensor, Tensor | None],
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute as `chunk_torch.pair_grad` does."""
     if len(logits[0]) > 0:
         tensors = map(_dlpack, (*logits, labels, stats, *grad_nlls))
-        _kernels().pair_grad_(*tensors, softcap, logit_scale, detach_counterfactual, torch.get_num_threads())
-    return logits[0], None if detach_counterfactual else logits[1]
+        _kernels().pair_grad_(*tensors, softcap, logit_scale, outs[1] is None, torch.get_num_threads())
+    for own, out in zip(logits, outs, strict=True):
+        if out is not None:
+            _deliver(own, out)
+
+
+def _deliver(gradient: Tensor, out: Tensor) -> None:
+    """Copy a gradient that was written over its logits, unless `out` is these logits."""
+    if out.data_ptr() != gradient.data_ptr():
+        out.copy_(gradient)
 
 
 def _dlpack(tensor: Tensor | None) -> Any:

@@ -1,8 +1,8 @@
-"""The chunk kernels in plain PyTorch: statistics of a chunk of logits, and its gradient in place.
+"""The chunk kernels in plain PyTorch: statistics of a chunk of logits, and its gradient.
 
-Every `impl` offers these four functions on [n, V] logits in the compute dtype, after scale and cap, with labels [n] in
-[0, V). They walk the rows in small blocks, so that the temporaries of a block stay in cache and no second buffer of the
-logits' size exists.
+Every `impl` offers these four functions on [n, V] logits in the compute dtype, with labels [n] in [0, V). These read
+logits after bias, scale and cap; see `ChunkKernels.finish_logits`. They walk the rows in small blocks, so that the
+temporaries of a block stay in cache and no second buffer of the logits' size exists.
 
 The statistics of a row are the largest logit, the sum of exp(z - max), and the nll, for each of z1, z0 and z1 - z0.
 The gradients compute the softmax from these three:
@@ -54,81 +54,71 @@ def pair_stats(logits: tuple[Tensor, Tensor], labels: Tensor, out: Tensor) -> No
             _divergences(z1, difference, scratch, stats)
 
 
-def token_grad_(
+def token_grad(
     logits: Tensor,
     labels: Tensor,
     stats: Tensor,
     grad_nll: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Overwrite z with the gradient of g·nll before cap and scale, scale·cap'(z)·g·(softmax(z) - onehot(y)).
+    out: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute the gradient of g·nll before cap and scale, scale·cap'(z)·g·(softmax(z) - onehot(y)).
 
     Args:
-        logits: z [n, V], float32 or float64.
+        logits: z [n, V], float32 or float64. Overwritten.
         labels: y [n], int64.
         stats: [3, n], dtype of `logits`; written by `token_stats` for the same logits.
         grad_nll: g [n], dtype of `logits`, per nat.
+        out: [n, V], any floating dtype: receives the gradient. The logits themselves, or other memory.
         softcap: the cap c, with cap'(z) = 1 - (z / c)²; None for no cap.
         logit_scale: the scale.
-        dtype: dtype in which the caller will multiply the result.
-
-    Returns:
-        [n, V], in the memory of `logits`. An implementation may write it in `dtype`, in the first half of each row's
-        memory; this one keeps the dtype of `logits`.
     """
-    del dtype
     for rows, (scratch,) in _row_blocks(logits, buffers=1):
         _weighted_softmax_grad(logits[rows], labels[rows], stats[:, rows], grad_nll[rows], scratch)
-        _through_cap_(logits[rows], scratch, softcap, logit_scale)
-    return logits
+        _through_cap(logits[rows], scratch, out[rows], softcap, logit_scale)
 
 
-def pair_grad_(
+def pair_grad(
     logits: tuple[Tensor, Tensor],
     labels: Tensor,
     stats: Tensor,
     grad_nlls: tuple[Tensor, Tensor | None, Tensor],
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype,
-    detach_counterfactual: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Overwrite z1, z0 with the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
+    outs: tuple[Tensor, Tensor | None],
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute the gradients of g_f nll_f + g_c nll_c + g_e nll_e before cap and scale.
 
         dz1 = g_f (p1 - onehot) + g_e (pe - onehot)        dz0 = g_c (p0 - onehot) - g_e (pe - onehot)
 
     each times scale·cap'.
 
     Args:
-        logits: z1 (factual) and z0 (counterfactual), each [n, V], float32 or float64.
+        logits: z1 (factual) and z0 (counterfactual), each [n, V], float32 or float64. Overwritten, but for a z0 without
+            gradient.
         labels: y [n], int64.
         stats: [9, n], dtype of the logits; written by `pair_stats` for the same logits.
         grad_nlls: g_f, g_c and g_e, each [n], dtype of the logits, per nat; a g_c of None is zero and saves a softmax.
-        softcap, logit_scale, dtype: as in `token_grad_`.
-        detach_counterfactual: leave z0 as it is.
-
-    Returns:
-        dz1 and dz0 [n, V], each as `token_grad_` returns it; None for dz0 with `detach_counterfactual`.
+        outs: two as in `token_grad`, for dz1 and for dz0; None for a constant z0.
+        softcap, logit_scale: as in `token_grad`.
     """
-    del dtype
     g_f, g_c, g_e = grad_nlls
+    out1, out0 = outs
     for rows, (effect, own) in _row_blocks(logits[0], buffers=2):
         z1, z0, y = logits[0][rows], logits[1][rows], labels[rows]
         stats1, stats0, stats_e = stats[:, rows].split(3)
         torch.sub(z1, z0, out=own)
         _weighted_softmax_grad(own, y, stats_e, g_e[rows], effect)
         _weighted_softmax_grad(z1, y, stats1, g_f[rows], own)
-        _through_cap_(z1, own.add_(effect), softcap, logit_scale)
-        if detach_counterfactual:
+        _through_cap(z1, own.add_(effect), out1[rows], softcap, logit_scale)
+        if out0 is None:
             continue
         effect.neg_()
         if g_c is not None:
             _weighted_softmax_grad(z0, y, stats0, g_c[rows], own)
             effect.add_(own)
-        _through_cap_(z0, effect, softcap, logit_scale)
-    return logits[0], None if detach_counterfactual else logits[1]
+        _through_cap(z0, effect, out0[rows], softcap, logit_scale)
 
 
 def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> None:
@@ -166,12 +156,11 @@ def _weighted_softmax_grad(logits: Tensor, labels: Tensor, stats: Tensor, grad_n
     out.scatter_(1, labels[:, None], (grad_nll * torch.expm1(-nll))[:, None])
 
 
-def _through_cap_(logits: Tensor, gradient: Tensor, softcap: float | None, logit_scale: float) -> None:
-    """Overwrite the logits with gradient · cap'(z) · scale, where cap' = 1 - (z / c)² for a capped logit z."""
-    if softcap is None:
-        torch.mul(gradient, logit_scale, out=logits)
-    else:
-        logits.div_(softcap).square_().neg_().add_(1.0).mul_(gradient).mul_(logit_scale)
+def _through_cap(logits: Tensor, gradient: Tensor, out: Tensor, softcap: float | None, logit_scale: float) -> None:
+    """Write gradient · cap'(z) · scale, where cap' = 1 - (z / c)² for a capped logit z; overwrites the logits."""
+    if softcap is not None:
+        gradient = logits.div_(softcap).square_().neg_().add_(1.0).mul_(gradient)
+    torch.mul(gradient, logit_scale, out=out)
 
 
 def _row_blocks(logits: Tensor, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -33,6 +33,8 @@ class ChunkKernels:
     """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first four.
 
     Attributes:
+        finish_logits: the first four read products h Wᵀ and take `bias` (in float32), `softcap` and `logit_scale` by
+            keyword; otherwise they read finished logits, and only the gradients take `softcap` and `logit_scale`.
         stream_nll: (streams, head, labels) -> NLLs [1 or 3, N] without logits in memory; rows with a label below 0 are
             ignored. None if the implementation has no such kernel.
         row_coefficients: computes a weighting's coefficients in one kernel, see `PairObjective.coefficients`; None if
@@ -42,8 +44,9 @@ class ChunkKernels:
     name: str
     token_stats: Callable[..., None]
     pair_stats: Callable[..., None]
-    token_grad_: Callable[..., Tensor]
-    pair_grad_: Callable[..., tuple[Tensor, Tensor | None]]
+    token_grad: Callable[..., None]
+    pair_grad: Callable[..., None]
+    finish_logits: bool = False
     stream_nll: Callable[..., Tensor] | None = None
     row_coefficients: Callable[..., Any] | None = None
 
@@ -87,12 +90,16 @@ def _kernels(impl: str) -> ChunkKernels:
     from nextquill.ops import chunk_triton
 
     return _from_module(
-        impl, chunk_triton, stream_nll=chunk_triton.stream_nll, row_coefficients=chunk_triton.row_coefficients
+        impl,
+        chunk_triton,
+        finish_logits=True,
+        stream_nll=chunk_triton.stream_nll,
+        row_coefficients=chunk_triton.row_coefficients,
     )
 
 
-def _from_module(name: str, module: ModuleType, **more: Callable[..., Any]) -> ChunkKernels:
-    return ChunkKernels(name, module.token_stats, module.pair_stats, module.token_grad_, module.pair_grad_, **more)
+def _from_module(name: str, module: ModuleType, **more: Any) -> ChunkKernels:
+    return ChunkKernels(name, module.token_stats, module.pair_stats, module.token_grad, module.pair_grad, **more)
 
 
 def _why_not_triton(device: torch.device) -> str | None:

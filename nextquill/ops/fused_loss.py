@@ -1,7 +1,7 @@
 """The chunked engine: a pair loss whose gradients are finished in its forward.
 
-For each group of whole sequences the engine computes the logits of both streams, their statistics and the weights,
-overwrites the logits with the loss's gradient, and multiplies for dh1, dh0 and dW. The backward only scales. The cost
+For each group of whole sequences the engine computes the logits of both streams, their statistics, the weights and the
+gradient by the logits, which is multiplied for dh1, dh0 and dW. The backward only scales. The cost
 in matrix products of N·D·V multiplications (U), for a trainable / frozen head:
 
     gradient through both passes (NextQuill)                6U / 4U
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nextquill.ops.chunks import Chunk, ChunkedHead, LogitsBuffer
+from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
 from nextquill.ops.dispatch import PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.objective import PairObjective, RowCoefficients
@@ -62,15 +62,22 @@ class PairLossEngine:
         self.gradients = HeadGradients(head, factual, counterfactual, needs)
         # Without an effect term the counterfactual's logits are needed only for their nll: one buffer serves both.
         self.together = self.paired and (effect or self.through_counterfactual)
-        self.buffer = LogitsBuffer(head, 2 if self.together else 1, plan)
+        streams = 2 if self.together else 1
+        with_gradient = (0, 1) if self.through_counterfactual else (0,)
+        self.whole_sequences = objective.needs_whole_sequences
+        longest = max(plan.lengths, default=0) if self.whole_sequences else 0
+        memory = head.memory(plan.num_rows, streams, len(with_gradient) if self.with_gradient else 0, longest)
+        self.max_rows = memory.rows
+        self.buffer = LogitsBuffer(head, streams, plan, memory.rows)
+        self.gradient_buffer = GradientBuffer(self.gradients, with_gradient, memory.gradient_rows)
         self.stats = factual.new_empty(PAIR_STATS, plan.num_rows, dtype=head.dtype)
         self.rows = factual.new_zeros(6, plan.num_rows, dtype=head.dtype)
 
     def run(self) -> tuple[Tensor, Tensor, HeadGradients]:
         """Return the loss (scalar), rows [6, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
-        whole = self.objective.needs_whole_sequences
-        for group in group_rows(self.plan, self.buffer.max_rows, whole_sequences=whole):
+        for group in group_rows(self.plan, self.max_rows, whole_sequences=self.whole_sequences):
             self._run_group(group)
+        self.gradient_buffer.flush()
         coefficients, pair = unpack_rows(self.rows, self.paired, self.effect)
         loss = self.objective.token_loss(self.objective.terms(coefficients, pair)).sum()
         return loss, self.rows, self.gradients
@@ -94,17 +101,17 @@ class PairLossEngine:
 
     def _statistics(self, rows: slice) -> Chunk:
         """Compute the rows' statistics and return the chunk whose logits are left in the buffer for the gradient."""
-        kernels, found = self.head.kernels, self.stats[:, rows]
+        found = self.stats[:, rows]
         if self.together:
             chunk = self._fill(rows)
-            kernels.pair_stats(chunk.streams, chunk.labels, found)
+            chunk.statistics(found)
             streams = 3 if self.effect else 2
             self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
         for stream in reversed(range(len(self.streams))):
             chunk = self.buffer.fill(self.streams[stream : stream + 1], rows)
             own = found[3 * stream : 3 * stream + 3]
-            kernels.token_stats(chunk.logits, chunk.labels, own)
+            chunk.statistics(own)
             self.rows[3 + stream, rows] = own[2]
         return chunk
 
@@ -112,21 +119,10 @@ class PairLossEngine:
         return self.buffer.fill(self.streams if self.together else self.streams[:1], rows)
 
     def _gradient(self, chunk: Chunk) -> None:
-        """Overwrite the chunk's logits with their gradient, and add its share to the gradients of the inputs."""
-        head, kernels, stats = self.head, self.head.kernels, self.stats[:, chunk.rows]
+        """Compute the gradient by the chunk's logits, and hand it over to be multiplied."""
+        stats = self.stats[:, chunk.rows]
         grads = self.objective.gradients(RowCoefficients(*self.rows[:3, chunk.rows]))
-        options = (head.softcap, head.logit_scale, head.grad_dtype)
-        streams = (0, 1) if self.through_counterfactual else (0,)
-        if grads.effect is not None:
-            detached = not self.through_counterfactual
-            dz, _ = kernels.pair_grad_(chunk.streams, chunk.labels, stats, grads, *options, detached)
-        else:
-            dz = kernels.token_grad_(chunk.streams[0], chunk.labels, stats[:3], grads.factual, *options)
-            if grads.counterfactual is None:
-                streams = (0,)
-            elif self.through_counterfactual:
-                kernels.token_grad_(chunk.streams[1], chunk.labels, stats[3:6], grads.counterfactual, *options)
-        chunk.add_gradient(self.gradients, dz.dtype, streams)
+        self.gradient_buffer.add(chunk, stats, grads)
 
 
 def unpack_rows(rows: Tensor, paired: bool, effect: bool) -> tuple[RowCoefficients, PairNLL]:

@@ -40,33 +40,44 @@ class HeadGradients:
         self.counterfactual = None
         if needs.counterfactual and counterfactual is not None:
             self.counterfactual = _rows_like(counterfactual)
-        # Not zeros_like: it would copy the strides of a transposed weight, which the operators' fake results do not.
-        self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if needs.weight else None
+        # Not empty_like: it would copy the strides of a transposed weight, which the operators' fake results do not.
+        self._weight = head.weight.new_empty(head.weight.shape, dtype=head.dtype) if needs.weight else None
+        self._weight_begun = False
         bias_needed = needs.bias and head.bias is not None
         self.bias = head.weight.new_zeros(head.vocabulary, dtype=head.dtype) if bias_needed else None
 
-    def add(self, rows: Tensor, grad_logits: Tensor, hidden: Tensor, streams: Sequence[int]) -> None:
-        """Add the share of some rows. Streams are stacked, so that two of them take one product, not two.
+    @property
+    def weight(self) -> Tensor | None:
+        """The gradient dW [V, D]."""
+        if self._weight is not None and not self._weight_begun:
+            self._weight.zero_()
+            self._weight_begun = True
+        return self._weight
+
+    def add(self, blocks: Sequence[tuple[int, Tensor]], grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add the share of some rows of both streams, with one product each for dh and dW.
 
         Args:
-            rows: [n], int64, positions in the batch.
-            grad_logits: dz [s·n, V] for s streams, dtype `head.grad_dtype` or `head.dtype`.
-            hidden: [s·n, D], any floating dtype, the hidden states behind `grad_logits`.
-            streams: the s streams, 0 for factual and 1 for counterfactual.
+            blocks: for successive rows of the other arguments, their stream (0 for factual, 1 for counterfactual) and
+                their positions in the batch [n], int64.
+            grad_logits: dz [m, V] of all blocks, dtype `head.grad_dtype` or `head.dtype`.
+            hidden: [m, D], any floating dtype, the hidden states behind `grad_logits`.
         """
-        self._add_hidden(rows, grad_logits, streams)
-        if self.weight is not None:
-            self.head.add_weight_grad(self.weight, grad_logits, hidden)
+        sizes = [rows.numel() for _, rows in blocks]
+        self._add_hidden(blocks, grad_logits, sizes)
+        if self._weight is not None:
+            self.head.add_weight_grad(self._weight, grad_logits, hidden, overwrite=not self._weight_begun)
+            self._weight_begun = True
         if self.bias is not None:
-            # Stream by stream: the effect term adds opposite numbers to dz1 and dz0, and their sums cancel exactly.
-            for piece in grad_logits.split(rows.numel()):
+            # Block by block: the effect term adds opposite numbers to dz1 and dz0, and their sums cancel exactly.
+            for piece in grad_logits.split(sizes):
                 self.bias.add_(piece.sum(0, dtype=self.bias.dtype))
 
-    def _add_hidden(self, rows: Tensor, grad_logits: Tensor, streams: Sequence[int]) -> None:
-        targets = [(self.factual, self.counterfactual)[stream] for stream in streams]
+    def _add_hidden(self, blocks: Sequence[tuple[int, Tensor]], grad_logits: Tensor, sizes: list[int]) -> None:
+        targets = [(self.factual, self.counterfactual)[stream] for stream, _ in blocks]
         at_once = all(target is not None for target in targets)
-        pieces = (self.head.hidden_grad(grad_logits) if at_once else grad_logits).split(rows.numel())
-        for target, piece in zip(targets, pieces, strict=True):
+        pieces = (self.head.hidden_grad(grad_logits) if at_once else grad_logits).split(sizes)
+        for (_, rows), target, piece in zip(blocks, targets, pieces, strict=True):
             if target is not None:
                 dh = piece if at_once else self.head.hidden_grad(piece)
                 target.index_copy_(0, rows, dh.to(target.dtype))

@@ -9,13 +9,13 @@ These functions do not use autograd; nll_operators.py registers them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from nextquill.ops.chunks import Chunk, ChunkedHead, LogitsBuffer
-from nextquill.ops.dispatch import PAIR_STATS, PAIR_STATS_DIVERGENCE, TOKEN_STATS, ChunkKernels
+from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
+from nextquill.ops.dispatch import PAIR_STATS, PAIR_STATS_DIVERGENCE, TOKEN_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.label_check import check_labels
 from nextquill.ops.row_groups import RowPlan, plan_rows, split_rows
@@ -25,6 +25,8 @@ def head_nll(
     streams: tuple[Tensor, ...], head: ChunkedHead, labels: Tensor, ignore_index: int, *, divergence: bool = False
 ) -> Tensor:
     """Compute the nll of every row: without logits in memory if the kernels can, otherwise chunk by chunk.
+
+    Chunk by chunk too if the head has a bound on the memory: which is faster may depend on the shape.
 
     Args:
         streams: one or two tensors of hidden states [N, D], any floating dtype.
@@ -37,7 +39,7 @@ def head_nll(
         float32 (float64), nats, 0 in ignored rows: [1, N] for one stream; [3, N] for two (factual, counterfactual,
         effect); [5, N] with `divergence`.
     """
-    if head.kernels.stream_nll is not None and not divergence:
+    if head.kernels.stream_nll is not None and head.chunk_bytes is None and not divergence:
         check_labels(labels, ignore_index, head.vocabulary)
         # The kernel ignores rows with label -1, and gives NaN to rows with label V, which is out of range.
         known = torch.where(labels < 0, head.vocabulary, labels)
@@ -45,82 +47,52 @@ def head_nll(
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
     found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
-    for chunk in _chunks(plan, head, streams):
-        found[:, chunk.rows] = _statistics(chunk, head.kernels, kinds)
+    for chunk in _chunks(plan, head, streams, head.memory(plan.num_rows, len(streams), 0).rows):
+        chunk.statistics(found[:, chunk.rows])
     wanted = torch.cat((found[2:PAIR_STATS:3], found[PAIR_STATS:]))
     return found.new_zeros(len(wanted), labels.numel()).index_copy_(1, plan.rows, wanted)
 
 
-def token_gradients(
-    grad_nll: Tensor, hidden: Tensor, head: ChunkedHead, labels: Tensor, ignore_index: int, needs: Needs
+def head_gradients(
+    grad_nlls: Sequence[Tensor | None],
+    streams: tuple[Tensor, ...],
+    head: ChunkedHead,
+    labels: Tensor,
+    ignore_index: int,
+    needs: Needs,
 ) -> HeadGradients:
-    """Compute the gradients of Σ g·nll.
+    """Compute the gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e, or of Σ g nll for one stream.
 
     Args:
-        grad_nll: g [N], any floating dtype, per nat.
-        hidden: [N, D], any floating dtype.
+        grad_nlls: g_f, g_c and g_e, or only g, each [N], any floating dtype, per nat; None means zero.
+        streams: one or two tensors of hidden states [N, D], any floating dtype.
         head: the output head and its kernels.
         labels: [N], int64.
         ignore_index: label of rows that do not count.
         needs: which gradients are wanted.
     """
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
-    grads = HeadGradients(head, hidden, None, needs)
-    g = grad_nll.to(head.dtype).index_select(0, plan.rows)
-    options = (head.softcap, head.logit_scale, head.grad_dtype)
-    for chunk in _chunks(plan, head, (hidden,)):
-        stats = _statistics(chunk, head.kernels, TOKEN_STATS)
-        dz = head.kernels.token_grad_(chunk.logits, chunk.labels, stats, g[chunk.rows], *options)
-        chunk.add_gradient(grads, dz.dtype, (0,))
+    grads = HeadGradients(head, streams[0], streams[1] if len(streams) == 2 else None, needs)
+    of_rows = [None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in (*grad_nlls, None, None)[:3]]
+    if len(streams) == 2:
+        # The kernel of a pair computes all terms but that of g_c.
+        zero = head.weight.new_zeros(plan.num_rows, dtype=head.dtype)
+        of_rows = [zero if g is None and index != 1 else g for index, g in enumerate(of_rows)]
+    memory = head.memory(plan.num_rows, len(streams), len(streams))
+    buffer = GradientBuffer(grads, (0, 1)[: len(streams)], memory.gradient_rows)
+    for chunk in _chunks(plan, head, streams, memory.rows):
+        # The statistics are computed again, because the logits may differ from the forward's in their last bits: it may
+        # use another matrix product. At |z| = 1e4 those bits are 1e-3 of a probability. Reading the chunk once takes
+        # little time beside its products.
+        stats = chunk.logits.new_empty(PAIR_STATS if len(streams) == 2 else TOKEN_STATS, chunk.labels.numel())
+        chunk.statistics(stats)
+        buffer.add(chunk, stats, [None if g is None else g[chunk.rows] for g in of_rows])
+    buffer.flush()
     return grads
 
 
-def pair_gradients(
-    grad_nlls: tuple[Tensor | None, Tensor | None, Tensor | None],
-    streams: tuple[Tensor, Tensor],
-    head: ChunkedHead,
-    labels: Tensor,
-    ignore_index: int,
-    needs: Needs,
-) -> HeadGradients:
-    """Compute the gradients of Σ g_f nll_f + g_c nll_c + g_e nll_e.
-
-    Args:
-        grad_nlls: g_f, g_c and g_e, each [N], any floating dtype, per nat; None means zero.
-        streams: hidden states factual and counterfactual, each [N, D], any floating dtype.
-        head, labels, ignore_index, needs: as in `token_gradients`.
-    """
-    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
-    grads = HeadGradients(head, *streams, needs)
-    g_f, g_c, g_e = (None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in grad_nlls)
-    zero = head.weight.new_zeros(plan.num_rows, dtype=head.dtype)
-    g_f, g_e = (zero if g is None else g for g in (g_f, g_e))
-    options = (head.softcap, head.logit_scale, head.grad_dtype)
-    for chunk in _chunks(plan, head, streams):
-        rows, stats = chunk.rows, _statistics(chunk, head.kernels, PAIR_STATS)
-        g = (g_f[rows], None if g_c is None else g_c[rows], g_e[rows])
-        dz, _ = head.kernels.pair_grad_(chunk.streams, chunk.labels, stats, g, *options)
-        chunk.add_gradient(grads, dz.dtype, (0, 1))
-    return grads
-
-
-def _statistics(chunk: Chunk, kernels: ChunkKernels, kinds: int) -> Tensor:
-    """Compute the statistics [kinds, n] of a chunk's logits.
-
-    A backward computes them again, because its logits may differ from the forward's in their last bits: it may use
-    another matrix product. At |z| = 1e4 those bits are 1e-3 of a probability. Reading the chunk once takes little time
-    beside its products.
-    """
-    found = chunk.logits.new_empty(kinds, chunk.labels.numel())
-    if kinds == TOKEN_STATS:
-        kernels.token_stats(chunk.logits, chunk.labels, found)
-    else:
-        kernels.pair_stats(chunk.streams, chunk.labels, found)
-    return found
-
-
-def _chunks(plan: RowPlan, head: ChunkedHead, streams: tuple[Tensor, ...]) -> Iterator[Chunk]:
+def _chunks(plan: RowPlan, head: ChunkedHead, streams: tuple[Tensor, ...], max_rows: int) -> Iterator[Chunk]:
     """Yield the plan's rows with their logits; each chunk overwrites the previous one."""
-    buffer = LogitsBuffer(head, len(streams), plan)
-    for rows in split_rows(0, plan.num_rows, buffer.max_rows):
+    buffer = LogitsBuffer(head, len(streams), plan, max_rows)
+    for rows in split_rows(0, plan.num_rows, max_rows):
         yield buffer.fill(streams, rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.gradients import HeadGradients, Needs, first_order_only
-from nextquill.ops.nll import head_nll, pair_gradients, token_gradients
+from nextquill.ops.nll import head_gradients, head_nll
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import define, nothing, open_head, results_dtype
 
@@ -71,7 +71,7 @@ def _token_nll_backward(
     head = open_head(hidden, weight, bias, *options)
     wanted = Needs(needs[0], False, *needs[1:])
     with autocast_off(hidden.device):
-        grads = token_gradients(grad_nll, hidden, head, labels, ignore_index, wanted)
+        grads = head_gradients((grad_nll,), (hidden,), head, labels, ignore_index, wanted)
     dh, _, dw, db = _deliver(grads, hidden, hidden, weight, bias)
     return dh, dw, db
 
@@ -92,7 +92,7 @@ def _pair_nll_backward(
     head = open_head(factual, weight, bias, *options)
     upstream, streams = (grad_factual, grad_counterfactual, grad_effect), (factual, counterfactual)
     with autocast_off(factual.device):
-        grads = pair_gradients(upstream, streams, head, labels, ignore_index, Needs(*needs))
+        grads = head_gradients(upstream, streams, head, labels, ignore_index, Needs(*needs))
     return _deliver(grads, factual, counterfactual, weight, bias)
 
 

@@ -23,6 +23,38 @@ RELATIVE = 1e-5
 NARROW_ERROR = {torch.float16: 2**-11, torch.bfloat16: 2**-8 if ON_GPU else 2**-7}
 
 
+def token_grad(
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The gradient in `dtype`: over the logits in float32, in other memory otherwise."""
+    out = logits if dtype == torch.float32 else torch.full_like(logits, torch.nan, dtype=dtype)
+    chunk.token_grad(logits, labels, stats, grad, out, None, softcap, scale)
+    return out
+
+
+def pair_grad(
+    logits: tuple[Tensor, Tensor],
+    labels: Tensor,
+    stats: Tensor,
+    grads: tuple[Tensor, Tensor | None, Tensor],
+    softcap: float | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    detach: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a pair, as `token_grad` gives them."""
+    outs = [z if dtype == torch.float32 else torch.full_like(z, torch.nan, dtype=dtype) for z in logits]
+    outs = (outs[0], None if detach else outs[1])
+    chunk.pair_grad(logits, labels, stats, grads, outs, None, softcap, scale)
+    return outs
+
+
 @pytest.fixture(autouse=True, params=["small_tiles", "default_tiles"] if ON_GPU else ["small_tiles"])
 def _tiles(request, monkeypatch):
     if request.param == "small_tiles":
@@ -31,12 +63,12 @@ def _tiles(request, monkeypatch):
             (chunk_grad, "TOKEN_GRAD PAIR_GRAD"),
         ):
             for name in names.split():
-                monkeypatch.setattr(module, name, RowTile(block_v=128, num_warps=4))
+                monkeypatch.setattr(module, name, RowTile(block_v=128, threads=128))
 
 
 @dataclass
 class Case:
-    """Capped and scaled logits of two related streams, labels, and upstream gradients; truth is float64."""
+    """Products x of two related streams, labels, and upstream gradients; truth is float64."""
 
     z1: Tensor
     z0: Tensor
@@ -53,12 +85,10 @@ class Case:
         return out
 
 
-def make_case(n: int, v: int, device: torch.device, *, spread: float = 3.0, softcap: float | None = None) -> Case:
+def make_case(n: int, v: int, device: torch.device, *, spread: float = 3.0) -> Case:
     rng = torch.Generator().manual_seed(n * 1000 + v)
     z1 = torch.randn(n, v, generator=rng) * spread
     z0 = z1 + torch.randn(n, v, generator=rng)
-    if softcap is not None:
-        z1, z0 = (softcap * torch.tanh(z / softcap) for z in (z1, z0))
     labels = torch.randint(v, (n,), generator=rng)
     grads = torch.randn(3, n, generator=rng)
     return Case(*(t.to(device) for t in (z1, z0, labels, grads)))
@@ -73,9 +103,9 @@ def true_stats(z: Tensor, labels: Tensor) -> Tensor:
     return stats.masked_fill(labels < 0, 0.0)
 
 
-def true_pair_stats(case: Case) -> Tensor:
+def true_pair_stats(case: Case, softcap: float | None = None, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """The statistics of a pair in float64, [11, n]."""
-    z1, z0 = case.z1.double(), case.z0.double()
+    z1, z0 = (finished(x, softcap, scale, bias) for x in case.logits)
     streams = [true_stats(z, case.labels) for z in (z1, z0, z1 - z0)]
     log_p1, log_p0 = z1.log_softmax(-1), z0.log_softmax(-1)
     kl = (log_p1.exp() * (log_p1 - log_p0)).sum(-1)
@@ -89,15 +119,22 @@ def true_grad(z: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     return grad.double()[:, None] * (z.double().softmax(-1) - one_hot)
 
 
+def finished(x: Tensor, softcap: float | None, scale: float, bias: Tensor | None = None) -> Tensor:
+    """z = cap(scale (x + b)) in float64."""
+    z = scale * (x.double() if bias is None else x.double() + bias.double())
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 def through_cap(dz: Tensor, z: Tensor, softcap: float | None, scale: float) -> Tensor:
     return dz * scale * (1.0 if softcap is None else 1 - (z.double() / softcap) ** 2)
 
 
 def true_pair_grad(case: Case, softcap: float | None, scale: float, *, counterfactual: bool) -> tuple[Tensor, Tensor]:
-    effect = true_grad(case.z1.double() - case.z0.double(), case.labels, case.grads[2])
-    dz1 = true_grad(case.z1, case.labels, case.grads[0]) + effect
-    dz0 = -effect + (true_grad(case.z0, case.labels, case.grads[1]) if counterfactual else 0.0)
-    return through_cap(dz1, case.z1, softcap, scale), through_cap(dz0, case.z0, softcap, scale)
+    z1, z0 = (finished(x, softcap, scale) for x in case.logits)
+    effect = true_grad(z1 - z0, case.labels, case.grads[2])
+    dz1 = true_grad(z1, case.labels, case.grads[0]) + effect
+    dz0 = -effect + (true_grad(z0, case.labels, case.grads[1]) if counterfactual else 0.0)
+    return through_cap(dz1, z1, softcap, scale), through_cap(dz0, z0, softcap, scale)
 
 
 def assert_near(actual: Tensor, truth: Tensor, relative: float = RELATIVE) -> None:
@@ -141,6 +178,20 @@ def test_pair_stats(n, v, rows, device):
         assert (actual - truth).abs().max() <= RELATIVE * max(1.0, truth.abs().max())
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.25), (None, -2.0), (5.0, 1.0), (2.0, 1.5)])
+@pytest.mark.parametrize(("n", "v"), [(5, 300), (2, 256), (4, 1)])
+def test_statistics_finish_the_logits(n, v, softcap, scale, biased, device):
+    case = make_case(n, v, device)
+    bias = torch.randn(v, device=device) if biased else None
+    truth = true_pair_stats(case, softcap, scale, bias)
+    out, single = torch.full((11, n), torch.nan, device=device), torch.full((3, n), torch.nan, device=device)
+    chunk.pair_stats(case.logits, case.labels, out, bias, softcap, scale)
+    chunk.token_stats(case.z1, case.labels, single, bias, softcap, scale)
+    for actual, expected in zip((*out, *single), (*truth, *truth[:3]), strict=True):
+        assert (actual - expected).abs().max() <= RELATIVE * max(1.0, expected.abs().max())
+
+
 def test_pair_stats_agree_with_token_stats(device):
     case = make_case(5, 300, device)
     pair = case.stats(11)
@@ -153,11 +204,12 @@ def test_pair_stats_agree_with_token_stats(device):
 @pytest.mark.parametrize(("n", "v"), SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (None, 0.25), (5.0, 1.0), (2.0, 1.5)])
 def test_token_grad(n, v, softcap, scale, device):
-    case = make_case(n, v, device, softcap=softcap)
-    stats = true_stats(case.z1, case.labels).float()
-    truth = through_cap(true_grad(case.z1, case.labels, case.grads[0]), case.z1, softcap, scale)
+    case = make_case(n, v, device)
+    z = finished(case.z1, softcap, scale)
+    stats = true_stats(z, case.labels).float()
+    truth = through_cap(true_grad(z, case.labels, case.grads[0]), z, softcap, scale)
     logits = case.z1.clone()
-    dz = chunk.token_grad_(logits, case.labels, stats, case.grads[0], softcap, scale, torch.float32)
+    dz = token_grad(logits, case.labels, stats, case.grads[0], softcap, scale, torch.float32)
     assert dz.data_ptr() == logits.data_ptr()
     # p - 1 of a label with p near 1 is exact to float32's spacing at 1, not at p - 1.
     floor = scale * case.grads.abs().max().item() * 2e-6
@@ -172,12 +224,12 @@ PAIR_OPTIONS = list(itertools.product([None, 4.0], [True, False], [True, False])
     ("softcap", "counterfactual", "detach"), PAIR_OPTIONS, ids=lambda value: None if value is None else str(value)
 )
 def test_pair_grad(n, v, softcap, counterfactual, detach, device):
-    case = make_case(n, v, device, softcap=softcap)
+    case = make_case(n, v, device)
     truth1, truth0 = true_pair_grad(case, softcap, 0.5, counterfactual=counterfactual)
-    stats = true_pair_stats(case)[:9].float()
+    stats = true_pair_stats(case, softcap, 0.5)[:9].float()
     z1, z0 = case.z1.clone(), case.z0.clone()
     g_f, g_c, g_e = case.grads
-    dz1, dz0 = chunk.pair_grad_(
+    dz1, dz0 = pair_grad(
         (z1, z0), case.labels, stats, (g_f, g_c if counterfactual else None, g_e), softcap, 0.5, torch.float32, detach
     )
     floor = case.grads.abs().max().item() * 2e-6
@@ -192,47 +244,42 @@ def test_pair_grad(n, v, softcap, counterfactual, detach, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("n", "v"), [(5, 300), (3, 1024), (2, 129), (4, 1)])
-def test_half_gradients_fill_the_first_half_of_each_row(n, v, dtype, device):
-    case = make_case(n, v, device, softcap=6.0)
+def test_half_gradients_are_rounded_float32_gradients(n, v, dtype, device):
+    case = make_case(n, v, device)
     g_f, g_c, g_e = case.grads
-    stats = true_pair_stats(case)[:9].float()
-    exact = [z.clone() for z in case.logits]
-    chunk.pair_grad_(exact, case.labels, stats, (g_f, g_c, g_e), 6.0, 1.0, torch.float32)
-    (buffer1, z1), (buffer0, z0) = padded(case.z1), padded(case.z0)
-    outside = [buffer.clone() for buffer in (buffer1, buffer0)]
-    results = chunk.pair_grad_((z1, z0), case.labels, stats, (g_f, g_c, g_e), 6.0, 1.0, dtype)
-    for result, z, float32, buffer, before in zip(results, (z1, z0), exact, (buffer1, buffer0), outside, strict=True):
-        assert result.dtype == dtype
-        assert result.data_ptr() == z.data_ptr()
-        assert result.stride() == (2 * z.stride(0), 1)
-        # Elementwise: a value that another warp overwrote too early is wrong in its leading digits.
-        error = (result.double() - float32.double()).abs()
+    bias = torch.randn(v, device=device)
+    stats = true_pair_stats(case, 6.0, 1.5, bias)[:9].float()
+    options = (bias, 6.0, 1.5)
+    exact = [torch.full_like(z, torch.nan) for z in case.logits]
+    chunk.pair_grad(case.logits, case.labels, stats, (g_f, g_c, g_e), exact, *options)
+    gaps = [torch.full((n + 2, v + 32), torch.nan, dtype=dtype, device=device) for _ in range(3)]
+    views = [gap[1:-1, 16 : 16 + v] for gap in gaps]
+    logits = [z.clone() for z in case.logits]
+    chunk.pair_grad(logits, case.labels, stats, (g_f, g_c, g_e), views[:2], *options)
+    chunk.token_grad(logits[0], case.labels, stats[:3], g_f, views[2], *options)
+    single = torch.full_like(case.z1, torch.nan)
+    chunk.token_grad(case.z1, case.labels, stats[:3], g_f, single, *options)
+    for z, before in zip(logits, case.logits, strict=True):
+        assert torch.equal(z, before)
+    for view, gap, float32 in zip(views, gaps, (*exact, single), strict=True):
+        error = (view.double() - float32.double()).abs()
         assert (error <= NARROW_ERROR[dtype] * float32.double().abs() + 2**-21).all()
-        z.copy_(before[1:-1, 16 : 16 + v])  # only what lies outside the rows is compared
-        assert torch.equal(buffer.view(torch.int32), before.view(torch.int32))
-    single = case.z1.clone()
-    float32 = chunk.token_grad_(case.z1.clone(), case.labels, stats[:3], g_f, None, 1.0, torch.float32)
-    narrow = chunk.token_grad_(single, case.labels, stats[:3], g_f, None, 1.0, dtype)
-    error = (narrow.double() - float32.double()).abs()
-    assert (error <= NARROW_ERROR[dtype] * float32.double().abs() + 2**-21).all()
+        assert gap.isnan().sum() == gap.numel() - n * v
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter runs one warp: it cannot show a race")
 @pytest.mark.parametrize("v", [151936, 32001, 4096, 5000])
-def test_half_gradients_of_many_rows_do_not_race(v, device):
+def test_gradients_over_their_own_logits_do_not_race(v, device):
     z1 = torch.randn(400, v, device=device) * 3
     z0 = z1 + torch.randn_like(z1)
     case = Case(z1, z0, torch.randint(v, (400,), device=device), torch.randn(3, 400, device=device))
-    arguments = (case.labels, case.stats(), case.grads, 30.0, 1.0)
-    exact = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.float32)
-    first = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.bfloat16)
-    for actual, truth in zip(first, exact, strict=True):
-        # A value made of overwritten logits is of the order of 1/V >= 6.6e-6, and the error allowed is far below.
-        assert ((actual.float() - truth).abs() <= 2**-8 * truth.abs() + 1e-7).all()
+    stats = case.stats()
+    others = torch.empty_like(z1), torch.empty_like(z0)
+    chunk.pair_grad(case.logits, case.labels, stats, case.grads, others, None, 30.0)
     for _ in range(20):
-        again = chunk.pair_grad_((z1.clone(), z0.clone()), *arguments, torch.bfloat16)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        own = pair_grad((z1.clone(), z0.clone()), case.labels, stats, case.grads, 30.0)
+        assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
 
 @pytest.mark.gpu
@@ -251,7 +298,7 @@ def test_offsets_beyond_32_bits(device):
     for dtype in (torch.float32, torch.bfloat16):
         far.copy_(case.z1)
         arguments = (case.labels, out, case.grads[0], None, 1.0, dtype)
-        results = (chunk.token_grad_(z, *arguments).float() for z in (far, case.z1.clone()))
+        results = (token_grad(z, *arguments).float() for z in (far, case.z1.clone()))
         assert torch.allclose(*results, rtol=2**-7, atol=1e-6)
 
 
@@ -266,9 +313,9 @@ def test_rows_of_larger_buffers(device):
     assert same(out, case.stats(11))
     assert big.isnan().sum() == 260 - 55
     grads = case.grads.t().contiguous().t()  # a stride of 3 between rows
-    results = chunk.pair_grad_((z1, z0), labels, out[:9], grads, None, 1.0, torch.float32)
+    results = pair_grad((z1, z0), labels, out[:9], grads, None, 1.0, torch.float32)
     expected = [z.clone() for z in case.logits]
-    chunk.pair_grad_(expected, case.labels, out[:9].contiguous(), case.grads, None, 1.0, torch.float32)
+    pair_grad(expected, case.labels, out[:9].contiguous(), case.grads, None, 1.0, torch.float32)
     for actual, truth, buffer in zip(results, expected, (buffer1, buffer0), strict=True):
         assert same(actual, truth)
         assert buffer.isnan().sum() == buffer.numel() - 1500
@@ -278,8 +325,8 @@ def test_expanded_upstream_gradient(device):
     case = make_case(5, 300, device)
     stats = case.stats()[:3]
     one = torch.tensor(0.5, device=device).expand(5)
-    actual = chunk.token_grad_(case.z1.clone(), case.labels, stats, one, None, 1.0, torch.float32)
-    expected = chunk.token_grad_(case.z1.clone(), case.labels, stats, one.clone(), None, 1.0, torch.float32)
+    actual = token_grad(case.z1.clone(), case.labels, stats, one, None, 1.0, torch.float32)
+    expected = token_grad(case.z1.clone(), case.labels, stats, one.clone(), None, 1.0, torch.float32)
     assert torch.equal(actual, expected)
 
 
@@ -297,7 +344,7 @@ def test_ignored_rows_give_zero_whatever_they_hold(poison, dtype, device):
     assert torch.equal(stats[:, live], reference[:, live])
     case.grads[:, ~live] = torch.nan
     stats = reference[:9].masked_fill(~live, torch.nan)
-    results = chunk.pair_grad_([z.clone() for z in case.logits], case.labels, stats, case.grads, None, 1.0, dtype)
+    results = pair_grad([z.clone() for z in case.logits], case.labels, stats, case.grads, None, 1.0, dtype)
     for result in results:
         assert torch.equal(result[~live], torch.zeros_like(result[~live]))
         assert result[live].isfinite().all()
@@ -305,7 +352,7 @@ def test_ignored_rows_give_zero_whatever_they_hold(poison, dtype, device):
     single = torch.empty(3, 5, device=device)
     chunk.token_stats(case.z1, case.labels, single)
     assert torch.equal(single[:, ~live], torch.zeros(3, 2, device=device))
-    dz = chunk.token_grad_(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, dtype)
+    dz = token_grad(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, dtype)
     assert torch.equal(dz[~live], torch.zeros_like(dz[~live]))
 
 
@@ -349,7 +396,7 @@ def test_minus_infinity_masks_columns(device):
     out = torch.empty(3, 4, device=device)
     chunk.token_stats(z, case.labels, out)
     assert_near(out, true_stats(z[:, 130:260], case.labels - 130))
-    dz = chunk.token_grad_(z, case.labels, out, case.grads[0], None, 1.0, torch.float32)
+    dz = token_grad(z, case.labels, out, case.grads[0], None, 1.0, torch.float32)
     assert (dz[:, :130] == 0).all()
     assert (dz[:, 260:] == 0).all()
     assert dz[:, 130:260].isfinite().all()
@@ -377,9 +424,7 @@ def test_huge_logits(shift, device):
     out = torch.empty(3, 5, device=device)
     chunk.token_stats(case.z1, case.labels, out)
     assert_near(out[2], truth[2])
-    dz1, dz0 = chunk.pair_grad_(
-        [z.clone() for z in case.logits], case.labels, stats[:9], case.grads, None, 1.0, torch.float32
-    )
+    dz1, dz0 = pair_grad([z.clone() for z in case.logits], case.labels, stats[:9], case.grads, None, 1.0, torch.float32)
     truth1, truth0 = true_pair_grad(case, None, 1.0, counterfactual=True)
     assert_near(dz1, truth1)
     assert_near(dz0, truth0)
@@ -390,9 +435,9 @@ def test_huge_logits(shift, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_zero_upstream_gradient_gives_exact_zero(dtype, device):
-    case = make_case(5, 300, device, softcap=5.0)
+    case = make_case(5, 300, device)
     zeros = torch.zeros(5, device=device)
-    results = chunk.pair_grad_(
+    results = pair_grad(
         [z.clone() for z in case.logits], case.labels, case.stats(), (zeros, zeros, zeros), 5.0, 2.0, dtype
     )
     assert all((result == 0).all() for result in results)
@@ -407,7 +452,7 @@ def test_label_beyond_the_vocabulary_is_never_an_address(label, device):
     assert stats[2::3, 3].isnan().all()
     others = torch.arange(5) != 3
     assert torch.equal(stats[:, others], clean[:, others])
-    dz = chunk.token_grad_(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, torch.float32)
+    dz = token_grad(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, torch.float32)
     assert dz[others].isfinite().all()
 
 
@@ -418,7 +463,7 @@ def test_bitwise_repeatable(dtype, device):
 
     def run() -> list[Tensor]:
         z1, z0 = (z.clone() for z in case.logits)
-        return bits(case.stats(11), *chunk.pair_grad_((z1, z0), case.labels, stats, case.grads, None, 1.0, dtype))
+        return bits(case.stats(11), *pair_grad((z1, z0), case.labels, stats, case.grads, None, 1.0, dtype))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -436,8 +481,8 @@ def test_no_rows(device):
     z, labels, none = case.z1[:0], case.labels[:0], torch.empty(9, 0, device=device)
     chunk.token_stats(z, labels, none[:3])
     chunk.pair_stats((z, z), labels, none)
-    assert chunk.token_grad_(z, labels, none[:3], none[0], None, 1.0, torch.float16).shape == (0, 300)
-    dz1, dz0 = chunk.pair_grad_((z, z), labels, none, (none[0], None, none[0]), None, 1.0, torch.float32)
+    assert token_grad(z, labels, none[:3], none[0], None, 1.0, torch.float16).shape == (0, 300)
+    dz1, dz0 = pair_grad((z, z), labels, none, (none[0], None, none[0]), None, 1.0, torch.float32)
     assert dz1.shape == dz0.shape == (0, 300)
 
 
@@ -449,7 +494,7 @@ def test_tuned_tiles(device, monkeypatch):
     stats, truth = case.stats(11), true_pair_stats(case)
     for actual, expected in zip(stats, truth, strict=True):
         assert_near(actual, expected)
-    dz = chunk.token_grad_(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, torch.float16)
+    dz = token_grad(case.z1.clone(), case.labels, stats[:3], case.grads[0], None, 1.0, torch.float16)
     assert_near(dz, true_grad(case.z1, case.labels, case.grads[0]), 1e-3)
 
 
@@ -493,13 +538,16 @@ def test_bad_arguments_of_pair_stats(device):
 
 
 BAD_GRADS = {
-    "dtype": ({"dtype": torch.float64}, TypeError, r"dtype: expected torch\.float32, torch\.bfloat16 or"),
+    "out dtype": ({"out": torch.zeros(5, 300).double()}, TypeError, r"out: expected dtype torch\.float32, torch\.bf"),
+    "out shape": ({"out": torch.zeros(4, 300)}, ValueError, r"out: expected shape \[5, 300\], got \[4, 300\]"),
     "stats": ({"stats": torch.zeros(3, 4)}, ValueError, r"stats: expected shape \[3, 5\], got \[3, 4\]"),
     "grad_nll": ({"grad_nll": torch.zeros(5).double()}, TypeError, r"grad_nll: .*float32, got torch\.float64"),
+    "bias": ({"bias": torch.zeros(299)}, ValueError, r"bias: expected shape \[300\], got \[299\]"),
+    "bias dtype": ({"bias": torch.zeros(300).bfloat16()}, TypeError, r"bias: expected dtype torch\.float32, got"),
     "overlap": (
-        {"logits": torch.zeros(300).expand(5, 300)},
+        {"out": torch.zeros(300).expand(5, 300)},
         ValueError,
-        "logits: expected a row stride of at least 300",
+        "out: expected a row stride of at least 300",
     ),
 }
 
@@ -513,14 +561,12 @@ def test_bad_arguments_of_grad(name, device):
         "labels": case.labels,
         "stats": torch.zeros(3, 5, device=device),
         "grad_nll": case.grads[0],
-        "softcap": None,
-        "logit_scale": 1.0,
-        "dtype": torch.float32,
+        "out": case.z1,
     }
-    arguments |= {key: value.to(device) if isinstance(value, Tensor) else value for key, value in change.items()}
+    arguments |= {key: value.to(device) for key, value in change.items()}
     before = case.z1.clone()
     with pytest.raises(error, match=message):
-        chunk.token_grad_(**arguments)
+        chunk.token_grad(**arguments)
     assert torch.equal(case.z1, before)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +19,14 @@ from nextquill_kernels.launch import INTERPRETED
 pytestmark = pytest.mark.compiles
 
 
-def and_odd(*names: str) -> set[str]:
-    """These cases, and the same for a V that is not a multiple of 16."""
-    return {*names, *(f"{name}/odd_vocabulary" for name in names)}
+def variants(*names: str) -> set[str]:
+    """These cases, each also for a V that is not a multiple of 16, and with bias, scale and cap."""
+    return {f"{name}{more}" for name in names for more in ("", "/odd_vocabulary", "/finishing")}
 
 
 CASES = {
-    "chunk_stats": and_odd("token_stats", "pair_stats", "pair_stats/moments"),
-    "chunk_grad": and_odd(
+    "chunk_stats": variants("token_stats", "pair_stats", "pair_stats/moments"),
+    "chunk_grad": variants(
         "token_grad/fp32", "token_grad/bf16", "pair_grad/fp32", "pair_grad/bf16", "pair_grad/detached_bf16"
     ),
     "coefficients": {f"row_coefficients/{scheme}" for scheme in ("uniform", "threshold", "clip", "exp_clip")},
@@ -62,17 +61,13 @@ def uses_in_32_bits(ttir):
     used = [(name, line) for line in lines for name in names if re.search(name + r"\b(?!\s*=)", line)]
     return [line for name, line in used if f"arith.extsi {name} : i32 to i64" not in line], len(names)
 
-def order(assembly, load, barrier, store):
-    "The first letters of loads, barriers and stores; W is a load of 16 bytes."
-    found = re.findall(f"({load})|({barrier})|({store})", assembly)
-    return "".join(("W" if re.search("x4|v4", l) else "L") if l else "B" if b else "S" for l, b, s in found)
-
 target = sys.argv[1]
-is_amd = target.startswith("gfx")
+WIDE_LOAD = r"(?:global|buffer)_load_dwordx4|ld\.global[\w.:]*\.v4"
+WIDE_COPY = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (?:16|0x10)"
 cases = [*chunk_stats.compile_cases(), *chunk_grad.compile_cases(), *coefficients.compile_cases()]
 strides = {"x_ptr": "*fp32", "x_stride": "i32", "row_stride": "i32"}
 cases.append(CompileCase("narrow_address", narrow_address_kernel, strides, {}))
-known = [name for name in cases[0].divisible_by_16 if name != "z_stride"]
+known = [name for name in cases[0].divisible_by_16 if name != "x_stride"]
 cases.append(dataclasses.replace(cases[0], name="unknown_stride", divisible_by_16=known))
 cases.append(CompileCase("spilling", spilling_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"N": 32768}))
 found = {}
@@ -84,15 +79,13 @@ for case in cases:
         "uses_in_32_bits": uses,
         "names": names,
         "spill_bytes": resources.spill_bytes,
-        "wide_loads": len(re.findall(r"global_load_dwordx4|buffer_load_dwordx4|ld\.global[\w.:]*\.v4", text)),
+        "registers": resources.registers,
+        "shared_bytes": resources.shared_bytes,
+        "num_warps": case.num_warps,
+        "wide_loads": len(re.findall(f"{WIDE_LOAD}|{WIDE_COPY}", text)),
+        "wide_copies": len(re.findall(WIDE_COPY, text)),
         "readonly_loads": len(re.findall(r"ld\.global[\w.:]*\.nc", text)),
     }
-    if "grad" in case.name:
-        patterns = (
-            (r"(?:global|buffer)_load_\w+", "s_barrier", "(?:global|buffer)_store") if is_amd
-            else (r"ld\.global[\w.:]*", r"bar(?:rier)?\.sync", r"st\.global")
-        )
-        found[case.name]["order"] = order(text, *patterns)
 print(json.dumps(found))
 """
 
@@ -135,10 +128,8 @@ def test_every_kernel_fits(cache, target):
         assert record["error"] is None
         assert record["spill_bytes"] == 0
         assert 0 <= record["shared_bytes"] <= SHARED_LIMIT[target]
-        # Statistics and gradients count on two programs per multiprocessor, which has 65536 registers. (One of them has
-        # 71 on sm_100 with triton 3.9, where a single program fits.)
         if "coefficients" not in record["case"] and target in ("sm_80", "sm_90"):
-            assert 0 < 2 * 32 * record["num_warps"] * record["registers"] <= 65536
+            assert 0 < 3 * 32 * record["num_warps"] * record["registers"] <= 65536
 
 
 def test_addresses_are_computed_in_64_bits(look):
@@ -156,21 +147,29 @@ def test_spills_are_found(look):
 
 def test_accesses_are_16_bytes_wide(look):
     for name in CASES["chunk_stats"] | CASES["chunk_grad"]:
-        # With 64 lanes to a warp on AMD, the small tile of the moments leaves 2 columns, 8 bytes, to each.
-        assert look[name]["wide_loads"] >= 2 or name.startswith("pair_stats/moments"), name
+        assert look[name]["wide_loads"] >= 1, name
         # A read-only load of memory that the kernel writes may come from a stale cache.
         assert look[name]["readonly_loads"] == 0
 
 
-def test_a_barrier_stands_between_the_loads_and_the_stores_of_a_narrow_write(look):
-    for name in CASES["chunk_grad"]:
-        order = look[name]["order"]
-        if "bf16" in name:
-            # Of the whole tiles and of the last one; and no store follows a load without a barrier.
-            assert order.count("BS") == 2, f"{name}: {order}"
-            assert not re.search("[LW]S", order), f"{name}: {order}"
-        else:
-            assert "B" not in order, f"{name}: {order}"
+# Programs that a multiprocessor should hold at once, so that enough bytes are in flight; moments are for evaluation.
+PROGRAMS = {"token_stats": 6, "pair_stats": 4, "pair_stats/moments": 3, "token_grad": 6, "pair_grad": 5}
+
+
+def test_tiles_are_copied_ahead(look, request):
+    """The next tiles of a row are copied to shared memory meanwhile. A prefetch into registers would be undone."""
+    if request.node.callspec.params["look"] != "sm_90":
+        pytest.skip("asynchronous copies are NVIDIA's")
+    for name in CASES["chunk_stats"] | CASES["chunk_grad"]:
+        streams = 2 if name.startswith("pair") else 1
+        found = look[name]
+        # Two tiles before the loop and one in it, of each stream and of the bias.
+        assert found["wide_copies"] == 3 * (streams + ("finishing" in name)), name
+        assert found["spill_bytes"] == 0
+        kernel = name if "moments" in name else name.split("/")[0]
+        programs = PROGRAMS[kernel.removesuffix("/odd_vocabulary").removesuffix("/finishing")]
+        assert programs * 32 * found["num_warps"] * found["registers"] <= 65536, f"{name}: {found['registers']}"
+        assert programs * (found["shared_bytes"] + 1024) <= 228 * 1024
 
 
 def test_wide_loads_need_a_known_row_stride(look):
@@ -184,7 +183,7 @@ import dataclasses
 from nextquill_kernels import chunk_grad
 case = chunk_grad.compile_cases()[0]
 try:
-    dataclasses.replace(case, divisible_by_16=["z_ptr", "grad_ptr"]).compile("sm_90")
+    dataclasses.replace(case, divisible_by_16=["x_ptr", "grad_ptr"]).compile("sm_90")
 except ValueError as error:
     print(error)
 """
@@ -225,7 +224,7 @@ def test_command_line_reports_a_refusal(cache):
 import dataclasses, sys
 from nextquill_kernels import chunk_stats, crosscompile
 good = chunk_stats.compile_cases()[0]
-too_large = dataclasses.replace(good, name="too_large", constexprs={"BLOCK_V": 32768})
+too_large = dataclasses.replace(good, name="too_large", constexprs={**good.constexprs, "BLOCK_V": 32768})
 incomplete = dataclasses.replace(good, name="incomplete", constexprs={})
 chunk_stats.compile_cases = lambda: [too_large, incomplete, good]
 sys.exit(crosscompile.main(["--target", "sm_90", "--module", "chunk_stats"]))

@@ -49,8 +49,9 @@ def chunks(stride=1024):
         stats, grads = torch.zeros(9, batch)[:, rows], torch.zeros(3, batch)[:, rows]
         chunk_stats.token_stats(z1, labels, stats[:3])
         chunk_stats.pair_stats((z1, z0), labels, stats)
-        chunk_grad.token_grad_(z1, labels, stats[:3], grads[0], None, 1.0, torch.bfloat16)
-        chunk_grad.pair_grad_((z1, z0), labels, stats, grads, None, 1.0, torch.bfloat16)
+        dz = torch.zeros(2 * n + 3, stride, dtype=torch.bfloat16)[3:, :1000]  # begins at any row of its buffer, too
+        chunk_grad.token_grad(z1, labels, stats[:3], grads[0], dz[:n])
+        chunk_grad.pair_grad((z1, z0), labels, stats, grads, (dz[:n], dz[n:]))
         coefficients.row_coefficients(
             stats[2], stats[5], torch.zeros(batch + 9, dtype=torch.long)[rows], scheme="clip", low=0.0, high=1.0,
             threshold=0.0, normalize=True, per_token=False, num_items=torch.zeros(batch)[first], out=grads,

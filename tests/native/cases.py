@@ -108,3 +108,31 @@ def assert_gradient(actual: Tensor, expected: Gradients) -> None:
     """Assert an error of at most 1e-5 of the summed terms in each element, plus 1e-30."""
     error = (actual.double() - expected.value).abs()
     assert bool((error <= 1e-5 * expected.magnitude + 1e-30).all()), (error / (expected.magnitude + 1e-30)).max()
+
+
+def token_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    grad_nll: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Overwrite the logits with their gradient."""
+    chunk_native.token_grad(logits, labels, stats, grad_nll, logits, softcap, logit_scale)
+    return logits
+
+
+def pair_grad_(
+    logits: tuple[Tensor, Tensor],
+    labels: Tensor,
+    stats: Tensor,
+    grad_nlls: tuple[Tensor, Tensor | None, Tensor],
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    detach: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Overwrite both logits with their gradient; only the first with `detach`."""
+    outs = (logits[0], None if detach else logits[1])
+    chunk_native.pair_grad(logits, labels, stats, grad_nlls, outs, softcap, logit_scale)
+    return outs

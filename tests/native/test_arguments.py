@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import nextquill
 from nextquill.errors import BackendUnavailableError
@@ -42,7 +41,7 @@ def grad_with(**changed: Any) -> None:
     given = {**arguments(), **changed}
     logits = (given.pop("logits_factual"), given.pop("logits_counterfactual"))
     grads = (given.pop("grad_factual"), given.pop("grad_counterfactual"), given.pop("grad_effect"))
-    chunk_native.pair_grad_(logits, grad_nlls=grads, dtype=torch.float32, **given)
+    chunk_native.pair_grad(logits, grad_nlls=grads, outs=logits, **given)
 
 
 BAD = {
@@ -82,7 +81,7 @@ def test_label_out_of_range_is_refused_before_anything_is_written(label: int) ->
     with pytest.raises(ValueError, match=r"^labels: "):
         chunk_native.token_stats(logits, labels, out)
     with pytest.raises(ValueError, match=r"^labels: "):
-        chunk_native.token_grad_(logits, labels, torch.zeros(3, N), torch.ones(N), None, 1.0, torch.float32)
+        chunk_native.token_grad(logits, labels, torch.zeros(3, N), torch.ones(N), logits)
     assert bool((out == 7).all())
     assert bool((logits == 0).all())
 
@@ -182,11 +181,3 @@ def test_versions_agree() -> None:
 
 def test_licence_is_the_same() -> None:
     assert (ROOT / "csrc" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-
-
-def test_gradient_dtype_is_float32_whatever_is_asked() -> None:
-    pytest.importorskip("nextquill_ext")
-    result: Tensor = chunk_native.token_grad_(
-        torch.zeros(N, V), torch.zeros(N).long(), torch.zeros(3, N), torch.ones(N), None, 1.0, torch.bfloat16
-    )
-    assert result.dtype == torch.float32

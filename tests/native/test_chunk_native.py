@@ -16,6 +16,8 @@ from tests.native.cases import (
     assert_gradient,
     make_pair,
     needs_native,
+    pair_grad_,
+    token_grad_,
     true_pair_grad,
     true_pair_stats,
     true_token_grad,
@@ -66,9 +68,7 @@ def test_pair_stats(isa: str, shape: tuple[int, int], rows: int) -> None:
 def test_token_grad(isa: str, shape: tuple[int, int], softcap: float | None, logit_scale: float) -> None:
     pair = make_pair(*shape, softcap=softcap)
     logits, stats = pair.factual.clone(), true_token_stats(pair.factual, pair.labels).float()
-    result = chunk_native.token_grad_(
-        logits, pair.labels, stats, pair.grad_factual, softcap, logit_scale, torch.float32
-    )
+    result = token_grad_(logits, pair.labels, stats, pair.grad_factual, softcap, logit_scale)
     assert result is logits
     assert_gradient(result, true_token_grad(pair.factual, pair.labels, pair.grad_factual, softcap, logit_scale))
 
@@ -82,14 +82,13 @@ def test_pair_grad(
     pair = make_pair(*shape, softcap=softcap)
     factual, other = pair.logits
     own, detach = counterfactual == "own-gradient", counterfactual == "detached"
-    result1, result0 = chunk_native.pair_grad_(
+    result1, result0 = pair_grad_(
         (factual, other),
         pair.labels,
         true_pair_stats(factual, other, pair.labels)[:9].float(),
         (pair.grad_factual, pair.grad_counterfactual if own else None, pair.grad_effect),
         softcap,
         logit_scale,
-        torch.float32,
         detach,
     )
     expected1, expected0 = true_pair_grad(pair, softcap, logit_scale, with_counterfactual=own)
@@ -142,7 +141,7 @@ def test_views_of_a_poisoned_buffer(
         chunk_native.pair_stats((z1, z0), pair.labels, out)
         close(out, true_pair_stats(pair.factual, pair.counterfactual, pair.labels))
         gradients = (pair.grad_factual, pair.grad_counterfactual if own else None, pair.grad_effect)
-        chunk_native.pair_grad_((z1, z0), pair.labels, out[:9], gradients, softcap, logit_scale, torch.float32, detach)
+        pair_grad_((z1, z0), pair.labels, out[:9], gradients, softcap, logit_scale, detach)
     finally:
         nextquill_ext.set_isa(chosen)
     expected1, expected0 = true_pair_grad(pair, softcap, logit_scale, with_counterfactual=own)
@@ -173,7 +172,7 @@ def test_exponential_is_within_two_units_in_the_last_place(isa: str) -> None:
     logits = torch.cat((torch.linspace(-87.3, 0, 200001), torch.linspace(-1, 88, 100001)))[None]
     result = logits.clone()
     stats, label = torch.tensor([[0.0], [1.0], [0.0]]), torch.zeros(1, dtype=torch.int64)
-    chunk_native.token_grad_(result, label, stats, torch.ones(1), None, 1.0, torch.float32)
+    token_grad_(result, label, stats, torch.ones(1))
     expected = logits.double().exp()
     unit = 2.0 ** (torch.floor(torch.log2(expected)) - 23)
     assert float(((result.double() - expected) / unit).abs()[0, 1:].max()) < 2
@@ -198,7 +197,7 @@ def test_large_logits_do_not_overflow(isa: str, size: float) -> None:
     assert torch.isfinite(out).all()
     if size < 1e6:
         torch.testing.assert_close(out[2], expected)
-    assert torch.isfinite(chunk_native.token_grad_(logits, labels, out, torch.ones(2), None, 1.0, torch.float32)).all()
+    assert torch.isfinite(token_grad_(logits, labels, out, torch.ones(2))).all()
 
 
 @pytest.mark.parametrize("column", [0, 5, 20, 1030])
@@ -215,7 +214,7 @@ def test_poison_reaches_its_own_row_only(isa: str, poison: float, column: int) -
     tokens = stats_of(factual, pair.labels)
     assert not torch.isfinite(tokens[2, 1])
     assert torch.isfinite(tokens[:, [0, 2]]).all()
-    gradient = chunk_native.token_grad_(factual, pair.labels, tokens, pair.grad_factual, None, 1.0, torch.float32)
+    gradient = token_grad_(factual, pair.labels, tokens, pair.grad_factual)
     assert not torch.isfinite(gradient[1]).any()
     assert torch.isfinite(gradient[[0, 2]]).all()
 
@@ -230,7 +229,7 @@ def test_masked_vocabulary(isa: str, masked: slice, fill: float) -> None:
     out = stats_of(logits, labels)
     close(out, true_token_stats(logits, labels))
     expected = true_token_grad(logits, labels, torch.ones(2), None, 1.0)
-    gradient = chunk_native.token_grad_(logits, labels, out, torch.ones(2), None, 1.0, torch.float32)
+    gradient = token_grad_(logits, labels, out, torch.ones(2))
     assert_gradient(gradient, expected)
     hidden = torch.arange(3000)[masked]
     assert bool((gradient[:, hidden[hidden > 0]] == 0).all())
@@ -260,7 +259,7 @@ def test_zero_gradient_gives_zero(isa: str) -> None:
     pair = make_pair(4, 77, spread=50.0)
     zero = torch.zeros(4)
     stats = pair_stats_of(*pair.logits, pair.labels)
-    for z in chunk_native.pair_grad_(pair.logits, pair.labels, stats[:9], (zero,) * 3, 60.0, 2.0, torch.float32):
+    for z in pair_grad_(pair.logits, pair.labels, stats[:9], (zero,) * 3, 60.0, 2.0):
         assert z is not None
         assert bool((z == 0).all())
 
@@ -292,7 +291,7 @@ def test_gradients_and_labels_may_be_strided(isa: str) -> None:
     labels, grad = pair.labels.repeat_interleave(2)[::2], torch.tensor(0.5).expand(6)
     out = stats_of(pair.factual, labels)
     expected = true_token_grad(pair.factual, pair.labels, grad, None, 1.0)
-    result = chunk_native.token_grad_(pair.factual.clone(), labels, out, grad, None, 1.0, torch.float32)
+    result = token_grad_(pair.factual.clone(), labels, out, grad)
     assert_gradient(result, expected)
 
 
@@ -303,12 +302,21 @@ def test_logits_that_require_grad_are_read() -> None:
     )
 
 
+def test_a_gradient_for_other_memory() -> None:
+    pair = make_pair(5, 301)
+    stats = true_pair_stats(pair.factual, pair.counterfactual, pair.labels)[:9].float()
+    grads = (pair.grad_factual, pair.grad_counterfactual, pair.grad_effect)
+    outs = torch.full((5, 301), NAN), torch.full((5, 301), NAN, dtype=torch.bfloat16)
+    chunk_native.pair_grad((pair.factual.clone(), pair.counterfactual.clone()), pair.labels, stats, grads, outs)
+    expected = pair_grad_((pair.factual, pair.counterfactual), pair.labels, stats, grads)
+    assert torch.equal(outs[0], expected[0])
+    assert torch.equal(outs[1], expected[1].bfloat16())
+
+
 def test_no_rows() -> None:
     empty, labels, none = torch.empty(0, 7), torch.empty(0, dtype=torch.int64), torch.empty(0)
     chunk_native.token_stats(empty, labels, torch.empty(3, 0))
     chunk_native.pair_stats((empty, empty), labels, torch.empty(9, 0))
-    assert chunk_native.token_grad_(empty, labels, torch.empty(3, 0), none, None, 1.0, torch.float32) is empty
-    results = chunk_native.pair_grad_(
-        (empty, empty), labels, torch.empty(9, 0), (none, None, none), None, 1.0, torch.float32
-    )
+    assert token_grad_(empty, labels, torch.empty(3, 0), none) is empty
+    results = pair_grad_((empty, empty), labels, torch.empty(9, 0), (none, None, none))
     assert results == (empty, empty)

@@ -42,6 +42,13 @@ def nll(z, y):
     return F.cross_entropy(z, y, reduction="none")
 
 
+def given(kernels, raw, softcap, scale):
+    """The logits that kernels read, float32, and the options that their statistics take."""
+    if kernels.finish_logits:
+        return raw.detach().float(), {"softcap": softcap, "logit_scale": scale}
+    return capped(raw, softcap, scale).detach().float(), {}
+
+
 def true_stats(z, y):
     """The three statistics [3, n] of float64 logits."""
     largest = z.amax(1)
@@ -82,10 +89,12 @@ def test_token_grad_overwrites_the_logits_with_the_gradient(kernels, n, v, softc
     raw, _, y, (g, _, _) = raw_logits(n, v)
     own = capped(raw, softcap, scale)
     (nll(own, y) * g).sum().backward()
-    z = own.detach().float()
-    result = kernels.token_grad_(z, y, true_stats(own, y).float(), g.float(), softcap, scale, FLOAT32)
-    assert result.data_ptr() == z.data_ptr()
-    assert_close(z, raw.grad, FLOAT32_RELATIVE)
+    z, _ = given(kernels, raw, softcap, scale)
+    other = torch.full_like(z, torch.nan)
+    for out in (other, z):
+        own_z = z if out is z else z.clone()
+        kernels.token_grad(own_z, y, true_stats(own, y).float(), g.float(), out, softcap=softcap, logit_scale=scale)
+        assert_close(out, raw.grad, FLOAT32_RELATIVE)
 
 
 @pytest.mark.covering(2)
@@ -100,20 +109,64 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
     if mode == "counterfactual":
         objective = objective + (nll(z0, y) * g_c).sum()
     objective.backward()
-    z1, z0 = z1.detach().float(), z0.detach().float()
+    (z1, _), (z0, _) = (given(kernels, raw, softcap, scale) for raw in (raw1, raw0))
     kept, detached = z0.clone(), mode == "detached"
-    g_c = g_c.float() if mode == "counterfactual" else None
-    results = kernels.pair_grad_(
-        (z1, z0), y, stats, (g_f.float(), g_c, g_e.float()), softcap, scale, FLOAT32, detach_counterfactual=detached
-    )
-    assert results[0].data_ptr() == z1.data_ptr()
-    assert_close(z1, raw1.grad, FLOAT32_RELATIVE)
+    g = (g_f.float(), g_c.float() if mode == "counterfactual" else None, g_e.float())
+    others = torch.full_like(z1, torch.nan), None if detached else torch.full_like(z0, torch.nan)
+    options = {"softcap": softcap, "logit_scale": scale}
+    kernels.pair_grad((z1.clone(), z0.clone()), y, stats, g, others, **options)
+    kernels.pair_grad((z1, z0), y, stats, g, (z1, None if detached else z0), **options)
+    for out in (z1, others[0]):
+        assert_close(out, raw1.grad, FLOAT32_RELATIVE)
     if detached:
-        assert results[1] is None
         assert torch.equal(z0, kept)
     else:
-        assert results[1].data_ptr() == z0.data_ptr()
-        assert_close(z0, raw0.grad, FLOAT32_RELATIVE)
+        for out in (z0, others[1]):
+            assert_close(out, raw0.grad, FLOAT32_RELATIVE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_in_a_half_dtype(kernels, dtype):
+    raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(7, 301)
+    stats = torch.cat([true_stats(z, y) for z in (raw1, raw0, raw1 - raw0)]).float()
+    objective = (nll(raw1, y) * g_f).sum() + (nll(raw0, y) * g_c).sum() + (nll(raw1 - raw0, y) * g_e).sum()
+    objective.backward()
+    logits = raw1.detach().float(), raw0.detach().float()
+    outs = torch.full((2, 7, 301), torch.nan, dtype=dtype)
+    kernels.pair_grad(logits, y, stats, (g_f.float(), g_c.float(), g_e.float()), tuple(outs))
+    # Triton's interpreter truncates to bfloat16.
+    limit = 2**-7 if dtype == torch.bfloat16 else 2**-11
+    for out, raw in zip(outs, (raw1, raw0), strict=True):
+        assert ((out.double() - raw.grad).abs() <= limit * raw.grad.abs() + 1e-6).all()
+
+
+@caps
+@pytest.mark.parametrize("biased", [True, False])
+def test_kernels_that_finish_logits(kernels, softcap, scale, biased):
+    """Bias, scale and cap inside the kernels give the statistics and the gradient of finished logits."""
+    if not kernels.finish_logits:
+        pytest.skip("these kernels read finished logits")
+    raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(5, 301)
+    bias = torch.randn(301, dtype=torch.float64) if biased else torch.zeros(301, dtype=torch.float64)
+    z1, z0 = (capped(raw + bias, softcap, scale) for raw in (raw1, raw0))
+    objective = (nll(z1, y) * g_f).sum() + (nll(z0, y) * g_c).sum() + (nll(z1 - z0, y) * g_e).sum()
+    objective.backward()
+    logits = raw1.detach().float(), raw0.detach().float()
+    options = {"bias": bias.float() if biased else None, "softcap": softcap, "logit_scale": scale}
+    token, pair, full = narrow_view(5, 3), narrow_view(5, 9), narrow_view(5, 11)
+    kernels.token_stats(logits[0], y, token, **options)
+    kernels.pair_stats(logits, y, pair, **options)
+    kernels.pair_stats(logits, y, full, **options)
+    truth = torch.cat([true_stats(z, y) for z in (z1, z0, z1 - z0)])
+    assert_close(token, truth[:3], 1e-5)
+    assert_close(pair, truth, 1e-5)
+    assert_close(full[:9], truth, 1e-5)
+    log_p1, log_p0 = z1.detach().log_softmax(1), z0.detach().log_softmax(1)
+    assert_close(full[9], (log_p1.exp() * (log_p1 - log_p0)).sum(1), 1e-5)
+    outs = torch.full((2, 5, 301), torch.nan)
+    kernels.pair_grad(logits, y, pair, (g_f.float(), g_c.float(), g_e.float()), tuple(outs), **options)
+    for out, raw in zip(outs, (raw1, raw0), strict=True):
+        assert_close(out, raw.grad, 1e-5)
 
 
 def test_a_masked_label_and_masked_columns(kernels):
@@ -125,7 +178,7 @@ def test_a_masked_label_and_masked_columns(kernels):
     assert_close(out[:2], true_stats(z.double(), y)[:2])
     assert out[2, 0] == torch.inf
     assert torch.isfinite(out[2, 1:]).all()
-    kernels.token_grad_(z, y, out, torch.ones(3), None, 1.0, FLOAT32)
+    kernels.token_grad(z, y, out, torch.ones(3), z)
     assert torch.isfinite(z).all()
     assert z[:, 5].tolist() == [-1.0, 0.0, 0.0]
 
@@ -159,7 +212,7 @@ def test_work_stays_inside_the_given_rows(kernels):
     view, y, out = buffer[2:7, 3:9], torch.randint(6, (5,)), torch.empty(3, 5)
     kernels.token_stats(view, y, out)
     assert torch.isfinite(out).all()
-    kernels.token_grad_(view, y, out, torch.ones(5), None, 1.0, FLOAT32)
+    kernels.token_grad(view, y, out, torch.ones(5), view)
     assert torch.isfinite(view).all()
     assert torch.isfinite(buffer).sum() == view.numel()
 
@@ -170,6 +223,6 @@ def test_extreme_logits_do_not_overflow(kernels):
     kernels.pair_stats((z1, z0), y, out)
     for index, z in enumerate((z1.double(), z0.double(), z1.double() - z0.double())):
         assert_close(out[3 * index + 2], nll(z, y))
-    kernels.pair_grad_((z1, z0), y, out, torch.ones(3, 4), None, 1.0, FLOAT32)
+    kernels.pair_grad((z1, z0), y, out, torch.ones(3, 4), (z1, z0))
     assert torch.isfinite(z1).all()
     assert torch.isfinite(z0).all()

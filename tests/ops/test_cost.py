@@ -12,6 +12,7 @@ from tests.helpers import ProductCounter, make_case, run_python
 N, D, V = 60, 7, 13
 UNIT = D * V  # multiply-adds of one product for one row
 IDS = torch.arange(N) // 10
+ONE_ROW = 2 * 16 * 4  # both streams in float32, V padded to whole vectors
 COSTS = {  # trainable head, frozen head, without gradient
     "NextQuill": (nq.NextQuillLoss, {}, 6, 4, 2),
     "NextQuill-anchored": (nq.NextQuillLoss, {"anchor": 0.1}, 6, 4, 2),
@@ -74,7 +75,7 @@ def test_products_of_the_operators():
 def test_only_rows_above_the_budget_are_computed_twice(options):
     case, ids = make_case(N, D, V, ignored=0.0).leaves(), torch.tensor([0] * 10 + [1] * 25 + [2] * 12 + [3] * 13)
     base = 4 if options else 6
-    budget = 15 * 2 * 16 * 4  # fifteen rows of both streams in float32, V = 13 padded to whole vectors
+    budget = 15 * ONE_ROW
     # Sequence 1 has 25 rows: ten more than fit. The last fifteen are used where they stand.
     assert products(nq.NextQuillLoss(**options, chunk_bytes=budget), case, ids) == base * N + 2 * 10
 
@@ -82,8 +83,8 @@ def test_only_rows_above_the_budget_are_computed_twice(options):
 @pytest.mark.parametrize("cls", [nq.PerCELoss, nq.LongCELoss])
 def test_a_long_sequence_of_row_weights_costs_nothing_more(cls):
     case, ids = make_case(N, D, V, ignored=0.0).leaves(), torch.zeros(N, dtype=torch.long)
-    assert products(cls(chunk_bytes=1), case, ids) == 4 * N
-    assert products(nq.NextQuillLoss(reduction="token", chunk_bytes=1), case, ids) == 6 * N
+    assert products(cls(chunk_bytes=ONE_ROW), case, ids) == 4 * N
+    assert products(nq.NextQuillLoss(reduction="token", chunk_bytes=ONE_ROW), case, ids) == 6 * N
 
 
 MEMORY_PROBE = """
@@ -103,7 +104,7 @@ def step(n, chunk_bytes=BUDGET):
     return peak() - before
 
 weight = (torch.randn(V, D) * 0.2).requires_grad_()
-step(4, chunk_bytes=1)
+step(4, chunk_bytes=2 * V * 4)
 first = step(int(sys.argv[1]))
 print(json.dumps({"first": first, "further": step(int(sys.argv[2]))}))
 """

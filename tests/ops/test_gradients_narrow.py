@@ -1,4 +1,4 @@
-"""dz in bfloat16 in the logits' own memory, as on a GPU. Only the products are emulated."""
+"""dz in bfloat16, collected over several chunks, as on a GPU. Only the products are emulated."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def gradients(loss_fn, case, ids):
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, impl, _wide_products):  # noqa: PT019
     case, ids = make_case(30, 12, 77, dtype=torch.bfloat16), torch.arange(30) // 7
-    # Chunks smaller than a batch, so that buffers are used again after they were written narrow.
+    # Memory for a few rows, so that both buffers are used several times.
     actual = gradients(LOSSES[name](impl=impl, chunk_bytes=77 * 4 * 16), case, ids)
     assert _wide_products
     truth = gradients(LOSSES[name](impl="torch"), case.double(), ids)

@@ -1,5 +1,6 @@
 """The three products of the head: values, result dtypes, and half-precision weights widened block by block."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -26,7 +27,7 @@ def test_products_are_exact_to_the_compute_dtype(dtype):
     head = LinearHead(case.weight, case.bias, softcap=3.0, logit_scale=0.5)
     exact = {name: tensor.double() for name, tensor in case.tensors.items()}
     poisoned = torch.full((12, 21), torch.nan, dtype=wide)
-    logits = head.logits(case.factual, poisoned)
+    logits = head.finish_(head.products(case.factual, poisoned))
     assert logits.data_ptr() == poisoned.data_ptr()
     truth = 3.0 * torch.tanh(0.5 * (exact["factual"] @ exact["weight"].T + exact["bias"]) / 3.0)
     assert_close(logits, truth, 1e-6)
@@ -38,14 +39,19 @@ def test_products_are_exact_to_the_compute_dtype(dtype):
 
     accumulator = torch.ones(21, 8, dtype=wide)
     head.add_weight_grad(accumulator, grad_logits, case.factual)
-    assert_close(accumulator, 1 + grad_logits.double().T @ exact["factual"], 1e-6)
+    weight_grad = grad_logits.double().T @ exact["factual"]
+    assert_close(accumulator, 1 + weight_grad, 1e-6)
+    accumulator.fill_(torch.nan)
+    head.add_weight_grad(accumulator, grad_logits, case.factual, overwrite=True)
+    assert_close(accumulator, weight_grad, 1e-6)
 
 
 def test_gradients_are_kept_only_where_needed():
     case = make_case(6, 4, 5)
     head = LinearHead(case.weight, case.bias)
     grads = HeadGradients(head, case.factual, case.counterfactual, Needs(True, False, False, True))
-    grads.add(torch.tensor([1, 4]), torch.randn(4, 5), torch.randn(4, 4), (0, 1))
+    rows = torch.tensor([1, 4])
+    grads.add([(0, rows), (1, rows)], torch.randn(4, 5), torch.randn(4, 4))
     assert grads.counterfactual is None
     assert grads.weight is None
     assert grads.bias.any()
@@ -59,7 +65,7 @@ def test_stacked_streams_give_each_its_own_gradient(needs):
     case, rows = make_case(6, 4, 5, dtype=torch.float64), torch.tensor([1, 4])
     grads = HeadGradients(LinearHead(case.weight, case.bias), case.factual, case.counterfactual, Needs(*needs))
     dz, hidden = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    grads.add(rows, dz, hidden, (0, 1))
+    grads.add([(0, rows), (1, rows)], dz, hidden)
     expected = [torch.zeros(6, 4).double().index_copy(0, rows, part @ case.weight) for part in dz.split(2)]
     expected += [dz.T @ hidden, dz.sum(0)]
     found = (grads.factual, grads.counterfactual, grads.weight, grads.bias)
@@ -70,11 +76,19 @@ def test_stacked_streams_give_each_its_own_gradient(needs):
             assert actual is None
 
 
+def test_a_gradient_without_rows_is_zero():
+    case = make_case(6, 4, 5)
+    grads = HeadGradients(LinearHead(case.weight, case.bias), case.factual, None, Needs(True, False, True, True))
+    for gradient in (grads.factual, grads.weight, grads.bias):
+        assert not gradient.any()
+
+
 def test_the_bias_gradient_of_opposite_streams_cancels_exactly():
     case = make_case(6, 4, 5)
     grads = HeadGradients(LinearHead(case.weight, case.bias), case.factual, None, Needs(False, False, False, True))
     dz = torch.randn(3, 5)
-    grads.add(torch.arange(3), torch.cat([dz, -dz]), torch.randn(6, 4), (0, 1))
+    rows = torch.arange(3)
+    grads.add([(0, rows), (1, rows)], torch.cat([dz, -dz]), torch.randn(6, 4))
     assert not grads.bias.any()
 
 
@@ -96,6 +110,31 @@ def test_wide_products_on_a_gpu(accumulates, monkeypatch):
     accumulator = torch.ones(96, 64, device=device)
     wide.addmm_into(accumulator, left, right)
     assert_close(accumulator, 1 + truth, 1e-6)
+
+
+def test_tf32_is_allowed_inside_and_only_there():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with wide.tf32_products():
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before
+    with contextlib.suppress(KeyError), wide.tf32_products():
+        raise KeyError
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.gpu
+def test_float16_gradients_use_tensor_cores_and_do_not_underflow():
+    """Factors far below float16's smallest number, products as exact as TF32's 11 bits."""
+    device = torch.device("cuda")
+    weight, hidden = torch.randn(512, 256, device=device).half(), torch.randn(64, 256, device=device).half()
+    grad_logits = torch.randn(64, 512, device=device) * 1e-9
+    head = LinearHead(weight)
+    truth = grad_logits.double() @ weight.double()
+    assert_close(head.hidden_grad(grad_logits), truth, 2**-10)
+    accumulator = torch.zeros(512, 256, device=device)
+    head.add_weight_grad(accumulator, grad_logits, hidden)
+    assert_close(accumulator, grad_logits.double().T @ hidden.double(), 2**-10)
 
 
 def test_no_wide_products_on_a_cpu():
