@@ -286,12 +286,25 @@ def _profile(found: dict[str, Rows]) -> str:
         lines = [(f"`{row.provider[:60]}`", f"{row.value:.3g}", row.note) for row in (*kernels, *totals)]
         blocks.append(f"{case}\n\n" + _table(("kernel", "ms", ""), lines))
     counters = [(row.case, row.provider, f"{row.value:.4g} {row.unit}") for row in rows if row.suite == "counters"]
-    tiles = [(row.case, f"{row.value:.4g} {row.unit}", row.note) for row in rows if row.suite == "tune"]
+    tuned = [row for row in rows if row.suite == "tune"]
+    tiles = [(row.case, f"{row.value:.4g} {row.unit}", row.note) for row in tuned if row.metric != "row_tile"]
+    tiles += _row_tiles([row for row in tuned if row.metric == "row_tile"])
     if counters:
         blocks.append(_table(("kernel", "counter", ""), counters))
     if tiles:
-        blocks.append(_table(("streaming kernel", "fastest", "entry of the table"), tiles))
+        blocks.append(_table(("tuned kernel", "fastest", ""), tiles))
     return "\n\n".join(blocks)
+
+
+def _row_tiles(rows: Rows) -> list[tuple[str, str, str]]:
+    """The fastest tile of each kernel that walks along rows, and the one in use."""
+    lines = []
+    for name in dict.fromkeys(row.provider for row in rows):
+        mine = [row for row in rows if row.provider == name]
+        best, own = max(mine, key=lambda row: row.value), [row for row in mine if row.note == "in use"]
+        used = f"in use: {own[0].case.partition('stages ')[2]} with {own[0].value:.4g} {own[0].unit}" if own else ""
+        lines.append((best.case, f"{best.value:.4g} {best.unit}", used))
+    return lines
 
 
 def _missing(found: dict[str, Rows]) -> str:

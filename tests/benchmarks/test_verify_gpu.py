@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nextquill_kernels import chunk_stats
 
 from benchmarks import verify_gpu
 from benchmarks.cases import FROZEN, TRAINABLE, TRAINING, Task
@@ -401,12 +402,19 @@ def test_floors_count_the_products_of_a_loss():
 
 
 def test_each_measuring_phase_leaves_its_rows_beside_those_of_the_others(tmp_path, capsys):
-    path = tmp_path / "tuning.csv"
+    path, sizes = tmp_path / "tuning.csv", tuple(chunk_stats.PAIR_STATS)
     flags = ["--csv", str(path), "--device", "cpu", "--quick"]
     for phase in (sweep, profile, tune, counters):
         assert phase.main(flags) == 0
     found = {(row.suite, row.metric) for row in read_rows(path)}
-    assert {("sweep", "seconds"), ("profile", "kernel"), ("profile", "total"), ("tune", "time")} <= found
+    assert {
+        ("sweep", "seconds"),
+        ("profile", "kernel"),
+        ("profile", "total"),
+        ("tune", "time"),
+        ("tune", "row_tile"),
+    } <= found
+    assert chunk_stats.RowTile(*sizes) == chunk_stats.PAIR_STATS, "tuning leaves the kernel's own tile"
     assert any(suite == "counters" for suite, _ in found)
     before = len(read_rows(path))
     assert sweep.main(flags) == 0
