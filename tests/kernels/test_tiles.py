@@ -69,7 +69,7 @@ def test_half_precision_pair_tiles_fit_their_gpu(target):
 
 COMPILE_OTHERS = """
 import dataclasses, json
-from nextquill_kernels.crosscompile import refuse
+from nextquill_kernels.crosscompile import refuse, registered_cases
 from nextquill_kernels.stream import UNALIGNED, compile_case
 from nextquill_kernels.tiles import FAMILIES, PORTABLE, entries
 cases = {{(streams, dtype, PORTABLE) for streams in (1, 2) for dtype in ("bf16", "fp32")}}
@@ -85,6 +85,8 @@ for streams, dtype, tile in cases:
         refuse(case.compile({target!r}))
     except ValueError as error:
         raise ValueError(f"{{streams}} {{dtype}} {{tile}}: {{error}}")
+for case in registered_cases(["chunk_stats", "chunk_grad"]):
+    refuse(case.compile({target!r}))
 print(len(cases))
 """
 
