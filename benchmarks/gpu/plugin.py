@@ -23,7 +23,7 @@ from benchmarks.measure import default_device, make_row
 #: Most tests of a block. Cases of one test compile the same kernels, so they stay in one process.
 _BLOCK = 12
 #: Seconds after which a hanging test is ended, less the 60 that `tests/conftest.py` adds.
-_TIMEOUT = 30
+_TIMEOUT = 60
 #: Characters of a failure in the log.
 _LONGEST = 3000
 

@@ -183,7 +183,7 @@ def _failures(found: dict[str, Rows]) -> str:
         f"{row.suite}: {row.case}, {row.provider}: {row.note}"
         for name in ("smoke", "head", "step", "tuning")
         for row in found[name]
-        if row.note.startswith("FAILED") or "allowed" in row.note
+        if _is_failure(row)
     ]
     wrong = [*others, *tests]
     if not wrong:
@@ -191,6 +191,12 @@ def _failures(found: dict[str, Rows]) -> str:
     more = [f"- and {len(wrong) - _LISTED * 2} more"] if len(wrong) > _LISTED * 2 else []
     lines = [f"- {line[:300]}" for line in wrong[: _LISTED * 2]]
     return "## What failed\n\n" + "\n".join([*lines, *more])
+
+
+def _is_failure(row: Row) -> bool:
+    """Whether a row says that something is wrong, and not merely absent or too large."""
+    refused = row.metric == "status" and re.search(r"^\w*Error: | off by .*allowed|not timed$", row.note)
+    return row.note.startswith("FAILED") or bool(refused)
 
 
 def _rates(found: dict[str, Rows]) -> str:
@@ -313,7 +319,7 @@ def _missing(found: dict[str, Rows]) -> str:
     names = ("probe", "smoke", "tests", "head", "step", "sweep", "profile", "tune", "counters")
     lines = [f"- {name}: no row" for name in names if name not in suites]
     left = [row for rows in found.values() for row in rows if row.metric == "status"]
-    left = [row for row in left if not row.note.startswith("FAILED") and "allowed" not in row.note]
+    left = [row for row in left if not _is_failure(row)]
     counts = Counter((row.suite, row.provider, row.note.removeprefix("not measured: ")) for row in left)
     for (suite, provider, note), count in counts.items():
         same = (row for row in left if (row.suite, row.provider) == (suite, provider) and row.note.endswith(note))

@@ -570,6 +570,24 @@ def test_the_page_says_what_does_not_hold_and_what_failed(tmp_path):
     assert "- `t::0`: " in page.split("## What failed")[1]
 
 
+@pytest.mark.parametrize(
+    ("note", "wrong"),
+    [
+        ("grad_weight off by 3.0e-01, allowed 5.0e-02", True),
+        ("loss 1.5, separate passes have 1.2; not timed", True),
+        ("AcceleratorError: CUDA error: an illegal memory access", True),
+        ("FAILED: nll: 3.1 of the allowed error", True),
+        ("out of memory", False),
+        ("liger-kernel is not installed", False),
+        ("not measured: RuntimeError: no out_dtype", False),
+    ],
+)
+def test_the_page_tells_what_is_wrong_from_what_is_absent(tmp_path, note, wrong):
+    write_csv([make_row("head", CASE, "ours, triton", "status", "", [], note=note)], tmp_path / "head.csv")
+    page, missing = report.write(tmp_path).read_text(encoding="utf-8").split("## Not measured")
+    assert (note in page, note.removeprefix("not measured: ") in missing) == (wrong, not wrong)
+
+
 def test_the_page_of_an_empty_folder_measures_nothing(tmp_path, capsys):
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert page.count(report.MISSING) >= 5
