@@ -60,6 +60,7 @@ def results(function, tensors, labels, grads, options):
 
 
 @pytest.mark.parametrize("impl", ["torch", "native", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)  # the interpreter beside other work
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(call=calls())
 def test_pair_operator(impl, call):
