@@ -64,9 +64,9 @@ def _mixture(b_z1, b_z0, softmax1, softmax0, gap, beta, END: tl.constexpr):
         b_r = tl.log(b_near + (1.0 - b_near) * exp(-tl.abs(b_d)))
         b_above1, b_above0 = b_r + tl.maximum(b_d, 0.0), b_r + tl.maximum(-b_d, 0.0)
     elif END == 0:
-        b_above1, b_above0 = b_d * 0.0, -b_d
+        b_above1, b_above0 = tl.zeros_like(b_d), -b_d
     else:
-        b_above1, b_above0 = b_d, b_d * 0.0
+        b_above1, b_above0 = b_d, tl.zeros_like(b_d)
     return weight1 * exp(b_x1), weight0 * exp(b_x0), b_above1, b_above0
 
 
