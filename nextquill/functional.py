@@ -172,8 +172,8 @@ def linear_pair_jsd(
         softcap, logit_scale, impl: as in `linear_token_nll`.
 
     Returns:
-        float32 (float64 for float64 inputs), mask's shape, in nats. Differentiable in hidden_student, lm_head_weight and
-        bias, through the student's logits only: the teacher is a constant.
+        float32 (float64 for float64 inputs), mask's shape, in nats. Differentiable in hidden_student, lm_head_weight
+        and bias, through the student's logits only: the teacher is a constant.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.

@@ -241,9 +241,7 @@ def test_masked_columns_add_nothing(impl, beta):
     exact = case.leaves("factual", "weight", dtype=torch.float64)
     jsd = run(nq.linear_pair_jsd, case, impl=impl, beta=beta)
     short = (exact.weight[kept], case.labels)
-    truth = reference.linear_pair_jsd(
-        exact.factual, exact.counterfactual, *short, beta=beta, bias=exact.bias[kept]
-    )
+    truth = reference.linear_pair_jsd(exact.factual, exact.counterfactual, *short, beta=beta, bias=exact.bias[kept])
     truth.sum().backward()
     assert_close(jsd, truth)
     assert_same_gradients(case, exact)
@@ -383,7 +381,11 @@ WRONG = {
     "beta-nan": ({"beta": math.nan}, nq.ArgumentError, r"^beta: .*got nan"),
     "beta-bool": ({"beta": True}, nq.ArgumentTypeError, r"^beta: expected a number, got bool"),
     "beta-text": ({"beta": "0.5"}, nq.ArgumentTypeError, r"^beta: expected a number, got str"),
-    "mask-float": ({"mask": torch.ones(6)}, nq.ArgumentTypeError, r"^mask: expected a bool or integer dtype, got torch\.fl"),
+    "mask-float": (
+        {"mask": torch.ones(6)},
+        nq.ArgumentTypeError,
+        r"^mask: expected a bool or integer dtype, got torch\.fl",
+    ),
     "mask-list": ({"mask": [True] * 6}, nq.ArgumentTypeError, r"^mask: expected a bool or integer tensor, got list"),
     "mask-shape": (
         {"mask": torch.ones(5, dtype=torch.bool)},

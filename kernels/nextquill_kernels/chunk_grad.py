@@ -239,7 +239,7 @@ def pair_grad(
 
 
 def check_out(name: str, out: Tensor, n: int, vocabulary: int) -> None:
-    """Raise unless `out` can receive the gradient of [n, V] logits."""
+    """Raise unless `out` is [n, V] in float32, bfloat16 or float16, with rows that do not overlap."""
     if out.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {out.dtype}")
     check_tensor(name, out, out.dtype, n, vocabulary)

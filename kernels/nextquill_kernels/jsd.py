@@ -7,8 +7,8 @@ softmaxes of student and teacher, and m = beta p0 + (1 - beta) p1:
     beta = 0:  KL(p0 || p1)                                dz1 = g (p1 - p0)
     beta = 1:  KL(p1 || p0)                                dz1 = g p1 (log(p1 / p0) - KL(p1 || p0))
 
-The teacher is a constant. The statistics read a row twice, because m needs both sums of exponentials first. The logarithms
-come from the difference d of log-probabilities, so that they are exact where a probability underflows:
+The teacher is a constant. The statistics read a row twice, because m needs both sums of exponentials first. The
+logarithms come from the difference d of log-probabilities, so that they are exact where a probability underflows:
 
     d = log(p0 / p1) = (z0 - max0) - (z1 - max1) - log(sum0 / sum1)
     r = log(m / max(p0, p1)) = log(beta + (1 - beta) exp(-d)) if d > 0, else log(1 - beta + beta exp(d))
@@ -117,16 +117,12 @@ def _jsd_stats_kernel(
         cols = start + lanes
         b_z1 = load(x1_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
         b_z0 = load(x0_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_kl1, b_kl0 = _accumulate_divergences(
-            b_kl1, b_kl0, b_z1, b_z0, (m1, weight1), (m0, weight0), gap, beta, END
-        )
+        b_kl1, b_kl0 = _accumulate_divergences(b_kl1, b_kl0, b_z1, b_z0, (m1, weight1), (m0, weight0), gap, beta, END)
     if whole < V:
         cols = whole + lanes
         b_z1 = load(x1_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
         b_z0 = load(x0_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_kl1, b_kl0 = _accumulate_divergences(
-            b_kl1, b_kl0, b_z1, b_z0, (m1, weight1), (m0, weight0), gap, beta, END
-        )
+        b_kl1, b_kl0 = _accumulate_divergences(b_kl1, b_kl0, b_z1, b_z0, (m1, weight1), (m0, weight0), gap, beta, END)
     kl1, kl0 = tl.sum(b_kl1, axis=0), tl.sum(b_kl0, axis=0)
     if END is None:
         jsd = beta * kl0 + (1.0 - beta) * kl1

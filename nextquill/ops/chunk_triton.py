@@ -13,7 +13,16 @@ from torch import Tensor
 
 from nextquill.ops.head import LinearHead, infinite_to_nan
 
-__all__ = ["jsd_grad", "jsd_stats", "pair_grad", "pair_stats", "row_coefficients", "stream_nll", "token_grad", "token_stats"]
+__all__ = [
+    "jsd_grad",
+    "jsd_stats",
+    "pair_grad",
+    "pair_stats",
+    "row_coefficients",
+    "stream_nll",
+    "token_grad",
+    "token_stats",
+]
 
 
 def stream_nll(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:

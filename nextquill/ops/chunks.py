@@ -159,9 +159,7 @@ class Chunk:
         for index, out in enumerate(outs):
             kernels.token_grad(logits[index], labels, stats[3 * index : 3 * index + 3], g[index], out, **options)
 
-    def jsd_gradient(
-        self, beta: float, stats: Tensor, grad_jsd: Tensor, rows: slice, outs: tuple[Tensor, ...]
-    ) -> None:
+    def jsd_gradient(self, beta: float, stats: Tensor, grad_jsd: Tensor, rows: slice, outs: tuple[Tensor, ...]) -> None:
         """Write dz1 of some rows; may overwrite their logits.
 
         Args:
@@ -203,7 +201,7 @@ class LogitsBuffer:
         return Chunk(head, rows, indices, self.plan.labels[rows], hidden, logits)
 
     def chunks(self, streams: Sequence[Tensor]) -> Iterator[Chunk]:
-        """Yield the plan's rows with their logits; each chunk overwrites the previous one."""
+        """Yield all rows of the plan; each chunk overwrites the previous one, and `streams` is as in `fill`."""
         for rows in split_rows(0, self.plan.num_rows, self.rows):
             yield self.fill(streams, rows)
 

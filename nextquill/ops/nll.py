@@ -46,7 +46,9 @@ def head_nll(
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
     found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
-    for chunk in LogitsBuffer(head, len(streams), plan, head.memory(plan.num_rows, len(streams), 0).rows).chunks(streams):
+    for chunk in LogitsBuffer(head, len(streams), plan, head.memory(plan.num_rows, len(streams), 0).rows).chunks(
+        streams
+    ):
         chunk.statistics(found[:, chunk.rows])
     wanted = torch.cat((found[2:PAIR_STATS:3], found[PAIR_STATS:]))
     return found.new_zeros(len(wanted), labels.numel()).index_copy_(1, plan.rows, wanted)

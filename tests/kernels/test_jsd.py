@@ -158,8 +158,16 @@ def test_a_gradient_over_its_own_logits_does_not_race(v, device):
 
 
 BAD = {
-    "student dtype": ({"x1": torch.zeros(5, 300).double()}, TypeError, r"logits_student: expected dtype torch\.float32"),
-    "teacher shape": ({"x0": torch.zeros(5, 299)}, ValueError, r"logits_teacher: expected shape \[5, 300\], got \[5, 299\]"),
+    "student dtype": (
+        {"x1": torch.zeros(5, 300).double()},
+        TypeError,
+        r"logits_student: expected dtype torch\.float32",
+    ),
+    "teacher shape": (
+        {"x0": torch.zeros(5, 299)},
+        ValueError,
+        r"logits_teacher: expected shape \[5, 300\], got \[5, 299\]",
+    ),
     "teacher layout": ({"x0": torch.zeros(5, 600)[:, ::2]}, ValueError, "logits_teacher: expected a last stride of 1"),
     "stats": ({"stats": torch.zeros(9, 5)}, ValueError, r"(out|stats): expected shape \[6, 5\], got \[9, 5\]"),
     "bias": ({"bias": torch.zeros(299)}, ValueError, r"bias: expected shape \[300\], got \[299\]"),
@@ -171,7 +179,13 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(name, device):
     change, error, message = BAD[name]
-    given = {"x1": torch.zeros(5, 300), "x0": torch.zeros(5, 300), "stats": torch.zeros(6, 5), "beta": 0.5, "bias": None}
+    given = {
+        "x1": torch.zeros(5, 300),
+        "x0": torch.zeros(5, 300),
+        "stats": torch.zeros(6, 5),
+        "beta": 0.5,
+        "bias": None,
+    }
     given |= change
     x1, x0, stats, beta, bias = (each.to(device) if isinstance(each, Tensor) else each for each in given.values())
     with pytest.raises(error, match=message):

@@ -129,7 +129,9 @@ ENDS = {
 ends = pytest.mark.parametrize(
     "end",
     [
-        pytest.param(end, id=name, marks=() if name in ("pair", "no-grad", "divergence", "NextQuill") else pytest.mark.slow)
+        pytest.param(
+            end, id=name, marks=() if name in ("pair", "no-grad", "divergence", "NextQuill") else pytest.mark.slow
+        )
         for name, end in ENDS.items()
     ],
 )

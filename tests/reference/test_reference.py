@@ -53,7 +53,9 @@ def test_pair_jsd_is_torchs_divergences_from_the_mixture(beta):
     weight0, weight1 = (beta, 1 - beta) if beta == 0.3 else (1 - beta, beta)
     truth = weight0 * kl_divergence(teacher, mixture) + weight1 * kl_divergence(student, mixture)
     assert_close(jsd, (case.labels != -100) * truth, 1e-12)
-    assert torch.equal(reference.linear_pair_jsd(*case.pair_args[:3], case.labels != -100, bias=case.bias, beta=beta), jsd)
+    assert torch.equal(
+        reference.linear_pair_jsd(*case.pair_args[:3], case.labels != -100, bias=case.bias, beta=beta), jsd
+    )
     jsd.sum().backward()
     assert case.counterfactual.grad is None
 
