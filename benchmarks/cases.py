@@ -14,10 +14,10 @@ from torch import Tensor
 
 FORWARD, TRAINING = "forward", "forward+backward"
 TRAINABLE, FROZEN = "trainable", "frozen"
-#: At 8192 rows each sequence has 512 tokens, a typical response. The chunked engine takes whole sequences: 662 rows of
-#: two streams fit its default buffer at V = 151936, and the logits of a longer sequence are partly computed twice.
+#: At 8192 rows each sequence has 512 tokens, a typical response. The chunked engine takes whole sequences: 512 rows of
+#: two streams fit its default buffer on a GPU at V = 151936.
 SEQUENCES = 16
-#: Tokens per sequence in an extra case, in which logits are computed twice.
+#: Tokens per sequence in an extra case, in which the logits take memory from their gradient.
 LONG = 1024
 
 #: Useful products: of the forward, and of forward and backward with a trainable and with a frozen head.

@@ -1,4 +1,4 @@
-"""Write the tables of the README and of two pages of docs: `python -m benchmarks.table` (`--check` only compares).
+"""Write the tables of the README and of the docs: `python -m benchmarks.table` (`--check` only compares).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; nothing in it is written by hand.
 """
@@ -19,7 +19,10 @@ from typing import Any
 from benchmarks.measure import RESULTS, short_name
 
 BASELINE = "plain"
-PAGES = tuple(RESULTS.parent.parent / name for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md"))
+PAGES = tuple(
+    RESULTS.parent.parent / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/design/gpu.md")
+)
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
 
@@ -228,6 +231,13 @@ def study_methods_table() -> str:
     return methods_table()
 
 
+def roofline_table() -> str:
+    """What a loss should take on a GPU."""
+    from benchmarks.roofline import table
+
+    return table()
+
+
 def study_popi_table() -> str:
     """All tables of POPI on the real model."""
     from benchmarks.study.popi import markdown
@@ -248,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_answer": study_answer,
     "study_methods": study_methods_table,
     "study_popi": study_popi_table,
+    "roofline": roofline_table,
 }
 
 

@@ -11,6 +11,7 @@ from nextquill.ops.dispatch import check_impl
 from nextquill.ops.nll_operators import pair_jsd, pair_nll, pair_stats, token_nll
 from nextquill.ops.validation import (
     check_beta,
+    check_chunk_bytes,
     check_floating,
     check_head_inputs,
     check_head_options,
@@ -29,6 +30,7 @@ def linear_token_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each label under a linear head, without materialising [N, V].
 
@@ -46,6 +48,8 @@ def linear_token_nll(
         softcap: cap on the logits' magnitude (Gemma), or None.
         logit_scale: factor on the logits before the cap.
         impl: "auto", "triton", "native" or "torch".
+        chunk_bytes: bound on the memory for logits and their gradient, as in `PairLoss`. A forward without it stores no
+            logits where the kernels can compute so (Triton); with it, it stores a chunk at a time.
 
     Returns:
         float32 (float64 for float64 inputs), labels' shape, in nats. Differentiable in hidden_states, lm_head_weight
@@ -55,7 +59,7 @@ def linear_token_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    options = _operator_options(ignore_index, softcap, logit_scale, impl)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
     nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, **options)
     return nll.view(inputs.shape)
@@ -72,6 +76,7 @@ def linear_pair_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    chunk_bytes: int | None = None,
 ) -> PairNLL:
     """The three NLLs of a factual / counterfactual pair, without materialising [N, V].
 
@@ -83,7 +88,7 @@ def linear_pair_nll(
     Args:
         hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the *same* label in both
             branches, at the predicting positions.
-        lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl: as in `linear_token_nll`.
+        lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl, chunk_bytes: as in `linear_token_nll`.
 
     Returns:
         PairNLL(factual, counterfactual, effect), each float32 (float64 for float64 inputs) in the labels' shape, in
@@ -94,7 +99,7 @@ def linear_pair_nll(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    options = _operator_options(ignore_index, softcap, logit_scale, impl)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
     return PairNLL(*(nll.view(shape) for nll in pair_nll(*tensors, **options)))
 
@@ -110,14 +115,15 @@ def linear_pair_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    chunk_bytes: int | None = None,
 ) -> PairStats:
     """The result of `linear_pair_nll`, and how far the history moves the whole distribution; without gradient.
 
         kl = KL(p1 ‖ p0) = Σ p1 (log p1 - log p0)        entropy = - Σ p1 log p1        (nats)
 
     Args:
-        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias, ignore_index, softcap, logit_scale, impl:
-            as in `linear_pair_nll`.
+        hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias: as in `linear_pair_nll`.
+        ignore_index, softcap, logit_scale, impl, chunk_bytes: as there, but logits are always stored a chunk at a time.
 
     Returns:
         PairStats(pair_nll, kl, entropy), float32 (float64 for float64 inputs) in the labels' shape, in nats, and 0 in
@@ -127,7 +133,7 @@ def linear_pair_stats(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    options = _operator_options(ignore_index, softcap, logit_scale, impl)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
     with torch.no_grad():
         stats = pair_stats(*tensors, **options)
@@ -147,6 +153,7 @@ def linear_pair_jsd(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence of a student from a constant teacher, without materialising [N, V].
 
@@ -167,9 +174,11 @@ def linear_pair_jsd(
             those with `ignore_index`. Rows that do not count give exactly 0 and get exactly 0 gradient, whatever they
             hold.
         beta: weight of the teacher in the mixture, in [0, 1].
-        bias: [V], the hidden states' dtype (under autocast it may differ), or None. A bias of -inf masks a token.
+        bias: [V], the hidden states' dtype (under autocast it may differ), or None. A bias of -inf masks a
+            token, if there is no softcap.
         ignore_index: see `mask`.
-        softcap, logit_scale, impl: as in `linear_token_nll`.
+        softcap, logit_scale, impl, chunk_bytes: as in `linear_token_nll`, but logits are always stored a chunk at a
+            time.
 
     Returns:
         float32 (float64 for float64 inputs), mask's shape, in nats. Differentiable in hidden_student, lm_head_weight
@@ -179,8 +188,9 @@ def linear_pair_jsd(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    options = _head_options(softcap, logit_scale, impl)
-    beta, ignore_index = check_beta(beta), check_ignore_index(ignore_index)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
+    del options["ignore_index"]  # the operator takes a mask
+    beta = check_beta(beta)
     check_floating("hidden_teacher", hidden_teacher)
     inputs = check_head_inputs(
         hidden_student,
@@ -198,20 +208,18 @@ def linear_pair_jsd(
     return jsd.view(inputs.shape)
 
 
-def _operator_options(ignore_index: int, softcap: float | None, logit_scale: float, impl: str) -> dict[str, Any]:
-    """Return the last arguments of the operators with labels, checked."""
-    options = _head_options(softcap, logit_scale, impl)
-    return {"ignore_index": check_ignore_index(ignore_index), **options}
-
-
-def _head_options(softcap: float | None, logit_scale: float, impl: str) -> dict[str, Any]:
+def _operator_options(
+    ignore_index: int, softcap: float | None, logit_scale: float, impl: str, chunk_bytes: int | None
+) -> dict[str, Any]:
     """Return the last arguments of every operator, checked."""
     check_head_options(softcap, logit_scale)
+    check_chunk_bytes(chunk_bytes)
     return {
+        "ignore_index": check_ignore_index(ignore_index),
         "softcap": softcap,
         "logit_scale": logit_scale,
         "impl": check_impl(impl),
-        "chunk_bytes": None,
+        "chunk_bytes": chunk_bytes,
         "product_dtype": None,  # filled in under autocast
     }
 

@@ -20,6 +20,7 @@ from nextquill.ops.objective import REDUCTIONS, PairObjective
 from nextquill.ops.objective_spec import encode
 from nextquill.ops.validation import (
     HeadInputs,
+    check_chunk_bytes,
     check_head_inputs,
     check_head_options,
     check_ignore_index,
@@ -101,7 +102,7 @@ class PairLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         check_head_options(softcap, logit_scale)
-        _check_chunk_bytes(chunk_bytes)
+        check_chunk_bytes(chunk_bytes)
         self.objective = PairObjective(
             weighting=weighting,
             normalize_weights=normalize_weights,
@@ -261,7 +262,7 @@ class PairLoss(nn.Module):
         # Check again, as in the constructor: these are attributes, and a caller may have set them.
         check_head_options(self.softcap, self.logit_scale)
         check_ignore_index(self.ignore_index)
-        _check_chunk_bytes(self.chunk_bytes)
+        check_chunk_bytes(self.chunk_bytes)
         inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
         ids = check_sequence_ids(sequence_ids, labels)
         differentiable = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
@@ -370,15 +371,6 @@ class SFTLoss(PairLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(UniformWeighting(), **options)
-
-
-def _check_chunk_bytes(chunk_bytes: object) -> None:
-    if chunk_bytes is None:
-        return
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise ArgumentTypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__} {chunk_bytes!r}")
-    if not 0 < chunk_bytes < 2**63:
-        raise ArgumentError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes!r}")
 
 
 def _check_items(num_items_in_batch: float | Tensor | None, device: torch.device) -> Tensor | None:

@@ -25,14 +25,14 @@ def run_to_end(words: list[str], *, timeout: float, cwd: Path | None = None, **e
         try:
             printed, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            _end(process.pid)
+            end_family(process.pid)
             printed, _ = process.communicate()
             pytest.fail(f"{words} hung:\n{printed[-12000:]}")
     assert process.returncode == 0, printed[-12000:]
     return printed
 
 
-def _end(pid: int) -> None:
+def end_family(pid: int) -> None:
     """Kill a process and its descendants. At the abort signal, faulthandler prints the stacks of each."""
     parent = psutil.Process(pid)
     family = [*parent.children(recursive=True), parent]

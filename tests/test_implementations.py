@@ -220,6 +220,19 @@ def test_half_precision_is_no_worse_than_plain_pytorch(impl):
             assert own <= 2 * other, (dtype, key)
 
 
+def test_the_operators_forward_in_chunks_or_without_logits(impl):
+    case, bound = placed(make_case(40, 12, 77)), 5 * 2 * 80 * 4
+    for operator, arguments in (
+        (nq.linear_pair_nll, case.pair_args),
+        (nq.linear_token_nll, (case.factual, case.weight, case.labels)),
+    ):
+        stacked = [operator(*arguments, bias=case.bias, impl=impl, chunk_bytes=each) for each in (None, bound)]
+        streamed, chunked = (torch.stack(tuple(each)) if isinstance(each, tuple) else each for each in stacked)
+        assert_close(streamed, chunked, FLOAT32_RELATIVE)
+    with pytest.raises(nq.ArgumentError, match="chunk_bytes: expected a positive number of bytes, got 0"):
+        nq.linear_pair_nll(*case.pair_args, impl=impl, chunk_bytes=0)
+
+
 @pytest.mark.gpu
 @losses
 def test_nothing_waits_for_the_device_once_rows_are_planned(name, monkeypatch):

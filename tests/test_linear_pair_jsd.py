@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 import nextquill as nq
 from nextquill import reference
-from nextquill.ops.chunks import ChunkedHead
+from nextquill.ops.chunks import LogitsBuffer
 from nextquill.ops.dispatch import why_not
 from tests.helpers import FLOAT64_RELATIVE, assert_close, assert_same_gradients, make_case, relative_error
 
@@ -291,22 +291,22 @@ def test_two_runs_are_bitwise_equal(impl, beta):
 
 @betas
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_many_chunks_equal_one(impl, beta, rows, monkeypatch):
+def test_many_chunks_equal_one(impl, beta, rows):
     whole, cut = placed(make_case(23, 8, 31)), placed(make_case(23, 8, 31))
     grad = torch.randn(23, device=DEVICE)
     expected = run(nq.linear_pair_jsd, whole, grad, impl=impl, beta=beta)
-    memory, asked = ChunkedHead.memory, []
-
-    def small(head, of_rows, streams, gradients, longest=0):
-        asked.append((streams, gradients))
-        small_head = ChunkedHead(head.weight, head.bias, kernels=head.kernels, chunk_bytes=rows * 2 * 32 * 4)
-        return memory(small_head, of_rows, streams, gradients, longest)
-
-    monkeypatch.setattr(ChunkedHead, "memory", small)
-    actual = run(nq.linear_pair_jsd, cut, grad, impl=impl, beta=beta)
-    assert asked == [(2, 0), (2, 1)]
+    actual = run(nq.linear_pair_jsd, cut, grad, impl=impl, beta=beta, chunk_bytes=rows * 2 * 32 * 4)
     assert relative_error(actual, expected) <= 1e-6
     assert_same_gradients(cut, whole, 1e-6)
+
+
+def test_chunks_are_as_small_as_asked(impl, monkeypatch):
+    sizes, fill = [], LogitsBuffer.fill
+    monkeypatch.setattr(LogitsBuffer, "fill", lambda *args: sizes.append(args[2].stop - args[2].start) or fill(*args))
+    run(nq.linear_pair_jsd, placed(make_case(23, 8, 31, ignored=0.0)), impl=impl, chunk_bytes=8 * 2 * 32 * 4)
+    assert sizes == [7, 8, 8] * 2
+    with pytest.raises(nq.ArgumentError, match=r"^chunk_bytes: expected at least 256, "):
+        run(nq.linear_pair_jsd, placed(make_case(23, 8, 31)), impl=impl, chunk_bytes=100)
 
 
 @betas
@@ -409,6 +409,7 @@ WRONG = {
     "ignore_index": ({"ignore_index": 1.0}, nq.ArgumentTypeError, r"^ignore_index: expected an int"),
     "softcap": ({"softcap": 0.0}, nq.ArgumentError, r"^softcap: "),
     "logit_scale": ({"logit_scale": 0.0}, nq.ArgumentError, r"^logit_scale: "),
+    "chunk_bytes": ({"chunk_bytes": 0}, nq.ArgumentError, r"^chunk_bytes: expected a positive number of bytes, got 0"),
     "impl": ({"impl": "cuda"}, nq.ArgumentError, r"^impl: expected one of auto, "),
 }
 

@@ -165,6 +165,7 @@ def run(arguments: Sequence[str]) -> int:
     new = is_new(model_options.model)
     weights = None if new else model_digest(model)
     model = lora.apply(model, model_options.revision)
+    lora.set_learning_rate(args, model)
     check_optimizer(args, model)
     folder = Path(args.output_dir)
     shared = {

@@ -34,15 +34,14 @@ def attention_option() -> Any:
 
 
 @dataclass
-class ModelOptions:
-    """Model: the one that is measured."""
+class SavedModelOptions:
+    """Model: one that was saved, whatever revision it has."""
 
     model: str = option(
         "A model folder, the checkpoint of a run, a .gguf file, or a name on the Hugging Face hub.",
         aliases=["model_name_or_path"], metavar="MODEL",
     )  # fmt: skip
     dtype: str = option("Precision the weights are loaded in.", "auto", choices=PRECISIONS)
-    revision: str | None = option("Branch, tag or commit of a model on the hub.", None)
     attn_implementation: str | None = option(
         "The model's own attention, such as eager, sdpa or flash_attention_2; passes that share prefixes replace it.",
         None, metavar="NAME",
@@ -53,11 +52,18 @@ class ModelOptions:
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_model` except the name."""
         names = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "model"]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name, None) for name in names}
 
     def check(self) -> None:
         """Raise ArgumentError for flags that do not go together, or with the model."""
         Loading(**self.loading()).check(self.model)
+
+
+@dataclass
+class ModelOptions(SavedModelOptions):
+    """Model: the one that is measured."""
+
+    revision: str | None = option("Branch, tag or commit of a model on the hub.", None)
 
 
 @dataclass
@@ -286,26 +292,33 @@ class GuardOptions:
 
 
 #: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.
-LORA_LEARNING_RATE = 2e-4
+LORA_LEARNING_RATE, WHOLE_LEARNING_RATE = 2e-4, 5e-5
 
 
 @dataclass
 class AdapterOptions:
     """LoRA: adapters instead of the whole model."""
 
-    LEARNING_RATE = f"The initial learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} with --lora_r)."
+    LEARNING_RATE = f"The initial learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} for adapters)."
+    _fills_rate = False  # no flag: whether none was given
     lora_r: int | None = None  # each command's own option
     lora_alpha: int | None = option("Scale of the adapters (default: 2 · lora_r).", None)
     lora_target_modules: list[str] | None = option(
         "Names of the modules that get adapters (default: all linear layers except the head).", None
     )
 
-    def set_learning_rate(self, args: Any) -> None:
-        """Fill in the learning rate where none was given, and say it if it is that of adapters."""
-        if args.learning_rate is None:
-            args.learning_rate = LORA_LEARNING_RATE if self.lora_r else 5e-5
-            if self.lora_r and args.process_index == 0:
-                say(f"learning rate {args.learning_rate:g}, the default for adapters; --learning_rate sets another")
+    def set_learning_rate(self, args: Any, model: Any = None) -> None:
+        """Fill in the learning rate where none was given, and say it if it is that of adapters.
+
+        Called again with the loaded `model`, which may turn out to be an adapter.
+        """
+        self._fills_rate = self._fills_rate or args.learning_rate is None
+        adapters = bool(self.lora_r) or is_adapter(model)
+        rate = LORA_LEARNING_RATE if adapters else WHOLE_LEARNING_RATE
+        if self._fills_rate and args.learning_rate != rate:
+            args.learning_rate = rate
+            if adapters and args.process_index == 0:
+                say(f"learning rate {rate:g}, the default for adapters; --learning_rate sets another")
 
     def config(self, **more: Any) -> Any:
         """PEFT's config of the adapters."""

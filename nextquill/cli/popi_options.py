@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nextquill.cli.flags import check_positive, option
 from nextquill.cli.load_and_score import device, quieten_transformers
-from nextquill.cli.options import ModelOptions
+from nextquill.cli.options import SavedModelOptions
 from nextquill.cli.terminal import say
 from nextquill.data import Record, load_records
 from nextquill.data.loaders import FORMATS, load
@@ -30,7 +30,7 @@ RECORDS = "records"
 
 
 @dataclass
-class PopiRunOptions(ModelOptions):
+class PopiRunOptions(SavedModelOptions):
     """Models: the trained run."""
 
     model: str = option(

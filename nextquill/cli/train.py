@@ -92,6 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     set_seed(args.seed)
     model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed)
     model = lora.apply(model, model_options.revision)
+    lora.set_learning_rate(args, model)
     check_optimizer(args, model)
     if resume is not None:
         check_tokenizer(resume, tokenizer)

@@ -29,7 +29,7 @@ from nextquill.comparison.folder import RunRecord, empty_folder, read_record, ru
 from nextquill.data import EncodedDataset
 from nextquill.errors import CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Evaluation
+from nextquill.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Evaluation, changed_file
 from nextquill.models.loading import PROMPT_FILE, PromptSettings
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
@@ -117,8 +117,17 @@ def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
                 f"folder: the run in {folder} has another {name.replace('_', ' ')}: there "
                 f"{getattr(record, name)!r}, here {value!r}; choose another folder, or replace it with overwrite=True"
             )
+    _check_evaluation(folder)
     _delete_checkpoints(folder)
     return record
+
+
+def _check_evaluation(folder: Path) -> None:
+    """Raise CheckpointError if a file of a run's evaluation is missing or was changed."""
+    if (wrong := changed_file(folder / EVALUATION_FOLDER)) is not None:
+        raise CheckpointError(
+            f"folder: {folder / EVALUATION_FOLDER}: {wrong}; restore the file, or delete {folder} to repeat the run"
+        )
 
 
 def _delete_checkpoints(folder: Path) -> None:
@@ -162,7 +171,9 @@ def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
         _check_alike(setup, record, "order", "saw other examples, or in another order,")
     _release_memory()  # the optimiser's
     place = folder / EVALUATION_FOLDER
-    if not (place / EVALUATION_FILE).is_file():  # if it is there, the run was stopped between its last two files
+    if (place / EVALUATION_FILE).is_file():  # the run was stopped between its last two files
+        _check_evaluation(folder)
+    else:
         setup.evaluate(model, tokenizer, setup.settings, place, f"{planned.name}/seed-{planned.seed}")
     for path in place.glob("*.partial"):  # left by a process that was killed just after the evaluation's last file
         path.unlink()

@@ -19,6 +19,7 @@ from nextquill.data.lines import json_lines
 from nextquill.data.records import required
 from nextquill.data.skipped import PlacedError, unexpected
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.storage.manifests import is_changed
 
 _FIELDS = ("nll_factual", "nll_counterfactual")
 #: Of numbers with six decimals, relative to 1 nat or to the NLLs, which are float32.
@@ -33,7 +34,7 @@ def load_effects(path: str | os.PathLike[str], examples: Sequence[EncodedExample
 
     Args:
         path: JSONL with `index`, `user_id`, `token_ids`, `nll_factual` and `nll_counterfactual`, in nats. Their
-            difference must be `effect_logprob`, if a line has it; damage is found so.
+            difference must be `effect_logprob`, if a line has it. A line must agree with its `digest`, if it has one.
         examples: encoded examples whose indices differ.
 
     Returns:
@@ -90,6 +91,8 @@ def _effects(raw: Mapping[str, Any], example: EncodedExample, where: str) -> Ten
                 f"for token {place}, got {float(effect[place]):.6f}; the line is damaged",
                 "effect_logprob",
             )
+    if is_changed(raw):
+        raise PlacedError(where, "expected that of the line, which is damaged or was changed; score again", "digest")
     return found
 
 

@@ -2,7 +2,7 @@
 
 A prepared folder holds
 
-    header.json               settings, and the counts and check sums of each shard
+    header.json               settings, the counts and check sums of each shard, and a digest of itself
     shard-00000.tokens        int32, every example's factual, counterfactual and placebo prompt and its response
     shard-00000.index         int64 [examples, 8], the columns `_COLUMNS`; `start` is an example's first token
     shard-00000.users         JSON, the user of each example
@@ -39,6 +39,7 @@ from nextquill.data.templates import PromptTemplate
 from nextquill.data.tokenizing import tokenizer_digest
 from nextquill.errors import CheckpointError
 from nextquill.storage.json_files import first_difference, read_json
+from nextquill.storage.manifests import is_changed
 
 HEADER = "header.json"
 FORMAT = 1
@@ -237,6 +238,8 @@ def read_header(folder: Path, name: str = HEADER) -> dict[str, Any]:
             f"{path}: expected format {FORMAT} in {sys.byteorder}-endian order, got {found} in {order}-endian order; "
             "prepare the records again"
         )
+    if is_changed(header):
+        raise CheckpointError(f"{path}: damaged or changed, its digest differs; prepare the records again")
     return header
 
 

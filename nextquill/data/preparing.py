@@ -38,6 +38,7 @@ from nextquill.errors import CheckpointError, OutputExistsError, RecordError, na
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.json_files import first_difference
 from nextquill.storage.locks import LOCK_FILE, held
+from nextquill.storage.manifests import with_digest
 
 _PROGRESS = "progress.json"
 #: 4096 examples of 2,000 tokens take 34 MB. A stopped run loses at most one shard, some five seconds of work.
@@ -234,7 +235,7 @@ class _Shards:
             "settings": self._settings,
             "shards": self.done,
         }
-        return (json.dumps(header, indent=1) + "\n").encode()
+        return (json.dumps(with_digest(header), indent=1) + "\n").encode()
 
     def _read_back(self, overwrite: bool) -> list[dict[str, Any]]:
         """The complete shards of a stopped run; none if they belong to another run and may be overwritten."""

@@ -6,6 +6,9 @@
     prose.jsonl          the summed nll of each window of general prose, if a text was given
     item_effects.jsonl   one `ItemEffects` a line, for the examples it was measured for
 
+`evaluation.json` also lists the sizes and digests of the other files, in `files`, and has a `digest` of itself. So a
+changed or missing file is found when the folder is read. Folders of earlier versions have neither.
+
 Two evaluations can be compared example by example if they saw the same records, which their digests, `records`, tell.
 
 While an evaluation runs, each of its stages is a file of JSON lines. The same evaluation, started again, resumes from
@@ -31,6 +34,7 @@ from typing import Any
 from nextquill.errors import OutputExistsError, RecordError
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object, json_objects
+from nextquill.storage.manifests import difference, is_changed, listed, with_digest
 from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
 
 #: The folder of an evaluation within that of its run.
@@ -45,6 +49,8 @@ JUDGED_FILE, PROSE_FILE = "judged.jsonl", "prose.jsonl"
 _PROGRESS = (PREFERENCES_FILE, GENERATED_FILE, JUDGED_FILE)
 # All files but `evaluation.json`.
 _FILES = (EFFECTS_FILE, ITEM_EFFECTS_FILE, PROSE_FILE, *_PROGRESS, EXAMPLES_FILE, PREDICTIONS_FILE)
+#: Fields of `evaluation.json` that tell whether the folder is as it was written: the other files, and its own digest.
+MANIFEST_FIELDS = ("files", "digest")
 
 # Settings that change no score, or only decide which scores exist.
 _IRRELEVANT = ("resamples", "level", "batch_size", "max_tokens", "attention", "item_effects", "metrics", "task")
@@ -101,9 +107,10 @@ class Evaluation:
         """The settings of the prompts' template; empty where they are unknown."""
         return self.settings.get("template") or {}
 
-    def to_json(self) -> str:
-        """Return the text of its file."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+    def to_json(self, files: Mapping[str, Any] | None = None) -> str:
+        """Return the text of its file; `files` are the entries of a manifest for the other files of its folder."""
+        fields = {**dataclasses.asdict(self), **({} if files is None else {"files": dict(files)})}
+        return json.dumps(with_digest(fields), indent=2, ensure_ascii=False) + "\n"
 
 
 def unlike_settings(own: Evaluation, other: Evaluation) -> str:
@@ -179,15 +186,34 @@ def read_evaluation(folder: Path) -> Evaluation:
     """The evaluation that a folder holds.
 
     Raises:
-        RecordError: there is none, or it is damaged.
+        RecordError: there is none, or a file of it is missing, damaged or changed; the message names the file.
     """
     path = folder / EVALUATION_FILE
     raw = json_object(path)
+    if (wrong := changed_file(folder, raw)) is not None:
+        raise RecordError(f"{folder}: {wrong}; restore the file, or evaluate again with --overwrite")
+    raw = {name: value for name, value in raw.items() if name not in MANIFEST_FIELDS}
     try:
         metrics = {name: MetricValue(**value) for name, value in raw.pop("metrics").items()}
         return Evaluation(**raw, metrics=metrics)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecordError(f"{path}: not an evaluation: {error}") from error
+
+
+def changed_file(folder: Path, raw: Mapping[str, Any] | None = None) -> str | None:
+    """The first difference between a folder and what its evaluation wrote, in words that name the file.
+
+    `raw` is the content of `evaluation.json`, if it has been read. None if there is no difference, and for a folder of
+    an earlier version.
+    """
+    if raw is None:
+        try:
+            raw = json_object(folder / EVALUATION_FILE)
+        except RecordError as error:
+            return str(error)
+    if is_changed(raw):
+        return f"{EVALUATION_FILE} is damaged or was changed: its digest differs"
+    return difference(folder, raw.get("files", {}), EVALUATION_FILE)
 
 
 def read_examples(folder: Path) -> list[EvaluatedExample]:
@@ -341,7 +367,8 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
         """Write the results; the evaluation itself last."""
         lines = [json.dumps(example.to_dict(), ensure_ascii=False) + "\n" for example in examples]
         write_whole(self.folder / EXAMPLES_FILE, "".join(lines))
-        write_whole(self.folder / EVALUATION_FILE, evaluation.to_json())
+        kept = [name for name in _FILES if name not in _PROGRESS and (self.folder / name).is_file()]
+        write_whole(self.folder / EVALUATION_FILE, evaluation.to_json(listed(self.folder, kept)))
         # The first are only needed until now; a killed process may have left the others.
         for path in (*(self.folder / name for name in _PROGRESS), *self.folder.glob("*.jsonl.partial")):
             path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from nextquill.losses import SFTLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.head import HeadState
 from nextquill.models.probe import in_eval_mode
+from nextquill.storage.manifests import with_digest
 from nextquill.tree import build_prefix_tree
 
 #: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
@@ -194,7 +195,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
     """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals.
 
     With calibration also `top1` (0 or 1) and `confidence` of every token, and the sum of their NLLs at each of
-    `TEMPERATURES`, `nll_by_temperature`.
+    `TEMPERATURES`, `nll_by_temperature`. Last a `digest` of the line, by which `load_effects` finds damage.
     """
     names = ("nll_factual", "nll_counterfactual", "effect_logprob", "effect_prob", "nll_placebo")
     values = {name: getattr(scores, name) for name in names}
@@ -203,7 +204,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
         top1, confidence, nlls = scores.calibration
         calibrated = {"top1": top1.int().tolist(), "confidence": rounded(confidence)}
         calibrated["nll_by_temperature"] = rounded(nlls.double().sum(0))
-    return {
+    fields = {
         "index": scores.example.index,
         "user_id": scores.example.user_id,
         "history_kept": scores.example.history_kept,
@@ -212,6 +213,7 @@ def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
         **{name: rounded(value) for name, value in values.items() if value is not None},
         **calibrated,
     }
+    return with_digest(fields)
 
 
 def rounded(values: Tensor) -> list[float]:

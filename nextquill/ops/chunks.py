@@ -25,11 +25,13 @@ from nextquill.ops.row_groups import RowPlan, split_rows
 
 # The products of each chunk read all of W (and all of dW, in float32): a CPU reaches full speed with a hundred rows.
 _DEFAULT_BYTES = 2**27
-# At V = 151,936 and D = 4,096 these are 1,046 rows of logits (636 MB) and 4,187 rows of bfloat16 dz.
+# At V = 151,936 and D = 4,096 these are 1,024 rows of logits (622 MB) and 4,224 rows of bfloat16 dz.
 _DEFAULT_BYTES_ACCELERATOR = 15 * 2**27
 # Rows of dz for each row of logits, and the most of the memory that the logits of a long sequence may take.
 _GRADIENT_ROWS = 4
 _LONGEST_SHARE = 0.75
+# A GPU's product computes this many rows or a multiple; the last, partial tile takes as long as a whole one.
+_TILE_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +84,12 @@ class ChunkedHead(LinearHead):
         fitting = budget // (of_row + streams * _GRADIENT_ROWS * of_gradient)
         if of_gradient:
             most = min(budget - gradients * of_gradient, int(_LONGEST_SHARE * budget)) // of_row
-            fitting = max(1, fitting, min(longest, most))
+            fitting = max(1, _whole_tiles(fitting, _TILE_ROWS // streams), min(longest, most))
         fitting = min(fitting, max(1, rows))
         if not of_gradient:
             return ChunkMemory(fitting, 0)
-        return ChunkMemory(fitting, min((budget - fitting * of_row) // of_gradient, gradients * rows))
+        gradient_rows = _whole_tiles((budget - fitting * of_row) // of_gradient, _TILE_ROWS)
+        return ChunkMemory(fitting, min(gradient_rows, gradients * rows))
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,13 @@ class Chunk:
 
 
 class LogitsBuffer:
-    """The largest allocation of an engine: logits [streams·rows, V], float32 (float64)."""
+    """The largest allocation of an engine: logits [streams·rows, V], float32 (float64); `nbytes` of memory."""
 
     def __init__(self, head: ChunkedHead, streams: int, plan: RowPlan, rows: int) -> None:
         self.head, self.plan, self.rows = head, plan, rows
         padded = head.weight.new_empty(streams * rows, _row_stride(head.vocabulary), dtype=head.dtype)
         huge_pages.advise(padded)
+        self.nbytes = padded.nbytes
         self._memory = padded[:, : head.vocabulary]
 
     def fill(self, streams: Sequence[Tensor], rows: slice) -> Chunk:
@@ -213,17 +217,21 @@ class GradientBuffer:
         gradients: where the products are added.
         streams: the streams that get a gradient, (0,) or (0, 1).
         rows: `ChunkMemory.gradient_rows`.
+
+    Attributes:
+        nbytes: bytes of memory, for dz and its hidden states.
     """
 
     def __init__(self, gradients: HeadGradients, streams: tuple[int, ...], rows: int) -> None:
         self.gradients, self.streams = gradients, streams
         head = gradients.head
-        self._rows, self._filled = rows, 0
+        self._rows, self._filled, self.nbytes = rows, 0, 0
         self._blocks: list[tuple[int, Tensor]] = []
         if rows:
             padded = head.weight.new_empty(rows, _row_stride(head.vocabulary), dtype=head.grad_dtype)
             self._dz = padded[:, : head.vocabulary]
             self._hidden = head.weight.new_empty(rows, head.weight.shape[1])
+            self.nbytes = padded.nbytes + self._hidden.nbytes
 
     def add(self, chunk: Chunk, write: Callable[[slice, tuple[Tensor, ...]], None]) -> None:
         """Compute the gradient by a chunk's logits, which it may overwrite.
@@ -258,6 +266,11 @@ class GradientBuffer:
         if self._blocks:
             self.gradients.add(self._blocks, self._dz[: self._filled], self._hidden[: self._filled])
         self._filled, self._blocks = 0, []
+
+
+def _whole_tiles(rows: int, tile: int) -> int:
+    """Round down to a multiple of `tile`, if there is one."""
+    return rows - rows % tile if rows >= tile else rows
 
 
 def _row_stride(vocabulary: int) -> int:

@@ -27,6 +27,8 @@ def head_nll(
 ) -> Tensor:
     """Compute the nll of every row: without logits in memory if the kernels can, otherwise chunk by chunk.
 
+    Chunk by chunk too if the head has a bound on the memory: which is faster may depend on the shape.
+
     Args:
         streams: one or two tensors of hidden states [N, D], any floating dtype.
         head: the output head and its kernels.
@@ -38,7 +40,7 @@ def head_nll(
         float32 (float64), nats, 0 in ignored rows: [1, N] for one stream; [3, N] for two (factual, counterfactual,
         effect); [5, N] with `divergence`.
     """
-    if head.kernels.stream_nll is not None and not divergence:
+    if head.kernels.stream_nll is not None and head.chunk_bytes is None and not divergence:
         check_labels(labels, ignore_index, head.vocabulary)
         # The kernel ignores rows with label -1, and gives NaN to rows with label V, which is out of range.
         known = torch.where(labels < 0, head.vocabulary, labels)

@@ -253,3 +253,13 @@ def _is_integer(tensor: Tensor) -> bool:
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def check_chunk_bytes(chunk_bytes: object) -> None:
+    """Raise ArgumentTypeError or ArgumentError unless `chunk_bytes` is None or a positive number of bytes."""
+    if chunk_bytes is None:
+        return
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise ArgumentTypeError(f"chunk_bytes: expected an int, got {type(chunk_bytes).__name__} {chunk_bytes!r}")
+    if not 0 < chunk_bytes < 2**63:
+        raise ArgumentError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes!r}")

@@ -41,6 +41,7 @@ from nextquill.popi.passes import BranchPasses
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role
 from nextquill.popi.users import Draw, check_draw
+from nextquill.storage.manifests import with_digest
 
 CONTEXTS = ("none", "signals", "summary", "placebo")
 MEASURES = ("accuracy", "logprob_accuracy", "margin", "loss")
@@ -312,10 +313,10 @@ class PairEvaluation:
     transfer: dict[str, PairMeasures] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The result as JSON, in the order of the fields."""
+        """The result as JSON, in the order of the fields, and a digest of it."""
         transfer = {name: each.to_dict() for name, each in self.transfer.items()}
         content = {**vars(self), "generator": self.generator.to_dict(), "transfer": transfer}
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(with_digest(content), indent=2, ensure_ascii=False) + "\n"
 
 
 def measure(

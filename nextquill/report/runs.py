@@ -36,6 +36,7 @@ from nextquill.report.data import TokenEffect
 from nextquill.storage.checkpoints import METRICS_FILE, RUN_FILE, STATE_FILE, last_checkpoint
 from nextquill.storage.input_files import real_path
 from nextquill.storage.json_files import json_object, json_objects
+from nextquill.storage.manifests import is_changed
 
 #: The settings of a run of `nextquill popi train`.
 POPI_FILE = "popi.json"
@@ -134,6 +135,8 @@ def read_run(folder: Path, label: str | None = None) -> Run:
 
 def _popi_evaluation(path: Path, raw: Mapping[str, Any]) -> Evaluation:
     """The result of `nextquill popi evaluate`: accuracy under each context, and what the summary adds to it."""
+    if is_changed(raw):
+        raise RecordError(f"{path}: damaged or changed, its digest differs; evaluate again with --overwrite")
     try:
         found = raw["generator"]
         metrics = {

@@ -10,6 +10,8 @@ Files that are added later do not count. Some files have other entries:
 The directory of a zip file, at its end, holds a check sum of every tensor. So writing a manifest reads only the
 directory, and a check reads the tensors. That makes writing cheap: the optimizer's file has two thirds of a
 checkpoint's bytes.
+
+A file of JSON objects can be its own witness: an object with a `digest` of its other fields shows a later change.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from nextquill.errors import RecordError
-from nextquill.storage.fingerprints import fast_digest
+from nextquill.storage.fingerprints import fast_digest, fingerprint
 from nextquill.storage.json_files import json_object
 
 MANIFEST = "nextquill_manifest.json"
 _FORMAT = "nextquill_manifest"
+_DIGEST = "digest"
 
 
 def write_manifest(
@@ -63,9 +66,30 @@ def damage(folder: Path, among: Sequence[str] = ("*",)) -> str | None:
     """
     try:
         files = json_object(folder / MANIFEST)["files"]
+        chosen = {
+            name: expected
+            for name, expected in files.items()
+            if any(fnmatchcase(name.partition("/")[0], pattern) for pattern in among)
+        }
+    except RecordError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return difference(folder, chosen, MANIFEST)
+
+
+def listed(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The entries of a manifest for these files of a folder, by name."""
+    return {name: _described(folder / name, None) for name in names}
+
+
+def difference(folder: Path, files: Mapping[str, Any], source: str) -> str | None:
+    """The first difference between a folder and these entries, in words that name the file; None if there is none.
+
+    `source` is the file that the entries were read from.
+    """
+    try:
         for name, expected in files.items():
-            if not any(fnmatchcase(name.partition("/")[0], pattern) for pattern in among):
-                continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
             size = (folder / name).stat().st_size
@@ -76,8 +100,26 @@ def damage(folder: Path, among: Sequence[str] = ("*",)) -> str | None:
     except RecordError as error:
         return str(error)
     except (KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+        return f"{source} is damaged"
     return None
+
+
+def with_digest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with these fields and, last, a `digest` of them."""
+    return {**fields, _DIGEST: _digest_of(json.loads(json.dumps(fields)))}
+
+
+def is_changed(fields: Mapping[str, Any]) -> bool:
+    """Whether a JSON object differs from what `with_digest` made; one without a digest, as of earlier versions, passes.
+
+    A change of white space or of the fields' order is none.
+    """
+    kept = {name: value for name, value in fields.items() if name != _DIGEST}
+    return len(kept) < len(fields) and fields[_DIGEST] != _digest_of(kept)
+
+
+def _digest_of(fields: Mapping[str, Any]) -> str:
+    return fingerprint([json.dumps(fields, sort_keys=True)])
 
 
 def _agrees(path: Path, expected: Mapping[str, Any]) -> bool:
@@ -94,14 +136,15 @@ def _agrees(path: Path, expected: Mapping[str, Any]) -> bool:
 
 
 def _described(path: Path, fields: Sequence[str] | None) -> dict[str, Any]:
-    from torch.serialization import get_crc32_options  # reports read checkpoints too, without torch
-
     if fields is not None:
         return {"without": list(fields), "digest": _fields(path, fields)}
     found: dict[str, Any] = {"bytes": path.stat().st_size}
-    if get_crc32_options() and is_zipfile(path):
-        with ZipFile(path) as file:
-            found["directory_at"] = file.start_dir
+    if is_zipfile(path):
+        from torch.serialization import get_crc32_options  # reports read checkpoints too, without torch
+
+        if get_crc32_options():
+            with ZipFile(path) as file:
+                found["directory_at"] = file.start_dir
     return {**found, "digest": _content(path, found.get("directory_at", 0))}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from nextquill.evaluation.results import read_evaluation, read_item_effects
 from nextquill.storage.checkpoints import trained_users, user_digest
+from nextquill.storage.manifests import with_digest
 
 
 def evaluate(nextquill, model, data, *words):
@@ -125,9 +126,9 @@ def test_flat_metrics_are_those_of_the_folder(nextquill, trained, data, tmp_path
     assert evaluation.model == str(trained)
     assert [each.index for each in read_item_effects(folder)] == [0]
     lines = [json.loads(line) for line in (folder / "effects.jsonl").read_text().splitlines()]
-    calibrated = ("top1", "confidence", "nll_by_temperature")
+    calibrated = ("top1", "confidence", "nll_by_temperature", "digest")
     assert all([each.pop(name) for name in calibrated] for each in lines)
-    written = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+    written = "".join(json.dumps(with_digest(each), ensure_ascii=False) + "\n" for each in lines)
     assert written.encode() == scored(nextquill, trained, data, tmp_path)
 
 
@@ -187,7 +188,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_model_is_loade
     (tmp_path / "half").mkdir()
     shutil.copy(finished / "evaluation.json", tmp_path / "half")
     result = evaluate(nextquill, "./nowhere", data, "--baseline", tmp_path / "half")
-    assert f"--baseline: {tmp_path / 'half' / 'examples.jsonl'}: cannot be read: No such file" in result.err
+    assert f"--baseline: {tmp_path / 'half'}: effects.jsonl is missing; restore the file, or evaluate" in result.err
     result = evaluate(nextquill, "./nowhere", data, "--baseline", tmp_path)
     assert f"--baseline: {tmp_path / 'evaluation.json'}: cannot be read: No such file" in result.err
 

@@ -86,6 +86,21 @@ def test_adapters_have_a_learning_rate_of_their_own_which_is_said(given, rank, r
     assert capsys.readouterr().err == (said if rate == 2e-4 else "")
 
 
+@pytest.mark.parametrize(("given", "rate"), [(None, 2e-4), (5e-5, 5e-5)])
+def test_an_adapter_as_the_model_has_it_too(given, rate, capsys):
+    """Without --lora_r, as that is known only when the model is loaded."""
+    args = SimpleNamespace(learning_rate=given, process_index=0)
+    options = LoraOptions()
+    options.set_learning_rate(args)
+    assert args.learning_rate == 5e-5
+    options.set_learning_rate(args, SimpleNamespace())
+    assert args.learning_rate == 5e-5
+    options.set_learning_rate(args, SimpleNamespace(peft_config={}))
+    assert args.learning_rate == rate
+    said = "nextquill: learning rate 0.0002, the default for adapters; --learning_rate sets another\n"
+    assert capsys.readouterr().err == (said if given is None else "")
+
+
 @pytest.mark.parametrize(("given", "rank", "rate"), [(None, 16, 2e-4), (None, 0, 5e-5), (1e-5, 16, 1e-5)])
 def test_adapters_of_popi_have_the_same_learning_rate(given, rank, rate):
     args = SimpleNamespace(learning_rate=given, process_index=0)

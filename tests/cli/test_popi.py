@@ -169,7 +169,7 @@ def test_models_are_loaded_as_the_flags_say(popi_train, popi, popi_model, pairs,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--revision", "v2"), "--revision: expected a model on the hub with it, got "),
+        (("--revision", "v2"), "nextquill: unknown flag --revision; see nextquill popi "),
         (("--load_in_4bit",), "--load_in_4bit: needs the package bitsandbytes"),
         (("--load_in_8bit",), "--load_in_8bit: needs the package bitsandbytes"),
         (

@@ -1,5 +1,6 @@
 """`nextquill train`: its files, repeatable results, and refusals before any work."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from nextquill.cli import training_checks
 from nextquill.cli.train import final_metrics
 from nextquill.models.loading import load_prompt_settings
-from nextquill.storage.checkpoints import STAGING
+from nextquill.storage.checkpoints import STAGING, found_checkpoints
+from nextquill.storage.manifests import damage
 
 FILES = {
     "config.json",
@@ -123,39 +125,119 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(train, tmp_path):
     assert_same_weights(halves, whole)
 
 
+# ---- a full disk -------------------------------------------------------------------------------------
+
+#: A checkpoint after each step.
+STEPWISE = ("--max_steps", 3, "--save_steps", 1, "--save_total_limit", 9)
 #: Trains with a limit on the size of a file, which the system treats as it treats a full disk.
 LIMITED = """
 import resource, sys
 size = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 from nextquill.cli.main import main
-print(main(sys.argv[2:]))
+sys.exit(main(sys.argv[2:]))
+"""
+MAIN = "import sys; from nextquill.cli.main import main; sys.exit(main(sys.argv[1:]))"
+#: Trains on a disk of $1 bytes; then, with room again, resumes and copies the results away.
+ON_A_SMALL_DISK = """
+set -u
+size=$1 disk=$2 kept=$3; shift 3
+mount -t tmpfs -o size=$size none "$disk" || exit 99
+"$@" 2>"$kept/err"; echo $? >"$kept/code"
+cp -r "$disk" "$kept/stopped"
+mount -o remount,size=64m "$disk"
+if [ -e "$disk"/run/checkpoint-1 ]; then again="--resume_from_checkpoint true"; else again=--overwrite; fi
+"$@" $again 2>"$kept/err_again" && cp -r "$disk/run" "$kept/run"
 """
 
 
+@pytest.fixture(scope="session")
+def stepwise(train, tmp_path_factory):
+    """An uninterrupted run with a checkpoint after each step."""
+    folder = tmp_path_factory.mktemp("runs") / "stepwise"
+    result = train(folder, *STEPWISE)
+    assert result.code == 0, result.err
+    return folder
+
+
+def separately(data, folder, *words):
+    """The words of the command that trains as `stepwise` does, for a process of its own."""
+    files = ("--train_file", data / "train.jsonl", "--model", "tiny", "--output_dir", folder)
+    sizes = ("--per_device_train_batch_size", 4, "--learning_rate", 1e-3, *STEPWISE)
+    return list(map(str, ("train", *files, *sizes, *words)))
+
+
+def assert_no_room(code, err, folder, reason, kept):
+    """The training has ended with one line, which says what is left."""
+    assert int(code) == 1, err
+    assert "Traceback" not in err
+    said = err.splitlines()[-1]
+    assert re.fullmatch(rf"nextquill: {re.escape(str(folder))} cannot be written: {reason}; {kept}", said)
+
+
+WHOLE = "checkpoint-1 is whole, so resume when there is room"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
-@pytest.mark.parametrize(("size", "reason"), [(100_000, "File too large"), (600_000, "is the disk full?")])
-def test_a_full_disk_costs_no_checkpoint(train, data, tmp_path, size, reason):
+@pytest.mark.parametrize(("size", "reason"), [(100_000, "File too large"), (600_000, r"is the disk full\?")])
+def test_a_full_disk_costs_no_checkpoint(train, stepwise, data, tmp_path, size, reason):
     """The model does not fit in the first case; in the second the optimizer's state does not."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    schedule = ("--max_steps", 3, "--save_steps", 1, "--save_total_limit", 9)
-    assert train(whole, *schedule).code == 0
+    stopped = tmp_path / "stopped"
     for name in ("checkpoint-1", "nextquill_run.json", "nextquill_prompt.json"):
-        copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+        copy = shutil.copytree if (stepwise / name).is_dir() else shutil.copy
         stopped.mkdir(exist_ok=True)
-        copy(whole / name, stopped / name)
-    files = ("--train_file", data / "train.jsonl", "--model", "tiny", "--output_dir", stopped)
-    sizes = ("--per_device_train_batch_size", 4, "--learning_rate", 1e-3, *schedule)
-    words = map(str, ("train", *files, *sizes, "--resume_from_checkpoint", "true"))
+        copy(stepwise / name, stopped / name)
+    words = separately(data, stopped, "--resume_from_checkpoint", "true")
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(size), *words], capture_output=True, text=True, timeout=150, check=False
     )
-    assert done.stdout == "1\n", done.stderr
-    message = f"{stopped} cannot be written: {reason}; checkpoint-1 is whole, so resume when there is room"
-    assert done.stderr.splitlines()[-1] == f"nextquill: {message}"
+    assert_no_room(done.returncode, done.stderr, stopped, reason, WHOLE)
     assert not (stopped / STAGING).exists()
-    assert train(stopped, *schedule, "--resume_from_checkpoint", "true").code == 0
-    assert_same_weights(stopped, whole)
+    assert train(stopped, *STEPWISE, "--resume_from_checkpoint", "true").code == 0
+    assert_same_weights(stopped, stepwise)
+
+
+def _namespace():
+    """The words before a command that may mount file systems which nobody else sees; None where that is not allowed."""
+    for words in (["unshare", "-rm"], ["unshare", "-m"]):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            mounts = [*words, "mount", "-t", "tmpfs", "none", "/mnt"]
+            if subprocess.run(mounts, capture_output=True, timeout=20, check=False).returncode == 0:
+                return words
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("share", "reason", "kept"),
+    [
+        (0.3, "No space left on device", "it holds no checkpoint yet"),
+        (0.9, r"(No space left on device|is the disk full\?)", "it holds no checkpoint yet"),
+        (1.2, "No space left on device", WHOLE),
+        (1.7, r"(No space left on device|is the disk full\?)", WHOLE),
+    ],
+    ids=["no model", "no state", "no second model", "no second state"],
+)
+def test_a_disk_that_is_really_full(stepwise, data, tmp_path, share, reason, kept):
+    """A file system in memory, whose size is this share of a checkpoint's."""
+    namespace = _namespace()
+    if namespace is None:
+        pytest.skip("this machine does not let a test mount a file system")
+    size = int(share * sum(path.stat().st_size for path in (stepwise / "checkpoint-1").iterdir()))
+    disk, results = tmp_path / "disk", tmp_path / "results"
+    disk.mkdir()
+    results.mkdir()
+    command = [sys.executable, "-c", MAIN, *separately(data, disk / "run")]
+    script = [*namespace, "bash", "-c", ON_A_SMALL_DISK, "bash", str(size), str(disk), str(results), *command]
+    subprocess.run(script, capture_output=True, timeout=170, check=True)
+    assert_no_room((results / "code").read_text(), (results / "err").read_text(), disk / "run", reason, kept)
+    stopped = results / "stopped" / "run"
+    assert [path.name for path in found_checkpoints(stopped)] == (["checkpoint-1"] if kept == WHOLE else [])
+    assert not (stopped / STAGING).exists()
+    for path in found_checkpoints(stopped):
+        assert damage(path) is None
+        assert_same_weights(path, stepwise / path.name)
+    assert_same_weights(results / "run", stepwise)
 
 
 def test_resuming_a_finished_run_changes_nothing(train, trained, tmp_path):
@@ -366,6 +448,8 @@ def test_adapters_train_and_are_measured_with_their_base(train, nextquill, train
         measured = nextquill("evaluate", "--model_name_or_path", place, "--eval_file", data / "eval.jsonl",
                              "--generate", "false")  # fmt: skip
         assert measured.code == 0, measured.err
+    words = ("--train_file", data / "train.jsonl", "--model", folder, "--output_dir", tmp_path / "dry", "--dry_run")
+    assert re.search("learning rate +0.0002, linear", nextquill("train", *words).out)
     nested = train(tmp_path / "nested", "--model_name_or_path", folder, "--lora_r", 2)
     assert nested.code == 2
     assert "the model already has an adapter" in nested.err

@@ -25,6 +25,7 @@ from nextquill.comparison.running import (
 from nextquill.data import EncodedDataset, ExampleEncoder, HistoryItem, PromptTemplate, Record
 from nextquill.errors import CheckpointError
 from nextquill.models.loading import PromptSettings, load_model
+from tests.report.example_runs import write_evaluation
 
 RECORDS = [
     Record(f"u{i % 3}", f"query {i}", f"the answer of number {i}", (HistoryItem(f"a text {i}"),)) for i in range(8)
@@ -234,6 +235,18 @@ def test_a_finished_run_of_something_else_is_not_taken_for_this_one(setup, name,
     write_record(folder, dataclasses.replace(fitting, **{name: value}))
     with pytest.raises(CheckpointError, match=f"has another {name.replace('_', ' ')}: there"):
         finished(setup, PlannedRun(ARMS["sft"], 0))
+
+
+def test_a_finished_run_whose_evaluation_was_changed_is_refused(setup):
+    folder = run_folder(setup.folder, "sft", 0)
+    write_evaluation(folder / "evaluation")
+    planned = PlannedRun(ARMS["sft"], 0)
+    write_record(folder, RunRecord("sft", 0, "s", loss=repr(ARMS["sft"].loss()), learning_rate=1e-3))
+    assert finished(setup, planned) is not None
+    path = folder / "evaluation" / "evaluation.json"
+    path.write_text(path.read_text().replace("0.05", "0.06", 1).replace('"label": "nll', '"label": "NLL', 1))
+    with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged or was changed: .* to repeat the run"):
+        finished(setup, planned)
 
 
 def step(meter, seconds, clock, **turns):

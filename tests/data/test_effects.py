@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from nextquill.data import Branch, EncodedExample, PaddedCollator, TreeCollator, load_effects
 from nextquill.errors import ArgumentError, RecordError
+from nextquill.storage.manifests import with_digest
 
 RESPONSES = ([5, 6, 1], [7, 1], [8, 9, 10, 1])
 EXAMPLES = [
@@ -130,3 +132,25 @@ def test_a_damaged_number_shows_in_the_effect(tmp_path: Path, off: float) -> Non
         return
     with pytest.raises(RecordError, match=r"line 2: field 'effect_logprob': expected nll_counterfactual - nll_factual"):
         load_effects(path, EXAMPLES)
+
+
+def test_a_flipped_bit_of_a_line_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Names that are not read may change, and so may white space; a difference of one in the last decimal is found."""
+    good = [line(index, effect_logprob=[0.5] * len(RESPONSES[index]), effect_prob=[0.1]) for index in range(3)]
+    path = write(tmp_path / "effects.jsonl", [with_digest(each) for each in good])
+    content, whole = path.read_bytes(), load_effects(path, EXAMPLES)
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with contextlib.suppress(RecordError):
+            found = load_effects(path, EXAMPLES)
+            assert found == whole, content[: place + 1]
+            for one, other in zip(found, whole, strict=True):
+                assert one.effects is not None
+                assert other.effects is not None
+                assert torch.equal(one.effects, other.effects), content[: place + 1]
+    changed = with_digest(good[1]) | {"nll_factual": [1.000001, 1.1]}
+    file = write(path, [with_digest(good[0]), changed, with_digest(good[2])])
+    with pytest.raises(
+        RecordError, match=f"{file} line 2: field 'digest': expected that of the line, which is damaged"
+    ):
+        load_effects(file, EXAMPLES)

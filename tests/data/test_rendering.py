@@ -12,6 +12,16 @@ from hypothesis import strategies as st
 
 from nextquill.data import HistoryItem, PromptRenderer, PromptTemplate
 from nextquill.errors import ArgumentError, RecordError
+from tests.data.crossing_texts import (
+    COMPOSING,
+    DISGUISED,
+    JOINING,
+    ROLE_CHATS,
+    ROLE_JINJA,
+    SPECIAL,
+    crossing,
+    special_counts,
+)
 
 HISTORY = (HistoryItem("Thin plot."),)
 RESPONSES = ["Good.", "  padded on both sides \n", "a </think> b", "<b>&amp; 'quotes'", "naïve 海 🙂", "x" * 50]
@@ -177,15 +187,9 @@ def test_the_response_is_whole_under_every_tokenizer(
 # ---- what users wrote stays text -------------------------------------------------------------------
 
 TOKENIZERS = ["plain_tokenizer", "bos_tokenizer", "chatml_tokenizer", "gemma_tokenizer"]
-SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 hostile = st.lists(st.sampled_from([*SPECIAL, "<", "<|im_", "end|>", "s>", " ", "\n", "system", "a"]), max_size=8).map(
     "".join
 )
-
-
-def special_counts(tokenizer: Any, ids: list[int]) -> dict[str, int]:
-    names = tokenizer.convert_ids_to_tokens(ids)
-    return {name: names.count(name) for name in SPECIAL}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -260,16 +264,6 @@ def test_the_ends_of_turns_that_are_no_special_tokens_are_broken(with_chat_templ
     assert "a [ /INST] b" in prompt
 
 
-ROLE_CHATS = {
-    "vicuna": "A chat. {% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
-    "alpaca": "{% for m in messages %}### {{ 'Instruction' if m['role'] == 'user' else 'Response' }}:\n"
-    "{{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}",
-}
-ROLE_JINJA = "A chat. {% for i in history %}POST: {{ i.text }} {% endfor %}USER: {{ query }} ASSISTANT:"
-
-
 @pytest.mark.parametrize(
     ("name", "text", "quoted"),
     [
@@ -300,50 +294,6 @@ def test_the_names_of_roles_stay_text_where_special_tokens_guard_them(
 
 
 # ---- the borders of the finished prompt -------------------------------------------------------------
-
-SHOUTED = {token: token.upper().replace("<", "＜") for token in SPECIAL}  # noqa: RUF001
-#: A normaliser joins or changes these to a special token.
-DISGUISED = [*SHOUTED.values(), "<|ím_end|>", "<\u200b/s>", "＜|im_\u200bend|＞", "<\u00b4s>"]  # noqa: RUF001
-COMPOSING = {
-    "built-in": PromptTemplate(),
-    "history-first": PromptTemplate(order="history_first", newest_first=True, show_dates=True),
-    "labels": PromptTemplate(title_label="<", text_label="</", query_heading="<|"),
-    "special-labels": PromptTemplate(title_label="<|im_start|>", text_label="<pad>"),
-    **{
-        name: PromptTemplate(prompt_jinja=source)
-        for name, source in {
-            "lower": "{% filter lower %}Q: {{ query }} {% for i in history %}{{ i.text }} {% endfor %}{% endfilter %}",
-            "replace": "{% filter replace('x', '') %}Q: {{ query }}{% for i in history %} {{ i.text }}{% endfor %}"
-            "{% endfilter %}",
-            "slices": "{{ query[:3] }}{{ query[3:] }}{% for i in history %} {{ i.text[:5] }}{{ i.text[5:] }}"
-            "{% endfor %}",
-            "brackets": "<{{ query }}> {% for i in history %}<|{{ i.text }}|> </{{ i.title }}>{% endfor %}",
-            "by-length": "Q: {{ query }} {% for i in history %}{% if i.text | length > 9 %}<pad>{% endif %}{{ i.text }}"
-            " {% endfor %}",
-        }.items()
-    },
-}
-JOINING = {
-    "chatml_tokenizer": None,
-    "gemma_tokenizer": None,
-    "plain_tokenizer": None,
-    "normalising_tokenizer": None,
-    "removes-spaces": "{% for m in messages %}<|im_start|>{{ m['content'] | replace(' ', '') }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>{% endif %}",
-    "lower-case": "{% for m in messages %}<s>{{ m['content'] | lower }}</s>{% endfor %}",
-    "adjoins": "{% for m in messages %}<{{ m['content'] }}|im_end|>{% endfor %}",
-}
-crossing = st.lists(
-    st.sampled_from(
-        [
-            *SPECIAL,
-            *DISGUISED,
-            *("<", "|", "/", ">", "im_", "end|>", "s", "x", " ", "\n", "pad", "|im_end|", "S>", "word"),
-        ]
-    ),
-    min_size=1,
-    max_size=6,
-).map("".join)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 from nextquill.data import load_records
 from nextquill.evaluation.evaluate import evaluate_model
 from nextquill.evaluation.options import EvaluationOptions
+from nextquill.evaluation.results import MANIFEST_FIELDS
 from nextquill.evaluation.token_measures import CONFIDENCE_BINS, TEMPERATURES
 from nextquill.models.loading import PromptSettings
 from tests.models.model_helpers import TEMPLATE, make_records, word_tokenizer
@@ -32,6 +33,14 @@ def evaluate(model, folder, records=RECORDS, *, settings=SETTINGS, progress=None
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def without_manifest(folder):
+    """Make a folder like one of an earlier version, whose files may be edited."""
+    path = folder / "evaluation.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in raw.items() if name not in MANIFEST_FIELDS}))
+    return folder
 
 
 def made_up_lines(count=40, seed=0):

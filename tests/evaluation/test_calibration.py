@@ -18,7 +18,7 @@ from nextquill.evaluation.measures import sum_measures, token_values
 from nextquill.evaluation.results import read_examples
 from nextquill.evaluation.scoring import effect_line, score_examples
 from nextquill.evaluation.token_measures import CONFIDENCE_BINS, TEMPERATURES, token_statistics
-from tests.evaluation.evaluation_helpers import RECORDS, contents, evaluate, made_up_lines
+from tests.evaluation.evaluation_helpers import RECORDS, contents, evaluate, made_up_lines, without_manifest
 from tests.models.model_helpers import random_examples, tiny_model, word_tokenizer
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -82,6 +82,7 @@ def test_scores_without_calibration_are_as_before():
     assert plain.calibration is None
     assert torch.equal(plain.nll_factual, calibrated.nll_factual)
     line, more = (effect_line(each, word_tokenizer()) for each in (plain, calibrated))
+    assert line.pop("digest") != more.pop("digest")
     assert {name: more[name] for name in line} == line
     assert more.keys() - line.keys() == {"top1", "confidence", "nll_by_temperature"}
     assert len(more["nll_by_temperature"]) == len(TEMPERATURES)
@@ -160,6 +161,7 @@ def test_an_evaluation_of_an_earlier_version_is_still_compared(whole, tmp_path):
     _, folder = whole
     for name, content in contents(folder).items():
         (tmp_path / name).write_bytes(content)
+    without_manifest(tmp_path)
     raw = json.loads((tmp_path / "evaluation.json").read_text())
     for name in ("top1", "top1_per_example", "ece", "temperature", "nll_at_temperature"):
         del raw["metrics"][name]

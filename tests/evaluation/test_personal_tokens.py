@@ -14,7 +14,7 @@ from nextquill.evaluation.measures import sum_measures
 from nextquill.evaluation.personal_tokens import known_tokens, read_marks
 from nextquill.evaluation.scoring import token_texts
 from nextquill.models.tiny_models import build_tokenizer
-from tests.evaluation.evaluation_helpers import RECORDS, contents, evaluate, lines_of, made_up_lines
+from tests.evaluation.evaluation_helpers import RECORDS, contents, evaluate, lines_of, made_up_lines, without_manifest
 from tests.models.model_helpers import tiny_model
 
 KINDS = ("nll_personal", "nll_generic", "top1_personal", "top1_generic", "share_personal")
@@ -27,7 +27,7 @@ def copied(folder, target, change):
         (target / name).write_bytes(content)
     lines = [change(line) for line in lines_of(folder)]
     (target / "effects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line))
-    return target
+    return without_manifest(target)
 
 
 def assert_splitting_changes_no_sum(lines, names, **tokens):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pytest
 
-from nextquill.errors import CheckpointError, OutputExistsError
-from nextquill.evaluation.results import Evaluation, EvaluationFolder
+from nextquill.errors import CheckpointError, OutputExistsError, RecordError
+from nextquill.evaluation.compare import compare_evaluations
+from nextquill.evaluation.results import Evaluation, EvaluationFolder, read_evaluation
 from nextquill.models.loading import PromptSettings
-from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate
+from tests.evaluation.evaluation_helpers import ALL, FILES, RECORDS, contents, evaluate, without_manifest
 from tests.models.model_helpers import TEMPLATE, tiny_model
 
 
@@ -139,3 +143,57 @@ def test_files_of_somebody_else_are_left_alone(model, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputExistsError, match=r"folder: expected a folder, .*file is a file"):
         evaluate(model, tmp_path / "file" / "below")
+
+
+# ---- a finished folder that was changed ----------------------------------------------------------
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of an evaluation's folder."""
+    for name, content in contents(whole[1]).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def flipped(content, place, bit=0):
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+
+
+SPOILT = {
+    "flipped": (lambda path: path.write_bytes(flipped(path.read_bytes(), 40)), "is damaged or was changed: its digest"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged: expected "),
+    "missing": (lambda path: path.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"evaluation.json"}))
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_changed_file_of_a_finished_evaluation_is_named(finished, whole, name, how):
+    assert read_evaluation(finished) == whole[0]
+    spoil, message = SPOILT[how]
+    spoil(finished / name)
+    with pytest.raises(RecordError, match=f"^{finished}: {name} {message}"):
+        read_evaluation(finished)
+    with pytest.raises(RecordError, match=f"{name} {message}"):
+        compare_evaluations(whole[1], finished)
+
+
+def test_a_flipped_bit_of_the_evaluation_is_found_or_changes_nothing(finished, whole):
+    """White space between values may change."""
+    path, draw, found = finished / "evaluation.json", random.Random(0), 0
+    content = path.read_bytes()
+    for place in range(0, len(content), 5):
+        path.write_bytes(flipped(content, place, draw.randrange(8)))
+        found += 1
+        with contextlib.suppress(RecordError):
+            assert read_evaluation(finished) == whole[0], place
+            found -= 1
+    assert found > len(content) / 5 / 2
+
+
+def test_a_folder_of_an_earlier_version_is_read_as_it_is(finished, whole):
+    (without_manifest(finished) / "predictions.json").unlink()
+    assert read_evaluation(finished) == whole[0]
+    (finished / "notes.txt").write_text("added later")
+    assert read_evaluation(finished) == whole[0]

@@ -9,6 +9,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nextquill.popi.users import Pair, User
+from tests.data.conftest import (  # noqa: F401 - fixtures of the tokenizers that the tests of prompts share
+    bos_byte_level,
+    byte_level,
+    chatml_tokenizer,
+    gemma_tokenizer,
+    normalising_tokenizer,
+    plain_tokenizer,
+    with_chat_template,
+)
 
 SPECIAL = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

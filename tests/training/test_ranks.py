@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +15,14 @@ from transformers import TrainingArguments
 
 from nextquill.errors import ArgumentError
 from nextquill.training.ranks import check_group
-from tests.training.rank_worker import DIFFERENT, SIGNALS, UNGROUPED
+from tests.processes import end_family
+from tests.training.rank_worker import DIFFERENT, SIGNALS, TIMEOUT, UNGROUPED
 
 HERE = Path(__file__).parent
-#: Seconds after which processes have to be gone, launch included; a quiet machine takes half a minute for the longest.
-PATIENCE = 150
+#: Seconds from a fault to the end of the last process, and those after which the test gives up, launch included.
+BOUND, PATIENCE = 20, 150
+#: Seconds that torchrun leaves a process to end by itself, which a stopped one cannot; torchrun has no flag for it.
+GRACE = 30
 #: Cases with more than two processes.
 THREE = {"seed": 3, "killed": 3}
 #: What the message of each case names.
@@ -55,8 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(case: str, folder: Path) -> tuple[int, list[str]]:
-    """Run a case on two processes or three; the exit code and what each has printed."""
+def launch(case: str, folder: Path) -> tuple[int, list[str], float]:
+    """Run a case on two processes or three: exit code, what each has printed, and the time at which all are gone."""
     count = THREE.get(case, 2)
     shutil.rmtree(folder / case, ignore_errors=True)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -66,18 +69,19 @@ def launch(case: str, folder: Path) -> tuple[int, list[str]]:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        code = process.wait(PATIENCE)
+        code, ended = process.wait(PATIENCE), time.time()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return code, [(folder / f"{case}-{rank}").read_text() for rank in range(count)]
+            end_family(process.pid)  # torchrun's workers are in sessions of their own
+            process.wait()
+    return code, [(folder / f"{case}-{rank}").read_text() for rank in range(count)], ended
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(PATIENCE + 30)
 @pytest.mark.parametrize("case", ["equal", *DIFFERENT, *UNGROUPED, *SIGNALS])
 def test_processes_train_together_or_end_with_one_line(case: str, folder: Path) -> None:
-    code, printed = launch(case, folder)
+    code, printed, ended = launch(case, folder)
     assert (code == 0) is (case == "equal"), printed
     for rank, each in enumerate(printed):
         assert "Traceback" not in each, each
@@ -94,4 +98,9 @@ def test_processes_train_together_or_end_with_one_line(case: str, folder: Path) 
             assert f"rank {rank}: " in told[-1]
             assert NAMED[case] in told[-1]
     if case != "equal":
+        fault, told_at = ((folder / f"{case}-{what}").stat().st_mtime for what in ("fault", "0"))
+        # A process that stops is noticed only when the others have waited for it; one that ends is noticed at once.
+        least, most = (TIMEOUT, TIMEOUT + BOUND) if case == "stopped" else (0, BOUND)
+        assert least <= told_at - fault < most
+        assert ended - fault < most + GRACE * (case == "stopped")
         assert not (folder / case / "model.safetensors").exists()

@@ -108,4 +108,11 @@ MUTATIONS = (
         "    if not folder:\n",
         "an installed nextquill does not say that the demos are in the source tree",
     ),
+    Mutation(
+        "comparison-changed-evaluation",
+        "nextquill/comparison/running.py",
+        "    _check_evaluation(folder)\n    _delete_checkpoints(folder)\n",
+        "    _delete_checkpoints(folder)\n",
+        "a comparison reuses a run whose evaluation was changed",
+    ),
 )

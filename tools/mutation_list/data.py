@@ -220,4 +220,18 @@ MUTATIONS = (
         "share = self.total / self.accepted",
         "a file is refused though few enough of its records are bad",
     ),
+    Mutation(
+        "data-changed-header",
+        "nextquill/data/prepared.py",
+        "if is_changed(header):",
+        "if False:",
+        "a flipped byte in the header of a prepared folder drops an example",
+    ),
+    Mutation(
+        "data-changed-effects",
+        "nextquill/data/effects.py",
+        "if is_changed(raw):",
+        "if False:",
+        "a flipped last digit of an effect is trained on",
+    ),
 )

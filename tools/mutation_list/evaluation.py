@@ -94,4 +94,11 @@ MUTATIONS = (
         "",
         "predictions of unknown ids are accepted",
     ),
+    Mutation(
+        "evaluation-changed-file",
+        "nextquill/evaluation/results.py",
+        "if (wrong := changed_file(folder, raw)) is not None:",
+        "if (wrong := None) is not None:",
+        "a changed file of a finished evaluation is read as if it were whole",
+    ),
 )

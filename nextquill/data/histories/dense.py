@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nextquill.data._checks import needed_package
 from nextquill.data.histories.base import History, RankedSelector, TokenBudget, best_first, describe, item_text
 from nextquill.data.records import Record, check_times
 from nextquill.errors import ArgumentError
+from nextquill.storage.json_files import read_json
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -69,7 +69,10 @@ def _load(name: str) -> TextEncoder:
         from sentence_transformers import SentenceTransformer
     modules = Path(name).expanduser() / "modules.json"
     # sentence-transformers 3.4 to 5 runs code in a folder here without being told to trust it.
-    kinds = [module["type"] for module in json.loads(modules.read_text())] if modules.is_file() else []
+    try:
+        kinds = [str(module["type"]) for module in read_json(modules)] if modules.is_file() else []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArgumentError(f"encoder: {modules}: not a list of modules, each with its type: {error}") from error
     own = next((kind for kind in kinds if not kind.startswith("sentence_transformers.")), None)
     if own is not None:
         raise ArgumentError(f"encoder: {name} names its own code, {own}, and code in a model folder is not run")

@@ -294,3 +294,7 @@ def test_code_in_an_encoders_folder_is_not_run(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "modules.json").write_text(json.dumps([{"type": known}, {"type": own}]))
     with pytest.raises(ArgumentError, match=r"^encoder: .* names its own code, coded\.Encoder, .* is not run"):
         make_selector("dense", num_items=1, encoder=str(tmp_path))
+    for broken in ("[", "3", "[{}]", "[" * 100_000, f'[{{"type": "{own}", "type": "{known}"}}]'):
+        (tmp_path / "modules.json").write_text(broken)
+        with pytest.raises(ArgumentError, match=r"^encoder: .*modules\.json: not a list of modules, each with"):
+            make_selector("dense", num_items=1, encoder=str(tmp_path))
