@@ -298,8 +298,9 @@ def test_many_chunks_equal_one(impl, beta, rows):
     grad = torch.randn(23, device=DEVICE)
     expected = run(nq.linear_pair_jsd, whole, grad, impl=impl, beta=beta)
     actual = run(nq.linear_pair_jsd, cut, grad, impl=impl, beta=beta, chunk_bytes=rows * 2 * 32 * 4)
-    assert relative_error(actual, expected) <= 1e-6
-    assert_same_gradients(cut, whole, 1e-6)
+    # A product of one row may round in another order than that of many.
+    assert_close(actual, expected)
+    assert_same_gradients(cut, whole)
 
 
 def test_chunks_are_as_small_as_asked(impl, monkeypatch):

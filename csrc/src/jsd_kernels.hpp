@@ -1,4 +1,4 @@
-// The Jensen-Shannon divergence of a student's softmax p1 from a teacher's p0, and its gradient by the student's logits.
+// The Jensen-Shannon divergence of a student's softmax p1 from a teacher's p0, and its gradient by the logits of p1.
 //
 // With m = beta p0 + (1 - beta) p1, the logarithms come from the difference d of log-probabilities, so that they are
 // exact where a probability underflows:
@@ -19,7 +19,7 @@
 namespace nextquill {
 namespace {
 
-// log(1 + f) = f - f²/2 + f³·q(f) on [sqrt(1/2) - 1, sqrt(2) - 1]: a minimax fit of the relative error, which is 3e-8.
+// log(1 + f) = f - f²/2 + f³·q(f) on [sqrt(1/2) - 1, sqrt(2) - 1]: a fit of the relative error, which is 3e-8.
 constexpr int kLogTop = 6;
 constexpr float kLogPoly[kLogTop + 1] = {0x1.5556d8p-2f,  -0x1.000382p-2f, 0x1.98d7f2p-3f, -0x1.538248p-3f,
                                          0x1.317458p-3f, -0x1.2432c0p-3f, 0x1.645eb6p-4f};
@@ -179,7 +179,8 @@ struct JsdGrad {
         Reg p1[K], p0[K], above1[K], above0[K];
         mixture.apply(z1, z0, p1, p0, above1, above0);
         NQ_EACH {
-            const Reg dz = kBeta == Beta::kZero ? Vec::sub(p0[k], p1[k]) : Vec::mul(p1[k], Vec::add(above1[k], divergence));
+            const Reg dz = kBeta == Beta::kZero ? Vec::sub(p0[k], p1[k])
+                                                : Vec::mul(p1[k], Vec::add(above1[k], divergence));
             z1[k] = through_cap<kCap>(z1[k], inverse_cap, Vec::mul(weight, dz));
         }
     }
