@@ -212,6 +212,9 @@ def short_name(device: str) -> str:
 
 @lru_cache
 def commit() -> str:
+    """The commit of this checkout: NEXTQUILL_COMMIT for a copy without its history, else what git says."""
+    if os.environ.get("NEXTQUILL_COMMIT"):
+        return os.environ["NEXTQUILL_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)

@@ -59,12 +59,16 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the lengths, the examples per optimiser step, and the numbers of examples that share a row."""
+    """A model, the lengths, the examples per optimiser step, the numbers of examples that share a row, and the losses.
+
+    Without `losses`, all losses of `benchmarks.step_peers` take part.
+    """
 
     model: StepModel
     lengths: Lengths
     examples: int = 8
     groups: tuple[int, ...] = (1, 4, 8)
+    losses: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.model)
@@ -74,9 +78,8 @@ class Case:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Case:
-        return cls(
-            StepModel(**values["model"]), Lengths(**values["lengths"]), values["examples"], tuple(values["groups"])
-        )
+        own = {**values, "model": StepModel(**values["model"]), "lengths": Lengths(**values["lengths"])}
+        return cls(**own | {name: tuple(values[name]) for name in ("groups", "losses")})
 
 
 REVIEWS = Lengths(system=50, history=1750, none=2, query=160, response=300, padded=4097)
@@ -90,11 +93,17 @@ QWEN = (
     StepModel("Qwen2.5-3B", "qwen2", 36, 2048, 16, 2, 11008, 151936, "bfloat16", tied=True),
 )
 
+_ON_GPU = (("NextQuill", "NextQuill detached", "SFT"), ("NextQuill", "SFT"))
+
 
 def cases(device: torch.device, quick: bool = False) -> tuple[Case, ...]:
     """The cases for a device."""
-    models = QWEN if device.type == "cuda" else (LLAMA,)
-    return (shrunken(Case(models[0], REVIEWS)),) if quick else tuple(Case(model, REVIEWS) for model in models)
+    on_gpu = device.type == "cuda"
+    # PerCE's steps cost what those of the detached loss do. The larger model's come last, if there is time.
+    chosen = tuple(Case(model, REVIEWS, losses=losses) for model, losses in zip(QWEN, _ON_GPU, strict=True))
+    if not on_gpu:
+        chosen = (Case(LLAMA, REVIEWS),)
+    return (shrunken(chosen[0]),) if quick else chosen
 
 
 def pretrained_case(name: str, device: torch.device, quick: bool = False) -> Case:

@@ -81,7 +81,11 @@ def providers(case: Case) -> dict[str, StepProvider]:
     entrants = [
         StepProvider("NextQuill", "official", official, examples=1),
         StepProvider("NextQuill", "two passes", two_passes),
-        *(StepProvider(loss, f"ours, K={group}", shared(loss, group)) for loss in LOSSES for group in case.groups),
+        *(
+            StepProvider(loss, f"ours, K={group}", shared(loss, group))
+            for loss in case.losses or LOSSES
+            for group in case.groups
+        ),
         StepProvider("SFT", "unpadded", unpadded),
     ]
     if case.model.lora:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("nextquill", "kernels/nextquill_kernels", "demos")
 
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
-_VALUES = frozenset({"defaults", "errors", "outputs", "weighting"})
+_VALUES = frozenset({"defaults", "devices", "errors", "outputs", "weighting"})
 _LOSSES = _VALUES | {"functional", "losses"}
 _BELOW_MODELS = _LOSSES | {"data", "storage", "tree"}
 _MODELS = _BELOW_MODELS | {"models"}
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nextquill_kernels": frozenset(),
     "errors": frozenset(),
     "defaults": frozenset(),
+    "devices": frozenset(),
     "lazy": frozenset(),
     "integrations": frozenset(),  # says where its modules are now
     "storage": frozenset({"errors"}),
@@ -34,9 +35,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ops": _VALUES | {"nextquill_kernels"},
     "functional": _VALUES | {"ops"},
     "losses": _VALUES | {"ops", "functional"},
-    "tree": frozenset({"errors", "lazy"}),
+    "tree": frozenset({"devices", "errors", "lazy"}),
     "nextquill": _VALUES | {"functional", "lazy", "losses", "tree"},
-    "data": frozenset({"errors", "storage", "lazy", "tree"}),
+    "data": frozenset({"devices", "errors", "storage", "lazy", "tree"}),
     "models": _BELOW_MODELS,
     "generation": _MODELS,
     "evaluation": _MODELS | {"generation"},

@@ -38,9 +38,25 @@ _GPU_TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TARGETS = tuple(_GPU_TARGETS)
+# GPUs that use the tiles of another target, or the portable ones: compiled on request, without entries in the table.
+OTHER_TARGETS = {
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_120": ("cuda", 120, 32),
+    "sm_121": ("cuda", 121, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
+}
 
 # Bytes of shared memory one program may use.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("gfx90a", "gfx1100"), 64 * 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Resources:
     """The resources that one program of a compiled kernel uses.
 
     Attributes:
-        target: a name of `TARGETS`.
+        target: a name of `TARGETS` or `OTHER_TARGETS`.
         registers: 32-bit registers per thread (vector registers on AMD).
         spill_bytes: bytes per thread spilled to memory: stores plus loads, or 4 per spilled vector register on AMD.
         shared_bytes: bytes of shared memory per program.
@@ -101,8 +117,9 @@ class CompileCase:
                 kernel forbids Triton to specialise on an argument in `divisible_by_16`.
             RuntimeError: the kernels were imported under TRITON_INTERPRET.
         """
-        if target not in _GPU_TARGETS:
-            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+        known = _GPU_TARGETS | OTHER_TARGETS
+        if target not in known:
+            raise ValueError(f"target: expected one of {', '.join(known)}, got {target!r}")
         if INTERPRETED:
             raise RuntimeError("TRITON_INTERPRET: expected it to be unset when triton is imported, got 1")
         source = self._source()
@@ -113,7 +130,7 @@ class CompileCase:
             knobs.compilation.always_compile = True
             compiled = triton.compile(
                 source,
-                target=GPUTarget(*_GPU_TARGETS[target]),
+                target=GPUTarget(*known[target]),
                 options={"num_warps": self.warps(target), "num_stages": self.num_stages},
             )
         is_amd = target.startswith("gfx")

@@ -6,6 +6,7 @@ interpreter runs them instead, on CPU tensors too; that is for tests, at about 2
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,11 @@ from triton.runtime.jit import JITFunction
 # TRITON_INTERPRET decides when Triton is imported whether Triton's own functions, such as this one, are compiled or
 # interpreted. The two kinds cannot call each other, so this package ignores later changes of the variable.
 INTERPRETED = not isinstance(tl.sum, JITFunction)
-_NVIDIA_TARGETS = ((10, "sm_100"), (9, "sm_90"), (8, "sm_80"))
+# The target whose instructions and sizes of tiles suit a major compute capability. 11 and 12 have neither the tensor
+# memory of 10 nor the wgmma of 9.
+_NVIDIA_TARGETS = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_80", 12: "sm_80"}
+# The target of GPUs that nobody has tuned or compiled for.
+PORTABLE_TARGET = "portable"
 
 
 class RowTile(NamedTuple):
@@ -130,17 +135,36 @@ def on_device(tensor: Tensor) -> Iterator[None]:
 
 
 def target_of(device: torch.device) -> str:
-    """Name the target whose tuned tiles suit `device`: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" on CPU.
+    """Name the target whose tiles suit `device`: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" on CPU.
 
-    Other GPUs get the nearest lower target, whose instructions they have: "sm_80" for "sm_89", "gfx942" for every ROCm
-    device. They may have less shared memory than that target; see `shared_memory_of`.
+    A GPU that the table does not know by name gets a target whose instructions it has: "sm_80" for "sm_89" and
+    "sm_120", "gfx942" for "gfx950". It may have less shared memory than that target; see `shared_memory_of`. Any other
+    GPU gets "portable", with one warning.
     """
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return next((name for lowest, name in _NVIDIA_TARGETS if major >= lowest), _NVIDIA_TARGETS[-1][1])
+        arch = str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")).partition(":")[0]
+        if arch.startswith(("gfx94", "gfx95")):
+            return "gfx942"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = f"sm_{major}{minor}"
+        if major < 13:
+            return _NVIDIA_TARGETS.get(major, "sm_80")
+    warn_portable(device, f"its architecture, {arch or 'without a name'}, is not known")
+    return PORTABLE_TARGET
+
+
+@functools.cache
+def warn_portable(device: torch.device, reason: str) -> None:
+    """Say once for a device and a reason that its tiles are the portable ones."""
+    warnings.warn(
+        f"{torch.cuda.get_device_name(device)}: {reason}; the streaming kernels use small tiles that run anywhere. "
+        "`python -m nextquill_kernels.tune` measures better ones where it can compile for the device",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def shared_memory_of(device: torch.device) -> int:

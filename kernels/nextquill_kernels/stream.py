@@ -25,10 +25,19 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nextquill_kernels.crosscompile import TARGETS, CompileCase
-from nextquill_kernels.launch import INTERPRETED, cdiv, check_together, on_device, shared_memory_of, target_of
+from nextquill_kernels.crosscompile import SHARED_LIMIT, TARGETS, CompileCase
+from nextquill_kernels.launch import (
+    INTERPRETED,
+    PORTABLE_TARGET,
+    cdiv,
+    check_together,
+    on_device,
+    shared_memory_of,
+    target_of,
+    warn_portable,
+)
 from nextquill_kernels.stream_kernel import combine_kernel, gather_kernel, stream_fwd_kernel
-from nextquill_kernels.tiles import FAMILIES, Tile, entries, lookup
+from nextquill_kernels.tiles import FAMILIES, PORTABLE, Tile, entries, lookup
 
 # Rows per pass: bounds the packed copy (2 x 8192 x D) and the partial results, whatever N is.
 _MAX_TOKENS = 8192
@@ -171,10 +180,18 @@ def _describable(weight: Tensor) -> bool:
 
 def _tile_for(weight: Tensor, streams: int) -> Tile:
     """Return the table's tile for this GPU, or the tile for rows that cannot be loaded 16 bytes at a time."""
-    tile = lookup(FAMILIES[streams - 1], target_of(weight.device), weight.dtype, weight.shape[1])
-    if not (tile.descriptors and _describable(weight)) and (weight.stride(0) % 16 or weight.data_ptr() % 16):
+    target = target_of(weight.device)
+    tile = lookup(FAMILIES[streams - 1], target, weight.dtype, weight.shape[1])
+    unaligned = weight.stride(0) % 16 or weight.data_ptr() % 16
+    if target != PORTABLE_TARGET and unaligned and not (tile.descriptors and _describable(weight)):
         tile = UNALIGNED
-    return tile.fitted(weight.element_size(), shared_memory_of(weight.device))
+    memory = shared_memory_of(weight.device)
+    if memory >= SHARED_LIMIT.get(target, memory + 1):
+        return tile  # compiled for as much
+    fitted = tile.fitted(weight.element_size(), memory)
+    if fitted is PORTABLE and tile is not PORTABLE:
+        warn_portable(weight.device, f"a program may use only {memory} bytes of its shared memory")
+    return fitted
 
 
 def _runs(tile: Tile, streams: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 TABLE_PATH = Path(__file__).with_name("tile_table.json")
 FAMILIES = ("token", "pair")  # one stream of hidden states, or two
-TABLE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+TABLE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "portable", "interpreter")
 DTYPE_CLASSES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "float32"}
 # Largest hidden size of each bucket; the last one has no limit.
 BUCKETS = {"1024": 1024, "4096": 4096, "larger": None}
@@ -70,12 +70,19 @@ class Tile:
     def fitted(self, element_size: int, shared_memory: int) -> Tile:
         """Return this tile, with fewer stages if its operands would not fit into `shared_memory` bytes.
 
-        A GPU may use the entry of a target that has more shared memory than the GPU.
+        A GPU may use the entry of a target that has more shared memory than the GPU. If not even two stages fit, so
+        that loads could not overlap with products, it is `PORTABLE`.
         """
         stage = (self.block_n + self.block_v) * self.block_d * element_size
         # Reserve 1 KiB for barriers and reductions.
-        stages = max(1, min(self.num_stages, (shared_memory - 1024) // stage))
+        stages = min(self.num_stages, (shared_memory - 1024) // stage)
+        if stages < min(2, self.num_stages):
+            return PORTABLE
         return self if stages == self.num_stages else dataclasses.replace(self, num_stages=stages)
+
+
+#: For any GPU: at most 33 KiB of shared memory, and no spills on any target, those with waves of 32 included.
+PORTABLE = Tile(block_n=64, block_v=64, block_d=32, num_warps=8, num_stages=2, group_n=16, interleave=8)
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,14 @@ def bucket_of(hidden_size: int) -> str:
 
 
 def lookup(family: str, target: str, dtype: torch.dtype, hidden_size: int) -> Tile:
-    """Return the table's tile for a family, a target as `launch.target_of` names it, a dtype and a hidden size D."""
-    return _table()[family, target, DTYPE_CLASSES[dtype], bucket_of(hidden_size)].tile
+    """Return the table's tile for a family, a target as `launch.target_of` names it, a dtype and a hidden size D.
+
+    "portable" has the tile `PORTABLE` unless somebody has put an entry for it into the table.
+    """
+    key = family, target, DTYPE_CLASSES[dtype], bucket_of(hidden_size)
+    if target == "portable" and key not in _table():
+        return PORTABLE
+    return _table()[key].tile
 
 
 def entries(path: Path = TABLE_PATH) -> list[TableEntry]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from nextquill.data._checks import check_integer
 from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.templates import BRANCHES
+from nextquill.devices import send
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.storage.fingerprints import seed_of
 from nextquill.tree import TreeLayout
@@ -227,7 +228,7 @@ def empty_like(part: Mapping[str, Any]) -> dict[str, Any]:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """A batch, or a part of one, with its tensors on a device. The layouts of trees stay on the host."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return send(batch, device)
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
     return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch

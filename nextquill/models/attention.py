@@ -17,6 +17,7 @@ A model in which a token's computation depends on tokens outside its path is ref
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -132,7 +133,7 @@ class TreeAttention:
         windows: list[tuple[int, Any]] = []
         self._windows = windows
         try:
-            check_against_separate_passes(self._model, self.model_inputs, self.close)
+            self._compare()
         finally:
             self._windows = None
             self.close()
@@ -149,6 +150,26 @@ class TreeAttention:
             raise UnsupportedModelError(
                 f"{type(self._base).__name__}: the sliding window of layer {wrong[0]} is only in its mask, which this "
                 "attention does not read; use attention='mask' or 'padded'"
+            )
+
+    def _compare(self) -> None:
+        """Compare a small tree with its branches; on a GPU "auto" becomes "flex" if only that gives the same logits."""
+        try:
+            check_against_separate_passes(self._model, self.model_inputs, self.close)
+        except _DOES_NOT_RUN as error:
+            if self.attention != "auto" or not _on_gpu(self._base) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.close()
+            self.attention = "flex"
+            try:
+                check_against_separate_passes(self._model, self.model_inputs, self.close)
+            except _DOES_NOT_RUN:
+                raise error from None
+            warnings.warn(
+                f"attention: with the kernel that 'auto' chose, {type(self._base).__name__} fails its check on this "
+                f"device, so it uses FlexAttention, which is slower: {error}",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     # ---- attention inside the model --------------------------------------------------------------
@@ -271,6 +292,10 @@ def _own_name(config: Any) -> str:
     """The model's own attention, also while ours replaces it."""
     name = str(config._attn_implementation)
     return next((own for own, ours in _NAMES.items() if ours == name), name)
+
+
+def _on_gpu(base: Any) -> bool:
+    return bool(next(base.parameters()).device.type == "cuda")
 
 
 def _takes_functions(base: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextquill.devices import send
 from nextquill.errors import NonFiniteError, UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 from nextquill.models.probe import in_eval_mode, returned_logits
@@ -34,9 +35,9 @@ def check_against_separate_passes(
     device = next(base.parameters()).device
     branches, tree = _small_tree(base.get_input_embeddings().weight.shape[0])
     forward = {
-        "input_ids": tree.input_ids[None].to(device),
-        "position_ids": tree.position_ids[None].to(device),
-        "subtree_end": tree.subtree_end[None].to(device),
+        "input_ids": send(tree.input_ids[None], device),
+        "position_ids": send(tree.position_ids[None], device),
+        "subtree_end": send(tree.subtree_end[None], device),
         "layout": TreeLayout.of_tree(tree),
     }
     router = without_router_loss(base)
@@ -45,7 +46,7 @@ def check_against_separate_passes(
         before_the_others()
         for rows, branch in zip(tree.branch_rows, branches, strict=True):
             alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)
-            _compare(together[rows.to(device)], returned_logits(alone)[0], model)
+            _compare(together[send(rows, device)], returned_logits(alone)[0], model)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextquill.devices import reads_on_host
 from nextquill.ops.chunks import ChunkedHead
 from nextquill.ops.dispatch import resolve_impl
 from nextquill.ops.precision import autocast_off, autocast_product_dtype, compute_dtype
@@ -63,7 +64,11 @@ def define(
     `product` gives the positions of the streams and, last, of the weight; if given, the operator follows autocast.
     """
     operator = torch.library.custom_op(
-        f"nextquill::{name}", function, mutates_args=(), schema=f"({arguments}, {_OPTIONS}) -> {returns}"
+        f"nextquill::{name}",
+        function,
+        mutates_args=(),
+        schema=f"({arguments}, {_OPTIONS}) -> {returns}",
+        **reads_on_host(),  # labels
     )
     if product:
         for key, device in _AUTOCAST_DEVICES.items():

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nextquill.devices import send
 from nextquill.errors import ArgumentError
 
 
@@ -123,7 +124,7 @@ def plan_rows(
         rows = rows[order]
         lengths = torch.unique_consecutive(ids, return_counts=True)[1]
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return RowPlan(_send(rows, device), _send(labels[rows], device), _send(offsets, device), tuple(lengths.tolist()))
+    return RowPlan(send(rows, device), send(labels[rows], device), send(offsets, device), tuple(lengths.tolist()))
 
 
 def _check_weights(token_weights: Tensor, unusable: Tensor) -> None:
@@ -183,10 +184,3 @@ def _largest_last(start: int, stop: int, max_rows: int) -> tuple[slice, ...]:
     """Cut [start, stop) into one slice of `max_rows` rows at the end, and nearly equal slices before it."""
     last = max(start, stop - max_rows)
     return (*split_rows(start, last, max_rows), slice(last, stop))
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    # From pinned memory the copy is queued and the host does not wait.
-    return tensor.pin_memory().to(device, non_blocking=True)

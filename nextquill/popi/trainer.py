@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from nextquill.devices import send
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.popi.config import (
     POPIConfig,
@@ -250,7 +251,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         for name, pair in step.sums.items():
             self._sums[name] += torch.tensor(pair, dtype=torch.float64)
         self._log.append(line for each in step.work for line in each.lines)
-        own = torch.tensor(float(len(users)), device=device)
+        own = send(torch.tensor(float(len(users))), device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -266,7 +267,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             self._sum_over_ranks()
             self.rollouts.sync()
         ranks = self.accelerator.num_processes
-        return self._watch(torch.tensor(sum(each.loss for each in work) * ranks / users, device=self.args.device))
+        loss = torch.tensor(sum(each.loss for each in work) * ranks / users)
+        return self._watch(send(loss, self.args.device))
 
     def _suspects(self) -> list[str]:
         """The step's users whose loss is not finite; all of them if there are none."""

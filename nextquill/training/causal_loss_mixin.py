@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
 from nextquill.data.templates import BRANCHES
+from nextquill.devices import send
 from nextquill.errors import ArgumentError, NonFiniteError
 from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
@@ -137,10 +138,11 @@ class CausalLossMixin(FiniteSteps):
             return [], None
         self._begin_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        own = torch.tensor(sum(self.passes.count_items(batch) for batch in batches), dtype=torch.float32, device=device)
-        users = torch.cat([batch["users"] for batch in batches]).to(device) if batches else None
+        items = sum(self.passes.count_items(batch) for batch in batches)
+        own = send(torch.tensor(items, dtype=torch.float32), device)
+        users = send(torch.cat([batch["users"] for batch in batches]), device) if batches else None
         if self.accelerator.num_processes > 1:
-            counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=device)
+            counts = send(torch.tensor([[len(batch["parts"]) for batch in batches]]), device)
             for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
                 batch["parts"] = add_empty_parts(batch["parts"], count)
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))

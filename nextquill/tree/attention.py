@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nextquill.devices import reads_on_host
 from nextquill.tree.dense_blocks import pieces
 from nextquill.tree.kernels import ScoreRule, choose_kernel
 from nextquill.tree.operators import check_arguments, heads_last, register_gradient
@@ -58,7 +59,7 @@ def tree_attention(
     return out
 
 
-@torch.library.custom_op("nextquill::tree_attention", mutates_args=())
+@torch.library.custom_op("nextquill::tree_attention", mutates_args=(), **reads_on_host())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def _forward(
         return heads_last(query, query.dtype).copy_(out) if merged != query.dtype else out, logsumexp
 
 
-@torch.library.custom_op("nextquill::tree_attention_backward", mutates_args=())
+@torch.library.custom_op("nextquill::tree_attention_backward", mutates_args=(), **reads_on_host())
 def _backward(
     grad: Tensor, saved: Sequence[Tensor], scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:

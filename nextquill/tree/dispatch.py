@@ -1,7 +1,7 @@
 """Choice of the kernel that attends over a row of trees.
 
     pieces     any device: whole dense pieces of the visible entries; used on CPUs
-    varlen     CUDA, half precision: one call for all segments over gathered keys
+    varlen     CUDA, half precision: one call for all segments over gathered keys; its results are checked first
     flex       CUDA, head size at least 16, any precision: FlexAttention with a block mask
 
 "varlen" and "flex" have not run on a GPU yet.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -67,11 +68,26 @@ def attend(
 
 @functools.cache
 def _on_cuda(dtype: torch.dtype, device: torch.device, head_size: int, softcap: float | None) -> str:
-    from nextquill.tree.varlen_kernels import why_not
+    from nextquill.tree.varlen_kernels import why_auto_fails, why_not
 
-    if why_not(dtype, device, head_size=head_size, softcap=softcap) is None:
+    other = "flex" if head_size >= 16 else "pieces"  # the smallest head that FlexAttention takes
+    if why_not(dtype, device, head_size=head_size, softcap=softcap) is not None:
+        return other
+    problem = why_auto_fails(dtype, device, head_size=head_size, softcap=softcap)
+    if problem is None:
         return "varlen"
-    return "flex" if head_size >= 16 else "pieces"  # the smallest head that FlexAttention takes
+    _warn(problem)
+    return other
+
+
+@functools.cache
+def _warn(problem: str) -> None:
+    """Say once that the fastest kernel is not used."""
+    warnings.warn(
+        f"attention: varlen fails its check here, so 'auto' uses FlexAttention, which is slower: {problem}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _block_mask(layout: TreeLayout, window: int | None, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from nextquill.devices import send
 from nextquill.errors import BackendUnavailableError
 
 
@@ -42,7 +43,7 @@ def tree_block_mask(
     Returns:
         A mask for one row and all heads, of T queries and T keys.
     """
-    depth, end = (_filled(each.to(device, torch.int32), block_size) for each in (position_ids, subtree_end))
+    depth, end = (_filled(send(each.to(torch.int32), device), block_size) for each in (position_ids, subtree_end))
     partial, whole = _tiles(depth, end, window, block_size)
     return BlockMask.from_kv_blocks(
         *_ordered(partial),

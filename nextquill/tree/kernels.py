@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nextquill.devices import send
 from nextquill.tree.dense_blocks import Piece
 
 
@@ -123,7 +124,7 @@ def _scores(query: Tensor, key: Tensor, piece: Piece, rule: ScoreRule) -> tuple[
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
         scores = scores.masked_fill(~mask, -math.inf)
     elif piece.mask is not None:
-        scores = scores.masked_fill(~piece.mask.to(scores.device), -math.inf)
+        scores = scores.masked_fill(~send(piece.mask, scores.device), -math.inf)
     return scores, slope
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nextquill.devices import reads_on_host
 from nextquill.errors import ArgumentError
 from nextquill.tree.kernels import ScoreRule
 from nextquill.tree.operators import check_arguments, register_gradient
@@ -63,7 +64,7 @@ def varlen_tree_attention(
 # ---- the operator ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("nextquill::varlen_tree_attention", mutates_args=())
+@torch.library.custom_op("nextquill::varlen_tree_attention", mutates_args=(), **reads_on_host())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -83,7 +84,7 @@ def _forward(
     return _as_given(out, query.dtype), lse[None]
 
 
-@torch.library.custom_op("nextquill::varlen_tree_attention_backward", mutates_args=())
+@torch.library.custom_op("nextquill::varlen_tree_attention_backward", mutates_args=(), **reads_on_host())
 def _backward(
     grad: Tensor, saved: Sequence[Tensor], scale: float, window: int | None, softcap: float | None, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:

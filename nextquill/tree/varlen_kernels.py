@@ -216,14 +216,41 @@ def choose_kernel(name: str, query: Tensor, softcap: float | None) -> AttentionK
         raise ArgumentTypeError(f"query: kernel {name!r} expects float16 or bfloat16, got {query.dtype}")
     reasons = {}
     for each in _FAST if name == "auto" else (name,):
-        reasons[each] = why_not(query.dtype, query.device, head_size=query.shape[3], softcap=softcap, kernel=each)
+        reason = why_not(query.dtype, query.device, head_size=query.shape[3], softcap=softcap, kernel=each)
+        reasons[each] = f"kernel {each!r} {reason}" if reason else failure(_KERNELS[each], query.device)
         if reasons[each] is None:
-            _verify(_KERNELS[each], query.device)
             return _KERNELS[each]
-    raise BackendUnavailableError("; ".join(f"kernel {each!r} {reason}" for each, reason in reasons.items()))
+    raise BackendUnavailableError("; ".join(str(reason) for reason in reasons.values()))
+
+
+def why_auto_fails(
+    dtype: torch.dtype, device: torch.device, *, head_size: int | None = None, softcap: float | None = None
+) -> str | None:
+    """Return what is wrong with the results of each kernel that can run here, or None if one has the right ones."""
+    names = [
+        name for name in _FAST if not why_not(dtype, device, head_size=head_size, softcap=softcap, kernel=name)
+    ]  # fmt: skip
+    failures = [failure(_KERNELS[name], device) for name in names]
+    return None if None in failures else "; ".join(map(str, failures))
 
 
 @functools.cache
+def failure(kernel: AttentionKernel, device: torch.device) -> str | None:
+    """Return what is wrong with a kernel's results on a device, or the error that it raises there; None if all is well.
+
+    Found once in a process: an operator asks before each call.
+    """
+    try:
+        _verify(kernel, device)
+    except torch.OutOfMemoryError:
+        raise
+    except BackendUnavailableError as error:
+        return str(error)
+    except (RuntimeError, TypeError) as error:
+        return f"kernel {kernel.name!r} on {device}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
 def _verify(kernel: AttentionKernel, device: torch.device) -> None:
     """Compare a kernel with the emulated one, on segments that end inside and beyond a tile of 64 or 128 keys.
 

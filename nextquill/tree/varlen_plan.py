@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from nextquill.devices import send
 from nextquill.tree.segments import START, STOP
 
 
@@ -68,15 +69,15 @@ def _plan_of(segments: bytes, window: int | None, device: torch.device) -> Varle
     counts = rows.bincount(minlength=query_ends[-1])
     return VarlenPlan(
         window,
-        rows.to(device),
-        torch.tensor(query_ends, dtype=torch.int32).to(device),
-        torch.tensor(key_ends, dtype=torch.int32).to(device),
+        send(rows, device),
+        send(torch.tensor(query_ends, dtype=torch.int32), device),
+        send(torch.tensor(key_ends, dtype=torch.int32), device),
         # For 1 query, kernels take another path, for decoding, with other logsumexps. An upper bound may be larger.
         max(2, max(segment[STOP] - segment[START] for segment in table)),
         max(map(len, keys)),
         tuple(zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False)),
-        rows.argsort(stable=True).to(device),
-        (counts.cumsum(0) - counts).to(device),
+        send(rows.argsort(stable=True), device),
+        send(counts.cumsum(0) - counts, device),
     )
 
 

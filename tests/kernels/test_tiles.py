@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from nextquill_kernels import tiles, tune
+from nextquill_kernels.crosscompile import OTHER_TARGETS
 from nextquill_kernels.tiles import (
     BUCKETS,
     DTYPE_CLASSES,
@@ -25,7 +26,7 @@ from nextquill_kernels.tiles import (
     lookup,
 )
 
-GPU_TARGETS = [target for target in TABLE_TARGETS if target != "interpreter"]
+GPU_TARGETS = [target for target in TABLE_TARGETS if target not in ("interpreter", "portable")]
 TILE = Tile(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, group_n=16, interleave=8)
 
 
@@ -64,6 +65,38 @@ def test_half_precision_pair_tiles_fit_their_gpu(target):
     report = run_compiler(COMPILE_TABLE.format(target=target, names="pair_(bf16|gather|combine)", thorough=False))
     assert len(report) >= 3
     assert {name: refused for name, (*_, refused) in report.items() if refused} == {}
+
+
+COMPILE_OTHERS = """
+import dataclasses, json
+from nextquill_kernels.crosscompile import refuse, registered_cases
+from nextquill_kernels.stream import UNALIGNED, compile_case
+from nextquill_kernels.tiles import FAMILIES, PORTABLE, entries
+cases = {{(streams, dtype, PORTABLE) for streams in (1, 2) for dtype in ("bf16", "fp32")}}
+if {of_sm_80}:
+    cases |= {{(streams, dtype, UNALIGNED) for streams, dtype, _ in cases}}
+    for entry in entries():
+        if entry.target == "sm_80":
+            dtype = "bf16" if entry.dtype_class == "half" else "fp32"
+            cases.add((FAMILIES.index(entry.family) + 1, dtype, dataclasses.replace(entry.tile, group_n=16)))
+for streams, dtype, tile in cases:
+    case = compile_case("other", streams, dtype, tile, {target!r}, tile != UNALIGNED, with_options=True)
+    try:
+        refuse(case.compile({target!r}))
+    except ValueError as error:
+        raise ValueError(f"{{streams}} {{dtype}} {{tile}}: {{error}}")
+for case in registered_cases(["chunk_stats", "chunk_grad"]):
+    refuse(case.compile({target!r}))
+print(len(cases))
+"""
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+def test_gpus_without_tiles_of_their_own_can_run_those_they_get(target):
+    count = run_compiler(COMPILE_OTHERS.format(target=target, of_sm_80=target.startswith("sm_")))
+    assert count == (12 if target.startswith("sm_") else 4)
 
 
 @pytest.mark.compiles
@@ -137,7 +170,8 @@ def test_addresses_are_computed_in_int64():
 
 def test_table_is_complete_and_says_where_it_comes_from():
     found = tiles.entries()
-    expected = {(f, t, c, b) for f in FAMILIES for t in TABLE_TARGETS for c in DTYPE_CLASSES.values() for b in BUCKETS}
+    targets = [*GPU_TARGETS, "interpreter"]
+    expected = {(f, t, c, b) for f in FAMILIES for t in targets for c in DTYPE_CLASSES.values() for b in BUCKETS}
     assert {entry.key for entry in found} == expected
     for entry in found:
         assert entry.origin["kind"] in ("measured", "resources"), entry.key
@@ -180,7 +214,8 @@ def test_fewer_stages_where_shared_memory_is_short():
     stage = (128 + 256) * 64 * 2
     assert TILE.fitted(2, 227 * 1024) == TILE
     assert TILE.fitted(2, 99 * 1024).num_stages == 99 * 1024 // stage == 2
-    assert TILE.fitted(2, 1024).num_stages == 1
+    assert TILE.fitted(2, 64 * 1024) == tiles.PORTABLE, "one stage would not overlap loads with products"
+    assert tiles.PORTABLE.fitted(4, 48 * 1024) == tiles.PORTABLE
 
 
 def test_written_table_is_read_back_and_merged(tmp_path):

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from nextquill import ArgumentError, SFTLoss, UnsupportedModelError
 from nextquill.data import PaddedCollator, TreeCollator
 from nextquill.evaluation.scoring import score_examples
+from nextquill.models import attention as attention_module
 from nextquill.models.attention import TreeAttention
 from nextquill.models.branch_passes import PairPasses
+from nextquill.tree import TreeLayout, tree_attention
 from tests.models.model_helpers import (
     assert_same_loss,
     assert_same_tensors,
@@ -401,3 +403,41 @@ def test_attention_set_by_the_user_stays_set() -> None:
             assert_same_loss(passes.training_loss(passes.collator()(examples))[0], expected)
             model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+
+
+# ---- kernels that are wrong on a device -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["auto", "varlen", "pieces"])
+def test_auto_becomes_flex_if_the_kernel_it_chose_is_wrong_in_the_model(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """A named kernel is never replaced."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, kernel: str, **options: Any) -> Tensor:
+        right = tree_attention(query, key, value, layout, **options)
+        return right if kernel == "flex" else right * 3
+
+    monkeypatch.setattr(attention_module, "attend", attend)
+    monkeypatch.setattr(attention_module, "_on_gpu", lambda base: True)
+    if asked != "auto":
+        with pytest.raises(UnsupportedModelError, match="do not give the same logits"):
+            TreeAttention(tiny_model("llama"), asked)
+        return
+    with pytest.warns(RuntimeWarning, match="'auto' chose, LlamaForCausalLM fails its check .* uses FlexAttention"):
+        chosen = TreeAttention(tiny_model("llama"))
+    assert chosen.attention == "flex"
+
+
+def test_a_model_that_is_wrong_with_flex_too_is_refused_with_the_first_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, kernel: str, **options: Any) -> Tensor:
+        if kernel == "flex":
+            raise RuntimeError("flex does not compile")
+        return 3 * tree_attention(query, key, value, layout, **options)
+
+    monkeypatch.setattr(attention_module, "attend", attend)
+    monkeypatch.setattr(attention_module, "_on_gpu", lambda base: True)
+    with pytest.raises(UnsupportedModelError, match="do not give the same logits"):
+        TreeAttention(tiny_model("llama"))

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nextquill.tree import TreeLayout, build_prefix_tree, tree_attention, visibility_mask
+from nextquill.tree import TreeLayout, build_prefix_tree, dispatch, tree_attention, visibility_mask
 from nextquill.tree.flex import flex_tree_attention, tree_block_mask
 from nextquill.tree.varlen import varlen_tree_attention
 from nextquill.tree.varlen_kernels import why_not
+from nextquill.tree.varlen_plan import sum_copies, varlen_plan
 from tests.helpers import FLOAT32_RELATIVE, assert_close, relative_error
 from tests.tree.trees import (
     NAMES,
@@ -105,3 +106,23 @@ def test_output_and_gradients_on_a_gpu(dtype, options):
 
 def _branches(tree):
     return [tree.input_ids[rows].tolist() for rows in tree.branch_rows]
+
+
+def test_copies_are_summed_in_float32():
+    """With 500 copies, a sum in bfloat16 would stop growing when a term is below half a unit in the last place."""
+    tree, device = build_prefix_tree([[0, n] for n in range(1, 500)]), torch.device("cuda")
+    plan = varlen_plan(TreeLayout.of_tree(tree).segments, None, device)
+    grads = (1 + torch.randn(len(plan.rows), 2, 4) / 10).to(device).bfloat16()
+    exact = torch.zeros(len(tree), 2, 4, dtype=torch.float64, device=device)
+    exact.index_add_(0, plan.rows, grads.double())
+    total = sum_copies(grads, plan)
+    assert total.dtype == grads.dtype
+    assert relative_error(total, exact) <= 2**-8
+    assert torch.equal(total, sum_copies(grads, plan))
+
+
+def test_auto_takes_varlen_in_half_precision_where_it_can_run():
+    """It passes its check here; otherwise `auto` would warn and take FlexAttention."""
+    if reason := why_not(torch.bfloat16, "cuda", head_size=64):
+        pytest.skip(reason)
+    assert dispatch._on_cuda(torch.bfloat16, torch.device("cuda", 0), 64, None) == "varlen"

@@ -8,10 +8,10 @@ _NATIVE = ("tests/native", "tests/ops", "tests/test_implementations.py")
 MUTATIONS = (
     Mutation(
         "kernels-tail-counted",
-        f"{_FOLDER}/chunk_stats.py",
-        'mask=whole + lanes < V, other=float("-inf")',
-        "mask=whole + lanes < V, other=0.0",
-        "columns beyond the vocabulary add exp(0) to the sum",
+        f"{_FOLDER}/logits.py",
+        'return b_z if mask is None else tl.where(mask, b_z, float("-inf"))',
+        "return b_z",
+        "columns beyond the vocabulary add to the sum",
     ),
     Mutation(
         "kernels-effect-label",
@@ -37,8 +37,8 @@ MUTATIONS = (
     Mutation(
         "kernels-ignored-gradient",
         f"{_FOLDER}/chunk_grad.py",
-        "tl.store(out_row + cols, tl.where(label < 0, 0.0, b_dz).to(out_row.dtype.element_ty), mask=mask)",
-        "tl.store(out_row + cols, b_dz.to(out_row.dtype.element_ty), mask=mask)",
+        "b_dx = tl.where(label < 0, 0.0, backward(b_dz, b_z, softcap, factor, HAS_CAP))",
+        "b_dx = backward(b_dz, b_z, softcap, factor, HAS_CAP)",
         "ignored rows get a gradient",
     ),
     Mutation(
@@ -49,11 +49,21 @@ MUTATIONS = (
         "gradients under a softcap are too large by its value",
     ),
     Mutation(
-        "kernels-detached-overwritten",
-        f"{_FOLDER}/chunk_grad.py",
-        'out0 = None if detach_counterfactual else _in_place("logits_counterfactual", z0, dtype)',
-        'out0 = _in_place("logits_counterfactual", z0, dtype)',
-        "a detached counterfactual's logits are overwritten",
+        "kernels-bias-after-scale",
+        f"{_FOLDER}/logits.py",
+        """\
+    if HAS_BIAS:
+        b_x += b_bias
+    if HAS_SCALE:
+        b_x *= logit_scale
+""",
+        """\
+    if HAS_SCALE:
+        b_x *= logit_scale
+    if HAS_BIAS:
+        b_x += b_bias
+""",
+        "logit_scale leaves the bias out",
     ),
     Mutation(
         "kernels-nan-weight",

@@ -97,33 +97,54 @@ MUTATIONS = (
     Mutation(
         "ops-chunk-budget",
         "nextquill/ops/chunks.py",
-        "budget // (streams * _row_stride(self.vocabulary) * self.dtype.itemsize)",
-        "budget // (_row_stride(self.vocabulary) * self.dtype.itemsize)",
+        "of_row, of_gradient = streams * stride * self.dtype.itemsize, 0",
+        "of_row, of_gradient = stride * self.dtype.itemsize, 0",
         "two streams take twice chunk_bytes",
+    ),
+    Mutation(
+        "ops-last-rows-dropped",
+        "nextquill/ops/fused_loss.py",
+        "        self.gradient_buffer.flush()\n",
+        "",
+        "on a GPU the last rows of a batch have no gradient",
+    ),
+    Mutation(
+        "ops-weight-overwritten",
+        "nextquill/ops/gradients.py",
+        "overwrite=not self._weight_begun",
+        "overwrite=True",
+        "the head's gradient is that of the last chunk alone",
+    ),
+    Mutation(
+        "ops-unwritten-weight",
+        "nextquill/ops/gradients.py",
+        "            self._weight.zero_()\n",
+        "",
+        "a batch without labels gives the head whatever was in its memory",
     ),
     Mutation(
         "ops-bias-after-scale",
         "nextquill/ops/head.py",
         """\
-        if self.bias is not None:
-            out.add_(self.bias.to(self.dtype))
+        if self.wide_bias is not None:
+            products.add_(self.wide_bias)
         if self.logit_scale != 1.0:
-            out.mul_(self.logit_scale)
+            products.mul_(self.logit_scale)
 """,
         """\
         if self.logit_scale != 1.0:
-            out.mul_(self.logit_scale)
-        if self.bias is not None:
-            out.add_(self.bias.to(self.dtype))
+            products.mul_(self.logit_scale)
+        if self.wide_bias is not None:
+            products.add_(self.wide_bias)
 """,
         "logit_scale leaves the bias out",
     ),
     Mutation(
         "ops-cap-scale",
         "nextquill/ops/chunk_torch.py",
-        ".mul_(gradient).mul_(logit_scale)",
-        ".mul_(gradient)",
-        "gradients under a softcap miss logit_scale",
+        "torch.mul(gradient, logit_scale, out=out)",
+        "out.copy_(gradient)",
+        "gradients miss logit_scale",
     ),
     Mutation(
         "ops-effect-gradient-sign",
