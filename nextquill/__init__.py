@@ -31,7 +31,7 @@ from nextquill.lazy import on_first_use
 
 if TYPE_CHECKING:
     from nextquill import tree
-    from nextquill.functional import linear_pair_nll, linear_pair_stats, linear_token_nll
+    from nextquill.functional import linear_pair_jsd, linear_pair_nll, linear_pair_stats, linear_token_nll
     from nextquill.generation.guidance import HistoryGuidance
     from nextquill.generation.writer import UserPrompt, Writer, prompt_for
     from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
@@ -84,6 +84,7 @@ __all__ = [
     "UnsupportedModelError",
     "UserPrompt",
     "Writer",
+    "linear_pair_jsd",
     "linear_pair_nll",
     "linear_pair_stats",
     "linear_token_nll",

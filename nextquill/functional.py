@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.dispatch import check_impl
-from nextquill.ops.nll_operators import pair_nll, pair_stats, token_nll
+from nextquill.ops.nll_operators import pair_jsd, pair_nll, pair_stats, token_nll
 from nextquill.ops.validation import (
+    check_beta,
     check_chunk_bytes,
     check_floating,
     check_head_inputs,
@@ -138,6 +139,73 @@ def linear_pair_stats(
         stats = pair_stats(*tensors, **options)
     *nlls, kl, entropy = (row.view(shape) for row in stats)
     return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
+
+
+def linear_pair_jsd(
+    hidden_student: Tensor,
+    hidden_teacher: Tensor,
+    lm_head_weight: Tensor,
+    mask: Tensor,
+    *,
+    beta: float = 0.5,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence of a student from a constant teacher, without materialising [N, V].
+
+        jsd = beta · KL(p0 ‖ m) + (1 - beta) · KL(p1 ‖ m),  m = beta · p0 + (1 - beta) · p1
+
+    where p1 and p0 are the softmaxes of the student's and the teacher's (scaled, capped) logits. The limits are
+
+        beta = 0:  KL(p0 ‖ p1) = lim jsd / beta        beta = 1:  KL(p1 ‖ p0) = lim jsd / (1 - beta)
+
+    At 0.5 the divergence is symmetric and at most log 2. It is the objective of generalised knowledge distillation
+    (arXiv 2306.13649) and, at 0.5, of MIRROR (arXiv 2610.09795).
+
+    Args:
+        hidden_student, hidden_teacher: [N, D] or [B, T, D], floating, final hidden states that predict the *same*
+            token in both branches.
+        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
+        mask: [N] or [B, T]: bool, True where a row counts; or labels of any integer dtype, where every row counts but
+            those with `ignore_index`. Rows that do not count give exactly 0 and get exactly 0 gradient, whatever they
+            hold.
+        beta: weight of the teacher in the mixture, in [0, 1].
+        bias: [V], the hidden states' dtype (under autocast it may differ), or None. A bias of -inf masks a
+            token, if there is no softcap.
+        ignore_index: see `mask`.
+        softcap, logit_scale, impl, chunk_bytes: as in `linear_token_nll`, but logits are always stored a chunk at a
+            time.
+
+    Returns:
+        float32 (float64 for float64 inputs), mask's shape, in nats. Differentiable in hidden_student, lm_head_weight
+        and bias, through the student's logits only: the teacher is a constant.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: `impl` cannot run here.
+    """
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
+    del options["ignore_index"]  # the operator takes a mask
+    beta = check_beta(beta)
+    check_floating("hidden_teacher", hidden_teacher)
+    inputs = check_head_inputs(
+        hidden_student,
+        hidden_teacher.detach(),
+        lm_head_weight,
+        mask,
+        bias,
+        hidden_name="hidden_student",
+        other_name="hidden_teacher",
+        labels_name="mask",
+    )
+    counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index
+    tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, counts)
+    jsd: Tensor = pair_jsd(*tensors, beta=beta, **options)
+    return jsd.view(inputs.shape)
 
 
 def _operator_options(

@@ -97,6 +97,18 @@ def test_pair_operator(impl, head, size):
 
 
 @heads
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+def test_divergence_operator(impl, head, size, beta):
+    def run(function, **more):
+        def jsd(case, upstream):
+            return function(*case.pair_args, bias=case.bias, beta=beta, **head, **more) * upstream[0]
+
+        return jsd
+
+    compare(run(nq.linear_pair_jsd, impl=impl), run(reference.linear_pair_jsd), size)
+
+
+@heads
 def test_single_stream_operator(impl, head, size):
     def run(function, **more):
         def nll(case, upstream):

@@ -21,6 +21,7 @@ TESTS = (
     "tests/tree/test_on_gpu.py",
     "tests/test_on_gpu.py",
     "tests/test_implementations.py",
+    "tests/test_linear_pair_jsd.py",
     "tests/test_large_logits.py",
     "tests/test_token_weights.py",
     *(f"tests/ops/test_{name}.py" for name in ("head", "dispatch", "label_check")),

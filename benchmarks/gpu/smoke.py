@@ -127,6 +127,11 @@ def _pair_stats(x: Values, options: dict[str, Any], impl: str) -> Results:
     return {**stats.pair_nll._asdict(), "kl": stats.kl, "entropy": stats.entropy}
 
 
+def _pair_jsd(x: Values, options: dict[str, Any], impl: str) -> Results:
+    function = partial(nq.linear_pair_jsd, impl=impl) if impl else reference.linear_pair_jsd
+    return {"jsd": function(x.h1, x.h0, x.weight, x.labels, bias=x.bias, **options)}
+
+
 def _loss(
     make: Callable[..., nq.PairLoss],
     weighting: Callable[[PairNLL], Tensor],
@@ -162,6 +167,7 @@ OPERATORS: dict[str, Operator] = {
     "token nll": _token_nll,
     "pair nll": _pair_nll,
     "pair stats": _pair_stats,
+    "pair jsd": _pair_jsd,
 }
 
 

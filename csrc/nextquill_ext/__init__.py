@@ -1,6 +1,6 @@
-"""Native CPU kernels for nextquill: label statistics and gradients of chunks of logits, through DLPack.
+"""Native CPU kernels for nextquill: statistics and gradients of chunks of logits, through DLPack.
 
-The four kernels take float32 tensors on the CPU, or their DLPack capsules, and write into the tensors they are given.
+The six kernels take float32 tensors on the CPU, or their DLPack capsules, and write into the tensors they are given.
 `nextquill.ops.chunk_native` calls them and documents their results.
 
 The best instruction set of the machine is used. `NEXTQUILL_ISA` in the environment, which is read once on import, or
@@ -14,6 +14,8 @@ import os
 from nextquill_ext._core import (
     available_isas,
     current_isa,
+    jsd_grad_,
+    jsd_stats,
     pair_grad_,
     pair_stats,
     set_isa,
@@ -25,12 +27,14 @@ from nextquill_ext._core import (
 __version__ = "0.1.0"
 
 # Goes up when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
 __all__ = [
     "INTERFACE_VERSION",
     "available_isas",
     "current_isa",
+    "jsd_grad_",
+    "jsd_stats",
     "pair_grad_",
     "pair_stats",
     "set_isa",

@@ -38,6 +38,21 @@ def pair_grad_(
 ) -> None:
     """Replace z1 and z0 by the gradients of the three NLLs with respect to the logits before cap and scale."""
 
+def jsd_stats(logits_student: _Tensor, logits_teacher: _Tensor, out: _Tensor, beta: float, threads: int = 1) -> None:
+    """Write max and sum of exp(z - max) of both streams, KL(p1 || m) and the divergence into `out` [6, n]."""
+
+def jsd_grad_(
+    logits_student: _Tensor,
+    logits_teacher: _Tensor,
+    stats: _Tensor,
+    grad_jsd: _Tensor,
+    beta: float,
+    softcap: float | None,
+    logit_scale: float,
+    threads: int = 1,
+) -> None:
+    """Replace z1 by the gradient of grad_jsd · jsd with respect to the student's logits before cap and scale."""
+
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, best first."""
 

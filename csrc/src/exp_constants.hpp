@@ -12,6 +12,8 @@
 // only a few chains. So each `exp` takes several vectors through the chain together, in the loop NQ_EACH.
 #pragma once
 
+#include <stdint.h>
+
 #define NQ_INLINE inline __attribute__((always_inline))
 #define NQ_EACH _Pragma("GCC unroll 8") for (int k = 0; k < K; ++k)
 
@@ -37,6 +39,7 @@ constexpr float kLn2Low = -0x1.bd0106p-13f;
 constexpr float kRounding = 0x1.8p23f;  // adding this leaves the nearest integer in the low bits of the sum
 constexpr float kLowest = -87.33654f;   // below, exp is set to 0, as the smallest normal number is 1.2e-38
 constexpr float kHighest = 89.0f;       // above, exp is infinite
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;  // of sqrt(1/2), from which the logarithm counts exponents
 
 }  // namespace
 }  // namespace nextquill

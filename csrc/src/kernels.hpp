@@ -66,6 +66,21 @@ struct PairGradArgs {
     bool detach_counterfactual;
 };
 
+struct JsdStatsArgs {
+    Rows student, teacher;
+    int64_t vocabulary;
+    Strided<float> out;  // rows: max and sum of z1, of z0, KL(p1 || m), jsd
+    double beta;         // weight of the teacher in m
+};
+
+struct JsdGradArgs {
+    Rows student, teacher;
+    int64_t vocabulary;
+    Strided<const float> stats, grad;  // `stats` are written by jsd_stats
+    double beta, softcap;              // a softcap of 0 is none
+    double logit_scale;
+};
+
 // Each function works on rows [begin, end). One call computes a row from start to end, so the result does not depend on
 // the division of rows among threads.
 struct KernelTable {
@@ -74,6 +89,8 @@ struct KernelTable {
     void (*pair_stats)(const PairStatsArgs&, int64_t begin, int64_t end);
     void (*token_grad)(const TokenGradArgs&, int64_t begin, int64_t end);
     void (*pair_grad)(const PairGradArgs&, int64_t begin, int64_t end);
+    void (*jsd_stats)(const JsdStatsArgs&, int64_t begin, int64_t end);
+    void (*jsd_grad)(const JsdGradArgs&, int64_t begin, int64_t end);
 };
 
 extern const KernelTable kBaselineKernels;

@@ -29,6 +29,15 @@ struct Vec {
     static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
     static Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
     static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+    static Reg above_zero(Reg x, Reg yes, Reg no) {
+        return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, set1(0), _CMP_GT_OQ));
+    }
+    static void split(Reg& x, Reg& exponent) {
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kSqrtHalfBits)), 23);
+        exponent = _mm256_cvtepi32_ps(n);
+        x = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(n, 23)));
+    }
 
     // e^x = 2^n 2^r with x log2(e) = n + r. `min` returns its second operand if either is NaN.
     template <Precision kPrecision, int K>
@@ -61,10 +70,10 @@ private:
 }  // namespace
 }  // namespace nextquill
 
-#include "row_kernels.hpp"
+#include "jsd_kernels.hpp"
 
 namespace nextquill {
 
-const KernelTable kAvx2Kernels = {"avx2", token_stats, pair_stats, token_grad, pair_grad};
+const KernelTable kAvx2Kernels = {"avx2", token_stats, pair_stats, token_grad, pair_grad, jsd_stats, jsd_grad};
 
 }  // namespace nextquill

@@ -25,6 +25,15 @@ struct Vec {
     static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
     static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
     static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+    static Reg above_zero(Reg x, Reg yes, Reg no) {
+        return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(x, set1(0), _CMP_GT_OQ), yes);
+    }
+    static void split(Reg& x, Reg& exponent) {
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kSqrtHalfBits)), 23);
+        exponent = _mm512_cvtepi32_ps(n);
+        x = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
+    }
 
     // e^x = 2^n 2^r with x log2(e) = n + r. `min` returns its second operand if either is NaN.
     template <Precision kPrecision, int K>
@@ -54,10 +63,10 @@ private:
 }  // namespace
 }  // namespace nextquill
 
-#include "row_kernels.hpp"
+#include "jsd_kernels.hpp"
 
 namespace nextquill {
 
-const KernelTable kAvx512Kernels = {"avx512", token_stats, pair_stats, token_grad, pair_grad};
+const KernelTable kAvx512Kernels = {"avx512", token_stats, pair_stats, token_grad, pair_grad, jsd_stats, jsd_grad};
 
 }  // namespace nextquill

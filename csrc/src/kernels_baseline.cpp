@@ -38,6 +38,12 @@ struct Vec {
     static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
     static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }
     static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+    static Reg above_zero(Reg x, Reg yes, Reg no) { return x > set1(0) ? yes : no; }
+    static void split(Reg& x, Reg& exponent) {
+        const Bits bits = reinterpret_cast<Bits>(x), n = (bits - kSqrtHalfBits) >> 23;
+        exponent = __builtin_convertvector(n, Reg);
+        x = reinterpret_cast<Reg>(bits - (n << 23));
+    }
 
     // e^x = 2^n e^r with x = n ln 2 + r.
     template <Precision kPrecision, int K>
@@ -66,10 +72,10 @@ struct Vec {
 }  // namespace
 }  // namespace nextquill
 
-#include "row_kernels.hpp"
+#include "jsd_kernels.hpp"
 
 namespace nextquill {
 
-const KernelTable kBaselineKernels = {"baseline", token_stats, pair_stats, token_grad, pair_grad};
+const KernelTable kBaselineKernels = {"baseline", token_stats, pair_stats, token_grad, pair_grad, jsd_stats, jsd_grad};
 
 }  // namespace nextquill

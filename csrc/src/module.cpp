@@ -220,6 +220,37 @@ void pair_grad(nb::handle logits_factual, nb::handle logits_counterfactual, nb::
     run(tensors, threads, current_kernels().pair_grad, args);
 }
 
+double checked_beta(double beta) {
+    if (!(beta >= 0 && beta <= 1)) bad_value("beta", "a number in [0, 1]", std::to_string(beta));
+    return beta;
+}
+
+void jsd_stats(nb::handle logits_student, nb::handle logits_teacher, nb::handle out, double beta, int threads) {
+    Tensors tensors;
+    JsdStatsArgs args{};
+    args.student = tensors.rows("logits_student", logits_student, false);
+    args.teacher = tensors.rows("logits_teacher", logits_teacher, false);
+    args.vocabulary = tensors.vocabulary();
+    args.out = tensors.per_row("out", out, 6);
+    args.beta = checked_beta(beta);
+    run(tensors, threads, current_kernels().jsd_stats, args);
+}
+
+void jsd_grad(nb::handle logits_student, nb::handle logits_teacher, nb::handle stats, nb::handle grad_jsd, double beta,
+              std::optional<double> softcap, double logit_scale, int threads) {
+    Tensors tensors;
+    JsdGradArgs args{};
+    args.student = tensors.rows("logits_student", logits_student, true);
+    args.teacher = tensors.rows("logits_teacher", logits_teacher, false);
+    args.vocabulary = tensors.vocabulary();
+    args.stats = read_only(tensors.per_row("stats", stats, 6));
+    args.grad = tensors.per_row("grad_jsd", grad_jsd);
+    args.beta = checked_beta(beta);
+    args.softcap = checked_softcap(softcap);
+    args.logit_scale = logit_scale;
+    run(tensors, threads, current_kernels().jsd_grad, args);
+}
+
 nb::tuple available_isas() {
     nb::list names;
     for (const KernelTable* kernels : available_kernels()) names.append(kernels->name);
@@ -240,6 +271,9 @@ NB_MODULE(_core, module) {
     module.def("pair_grad_", pair_grad, "logits_factual"_a, "logits_counterfactual"_a, "labels"_a, "stats"_a,
                "grad_factual"_a, "grad_counterfactual"_a.none(), "grad_effect"_a, "softcap"_a.none(), "logit_scale"_a,
                "detach_counterfactual"_a = false, "threads"_a = 1);
+    module.def("jsd_stats", jsd_stats, "logits_student"_a, "logits_teacher"_a, "out"_a, "beta"_a, "threads"_a = 1);
+    module.def("jsd_grad_", jsd_grad, "logits_student"_a, "logits_teacher"_a, "stats"_a, "grad_jsd"_a, "beta"_a,
+               "softcap"_a.none(), "logit_scale"_a, "threads"_a = 1);
     module.def("available_isas", available_isas);
     module.def("current_isa", [] { return current_kernels().name; });
     module.def("use_openmp", [](const std::string& path) { return use_openmp(path.c_str()); }, "path"_a);

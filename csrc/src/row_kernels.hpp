@@ -1,4 +1,4 @@
-// The four chunk kernels, written once for a vector type `Vec`, which the including file defines first.
+// The kernels of labels and their likelihoods, written once for a vector type `Vec`, which the including file defines first.
 //
 // `Vec` offers Reg, kLanes, load, store, load_tail (lanes past the tail are filled), store_tail, keep_tail, set1, add,
 // sub, mul, max, fma(a, b, c) = ab + c, fnma(a, b, c) = c - ab, and exp<precision> for K vectors in place. Everything
@@ -141,33 +141,37 @@ struct TokenBlock {
     }
 };
 
+// The sum over a row.
+ExpSum exp_sum(const float* z, int64_t vocabulary) {
+    ExpSum own;
+    for (int64_t start = 0; start < vocabulary; start += kBlock) {
+        const int64_t count = vocabulary - start < kBlock ? vocabulary - start : kBlock;
+        const int64_t tail = count % kLanes, whole = count - tail;
+        const float* block = z + start;
+        Reg last[1] = {Vec::set1(-kInfinity)};
+        if (tail) last[0] = Vec::load_tail(block + whole, tail, -kInfinity);
+
+        own.rise(block_max(block, whole, last[0]));
+
+        TokenBlock sums;
+        sums.reference = Vec::set1(own.reference);
+        for (Reg& sum : sums.sums) sum = Vec::set1(0);
+        int64_t i = 0;
+        for (; i + kTogether * kLanes <= whole; i += kTogether * kLanes) {
+            for (int k = 0; k < kTogether; ++k) prefetch(block + i + kBlock + k * kLanes);
+            sums.add<kTogether>(block + i);
+        }
+        for (; i < whole; i += kLanes) sums.add<1>(block + i);
+        if (tail) sums.add(last);
+        own.sum.add(sums.sums);
+    }
+    return own;
+}
+
 void token_stats(const TokenStatsArgs& args, int64_t begin, int64_t end) {
-    const int64_t vocabulary = args.vocabulary;
     for (int64_t row = begin; row < end; ++row) {
         const float* z = args.logits.row(row);
-        ExpSum own;
-        for (int64_t start = 0; start < vocabulary; start += kBlock) {
-            const int64_t count = vocabulary - start < kBlock ? vocabulary - start : kBlock;
-            const int64_t tail = count % kLanes, whole = count - tail;
-            const float* block = z + start;
-            Reg last[1] = {Vec::set1(-kInfinity)};
-            if (tail) last[0] = Vec::load_tail(block + whole, tail, -kInfinity);
-
-            own.rise(block_max(block, whole, last[0]));
-
-            TokenBlock sums;
-            sums.reference = Vec::set1(own.reference);
-            for (Reg& sum : sums.sums) sum = Vec::set1(0);
-            int64_t i = 0;
-            for (; i + kTogether * kLanes <= whole; i += kTogether * kLanes) {
-                for (int k = 0; k < kTogether; ++k) prefetch(block + i + kBlock + k * kLanes);
-                sums.add<kTogether>(block + i);
-            }
-            for (; i < whole; i += kLanes) sums.add<1>(block + i);
-            if (tail) sums.add(last);
-            own.sum.add(sums.sums);
-        }
-        own.write(args.out, 0, row, z[args.labels.at(row)]);
+        exp_sum(z, args.vocabulary).write(args.out, 0, row, z[args.labels.at(row)]);
     }
 }
 

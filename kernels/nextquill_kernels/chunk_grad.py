@@ -115,14 +115,14 @@ def token_grad(
     check_tensor("stats", stats, torch.float32, 3, n)
     check_rows(n, torch.float32, grad_nll=grad_nll)
     check_bias(bias, vocabulary)
-    _check_out("out", out, n, vocabulary)
+    check_out("out", out, n, vocabulary)
     if n == 0:
         return
     tile = TOKEN_GRAD
     with on_device(logits):
         _token_grad_kernel[(n,)](
             logits, bias, out, labels.contiguous(), stats, grad_nll.contiguous(),
-            logits.stride(0), out.stride(0), stats.stride(0), vocabulary, *_factors(softcap, logit_scale),
+            logits.stride(0), out.stride(0), stats.stride(0), vocabulary, *factors(softcap, logit_scale),
             HAS_SCALE=logit_scale != 1, HAS_CAP=softcap is not None, **tile.constants, num_warps=tile.num_warps,
         )  # fmt: skip
 
@@ -224,7 +224,7 @@ def pair_grad(
     check_bias(bias, vocabulary)
     for name, out in results.items():
         if out is not None:
-            _check_out(name, out, n, vocabulary)
+            check_out(name, out, n, vocabulary)
     if n == 0:
         return
     tile = PAIR_GRAD
@@ -233,12 +233,13 @@ def pair_grad(
             x1, x0, bias, out1, out0, labels.contiguous(), stats,
             grad1.contiguous(), None if grad0 is None or out0 is None else grad0.contiguous(), grade.contiguous(),
             x1.stride(0), x0.stride(0), out1.stride(0), 0 if out0 is None else out0.stride(0), stats.stride(0),
-            vocabulary, *_factors(softcap, logit_scale),
+            vocabulary, *factors(softcap, logit_scale),
             HAS_SCALE=logit_scale != 1, HAS_CAP=softcap is not None, **tile.constants, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
-def _check_out(name: str, out: Tensor, n: int, vocabulary: int) -> None:
+def check_out(name: str, out: Tensor, n: int, vocabulary: int) -> None:
+    """Raise unless `out` is [n, V] in float32, bfloat16 or float16, with rows that do not overlap."""
     if out.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {out.dtype}")
     check_tensor(name, out, out.dtype, n, vocabulary)
@@ -248,7 +249,7 @@ def _check_out(name: str, out: Tensor, n: int, vocabulary: int) -> None:
         )
 
 
-def _factors(softcap: float | None, logit_scale: float) -> tuple[float, float, float]:
+def factors(softcap: float | None, logit_scale: float) -> tuple[float, float, float]:
     """Return the kernels' `logit_scale`, `softcap` and `factor`."""
     if softcap is None:
         return float(logit_scale), 0.0, float(logit_scale)

@@ -27,7 +27,7 @@ from nextquill_kernels.launch import (
 from nextquill_kernels.logits import exp, load
 
 # Start of a running maximum: finite, so that a lane that has only seen -inf never computes (-inf) - (-inf).
-_LOWEST = tl.constexpr(-3.4e38)
+LOWEST = tl.constexpr(-3.4e38)
 
 # To read 4.8 TB/s at a latency of 0.7 us, 3.4 MB must be in flight: 25 KiB on each of 132 multiprocessors. Two tiles of
 # 4 KiB a stream are under way while a program works on a third; at 64 registers or fewer four programs share a
@@ -38,7 +38,7 @@ PAIR_MOMENTS = RowTile(block_v=1024, threads=256)
 
 
 @jit()
-def _accumulate(b_max, b_sum, b_z):
+def accumulate(b_max, b_sum, b_z):
     """Add exp(z) to each lane's b_sum * exp(b_max), with one exponential; rescaling and adding would take two.
 
     The larger of z and b_max becomes the new maximum, and the term of the smaller one is scaled by exp(-|z - b_max|). A
@@ -52,7 +52,7 @@ def _accumulate(b_max, b_sum, b_z):
 
 @jit()
 def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
-    """Accumulate as `_accumulate` does, and also the sums of exp(z - b_max) (z - b_max) and exp(z - b_max) e."""
+    """Accumulate as `accumulate` does, and also the sums of exp(z - b_max) (z - b_max) and exp(z - b_max) e."""
     b_gap = b_z - b_max
     b_exp = exp(-tl.abs(b_gap))
     b_above = b_gap > 0
@@ -63,7 +63,7 @@ def _accumulate_moments(b_max, b_sum, b_zsum, b_esum, b_z, b_e):
 
 
 @jit()
-def _combine(b_max, b_sum):
+def combine(b_max, b_sum):
     """Return the lanes' maximum m and s = sum(exp(z - m)), from which (m - z[y]) + log(s) is exact at |z| = 1e4."""
     m = tl.max(b_max, axis=0)
     return m, tl.sum(b_sum * exp(b_max - m), axis=0)
@@ -103,18 +103,18 @@ def _token_stats_kernel(
     label = tl.load(label_ptr + row)
     x_row = x_ptr + row * x_stride
     lanes = tl.arange(0, BLOCK_V)
-    b_max = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    b_max = tl.full([BLOCK_V], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_V], tl.float32)
 
     whole = V // BLOCK_V * BLOCK_V
     for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
         b_z = load(x_row, bias_ptr, start + lanes, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_max, b_sum = _accumulate(b_max, b_sum, b_z)
+        b_max, b_sum = accumulate(b_max, b_sum, b_z)
     if whole < V:
         b_z = load(x_row, bias_ptr, whole + lanes, whole + lanes < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_max, b_sum = _accumulate(b_max, b_sum, b_z)
+        b_max, b_sum = accumulate(b_max, b_sum, b_z)
 
-    m, s = _combine(b_max, b_sum)
+    m, s = combine(b_max, b_sum)
     y = _label_logit(x_row, bias_ptr, label, V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
     _store_softmax(out_ptr, row, out_stride, 0, label, m, s, y)
 
@@ -164,9 +164,9 @@ def _accumulate_pair(
     if HAS_MOMENTS:
         b_max1, b_sum1, b_zsum, b_esum = _accumulate_moments(b_max1, b_sum1, b_zsum, b_esum, b_z1, b_ze - origin)
     else:
-        b_max1, b_sum1 = _accumulate(b_max1, b_sum1, b_z1)
-    b_max0, b_sum0 = _accumulate(b_max0, b_sum0, b_z0)
-    b_maxe, b_sume = _accumulate(b_maxe, b_sume, b_ze)
+        b_max1, b_sum1 = accumulate(b_max1, b_sum1, b_z1)
+    b_max0, b_sum0 = accumulate(b_max0, b_sum0, b_z0)
+    b_maxe, b_sume = accumulate(b_maxe, b_sume, b_ze)
     return b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum
 
 
@@ -181,9 +181,9 @@ def _pair_stats_kernel(
     x1_row = x1_ptr + row * x1_stride
     x0_row = x0_ptr + row * x0_stride
     lanes = tl.arange(0, BLOCK_V)
-    b_max1 = tl.full([BLOCK_V], _LOWEST, tl.float32)
-    b_max0 = tl.full([BLOCK_V], _LOWEST, tl.float32)
-    b_maxe = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    b_max1 = tl.full([BLOCK_V], LOWEST, tl.float32)
+    b_max0 = tl.full([BLOCK_V], LOWEST, tl.float32)
+    b_maxe = tl.full([BLOCK_V], LOWEST, tl.float32)
     b_sum1 = tl.zeros([BLOCK_V], tl.float32)
     b_sum0 = tl.zeros([BLOCK_V], tl.float32)
     b_sume = tl.zeros([BLOCK_V], tl.float32)
@@ -213,9 +213,9 @@ def _pair_stats_kernel(
             b_max1, b_sum1, b_max0, b_sum0, b_maxe, b_sume, b_zsum, b_esum, b_z1, b_z0, b_ze, origin, HAS_MOMENTS
         )
 
-    m1, s1 = _combine(b_max1, b_sum1)
-    m0, s0 = _combine(b_max0, b_sum0)
-    me, se = _combine(b_maxe, b_sume)
+    m1, s1 = combine(b_max1, b_sum1)
+    m0, s0 = combine(b_max0, b_sum0)
+    me, se = combine(b_maxe, b_sume)
     _store_softmax(out_ptr, row, out_stride, 0, label, m1, s1, y1)
     _store_softmax(out_ptr, row, out_stride, 1, label, m0, s0, y0)
     _store_softmax(out_ptr, row, out_stride, 2, label, me, se, y1 - y0)

@@ -159,7 +159,7 @@ class CompileCase:
         )
 
 
-def row_case(name: str, kernel: Any, tile: RowTile, signature: Mapping[str, str | None], **flags: bool) -> CompileCase:
+def row_case(name: str, kernel: Any, tile: RowTile, signature: Mapping[str, str | None], **flags: Any) -> CompileCase:
     """Return the case of a kernel that walks along rows of logits: no bias, scale or cap, and V a multiple of 16."""
     aligned = [name for name, kind in signature.items() if kind and name.startswith(("x", "out1", "out0", "V"))]
     # The gradient's `out` is aligned as the logits are; the statistics' is not.

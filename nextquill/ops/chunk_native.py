@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public
 
 from nextquill.errors import BackendUnavailableError
 
-_INTERFACE_VERSION = 3
+_INTERFACE_VERSION = 4
 
 
 def why_not() -> str | None:
@@ -71,6 +71,28 @@ def pair_grad(
     for own, out in zip(logits, outs, strict=True):
         if out is not None:
             _deliver(own, out)
+
+
+def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
+    """Compute as `chunk_torch.jsd_stats` does, in float32; reads each row twice."""
+    if len(logits[0]) > 0:
+        _kernels().jsd_stats(*map(_dlpack, (*logits, out)), beta, torch.get_num_threads())
+
+
+def jsd_grad(
+    logits: tuple[Tensor, Tensor],
+    stats: Tensor,
+    grad_jsd: Tensor,
+    out: Tensor,
+    beta: float,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute as `chunk_torch.jsd_grad` does."""
+    if len(logits[0]) > 0:
+        tensors = map(_dlpack, (*logits, stats, grad_jsd))
+        _kernels().jsd_grad_(*tensors, beta, softcap, logit_scale, torch.get_num_threads())
+    _deliver(logits[0], out)
 
 
 def _deliver(gradient: Tensor, out: Tensor) -> None:

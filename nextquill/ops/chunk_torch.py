@@ -1,6 +1,6 @@
 """The chunk kernels in plain PyTorch: statistics of a chunk of logits, and its gradient.
 
-Every `impl` offers these four functions on [n, V] logits in the compute dtype, with labels [n] in [0, V). These read
+Every `impl` offers these six functions on [n, V] logits in the compute dtype, with labels [n] in [0, V). These read
 logits after bias, scale and cap; see `ChunkKernels.finish_logits`. They walk the rows in small blocks, so that the
 temporaries of a block stay in cache and no second buffer of the logits' size exists.
 
@@ -11,6 +11,16 @@ The gradients compute the softmax from these three:
 
 exp(z - logsumexp) would inherit the rounding error of the logsumexp: 2^-25 of it, which at |z| = 1e4 changes every
 probability by 5e-4 of itself. And expm1 keeps the digits of p - 1 where p is near 1.
+
+The Jensen-Shannon divergence compares p1 and p0, the softmaxes of z1 and z0, with m = beta p0 + (1 - beta) p1. Its
+logarithms come from the difference d of log-probabilities, so that they are exact where a probability underflows:
+
+    d = log(p0 / p1) = (z0 - max0) - (z1 - max1) - log(sum0 / sum1)
+    r = log(m / max(p0, p1)) = log(beta exp(min(d, 0)) + (1 - beta) exp(min(-d, 0)))
+    log(m / p1) = r + max(d, 0)        log(m / p0) = r + max(-d, 0)
+
+A divergence KL(p ‖ m) sums p log(p / m) + m - p, which is never negative. All m - p of a row add up to 0, up to the
+rounding of the softmaxes: without them that rounding would be an error of the divergence.
 """
 
 from __future__ import annotations
@@ -119,6 +129,89 @@ def pair_grad(
             _weighted_softmax_grad(z0, y, stats0, g_c[rows], own)
             effect.add_(own)
         _through_cap(z0, effect, out0[rows], softcap, logit_scale)
+
+
+def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
+    """Write max(z1), the sum of exp(z1 - max), the same of z0, KL(p1 ‖ m) and jsd, per row.
+
+        jsd = beta KL(p0 ‖ m) + (1 - beta) KL(p1 ‖ m)        KL(p0 ‖ p1) for beta = 0, KL(p1 ‖ p0) for beta = 1
+
+    Args:
+        logits: z1 (student) and z0 (teacher), each [n, V], float32 or float64.
+        out: [6, n], dtype of the logits; receives the statistics, divergences in nats.
+        beta: weight of p0 in m: 0, 1, or a number between that the dtype of the logits tells from both.
+    """
+    for rows, buffers in _row_blocks(logits[0], buffers=4):
+        stats = out[:, rows]
+        for z, (largest, total), p in zip((each[rows] for each in logits), stats[:4].split(2), buffers, strict=False):
+            torch.amax(z, -1, out=largest)
+            torch.sum(torch.sub(z, largest[:, None], out=p).exp_(), -1, out=total)
+        p1, p0, d, r = _mixture((logits[0][rows], logits[1][rows]), stats, beta, buffers)
+        surplus = torch.sub(p0, p1)
+        divergence0 = p0.mul_(d.neg().clamp_(min=0).add_(r)).add_(surplus, alpha=1 - beta).sum(-1).neg_()
+        divergence1 = p1.mul_(d.clamp_(min=0).add_(r)).sub_(surplus, alpha=beta).sum(-1).neg_()
+        stats[4] = divergence1
+        weight0, weight1 = (beta, 1 - beta) if 0 < beta < 1 else (1 - beta, beta)
+        # Less than 0 by rounding only. `clamp` keeps NaN.
+        stats[5] = divergence0.mul_(weight0).add_(divergence1, alpha=weight1).clamp_(min=0)
+
+
+def jsd_grad(
+    logits: tuple[Tensor, Tensor],
+    stats: Tensor,
+    grad_jsd: Tensor,
+    out: Tensor,
+    beta: float,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Compute the gradient of g·jsd by z1 before cap and scale; z0 is a constant.
+
+        dz1 = g (1 - beta) p1 (log(p1 / m) - KL(p1 ‖ m))
+            = g (p1 - p0) for beta = 0,  g p1 (log(p1 / p0) - KL(p1 ‖ p0)) for beta = 1
+
+    times scale·cap'.
+
+    Args:
+        logits: z1 (student) and z0 (teacher), each [n, V], float32 or float64. The first is overwritten.
+        stats: [6, n], dtype of the logits; written by `jsd_stats` for the same logits and `beta`.
+        grad_jsd: g [n], dtype of the logits, per nat.
+        out: [n, V], any floating dtype: receives the gradient. The logits z1 themselves, or other memory.
+        beta: as in `jsd_stats`.
+        softcap, logit_scale: as in `token_grad`.
+    """
+    for rows, buffers in _row_blocks(logits[0], buffers=4):
+        z1, own = logits[0][rows], stats[:, rows]
+        p1, p0, d, r = _mixture((z1, logits[1][rows]), own, beta, buffers)
+        if beta == 0:
+            gradient, weight = p1.sub_(p0), grad_jsd[rows]
+        else:
+            gradient = p1.mul_(d.clamp_(min=0).add_(r).add_(own[4][:, None])).neg_()
+            weight = grad_jsd[rows] * (1 - beta if beta < 1 else 1)
+        _through_cap(z1, gradient.mul_(weight[:, None]), out[rows], softcap, logit_scale)
+
+
+def _mixture(
+    logits: tuple[Tensor, Tensor], stats: Tensor, beta: float, buffers: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return p1, p0, d and r of the module's text, in the four buffers."""
+    p1, p0, d, r = buffers
+    max1, total1, max0, total0 = stats[:4]
+    # Finite also in a masked column, where d would be inf - inf; its probabilities stay 0.
+    lowest = torch.finfo(p1.dtype).min
+    torch.sub(logits[0], max1[:, None], out=p1).clamp_(min=lowest)
+    torch.sub(logits[1], max0[:, None], out=p0).clamp_(min=lowest)
+    torch.sub(p0, p1, out=d).sub_((total0 / total1).log_()[:, None])
+    p1.exp_().div_(total1[:, None])
+    p0.exp_().div_(total0[:, None])
+    if beta == 0:
+        torch.clamp(d, min=0, out=r).neg_()
+    elif beta == 1:
+        torch.clamp(d, max=0, out=r)
+    else:
+        torch.clamp(d, max=0, out=r).exp_().mul_(beta)
+        r.add_(d.neg().clamp_(max=0).exp_(), alpha=1 - beta).log_()
+    return p1, p0, d, r
 
 
 def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> None:

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from nextquill_kernels.chunk import pair_grad, pair_stats, token_grad, token_stats
 from nextquill_kernels.coefficients import row_coefficients
+from nextquill_kernels.jsd import jsd_grad, jsd_stats
 from nextquill_kernels.stream import label_stats
 from torch import Tensor
 
 from nextquill.ops.head import LinearHead, infinite_to_nan
 
-__all__ = ["pair_grad", "pair_stats", "row_coefficients", "stream_nll", "token_grad", "token_stats"]
+__all__ = [
+    "jsd_grad",
+    "jsd_stats",
+    "pair_grad",
+    "pair_stats",
+    "row_coefficients",
+    "stream_nll",
+    "token_grad",
+    "token_stats",
+]
 
 
 def stream_nll(streams: tuple[Tensor, ...], head: LinearHead, labels: Tensor) -> Tensor:

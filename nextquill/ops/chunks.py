@@ -9,7 +9,7 @@ which takes as long as the multiplication of a thousand rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from nextquill.ops import huge_pages
 from nextquill.ops.dispatch import PAIR_STATS, ChunkKernels
 from nextquill.ops.gradients import HeadGradients
 from nextquill.ops.head import LinearHead, infinite_to_nan
-from nextquill.ops.row_groups import RowPlan
+from nextquill.ops.row_groups import RowPlan, split_rows
 
 # The products of each chunk read all of W (and all of dW, in float32): a CPU reaches full speed with a hundred rows.
 _DEFAULT_BYTES = 2**27
@@ -138,20 +138,23 @@ class Chunk:
         else:
             kernels.token_stats(self.logits, self.labels, out, **self.head.finishing)
 
+    def jsd_statistics(self, beta: float, out: Tensor) -> None:
+        """Write the statistics of `chunk_torch.jsd_stats` into `out` [6, n]; z1 is the student, z0 the teacher."""
+        self.head.kernels.jsd_stats(self.streams, out, beta, **self.head.finishing)
+
     def gradient(
-        self, rows: slice, stats: Tensor, grad_nlls: Sequence[Tensor | None], outs: tuple[Tensor, ...]
+        self, stats: Tensor, grad_nlls: Sequence[Tensor | None], rows: slice, outs: tuple[Tensor, ...]
     ) -> None:
         """Write dz of some rows; may overwrite their logits.
 
         Args:
-            rows: which rows of the chunk.
             stats: [3, n], or [9, n] for two streams; written by `statistics`.
             grad_nlls: g_f, g_c and g_e, each [n], per nat; None means zero.
+            rows: which rows of the chunk.
             outs: for each stream that gets a gradient, [rows, V] in `head.grad_dtype` or `head.dtype`.
         """
         kernels, labels, stats = self.head.kernels, self.labels[rows], stats[:, rows]
-        options = {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale, **self.head.finishing}
-        logits = [stream[rows] for stream in self.streams]
+        options, logits = self._gradient_options, [stream[rows] for stream in self.streams]
         g = [None if each is None else each[rows] for each in grad_nlls]
         if g[2] is not None:
             kernels.pair_grad(logits, labels, stats, g, (*outs, None)[:2], **options)
@@ -159,12 +162,27 @@ class Chunk:
         for index, out in enumerate(outs):
             kernels.token_grad(logits[index], labels, stats[3 * index : 3 * index + 3], g[index], out, **options)
 
+    def jsd_gradient(self, beta: float, stats: Tensor, grad_jsd: Tensor, rows: slice, outs: tuple[Tensor, ...]) -> None:
+        """Write dz1 of some rows; may overwrite their logits.
+
+        Args:
+            beta, stats: as `jsd_statistics` took and wrote them.
+            grad_jsd: [n], per nat.
+            rows, outs: as in `gradient`; one stream gets a gradient.
+        """
+        logits, options = [stream[rows] for stream in self.streams], self._gradient_options
+        self.head.kernels.jsd_grad(logits, stats[:, rows], grad_jsd[rows], *outs, beta, **options)
+
+    @property
+    def _gradient_options(self) -> dict[str, Any]:
+        return {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale, **self.head.finishing}
+
 
 class LogitsBuffer:
     """The largest allocation of an engine: logits [streams·rows, V], float32 (float64); `nbytes` of memory."""
 
     def __init__(self, head: ChunkedHead, streams: int, plan: RowPlan, rows: int) -> None:
-        self.head, self.plan = head, plan
+        self.head, self.plan, self.rows = head, plan, rows
         padded = head.weight.new_empty(streams * rows, _row_stride(head.vocabulary), dtype=head.dtype)
         huge_pages.advise(padded)
         self.nbytes = padded.nbytes
@@ -185,6 +203,11 @@ class LogitsBuffer:
         if not head.kernels.finish_logits:
             head.finish_(logits)
         return Chunk(head, rows, indices, self.plan.labels[rows], hidden, logits)
+
+    def chunks(self, streams: Sequence[Tensor]) -> Iterator[Chunk]:
+        """Yield all rows of the plan; each chunk overwrites the previous one, and `streams` is as in `fill`."""
+        for rows in split_rows(0, self.plan.num_rows, self.rows):
+            yield self.fill(streams, rows)
 
 
 class GradientBuffer:
@@ -210,11 +233,16 @@ class GradientBuffer:
             self._hidden = head.weight.new_empty(rows, head.weight.shape[1])
             self.nbytes = padded.nbytes + self._hidden.nbytes
 
-    def add(self, chunk: Chunk, stats: Tensor, grad_nlls: Sequence[Tensor | None]) -> None:
-        """Compute the gradient by a chunk's logits, which it overwrites; arguments as in `Chunk.gradient`."""
+    def add(self, chunk: Chunk, write: Callable[[slice, tuple[Tensor, ...]], None]) -> None:
+        """Compute the gradient by a chunk's logits, which it may overwrite.
+
+        Args:
+            chunk: the chunk.
+            write: writes dz of some rows, with the last two arguments of `Chunk.gradient`.
+        """
         n, count = chunk.indices.numel(), len(self.streams)
         if not self._rows:
-            chunk.gradient(slice(0, n), stats, grad_nlls, chunk.streams[:count])
+            write(slice(0, n), chunk.streams[:count])
             blocks = [(stream, chunk.indices) for stream in self.streams]
             self.gradients.add(blocks, chunk.logits[: count * n], chunk.hidden[: count * n])
             return
@@ -226,7 +254,7 @@ class GradientBuffer:
                 continue
             rows = slice(start, start + size)
             places = [slice(self._filled + i * size, self._filled + (i + 1) * size) for i in range(count)]
-            chunk.gradient(rows, stats, grad_nlls, tuple(self._dz[place] for place in places))
+            write(rows, tuple(self._dz[place] for place in places))
             for stream, place in zip(self.streams, places, strict=True):
                 self._hidden[place] = chunk.hidden[stream * n + start : stream * n + start + size]
                 self._blocks.append((stream, chunk.indices[rows]))

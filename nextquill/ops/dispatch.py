@@ -22,6 +22,7 @@ from nextquill.ops import chunk_native, chunk_torch
 TOKEN_STATS = 3  # max, sum, nll
 PAIR_STATS = 9  # of z1, of z0, of z1 - z0
 PAIR_STATS_DIVERGENCE = 11  # and KL(p1 ‖ p0), entropy of p1
+JSD_STATS = 6  # max and sum of z1 and of z0, KL(p1 ‖ m), jsd
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 # The implementation that "auto" tries before plain PyTorch, by device type.
@@ -30,10 +31,10 @@ _PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 @dataclass(frozen=True)
 class ChunkKernels:
-    """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first four.
+    """The functions an implementation offers; `nextquill.ops.chunk_torch` documents the first six.
 
     Attributes:
-        finish_logits: the first four read products h Wᵀ and take `bias` (in float32), `softcap` and `logit_scale` by
+        finish_logits: the first six read products h Wᵀ and take `bias` (in float32), `softcap` and `logit_scale` by
             keyword; otherwise they read finished logits, and only the gradients take `softcap` and `logit_scale`.
         stream_nll: (streams, head, labels) -> NLLs [1 or 3, N] without logits in memory; rows with a label below 0 are
             ignored. None if the implementation has no such kernel.
@@ -46,6 +47,8 @@ class ChunkKernels:
     pair_stats: Callable[..., None]
     token_grad: Callable[..., None]
     pair_grad: Callable[..., None]
+    jsd_stats: Callable[..., None]
+    jsd_grad: Callable[..., None]
     finish_logits: bool = False
     stream_nll: Callable[..., Tensor] | None = None
     row_coefficients: Callable[..., Any] | None = None
@@ -99,7 +102,8 @@ def _kernels(impl: str) -> ChunkKernels:
 
 
 def _from_module(name: str, module: ModuleType, **more: Any) -> ChunkKernels:
-    return ChunkKernels(name, module.token_stats, module.pair_stats, module.token_grad, module.pair_grad, **more)
+    kernels = (module.token_stats, module.pair_stats, module.token_grad, module.pair_grad)
+    return ChunkKernels(name, *kernels, module.jsd_stats, module.jsd_grad, **more)
 
 
 def _why_not_triton(device: torch.device) -> str | None:

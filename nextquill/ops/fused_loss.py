@@ -13,6 +13,8 @@ If the logits of a sequence exceed the byte budget, those beyond the budget are 
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
@@ -122,7 +124,7 @@ class PairLossEngine:
         """Compute the gradient by the chunk's logits, and hand it over to be multiplied."""
         stats = self.stats[:, chunk.rows]
         grads = self.objective.gradients(RowCoefficients(*self.rows[:3, chunk.rows]))
-        self.gradient_buffer.add(chunk, stats, grads)
+        self.gradient_buffer.add(chunk, functools.partial(chunk.gradient, stats, grads))
 
 
 def unpack_rows(rows: Tensor, paired: bool, effect: bool) -> tuple[RowCoefficients, PairNLL]:

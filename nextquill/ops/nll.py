@@ -9,16 +9,17 @@ These functions do not use autograd; nll_operators.py registers them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
+from nextquill.ops.chunks import ChunkedHead, GradientBuffer, LogitsBuffer
 from nextquill.ops.dispatch import PAIR_STATS, PAIR_STATS_DIVERGENCE, TOKEN_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.label_check import check_labels
-from nextquill.ops.row_groups import RowPlan, plan_rows, split_rows
+from nextquill.ops.row_groups import plan_rows
 
 
 def head_nll(
@@ -47,7 +48,9 @@ def head_nll(
     plan = plan_rows(labels, None, ignore_index, head.vocabulary)
     kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
     found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
-    for chunk in _chunks(plan, head, streams, head.memory(plan.num_rows, len(streams), 0).rows):
+    for chunk in LogitsBuffer(head, len(streams), plan, head.memory(plan.num_rows, len(streams), 0).rows).chunks(
+        streams
+    ):
         chunk.statistics(found[:, chunk.rows])
     wanted = torch.cat((found[2:PAIR_STATS:3], found[PAIR_STATS:]))
     return found.new_zeros(len(wanted), labels.numel()).index_copy_(1, plan.rows, wanted)
@@ -80,19 +83,13 @@ def head_gradients(
         of_rows = [zero if g is None and index != 1 else g for index, g in enumerate(of_rows)]
     memory = head.memory(plan.num_rows, len(streams), len(streams))
     buffer = GradientBuffer(grads, (0, 1)[: len(streams)], memory.gradient_rows)
-    for chunk in _chunks(plan, head, streams, memory.rows):
+    for chunk in LogitsBuffer(head, len(streams), plan, memory.rows).chunks(streams):
         # The statistics are computed again, because the logits may differ from the forward's in their last bits: it may
         # use another matrix product. At |z| = 1e4 those bits are 1e-3 of a probability. Reading the chunk once takes
         # little time beside its products.
         stats = chunk.logits.new_empty(PAIR_STATS if len(streams) == 2 else TOKEN_STATS, chunk.labels.numel())
         chunk.statistics(stats)
-        buffer.add(chunk, stats, [None if g is None else g[chunk.rows] for g in of_rows])
+        own = [None if g is None else g[chunk.rows] for g in of_rows]
+        buffer.add(chunk, functools.partial(chunk.gradient, stats, own))
     buffer.flush()
     return grads
-
-
-def _chunks(plan: RowPlan, head: ChunkedHead, streams: tuple[Tensor, ...], max_rows: int) -> Iterator[Chunk]:
-    """Yield the plan's rows with their logits; each chunk overwrites the previous one."""
-    buffer = LogitsBuffer(head, len(streams), plan, max_rows)
-    for rows in split_rows(0, plan.num_rows, max_rows):
-        yield buffer.fill(streams, rows)

@@ -1,7 +1,7 @@
-"""`torch.ops.nextquill.token_nll` and `.pair_nll`: per-token likelihoods, differentiable, with any upstream gradient.
+"""`torch.ops.nextquill.token_nll`, `.pair_nll` and `.pair_jsd`: per token, differentiable, with any upstream gradient.
 
-Each saves its inputs, and its backward is another operator. `.pair_stats` computes the same forward and divergences,
-without a gradient.
+Each saves its inputs, and its backward is another operator. `.pair_stats` computes the forward of `.pair_nll` and
+divergences, without a gradient.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from nextquill.ops.gradients import HeadGradients, Needs, first_order_only
+from nextquill.ops.jsd import head_jsd, head_jsd_gradients
 from nextquill.ops.nll import head_gradients, head_nll
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import define, nothing, open_head, results_dtype
 
-# Every operator ends with labels (and in a backward `needs`), ignore_index and the head's five options.
+# Every operator ends with labels (and in a backward `needs`), ignore_index and the head's five options. `pair_jsd` has
+# `counts` and `beta` in the place of labels and ignore_index.
 _AFTER_LABELS = 6
 
 
@@ -51,8 +53,23 @@ def _nlls(
         return head_nll(streams, head, labels, ignore_index, divergence=divergence)
 
 
+def _pair_jsd(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    beta: float,
+    *options: Any,
+) -> Tensor:
+    """Compute the divergence [N]."""
+    head = open_head(student, weight, bias, *options)
+    with autocast_off(student.device):
+        return head_jsd((student, teacher), head, counts, beta)
+
+
 def _fake_row(*arguments: Any) -> Tensor:
-    """Return the fake nll [N] of a forward operator."""
+    """Return the fake result [N] of a forward operator."""
     hidden: Tensor = arguments[0]
     labels: Tensor = arguments[-1 - _AFTER_LABELS]
     return hidden.new_empty(labels.shape[0], dtype=results_dtype(hidden, arguments))
@@ -94,6 +111,23 @@ def _pair_nll_backward(
     with autocast_off(factual.device):
         grads = head_gradients(upstream, streams, head, labels, ignore_index, Needs(*needs))
     return _deliver(grads, factual, counterfactual, weight, bias)
+
+
+def _pair_jsd_backward(
+    grad_jsd: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    needs: list[bool],
+    beta: float,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    head = open_head(student, weight, bias, *options)
+    with autocast_off(student.device):
+        grads = head_jsd_gradients(grad_jsd, (student, teacher), head, counts, beta, Needs(*needs))
+    return _deliver(grads, student, teacher, weight, bias)
 
 
 def _deliver(
@@ -140,12 +174,22 @@ pair_nll_backward = define(
     "(Tensor, Tensor, Tensor, Tensor)",
 )
 pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 1, 2))
+_MIRROR = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor counts"
+pair_jsd = define("pair_jsd", _pair_jsd, f"{_MIRROR}, float beta", "Tensor", product=(0, 1, 2))
+pair_jsd_backward = define(
+    "pair_jsd_backward",
+    _pair_jsd_backward,
+    f"Tensor grad_jsd, {_MIRROR}, bool[] needs, float beta",
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
 
 token_nll.register_fake(_fake_row)
 token_nll_backward.register_fake(_fake_gradients)
 pair_nll.register_fake(lambda *arguments: tuple(_fake_row(*arguments) for _ in range(3)))
 pair_nll_backward.register_fake(_fake_gradients)
 pair_stats.register_fake(lambda *arguments: torch.stack([_fake_row(*arguments)] * 5))
+pair_jsd.register_fake(_fake_row)
+pair_jsd_backward.register_fake(_fake_gradients)
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -175,3 +219,4 @@ def _autograd(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 
 token_nll.register_autograd(_autograd(token_nll_backward), setup_context=_token_setup)
 pair_nll.register_autograd(_autograd(pair_nll_backward), setup_context=_pair_setup)
+pair_jsd.register_autograd(_autograd(pair_jsd_backward), setup_context=_token_setup)

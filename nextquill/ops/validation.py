@@ -44,6 +44,8 @@ def check_head_inputs(
     bias: Tensor | None,
     *,
     hidden_name: str = "hidden_factual",
+    other_name: str = "hidden_counterfactual",
+    labels_name: str = "labels",
 ) -> HeadInputs:
     """Check shapes, dtypes and devices, and flatten. The values of labels are checked later, where they are read.
 
@@ -53,7 +55,8 @@ def check_head_inputs(
         lm_head_weight: [V, D], in the same dtype except under autocast.
         labels: [N] or [B, T], any integer dtype.
         bias: [V], in the same dtype except under autocast, or None.
-        hidden_name: name of `hidden_factual` in messages.
+        hidden_name, other_name, labels_name: names of the hidden states and of the labels in messages. A `labels_name`
+            of "mask" allows bool, which becomes 1 for True.
 
     Raises:
         ArgumentTypeError: not a tensor, a wrong dtype, or dtypes that do not agree.
@@ -73,20 +76,20 @@ def check_head_inputs(
             f"{_shape(lm_head_weight)}, got {_shape(hidden_factual)}"
         )
     if hidden_counterfactual is not None:
-        check_floating("hidden_counterfactual", hidden_counterfactual)
+        check_floating(other_name, hidden_counterfactual)
         if hidden_counterfactual.shape != hidden_factual.shape:
             raise ArgumentError(
-                f"hidden_counterfactual: expected the shape of {hidden_name} {_shape(hidden_factual)}, "
+                f"{other_name}: expected the shape of {hidden_name} {_shape(hidden_factual)}, "
                 f"got {_shape(hidden_counterfactual)}"
             )
-        _check_same("hidden_counterfactual", hidden_counterfactual, hidden_name, hidden_factual)
+        _check_same(other_name, hidden_counterfactual, hidden_name, hidden_factual)
     _check_same("lm_head_weight", lm_head_weight, hidden_name, hidden_factual)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
             raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")
         _check_same("bias", bias, hidden_name, hidden_factual)
-    flat_labels = _check_labels(labels, hidden_factual, hidden_name)
+    flat_labels = _check_labels(labels_name, labels, hidden_factual, hidden_name)
     return HeadInputs(
         factual=_flat(hidden_factual),
         counterfactual=None if hidden_counterfactual is None else _flat(hidden_counterfactual),
@@ -121,6 +124,15 @@ def check_head_options(softcap: float | None, logit_scale: float) -> None:
         raise ArgumentError(f"softcap: expected None or a finite positive number, got {softcap!r}")
     if not abs(logit_scale) < math.inf or logit_scale == 0:
         raise ArgumentError(f"logit_scale: expected a finite non-zero number, got {logit_scale!r}")
+
+
+def check_beta(beta: float) -> float:
+    """Return `beta` if it is a number in [0, 1], or raise."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise ArgumentTypeError(f"beta: expected a number, got {type(beta).__name__} {beta!r}")
+    if not 0 <= beta <= 1:
+        raise ArgumentError(f"beta: expected a number in [0, 1], got {beta!r}")
+    return float(beta)
 
 
 def check_ignore_index(ignore_index: object) -> int:
@@ -183,19 +195,20 @@ def _flat(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _check_labels(labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
+def _check_labels(name: str, labels: Tensor, hidden: Tensor, hidden_name: str) -> Tensor:
+    allowed = "a bool or integer" if name == "mask" else "an integer"
     if not isinstance(labels, Tensor):
-        raise ArgumentTypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
-    if not _is_integer(labels):
-        raise ArgumentTypeError(f"labels: expected an integer dtype, got {labels.dtype}")
-    _check_dense("labels", labels)
+        raise ArgumentTypeError(f"{name}: expected {allowed} tensor, got {type(labels).__name__}")
+    if not _is_integer(labels) and not (name == "mask" and labels.dtype == torch.bool):
+        raise ArgumentTypeError(f"{name}: expected {allowed} dtype, got {labels.dtype}")
+    _check_dense(name, labels)
     if labels.shape != hidden.shape[:-1]:
         raise ArgumentError(
-            f"labels: expected shape {list(hidden.shape[:-1])} to match {hidden_name} {_shape(hidden)}, "
+            f"{name}: expected shape {list(hidden.shape[:-1])} to match {hidden_name} {_shape(hidden)}, "
             f"got {_shape(labels)}"
         )
     if labels.device != hidden.device:
-        raise ArgumentError(f"labels: expected device {hidden.device} like {hidden_name}, got {labels.device}")
+        raise ArgumentError(f"{name}: expected device {hidden.device} like {hidden_name}, got {labels.device}")
     return labels.reshape(-1).long()
 
 

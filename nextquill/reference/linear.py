@@ -6,6 +6,8 @@ times, so they are for small inputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,31 @@ def linear_pair_stats(
     kl = torch.where(p1 > 0, p1 * (log_p1 - log_p0), p1).sum(-1)
     entropy = -torch.where(p1 > 0, p1 * log_p1, p1).sum(-1)
     return PairStats(_pair_nll(z1, z0, labels, keep), kl=scatter_rows(kl, keep), entropy=scatter_rows(entropy, keep))
+
+
+def linear_pair_jsd(
+    hidden_student: Tensor, hidden_teacher: Tensor, lm_head_weight: Tensor, mask: Tensor, *, beta: float = 0.5,
+    bias: Tensor | None = None, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Reference of the public operator; shapes and dtypes as for `nextquill.linear_pair_jsd`."""
+    keep = mask if mask.dtype == torch.bool else mask != ignore_index
+    head = (lm_head_weight, bias, softcap, logit_scale)
+    z1, z0 = (linear_logits(hidden[keep], *head) for hidden in (hidden_student, hidden_teacher))
+    # Finite for a masked column too, whose probability stays 0: 0 · inf would be NaN.
+    log_p1, log_p0 = (torch.log_softmax(z, -1).clamp(min=torch.finfo(z.dtype).min) for z in (z1, z0.detach()))
+    if beta == 0:
+        jsd = _divergence(log_p0, log_p1)
+    elif beta == 1:
+        jsd = _divergence(log_p1, log_p0)
+    else:
+        log_m = torch.logaddexp(log_p0 + math.log(beta), log_p1 + math.log1p(-beta))
+        jsd = beta * _divergence(log_p0, log_m) + (1 - beta) * _divergence(log_p1, log_m)
+    return scatter_rows(jsd, keep)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) of log-probabilities [n, V], finite, float32 or float64: [n], nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _pair_nll(z1: Tensor, z0: Tensor, labels: Tensor, keep: Tensor) -> PairNLL:

@@ -29,13 +29,17 @@ CASES = {
     "chunk_grad": variants(
         "token_grad/fp32", "token_grad/bf16", "pair_grad/fp32", "pair_grad/bf16", "pair_grad/detached_bf16"
     ),
+    "jsd": variants("jsd_stats", "jsd_grad/fp32", "jsd_grad/bf16")
+    | {f"{name}/beta_{end}" for name in ("jsd_stats", "jsd_grad/fp32", "jsd_grad/bf16") for end in (0, 1)},
     "coefficients": {f"row_coefficients/{scheme}" for scheme in ("uniform", "threshold", "clip", "exp_clip")},
 }
+
+ROWS = CASES["chunk_stats"] | CASES["chunk_grad"] | CASES["jsd"]  # the kernels that walk along rows of logits
 
 # Looks at the assembly and the intermediate representation of every case; prints a JSON object by case and target.
 LOOK = r"""
 import dataclasses, json, re, sys, triton, triton.language as tl
-from nextquill_kernels import chunk_grad, chunk_stats, coefficients
+from nextquill_kernels import chunk_grad, chunk_stats, coefficients, jsd
 from nextquill_kernels.crosscompile import CompileCase
 
 @triton.jit
@@ -64,7 +68,8 @@ def uses_in_32_bits(ttir):
 target = sys.argv[1]
 WIDE_LOAD = r"(?:global|buffer)_load_dwordx4|ld\.global[\w.:]*\.v4"
 WIDE_COPY = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (?:16|0x10)"
-cases = [*chunk_stats.compile_cases(), *chunk_grad.compile_cases(), *coefficients.compile_cases()]
+modules = chunk_stats, chunk_grad, jsd, coefficients
+cases = [case for module in modules for case in module.compile_cases()]
 strides = {"x_ptr": "*fp32", "x_stride": "i32", "row_stride": "i32"}
 cases.append(CompileCase("narrow_address", narrow_address_kernel, strides, {}))
 known = [name for name in cases[0].divisible_by_16 if name != "x_stride"]
@@ -146,7 +151,7 @@ def test_spills_are_found(look):
 
 
 def test_accesses_are_16_bytes_wide(look):
-    for name in CASES["chunk_stats"] | CASES["chunk_grad"]:
+    for name in ROWS:
         assert look[name]["wide_loads"] >= 1, name
         # A read-only load of memory that the kernel writes may come from a stale cache.
         assert look[name]["readonly_loads"] == 0
@@ -154,17 +159,19 @@ def test_accesses_are_16_bytes_wide(look):
 
 # Programs that a multiprocessor should hold at once, so that enough bytes are in flight; moments are for evaluation.
 PROGRAMS = {"token_stats": 6, "pair_stats": 4, "pair_stats/moments": 3, "token_grad": 6, "pair_grad": 5}
+PROGRAMS |= {"jsd_stats": 4, "jsd_grad": 6}
 
 
 def test_tiles_are_copied_ahead(look, request):
     """The next tiles of a row are copied to shared memory meanwhile. A prefetch into registers would be undone."""
     if request.node.callspec.params["look"] != "sm_90":
         pytest.skip("asynchronous copies are NVIDIA's")
-    for name in CASES["chunk_stats"] | CASES["chunk_grad"]:
-        streams = 2 if name.startswith("pair") else 1
+    for name in ROWS:
+        streams = 1 if name.startswith("token") else 2
+        loops = 2 if name.startswith("jsd_stats") else 1
         found = look[name]
-        # Two tiles before the loop and one in it, of each stream and of the bias.
-        assert found["wide_copies"] == 3 * (streams + ("finishing" in name)), name
+        # Two tiles before a loop and one in it, of each stream and of the bias.
+        assert found["wide_copies"] == 3 * loops * (streams + ("finishing" in name)), name
         assert found["spill_bytes"] == 0
         kernel = name if "moments" in name else name.split("/")[0]
         programs = PROGRAMS[kernel.removesuffix("/odd_vocabulary").removesuffix("/finishing")]

@@ -18,7 +18,7 @@ import contextlib, json, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from nextquill_kernels import chunk_grad, chunk_stats, coefficients, launch, stream
+from nextquill_kernels import chunk_grad, chunk_stats, coefficients, jsd, launch, stream
 from nextquill_kernels.tiles import Tile
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -31,7 +31,7 @@ def run(self, *arguments, grid, warmup, **options):
 
 JITFunction.run = run
 launch.INTERPRETED = True  # accept tensors on the CPU
-for module in (chunk_grad, chunk_stats, coefficients, stream):
+for module in (chunk_grad, chunk_stats, coefficients, jsd, stream):
     module.on_device = lambda tensor: contextlib.nullcontext()
 
 def counted(calls):
@@ -52,6 +52,8 @@ def chunks(stride=1024):
         dz = torch.zeros(2 * n + 3, stride, dtype=torch.bfloat16)[3:, :1000]  # begins at any row of its buffer, too
         chunk_grad.token_grad(z1, labels, stats[:3], grads[0], dz[:n])
         chunk_grad.pair_grad((z1, z0), labels, stats, grads, (dz[:n], dz[n:]))
+        jsd.jsd_stats((z1, z0), stats[:6], 0.5)
+        jsd.jsd_grad((z1, z0), stats[:6], grads[0], dz[:n], 0.5)
         coefficients.row_coefficients(
             stats[2], stats[5], torch.zeros(batch + 9, dtype=torch.long)[rows], scheme="clip", low=0.0, high=1.0,
             threshold=0.0, normalize=True, per_token=False, num_items=torch.zeros(batch)[first], out=grads,
@@ -80,7 +82,7 @@ def counts() -> dict[str, dict[str, int]]:
     return json.loads(done.stdout)
 
 
-CHUNK_KERNELS = ("_token_stats_kernel", "_pair_stats_kernel", "_token_grad_kernel", "_pair_grad_kernel")
+CHUNK_KERNELS = tuple(f"_{of}_{what}_kernel" for of in ("token", "pair", "jsd") for what in ("stats", "grad"))
 
 
 def test_chunks_that_begin_at_any_row_share_one_kernel(counts):

@@ -24,11 +24,11 @@ PAIR = make_pair(*SHAPE, softcap=20.0)
 
 
 def everything(threads: int) -> list[Tensor]:
-    """The results of all four kernels. Almost no PyTorch runs here, as its own threads do not survive a fork."""
+    """The results of all six kernels. Almost no PyTorch runs here, as its own threads do not survive a fork."""
     import nextquill_ext
 
     pair = PAIR
-    tokens, stats = torch.empty(3, SHAPE[0]), torch.empty(11, SHAPE[0])
+    tokens, stats, jsd = torch.empty(3, SHAPE[0]), torch.empty(11, SHAPE[0]), torch.empty(6, SHAPE[0])
     nextquill_ext.token_stats(pair.factual, pair.labels, tokens, threads)
     nextquill_ext.pair_stats(pair.factual, pair.counterfactual, pair.labels, stats, threads)
     z = pair.factual.clone()
@@ -38,7 +38,10 @@ def everything(threads: int) -> list[Tensor]:
         z1, z0, pair.labels, stats[:9], pair.grad_factual, pair.grad_counterfactual, pair.grad_effect, 20.0, 2.0,
         threads=threads,
     )  # fmt: skip
-    return [tokens, stats, z, z1, z0]
+    student, teacher = pair.logits
+    nextquill_ext.jsd_stats(student, teacher, jsd, 0.3, threads)
+    nextquill_ext.jsd_grad_(student, teacher, jsd, pair.grad_factual, 0.3, 20.0, 2.0, threads)
+    return [tokens, stats, z, z1, z0, jsd, student]
 
 
 def same(results: list[Tensor], expected: list[Tensor]) -> bool:
@@ -168,6 +171,8 @@ for isa in nextquill_ext.available_isas():
                 nextquill_ext.token_stats(first, labels, stats[:3])
                 nextquill_ext.pair_grad_(first, second, labels, stats[:9], ones, ones, ones, 9.0, 1.0)
                 nextquill_ext.token_grad_(first, labels, stats[:3], ones, None, 1.0)
+                nextquill_ext.jsd_stats(first, second, stats[:6], 0.5)
+                nextquill_ext.jsd_grad_(first, second, stats[:6], ones, 0.5, 9.0, 1.0)
 print("no fault")
 """
 

@@ -125,6 +125,47 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
             assert_close(out, raw0.grad, FLOAT32_RELATIVE)
 
 
+def jsd_of(z1, z0, beta):
+    """KL(p1 ‖ m) and the divergence of float64 logits, from probabilities; z0 is a constant."""
+    p1, p0 = z1.softmax(1), z0.detach().softmax(1)
+    if beta == 0:
+        return torch.zeros(len(z1)), (p0 * (p0 / p1).log()).sum(1)
+    if beta == 1:
+        kl = (p1 * (p1 / p0).log()).sum(1)
+        return kl, kl
+    m = beta * p0 + (1 - beta) * p1
+    kl1, kl0 = ((p * (p / m).log()).sum(1) for p in (p1, p0))
+    return kl1, beta * kl0 + (1 - beta) * kl1
+
+
+@pytest.mark.covering(2)
+@shapes
+@caps
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+def test_jsd_and_its_gradient_over_the_logits_or_elsewhere(kernels, n, v, softcap, scale, beta):
+    raw1, raw0, _, (g, _, _) = raw_logits(n, v)
+    own1, own0 = (capped(raw, softcap, scale) for raw in (raw1, raw0))
+    kl1, jsd = jsd_of(own1, own0, beta)
+    (jsd * g).sum().backward()
+    (z1, options), (z0, _) = (given(kernels, raw, softcap, scale) for raw in (raw1, raw0))
+    kept = z1.clone(), z0.clone()
+    stats = narrow_view(n, 6)
+    kernels.jsd_stats((z1, z0), stats, beta, **options)
+    assert all(torch.equal(z, before) for z, before in zip((z1, z0), kept, strict=True))
+    for index, z in enumerate((own1, own0)):
+        assert_close(stats[2 * index : 2 * index + 2], true_stats(z, torch.zeros(n, dtype=torch.long))[:2])
+    for actual, expected in zip(stats[4:], (kl1, jsd), strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7
+    other, half = torch.full_like(z1, torch.nan), torch.full_like(z1, torch.nan, dtype=torch.float16)
+    options = {"softcap": softcap, "logit_scale": scale}
+    for out in (other, half, z1):
+        kernels.jsd_grad((z1 if out is z1 else z1.clone(), z0), stats, g.float(), out, beta, **options)
+    assert torch.equal(z0, kept[1])
+    for out in (other, z1):
+        assert (out - raw1.grad).abs().max() <= FLOAT32_RELATIVE * raw1.grad.abs().max() + 1e-6
+    assert ((half - other).abs() <= 2**-11 * other.abs() + 2**-24).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_gradient_in_a_half_dtype(kernels, dtype):
     raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(7, 301)
@@ -167,6 +208,16 @@ def test_kernels_that_finish_logits(kernels, softcap, scale, biased):
     kernels.pair_grad(logits, y, pair, (g_f.float(), g_c.float(), g_e.float()), tuple(outs), **options)
     for out, raw in zip(outs, (raw1, raw0), strict=True):
         assert_close(out, raw.grad, 1e-5)
+    raw1.grad, stats = None, narrow_view(5, 6)
+    kl1, jsd = jsd_of(*(capped(raw + bias, softcap, scale) for raw in (raw1, raw0)), 0.3)
+    (jsd * g_f).sum().backward()
+    kernels.jsd_stats(logits, stats, 0.3, **options)
+    assert_close(stats[:2], truth[:2], 1e-5)
+    assert_close(stats[2:4], truth[3:5], 1e-5)
+    assert_close(stats[4], kl1, 1e-5)
+    assert_close(stats[5], jsd, 1e-5)
+    kernels.jsd_grad(logits, stats, g_f.float(), outs[0], 0.3, **options)
+    assert_close(outs[0], raw1.grad, 1e-5)
 
 
 def test_a_masked_label_and_masked_columns(kernels):
@@ -194,6 +245,39 @@ def test_a_masked_column_adds_nothing_to_divergence_and_entropy(kernels):
     assert_close(out[10], -(log_p1.exp() * log_p1).sum(1))
 
 
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+def test_a_masked_column_in_jsd(kernels, masked):
+    """Its share of the mixture is the other stream's alone. At an end of beta the divergence is infinite there."""
+    z1, z0, out = torch.randn(3, 7), torch.randn(3, 7), torch.empty(6, 3)
+    for z in {"student": (z1,), "teacher": (z0,), "both": (z1, z0)}[masked]:
+        z[:, 5] = -torch.inf
+    p1, p0 = z1.double().softmax(1), z0.double().softmax(1)
+    m = 0.3 * p0 + 0.7 * p1
+    kl1, kl0 = (torch.special.xlogy(p, p / m).nan_to_num(0.0).sum(1) for p in (p1, p0))
+    kernels.jsd_stats((z1, z0), out, 0.3)
+    assert_close(out[4], kl1)
+    assert_close(out[5], 0.3 * kl0 + 0.7 * kl1)
+    dz = torch.empty(3, 7)
+    kernels.jsd_grad((z1.clone(), z0), out, torch.ones(3), dz, 0.3)
+    log_ratio = torch.where(p1 > 0, (p1 / m).log(), 0.0)
+    assert_close(dz, 0.7 * p1 * (log_ratio - kl1[:, None]))
+    for beta, infinite in ((0, masked == "student"), (1, masked == "teacher")):
+        kernels.jsd_stats((z1, z0), out, beta)
+        assert (out[5] > 1e30).all() if infinite else torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("stream", [0, 1], ids=["student", "teacher"])
+def test_a_broken_row_of_jsd_is_visible_and_alone(kernels, bad, stream, beta):
+    logits, out, dz = torch.randn(2, 4, 9), torch.empty(6, 4), torch.empty(4, 9)
+    logits[stream, 2, 7] = bad
+    kernels.jsd_stats(tuple(logits), out, beta)
+    assert torch.isfinite(out[5]).tolist() == [True, True, False, True]
+    kernels.jsd_grad(tuple(logits.clone()), out, torch.ones(4), dz, beta)
+    assert torch.isfinite(dz).all(1).tolist() == [True, True, False, True]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
 def test_a_broken_row_is_visible_and_alone(kernels, bad):
     z1, z0, y = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
@@ -213,6 +297,11 @@ def test_work_stays_inside_the_given_rows(kernels):
     kernels.token_stats(view, y, out)
     assert torch.isfinite(out).all()
     kernels.token_grad(view, y, out, torch.ones(5), view)
+    stats = torch.empty(6, 5)
+    kernels.jsd_stats((view, torch.zeros(5, 6)), stats, 0.5)
+    kernels.jsd_stats((torch.zeros(5, 6), view), stats, 0.5)
+    kernels.jsd_grad((view, torch.zeros(5, 6)), stats, torch.ones(5), view, 0.5)
+    assert torch.isfinite(stats).all()
     assert torch.isfinite(view).all()
     assert torch.isfinite(buffer).sum() == view.numel()
 

@@ -71,6 +71,18 @@ def test_products_of_the_operators():
     assert counter.multiply_adds == 4 * N * UNIT
 
 
+@pytest.mark.parametrize("leaves", [("factual", "weight"), ("factual",), ("weight", "bias")], ids="+".join)
+def test_products_of_the_divergence(leaves):
+    """The logits of both streams twice, and one product for the student's hidden states and one for the weight."""
+    case = make_case(N, D, V, ignored=0.5).leaves(*leaves)
+    rows = int((case.labels != -100).sum())
+    with ProductCounter() as counter:
+        jsd = nq.linear_pair_jsd(*case.pair_args, bias=case.bias)
+        assert counter.multiply_adds == 2 * rows * UNIT
+        jsd.sum().backward()
+    assert counter.multiply_adds == (4 + len({"factual", "weight"} & {*leaves})) * rows * UNIT
+
+
 @pytest.mark.parametrize("options", [{}, {"detach_counterfactual": True}], ids=["both-passes", "detached"])
 def test_only_rows_above_the_budget_are_computed_twice(options):
     case, ids = make_case(N, D, V, ignored=0.0).leaves(), torch.tensor([0] * 10 + [1] * 25 + [2] * 12 + [3] * 13)

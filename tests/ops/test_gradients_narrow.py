@@ -69,3 +69,16 @@ def test_operators(impl, _wide_products):  # noqa: PT019
     assert _wide_products
     for key, expected in exact.gradients().items():
         assert relative_error(own.gradients()[key], expected) < 2**-7, key
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_the_divergence(impl, beta, _wide_products):  # noqa: PT019
+    case = make_case(30, 12, 77, dtype=torch.bfloat16)
+    own, exact = case.leaves(), case.double()
+    # Memory for a few rows, so that both buffers are used several times.
+    nq.linear_pair_jsd(*own.pair_args, bias=own.bias, impl=impl, beta=beta, chunk_bytes=77 * 4 * 16).mean().backward()
+    nq.linear_pair_jsd(*exact.pair_args, bias=exact.bias, impl="torch", beta=beta).mean().backward()
+    assert _wide_products
+    for key, expected in exact.gradients().items():
+        assert relative_error(own.gradients()[key], expected) < 2**-7, key

@@ -15,7 +15,15 @@ from torch.autograd import forward_ad
 
 import nextquill as nq
 from nextquill.ops.loss_operator import pair_loss_operator
-from nextquill.ops.nll_operators import pair_nll, pair_nll_backward, pair_stats, token_nll, token_nll_backward
+from nextquill.ops.nll_operators import (
+    pair_jsd,
+    pair_jsd_backward,
+    pair_nll,
+    pair_nll_backward,
+    pair_stats,
+    token_nll,
+    token_nll_backward,
+)
 from nextquill.ops.objective_spec import decode
 from tests.helpers import HeadCase, assert_close, make_case, relative_error, run_python
 
@@ -56,6 +64,13 @@ def test_opcheck_of_the_loss_operator(needs):
     torch.library.opcheck(pair_loss_operator, (*tensors, loss._objective_spec, True, list(needs), *OPTIONS))
 
 
+@subsets
+def test_opcheck_of_the_divergence(needs):
+    case = leaves(needs)
+    tensors = (case.factual, case.counterfactual, case.weight, case.bias, case.labels != -100)
+    torch.library.opcheck(pair_jsd, (*tensors, 0.3, *OPTIONS[1:]))
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -92,6 +107,8 @@ class Model(nn.Module):
         if self.end == "pair":
             pair = nq.linear_pair_nll(h1, h0, self.head.weight, labels, bias=self.head.bias)
             return (pair.factual + 0.3 * pair.effect + pair.effect_prob).mean()
+        if self.end == "divergence":
+            return nq.linear_pair_jsd(h1, h0, self.head.weight, labels, bias=self.head.bias, beta=0.3).mean()
         if self.end == "no-grad":
             with torch.no_grad():
                 h0 = h0 * 1.0
@@ -103,6 +120,7 @@ ENDS = {
     "token": "token",
     "pair": "pair",
     "no-grad": "no-grad",
+    "divergence": "divergence",
     **LOSSES,
     "user": nq.PairLoss(lambda p: p.factual.detach(), alpha=0.1),
     "micro-batch": nq.NextQuillLoss(reduction="micro_batch"),
@@ -111,7 +129,9 @@ ENDS = {
 ends = pytest.mark.parametrize(
     "end",
     [
-        pytest.param(end, id=name, marks=() if name in ("pair", "no-grad", "NextQuill") else pytest.mark.slow)
+        pytest.param(
+            end, id=name, marks=() if name in ("pair", "no-grad", "divergence", "NextQuill") else pytest.mark.slow
+        )
         for name, end in ENDS.items()
     ],
 )
@@ -196,6 +216,18 @@ def test_autocast_reaches_the_operator_itself():
     assert torch.equal(nll, expected)
 
 
+def test_autocast_reaches_the_divergence():
+    case = make_case(12, 5, 11)
+    counts = case.labels != -100
+    streams = case.factual.bfloat16(), case.counterfactual.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        jsd = torch.ops.nextquill.pair_jsd(*streams, case.weight, None, counts, 0.5, None, 1.0, "torch", None, None)
+        public = nq.linear_pair_jsd(*streams, case.weight, counts, impl="torch")
+    expected = nq.linear_pair_jsd(*(stream.float() for stream in streams), case.weight, counts, impl="torch")
+    assert torch.equal(jsd, expected)
+    assert torch.equal(public, expected)
+
+
 def test_results_share_no_memory():
     case = make_case(12, 5, 11).leaves()
     pair = nq.linear_pair_nll(*case.pair_args)
@@ -207,8 +239,11 @@ def test_only_inputs_are_saved():
     case, saved = make_case(12, 5, 300).leaves(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         nq.linear_pair_nll(*case.pair_args, bias=case.bias)
+        mask = case.labels != -100
+        nq.linear_pair_jsd(*case.pair_args[:3], mask, bias=case.bias)
     inputs = {t.data_ptr() for t in (*case.tensors.values(), case.labels)}
-    assert {t.data_ptr() for t in saved} <= inputs
+    others = [t for t in saved if t.data_ptr() not in inputs]
+    assert [(tuple(t.shape), t.dtype) for t in others] == [((12,), torch.bool)]
 
 
 def test_a_copy_of_a_loss_outlives_the_original():
@@ -303,6 +338,8 @@ def test_opcheck_of_the_backward_operators(layout):
     torch.library.opcheck(
         token_nll_backward, (grads[0], case.factual, weight, case.bias, case.labels, needs[:3], *tail)
     )
+    tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels != -100)
+    torch.library.opcheck(pair_jsd_backward, (grads[0], *tensors, needs, 0.3, *tail[1:]))
     tensors = (case.factual, case.counterfactual, weight, case.bias, case.labels, None, None, None)
     spec = LOSSES["NextQuill"]._objective_spec
     torch.library.opcheck(pair_loss_operator, (*tensors, spec, True, needs, *OPTIONS))
@@ -341,7 +378,8 @@ def test_derivatives_that_do_not_exist_are_refused():
 def test_several_upstream_gradients_at_once_are_refused():
     case = make_case(12, 5, 11).leaves()
     pair, loss = nq.linear_pair_nll(*case.pair_args), nq.NextQuillLoss()(*case.pair_args)
-    for result in (nq.linear_token_nll(case.factual, case.weight, case.labels), pair.factual, loss):
+    token, jsd = nq.linear_token_nll(case.factual, case.weight, case.labels), nq.linear_pair_jsd(*case.pair_args)
+    for result in (token, jsd, pair.factual, loss):
         batch = torch.ones(3, *result.shape)
         with pytest.raises(nq.GradientError, match=r"^is_grads_batched: .*one upstream gradient at a time"):
             torch.autograd.grad(result, case.factual, batch, is_grads_batched=True, retain_graph=True)
@@ -367,5 +405,6 @@ def test_a_counterfactual_from_inference_mode():
     with torch.inference_mode():
         h0 = case.counterfactual * 1.0
     nq.linear_pair_nll(case.factual, h0, case.weight, case.labels).factual.sum().backward()
+    nq.linear_pair_jsd(case.factual, h0, case.weight, case.labels).sum().backward()
     nq.PerCELoss()(case.factual, h0, case.weight, case.labels).backward()
     assert torch.isfinite(case.factual.grad).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F  # noqa: N812
 
 from nextquill import reference
@@ -36,9 +37,35 @@ def test_pair_stats_are_torchs_divergence_and_entropy():
     stats = reference.linear_pair_stats(*case.pair_args, bias=case.bias)
     z1, z0 = (logits(h, case.weight, case.bias) for h in (case.factual, case.counterfactual))
     keep = case.labels != -100
-    first, second = (torch.distributions.Categorical(logits=z) for z in (z1, z0))
-    assert_close(stats.kl, keep * torch.distributions.kl_divergence(first, second), 1e-12)
+    first, second = (Categorical(logits=z) for z in (z1, z0))
+    assert_close(stats.kl, keep * kl_divergence(first, second), 1e-12)
     assert_close(stats.entropy, keep * first.entropy(), 1e-12)
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_pair_jsd_is_torchs_divergences_from_the_mixture(beta):
+    case = make_case(30, 6, 11, dtype=torch.float64).leaves()
+    jsd = reference.linear_pair_jsd(*case.pair_args, bias=case.bias, beta=beta)
+    student, teacher = (
+        Categorical(logits=logits(h, case.weight, case.bias)) for h in (case.factual, case.counterfactual)
+    )
+    mixture = Categorical(probs=beta * teacher.probs + (1 - beta) * student.probs)
+    weight0, weight1 = (beta, 1 - beta) if beta == 0.3 else (1 - beta, beta)
+    truth = weight0 * kl_divergence(teacher, mixture) + weight1 * kl_divergence(student, mixture)
+    assert_close(jsd, (case.labels != -100) * truth, 1e-12)
+    assert torch.equal(
+        reference.linear_pair_jsd(*case.pair_args[:3], case.labels != -100, bias=case.bias, beta=beta), jsd
+    )
+    jsd.sum().backward()
+    assert case.counterfactual.grad is None
+
+
+def test_a_masked_column_adds_nothing_to_jsd_and_its_gradient():
+    case = make_case(30, 6, 11, dtype=torch.float64).leaves("factual", "weight")
+    case.bias[3] = -torch.inf
+    reference.linear_pair_jsd(*case.pair_args, bias=case.bias).sum().backward()
+    assert torch.isfinite(case.factual.grad).all()
+    assert not case.weight.grad[3].any()
 
 
 def test_ignored_rows_are_zero_whatever_they_hold():

@@ -130,6 +130,21 @@ MUTATIONS = (
         _NATIVE,
     ),
     Mutation(
+        "kernels-jsd-divergence",
+        f"{_FOLDER}/jsd.py",
+        "b_dz = -grad * (1.0 - beta) * b_p1 * (b_above1 + kl1)",
+        "b_dz = -grad * (1.0 - beta) * b_p1 * b_above1",
+        "the gradient of the divergence does not add up to 0",
+    ),
+    Mutation(
+        "csrc-jsd-gap",
+        "csrc/src/jsd_kernels.hpp",
+        "::log(sum0 / sum1)",
+        "::log(sum1 / sum0)",
+        "log-probabilities of student and teacher differ by a wrong constant",
+        _NATIVE,
+    ),
+    Mutation(
         "csrc-label-under-cap",
         "csrc/src/row_kernels.hpp",
         "return logit_scale * (1 - ratio * ratio);",

@@ -210,6 +210,27 @@ MUTATIONS = (
         "the oracle's KL is negative",
     ),
     Mutation(
+        "ops-jsd-weights",
+        "nextquill/ops/chunk_torch.py",
+        "weight0, weight1 = (beta, 1 - beta)",
+        "weight1, weight0 = (beta, 1 - beta)",
+        "the divergence weighs the student as it should the teacher",
+    ),
+    Mutation(
+        "ops-jsd-end",
+        "nextquill/ops/jsd.py",
+        "    tiny = torch.finfo(dtype).eps / 2\n",
+        "    tiny = 0.0\n",
+        "a beta just below 1 means 1, which is another divergence",
+    ),
+    Mutation(
+        "ops-jsd-mask",
+        "nextquill/functional.py",
+        "counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index",
+        "counts = inputs.labels != ignore_index",
+        "a bool mask counts every row",
+    ),
+    Mutation(
         "files-half-written",
         "nextquill/storage/atomic_files.py",
         'return path.with_name(f".{path.name}.tmp")',
