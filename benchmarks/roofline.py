@@ -191,12 +191,17 @@ def _head(work: Work, vocabulary: int, hidden: int, chunk_bytes: int | None, cap
         tensors = [logits, outs] if isinstance(logits, Tensor) else [*logits, *outs]
         work.kernels.append(("gradient", sum(each.nbytes for each in tensors if each is not None)))
 
+    def unused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pair loss needs no divergence")
+
     kernels = _CountingKernels(
-        "counting",
-        statistics,
-        statistics,
-        gradient,
-        gradient,
+        name="counting",
+        token_stats=statistics,
+        pair_stats=statistics,
+        token_grad=gradient,
+        pair_grad=gradient,
+        jsd_stats=unused,
+        jsd_grad=unused,
         finish_logits=True,
         row_coefficients=lambda *_, **__: None,
         work=work,

@@ -29,13 +29,13 @@ def _sft(x: Inputs, impl: str) -> Tensor:
     return cast(Tensor, loss(x.h1, None, x.weight, x.labels, sequence_ids=x.ids))
 
 
-def _pair_nll(x: Inputs, impl: str) -> tuple[Tensor, ...]:
-    pair = nq.linear_pair_nll(x.h1, x.h0, x.weight, x.labels, softcap=x.softcap, impl=impl)
+def _pair_nll(x: Inputs, impl: str, chunk_bytes: int | None = None) -> tuple[Tensor, ...]:
+    pair = nq.linear_pair_nll(x.h1, x.h0, x.weight, x.labels, softcap=x.softcap, impl=impl, chunk_bytes=chunk_bytes)
     return cast("tuple[Tensor, ...]", (pair.factual, pair.counterfactual, pair.effect))
 
 
-def _token_nll(x: Inputs, impl: str) -> tuple[Tensor, ...]:
-    return (nq.linear_token_nll(x.h1, x.weight, x.labels, softcap=x.softcap, impl=impl),)
+def _token_nll(x: Inputs, impl: str, chunk_bytes: int | None = None) -> tuple[Tensor, ...]:
+    return (nq.linear_token_nll(x.h1, x.weight, x.labels, softcap=x.softcap, impl=impl, chunk_bytes=chunk_bytes),)
 
 
 @lru_cache
@@ -75,4 +75,14 @@ def _provider(impl: str) -> Provider:
     return Provider(f"ours, {impl}", named, partial(missing, impl), ours=True, forward_gradients=forward_gradients)
 
 
-PROVIDERS = tuple(_provider(impl) for impl in ("torch", "native", "triton"))
+#: The forward of the operators with a chunk of logits in memory, which Triton's kernels avoid by default.
+_CHUNKED = Provider(
+    "ours, triton, in chunks",
+    {
+        "pair nll": partial(_pair_nll, impl="triton", chunk_bytes=5 * 2**27),
+        "token nll": partial(_token_nll, impl="triton", chunk_bytes=5 * 2**27),
+    },
+    partial(missing, "triton"),
+    ours=True,
+)
+PROVIDERS = (*(_provider(impl) for impl in ("torch", "native", "triton")), _CHUNKED)
