@@ -261,12 +261,43 @@ def answer(results: Results) -> str:
     return "\n".join(fill(f"- {each}", 120, subsequent_indent="  ") for each in said) + "\n"
 
 
+def short_answer(results: Results) -> str:
+    """The main methods in a table and one sentence, for the README."""
+    if not results.all or SFT not in results.methods(results.data[0]):
+        return "No run of SFT is finished yet.\n"
+    data = results.data[0]
+    nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
+    rows, moved = [], list[str]()
+    for name, runs in results.methods(data).items():
+        found = [_number(_mean(runs, FRONTIERS[0], decoding), 2) for decoding in ("γ=0", "γ=1")]
+        cells = [METHODS[name].label, str(len(runs)), *found, _number(_mean(runs, "rouge_l", "γ=0"), 3)]
+        if name in nlls:
+            cost = results.cost(data, name)
+            cells += [_interval(nlls[name], 2), _interval(areas[name], 3), f"{cost:.2f}×" if cost else "–"]
+            if "larger" in _judged(areas[name], "larger", "smaller", 3):
+                moved.append(METHODS[name].label)
+        else:
+            cells += ["–", "–", "1×" if name == SFT else "–"]
+        rows.append(cells)
+    names = [data, "seeds", "author found", "with γ=1", "ROUGE-L", "nll − SFT's", "area − SFT's", "training time"]
+    verdict = (
+        f"More personal at the same ROUGE-L than SFT under some guidance: {', '.join(moved)}."
+        if moved
+        else "No loss is shown to be more personal at the same ROUGE-L than SFT with guidance, which needs no training."
+    )
+    return f"{table(names, rows)}\n\n{fill(verdict, 120)}"
+
+
+def _interval(found: tuple[SeedsResult, float], decimals: int) -> str:
+    result, _ = found
+    return f"{result.difference:+.{decimals}f} [{result.low:+.{decimals}f}, {result.high:+.{decimals}f}]"
+
+
 def _judged(found: tuple[SeedsResult, float], more: str, less: str, decimals: int = 2) -> str:
     difference, p = found
-    own, low, high = (f"{each:+.{decimals}f}" for each in (difference.difference, difference.low, difference.high))
     shown = difference.excludes_zero and p < _LEVEL
     verdict = f"{more if difference.difference > 0 else less} than SFT's" if shown else "not shown to differ from SFT's"
-    return f"{verdict} ({own} [{low}, {high}])"
+    return f"{verdict} ({_interval(found, decimals)})"
 
 
 def rates_table(results: Results, data: str) -> str:

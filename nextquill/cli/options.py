@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nextquill.losses import PairLoss
 
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
-#: The arms of compare without its controls, the recommended one first. Their classes would import torch.
+#: The arms of compare without its controls, the default of train first. Their classes would import torch.
 LOSSES = ("nextquill_detached", "nextquill", "nextquill_paper", "perce", "longce", "sft")
 
 
@@ -207,8 +207,8 @@ class LossOptions(LossComputation):
     """Loss: the objective. The defaults are the published values."""
 
     loss: str = option(
-        "The training objective, by its name in compare. nextquill_detached is recommended: no gradient through the "
-        "pass without history, so it is cheaper, and effects keep their meaning. nextquill: as in its authors' code; "
+        "The training objective, by its name in compare. nextquill_detached: no gradient through the pass without "
+        "history, so it is cheaper, and effects keep their meaning. nextquill: as in its authors' code; "
         "nextquill_paper: with the paper's effect term.", LOSSES[0], choices=list(LOSSES),
     )  # fmt: skip
     threshold: float | None = option("nextquill: smallest effect of a personal token (default: 0.05).", None)
