@@ -395,27 +395,27 @@ def step_table(monkeypatch, folder, **files):
 def test_table(monkeypatch, tmp_path):
     figures = {
         ("NextQuill", "official"): dict(zip(METRICS, (50.123, 8194.0, 12000.0, 11000.0, 1.0), strict=True)),
-        ("PerCE", "ours, K=8"): dict(zip(METRICS, (0.5678, 1145.4, 900.0, 400.4, 88.88), strict=True)),
+        ("NextQuill detached", "ours, K=8"): dict(zip(METRICS, (0.5678, 1145.4, 900.0, 400.4, 88.88), strict=True)),
     }
     rows = rows_of("Llama: 4 layers", figures)
     rows += rows_of("big", {("SFT", "unpadded"): {"status": "nan"}}, "no room")
-    rows += rows_of("big", {("PerCE", "ours, K=8"): {"examples": 2.0, "time": 1.0, "computed": 5.0}})
+    rows += rows_of("big", {("NextQuill detached", "ours, K=8"): {"examples": 2.0, "time": 1.0, "computed": 5.0}})
     small, foot, big, _, unmeasured = step_table(monkeypatch, tmp_path, step_cpu_x=rows)
     columns = ("time per example, CPU", "tokens computed per example", "peak memory", "of the step", "examples/s, CPU")
     assert small.splitlines() == [
         f"| {' | '.join(('Llama: 4 layers', *columns))} |",
         "|---|---|---|---|---|---|",
         "| NextQuill, official | 50.1× | 8194 | 11.7 GiB | 10.7 GiB | 1× |",
-        "| PerCE, ours, K=8 | 0.568× | 1145 | 900 MiB | 400 MiB | 88.9× |",
+        "| NextQuill detached, ours, K=8 | 0.568× | 1145 | 900 MiB | 400 MiB | 88.9× |",
     ]
     assert foot.endswith("Median of 3 rounds in one run; CPU, 2 threads, torch 2.13, float32, 2026-01-02.")
     assert big.splitlines()[2] == "| SFT, unpadded | no room | – | – | – | no room |"
-    assert big.splitlines()[3] == "| PerCE, ours, K=8 | 1× | 5 | – | – | 2× |"
+    assert big.splitlines()[3] == "| NextQuill detached, ours, K=8 | 1× | 5 | – | – | 2× |"
     assert unmeasured == table.NOT_ON_A_GPU
 
 
 def test_table_of_two_processors_and_a_gpu(monkeypatch, tmp_path):
-    official, ours = ("NextQuill", "official"), ("PerCE", "ours, K=8")
+    official, ours = ("NextQuill", "official"), ("NextQuill detached", "ours, K=8")
     epyc = {official: dict(zip(METRICS, (24.8, 8194.0, 5753.0, 5217.0, 1.0), strict=True))}
     epyc |= {ours: dict(zip(METRICS, (0.54, 1152.0, 1157.0, 614.0, 46.0), strict=True))}
     xeon = {ours: dict(zip(METRICS, (0.52, 1152.0, 1200.0, 620.0, 26.5), strict=True))}
@@ -435,7 +435,7 @@ def test_table_of_two_processors_and_a_gpu(monkeypatch, tmp_path):
         f"| {' | '.join(('Llama', *columns))} |",
         "|---|---|---|---|---|---|---|---|",
         "| NextQuill, official | 24.8× | – | 8194 | 5753 MiB | 5217 MiB | 1× | – |",
-        "| PerCE, ours, K=8 | 0.54× | 0.52× | 1152 | 1157 MiB | 614 MiB | 46× | 26.5× |",
+        "| NextQuill detached, ours, K=8 | 0.54× | 0.52× | 1152 | 1157 MiB | 614 MiB | 46× | 26.5× |",
     ]
     assert "Memory and tokens are those of the AMD EPYC." in foot
     assert foot.endswith(
