@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks.measure import GateError, Options, Row, make_row, ratios, time_in_turns
 from benchmarks.prepare import make_tokenizer
 from nextquill.generation import Prompt
+from nextquill.generation.rollouts import Sample
 from nextquill.models.tiny_models import ScratchSize, build_model
 from nextquill.popi import GeneratorPrompts, InferencePrompts, Pair, POPIConfig, Roles, User
 from nextquill.popi.passes import RolePasses
-from nextquill.popi.rollouts import Sample
 from nextquill.popi.steps import StepMaker
 
 BASELINE, TREES = "a row per prompt", "shared prefixes"

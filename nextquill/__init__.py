@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from nextquill.generation.guidance import HistoryGuidance
     from nextquill.generation.writer import UserPrompt, Writer, prompt_for
     from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
+    from nextquill.mirror.loss import MirrorLoss
+    from nextquill.mirror.trainer import MirrorTrainer
     from nextquill.models.branch_passes import PairPasses
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
     from nextquill.training.trainer import NextQuillTrainer
@@ -46,14 +48,25 @@ else:
             "weighting",
             "functional",
             "losses",
+            "mirror.loss",
             "tree",
             "models.branch_passes",
             "training.trainer",
+            "mirror.trainer",
             "generation.guidance",
             "generation.writer",
         ),
         needs=dict.fromkeys(
-            ("PairPasses", "NextQuillTrainer", "HistoryGuidance", "UserPrompt", "Writer", "prompt_for"), "transformers"
+            (
+                "PairPasses",
+                "NextQuillTrainer",
+                "MirrorTrainer",
+                "HistoryGuidance",
+                "UserPrompt",
+                "Writer",
+                "prompt_for",
+            ),
+            "transformers",
         ),
     )
 
@@ -68,6 +81,8 @@ __all__ = [
     "GradientError",
     "HistoryGuidance",
     "LongCELoss",
+    "MirrorLoss",
+    "MirrorTrainer",
     "NextQuillError",
     "NextQuillLoss",
     "NextQuillTrainer",

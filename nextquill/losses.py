@@ -73,6 +73,9 @@ class PairLoss(nn.Module):
     threshold: float = DEFAULT_THRESHOLD
     #: Whether the loss can be computed without a counterfactual stream.
     needs_counterfactual: bool = True
+    #: Whether a constant counterfactual runs in the factual's forward: it then computes no shared beginning again, but
+    #: takes part in the backward, where its own tokens get a gradient of 0.
+    joins_forwards: bool = False
 
     def __init__(
         self,
@@ -146,6 +149,11 @@ class PairLoss(nn.Module):
     def terms_need_counterfactual(self) -> bool:
         """Whether the counterfactual stream is needed even where `token_weights` are given."""
         return self.objective.terms_need_counterfactual
+
+    @property
+    def scoring(self) -> PairLoss:
+        """The loss that an evaluation reports for people's own texts: this one."""
+        return self
 
     def forward(
         self,

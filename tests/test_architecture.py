@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "evaluation": _MODELS | {"generation"},
     "training": _MODELS | {"evaluation"},
     "popi": _MODELS | {"generation", "evaluation", "training", "lazy"},
+    "mirror": _MODELS | {"generation", "training", "lazy"},
     "demo": frozenset(),  # says where its modules are now
     "comparison": _MODELS | {"evaluation", "training"},
     "report": frozenset({"errors", "storage", "evaluation", "comparison"}),
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "demos": _MODELS | {"generation", "evaluation", "training", "popi", "report"},
 }
 # For type checkers only: these names are imported on first use.
-MAY_NAME_AS_TYPE = {"nextquill": frozenset({"generation", "models", "training"})}
+MAY_NAME_AS_TYPE = {"nextquill": frozenset({"generation", "mirror", "models", "training"})}
 
 HUGGING_FACE = frozenset(
     "accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers trl".split()
@@ -70,7 +71,7 @@ MAY_USE: dict[str, frozenset[str]] = {
     **dict.fromkeys(("errors", "demo"), frozenset()),
     "data": _TORCH | {"jinja2", "numpy", "pyarrow"} | _RETRIEVAL | HUGGING_FACE,
     "report": frozenset({"matplotlib", "rich", "tqdm"}),
-    **dict.fromkeys(("popi", "demos", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
+    **dict.fromkeys(("popi", "mirror", "demos", "comparison", "cli"), _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE),
     "generation": _TORCH | {"vllm"} | HUGGING_FACE,
     "evaluation": _TORCH | {"numpy"} | _TOOLS | HUGGING_FACE,
     "training": _TORCH | {"numpy", "tqdm"} | HUGGING_FACE,

@@ -10,7 +10,8 @@ from tests.helpers import run_python
 
 OPTIONAL = ("triton", "transformers", "datasets", "matplotlib", "rich", "peft", "accelerate", "tokenizers", "yaml",
             "tqdm", "rouge_score", "huggingface_hub", "safetensors", "numpy.testing", "torch._dynamo")  # fmt: skip
-NEEDING_MORE = ("HistoryGuidance", "NextQuillTrainer", "PairPasses", "UserPrompt", "Writer", "prompt_for")
+NEEDING_MORE = ("HistoryGuidance", "MirrorTrainer", "NextQuillTrainer", "PairPasses", "UserPrompt", "Writer",
+                "prompt_for")  # fmt: skip
 NEEDING_TORCH_ALONE = [name for name in nq.__all__ if name not in NEEDING_MORE]
 MODULES = ["errors", "functional", "losses", "outputs", "tree", "weighting"]
 

@@ -115,7 +115,7 @@ class PairPasses:
                 "max_tokens: expected None with reduction='micro_batch', whose result depends on the examples in a "
                 f"forward; got {max_tokens}"
             )
-        both = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual else JOINT
+        both = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual and not loss.joins_forwards else JOINT
         paired = loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual
         return self._collator(both if paired else FACTUAL, pad_token_id, max_tokens)
 
@@ -323,9 +323,10 @@ class PairPasses:
         return stored_weights(self.loss, effects, part["sequence_ids"])
 
     def _scoring_loss(self) -> PairLoss:
-        if self.loss.reduction != "micro_batch":
-            return self.loss
-        scoring = copy.copy(self.loss)
+        loss = self.loss.scoring
+        if loss.reduction != "micro_batch":
+            return loss
+        scoring = copy.copy(loss)
         scoring.objective = replace(self.loss.objective, reduction="sequence")
         return scoring
 

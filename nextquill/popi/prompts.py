@@ -28,7 +28,7 @@ from nextquill.popi.users import Pair
 
 if TYPE_CHECKING:
     from nextquill.data import Branch
-    from nextquill.popi.rollouts import Sample
+    from nextquill.generation.rollouts import Sample
 
 #: Our wording; the paper publishes none.
 INSTRUCTION = (

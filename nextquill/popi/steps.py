@@ -24,12 +24,12 @@ from nextquill.data import Branch
 from nextquill.errors import BudgetError
 from nextquill.evaluation.results import finite
 from nextquill.generation import Prompt
+from nextquill.generation.rollouts import Rollouts, Sample, check_samples
 from nextquill.popi.config import POPIConfig
 from nextquill.popi.objective import PairLosses, advantages, generator_error, informativeness
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, tidy_summary
 from nextquill.popi.roles import GENERATOR, INFERENCE, Roles
-from nextquill.popi.rollouts import Rollouts, Sample, check_samples
 from nextquill.popi.users import Draw, Pair, User, draw
 from nextquill.storage.fingerprints import seed_of
 

@@ -305,7 +305,7 @@ def summarize(
         ArgumentError: a number is out of range.
     """
     from nextquill.generation import Prompt
-    from nextquill.popi.rollouts import ModelRollouts
+    from nextquill.generation.rollouts import ModelRollouts
 
     rollouts = ModelRollouts(
         role.model,

@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
+from nextquill.generation.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.config import (
     POPIConfig,
     check_args,
@@ -41,7 +42,6 @@ from nextquill.popi.model_card import popi_card
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role, check_roles
-from nextquill.popi.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.saved_run import SampleLog
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize

@@ -10,8 +10,8 @@ from peft import IA3Config, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from nextquill.generation.rollouts import Sample
 from nextquill.popi import Roles
-from nextquill.popi.rollouts import Sample
 from tests.popi.popi_helpers import WORDS, lora, make_trainer, make_users, tiny_model, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names

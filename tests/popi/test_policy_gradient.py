@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from nextquill.data import Branch
+from nextquill.generation.rollouts import Sample
 from nextquill.popi import POPITrainer, User
 from nextquill.popi.prompts import tidy_summary
-from nextquill.popi.rollouts import Sample
 from tests.popi.popi_helpers import WORDS, make_trainer, make_users
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names

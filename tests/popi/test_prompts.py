@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nextquill.data import HistoryItem, PromptTemplate
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, RecordError
+from nextquill.generation.rollouts import Sample
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates, tidy_summary
-from nextquill.popi.rollouts import Sample
 from nextquill.popi.users import Pair
 
 SIGNALS = (HistoryItem("I liked the sea.", title="books"), Pair("tea?", "green", "black").as_item())

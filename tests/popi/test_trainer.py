@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, NonFiniteError, RecordError
+from nextquill.generation.rollouts import RecordedRollouts, RecordingRollouts, Sample
 from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
-from nextquill.popi.rollouts import RecordedRollouts, RecordingRollouts, Sample
 from nextquill.popi.steps import StepMaker
 from nextquill.training.finite import FiniteGuard
 from tests.popi.popi_helpers import (

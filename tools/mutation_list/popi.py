@@ -173,7 +173,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-vllm-stale",
-        "nextquill/popi/rollouts.py",
+        "nextquill/generation/rollouts.py",
         "        self._stale = True\n",
         "        self._stale = False\n",
         "vLLM samples with the weights of the first step",

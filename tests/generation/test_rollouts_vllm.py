@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError
 from nextquill.generation import Prompt
-from nextquill.popi.rollouts import ModelRollouts, Sample, VLLMRollouts
+from nextquill.generation.rollouts import ModelRollouts, Sample, VLLMRollouts
 
 # peft 0.21.2 asks models for names that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings(

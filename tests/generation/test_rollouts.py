@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, BudgetError, CheckpointError, OutputExistsError
 from nextquill.generation import Prompt
-from nextquill.popi.rollouts import ModelRollouts, RecordedRollouts, RecordingRollouts, Sample
+from nextquill.generation.rollouts import ModelRollouts, RecordedRollouts, RecordingRollouts, Sample
 from nextquill.tree import build_prefix_tree
 
 # peft 0.21.2 asks models for names that transformers 5.23 has deprecated.
