@@ -121,7 +121,7 @@ def entries(text: str) -> tuple[dict[str, str], str]:
             inside = False
         if not inside:
             prose.append(line)
-        elif head := re.match(r"    ((?:\*{0,2}\w+(?:, )?\n?)+):\s*(.*)", line):
+        elif head := re.match(r"    ((?:\*{0,2}\w+, )*\*{0,2}\w+):\s*(.*)", line):
             names = tuple(name.strip(" *") for name in head[1].split(","))
             found.update(dict.fromkeys(names, head[2]))
         else:
