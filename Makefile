@@ -20,7 +20,7 @@ JOBS ?= auto
 PROCESSOR ?= avx2
 THREADS ?= 3
 # What computes with floating-point numbers, by PyTorch's own products above all.
-NUMERICAL := $(wildcard tests/golden tests/models tests/native tests/ops tests/reference tests/training tests/tree \
+NUMERICAL := $(wildcard tests/golden tests/mirror tests/models tests/native tests/ops tests/reference tests/training tests/tree \
 	tests/evaluation tests/generation tests/popi/test_p*.py tests/test_f*.py tests/test_implementations.py \
 	tests/test_known_failures.py tests/test_l*.py tests/test_token_weights.py tests/test_weighting.py)
 

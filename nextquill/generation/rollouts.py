@@ -1,7 +1,7 @@
-"""Samples summaries from the inference model, as token ids for the policy gradient.
+"""Samples from a model in training, as token ids: POPI's summaries, and the responses that MIRROR learns from.
 
     ModelRollouts        samples in process, with the present weights
-    VLLMRollouts         samples with vLLM, on the accelerator that also trains the inference model
+    VLLMRollouts         samples with vLLM, on the accelerator that also trains the model
     RecordingRollouts    records the samples of another one in a file
     RecordedRollouts     replays such a file, without a model
 
@@ -45,12 +45,12 @@ _HEADER = {"format": "nextquill rollouts", "version": 1}
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled summary.
+    """A sampled text.
 
     Args:
         ids: the sampled tokens, with the stop token if one was sampled.
         text: the decoded tokens before the stop, without special tokens.
-        ended: whether a stop token was sampled; False for a summary that reached `max_new_tokens`.
+        ended: whether a stop token was sampled; False for a text that reached `max_new_tokens`.
     """
 
     ids: list[int]
@@ -59,14 +59,14 @@ class Sample:
 
 
 class Rollouts(Protocol):
-    """The interface of everything that samples summaries."""
+    """The interface of everything that samples."""
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Return a sample for each prompt, in their order."""
         ...
 
     def sync(self) -> None:
-        """Take note that the weights of the inference model have changed; by default, do nothing."""
+        """Take note that the weights of the model have changed; by default, do nothing."""
         return
 
     def close(self) -> None:
@@ -134,10 +134,10 @@ class VLLMRollouts(Rollouts):
     than with `ModelRollouts`.
 
     Args:
-        model: the inference model in training: a causal language model, or a PEFT model with a plain LoRA adapter.
+        model: the model in training: a causal language model, or a PEFT model with a plain LoRA adapter.
         tokenizer, stops, max_new_tokens, temperature: see `ModelRollouts`.
         max_prompt_tokens: the most tokens of a prompt.
-        adapter: the PEFT adapter that writes summaries; by default the active one.
+        adapter: the PEFT adapter to sample from; by default the active one.
         model_name: folder or hub name of the base weights; by default the place that the model was loaded from.
         gpu_memory_utilization: the share of the accelerator's memory that vLLM takes while it is awake.
         sleep: whether vLLM sleeps between samples; by default if there is a GPU.
@@ -251,7 +251,7 @@ class VLLMRollouts(Rollouts):
             # PEFT saves an adapter into a subfolder of its name, except the one called "default".
             inner = folder / self._adapter
             place = inner if inner.is_dir() else folder
-            self._engine.lora = lora_request(f"summaries-{self._version}", self._version, str(place))
+            self._engine.lora = lora_request(f"rollouts-{self._version}", self._version, str(place))
             # vLLM reads an adapter at the first request for it, so its files stay until the next one replaces it.
             shutil.rmtree(folder.with_name(str(self._version - 1)), ignore_errors=True)
         self._engine.llm.reset_prefix_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -118,10 +117,8 @@ class MirrorLoss(PairLoss):
     @property
     def scoring(self) -> PairLoss:
         """The loss of people's own texts in an evaluation, where there is no teacher: their likelihood."""
-        likelihood = SFTLoss(reduction=self.reduction, ignore_index=self.ignore_index, impl=self.impl)
-        for name in ("softcap", "logit_scale", "chunk_bytes"):
-            setattr(likelihood, name, copy.copy(getattr(self, name)))
-        return likelihood
+        names = ("reduction", "ignore_index", "softcap", "logit_scale", "impl", "chunk_bytes")
+        return SFTLoss(**{name: getattr(self, name) for name in names})
 
     def extra_repr(self) -> str:
         """Return the settings that `repr` shows."""

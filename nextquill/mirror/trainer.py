@@ -14,7 +14,7 @@ from nextquill.data import EncodedDataset, PromptTemplate, load_records
 from nextquill.data.examples import Branch, EncodedExample
 from nextquill.data.records import Record
 from nextquill.errors import ArgumentError, naming
-from nextquill.generation import Prompt, stop_tokens
+from nextquill.generation import GenerationOptions, Prompt, stop_tokens
 from nextquill.generation.rollouts import ModelRollouts, Rollouts
 from nextquill.mirror.loss import MirrorLoss
 from nextquill.models.configs import base_model
@@ -85,6 +85,7 @@ class MirrorTrainer(NextQuillTrainer):
             raise ArgumentError(f"reference: expected words with {{response}} in them, got {reference!r}")
         if options.get("effects_file") is not None:
             raise ArgumentError("effects_file: expected None, as the divergence has no token weights")
+        GenerationOptions(max_new_tokens, temperature=temperature)  # raises before the records are encoded
         self.max_new_tokens, self.temperature, self.reference = max_new_tokens, temperature, reference
         # The teacher is not a pass without history, and its likelihood of the student's responses may rise.
         callbacks = [*(options.pop("callbacks", None) or []), CounterfactualWatch(_NEVER, trained_through=False)]

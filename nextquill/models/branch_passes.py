@@ -327,7 +327,7 @@ class PairPasses:
         if loss.reduction != "micro_batch":
             return loss
         scoring = copy.copy(loss)
-        scoring.objective = replace(self.loss.objective, reduction="sequence")
+        scoring.objective = replace(loss.objective, reduction="sequence")
         return scoring
 
 

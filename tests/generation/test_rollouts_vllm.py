@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 import sys
-import types
 import weakref
 from contextlib import ExitStack
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -93,13 +91,8 @@ class FakeLLM:
 
 
 @pytest.fixture
-def vllm(monkeypatch):
-    modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request")}
-    for name, module in modules.items():
-        module.__spec__ = ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, module)
-    modules["vllm"].LLM, modules["vllm"].SamplingParams = FakeLLM, lambda **named: SimpleNamespace(**named)
-    modules["vllm.lora.request"].LoRARequest = lambda *given: given
+def vllm(install_vllm, monkeypatch):
+    install_vllm(FakeLLM)
     monkeypatch.setattr(FakeLLM, "made", [])
     monkeypatch.setattr(FakeLLM, "rpc_error", None)
     return FakeLLM

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-import types
 import weakref
-from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -52,13 +50,8 @@ class RecordedLLM:
 
 
 @pytest.fixture
-def vllm(monkeypatch):
-    modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request")}
-    for name, module in modules.items():
-        module.__spec__ = ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, module)
-    modules["vllm"].LLM, modules["vllm"].SamplingParams = RecordedLLM, lambda **named: SimpleNamespace(**named)
-    modules["vllm.lora.request"].LoRARequest = lambda *given: given
+def vllm(install_vllm):
+    install_vllm(RecordedLLM)
     RecordedLLM.made = []
     return RecordedLLM
 

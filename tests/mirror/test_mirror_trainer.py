@@ -226,6 +226,10 @@ def test_bad_input(tmp_path: Path) -> None:
         make_trainer(tmp_path, loss=nq.PerCELoss())
     with pytest.raises(ArgumentError, match=r"reference: expected words with \{response\} in them, got 'none'"):
         MirrorTrainer(tiny_model(), processing_class=word_tokenizer(), reference="none")
+    with pytest.raises(ArgumentError, match="max_new_tokens: expected"):
+        MirrorTrainer(tiny_model(), processing_class=word_tokenizer(), max_new_tokens=0)
+    with pytest.raises(ArgumentError, match="temperature: expected"):
+        make_trainer(tmp_path, temperature=-1.0)
     encoded = make_trainer(tmp_path).train_dataset
     with pytest.raises(ArgumentError, match="train_dataset: expected records, as the teacher reads their responses"):
         make_trainer(tmp_path, records=encoded)

@@ -53,6 +53,9 @@ def test_losses(name, impl, _wide_products):  # noqa: PT019
     # Memory for a few rows, so that both buffers are used several times.
     actual = gradients(LOSSES[name](impl=impl, chunk_bytes=77 * 4 * 16), case, ids)
     assert _wide_products
+    again = gradients(LOSSES[name](impl=impl, chunk_bytes=77 * 4 * 16), case, ids)
+    for key, value in actual.items():
+        assert torch.equal(value, again[key]), f"{key} differs between two calls"
     truth = gradients(LOSSES[name](impl="torch"), case.double(), ids)
     for key, expected in truth.items():
         # dz is rounded to bfloat16 (cut off by Triton's interpreter) before it is summed, dh and dW after.
