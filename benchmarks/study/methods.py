@@ -137,7 +137,8 @@ def without_copied(example: EncodedExample, line: Mapping[str, Any]) -> dict[str
     copied = [tuple(response[max(0, end - _PHRASE) : end]) in phrases for end in range(1, len(response) + 1)]
     without = [own if is_copied else other for own, other, is_copied in
                zip(nlls, line["nll_counterfactual"], copied, strict=True)]  # fmt: skip
-    return {**line, "nll_counterfactual": without}
+    kept = {name: line[name] for name in ("index", "user_id", "token_ids")}  # the effects and the digest were others'
+    return {**kept, "nll_factual": nlls, "nll_counterfactual": without}
 
 
 METHODS: Mapping[str, Method] = {

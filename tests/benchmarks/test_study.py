@@ -32,9 +32,10 @@ from benchmarks.study.people import DEV, SEEN, TEST, Size, Sizes, read_people
 from benchmarks.study.picture import PICTURE, picture
 from benchmarks.study.plan import PRESETS, planned
 from benchmarks.study.run import Worker
-from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_records
+from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_effects, load_records
 from nextquill.errors import ArgumentError, OutputExistsError
 from nextquill.evaluation.bootstrap import SeedsResult
+from nextquill.evaluation.scoring import ExampleScores, effect_line
 from nextquill.models.loading import load_model
 from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting
@@ -222,13 +223,21 @@ def test_words_of_a_history_change_places_alike_in_all_records_of_a_person():
     assert words_shuffled(record, 2).history != mixed.history
 
 
-def test_a_token_that_continues_a_phrase_of_the_history_has_no_effect():
+def test_a_token_that_continues_a_phrase_of_the_history_has_no_effect(tmp_path):
     branch = Branch([1, 2, 3, 4, 9], [2, 3, 4, 5, 3, 4])
     example = EncodedExample("u", 0, branch, branch, None, 1, 1)
-    line = {"nll_factual": [1.0] * 6, "nll_counterfactual": [3.0] * 6, "index": 0}
-    found = without_copied(example, line)
+    nlls = torch.tensor([[1.0] * 6, [3.0] * 6])
+    line = effect_line(ExampleScores(example, branch.response_ids, *nlls, None), _Tokens())
+    file = tmp_path / "effects.jsonl"
+    file.write_text(json.dumps(without_copied(example, line)) + "\n")
+    (found,) = load_effects(file, [example])
     # Only "2 3 4" is a run of three tokens of the prompt, and its last token the one that continues a phrase.
-    assert found == {**line, "nll_counterfactual": [3.0, 3.0, 1.0, 3.0, 3.0, 3.0]}
+    assert found.effects.tolist() == [[1.0] * 6, [3.0, 3.0, 1.0, 3.0, 3.0, 3.0]]
+
+
+class _Tokens:
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 # ---- runs ------------------------------------------------------------------------------------------
