@@ -19,7 +19,7 @@ LIBRARY = ("nextquill", "kernels/nextquill_kernels", "demos")
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
 _VALUES = frozenset({"defaults", "devices", "errors", "outputs", "weighting"})
 _LOSSES = _VALUES | {"functional", "losses"}
-_BELOW_MODELS = _LOSSES | {"data", "storage", "tree"}
+_BELOW_MODELS = _LOSSES | {"data", "ranks", "storage", "tree"}
 _MODELS = _BELOW_MODELS | {"models"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "nextquill_kernels": frozenset(),
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "lazy": frozenset(),
     "integrations": frozenset(),  # says where its modules are now
     "storage": frozenset({"errors"}),
+    "ranks": frozenset({"errors", "storage"}),
     "outputs": frozenset({"errors"}),
     "weighting": frozenset({"errors", "outputs"}),
     "reference": frozenset({"errors", "outputs"}),

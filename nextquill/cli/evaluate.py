@@ -30,6 +30,7 @@ from nextquill.evaluation.results import Evaluation, check_folder, read_evaluati
 from nextquill.evaluation.tasks import TASKS
 from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.generation import ENGINES, check_engine
+from nextquill.ranks import is_first
 from nextquill.report.text import plain
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.checkpoints import trained_users
@@ -138,6 +139,8 @@ def run(arguments: Sequence[str]) -> int:
         return OK
     with TemporaryDirectory(prefix="nextquill-") if kept is None else nullcontext(kept) as folder:
         evaluation = _evaluate(loaded, measured, Path(folder), model_options.model, kept is not None)
+        if not is_first():
+            return OK
         print_evaluation(evaluation)
         if options.baseline is not None:
             draws: dict[str, Any] = {name: getattr(measured, name) for name in ("level", "resamples", "seed")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import ArgumentError, NextQuillError, OutputExistsError, RecordError
+from nextquill.ranks import on_first
 from nextquill.storage.atomic_files import temporary
 from nextquill.storage.input_files import read_input
 from nextquill.storage.locks import claim
@@ -61,15 +62,22 @@ def check_file(flag: str, path: str) -> None:
 
 
 def claim_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:
-    """Make sure, before any work, that a file can be written, make its folder, and keep other processes from it."""
-    target = check_output_file(path, overwrite=overwrite, flag=flag)
-    try:
-        claim(temporary(target), target, flag)
-    except NextQuillError:
-        raise
-    except OSError as error:
-        raise OutputExistsError(f"{flag}: {target} cannot be written: {error.strerror or error}") from error
-    return target
+    """Make sure, before any work, that a file can be written, make its folder, and keep other processes from it.
+
+    Of joined processes the first one does so for all.
+    """
+
+    def claimed() -> Path:
+        target = check_output_file(path, overwrite=overwrite, flag=flag)
+        try:
+            claim(temporary(target), target, flag)
+        except NextQuillError:
+            raise
+        except OSError as error:
+            raise OutputExistsError(f"{flag}: {target} cannot be written: {error.strerror or error}") from error
+        return target
+
+    return on_first(claimed)
 
 
 def check_output_file(path: str, *, overwrite: bool, flag: str = "output_file") -> Path:

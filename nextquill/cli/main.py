@@ -19,10 +19,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
 
 from nextquill.cli.known_flags import refused
+from nextquill.ranks import is_first, joined, started
 from nextquill.report.text import plain
 from nextquill.storage.locks import release_claims
 
@@ -48,6 +49,10 @@ COMMANDS = {
 DESCRIPTION = "Causal personalisation training of language models."
 #: Characters of a message.
 _MOST_SHOWN = 2000
+#: Commands whose processes train together, and those whose processes share the batches of one run.
+_TRAINING, _SHARED = ("train", "popi train"), ("score", "evaluate", "popi summarize", "popi evaluate")
+#: Seconds that a process of a shared run waits for the others.
+_TIMEOUT = 1800.0
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: Python's way to give an argument, where a message recommends one: " overwrite=True", " attention='padded'".
 _GIVEN = re.compile(r"(?<!\S)(?:args\.)?(\w+)=(?:True|'(\w+)')(?=[\s,;:)]|$)")
@@ -105,10 +110,30 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         if not debug:
             warnings.simplefilter("ignore")  # users cannot fix deprecations in other packages
         try:
-            code: int = importlib.import_module(_module(command)).run(arguments)
+            with _processes(command):
+                code: int = importlib.import_module(_module(command)).run(arguments)
         finally:
             release_claims()
     return code
+
+
+@contextmanager
+def _processes(command: str) -> Iterator[None]:
+    """Let the processes that a launcher has started work on one command; only the first one prints."""
+    if started() == 1 or command in _TRAINING:
+        yield
+        return
+    if command not in _SHARED:
+        from nextquill.cli.flags import UsageError
+
+        raise UsageError(f"{command} runs in one process, and a launcher started {started()}")
+    with ExitStack() as stack:
+        stack.enter_context(joined(_TIMEOUT))
+        if not is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from nextquill.models.loading import find_tokenizer, load_model
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.summaries import Summary, SummaryFile, signals_hash, summarize
 from nextquill.popi.users import Draw
+from nextquill.ranks import is_first
 from nextquill.report.numbers import counted, in_words, p_value
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.checkpoints import trained_users, user_digest
@@ -135,7 +136,7 @@ def run(arguments: Sequence[str]) -> int:
         },
     )
     _print(evaluation, options.level)
-    if target is not None:
+    if target is not None and is_first():
         write_whole(target, evaluation.to_json())
     return OK
 

@@ -15,6 +15,7 @@ from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, RecordError, naming
 from nextquill.popi.summaries import Summary, SummaryFile, all_signals, signals_hash, summarize
 from nextquill.popi.users import LEAST_SIGNALS, User
+from nextquill.ranks import is_first, on_first
 
 if TYPE_CHECKING:
     from nextquill.popi.saved_run import SavedRun
@@ -82,8 +83,10 @@ def run(arguments: Sequence[str]) -> int:
         signals = _signals(users, shown.signals_per_user or config.signals_per_user)
     saved = loaded_run(models)
     hashes = {user: signals_hash(own) for user, own in signals.items()}
-    edited = [user for user, summary in file.read().items() if summary.edited and user in hashes]
-    wanted = set(hashes if options.again or options.force else file.missing(hashes, options.writer(saved)))
+    known = on_first(file.read)
+    edited = [user for user, summary in known.items() if summary.edited and user in hashes]
+    stale = on_first(lambda: file.missing(hashes, options.writer(saved)))
+    wanted = set(hashes if options.again or options.force else stale)
     todo = [user for user in hashes if user in wanted and (options.force or user not in edited)]
     _write(saved, file, {user: signals[user] for user in todo}, options)
     _report(file, hashes, len(todo), [] if options.force else edited)
@@ -120,10 +123,15 @@ def _write(saved: SavedRun, file: SummaryFile, signals: Signals, options: PopiSu
             made = {"summary": each.text, "tokens": each.tokens, "cut": not each.ended}
             kept.append(Summary.made_now(each.user_id, own, model=writer, **made))
             if len(kept) >= _KEPT_TOGETHER:
-                file.put(*kept, force=options.force)
+                _put(file, kept, options)
                 kept = []
     finally:
-        file.put(*kept, force=options.force)
+        _put(file, kept, options)
+
+
+def _put(file: SummaryFile, summaries: Sequence[Summary], options: PopiSummarizeOptions) -> None:
+    if is_first():
+        file.put(*summaries, force=options.force)
 
 
 def _report(file: SummaryFile, hashes: Mapping[str, str], written: int, edited: Sequence[str]) -> None:

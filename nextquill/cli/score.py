@@ -15,9 +15,9 @@ from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles, Score
 from nextquill.cli.parsing import parse
 from nextquill.cli.terminal import bar, say
 from nextquill.evaluation.identity import model_identity, records_digest
+from nextquill.ranks import is_first, partial_file
 from nextquill.report.terminal import effect_legend, effect_text
 from nextquill.report.text import plain
-from nextquill.storage.resumable_jsonl import PartialFile
 
 if TYPE_CHECKING:
     from nextquill.data import EncodedExample
@@ -43,18 +43,19 @@ def run(arguments: Sequence[str]) -> int:
     encoder = ExampleEncoder(loaded.tokenizer, **vars(loaded.settings))
     examples = encode_records("eval_file", encoder, loaded.records, placebo=True, seed=files.seed)
     total = len(examples)
-    with PartialFile(target, identity(loaded, files), overwrite=options.overwrite) as partial:
+    with partial_file(target, identity(loaded, files), overwrite=options.overwrite) as partial:
         if len(partial):
-            say(f"{len(partial)} of {total} records are already in {partial.path}")
+            say(f"{len(partial)} of {total} records are already in {target}.partial")
         try:
             for scores in _scores(loaded, examples, files, skip=len(partial)):
                 partial.write(effect_line(scores, loaded.tokenizer))
         except KeyboardInterrupt:
             if len(partial):
-                say(f"{len(partial)} of {total} records are in {partial.path}; the same command resumes")
+                say(f"{len(partial)} of {total} records are in {target}.partial; the same command resumes")
             raise
         partial.finish(range(total))
-    _print(target, options.show, loaded)
+    if is_first():
+        _print(target, options.show, loaded)
     return OK
 
 

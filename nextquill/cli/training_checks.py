@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from nextquill.cli.flags import UsageError, check_positive
 from nextquill.cli.parsing import WIDE_REFUSALS, refusals
 from nextquill.errors import BackendUnavailableError
+from nextquill.ranks import check_group
 from nextquill.training.meter import EVAL_COLUMNS
-from nextquill.training.ranks import check_group
 
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 METRICS = (*EVAL_COLUMNS, "effect_logprob", "effect_placebo")

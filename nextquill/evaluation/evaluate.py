@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nextquill.data import ExampleEncoder, Record
+from nextquill.data import EncodedExample, ExampleEncoder, Record
 from nextquill.errors import ArgumentError, BudgetError, RecordError, naming
 from nextquill.evaluation.identity import model_digest, model_identity, records_digest
 from nextquill.evaluation.item_effects import item_effects
@@ -69,9 +69,9 @@ from nextquill.evaluation.text_measures import REFERENCE, authors_of, reference_
 from nextquill.generation import check_engine, generation_engine, make_prompts
 from nextquill.models.configs import check_vocabulary
 from nextquill.models.loading import PromptSettings
+from nextquill.ranks import SharedFile, deal, on_first
 from nextquill.storage.checkpoints import user_digest
 from nextquill.storage.fingerprints import fingerprint
-from nextquill.storage.resumable_jsonl import PartialFile
 
 # The lines of a stage: as they are made, and all of them.
 Lines = Iterator[Mapping[str, Any]]
@@ -126,10 +126,14 @@ def evaluate_model(
         texts = place.stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
         judged = place.stage(JUDGED_FILE, work.judge_indices, partial(work.judge_lines, texts), "Judging")
         prose = place.stage(PROSE_FILE, work.prose_indices, work.prose_lines, "Reading prose")
-        evaluation, examples = work.results(effects, pairs, texts, judged, prose)
-        work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
-        place.finish(evaluation, examples)
-    return evaluation
+
+        def finish() -> Evaluation:
+            evaluation, examples = work.results(effects, pairs, texts, judged, prose)
+            work.texts.write_predictions(place.folder / PREDICTIONS_FILE, [each.generated for each in examples])
+            place.finish(evaluation, examples)
+            return evaluation
+
+        return on_first(finish)
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,7 @@ class _Work:
             "content of prose_file": None if self.prose is None else fingerprint([self.prose.text]),
         }
 
-    def effect_lines(self, done: PartialFile) -> Lines:
+    def effect_lines(self, done: SharedFile) -> Lines:
         options, pad = self.options, pad_token(self.tokenizer)
         for scores in score_examples(
             self.model, self.examples, pad, options.batch_size,
@@ -284,20 +288,21 @@ class _Work:
         ):  # fmt: skip
             yield effect_line(scores, self.tokenizer)
 
-    def preference_lines(self, done: PartialFile) -> Lines:
+    def preference_lines(self, done: SharedFile) -> Lines:
+        left = (pair for pair in self.pairs if pair.index not in done)
         with self._scorer() as scorer:
-            for pair in self.pairs:
-                if pair.index not in done:
-                    yield {"index": pair.index, "scores": preference_scores(scorer, pair)}
+            yield from deal(left, lambda pair: [{"index": pair.index, "scores": preference_scores(scorer, pair)}])
 
-    def item_lines(self, done: PartialFile) -> Lines:
+    def item_lines(self, done: SharedFile) -> Lines:
+        renderer, left = self.encoder.renderer, (each for each in self.itemised if each.index not in done)
         with self._scorer() as scorer:
-            for each in self.itemised:
-                if each.index not in done:
-                    record = self.records[each.index]
-                    yield item_effects(scorer, self.encoder.renderer, self.tokenizer, record, each).to_dict()
 
-    def text_lines(self, done: PartialFile) -> Lines:
+            def lines(each: EncodedExample) -> list[dict[str, Any]]:
+                return [item_effects(scorer, renderer, self.tokenizer, self.records[each.index], each).to_dict()]
+
+            yield from deal(left, lines)
+
+    def text_lines(self, done: SharedFile) -> Lines:
         options = self.options.generation()
         with generation_engine(self.model, self.tokenizer, self.examples, options, self.model_name) as engine:
             for index, text in engine.generate(self.prompts, done):
@@ -307,7 +312,7 @@ class _Work:
     def judge_indices(self) -> range:
         return range(0 if self.judge is None else len(self.judge.groups))
 
-    def judge_lines(self, texts: Stage, done: PartialFile) -> Lines:
+    def judge_lines(self, texts: Stage, done: SharedFile) -> Lines:
         assert self.judge is not None
         shown = zip(self._generated(texts), self.records, strict=True)
         judged = [[*own.values(), record.response] for own, record in islice(shown, len(self.texts.references))]
@@ -317,7 +322,7 @@ class _Work:
     def prose_indices(self) -> range:
         return range(0 if self.prose is None else len(self.prose.windows))
 
-    def prose_lines(self, done: PartialFile) -> Lines:
+    def prose_lines(self, done: SharedFile) -> Lines:
         assert self.prose is not None
         return self.prose.lines(self.model, self.tokenizer, done, **self._passes())
 

@@ -23,6 +23,7 @@ from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.evaluation.text_measures import longest_histories
 from nextquill.models.configs import check_vocabulary, context_length
 from nextquill.models.loading import PromptSettings, load_model
+from nextquill.ranks import deal
 
 
 class _Case(NamedTuple):
@@ -102,10 +103,13 @@ class PersonJudge:
             done: the indices of lines that exist already.
             options: of `BranchScorer`.
         """
+        left = (group for group in range(len(self.groups)) if group not in done)
         with BranchScorer(self.model, pad_token(self.tokenizer), **options) as scorer:
-            for group, cases in enumerate(self.groups):
-                if group not in done:
-                    yield {"index": group, "logprobs": self._logprobs(scorer, cases, texts)}
+
+            def lines(group: int) -> list[dict[str, Any]]:
+                return [{"index": group, "logprobs": self._logprobs(scorer, self.groups[group], texts)}]
+
+            yield from deal(left, lines)
 
     def _logprobs(
         self, scorer: BranchScorer, cases: Sequence[_Case], texts: Sequence[Sequence[str]]

@@ -19,6 +19,7 @@ from nextquill.evaluation.measures import NLL_PROSE, PROSE, LabelledScores
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.models.configs import context_length
+from nextquill.ranks import deal
 from nextquill.storage.input_files import open_input
 
 #: Tokens of a window; the most tokens of a text, its first ones; and the most characters that are read for them.
@@ -61,11 +62,15 @@ class Prose:
 
         `options` are those of `BranchScorer`.
         """
+        left = (index for index in range(len(self.windows)) if index not in done)
         with BranchScorer(model, pad_token(tokenizer), **options) as scorer:
-            for index, (first, *rest) in enumerate(self.windows):
-                if index not in done:
-                    (nll,) = scorer([Branch([first], rest)])
-                    yield {"index": index, "nll": round(float(nll.double().sum()), 6), "tokens": len(rest)}
+
+            def lines(index: int) -> list[dict[str, Any]]:
+                first, *rest = self.windows[index]
+                (nll,) = scorer([Branch([first], rest)])
+                return [{"index": index, "nll": round(float(nll.double().sum()), 6), "tokens": len(rest)}]
+
+            yield from deal(left, lines)
 
 
 def prose_measures(lines: Sequence[Mapping[str, Any]]) -> dict[str, LabelledScores]:

@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from nextquill.errors import OutputExistsError, RecordError
+from nextquill.ranks import SharedFile, check_agreement, on_first, partial_file
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object, json_objects
 from nextquill.storage.manifests import difference, is_changed, listed, with_digest
-from nextquill.storage.resumable_jsonl import BegunFile, PartialFile
+from nextquill.storage.resumable_jsonl import BegunFile
 
 #: The folder of an evaluation within that of its run.
 EVALUATION_FOLDER = "evaluation"
@@ -325,25 +326,32 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
     def __init__(
         self, folder: Path, run: Mapping[str, Any], *, overwrite: bool = False, progress: Progress | None = None
     ) -> None:
-        check_folder(folder, overwrite=overwrite)
+        check_agreement(run)
         self.folder, self._progress = folder, progress
+        self._begun: BegunFile | None = None
+        on_first(lambda: self._begin(run, overwrite))
+
+    def _begin(self, run: Mapping[str, Any], overwrite: bool) -> None:
+        folder = self.folder
+        check_folder(folder, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        self._begun = BegunFile(folder / EVALUATION_FILE, run, overwrite=overwrite, argument="folder")
+        self._begun = begun = BegunFile(folder / EVALUATION_FILE, run, overwrite=overwrite, argument="folder")
         try:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)
-            if self._begun.is_new:
+            if begun.is_new:
                 self._clear(overwrite)  # first: files beside a partial file of ours would be taken for ours
-                self._begun.begin()
+                begun.begin()
         except BaseException:
-            self._begun.close(remove=self._begun.is_new)
+            begun.close(remove=begun.is_new)
             raise
 
     def __exit__(self, *error: object) -> None:
-        finished = (self.folder / EVALUATION_FILE).exists()
-        self._begun.close(remove=finished or not self._present())
+        if self._begun is not None:
+            finished = (self.folder / EVALUATION_FILE).exists()
+            self._begun.close(remove=finished or not self._present())
 
     def stage(
-        self, name: str, indices: Sequence[int], make: Callable[[PartialFile], Iterable[Mapping[str, Any]]], desc: str
+        self, name: str, indices: Sequence[int], make: Callable[[SharedFile], Iterable[Mapping[str, Any]]], desc: str
     ) -> list[dict[str, Any]]:
         """The lines of a stage's file: those already written, and those that `make` yields.
 
@@ -353,15 +361,15 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
             make: called with the lines already written; yields the other lines, in any order.
         """
         path = self.folder / name
-        if not path.exists() and indices:
-            with PartialFile(path, {}, argument="folder") as partial:
+        if indices and not on_first(path.exists):
+            with partial_file(path, {}, argument="folder") as partial:
                 lines = make(partial)
                 if self._progress is not None:
                     lines = self._progress(lines, total=len(indices), initial=len(partial), desc=desc)
                 for line in lines:
                     partial.write(line)
                 partial.finish(indices)
-        return [value for _, value in json_objects(path)] if indices else []
+        return on_first(lambda: [value for _, value in json_objects(path)]) if indices else []
 
     def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
         """Write the results; the evaluation itself last."""

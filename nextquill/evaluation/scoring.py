@@ -1,7 +1,8 @@
 """Scores a data set without gradient: every response token's nll with, without and under another user's history.
 
 Records are taken user by user, so that a forward's tree holds a user's history once. The examples and the options alone
-decide which records are computed together, so an interrupted run resumes with the same forwards and the same figures.
+decide which records are computed together, so an interrupted run resumes with the same forwards and the same figures,
+and joined processes share the forwards.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nextquill.losses import SFTLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.head import HeadState
 from nextquill.models.probe import in_eval_mode
+from nextquill.ranks import deal
 from nextquill.storage.manifests import with_digest
 from nextquill.tree import build_prefix_tree
 
@@ -103,17 +105,25 @@ def score_examples(
         size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
         order = _user_by_user(examples)
-        for start in range(0, len(order), size):
-            members, done = order[start : start + size], max(0, skip - start)
-            if done >= len(members):
-                continue
-            batch = [examples[index] for index in members]
-            for part in collate(batch)["parts"]:
-                if done < part["num_sequences"]:
-                    scored = _score_part(passes, batch, to_device(part, device), calibrated)[done:]
-                    _check_finite(model, scored)
-                    yield from scored
-                done = max(0, done - part["num_sequences"])
+
+        def forwards() -> Iterator[tuple[list[EncodedExample], Any, int]]:
+            for start in range(0, len(order), size):
+                members, done = order[start : start + size], max(0, skip - start)
+                if done >= len(members):
+                    continue
+                batch = [examples[index] for index in members]
+                for part in collate(batch)["parts"]:
+                    if done < part["num_sequences"]:
+                        yield batch, part, done
+                    done = max(0, done - part["num_sequences"])
+
+        def scores(forward: tuple[list[EncodedExample], Any, int]) -> list[ExampleScores]:
+            batch, part, done = forward
+            scored = _score_part(passes, batch, to_device(part, device), calibrated)[done:]
+            _check_finite(model, scored)
+            return scored
+
+        yield from deal(forwards(), scores)
 
 
 class BranchScorer(AbstractContextManager["BranchScorer"]):

@@ -18,6 +18,7 @@ from nextquill.generation.sampling import sampling
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode
 from nextquill.models.router import without_router_loss
+from nextquill.ranks import deal
 
 
 @contextmanager
@@ -48,12 +49,13 @@ class TransformersEngine(Engine):
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
-        for batch, limit in self._batches(prompts):
-            if all(prompt.index in done for prompt in batch):
-                continue
-            for prompt, ids in zip(batch, self._respond(batch, limit), strict=True):
-                if prompt.index not in done:
-                    yield prompt.index, up_to_stop(ids, self.stops)
+        left = (each for each in self._batches(prompts) if any(prompt.index not in done for prompt in each[0]))
+
+        def responses(batch: tuple[list[Prompt], int]) -> list[tuple[int, list[int]]]:
+            found = zip(batch[0], self._respond(*batch), strict=True)
+            return [(prompt.index, up_to_stop(ids, self.stops)) for prompt, ids in found]
+
+        yield from (each for each in deal(left, responses) if each[0] not in done)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], int]]:
         """Prompts to run together, longest first, and the most tokens that each may get.

@@ -29,6 +29,7 @@ from nextquill.models.attention import TreeAttention
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
 from nextquill.models.router import without_router_loss
+from nextquill.ranks import deal
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree, visibility_mask
 
 #: Keys and values by layer, [1, H_kv, T, D] each.
@@ -73,13 +74,14 @@ class TreeEngine(Engine):
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, batch by batch."""
-        for batch in self._batches(prompts):
-            if all(prompt.index in done for prompt in batch):
-                continue
-            found: dict[int, list[int]] = {prompt.index: [] for prompt in batch}
-            for index, token in self._tokens(batch):
-                found[index].append(token)
-            yield from ((index, ids) for index, ids in found.items() if index not in done)
+        left = (batch for batch in self._batches(prompts) if any(prompt.index not in done for prompt in batch))
+        yield from (each for each in deal(left, self._responses) if each[0] not in done)
+
+    def _responses(self, batch: Sequence[Prompt]) -> list[tuple[int, list[int]]]:
+        found: dict[int, list[int]] = {prompt.index: [] for prompt in batch}
+        for index, token in self._tokens(batch):
+            found[index].append(token)
+        return list(found.items())
 
     def stream(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, int]]:
         """Yield each prompt's index and next token as soon as it is chosen.

@@ -41,6 +41,7 @@ from nextquill.popi.passes import BranchPasses
 from nextquill.popi.prompts import GeneratorPrompts
 from nextquill.popi.roles import Role
 from nextquill.popi.users import Draw, check_draw
+from nextquill.ranks import deal
 from nextquill.storage.manifests import with_digest
 
 CONTEXTS = ("none", "signals", "summary", "placebo")
@@ -146,10 +147,11 @@ def score_pairs(
     def scored(state: AbstractContextManager[Any], wanted: Mapping[str, list[list[Branch]]]) -> dict[str, Tensor]:
         options: dict[str, Any] = {"attention": attention, "max_tokens": max_tokens}
         with state as model, closing(BranchPasses(model, pad_token(generator.tokenizer), **options)) as passes:
-            return {
-                name: torch.cat([counted(passes.log_probs(part).view(-1, 2)) for part in parts])
-                for name, parts in wanted.items()
-            }
+
+            def pairs(part: list[Branch]) -> list[Tensor]:
+                return [passes.log_probs(part).view(-1, 2)]
+
+            return {name: torch.cat([*map(counted, deal(parts, pairs))]) for name, parts in wanted.items()}
 
     # Each context is scored in calls of its own, in the same way for policy and reference. So if the two are the same
     # model, their log-probabilities agree to the last bit.

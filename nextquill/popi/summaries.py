@@ -34,6 +34,7 @@ from nextquill.data.skipped import PlacedError
 from nextquill.errors import ArgumentError, OutputExistsError, RecordError
 from nextquill.popi.prompts import InferencePrompts
 from nextquill.popi.users import LEAST_SIGNALS, Draw, User, held_out, in_time
+from nextquill.ranks import deal
 from nextquill.storage.atomic_files import written_whole
 from nextquill.storage.fingerprints import fingerprint, seed_of
 from nextquill.storage.locks import is_at, try_lock
@@ -321,10 +322,12 @@ def summarize(
     seeds = [seed_of(seed, "summarize", user) for user in users]
     asked = [Prompt(place, prompts.ids(signals[user])[0], seeds[place]) for place, user in enumerate(users)]
     asked.sort(key=lambda prompt: -len(prompt.ids))
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
+
+    def written(batch: Sequence[Prompt]) -> Iterator[Written]:
         with role.active():
             samples = rollouts.sample(batch)
         for prompt, sample in zip(batch, samples, strict=True):
             tokens = len(sample.ids) - sample.ended
             yield Written(users[prompt.index], prompts.summary(sample), tokens, sample.ended)
+
+    yield from deal((asked[start : start + batch_size] for start in range(0, len(asked), batch_size)), written)

@@ -107,6 +107,11 @@ class PartialFile(BegunFile, AbstractContextManager["PartialFile"]):
     def __contains__(self, index: object) -> bool:
         return index in self._offsets
 
+    @property
+    def indices(self) -> set[int]:
+        """The indices of the lines."""
+        return set(self._offsets)
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line with an `index`. When this returns, the operating system has the line."""
         self._offsets[line["index"]] = self._stream.seek(0, os.SEEK_END)

@@ -16,13 +16,13 @@ from nextquill.errors import CheckpointError
 from nextquill.models.architectures import random_rate, random_rates
 from nextquill.models.border import reading
 from nextquill.models.configs import text_config
+from nextquill.ranks import check_agreement
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import move_into_place, write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
 from nextquill.storage.manifests import write_manifest
-from nextquill.training.ranks import check_agreement
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

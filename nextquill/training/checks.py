@@ -9,7 +9,7 @@ from torch import nn
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
 from nextquill.models.configs import check_vocabulary
-from nextquill.training.ranks import check_group
+from nextquill.ranks import check_group
 
 #: Options of transformers' Trainer that our trainers set themselves.
 FILLED_OPTIONS = (

@@ -14,7 +14,7 @@ import pytest
 from transformers import TrainingArguments
 
 from nextquill.errors import ArgumentError
-from nextquill.training.ranks import check_group
+from nextquill.ranks import check_group
 from tests.processes import end_family
 from tests.training.rank_worker import DIFFERENT, SIGNALS, TIMEOUT, UNGROUPED
 
