@@ -173,6 +173,8 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
         return f"out of memory; use a smaller batch, --max_length, --max_tokens or --chunk_bytes ({text[:120]})", FAILED
     if type(error).__name__ in _GROUP_ERRORS or (isinstance(error, RuntimeError) and _GROUP_ENDED.search(text)):
         return f"another process of the group has ended or does not answer; its message says why ({text[:120]})", FAILED
+    if type(error).__name__ == "BrokenProcessPool":
+        return "a worker process has ended; memory may have been short, so use fewer of --num_workers", FAILED
     if isinstance(error, ImportError):
         return f"{command} needs a package that is not installed: {text}; pip install 'nextquill[cli]'", FAILED
     is_of_the_connection = type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests"))

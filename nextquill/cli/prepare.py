@@ -52,12 +52,13 @@ class PrepareOptions:
     )
     seed: int = option("With --placebo: the seed that decides which other user.", 42)
     skip_bad: bool = option("Leave out and list records that do not fit the budget, instead of stopping.", False)
+    num_workers: int = option("Processes that encode; 1: threads of this one.", 1)
     overwrite: bool = option("Replace an earlier folder, or the parts of a run with other flags.", False)
     dry_run: bool = dry_run_option()
 
 
 OPTIONS = (PrepareOptions, PromptOptions)
-FLAGS = {"folder": "output_dir", "records": "records_file", "source": "records_file"}
+FLAGS = {"folder": "output_dir", "workers": "num_workers", "records": "records_file", "source": "records_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -98,6 +99,7 @@ def _prepare(options: PrepareOptions, encoder: ExampleEncoder) -> PreparedDatase
                 encoder,
                 options.output_dir,
                 progress=shown.update,
+                workers=options.num_workers,
                 **{name: getattr(options, name) for name in ("placebo", "seed", "skip_bad", "overwrite")},
             )
         except (BudgetError, RecordError) as error:

@@ -17,13 +17,15 @@ takes its own steps. A single record takes the same steps and gives the same res
 
 from __future__ import annotations
 
+import signal
 from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from nextquill.data._checks import check_integer
@@ -51,12 +53,15 @@ Found = TypeVar("Found")
 _CACHED_COUNTS = 200_000
 #: Records encoded together. With 2,000 tokens each, they keep all cores busy for 100 ms or longer.
 _BATCH_SIZE = 128
-# Batches in progress: one or two are tokenised, another is rendered, and one is ready.
-_WORKERS, _AHEAD = 3, 4
+# Batches in progress: one or two are tokenised, another is rendered, and others are ready.
+_WORKERS, _AHEAD = 3, 3
 # Safety factor on lengths estimated from the response's tokens per character; if they do not fit, items are counted.
 _CLEARLY = 1.3
 # Characters of an item besides its title and text.
 _LABELS = 20
+
+#: The encoder of a worker process.
+_encoder: ExampleEncoder | None = None
 
 
 class ExampleEncoder:
@@ -180,6 +185,7 @@ class ExampleEncoder:
         seed: int = 0,
         on_bad: Callable[[int, Record, Exception], None] | None = None,
         skip: int = 0,
+        workers: int = 1,
     ) -> Iterator[EncodedExample]:
         """Encode records one after another, holding only a few thousand of them.
 
@@ -190,6 +196,7 @@ class ExampleEncoder:
             on_bad: called with the number, the record and the error of a record that cannot be encoded, which is then
                 left out; None raises the error.
             skip: the number of first records to read without encoding. The other examples do not depend on it.
+            workers: processes that encode; 1 for threads of this one. The examples do not depend on it.
 
         Raises:
             BudgetError, RecordError: see `encode`; raised after all earlier examples were yielded.
@@ -204,22 +211,23 @@ class ExampleEncoder:
                 if index >= skip:
                     yield index, record, histories[0] if placebo else None, histories[-1] if self._needs_other else None
 
-        return self._stream(jobs(), on_bad)
+        return self._stream(jobs(), on_bad, workers)
 
     @property
     def _needs_other(self) -> bool:
         return self.template.counterfactual == "placebo"
 
     def _stream(
-        self, jobs: Iterable[Job], on_bad: Callable[[int, Record, Exception], None] | None = None
+        self, jobs: Iterable[Job], on_bad: Callable[[int, Record, Exception], None] | None = None, workers: int = 1
     ) -> Iterator[EncodedExample]:
-        """The examples in order. Threads are enough, as a fast tokenizer lets other threads run."""
+        """The examples in order."""
         jobs, pending = iter(jobs), deque[tuple[list[Job], Future[list[EncodedExample | Exception]]]]()
-        with ThreadPoolExecutor(_WORKERS if self._tokenizer.is_parallel else 1) as pool:
+        pool, encode = self._pool(workers)
+        with pool:
             try:
                 while True:
-                    while len(pending) < _AHEAD and (batch := list(islice(jobs, _BATCH_SIZE))):
-                        pending.append((batch, pool.submit(self._encode_jobs, batch)))
+                    while len(pending) < _AHEAD + workers and (batch := list(islice(jobs, _BATCH_SIZE))):
+                        pending.append((batch, pool.submit(encode, batch)))
                     if not pending:
                         return
                     batch, future = pending.popleft()
@@ -232,6 +240,14 @@ class ExampleEncoder:
                             raise found
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _pool(self, workers: int) -> tuple[Executor, Callable[[list[Job]], list[EncodedExample | Exception]]]:
+        """What runs batches, and the function for it. A fast tokenizer lets other threads run; rendering does not."""
+        if workers == 1:
+            return ThreadPoolExecutor(_WORKERS if self._tokenizer.is_parallel else 1), self._encode_jobs
+        arguments = (self.renderer.tokenizer, self.template, self.max_length, self.max_response_length)
+        spawn = get_context("spawn")  # a fork of a process with threads may hang
+        return ProcessPoolExecutor(workers, spawn, _start_worker, arguments), _encode_in_worker
 
     def _encode_jobs(self, jobs: Sequence[Job]) -> list[EncodedExample | Exception]:
         """The example of each job, or the error of its record."""
@@ -378,6 +394,18 @@ class ExampleEncoder:
             if len(counts) > _CACHED_COUNTS:
                 self._item_tokens = {}  # other threads keep the one that they started with
         return [counts[key] for key in keys]
+
+
+def _start_worker(*arguments: Any) -> None:
+    """Make the encoder of a worker process, which ends with its parent and leaves Ctrl-C to it."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _encoder = ExampleEncoder(*arguments)
+
+
+def _encode_in_worker(jobs: list[Job]) -> list[EncodedExample | Exception]:
+    assert _encoder is not None
+    return _encoder._encode_jobs(jobs)
 
 
 @dataclass(frozen=True, slots=True)

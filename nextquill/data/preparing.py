@@ -56,6 +56,7 @@ def prepare(
     overwrite: bool = False,
     shard_examples: int = SHARD_EXAMPLES,
     progress: Callable[[int], None] | None = None,
+    workers: int = 1,
 ) -> PreparedDataset:
     """Encode records, in bounded memory, into a folder for `PreparedDataset`.
 
@@ -71,6 +72,7 @@ def prepare(
         overwrite: replace a prepared folder, and the shards of a stopped run with other settings or records.
         shard_examples: examples in a shard.
         progress: called with the number of records read since the last call, those read again included.
+        workers: processes that encode; 1 for threads of this one. The folder does not depend on it.
 
     Raises:
         OutputExistsError: the folder exists, or another process is writing it.
@@ -80,13 +82,14 @@ def prepare(
             resumed.
     """
     check_integer("shard_examples", shard_examples, least=1)
+    check_integer("workers", workers, least=1)
     target = Path(folder)
     _check_target(target, overwrite)
     settings = {**encoder_settings(encoder), "placebo": placebo, "seed": seed, "skip_bad": skip_bad}
     with _Shards(target, settings, overwrite) as shards:
         source = _Followed(records, shards.done, progress)
         on_bad = shards.skip if skip_bad else None
-        for example in encoder.encode_iter(source, placebo, seed, on_bad, skip=shards.records):
+        for example in encoder.encode_iter(source, placebo, seed, on_bad, shards.records, workers):
             shards.add(example)
             if len(shards) == shard_examples:
                 shards.write(*source.until(example.index))

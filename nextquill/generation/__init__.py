@@ -24,6 +24,7 @@ from nextquill.data._checks import check_one_of
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.models.configs import base_model
+from nextquill.ranks import started
 from nextquill.storage.fingerprints import seed_of
 
 if TYPE_CHECKING:
@@ -199,6 +200,8 @@ def check_engine(options: GenerationOptions, model: Any = None, model_name: str 
     if options.engine == "vllm":
         from nextquill.generation.vllm_engine import check_installed, check_vllm
 
+        if started() > 1:
+            raise ArgumentError(f"engine: expected one process with 'vllm', which uses several GPUs, got {started()}")
         check_installed()
         if model is not None:
             check_vllm(model, model_name)

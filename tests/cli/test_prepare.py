@@ -1,6 +1,8 @@
 """`nextquill prepare`, and training from what it makes."""
 
+import filecmp
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -256,3 +258,32 @@ def test_the_library_trains_on_a_folder(prepare, trained, data, tmp_path):
     assert sum(1 for _ in trainer.score()) == 8
     with pytest.raises(CheckpointError, match="was prepared with another max_length: there 1024, here 512"):
         NextQuillTrainer(model, args, **options | {"max_length": 512})
+
+
+def test_worker_processes_make_the_same_folder(prepare, make_records, tmp_path):
+    records = make_records(tmp_path / "many.jsonl", 300)
+    for name, workers in (("one", 1), ("two", 2)):
+        words = ("--train_file", records, "--placebo", "--num_workers", workers)
+        result = prepare(tmp_path / name, *words)
+        assert result.code == 0, result.err
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)[0] == names
+    with records.open("a") as stream:
+        record = {"user_id": "u0", "query": "long", "response": "word " * 3000, "history": ["a"]}
+        stream.write(json.dumps(record) + "\n")
+    told = {workers: prepare(tmp_path / "bad", *words[:-1], workers).err for workers in (1, 2)}
+    assert "--records_file: record 300 (user 'u0'): the prompt without any history" in told[1]
+    assert told[2] == told[1]
+    assert prepare(tmp_path / "bad", "--num_workers", 0).err.startswith("nextquill: --num_workers: expected")
+
+
+def end_at_once(jobs):
+    os._exit(1)
+
+
+def test_the_end_of_a_worker_process_is_one_line(prepare, make_records, tmp_path, monkeypatch):
+    monkeypatch.setattr("nextquill.data.encoding._encode_in_worker", end_at_once)
+    result = prepare(tmp_path / "p", "--num_workers", 2)
+    assert (result.code, len(result.err.splitlines())) == (1, 1)
+    assert "a worker process has ended" in result.err
+    assert not (tmp_path / "p").exists()

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from nextquill import ranks
-from nextquill.errors import ArgumentError
 from tests.processes import end_family
 
 #: Seconds from a fault to the end of the last process, and those after which a test gives up, launch included.
@@ -41,12 +39,6 @@ def launch(processes: int, case: str, printed: Path, *words: object) -> tuple[in
     return code, [printed.with_name(f"{printed.name}-{rank}").read_text() for rank in range(processes)]
 
 
-def test_without_a_launcher_this_process_does_all_the_work() -> None:
-    assert ranks.is_first()
-    assert list(ranks.deal(range(3), lambda unit: [unit] * unit)) == [1, 2, 2]
-    assert ranks.on_first(lambda: "here") == "here"
-
-
 def test_a_launcher_is_refused_by_a_command_for_one_process(
     nextquill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,21 +48,6 @@ def test_a_launcher_is_refused_by_a_command_for_one_process(
     assert result.err.strip().splitlines()[-1] == (
         "nextquill: rank 0: report runs in one process, and a launcher started 2; see nextquill report --help"
     )
-
-
-@pytest.mark.parametrize("others", [[{"seed": 7}], [{}]])
-def test_processes_with_other_settings_are_refused(others: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed as dist
-
-    def gather(everyone: list[Any], own: Any) -> None:
-        everyone[:] = [own, *others]
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name, value in (("is_initialized", True), ("get_world_size", 2)):
-        monkeypatch.setattr(dist, name, lambda value=value: value)
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    with pytest.raises(ArgumentError, match=r"^seed: expected the same in all processes, got 3 and, on rank 1, "):
-        ranks.check_agreement({"seed": 3})
 
 
 @pytest.fixture(scope="module")
