@@ -21,7 +21,7 @@ from benchmarks.measure import RESULTS, short_name
 BASELINE = "plain"
 PAGES = tuple(
     RESULTS.parent.parent / name
-    for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/design/gpu.md")
+    for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/design/gpu.md", "docs/design/scale.md")
 )
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
@@ -247,6 +247,14 @@ def roofline_table() -> str:
     return table()
 
 
+def scale_table(name: str) -> str:
+    """What an epoch over a million users should cost."""
+    from benchmarks import scale
+
+    table: Callable[[], str] = getattr(scale, f"{name}_table")
+    return table()
+
+
 def study_popi_table() -> str:
     """All tables of POPI on the real model."""
     from benchmarks.study.popi import markdown
@@ -269,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_methods": study_methods_table,
     "study_popi": study_popi_table,
     "roofline": roofline_table,
+    **{f"scale_{name}": partial(scale_table, name) for name in ("epoch", "memory", "waiting")},
 }
 
 
