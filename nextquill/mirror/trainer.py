@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from nextquill.data import EncodedDataset, PromptTemplate, load_records
-from nextquill.data._checks import check_integer
 from nextquill.data.collator import IGNORE_INDEX
 from nextquill.data.examples import Anchor, Branch, EncodedExample
 from nextquill.data.prepared import is_prepared
 from nextquill.data.records import Record
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, naming
-from nextquill.generation import GenerationOptions, Prompt, stop_tokens
+from nextquill.generation import Prompt, stop_tokens
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, Sample, check_samples
 from nextquill.mirror.informative import InformativeTokens
 from nextquill.mirror.loss import MirrorLoss
+from nextquill.mirror.settings import REFERENCE, MirrorSettings
 from nextquill.mirror.term_means import TermMeans, Terms
 from nextquill.models.configs import base_model
 from nextquill.outputs import PreferenceLossOutput
@@ -32,8 +32,6 @@ from nextquill.storage.sample_log import SampleLog
 from nextquill.training.meter import CounterfactualWatch
 from nextquill.training.trainer import NextQuillTrainer
 
-#: The words that show the teacher the user's own response, after the query. Ours: the paper publishes none.
-REFERENCE = "\n\nThe user's own response, for reference:\n{response}"
 #: The file in a run's folder with sampled responses.
 SAMPLES_FILE = "sampled_responses.jsonl"
 #: Nats that no likelihood rises by.
@@ -112,18 +110,12 @@ class MirrorTrainer(NextQuillTrainer):
         loss = MirrorLoss() if loss is None else loss
         if not isinstance(loss, MirrorLoss):
             raise ArgumentError(f"loss: expected a MirrorLoss, got {type(loss).__name__}")
-        if "{response}" not in reference:
-            raise ArgumentError(f"reference: expected words with {{response}} in them, got {reference!r}")
         if options.get("effects_file") is not None:
             raise ArgumentError("effects_file: expected None, as the divergence has no token weights")
-        check_integer("num_rollouts", num_rollouts, least=1)
-        check_integer("log_samples_every", log_samples_every, least=0)
-        GenerationOptions(max_new_tokens, temperature=temperature)  # raises before the records are encoded
+        self.settings = MirrorSettings(max_new_tokens, temperature, num_rollouts, reference, log_samples_every)
         most = options.get("max_response_length")
         if most is not None and max_new_tokens > most:
             raise ArgumentError(f"max_new_tokens: expected at most max_response_length={most}, got {max_new_tokens}")
-        self.max_new_tokens, self.temperature, self.reference = max_new_tokens, temperature, reference
-        self.num_rollouts, self.log_samples_every = num_rollouts, log_samples_every
         # The teacher is not a pass without history, and its likelihood of the student's responses may rise.
         own = [CounterfactualWatch(_NEVER, trained_through=False), TermMeans()]
         callbacks = [*(options.pop("callbacks", None) or []), *own]
@@ -173,12 +165,13 @@ class MirrorTrainer(NextQuillTrainer):
 
     def _example(self, index: int, record: Record) -> EncodedExample:
         """Both prompts of a record; the response, which evaluations of a run's identity read, is the user's own."""
+        room = self.settings.max_new_tokens
         with naming("train_dataset"):
             own = self.encoder.encode(replace(record, history=()), index).factual
-            shown = record.query + self.reference.replace("{response}", record.response)
+            shown = record.query + self.settings.reference.replace("{response}", record.response)
             # The teacher's prompt is longer: what does not fit there is left out of both, so that they begin alike.
-            teacher, kept = self.encoder.encode_prompt(shown, record.history, self.max_new_tokens)
-            student, _ = self.encoder.encode_prompt(record.query, _last(record.history, kept), self.max_new_tokens)
+            teacher, kept = self.encoder.encode_prompt(shown, record.history, room)
+            student, _ = self.encoder.encode_prompt(record.query, _last(record.history, kept), room)
         response = own.response_ids
         return EncodedExample(
             user_id=record.user_id,
@@ -205,7 +198,7 @@ class MirrorTrainer(NextQuillTrainer):
         return [] if dataset is None or not len(dataset) else [dataset[0].factual.response_ids[-1]]
 
     def _check_fits(self, dataset: EncodedDataset | None) -> None:
-        longest = [0] * self.max_new_tokens
+        longest = [0] * self.settings.max_new_tokens
         super()._check_fits(dataset and EncodedDataset([_with_response(each, longest) for each in dataset.examples]))
 
     # ---- training ------------------------------------------------------------------------------
@@ -235,7 +228,7 @@ class MirrorTrainer(NextQuillTrainer):
         examples = [example for batch in window for example in batch]
         if not examples:
             return
-        step, copies = self.state.global_step, range(self.num_rollouts)
+        step, copies = self.state.global_step, range(self.settings.num_rollouts)
         drawn = [(example, copy) for example in examples for copy in copies]
         prompts = [
             Prompt(place, example.factual.prompt_ids, seed_of(f"{self.args.seed} {step} {example.index} {copy}"))
@@ -258,7 +251,8 @@ class MirrorTrainer(NextQuillTrainer):
             (len(s.ids), not s.text.strip(), not s.ended, s.ids == example.factual.response_ids) for example, s in pairs
         ]
         self._step_sums = torch.tensor([(1, *row) for row in rows], dtype=torch.float64).sum(0)
-        if self.log_samples_every and step % self.log_samples_every == 0:
+        every = self.settings.log_samples_every
+        if every and step % every == 0:
             self._samples.append(_line(step, example, sample) for example, sample in pairs)
 
     def _set_terms(self, batches: Sequence[Any], items: Tensor | int) -> None:
@@ -329,8 +323,8 @@ class MirrorTrainer(NextQuillTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         """The values that a checkpoint must share with a run that resumes from it."""
-        names = ("max_new_tokens", "temperature", "num_rollouts", "reference")
-        return {**super().run_identity(), **{name: getattr(self, name) for name in names}}
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "log_samples_every"}
+        return {**super().run_identity(), **settings}
 
 
 def _check_args(args: Any, log_samples_every: int) -> None:
