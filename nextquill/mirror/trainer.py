@@ -18,7 +18,7 @@ from nextquill.data.examples import Anchor, Branch, EncodedExample
 from nextquill.data.prepared import is_prepared
 from nextquill.data.records import Record
 from nextquill.devices import send
-from nextquill.errors import ArgumentError, naming
+from nextquill.errors import ArgumentError, BudgetError, naming
 from nextquill.generation import Prompt, stop_tokens
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, Sample, check_samples
 from nextquill.mirror.informative import InformativeTokens
@@ -170,7 +170,13 @@ class MirrorTrainer(NextQuillTrainer):
             own = self.encoder.encode(replace(record, history=()), index).factual
             shown = record.query + self.settings.reference.replace("{response}", record.response)
             # The teacher's prompt is longer: what does not fit there is left out of both, so that they begin alike.
-            teacher, kept = self.encoder.encode_prompt(shown, record.history, room)
+            try:
+                teacher, kept = self.encoder.encode_prompt(shown, record.history, room)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"record {index} (user {record.user_id!r}): the teacher's prompt, which shows the user's response: "
+                    f"{error}"
+                ) from error
             student, _ = self.encoder.encode_prompt(record.query, _last(record.history, kept), room)
         response = own.response_ids
         return EncodedExample(
