@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.functional import linear_pair_jsd, linear_pair_nll, linear_token_nll
+from nextquill.functional import linear_pair_jsd_nll, linear_pair_nll, linear_token_nll
 from nextquill.losses import PairLoss, SFTLoss
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
 from nextquill.weighting import UniformWeighting, check_number
@@ -86,7 +86,7 @@ class MirrorLoss(PairLoss):
                 positions; the second gets no gradient.
             lm_head_weight, labels, bias, sequence_ids, num_items_in_batch: as in `PairLoss.forward`, with labels [N].
             token_weights: None (of no shape or dtype); the divergence has no token weights.
-            effect_nll: compute `pair_nll.effect`.
+            effect_nll: compute `pair_nll.effect` too, at two matrix products more.
             anchor: the rows of the users' own responses; expected with alpha above 0, and not without.
         """
         if hidden_counterfactual is None:
@@ -105,9 +105,10 @@ class MirrorLoss(PairLoss):
             "impl": self.impl,
             "chunk_bytes": self.chunk_bytes,
         }
-        jsd = linear_pair_jsd(hidden_factual, teacher, lm_head_weight, labels, beta=self.beta, **options)
-        with torch.no_grad():
-            pair = linear_pair_nll(hidden_factual, teacher, lm_head_weight, labels, **options)
+        jsd, pair = linear_pair_jsd_nll(hidden_factual, teacher, lm_head_weight, labels, beta=self.beta, **options)
+        if effect_nll:
+            with torch.no_grad():
+                pair = linear_pair_nll(hidden_factual, teacher, lm_head_weight, labels, **options)
         shares, num_tokens, num_sequences = self._shares(labels, sequence_ids, num_items_in_batch, jsd)
         divergence, weight = (jsd * shares).sum(), 1.0
         loss, anchored = divergence, divergence.new_zeros(())
@@ -125,7 +126,7 @@ class MirrorLoss(PairLoss):
             counterfactual=loss.new_zeros(()),
             token_weights=keep.to(jsd.dtype),
             token_loss=(weight * jsd * shares).detach(),
-            pair_nll=pair if effect_nll else pair._replace(effect=None),
+            pair_nll=pair,
             mean_effect_logprob=pair.effect_logprob.sum() / count,
             mean_effect_prob=pair.effect_prob.sum() / count,
             share_above_threshold=((pair.effect_prob > self.threshold) & keep).sum() / count,
