@@ -60,8 +60,8 @@ class MirrorLoss(PairLoss):
         self.num_anchors: float | None = None
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        """Return the loss of a batch, a float32 (float64) scalar in nats; arguments as in `compute`."""
-        return self.compute(*arguments, **options).loss
+        """Return the loss of a batch, a float32 (float64) scalar in nats; other arguments as in `compute`."""
+        return self.compute(*arguments, effect_nll=False, **options).loss
 
     def compute(
         self,
