@@ -20,7 +20,7 @@ from nextquill.mirror.term_means import TermMeans
 from nextquill.outputs import AnchorRows
 from tests.helpers import assert_close, make_case
 from tests.mirror.mirror_helpers import Fixed, known_response, make_trainer
-from tests.models.model_helpers import logs_of, make_records, parameters, tiny_model
+from tests.models.model_helpers import logs_of, make_records, parameters, tiny_model, word_tokenizer
 
 IDS = torch.arange(30) // 7
 ANCHOR_IDS = torch.arange(11) // 4
@@ -237,3 +237,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     other = make_trainer(tmp_path, **{**options, "loss": nq.MirrorLoss()})
     with pytest.raises(nq.CheckpointError, match="loss"):
         other.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_history_that_is_not_in_the_prompt_gives_no_informative_tokens(tmp_path: Path) -> None:
+    record = {
+        "user_id": "u", "query": "w1", "history": ["w10 w10 w10 w10 w10 w10 w10 w10 w10", "w12 w13"],
+        "response": "w10 w12",
+    }  # fmt: skip
+    for length, expected in ((20, ["w12"]), (60, ["w10", "w12"])):
+        trainer = make_trainer(tmp_path, records=[record], loss=nq.MirrorLoss(alpha=0.5), max_length=length)
+        (example,) = trainer.train_dataset.examples
+        assert example.history_kept == len(expected)
+        assert example.anchor is not None
+        assert word_tokenizer().decode([label for label in example.anchor.labels if label >= 0]) == " ".join(expected)
