@@ -314,7 +314,7 @@ def _footnote(
 def _machine(row: dict[str, str], threads: str) -> str:
     triton = f", triton {row['triton']}" if row.get("triton") and "NVIDIA" in row["device"] else ""
     return (
-        f"{short_name(row['device'])}, {threads or row['threads']} threads, torch {row['torch']}{triton}, "
+        f"{short_name(row['device'])}, {_threads(threads or row['threads'])}, torch {row['torch']}{triton}, "
         f"{row['dtype'] or 'float32'}, {row['time'][:10]}"
     )
 
