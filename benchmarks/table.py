@@ -207,7 +207,7 @@ def mirror_table() -> str:
             lines.append(f"| {row['loss']} | {row['provider']} | {count:.0f} | {_ratio(row)} |")
     lines += ["", "| loss on the same rows | kernels | head | CPU time |", "|---|---|---|---|"]
     lines += [f"| {r['provider']} | {r['loss']} | {r['head']} | {_ratio(r)} |" for r in rows if r["head"]]
-    return "\n".join([*lines, "", _footnote(rows, of="at least")])
+    return "\n".join([*lines, "", _footnote(rows, of="at least", what="Median [p20, p80]")])
 
 
 def generate_table() -> str:

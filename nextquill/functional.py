@@ -235,9 +235,10 @@ def linear_pair_jsd_nll(
     check_labels(inputs.labels, ignore_index, inputs.weight.shape[0])
     y, nlls = inputs.labels[counts].clamp(0, inputs.weight.shape[0] - 1), torch.zeros_like(logsumexps)
     with torch.no_grad():
-        for nll, hidden, logsumexp in zip(nlls, (inputs.factual, hidden_teacher), logsumexps, strict=True):
-            rows = hidden.reshape(len(nll), -1)[counts]
-            logits = _label_logits(rows, inputs.weight, inputs.bias, y, softcap, logit_scale)
+        streams = (inputs.factual, inputs.counterfactual)
+        for nll, hidden, logsumexp in zip(nlls, streams, logsumexps, strict=True):
+            assert hidden is not None
+            logits = _label_logits(hidden[counts], inputs.weight, inputs.bias, y, softcap, logit_scale)
             nll[counts] = logsumexp[counts] - logits.to(nll.dtype)
     factual, counterfactual = (nll.view(inputs.shape) for nll in nlls)
     return jsd.view(inputs.shape), PairNLL(factual, counterfactual, None)

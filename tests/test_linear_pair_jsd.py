@@ -469,6 +469,8 @@ def test_nlls_of_shaped_labels_and_of_none():
     jsd, pair = linear_pair_jsd_nll(*case.pair_args[:3], torch.full((12,), -100))
     assert not jsd.any()
     assert not pair.factual.any()
+    jsd, pair = linear_pair_jsd_nll(*(each[:0] for each in case.pair_args[:2]), case.weight, case.labels[:0])
+    assert jsd.shape == pair.factual.shape == (0,)
 
 
 def test_labels_beyond_the_vocabulary_are_refused():

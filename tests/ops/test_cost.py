@@ -85,7 +85,7 @@ def test_products_of_the_divergence(leaves):
 
 
 def test_products_of_mirror():
-    """As the divergence's: the likelihoods that are logged take none. An anchor adds the NLL operator's for the rows that count."""
+    """As the divergence's: the logged likelihoods take none. An anchor adds the NLL operator's for rows that count."""
     case = make_case(N, D, V, ignored=0.0)
     for leaves, expected in ((("factual", "weight"), 6), (("factual",), 5), ((), 2)):
         assert products(nq.MirrorLoss(), case.leaves(*leaves) if leaves else case) == expected * N
