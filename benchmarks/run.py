@@ -20,6 +20,7 @@ SUITES = {
     "native": "benchmarks.native",
     "prepare": "benchmarks.prepare",
     "popi": "benchmarks.popi",
+    "mirror": "benchmarks.mirror",
     "generate": "benchmarks.generate",
 }
 

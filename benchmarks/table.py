@@ -196,6 +196,20 @@ def popi_table() -> str:
     return "\n".join([*lines, "", _footnote([row for row in rows if row["unit"] == "x"])])
 
 
+def mirror_table() -> str:
+    """A step of MIRROR against compositions with a row per branch, and its divergence against the pair losses."""
+    rows = [row for row in read("mirror.csv") if row["metric"] == "time"]
+    tokens = {(r["loss"], r["provider"]): float(r["value"]) for r in read("mirror.csv") if r["metric"] == "tokens"}
+    lines = ["| step | way | tokens through the model | CPU time |", "|---|---|---|---|"]
+    for row in rows:
+        if not row["head"]:
+            count = tokens[row["loss"], row["provider"]]
+            lines.append(f"| {row['loss']} | {row['provider']} | {count:.0f} | {_ratio(row)} |")
+    lines += ["", "| loss on the same rows | kernels | head | CPU time |", "|---|---|---|---|"]
+    lines += [f"| {r['provider']} | {r['loss']} | {r['head']} | {_ratio(r)} |" for r in rows if r["head"]]
+    return "\n".join([*lines, "", _footnote(rows, of="at least", what="Median [p20, p80]")])
+
+
 def generate_table() -> str:
     """A token of one response, and the responses to several queries, against transformers."""
     rows = read("generate.csv")
@@ -270,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "native": native_table,
     "prepare": prepare_table,
     "popi": popi_table,
+    "mirror": mirror_table,
     "generate": generate_table,
     "study": study_table,
     "study_answer": study_answer,
@@ -308,7 +323,7 @@ def _footnote(
 def _machine(row: dict[str, str], threads: str) -> str:
     triton = f", triton {row['triton']}" if row.get("triton") and "NVIDIA" in row["device"] else ""
     return (
-        f"{short_name(row['device'])}, {threads or row['threads']} threads, torch {row['torch']}{triton}, "
+        f"{short_name(row['device'])}, {_threads(threads or row['threads'])}, torch {row['torch']}{triton}, "
         f"{row['dtype'] or 'float32'}, {row['time'][:10]}"
     )
 

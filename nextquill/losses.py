@@ -76,6 +76,8 @@ class PairLoss(nn.Module):
     #: Whether a constant counterfactual runs in the factual's forward: it then computes no shared beginning again, but
     #: takes part in the backward, where its own tokens get a gradient of 0.
     joins_forwards: bool = False
+    #: Whether a batch needs each example's anchor, which `compute` then gets as `anchor`.
+    needs_anchor: bool = False
 
     def __init__(
         self,

@@ -55,6 +55,20 @@ class PairStats(NamedTuple):
     entropy: Tensor
 
 
+class AnchorRows(NamedTuple):
+    """The rows of a response of its own beside a loss's pairs, for a likelihood term on them.
+
+    Attributes:
+        hidden_states: [m, D], floating, at the predicting positions.
+        labels: [m], integers; a row with the loss's `ignore_index` does not count.
+        sequence_ids: [m], integers, the sequence of each row, numbered as those of the pairs.
+    """
+
+    hidden_states: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+
+
 @dataclass(frozen=True)
 class PreferenceLossOutput:
     """A loss, its terms, and diagnostics to watch during training.

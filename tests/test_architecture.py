@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "demo": frozenset(),  # says where its modules are now
     "comparison": _MODELS | {"evaluation", "training"},
     "report": frozenset({"errors", "storage", "evaluation", "comparison"}),
-    "cli": _MODELS | {"generation", "evaluation", "training", "popi", "comparison", "report", "nextquill"},
+    "cli": _MODELS | {"generation", "evaluation", "training", "popi", "mirror", "comparison", "report", "nextquill"},
     # Beside the package, which never imports them but by `nextquill.cli.checkout`.
     "demos": _MODELS | {"generation", "evaluation", "training", "popi", "report"},
 }

@@ -11,6 +11,7 @@ BEHAVIOURS = {
     "cli": {"effects_file", "killed_anywhere", "start"},
     "data/histories": {"selectors"},
     "generation": {"engine"},
+    "mirror": {"distributed"},
     "models": {"compile", "peft"},
     "ops": {"chunk_kernels", "cost", "operators"},
     "popi": {"distributed", "policy_gradient"},

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from nextquill.data import EncodedExample, HistoryItem, Record
 from nextquill.losses import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
+from nextquill.mirror import MirrorLoss
 from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting, UniformWeighting
 
@@ -57,6 +58,11 @@ class Method:
     effects: str | None = None
     unweighted: str | None = None
     matches_time: str | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether the model learns from texts that it samples in training."""
+        return self.kind is MirrorLoss
 
     def loss(self, vocabulary: int) -> PairLoss:
         """A new loss of this method, for a model with that many tokens."""
@@ -219,5 +225,18 @@ METHODS: Mapping[str, Method] = {
             "Weights of a model that has learnt the task name personal tokens better: fewer generic tokens weighted.",
             WarmPerCELoss, parent=PERCE,
         ),
+        Method(
+            "mirror", "MIRROR",
+            "The model stays on its own texts: nll between the untrained model's and SFT's, texts less personal than "
+            "PerCE's and with fewer copied phrases.",
+            MirrorLoss, parent=SFT,
+        ),
+        Method(
+            "mirror_f", "MIRROR-F",
+            "As in its authors' figures above MIRROR: lower nll, more personal texts, and more copied phrases.",
+            MirrorLoss, {"alpha": 0.5}, parent=SFT,
+        ),
     )
 }  # fmt: skip
+#: Methods that joined when runs of the others were finished; they come after all of those.
+LATER = ("mirror", "mirror_f")

@@ -6,6 +6,7 @@
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
     5. the rest: other data sets and other seeds
+    6. methods that joined later, at their parent's rate
 
 A rate is chosen by nll on development people, each method at its own best temperature.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.study.methods import BASE, METHODS
+from benchmarks.study.methods import BASE, LATER, METHODS
 from benchmarks.study.people import Size, Sizes
 
 
@@ -56,6 +57,7 @@ class Preset:
         judged: names of the decodings that the language model judges.
         max_new_tokens: the most of a generated text; see `Worker.longest`.
         save_steps: steps between checkpoints.
+        later: names of methods that joined when others had finished runs; they are trained last.
     """
 
     name: str
@@ -79,10 +81,11 @@ class Preset:
     judged: Sequence[str]
     max_new_tokens: int
     save_steps: int
+    later: Sequence[str] = LATER
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON."""
-        return asdict(self)
+        """The settings as JSON, without `later`, by which a study may grow."""
+        return {name: value for name, value in asdict(self).items() if name != "later"}
 
 
 _DECODINGS = (
@@ -90,7 +93,7 @@ _DECODINGS = (
     Decoding(temperature=0.8, top_p=0.95),
 )
 _MAIN = ("sft", "perce", "nextquill_detached")
-_OTHERS = tuple(name for name in METHODS if name not in (BASE, *_MAIN))
+_OTHERS = tuple(name for name in METHODS if name not in (BASE, *_MAIN, *LATER))
 
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
@@ -166,6 +169,9 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
     for name in data:
         if name == first or preset.repeats_others:
             yield from _runs(name, preset.others, preset.other_seeds[name == first :], rates)
+    for name in data:
+        if name == first or preset.repeats_others:
+            yield from _runs(name, preset.later, preset.other_seeds, rates)
 
 
 def _runs(data: str, methods: Sequence[str], seeds: Sequence[int], rates: Mapping[str, float | None]) -> Iterator[Run]:

@@ -38,6 +38,7 @@ from nextquill.evaluation.scoring import effect_line, pad_token, score_examples
 from nextquill.evaluation.text_measures import REFERENCE, authors_of, text_measures
 from nextquill.evaluation.token_measures import SUM_MEASURES
 from nextquill.generation import GenerationOptions, generation_engine, make_prompts
+from nextquill.mirror import MirrorTrainer
 from nextquill.models.loading import PromptSettings, load_model
 from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
@@ -55,6 +56,10 @@ PAIRED = {
     "rouge_l", "meteor_exact_stem", "right_person", "right_person_lm", "right_person_uncopied", "copied",
     "length_ratio",
 }  # fmt: skip
+
+
+class SamplingTrainer(ComparedTrainer, MirrorTrainer):
+    """MIRROR's trainer, measured like the others."""
 
 
 @dataclass
@@ -132,10 +137,15 @@ class Worker:
             save_total_limit=1, logging_steps=preset.steps, report_to="none", disable_tqdm=True, bf16=True,
             use_cpu=not torch.accelerator.is_available(),
         )  # fmt: skip
-        trainer = ComparedTrainer(
-            model, args, train_dataset=self.examples(tokenizer), processing_class=tokenizer, loss=loss,
-            examples_per_user=preset.examples_per_user, callbacks=callbacks, effects_file=self.effects(tokenizer),
-            **vars(self.settings),
+        kind, data = ComparedTrainer, {"train_dataset": self.examples(tokenizer)}
+        if self.method.samples:
+            kind, data = (
+                SamplingTrainer,
+                {"train_dataset": self.people.train, "max_new_tokens": self.longest(tokenizer)},
+            )
+        trainer = kind(
+            model, args, processing_class=tokenizer, loss=loss, examples_per_user=preset.examples_per_user,
+            callbacks=callbacks, effects_file=self.effects(tokenizer), **data, **vars(self.settings),
         )  # fmt: skip
         last = checkpoints.last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))

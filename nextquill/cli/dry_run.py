@@ -92,8 +92,10 @@ def training_rows(trainer: Any, items: str = "examples") -> Rows:
     ]
 
 
-def tokens_of_training(trainer: Any) -> Rows:
-    """The tokens of the first steps of a `NextQuillTrainer`, with and without sharing."""
+def work_of_training(trainer: Any) -> Rows:
+    """The tokens of the first steps of a `NextQuillTrainer`, with and without sharing; or what it samples in a step."""
+    if (mirror := getattr(trainer, "settings", None)) is not None:
+        return [("samples", f"{mirror.num_rollouts} an example in each step, at most {mirror.max_new_tokens} tokens")]
     window = trainer.args.gradient_accumulation_steps
     batches = list(islice(trainer.get_train_dataloader(), COUNTED_STEPS * window))
     parts = [part for batch in batches for part in batch["parts"]]

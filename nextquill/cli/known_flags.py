@@ -36,6 +36,7 @@ _ELSEWHERE = {
     "max_new_tokens": "max_gen_toks",
     "max_steps": "steps",
     "model": "adapter base_model checkpoint model_name model_path pretrained",
+    "num_rollouts": "num_generations",
     "num_train_epochs": "epochs num_epochs",
     "output_dir": "o out out_dir output output_path save_dir",
     "output_file": "o out output output_path",

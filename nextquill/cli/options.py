@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from nextquill.data import PromptTemplate
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, naming
 from nextquill.generation import PLAUSIBILITY
+from nextquill.mirror.settings import MirrorSettings
 from nextquill.models import ATTENTIONS
 from nextquill.models.configs import is_adapter
 from nextquill.models.loading import PROMPT_FILE, Loading, PromptSettings, load_prompt_settings
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 #: The arms of compare without its controls, the default of train first. Their classes would import torch.
 LOSSES = ("nextquill_detached", "nextquill", "nextquill_paper", "perce", "longce", "sft")
+#: The losses of responses that the model samples itself, which train adds, with the arguments that define them.
+MIRROR_LOSSES: dict[str, dict[str, Any]] = {"mirror": {"alpha": 0.0}, "mirror_f": {}}
 
 
 def attention_option() -> Any:
@@ -209,12 +214,20 @@ class LossOptions(LossComputation):
     loss: str = option(
         "The training objective, by its name in compare. nextquill_detached: no gradient through the pass without "
         "history, so it is cheaper, and effects keep their meaning. nextquill: as in its authors' code; "
-        "nextquill_paper: with the paper's effect term.", LOSSES[0], choices=list(LOSSES),
+        "nextquill_paper: with the paper's effect term. mirror: the model's own responses, towards what it predicts "
+        "with the user's in view; mirror_f: also the user's informative tokens.",
+        LOSSES[0], choices=[*LOSSES, *MIRROR_LOSSES],
     )  # fmt: skip
     threshold: float | None = option("nextquill: smallest effect of a personal token (default: 0.05).", None)
     high_weight: float | None = option("nextquill: weight of personal tokens (default: 0.9).", None)
     low_weight: float | None = option("nextquill: weight of the other tokens (default: 0.1).", None)
-    alpha: float | None = option("nextquill: factor of the effect term (default: 0.1).", None)
+    alpha: float | None = option(
+        "nextquill: factor of the effect term (default: 0.1); mirror_f: weight of the user's informative tokens, in "
+        "[0, 1] (default: 0.5).", None,
+    )  # fmt: skip
+    beta: float | None = option(
+        "mirror, mirror_f: weight of the teacher in the mixture, in [0, 1] (default: 0.5).", None
+    )
     weighted_effect: bool | None = option("nextquill: the paper's effect term, as in nextquill_paper.", None)
     detach_counterfactual: bool | None = option(
         "nextquill: no gradient through the pass without history, as in nextquill_detached.", None
@@ -227,20 +240,35 @@ class LossOptions(LossComputation):
 
     def build(self) -> PairLoss:
         """The loss these flags describe; a flag that it does not have is an error."""
-        from nextquill.comparison.arms import ARMS
-
-        arm, given = ARMS[self.loss], self._given()
-        known = {*inspect.signature(arm.kind).parameters, "reduction", "chunk_bytes", "impl"}
+        kind, fixed = self._kind()
+        given = self._given()
+        known = {*inspect.signature(kind).parameters, "reduction", "chunk_bytes", "impl"}
         for name, value in given.items():
             if name not in known:
                 raise ArgumentError(f"{name}: --loss {self.loss} has no such option")
-            if arm.arguments.get(name, value) != value:
+            if fixed.get(name, value) != value:
+                other = "mirror_f" if self.is_mirror else "nextquill"
                 raise ArgumentError(
-                    f"{name}: --loss {self.loss} sets it to {arm.arguments[name]}, got {value}; see --loss nextquill"
+                    f"{name}: --loss {self.loss} sets it to {fixed[name]}, got {value}; see --loss {other}"
                 )
-        if given.get("anchor") and arm.arguments.get("detach_counterfactual"):
+        if given.get("anchor") and fixed.get("detach_counterfactual"):
             raise ArgumentError(f"anchor: --loss {self.loss} has no gradient without history, --loss nextquill has one")
-        return arm.kind(**{**arm.arguments, **given})
+        return kind(**{**fixed, **given})
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether the model learns from responses that it samples."""
+        return self.loss in MIRROR_LOSSES
+
+    def _kind(self) -> tuple[Callable[..., PairLoss], Mapping[str, Any]]:
+        """What makes the loss, and the arguments that its name fixes."""
+        if self.is_mirror:
+            from nextquill.mirror import MirrorLoss
+
+            return functools.partial(MirrorLoss, alpha=0.5), MIRROR_LOSSES[self.loss]
+        from nextquill.comparison.arms import ARMS
+
+        return ARMS[self.loss].kind, ARMS[self.loss].arguments
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "loss" and value is not None}
@@ -250,6 +278,30 @@ class LossOptions(LossComputation):
         if self.loss == "nextquill" and given.pop("detach_counterfactual", False):
             return str(dataclasses.replace(self, loss="nextquill_detached", detach_counterfactual=None))
         return ", ".join([self.loss, *(f"{name} {value}" for name, value in given.items())])
+
+
+@dataclass
+class MirrorOptions:
+    """MIRROR: the responses that --loss mirror and mirror_f sample at every step."""
+
+    max_new_tokens: int | None = option("Most tokens of a sampled response (default: 64).", None)
+    temperature: float | None = option("Sampling temperature (default: 1, the model's own distribution).", None)
+    num_rollouts: int | None = option("Responses sampled for each example in a step (default: 1).", None)
+    reference: str | None = option(
+        "The words after the query that show the teacher the user's own response, which replaces '{response}'.", None,
+        metavar="TEXT",
+    )  # fmt: skip
+    log_samples_every: int | None = option(
+        "Append the sampled responses to sampled_responses.jsonl every INT steps; 0: never (default: 1).", None
+    )
+
+    def given(self, loss: LossOptions) -> dict[str, Any]:
+        """The arguments of `MirrorTrainer` that were given; ArgumentError for bad ones, or any with another loss."""
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        if found and not loss.is_mirror:
+            raise ArgumentError(f"{next(iter(found))}: --loss {loss.loss} samples no responses; see --loss mirror")
+        MirrorSettings(**found)
+        return found
 
 
 @dataclass

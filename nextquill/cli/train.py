@@ -21,6 +21,7 @@ from nextquill.cli.options import (
     GuardOptions,
     LoraOptions,
     LossOptions,
+    MirrorOptions,
     PromptOptions,
     TrainFiles,
     TrainModelOptions,
@@ -29,7 +30,7 @@ from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, open_output_dir, resume_point
 from nextquill.cli.terminal import draws_bars, duration
 from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.data import EncodedDataset, ExampleEncoder, Record
+from nextquill.data import EncodedDataset, ExampleEncoder, PromptTemplate, Record
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.models.configs import context_length, default_max_length
@@ -53,6 +54,7 @@ OPTIONS = (
     TrainFiles,
     PromptOptions,
     LossOptions,
+    MirrorOptions,
     BatchOptions,
     LoraOptions,
     GuardOptions,
@@ -72,8 +74,8 @@ Source = list[Record] | PreparedDataset
 
 def run(arguments: Sequence[str]) -> int:
     parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
-    model_options, files, prompt_options, loss_options, batches, lora, guard, args = parsed
-    loss = loss_options.build()
+    model_options, files, prompt_options, loss_options, mirror_options, batches, lora, guard, args = parsed
+    loss, sampling = loss_options.build(), mirror_options.given(loss_options)
     lora.check(model_options.model)
     lora.set_learning_rate(args)
     batches.check()
@@ -86,36 +88,62 @@ def run(arguments: Sequence[str]) -> int:
         check_output_dir(folder, resume, overwrite=files.overwrite, inputs=inputs)
     if files.effects_file is not None:
         check_file("effects_file", files.effects_file)
+    if loss_options.is_mirror:
+        check_samples_can_be_made(files, loss_options.loss)
     paths = {"train": files.train_file, "eval": files.eval_file}
     sources = {name: read_source(f"{name}_file", path) for name, path in paths.items() if path is not None}
     quieten(args)
     set_seed(args.seed)
-    model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed)
+    usual = PromptTemplate(order="history_first") if loss_options.is_mirror else None
+    model, tokenizer, settings = load(model_options, prompt_options, sources["train"], args.seed, usual)
     model = lora.apply(model, model_options.revision)
     lora.set_learning_rate(args, model)
     check_optimizer(args, model)
     if resume is not None:
         check_tokenizer(resume, tokenizer)
-    data = datasets(tokenizer, settings, sources, args)
-    from nextquill.training.trainer import NextQuillTrainer
-
+    records = {"train_dataset": sources.pop("train")} if loss_options.is_mirror else {}
+    data = {**datasets(tokenizer, settings, sources, args), **records}
+    trainer_class = trainer_of(loss_options)
     with trial(args) if files.dry_run else nullcontext():
         with refusals():
-            trainer = NextQuillTrainer(
+            trainer = trainer_class(
                 model,
                 args,
                 **data,
                 processing_class=tokenizer,
                 loss=loss,
                 effects_file=files.effects_file,
+                **sampling,
                 **vars(batches),
                 **vars(settings),
             )
         guard.watch(trainer)
         if files.dry_run:
             return rehearse(trainer, model_options.model, settings)
-    following = next_commands(folder, files, sources["train"])
+    following = next_commands(folder, files, records.get("train_dataset") or sources["train"])
     return train(trainer, folder, resume, summary(trainer, str(loss_options)), following, settings)
+
+
+def check_samples_can_be_made(files: TrainFiles, loss: str) -> None:
+    """Raise ArgumentError for inputs that a loss of sampled responses cannot use."""
+    if files.effects_file is not None:
+        raise ArgumentError(f"effects_file: --loss {loss} has no token weights; leave it out")
+    if is_prepared(files.train_file):
+        raise ArgumentError(
+            f"train_file: --loss {loss} reads records, as the teacher's prompt shows the user's response; got the "
+            f"prepared folder {files.train_file}; give the file that it was prepared from"
+        )
+
+
+def trainer_of(options: LossOptions) -> type[Any]:
+    """The class of the trainer for a loss."""
+    if options.is_mirror:
+        from nextquill.mirror import MirrorTrainer
+
+        return MirrorTrainer
+    from nextquill.training.trainer import NextQuillTrainer
+
+    return NextQuillTrainer
 
 
 def trial(args: TrainingArguments) -> AbstractContextManager[None]:
@@ -132,7 +160,7 @@ def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
     data = trainer.train_dataset
     rows = [("model", name), ("trained", parameters(trainer)), ("loss", trainer.loss)]
     rows += dry_run.length_rows(data.num_branch_tokens(("factual",)), data.stats, settings)
-    rows += [*dry_run.tokens_of_training(trainer), *dry_run.training_rows(trainer)]
+    rows += [*dry_run.work_of_training(trainer), *dry_run.training_rows(trainer)]
     if trainer.is_world_process_zero():
         dry_run.show(rows)
     return OK
@@ -259,9 +287,16 @@ def read_source(flag: str, path: str) -> Source:
 
 
 def load(
-    model_options: TrainModelOptions, prompt_options: PromptOptions, source: Source, seed: int
+    model_options: TrainModelOptions,
+    prompt_options: PromptOptions,
+    source: Source,
+    seed: int,
+    usual: PromptTemplate | None = None,
 ) -> tuple[Any, Any, PromptSettings]:
-    """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples."""
+    """The model, its tokenizer and its prompt settings: from the flags, else its folder, else the prepared examples.
+
+    `usual` is the template where none of them has any.
+    """
     name, prepared = model_options.model, isinstance(source, PreparedDataset)
     new = is_new(name)
     if new and prepared:
@@ -276,6 +311,8 @@ def load(
     if stored is None and isinstance(source, PreparedDataset):
         encoded_with = source.settings
         stored = PromptSettings(source.template, encoded_with["max_length"], encoded_with["max_response_length"])
+    if stored is None and usual is not None:
+        stored = PromptSettings(usual, length, None)
     return model, tokenizer, prompt_options.settings(stored, length, context_length(model))
 
 

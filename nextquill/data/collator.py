@@ -12,6 +12,7 @@ Both give the same *batch*: `{"example_index": int64 [B], "users": int64 [B], "p
     num_tokens, num_branch_tokens   the tokens that are computed, and the tokens of all branches without sharing
     forwards        the forwards of the model, in order; the last one carries the loss and its gradient
     effects         float32 [2, n]  the stored NLLs of the labels, if every example has them
+    anchor_labels, anchor_ids   int64 [m]   labels and examples of the anchor branches' responses, if there are any
 
 A forward holds inputs [rows, T]. Its `rows` give, for each branch, the n positions, counted over all rows, whose hidden
 states predict the labels. For trees it also holds `layout`, which stays on the host, and `multiplicity`, the number of
@@ -45,6 +46,8 @@ Forwards = tuple[tuple[str, ...], ...]
 FACTUAL: Forwards = (("factual",),)
 CONSTANT_COUNTERFACTUAL: Forwards = (("counterfactual",), ("factual",))
 JOINT: Forwards = (("factual", "counterfactual"),)
+#: The branch with labels of its own, beside those of `BRANCHES`.
+ANCHOR = "anchor"
 
 
 @dataclass
@@ -177,8 +180,18 @@ def _part(examples: Sequence[EncodedExample], chosen: Sequence[int], forwards: l
     labels = torch.cat([response.response_tensor() for response in responses])
     lengths = torch.tensor([response.response_length for response in responses])
     part = _assemble(labels, torch.tensor(list(chosen)).repeat_interleave(lengths), len(responses), forwards)
+    if ANCHOR in forwards[-1]["rows"]:
+        part |= _anchor_labels(examples, chosen)
     effects = [stored for index in chosen if (stored := examples[index].effects) is not None]
     return {**part, "effects": torch.cat(effects, dim=1)} if len(effects) == len(responses) else part
+
+
+def _anchor_labels(examples: Sequence[EncodedExample], chosen: Sequence[int]) -> dict[str, Tensor]:
+    labels = [torch.tensor(anchor.labels) for index in chosen if (anchor := examples[index].anchor) is not None]
+    lengths = torch.tensor([len(each) for each in labels])
+    own = torch.cat(labels).long()
+    ids = torch.tensor(list(chosen)).repeat_interleave(lengths)
+    return {"anchor_labels": own.where(own >= 0, IGNORE_INDEX), "anchor_ids": ids}
 
 
 def _empty_part(inputs: Sequence[dict[str, Any]], forwards: Forwards) -> dict[str, Any]:
@@ -187,7 +200,8 @@ def _empty_part(inputs: Sequence[dict[str, Any]], forwards: Forwards) -> dict[st
         {**each, "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
         for each, names in zip(inputs, forwards, strict=True)
     ]
-    return _assemble(none, none, 0, made)
+    empty = _assemble(none, none, 0, made)
+    return {**empty, "anchor_labels": none, "anchor_ids": none} if ANCHOR in forwards[-1] else empty
 
 
 def _assemble(labels: Tensor, sequence_ids: Tensor, count: int, forwards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,7 +253,7 @@ def _check_forwards(forwards: Any) -> None:
     if (
         not names
         or any(isinstance(part, str) or not part for part in forwards)
-        or set(names) - set(BRANCHES)
+        or set(names) - {*BRANCHES, ANCHOR}
         or len(set(names)) < len(names)
     ):
         raise ArgumentError(
@@ -255,7 +269,7 @@ def _branches(examples: Sequence[EncodedExample], names: Sequence[str]) -> list[
 
 
 def _branch(example: EncodedExample, name: str) -> Branch:
-    branch: Branch | None = getattr(example, name)
+    branch = example.branch(name)
     if branch is None:
         raise ArgumentError(
             f"examples: expected a {name} branch in each, got none in example {example.index} "

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,18 @@ def _array(ids: Ids | Tensor) -> Ids:
     return ids if isinstance(ids, array) else array("i", ids.tolist())
 
 
+class Anchor(NamedTuple):
+    """A branch with a response of its own, of which some tokens are supervised.
+
+    Args:
+        branch: prompt and response.
+        labels: the response's tokens that count, four bytes each, and a negative number for every other token.
+    """
+
+    branch: Branch
+    labels: Ids
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
     """One record as token ids.
@@ -108,6 +120,7 @@ class EncodedExample:
         history_total: the number of items in the record's history.
         effects: float32 [2, n], nll_factual and nll_counterfactual of the response in nats, measured by some model, or
             None; see `load_effects`.
+        anchor: the branch of MIRROR-F's second term, or None.
     """
 
     user_id: str
@@ -118,6 +131,12 @@ class EncodedExample:
     history_kept: int
     history_total: int
     effects: Tensor | None = field(default=None, compare=False)
+    anchor: Anchor | None = None
+
+    def branch(self, name: str) -> Branch | None:
+        """The branch of that name, if there is one; "anchor" is one too."""
+        found: Branch | Anchor | None = getattr(self, name)
+        return found.branch if isinstance(found, Anchor) else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,5 +229,5 @@ class EncodedDataset(Dataset[EncodedExample]):
 
     def num_branch_tokens(self, names: Sequence[str]) -> list[int]:
         """The tokens of each example's branches with these names, counted separately; 0 for a missing branch."""
-        branches = ([getattr(example, name) for name in names] for example in self.examples)
+        branches = ([example.branch(name) for name in names] for example in self.examples)
         return [sum(b.prompt_length + b.response_length for b in found if b is not None) for found in branches]

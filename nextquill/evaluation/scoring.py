@@ -297,7 +297,7 @@ def forward_budget(
     """
     budget = usual if given is None else given
     for example in examples:
-        branches = (getattr(example, name) for name in names)
+        branches = (example.branch(name) for name in names)
         ids = [branch.input_ids for branch in branches if branch is not None]
         if sum(map(len, ids)) <= budget:
             continue

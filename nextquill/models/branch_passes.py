@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import PaddedCollator, TreeCollator
-from nextquill.data.collator import CONSTANT_COUNTERFACTUAL, FACTUAL, IGNORE_INDEX, JOINT, Forwards, empty_like
+from nextquill.data.collator import ANCHOR, CONSTANT_COUNTERFACTUAL, FACTUAL, IGNORE_INDEX, JOINT, Forwards, empty_like
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
 from nextquill.losses import PairLoss
@@ -29,7 +29,7 @@ from nextquill.models.attention import TreeAttention
 from nextquill.models.head import HeadState, LossInHead
 from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss, asks_for_router_loss
 from nextquill.models.stored_effects import check_stored_weighting, stored_weights
-from nextquill.outputs import PreferenceLossOutput
+from nextquill.outputs import AnchorRows, PreferenceLossOutput
 
 Part = Mapping[str, Any]
 
@@ -117,7 +117,10 @@ class PairPasses:
             )
         both = CONSTANT_COUNTERFACTUAL if loss.detaches_counterfactual and not loss.joins_forwards else JOINT
         paired = loss.terms_need_counterfactual if self.stored_effects else loss.needs_counterfactual
-        return self._collator(both if paired else FACTUAL, pad_token_id, max_tokens)
+        forwards = both if paired else FACTUAL
+        if loss.needs_anchor:
+            forwards = (*forwards[:-1], (*forwards[-1], ANCHOR))
+        return self._collator(forwards, pad_token_id, max_tokens)
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
@@ -294,10 +297,13 @@ class PairPasses:
 
         def compute(state: HeadState) -> Tensor:
             streams = {name: _as_rows(rows, state) for name, rows in hidden.items()} | _select(state, forward)
+            more: dict[str, Any] = {}
+            if ANCHOR in streams:
+                more["anchor"] = AnchorRows(streams[ANCHOR], part["anchor_labels"], part["anchor_ids"])
             kept.append(
                 loss.compute(
                     streams["factual"], streams.get("counterfactual"), state.weight, part["labels"], state.bias,
-                    part["sequence_ids"], num_items, token_weights, effect_nll=False,
+                    part["sequence_ids"], num_items, token_weights, effect_nll=False, **more,
                 )
             )  # fmt: skip
             if afterwards is not None:

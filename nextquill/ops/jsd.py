@@ -22,7 +22,7 @@ _IGNORED = -1
 
 
 def head_jsd(streams: tuple[Tensor, Tensor], head: ChunkedHead, counts: Tensor, beta: float) -> Tensor:
-    """Compute the divergence of every row.
+    """Compute the divergence of every row, and the logsumexps that it takes.
 
     Args:
         streams: hidden states [N, D] of student and teacher, any floating dtype.
@@ -31,13 +31,15 @@ def head_jsd(streams: tuple[Tensor, Tensor], head: ChunkedHead, counts: Tensor, 
         beta: weight of the teacher in the mixture, in [0, 1].
 
     Returns:
-        [N], float32 (float64), nats; 0 in rows that do not count.
+        [3, N], float32 (float64): the divergence in nats, the logsumexp of z1, that of z0; 0 in rows that do not count.
     """
     plan, beta = _plan(counts), _told_from_0_and_1(beta, head.dtype)
     found = streams[0].new_empty(JSD_STATS, plan.num_rows, dtype=head.dtype)
     for chunk in LogitsBuffer(head, 2, plan, head.memory(plan.num_rows, 2, 0).rows).chunks(streams):
         chunk.jsd_statistics(beta, found[:, chunk.rows])
-    return found.new_zeros(counts.numel()).index_copy_(0, plan.rows, found[JSD_STATS - 1])
+    logsumexps = (found[place] + found[place + 1].log() for place in (0, 2))
+    wanted = torch.stack((found[JSD_STATS - 1], *logsumexps))
+    return found.new_zeros(3, counts.numel()).index_copy_(1, plan.rows, wanted)
 
 
 def head_jsd_gradients(

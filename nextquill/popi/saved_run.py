@@ -1,10 +1,8 @@
-"""The folder of a run of POPI: its settings and models, and the log of the summaries that training samples."""
+"""The folder of a run of POPI: its settings and models."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +10,11 @@ from typing import Any
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.evaluation.identity import model_digest
-from nextquill.popi.config import SAMPLES_FILE, POPIConfig
+from nextquill.popi.config import POPIConfig
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import ROLES_FILE, Roles, check_roles
-from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.input_files import real_path
-from nextquill.storage.json_files import line_fields
-
-_STEM, _SUFFIX = Path(SAMPLES_FILE).stem, Path(SAMPLES_FILE).suffix
 
 
 class SavedRun:
@@ -85,37 +79,3 @@ def saved_settings(folder: str | Path) -> tuple[POPIConfig, PopiTemplates]:
         return POPIConfig(**settings["config"]), PopiTemplates.from_dict(settings["templates"])
     except (KeyError, TypeError, ArgumentError, ArgumentTypeError) as error:
         raise CheckpointError(f"{Path(folder) / ROLES_FILE}: not the settings of POPI: {error}") from error
-
-
-# ---- the log of sampled summaries --------------------------------------------------------------------
-
-
-class SampleLog:
-    """The file `sampled_summaries.jsonl` in a run's folder. Each process except rank 0 has its own file beside it."""
-
-    def __init__(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
-        self._folder, self._rank, self._processes = folder, rank, processes
-        self.path = folder / _name(rank)
-
-    def append(self, lines: Iterable[Mapping[str, object]]) -> None:
-        """Add lines, each with its `step`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-    def restart(self, step: int) -> None:
-        """Keep only the lines of the steps before this one, as a resumed run writes the others again."""
-        paths = [self.path]
-        if self._rank == 0:  # also the files of processes that this run no longer has
-            known = {_name(rank) for rank in range(self._processes)}
-            paths += [path for path in self._folder.glob(_name("*")) if path.name not in known]
-        for path in paths:
-            if path.is_file():
-                # Not `splitlines`: JSON leaves other line breaks as they are, and a summary may hold some.
-                lines = path.read_text(encoding="utf-8").split("\n")
-                kept = [line for line in lines if line_fields(line).get("step", math.inf) < step]
-                write_whole(path, "".join(f"{line}\n" for line in kept))
-
-
-def _name(rank: int | str) -> str:
-    return SAMPLES_FILE if rank == 0 else f"{_STEM}.rank{rank}{_SUFFIX}"

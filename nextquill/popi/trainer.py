@@ -29,6 +29,7 @@ from nextquill.devices import send
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.popi.config import (
+    SAMPLES_FILE,
     POPIConfig,
     check_args,
     check_batches,
@@ -42,14 +43,12 @@ from nextquill.popi.model_card import popi_card
 from nextquill.popi.passes import RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role, check_roles
-from nextquill.popi.saved_run import SampleLog
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
 from nextquill.popi.summaries import hold_out, summarize
 from nextquill.popi.users import Draw, User, UserCounts, held_out
-from nextquill.storage import checkpoints
 from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
-from nextquill.storage.json_files import json_object
+from nextquill.storage.sample_log import SampleLog
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.checks import check_options
 from nextquill.training.finite import FiniteSteps
@@ -163,7 +162,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         self.steps = StepMaker(
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
-        self._log = SampleLog(Path(str(args.output_dir)), args.process_index, args.world_size)
+        self._log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
         self._start_interval()
 
     # ---- preparation ---------------------------------------------------------------------------------
@@ -203,9 +202,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
 
     def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
         checkpoint = super()._begun(resume_from_checkpoint, folder)
-        # The log is cut to the checkpoint's steps, and a new run's is empty.
-        state = {} if checkpoint is None else json_object(checkpoint / checkpoints.STATE_FILE)
-        self._log.restart(int(state.get("global_step", 0)))
+        self._log.resume(checkpoint)
         return checkpoint
 
     def check_resume(self, checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ replaces the one that transformers makes for each micro-batch (`logging_nan_inf_
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class FiniteGuard(TrainerCallback, ExportableState):
     Args:
         max_skipped_steps: how many such steps of a run are skipped; the next one raises NonFiniteError. A skipped step
             leaves weights and optimizer as they are, and counts as a step of the schedule.
+        loss_falls: whether the loss of a good run falls; the trainer sets it.
 
     Attributes:
         skipped: the numbers of the skipped steps.
@@ -50,14 +52,15 @@ class FiniteGuard(TrainerCallback, ExportableState):
         ArgumentError, ArgumentTypeError: `max_skipped_steps` is not a number of steps.
     """
 
-    def __init__(self, max_skipped_steps: int = 0) -> None:
+    def __init__(self, max_skipped_steps: int = 0, loss_falls: bool = True) -> None:
         check_integer("max_skipped_steps", max_skipped_steps, least=0)
-        self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_steps, self.loss_falls = max_skipped_steps, loss_falls
         self.skipped: list[int] = []
 
     def state(self) -> dict[str, Any]:
         """The values that a checkpoint stores."""
-        return {"args": {"max_skipped_steps": self.max_skipped_steps}, "attributes": {"skipped": list(self.skipped)}}
+        args = {"max_skipped_steps": self.max_skipped_steps, "loss_falls": self.loss_falls}
+        return {"args": args, "attributes": {"skipped": list(self.skipped)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the values of the checkpoint that the run resumes from."""
@@ -77,7 +80,8 @@ class FiniteGuard(TrainerCallback, ExportableState):
             )
         logs = [log for log in state.log_history if "loss" in log]
         late = logs[len(logs) // 2 :]
-        if len(logs) > 2 and (reason := _diverged(logs[0]["loss"], late)):
+        start = logs[0]["loss"] if logs and self.loss_falls else math.inf
+        if len(logs) > 2 and (reason := _diverged(start, late)):
             logger.warning(f"{reason} in the second half of the run; try a learning rate below {args.learning_rate:g}")
 
 
@@ -88,6 +92,8 @@ class FiniteSteps(_Base):
     A `FiniteGuard` among the Trainer's callbacks replaces the default one.
     """
 
+    #: Whether a loss above its start is worth a warning.
+    _loss_falls = True
     _watched: list[Tensor]
     _step_loss: Tensor | float = 0.0
     # Steps, and skipped ones among them, since the last log and in this session.
@@ -113,6 +119,7 @@ class FiniteSteps(_Base):
         """
         if not any(isinstance(each, FiniteGuard) for each in self.callback_handler.callbacks):
             self.add_callback(FiniteGuard())
+        self.guard.loss_falls = self._loss_falls
         self.args.logging_nan_inf_filter = False
         self._interval = self._session = (0, 0)
         self._begin_step()

@@ -21,6 +21,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.folder import RUNS, alone, make_study
 from benchmarks.study.methods import (
     BASE,
+    LATER,
     METHODS,
     ShuffledWeighting,
     WarmUp,
@@ -30,7 +31,7 @@ from benchmarks.study.methods import (
 )
 from benchmarks.study.people import DEV, SEEN, TEST, Size, Sizes, read_people
 from benchmarks.study.picture import PICTURE, picture
-from benchmarks.study.plan import PRESETS, planned
+from benchmarks.study.plan import PRESETS, Run, planned
 from benchmarks.study.run import Worker
 from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_effects, load_records
 from nextquill.errors import ArgumentError, OutputExistsError
@@ -169,6 +170,23 @@ def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
     assert seeds == [1, 2, 3]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_methods_that_joined_later_change_no_run_before_theirs(preset):
+    """A study that has begun resumes: its settings are the same, and the new runs come last."""
+    rates = dict.fromkeys(PRESETS[preset].main, PRESETS[preset].rates[0])
+    scores = {
+        f"a-{name}-{rate:g}-seed1": float(rate != rates[name]) for name in rates for rate in PRESETS[preset].rates
+    }
+    scores |= {f"a-{name}-{rate:g}-seed1": 9.0 for name in rates for rate in PRESETS[preset].beyond or ()}
+    known = dataclasses.replace(PRESETS[preset], later=())
+    before, after = ([run.name for run in planned(each, ["a", "b"], scores.get)] for each in (known, PRESETS[preset]))
+    assert after[: len(before)] == before
+    added = after[len(before) :]
+    assert [name.split("-")[1] for name in added if name.startswith("a-") and name.endswith("seed1")] == list(LATER)
+    assert known.to_dict() == PRESETS[preset].to_dict()
+    assert not set(LATER) & {*known.others, *known.main}
+
+
 def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
     """And waits for it before other seeds; a method whose best rate is in the middle has tried both neighbours."""
     best = {"sft": 3e-3, "perce": 1e-3, "nextquill_detached": 3e-4}
@@ -264,6 +282,17 @@ def test_a_result_follows_the_run(results):
     assert set(sft["texts"]["decodings"]) == {"γ=0", "γ=1"}
     assert {"nll_prose", "auc_effect_prob_placebo", "ece", "effect_placebo"} <= set(sft["sets"][TEST]["values"])
     assert "right_person_lm" in base["texts"]["decodings"]["reference"]["values"]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_method_that_samples_is_trained_and_measured_like_the_others(name, world, tmp_path):
+    study = make_study(tmp_path / "out", "smoke", str(world / "model"), {"toy": world / "data"}, None)
+    worker = Worker(study, Run("toy", name, 1, 1e-3))
+    model, costs = worker.train(*worker.start())
+    assert costs["steps"] == PRESETS["smoke"].steps
+    assert costs["examples"] == PRESETS["smoke"].steps * PRESETS["smoke"].batch_size
+    assert any(bool(p.any()) for key, p in model.named_parameters() if "lora_B" in key)
+    assert (worker.folder / "training" / "sampled_responses.jsonl").is_file()
 
 
 def test_measures_are_rebuilt_from_a_result(results):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +15,8 @@ from nextquill.errors import ArgumentError
 from nextquill.generation import Prompt
 from nextquill.generation.rollouts import ModelRollouts, RecordedRollouts, RecordingRollouts, Rollouts, Sample
 from nextquill.mirror import MirrorTrainer
-from tests.models import model_helpers
-from tests.models.model_helpers import (
-    logs_of,
-    make_args,
-    make_records,
-    parameters,
-    tiny_model,
-    word_tokenizer,
-)
-
-REFERENCE = " w79 {response}"
-TEMPLATE = replace(model_helpers.TEMPLATE, order="history_first")
-
-
-def make_trainer(folder: Any, model: Any = None, records: Any = None, **options: Any) -> MirrorTrainer:
-    names = (
-        "eval_dataset",
-        "rollouts",
-        "loss",
-        "max_tokens",
-        "attention",
-        "examples_per_user",
-        "temperature",
-        "max_length",
-    )
-    given = {name: options.pop(name) for name in names if name in options}
-    return MirrorTrainer(
-        tiny_model() if model is None else model,
-        make_args(folder, **options),
-        train_dataset=make_records() if records is None else records,
-        processing_class=word_tokenizer(),
-        template=TEMPLATE,
-        max_new_tokens=6,
-        reference=REFERENCE,
-        **given,
-    )
-
-
-class Fixed(Rollouts):
-    """Responses of known tokens; remembers the prompts."""
-
-    def __init__(self) -> None:
-        self.prompts: list[Prompt] = []
-
-    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        self.prompts += prompts
-        return [Sample([10 + prompt.ids[-2] % 7, 20, 1], "", True) for prompt in prompts]
+from tests.mirror.mirror_helpers import TEMPLATE, Fixed, known_response, make_trainer
+from tests.models.model_helpers import logs_of, make_args, make_records, parameters, tiny_model, word_tokenizer
 
 
 def test_the_teacher_reads_the_response_and_the_student_does_not(tmp_path: Path) -> None:
@@ -106,7 +60,7 @@ def test_the_gradient_is_that_of_a_plain_composition(tmp_path: Path) -> None:
     model = tiny_model().double()
     losses = []
     for example in examples:
-        response = [10 + example.factual.prompt_ids[-2] % 7, 20, 1]
+        response = known_response(example.factual.prompt_ids)
         hidden = []
         for branch in (example.factual, example.counterfactual):
             ids = torch.tensor([branch.prompt_ids + response])

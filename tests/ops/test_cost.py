@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nextquill as nq
+from nextquill.outputs import AnchorRows
 from tests.helpers import ProductCounter, make_case, run_python
 
 N, D, V = 60, 7, 13
@@ -81,6 +82,19 @@ def test_products_of_the_divergence(leaves):
         assert counter.multiply_adds == 2 * rows * UNIT
         jsd.sum().backward()
     assert counter.multiply_adds == (4 + len({"factual", "weight"} & {*leaves})) * rows * UNIT
+
+
+def test_products_of_mirror():
+    """As the divergence's: the logged likelihoods take none. An anchor adds the NLL operator's for rows that count."""
+    case = make_case(N, D, V, ignored=0.0)
+    for leaves, expected in ((("factual", "weight"), 6), (("factual",), 5), ((), 2)):
+        assert products(nq.MirrorLoss(), case.leaves(*leaves) if leaves else case) == expected * N
+    rows = AnchorRows(case.factual[:9], case.labels[:9].clone(), IDS[:9])
+    rows.labels[4:] = -100
+    own = make_case(N, D, V, ignored=0.0).leaves()
+    with ProductCounter() as counter:
+        nq.MirrorLoss(alpha=0.5)(*own.pair_args, own.bias, IDS, anchor=rows).backward()
+    assert counter.multiply_adds == (6 * N + (1 + 1 + 1) * 4) * UNIT
 
 
 @pytest.mark.parametrize("options", [{}, {"detach_counterfactual": True}], ids=["both-passes", "detached"])

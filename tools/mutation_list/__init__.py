@@ -1,7 +1,19 @@
 """The mutations, by the project's rooms. Each is a defect that a user would notice, or a promise of the docs broken."""
 
 from tools.mutation import Mutation
-from tools.mutation_list import comparison, data, evaluation, generation, kernels, losses, models, pages, popi, tree
+from tools.mutation_list import (
+    comparison,
+    data,
+    evaluation,
+    generation,
+    kernels,
+    losses,
+    mirror,
+    models,
+    pages,
+    popi,
+    tree,
+)
 
 MUTATIONS: tuple[Mutation, ...] = (
     *losses.MUTATIONS,
@@ -12,6 +24,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *generation.MUTATIONS,
     *evaluation.MUTATIONS,
     *popi.MUTATIONS,
+    *mirror.MUTATIONS,
     *comparison.MUTATIONS,
     *pages.MUTATIONS,
 )

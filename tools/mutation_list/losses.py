@@ -226,7 +226,7 @@ MUTATIONS = (
     Mutation(
         "ops-jsd-mask",
         "nextquill/functional.py",
-        "counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index",
+        "counts = inputs.labels.bool() if labels.dtype == torch.bool else inputs.labels != ignore_index",
         "counts = inputs.labels != ignore_index",
         "a bool mask counts every row",
     ),

@@ -139,8 +139,8 @@ MUTATIONS = (
     Mutation(
         "cli-loss-names",
         "nextquill/cli/options.py",
-        "return arm.kind(**{**arm.arguments, **given})",
-        "return arm.kind(**given)",
+        "return kind(**{**fixed, **given})",
+        "return kind(**given)",
         "--loss nextquill_detached trains the published form",
     ),
     Mutation(

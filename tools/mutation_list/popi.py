@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     Mutation(
         "popi-resume-log",
-        "nextquill/popi/saved_run.py",
+        "nextquill/storage/sample_log.py",
         'line_fields(line).get("step", math.inf) < step]',
         'line_fields(line).get("step", math.inf) <= step]',
         "a resumed run logs a step's summaries twice",
