@@ -9,9 +9,12 @@ from torch import nn
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import text_config
+from nextquill.models.recurrent import layers_with_state
 
 #: Layers in which a token sees only its own path.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "moe", "mlp"})
+#: Layers that carry a state along a token's path, beside attention in some; see `recurrent`.
+_STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
 #: Rotary embeddings whose frequencies follow the longest position of a row.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
 #: Parts of the names of attributes that hold rates: dropout, attention_dropout, layerdrop, router_jitter_noise …
@@ -22,13 +25,14 @@ def check_architecture(base: Any) -> None:
     """Raise UnsupportedModelError for layers in which a token depends on tokens outside its path."""
     name = type(base).__name__
     advice = "use attention='padded', which runs every branch in a separate row"
-    others = layer_types(base) - _LAYER_TYPES
+    has_state = bool(layers_with_state(base))
+    others = layer_types(base) - _LAYER_TYPES - (_STATE_TYPES if has_state else frozenset())
     if others:
         raise UnsupportedModelError(
             f"{name}: its layers of type {', '.join(sorted(others))} let a token depend on rows outside its path, so "
             f"the branches of a tree would see each other; {advice}"
         )
-    if getattr(base, "_is_stateful", False):
+    if getattr(base, "_is_stateful", False) and not has_state:
         raise UnsupportedModelError(
             f"{name}: a model with recurrent state cannot share a prefix among branches; {advice}"
         )
