@@ -12,8 +12,9 @@ from nextquill.models.configs import text_config
 from nextquill.models.recurrent import layers_with_state
 
 #: Layers in which a token sees only its own path.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "moe", "mlp"})
-#: Layers that carry a state along a token's path, beside attention in some; see `recurrent`.
+_ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
+_FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})
+#: Layers that carry a state along a token's path, which `recurrent` runs; "hybrid" ones have attention beside it.
 _STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
 #: Rotary embeddings whose frequencies follow the longest position of a row.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -25,8 +26,9 @@ def check_architecture(base: Any) -> None:
     """Raise UnsupportedModelError for layers in which a token depends on tokens outside its path."""
     name = type(base).__name__
     advice = "use attention='padded', which runs every branch in a separate row"
-    has_state = bool(layers_with_state(base))
-    others = layer_types(base) - _LAYER_TYPES - (_STATE_TYPES if has_state else frozenset())
+    types = layer_types(base)
+    has_state = bool(types & (_ATTENTION_TYPES | {"hybrid"})) and bool(layers_with_state(base))
+    others = types - _ATTENTION_TYPES - _FEED_FORWARD_TYPES - (_STATE_TYPES if has_state else frozenset())
     if others:
         raise UnsupportedModelError(
             f"{name}: its layers of type {', '.join(sorted(others))} let a token depend on rows outside its path, so "

@@ -57,7 +57,7 @@ class TreeAttention:
 
     Attributes:
         max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
-        has_state: whether layers carry a state from token to token, which one row of several prompts' next tokens lacks.
+        has_state: whether layers carry a state from token to token; a cache of keys and values does not hold it.
 
     Raises:
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.

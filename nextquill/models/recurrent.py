@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from nextquill.tree import TreeLayout
-from nextquill.tree.runs import Run, state_runs
+from nextquill.tree.runs import StateRun, state_runs
 
+#: Tokens in the smallest chunk that the kernels of Mamba-2 take.
+_SMALLEST_CHUNK = 16
 #: States of a layer by kind and index, [B, ...] each.
 States = dict[tuple[str, int], Tensor]
 
 
 def layers_with_state(base: nn.Module) -> list[nn.Module]:
     """The layers that keep a state in transformers' cache and can continue from it, with gradient."""
-    return [module for module in base.modules() if _cache_argument(type(module)) is not None]
+    return [module for module in base.modules() if _cache_argument(type(module).forward) is not None]
 
 
 def run_over_trees(base: nn.Module) -> bool:
@@ -42,13 +45,12 @@ def run_over_trees(base: nn.Module) -> bool:
 
 
 @functools.cache
-def _cache_argument(kind: type[nn.Module]) -> str | None:
-    """The name of the cache in a layer's forward; None if the layer keeps no state, or cannot continue from it.
+def _cache_argument(forward: Callable[..., Any]) -> str | None:
+    """The name of the cache in a layer's `forward`; None if the layer keeps no state, or cannot continue from it.
 
     Mamba-1 in transformers continues by single tokens alone: it has no initial state to give to its scan.
     """
-    forward: Any = inspect.unwrap(kind.forward)
-    code = getattr(forward, "__code__", None)
+    code: Any = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None or "update_conv_state" not in code.co_names:
         return None
     keywords = [name for names in code.co_consts if isinstance(names, tuple) for name in names if isinstance(name, str)]
@@ -63,7 +65,7 @@ class _ForwardOverRuns:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._previous: Callable[..., Any] | None = vars(layer).get("forward")  # such as a hook of accelerate
-        self._cache = _cache_argument(type(layer))
+        self._cache = _cache_argument(type(layer).forward)
 
     def __call__(self, *args: Any, nextquill_tree_runs: tuple[TreeLayout, int] | None = None, **kwargs: Any) -> Any:
         if nextquill_tree_runs is None:
@@ -81,11 +83,29 @@ class _ForwardOverRuns:
         outputs, after = list[Tensor](), list[States]()
         for run in runs.steps:
             cache = _RunCache(_states_before(run, after))
-            out = self._own(_take(hidden_states[0], run.rows), **{str(self._cache): cache})
+            with _chunks_that_fit(self._layer, run.rows.shape[1]):
+                out = self._own(_take(hidden_states[0], run.rows), **{str(self._cache): cache})
             outputs.append(out.flatten(0, 1))
             if run.is_origin:
                 after.append(cache.after)
         return _take(torch.cat(outputs), runs.places)[None]
+
+
+@contextmanager
+def _chunks_that_fit(layer: Any, length: int) -> Iterator[None]:
+    """Halve the chunks of a Mamba-2 layer, often 256 tokens, while `length` tokens fit; it pads a run to a chunk."""
+    size = getattr(layer, "chunk_size", None)
+    if not isinstance(size, int):
+        yield
+        return
+    fitting = size
+    while fitting % 2 == 0 and fitting // 2 >= max(length, _SMALLEST_CHUNK):
+        fitting //= 2
+    layer.chunk_size = fitting
+    try:
+        yield
+    finally:
+        layer.chunk_size = size
 
 
 def _take(rows: Tensor, places: Tensor) -> Tensor:
@@ -93,7 +113,7 @@ def _take(rows: Tensor, places: Tensor) -> Tensor:
     return F.embedding(places, rows)
 
 
-def _states_before(run: Run, after: list[States]) -> States:
+def _states_before(run: StateRun, after: list[States]) -> States:
     """The states where each sequence of a run starts; a branch without a shared beginning starts from zeros."""
     if not run.origins:
         return {}

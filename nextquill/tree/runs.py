@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nextquill.devices import send
-from nextquill.tree.segments import START, STOP, SUBTREE_STOP, TreeLayout
+from nextquill.tree.segments import TreeLayout
 
 #: Tokens in a chunk of most layers with a state.
 CHUNK = 64
@@ -25,7 +25,7 @@ CHUNK = 64
 _FEWEST = 2
 
 
-class Run(NamedTuple):
+class StateRun(NamedTuple):
     """Sequences of rows that a layer computes in one call.
 
     Attributes:
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     is_origin: bool
 
 
-class Runs(NamedTuple):
+class StateRuns(NamedTuple):
     """A row of trees as runs.
 
     Attributes:
@@ -47,11 +47,11 @@ class Runs(NamedTuple):
         places: int64 [T] on the device, where each row is among the flattened rows of all runs.
     """
 
-    steps: tuple[Run, ...]
+    steps: tuple[StateRun, ...]
     places: Tensor
 
 
-def state_runs(layout: TreeLayout, shared: int, device: torch.device) -> Runs:
+def state_runs(layout: TreeLayout, shared: int, device: torch.device) -> StateRuns:
     """Return the runs of a layout, made once for all layers.
 
     Args:
@@ -60,13 +60,14 @@ def state_runs(layout: TreeLayout, shared: int, device: torch.device) -> Runs:
     key = ("runs", shared, device)
     if key not in layout.plans:
         layout.plans[key] = _runs(layout.segments.tolist(), max(shared, _FEWEST), device)
-    found: Runs = layout.plans[key]
+    found: StateRuns = layout.plans[key]
     return found
 
 
-def _runs(segments: list[list[int]], shared: int, device: torch.device) -> Runs:
-    steps, branches = list[Run](), defaultdict[int, list[tuple[int, list[int]]]](list)
-    below: dict[int, tuple[int, list[int]]] = {-1: (-1, [])}  # by segment: where its children start, and rows before them
+def _runs(segments: list[list[int]], shared: int, device: torch.device) -> StateRuns:
+    steps, branches = list[StateRun](), defaultdict[int, list[tuple[int, list[int]]]](list)
+    # By segment: the run that its children start from, and the rows between.
+    below: dict[int, tuple[int, list[int]]] = {-1: (-1, [])}
     for index, (start, stop, end, _, parent) in enumerate(segments):
         origin, before = below[parent]
         rows = [*before, *range(start, stop)]
@@ -79,14 +80,14 @@ def _runs(segments: list[list[int]], shared: int, device: torch.device) -> Runs:
             steps.append(_run([(origin, rows)], is_origin=True))
     steps += [_run(group, is_origin=False) for group in branches.values()]
     places = _places(torch.cat([step.rows.flatten() for step in steps]))
-    return Runs(tuple(step._replace(rows=send(step.rows, device)) for step in steps), send(places, device))
+    return StateRuns(tuple(step._replace(rows=send(step.rows, device)) for step in steps), send(places, device))
 
 
-def _run(sequences: list[tuple[int, list[int]]], *, is_origin: bool) -> Run:
+def _run(sequences: list[tuple[int, list[int]]], *, is_origin: bool) -> StateRun:
     length = max(_FEWEST, *(len(rows) for _, rows in sequences))
     padded = [rows + rows[-1:] * (length - len(rows)) for _, rows in sequences]
     origins = tuple(origin for origin, _ in sequences)
-    return Run(torch.tensor(padded), origins if max(origins) >= 0 else (), is_origin)
+    return StateRun(torch.tensor(padded), origins if max(origins) >= 0 else (), is_origin)
 
 
 def _places(flat: Tensor) -> Tensor:
