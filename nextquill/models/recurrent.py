@@ -77,6 +77,8 @@ class _ForwardOverRuns:
             return self._previous(*args, **kwargs)
         return type(self._layer).forward(self._layer, *args, **kwargs)
 
+    # Compiled, it would be compiled again for every tree.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_runs(self, hidden_states: Tensor, layout: TreeLayout, shared: int) -> Tensor:
         """The layer's output [1, T, D] for `hidden_states` [1, T, D]."""
         runs = state_runs(layout, shared, hidden_states.device)

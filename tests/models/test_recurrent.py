@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nextquill import UnsupportedModelError
 from nextquill.data import Branch, EncodedExample
@@ -291,6 +292,25 @@ def test_a_trainer_learns_the_same_as_in_padded_rows(tmp_path: Path) -> None:
         assert (trained["auto"][name] - value).abs().max() < 1e-4, name
 
 
+# Dynamo itself reads .grad of what goes from one graph to the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_model_keeps_its_graphs() -> None:
+    torch._dynamo.reset()
+    model, reference, loss = make("lfm2"), make("lfm2"), loss_cases()["official"].loss
+    passes, plain = PairPasses(model, loss), PairPasses(reference, loss)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, graphs = torch.compile(model, backend=counter), list[int]()
+    for seed, count in enumerate((3, 5, 2, 4)):
+        batch = passes.collator()(random_examples(count, seed))
+        got = gradients(model, passes.training_loss(batch, call=compiled)[0])
+        assert_same_tensors(got, gradients(reference, plain.training_loss(batch)[0]), 2e-5, "gradient")
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[-1], "one set of graphs for the first shapes, one for all others"
+    torch._dynamo.reset()
+
+
 # ---- a wrong implementation is found -------------------------------------------------------------------
 
 
@@ -315,6 +335,12 @@ def test_a_layer_that_reads_the_whole_row_is_found(name: str, monkeypatch: pytes
     monkeypatch.setattr(attention_module, "run_over_trees", lambda _: False)
     with pytest.raises(UnsupportedModelError, match="branches that share a prefix"):
         TreeAttention(make(name))
+
+
+def test_chunks_are_the_layers_own_again() -> None:
+    model = make("bamba")
+    run_loss(model, loss_cases()["official"].loss, shared_examples())
+    assert model.model.layers[0].mamba.chunk_size == MAMBA2["mamba_chunk_size"]
 
 
 # ---- the model's own forward ---------------------------------------------------------------------------
