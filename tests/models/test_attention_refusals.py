@@ -32,7 +32,7 @@ from tests.models.model_helpers import (
     tiny_model,
 )
 
-SEES_OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
     "Mamba-1": (
         "jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
         r"JambaForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
@@ -53,16 +53,16 @@ SEES_OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])
-@pytest.mark.parametrize("name", sorted(SEES_OTHERS))
+@pytest.mark.parametrize("name", sorted(HYBRID))
 def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> None:
-    kind, options, message = SEES_OTHERS[name]
+    kind, options, message = HYBRID[name]
     with pytest.raises(UnsupportedModelError, match=message):
         PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
 
 
 @pytest.mark.parametrize("name", ["Mamba-1", "lightning attention"])
 def test_such_layers_are_accepted_in_separate_rows(name: str) -> None:
-    kind, options, _ = SEES_OTHERS[name]
+    kind, options, _ = HYBRID[name]
     model = tiny_model(kind, **options)
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "padded")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()), 1e-4)

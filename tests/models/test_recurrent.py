@@ -162,7 +162,7 @@ def test_with_masks_they_are_equal_too(name: str) -> None:
 def test_a_model_whose_attention_needs_masks() -> None:
     model, case = tiny_model("kimi_linear", **KIMI), loss_cases()["official"]
     with pytest.raises(UnsupportedModelError, match="use attention='mask' or 'padded'"):
-        TreeAttention(model)
+        TreeAttention(model, "pieces")
     loss, _ = run_loss(model, case.loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(case, model, shared_examples()))
 
@@ -327,14 +327,14 @@ def without(state: str) -> Callable[..., Any]:
 def test_a_state_that_is_not_passed_on_is_found(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recurrent, "_states_before", without(state))
     with pytest.raises(UnsupportedModelError, match="branches that share a prefix"):
-        TreeAttention(make(name))
+        TreeAttention(make(name), "pieces")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_layer_that_reads_the_whole_row_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "run_over_trees", lambda _: False)
     with pytest.raises(UnsupportedModelError, match="branches that share a prefix"):
-        TreeAttention(make(name))
+        TreeAttention(make(name), "pieces")
 
 
 def test_chunks_are_the_layers_own_again() -> None:
