@@ -2,8 +2,9 @@
 
 In transformers such a layer continues a sequence from a cache: it reads the state of its convolution and of its
 recurrence there, and writes the new ones. So a row of trees is computed in runs (`nextquill.tree.runs`), by the layer's
-own forward, with a cache that gives each run the states after the run before it. Nothing here knows an architecture.
-Unlike transformers' cache, this one writes nothing in place, so gradients flow through the states.
+own forward, with a cache that gives each run the states after the run before it. Unlike transformers' cache, this one
+writes nothing in place, so gradients flow through the states. All that is known of an architecture is the name of
+Mamba-2's chunk size.
 
 The forward of each layer is replaced by one that passes every call without a tree to the layer's own. It stays: without
 it, a layer that gradient checkpointing runs again in the backward would read across branches without an error.
