@@ -10,6 +10,8 @@ The first three replace the model's attention function by ours while trees are i
 the model's own. It stays until the backward has finished, because gradient checkpointing runs layers again there;
 `close` restores the model's own.
 
+Layers that carry a state from token to token, such as linear attention, run through a row of trees by `recurrent`.
+
 A model in which a token's computation depends on tokens outside its path is refused, with the reason: for what
 `architectures` knows, or because a small tree differs from its branches in separate rows (`self_check`).
 """
@@ -37,8 +39,10 @@ from nextquill.models.architectures import (
     rope_limit,
 )
 from nextquill.models.configs import base_model, text_config
+from nextquill.models.recurrent import run_over_trees
 from nextquill.models.self_check import check_against_separate_passes, masks_follow_window
 from nextquill.tree import additive_mask, attend, visibility_mask
+from nextquill.tree.runs import CHUNK
 
 #: Errors of a model that does not accept the inputs for a row of branches.
 _DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
@@ -53,6 +57,7 @@ class TreeAttention:
 
     Attributes:
         max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
+        has_state: whether layers carry a state from token to token; a cache of keys and values does not hold it.
 
     Raises:
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
@@ -63,6 +68,7 @@ class TreeAttention:
         self._model: Any = model
         self._base: Any = base_model(model)
         check_architecture(self._base)
+        self.has_state = run_over_trees(self._base)
         self.max_depth = rope_limit(self._base)
         self._rates = random_rates(model)
         configs: Any = (getattr(module, "config", None) for module in self._base.modules())
@@ -97,6 +103,9 @@ class TreeAttention:
         self._check_depth(forward["layout"].depth)
         check_dropout(self._rates, in_training_only=True)
         inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
+        if self.has_state:
+            # During `_verify` every shared segment has a state of its own, however short.
+            inputs["nextquill_tree_runs"] = forward["layout"], CHUNK if self._windows is None else 0
         if self.attention == "mask":
             rows = forward["position_ids"][0], forward["subtree_end"][0]
             return {**inputs, "attention_mask": self.masks(lambda window: visibility_mask(*rows, window))}

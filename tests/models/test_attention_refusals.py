@@ -33,16 +33,18 @@ from tests.models.model_helpers import (
 )
 
 HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
-    "linear attention": (
-        "qwen3_next",
-        {
-            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
-            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-        },
-        r"Qwen3NextForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
+    "Mamba-1": (
+        "jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
+        r"JambaForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
     ),
-    "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM: its layers of type conv "),
+    "lightning attention": (
+        "minimax", {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+        r"MiniMaxForCausalLM: its layers of type linear_attention let a token depend ",
+    ),
+    "Mamba-2 without attention": (
+        "mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2, "attn_implementation": "eager"},
+        r"Mamba2ForCausalLM: its layers of type linear_attention let a token depend ",
+    ),
     "chunks": ("llama4_text", {"num_local_experts": 2}, "Llama4ForCausalLM: its layers of type chunked_attention "),
 }  # fmt: skip
 
@@ -58,7 +60,7 @@ def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> N
         PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
 
 
-@pytest.mark.parametrize("name", ["linear attention", "convolution"])
+@pytest.mark.parametrize("name", ["Mamba-1", "lightning attention"])
 def test_such_layers_are_accepted_in_separate_rows(name: str) -> None:
     kind, options, _ = HYBRID[name]
     model = tiny_model(kind, **options)

@@ -81,6 +81,20 @@ MUTATIONS = (
         "a sliding window sees one key too many inside long segments",
     ),
     Mutation(
+        "tree-runs-one-token",
+        "nextquill/tree/runs.py",
+        "max(shared, _FEWEST)",
+        "max(shared, 1)",
+        "a shared token alone is padded, and its state is that of two tokens",
+    ),
+    Mutation(
+        "tree-runs-padding",
+        "nextquill/tree/runs.py",
+        "// CHUNK).bit_length()",
+        "// CHUNK) * 0",
+        "a branch of one token is padded to the longest of its row",
+    ),
+    Mutation(
         "tree-packing-budget",
         "nextquill/tree/packing.py",
         "if rows and members and larger <= max_tokens:",
