@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nextquill.mirror.loss import MirrorLoss
     from nextquill.mirror.trainer import MirrorTrainer
     from nextquill.models.branch_passes import PairPasses
+    from nextquill.ops.vocabulary_shard import VocabularyShard
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
     from nextquill.training.trainer import NextQuillTrainer
 else:
@@ -63,6 +64,7 @@ else:
                 "MirrorTrainer",
                 "HistoryGuidance",
                 "UserPrompt",
+    "VocabularyShard",
                 "Writer",
                 "prompt_for",
             ),
@@ -98,6 +100,7 @@ __all__ = [
     "SFTLoss",
     "UnsupportedModelError",
     "UserPrompt",
+    "VocabularyShard",
     "Writer",
     "linear_pair_jsd",
     "linear_pair_nll",

@@ -1,0 +1,283 @@
+"""A head whose vocabulary is divided over the processes of a group: each holds consecutive rows of W, one part of V.
+
+Every process computes the statistics of its own columns. The processes gather these few numbers per row and combine
+them, and the gradient kernels then need nothing else: they read local logits and statistics of the whole vocabulary.
+With max_r, sum_r of process r, and o the owner of the label, whose nll_o is over its own columns:
+
+    max = max_r max_r      s_r = sum_r exp(max_r - max)      sum = Σ s_r      w_r = s_r / sum
+    nll = nll_o + log(1 + Σ_{r≠o} s_r / s_o)
+    KL(p1 ‖ p0) = Σ w1_r (KL_r + log(w1_r / w0_r))      H(p1) = Σ w1_r (H_r - log(w1_r))
+
+No large numbers are subtracted, so a nll near 0 keeps its digits. dW and db belong to the part and stay where they are;
+dh is a sum over processes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from nextquill.errors import ArgumentError, ArgumentTypeError
+
+# Rows of the hidden states that take part in the comparison between processes, and how far their checksums may differ,
+# in proportion to their size: half precision on different machines stays below, another dropout mask does not.
+_COMPARED_ROWS = 64
+_CHECKSUM_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyShard:
+    """One process's part of an output head whose vocabulary is divided over a group of processes.
+
+    Losses and operators take it in the place of `lm_head_weight`; `bias` is then the same part of the bias. All
+    processes of the group call them together, with the same hidden states and labels. Each gets the same values and the
+    whole gradient of the hidden states, and of weight and bias the gradient of its own part.
+
+    A DTensor that is sharded on dimension 0 needs no such object.
+
+    Attributes:
+        weight: rows [start, start + v) of the weight: [v, D], floating, v at least 1.
+        start: the first token of this part.
+        vocabulary: V, the number of tokens of all parts.
+        group: the processes, whose ranks hold successive parts; all processes by default.
+    """
+
+    weight: Tensor
+    start: int
+    vocabulary: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.weight.dtype
+
+    def with_weight(self, weight: Tensor) -> VocabularyShard:
+        """Return this part with another weight [v, D], of any floating dtype."""
+        return VocabularyShard(weight, self.start, self.vocabulary, self.group)
+
+    def describe(self) -> str:
+        """Return the part as text, for an operator's argument; `join` reads it.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: there is no group of several processes, or a field is impossible.
+        """
+        for name, value in (("start", self.start), ("vocabulary", self.vocabulary)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(f"lm_head_weight.{name}: expected an int, got {type(value).__name__} {value!r}")
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ArgumentError(
+                "lm_head_weight.group: expected initialised processes, got none; call "
+                "torch.distributed.init_process_group first"
+            )
+        group = dist.group.WORLD if self.group is None else self.group
+        if not isinstance(group, dist.ProcessGroup):
+            raise ArgumentTypeError(
+                "lm_head_weight.group: expected a process group that this process belongs to, got "
+                f"{type(group).__name__}"
+            )
+        if group.size() == 1:
+            raise ArgumentError("lm_head_weight.group: expected at least 2 processes, got 1; pass the whole weight")
+        return f"{self.start}/{self.vocabulary}/{group.group_name}"
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A part of the vocabulary, known to fit those of the other processes.
+
+    Attributes:
+        group: the processes.
+        starts: the first token of each process's part, ascending.
+        start: the first token of this process's part.
+        size: the number of its tokens.
+        largest: the largest number of tokens of a part.
+        vocabulary: the number of tokens of all parts.
+    """
+
+    group: dist.ProcessGroup
+    starts: tuple[int, ...]
+    start: int
+    size: int
+    largest: int
+    vocabulary: int
+
+    def own_labels(self, labels: Tensor) -> Tensor:
+        """Return labels [n], int64, as columns of this part; `size` where another process has the label."""
+        own = labels - self.start
+        return torch.where((own >= 0) & (own < self.size), own, self.size)
+
+    def combine_(self, stats: Tensor, labels: Tensor) -> None:
+        """Replace statistics of this part by those of the whole vocabulary, in one exchange.
+
+        Where processes disagree about a label, the row's NLLs are NaN.
+
+        Args:
+            stats: [3, n], [6, n], [9, n] or [11, n], float32 or float64, as `chunk_torch` defines them; overwritten.
+            labels: [n], int64, in [0, V).
+        """
+        rows, n = stats.shape
+        if n == 0:
+            return
+        sent = torch.cat((stats, labels.to(stats.dtype)[None]))
+        received = sent.new_empty(len(self.starts) * (rows + 1), n)
+        dist.all_gather_into_tensor(received, sent, group=self.group)
+        received = received.view(-1, rows + 1, n)
+        streams = rows // 3
+        maxima, sums, nlls = received[:, : 3 * streams].unflatten(1, (streams, 3)).unbind(2)  # [processes, streams, n]
+        largest = maxima.amax(0)
+        shares = torch.where(maxima == -math.inf, 0.0, sums * torch.exp(maxima - largest))
+        total = shares.sum(0)
+        owner = torch.searchsorted(torch.tensor(self.starts, device=labels.device), labels, right=True) - 1
+        owner = owner.expand(1, streams, n)
+        nll, own_sum, own_max = (each.gather(0, owner)[0] for each in (nlls, sums, maxima))
+        rest = shares.scatter(0, owner, 0.0).sum(0)
+        log_ratio = rest.log() + (largest - own_max) - own_sum.log()
+        nll = nll + torch.logaddexp(torch.zeros_like(log_ratio), log_ratio)
+        nll = nll.masked_fill((received[:, rows] != received[0, rows]).any(0), math.nan)
+        stats[: 3 * streams].unflatten(0, (streams, 3)).copy_(torch.stack((largest, total, nll), 1))
+        if rows > 3 * streams:
+            log_w = (maxima - largest) + (sums / total).log()  # [processes, streams, n]
+            weight = shares[:, 0] / total[0]
+            kl, entropy = received[:, -3], received[:, -2]
+            stats[-2] = _mean(weight, kl + (log_w[:, 0] - log_w[:, 1]))
+            stats[-1] = _mean(weight, entropy - log_w[:, 0])
+
+    def sum_(self, tensor: Tensor) -> dist.Work:
+        """Start to replace `tensor`, of any shape and floating dtype, by its sum over the processes."""
+        return dist.all_reduce(tensor, group=self.group, async_op=True)  # type: ignore[no-any-return]
+
+
+def join(text: str, weight: Tensor, streams: Sequence[Tensor], labels: Tensor) -> OpenShard:
+    """Return the part that `VocabularyShard.describe` wrote.
+
+    The first time that a group sees a part, its processes compare their parts, hidden states and labels. Later calls
+    exchange nothing here.
+
+    Args:
+        text: the description.
+        weight: [v, D], any floating dtype.
+        streams: hidden states [N, D], any floating dtype.
+        labels: [N], int64.
+
+    Raises:
+        ArgumentError: on every process, if what they gave does not fit together.
+    """
+    first, total, name = text.split("/", 2)
+    start, vocabulary = int(first), int(total)
+    group = _resolve_process_group(name)
+    size = weight.shape[0]
+    known = _joined.setdefault(group, {})
+    key = (start, size, vocabulary)
+    if key not in known:
+        own = {
+            "start": start,
+            "size": size,
+            "vocabulary": vocabulary,
+            "streams": len(streams),
+            "hidden": list(streams[0].shape),
+            "labels": zlib.crc32(labels.cpu().numpy().tobytes()),
+            "checksums": [_checksum(stream) for stream in streams],
+        }
+        everyone: list[Any] = [None] * group.size()
+        dist.all_gather_object(everyone, own, group=group)
+        _check_parts(everyone)
+        _check_rows(everyone)
+        starts = tuple(each["start"] for each in everyone)
+        largest = max(each["size"] for each in everyone)
+        known[key] = OpenShard(group, starts, start, size, largest, vocabulary)
+    return known[key]
+
+
+#: Parts that have been compared, by group; they end with it.
+_joined: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int, int], OpenShard]] = WeakKeyDictionary()
+
+
+def _check_parts(everyone: Sequence[Mapping[str, Any]]) -> None:
+    expected, vocabulary = 0, everyone[0]["vocabulary"]
+    for rank, each in enumerate(everyone):
+        of_rank = f"on rank {rank} of its group"
+        if each["vocabulary"] != vocabulary:
+            raise ArgumentError(
+                f"lm_head_weight.vocabulary: expected the same number on all processes, got {vocabulary} and, {of_rank}"
+                f", {each['vocabulary']}"
+            )
+        if each["size"] == 0:
+            raise ArgumentError(f"lm_head_weight: expected at least one token on each process, got none {of_rank}")
+        if each["start"] != expected:
+            raise ArgumentError(
+                f"lm_head_weight.start: expected {expected} {of_rank}, where the previous part ends, got {each['start']}"
+            )
+        expected += each["size"]
+    if expected != vocabulary:
+        raise ArgumentError(f"lm_head_weight.vocabulary: expected {expected}, the tokens of all parts, got {vocabulary}")
+
+
+def _check_rows(everyone: Sequence[Mapping[str, Any]]) -> None:
+    first = everyone[0]
+    for rank, each in enumerate(everyone):
+        both = f"on the processes that share a head's vocabulary, and rank {rank} of the group has others than rank 0"
+        if (each["streams"], each["hidden"]) != (first["streams"], first["hidden"]):
+            raise ArgumentError(
+                f"hidden_states: expected the same {_shapes(first)} {both}: {_shapes(each)}; such processes must get "
+                "the same batch (a weight sharded by FSDP is gathered inside the model's forward only)"
+            )
+        if each["labels"] != first["labels"]:
+            raise ArgumentError(f"labels: expected the same {both}; such processes must get the same batch")
+        for (own, size), (other, _) in zip(each["checksums"], first["checksums"], strict=True):
+            if abs(own - other) > _CHECKSUM_TOLERANCE * size:
+                raise ArgumentError(f"hidden_states: expected the same {both}; is dropout the same on all of them?")
+
+
+def _shapes(each: Mapping[str, Any]) -> str:
+    return f"{each['streams']} x {each['hidden']}"
+
+
+def _checksum(hidden: Tensor) -> tuple[float, float]:
+    """Return a sum of the first rows with different factors, and the size of a usual such sum; 0 for what is NaN."""
+    values = hidden[:_COMPARED_ROWS].detach().double().nan_to_num(0.0, 0.0, 0.0).flatten()
+    factors = torch.arange(1.0, values.numel() + 1, dtype=torch.float64, device=values.device).cos()
+    return float(values @ factors), float(values.norm())
+
+
+def _mean(weight: Tensor, values: Tensor) -> Tensor:
+    """Return Σ weight · values over processes; a part without weight may have values that are not finite."""
+    return torch.where(weight > 0, weight * values, weight).sum(0)
+
+
+def part_of(name: str, weight: Any) -> Tensor | VocabularyShard:
+    """Return a DTensor [V, …] as the part that this process holds, or as the whole weight; other weights as they are.
+
+    Args:
+        name: the argument's name in messages.
+        weight: a tensor or part, of any dtype.
+
+    Raises:
+        ArgumentError: the DTensor is divided in another way than over its rows, or over several dimensions of a mesh.
+    """
+    if not is_dtensor(weight):
+        return weight  # type: ignore[no-any-return]
+    mesh, placements = weight.device_mesh, weight.placements
+    if all(placement.is_replicate() for placement in placements) or mesh.size() == 1:
+        return weight.to_local()  # type: ignore[no-any-return]
+    if mesh.ndim != 1 or type(placements[0]).__name__ != "Shard" or placements[0].dim != 0:
+        raise ArgumentError(
+            f"{name}: expected a DTensor that is replicated, or sharded on dimension 0 over a mesh of one "
+            f"dimension, got {list(placements)} over a mesh of shape {list(mesh.shape)}"
+        )
+    vocabulary = weight.shape[0]
+    start = min(vocabulary, mesh.get_local_rank() * -(-vocabulary // mesh.size()))
+    return VocabularyShard(weight.to_local(), start, vocabulary, mesh.get_group())
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether `tensor` is a DTensor; without importing what may not be installed."""
+    return type(tensor).__name__ == "DTensor"
