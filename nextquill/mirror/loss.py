@@ -10,6 +10,7 @@ from torch import Tensor
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.functional import linear_pair_jsd, linear_pair_nll
 from nextquill.losses import PairLoss, SFTLoss
+from nextquill.ops.vocabulary_shard import VocabularyShard
 from nextquill.outputs import PreferenceLossOutput
 from nextquill.weighting import UniformWeighting, check_number
 
@@ -52,7 +53,7 @@ class MirrorLoss(PairLoss):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,

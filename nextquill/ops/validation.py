@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, GradientError
-from nextquill.ops.vocabulary_shard import VocabularyShard, is_dtensor, part_of
+from nextquill.ops.vocabulary_shard import VocabularyShard, is_dtensor, own_part, part_of
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ def check_head_inputs(
     """
     _check_transforms()
     check_floating(hidden_name, hidden_factual)
-    given, shard = part_of("lm_head_weight", lm_head_weight), None
-    if isinstance(given, VocabularyShard):
-        given, shard = given.weight, given.describe()
-    lm_head_weight = given
+    given = part_of("lm_head_weight", lm_head_weight)
+    shard = given.describe() if isinstance(given, VocabularyShard) else None
+    lm_head_weight = own_part(given)
     check_floating("lm_head_weight", lm_head_weight)
     # An empty part is refused later, on all processes at once.
     empty = lm_head_weight.dim() == 2 and lm_head_weight.shape[0] == 0 and shard is None
@@ -100,8 +99,7 @@ def check_head_inputs(
         _check_same(other_name, hidden_counterfactual, hidden_name, hidden_factual)
     _check_same("lm_head_weight", lm_head_weight, hidden_name, hidden_factual)
     if bias is not None:
-        own_bias = part_of("bias", bias)
-        bias = own_bias.weight if isinstance(own_bias, VocabularyShard) else own_bias
+        bias = own_part(part_of("bias", bias))
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
             raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")

@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 
@@ -65,6 +64,17 @@ class VocabularyShard:
         """Return this part with another weight [v, D], of any floating dtype."""
         return VocabularyShard(weight, self.start, self.vocabulary, self.group)
 
+    def summed_gradient(self, tensor: Tensor) -> Tensor:
+        """Return `tensor`, whole on each process and of any shape, with its gradient added up over the processes.
+
+        Its gradient through this part of the vocabulary is a share of the whole.
+        """
+        return _SummedGradient.apply(tensor, self._group)  # type: ignore[no-untyped-call, no-any-return]
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return dist.group.WORLD if self.group is None else self.group  # type: ignore[return-value]
+
     def describe(self) -> str:
         """Return the part as text, for an operator's argument; `join` reads it.
 
@@ -79,7 +89,7 @@ class VocabularyShard:
                 "lm_head_weight.group: expected initialised processes, got none; call "
                 "torch.distributed.init_process_group first"
             )
-        group = dist.group.WORLD if self.group is None else self.group
+        group = self._group
         if not isinstance(group, dist.ProcessGroup):
             raise ArgumentTypeError(
                 "lm_head_weight.group: expected a process group that this process belongs to, got "
@@ -128,9 +138,8 @@ class OpenShard:
         if n == 0:
             return
         sent = torch.cat((stats, labels.to(stats.dtype)[None]))
-        received = sent.new_empty(len(self.starts) * (rows + 1), n)
-        dist.all_gather_into_tensor(received, sent, group=self.group)
-        received = received.view(-1, rows + 1, n)
+        received = sent.new_empty(len(self.starts), rows + 1, n)
+        dist.all_gather(list(received), sent, group=self.group)
         streams = rows // 3
         maxima, sums, nlls = received[:, : 3 * streams].unflatten(1, (streams, 3)).unbind(2)  # [processes, streams, n]
         largest = maxima.amax(0)
@@ -171,9 +180,11 @@ def join(text: str, weight: Tensor, streams: Sequence[Tensor], labels: Tensor) -
     Raises:
         ArgumentError: on every process, if what they gave does not fit together.
     """
+    from torch.distributed import distributed_c10d  # some builds of torch have none
+
     first, total, name = text.split("/", 2)
     start, vocabulary = int(first), int(total)
-    group = _resolve_process_group(name)
+    group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     size = weight.shape[0]
     known = _joined.setdefault(group, {})
     key = (start, size, vocabulary)
@@ -214,11 +225,12 @@ def _check_parts(everyone: Sequence[Mapping[str, Any]]) -> None:
             raise ArgumentError(f"lm_head_weight: expected at least one token on each process, got none {of_rank}")
         if each["start"] != expected:
             raise ArgumentError(
-                f"lm_head_weight.start: expected {expected} {of_rank}, where the previous part ends, got {each['start']}"
+                f"lm_head_weight.start: expected {expected}, where the previous part ends, {of_rank}, got "
+                f"{each['start']}"
             )
         expected += each["size"]
     if expected != vocabulary:
-        raise ArgumentError(f"lm_head_weight.vocabulary: expected {expected}, the tokens of all parts, got {vocabulary}")
+        raise ArgumentError(f"lm_head_weight.vocabulary: expected {expected}, as in all parts, got {vocabulary}")
 
 
 def _check_rows(everyone: Sequence[Mapping[str, Any]]) -> None:
@@ -276,6 +288,24 @@ def part_of(name: str, weight: Any) -> Tensor | VocabularyShard:
     vocabulary = weight.shape[0]
     start = min(vocabulary, mesh.get_local_rank() * -(-vocabulary // mesh.size()))
     return VocabularyShard(weight.to_local(), start, vocabulary, mesh.get_group())
+
+
+def own_part(weight: Tensor | VocabularyShard) -> Tensor:
+    """Return the weight [V, …] that this process holds: all of it, or its part."""
+    return weight.weight if isinstance(weight, VocabularyShard) else weight
+
+
+class _SummedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def is_dtensor(tensor: object) -> bool:
