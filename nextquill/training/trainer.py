@@ -186,7 +186,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
             "effects_file": effects,
             "examples_per_user": self.examples_per_user,
             **training_identity(args, self._starting_point()[1]),
-            _STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            _STEP: args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // self.get_tp_size()),
             "--per_device_train_batch_size": division,
             "--max_length": encoder.max_length,
             "--max_response_length": encoder.max_response_length,
