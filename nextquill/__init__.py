@@ -64,7 +64,7 @@ else:
                 "MirrorTrainer",
                 "HistoryGuidance",
                 "UserPrompt",
-    "VocabularyShard",
+                "VocabularyShard",
                 "Writer",
                 "prompt_for",
             ),

@@ -173,8 +173,8 @@ def _own_rows(part: VocabularyShard, up: Tensor) -> Tensor:
         return factor.weight
     if len(factor) != part.vocabulary:  # its own forward would fail, too
         raise UnsupportedModelError(
-            f"output embedding: expected LoRA for {part.vocabulary} tokens, got {len(factor)}: PEFT does not adapt a head "
-            "that gathers its logits; load the model with tp_plan={'lm_head': 'colwise'}, or leave lm_head out of "
+            f"output embedding: expected LoRA for {part.vocabulary} tokens, got {len(factor)}: PEFT does not adapt a "
+            "head that gathers its logits; load the model with tp_plan={'lm_head': 'colwise'}, or leave lm_head out of "
             "target_modules"
         )
     return part.summed_gradient(factor)[part.start : part.start + len(part.weight)]

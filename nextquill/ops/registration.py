@@ -21,8 +21,7 @@ from nextquill.ops.precision import autocast_off, autocast_product_dtype, comput
 from nextquill.ops.vocabulary_shard import join
 
 _OPTIONS = (
-    "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, str? vocabulary_shard, "
-    "ScalarType? product_dtype"
+    "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, str? vocabulary_shard, ScalarType? product_dtype"
 )
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 _library = torch.library.Library("nextquill", "FRAGMENT")

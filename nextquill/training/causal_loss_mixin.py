@@ -222,7 +222,8 @@ class CausalLossMixin(FiniteSteps):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
         if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
+            sharing = self.get_tp_size()  # so many processes added the same batch
+            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, "sum") / sharing, self.args.device)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -233,7 +234,7 @@ class CausalLossMixin(FiniteSteps):
             total += super().floating_point_ops(last)
             for forward in constant:
                 total += super().floating_point_ops(forward) / 3
-        return int(total)
+        return int(total) // self.get_tp_size()
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         for part in inputs["parts"]:
@@ -263,11 +264,24 @@ class CausalLossMixin(FiniteSteps):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; outside training, leave the model as it was before."""
+        if self.get_tp_size() > 1:
+            self.gather_function: Any = self._gather_batches
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             if not self.is_in_train:
                 self.passes.close()
+
+    def _gather_batches(self, rows: Tensor) -> Tensor:
+        """Gather rows [examples, …] of any dtype; once from processes that share a batch, as tensor parallelism does.
+
+        In place of Accelerate's function, which counts such rows as other examples.
+        """
+        everything: Tensor = self.accelerator.gather(rows)
+        batches = everything.unflatten(0, (-1, self.get_tp_size(), len(rows)))
+        gathered, state = batches[:, 0].flatten(0, 1), self.accelerator.gradient_state
+        count = state.remainder if state.end_of_dataloader and state.remainder > 0 else len(gathered)
+        return gathered[:count]
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
