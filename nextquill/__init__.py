@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from nextquill.mirror.loss import MirrorLoss
     from nextquill.mirror.trainer import MirrorTrainer
     from nextquill.models.branch_passes import PairPasses
-    from nextquill.ops.vocabulary_shard import VocabularyShard
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
     from nextquill.training.trainer import NextQuillTrainer
+    from nextquill.vocabulary_shard import VocabularyShard
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,

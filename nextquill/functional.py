@@ -19,8 +19,8 @@ from nextquill.ops.validation import (
     check_head_options,
     check_ignore_index,
 )
-from nextquill.ops.vocabulary_shard import VocabularyShard
 from nextquill.outputs import PairNLL, PairStats
+from nextquill.vocabulary_shard import VocabularyShard
 
 
 def linear_token_nll(

@@ -27,8 +27,8 @@ from nextquill.ops.validation import (
     check_sequence_ids,
     check_token_weights,
 )
-from nextquill.ops.vocabulary_shard import VocabularyShard
 from nextquill.outputs import PairNLL, PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import (
     ClipWeighting,
     ExpClipWeighting,

@@ -16,7 +16,7 @@ from nextquill.errors import UnsupportedModelError
 from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.losses import PairLoss
 from nextquill.models.head import HeadState
-from nextquill.ops.vocabulary_shard import VocabularyShard, own_part
+from nextquill.vocabulary_shard import VocabularyShard, own_part
 
 # Two float32 buffers of logits are held at a time, together at most about this large.
 _LOGIT_BYTES = 128 * 2**20

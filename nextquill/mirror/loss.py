@@ -10,8 +10,8 @@ from torch import Tensor
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.functional import linear_pair_jsd, linear_pair_nll
 from nextquill.losses import PairLoss, SFTLoss
-from nextquill.ops.vocabulary_shard import VocabularyShard
 from nextquill.outputs import PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import UniformWeighting, check_number
 
 

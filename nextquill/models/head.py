@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model
 from nextquill.models.probe import probe_logits, replaced_forward, returned_logits, softcapped_configs, without_softcap
-from nextquill.ops.vocabulary_shard import VocabularyShard, own_part, part_of
+from nextquill.vocabulary_shard import VocabularyShard, own_part, part_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,7 +79,8 @@ class LossInHead:
         self.model = model
         self.head = find_head(model)
         _check_adapters(self.head)
-        _check_reproduced(self.head)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):  # its weight is gathered in a forward
+            _check_reproduced(self.head)
         self.logit_scale, self.softcap = probe_logits(model, self.head)
         self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
         self._function: HeadFunction | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextquill.errors import GradientError
 from nextquill.ops.head import LinearHead
-from nextquill.ops.vocabulary_shard import OpenShard
+from nextquill.ops.shard_exchange import OpenShard
 
 
 class Needs(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextquill.ops.mixed_precision_mm import addmm_into, has_wide_mm, mm_into, tf32_products
 from nextquill.ops.precision import compute_dtype
-from nextquill.ops.vocabulary_shard import OpenShard
+from nextquill.ops.shard_exchange import OpenShard
 
 # A half-precision weight is cast to float32 in slices of this size, so that no full float32 copy exists. On an
 # accelerator small slices would make many small products.

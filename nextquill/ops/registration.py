@@ -18,7 +18,7 @@ from nextquill.devices import reads_on_host
 from nextquill.ops.chunks import ChunkedHead
 from nextquill.ops.dispatch import resolve_impl
 from nextquill.ops.precision import autocast_off, autocast_product_dtype, compute_dtype
-from nextquill.ops.vocabulary_shard import join
+from nextquill.ops.shard_exchange import join
 
 _OPTIONS = (
     "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, str? vocabulary_shard, ScalarType? product_dtype"

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, GradientError
-from nextquill.ops.vocabulary_shard import VocabularyShard, is_dtensor, own_part, part_of
+from nextquill.vocabulary_shard import VocabularyShard, is_dtensor, own_part, part_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HeadInputs:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The first arguments of the operators of a pair."""
+        """The first arguments of the operators of a pair, in the shapes and dtypes above."""
         return self.factual, self.counterfactual, self.weight, self.bias, self.labels
 
 

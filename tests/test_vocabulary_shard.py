@@ -15,7 +15,7 @@ from torch import multiprocessing
 
 import nextquill as nq
 from nextquill.errors import ArgumentError
-from tests.ops.shard_worker import CASES, REFUSED, work
+from tests.shard_worker import CASES, REFUSED, work
 
 #: Bounds of a value's error and of a gradient's, relative to the largest of their kind.
 VALUE, GRADIENT = 1e-6, 1e-5

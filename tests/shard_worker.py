@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import nextquill as nq
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.ops import chunks, vocabulary_shard
+from nextquill.ops import chunks, shard_exchange
 from tests.helpers import HeadCase, make_case, relative_error
 
 N, D = 23, 19
@@ -152,7 +152,7 @@ class Watched:
 
 @contextmanager
 def watched() -> Iterator[Watched]:
-    seen, opened = Watched(), vocabulary_shard.OpenShard
+    seen, opened = Watched(), shard_exchange.OpenShard
     combine, add, fill = opened.combine_, opened.sum_, chunks.LogitsBuffer.fill
 
     def gathering(self: Any, *args: Any) -> None:
