@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from nextquill.data import EncodedExample
 from nextquill.errors import NextQuillError
 from nextquill.models.branch_passes import PairPasses
 from tests.examples.engines_on_cpu import engines_on_cpu
@@ -83,10 +84,12 @@ def _set(parameter: Any, values: Tensor) -> None:
             parameter.copy_(values)
 
 
-def gradients(model: nn.Module, case: Case) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    model: nn.Module, case: Case, examples: list[EncodedExample], items: float | None = None
+) -> tuple[float, dict[str, Tensor]]:
     model = adapted(model, case)
     with PairPasses(model, loss_cases()[case.loss].loss, case.attention) as passes:
-        loss = passes.backward(passes.collator()(shared_examples(5)))
+        loss = passes.backward(passes.collator()(examples), items)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return float(loss), {name: _whole(parameter.grad) for name, parameter in trained.items()}
 
@@ -95,14 +98,14 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided(folder: Path, model: nn.Module, plan: Any) -> nn.Module:
+def divided(folder: Path, model: nn.Module, plan: Any, fsdp_size: int = 1) -> nn.Module:
     """The model as transformers loads it in parts."""
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation,
-        distributed_config=DistributedConfig(tp_size=PROCESSES, tp_plan=plan),
+        distributed_config=DistributedConfig(tp_size=PROCESSES, tp_plan=plan, fsdp_size=fsdp_size),
     )  # fmt: skip
     return loaded
 
@@ -111,8 +114,8 @@ def check(folder: Path, case: Case) -> dict[str, float]:
     """The differences of loss and gradients, relative to the largest gradient of a parameter."""
     whole = tiny_model(**case.options)
     parts = divided(folder, whole, case.plan)
-    loss, expected = gradients(whole, case)
-    got_loss, got = gradients(parts, case)
+    loss, expected = gradients(whole, case, shared_examples(5))
+    got_loss, got = gradients(parts, case, shared_examples(5))
     assert got.keys() == expected.keys()
     norm = max(float(gradient.norm()) for gradient in expected.values())
     error = max(float((got[name] - gradient).norm()) for name, gradient in expected.items())
@@ -167,16 +170,40 @@ def train(folder: Path, name: str, model: nn.Module | None = None) -> None:
     torch.save(parameters, folder / f"parameters_{rank}.pt")
 
 
-def work(rank: int, root: str) -> None:
+def start(rank: int, processes: int, root: str) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), LOCAL_WORLD_SIZE=str(PROCESSES),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
         WANDB_DISABLED="true",
     )  # fmt: skip
     torch.set_num_threads(1)
     engines_on_cpu()
     dist.init_process_group(
-        "gloo", init_method=f"file://{root}/store", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{root}/store", rank=rank, world_size=processes, timeout=timedelta(seconds=60)
     )
+
+
+def work_with_fsdp(rank: int, root: str) -> None:
+    """Four processes: two pairs, each with a model in two parts, and other examples on each pair."""
+    start(rank, 2 * PROCESSES, root)
+    examples, found = shared_examples(6), dict[str, Any]()
+    for name in ("untied", "tied"):
+        case = CASES[name]
+        whole = tiny_model(**case.options)
+        parts = divided(Path(root, name), whole, case.plan, fsdp_size=2)
+        loss, expected = gradients(whole, case, examples)
+        own = examples[:4] if rank < PROCESSES else examples[4:]
+        share, got = gradients(parts, case, own, items=len(examples) / 2)
+        total = torch.tensor([share])
+        dist.all_reduce(total)
+        norm = max(float(gradient.norm()) for gradient in expected.values())
+        error = max(float((got[key] - gradient).norm()) for key, gradient in expected.items())
+        found[name] = {"loss": abs(float(total) / 4 - loss), "error": error / norm, "norm": norm}
+    Path(root, f"found_{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def work(rank: int, root: str) -> None:
+    start(rank, PROCESSES, root)
     folder, found = Path(root), dict[str, Any]()
     for name, case in CASES.items():
         found[name] = check(folder / name, case)

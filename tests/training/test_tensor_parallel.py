@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tests.training.tensor_parallel_worker import CASES, PROCESSES, TRAINED, train, work
+from tests.training.tensor_parallel_worker import CASES, PROCESSES, TRAINED, train, work, work_with_fsdp
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -38,6 +38,15 @@ def test_loss_and_gradients_of_two_processes_equal_one(name: str, folder: Path) 
         assert measured["loss"] <= bound
         assert measured["error"] <= bound, f"gradient on rank {rank} is off by {measured['error']:.1e} of the largest"
         assert measured["norm"] > 0
+
+
+def test_loss_and_gradients_under_fsdp_too(tmp_path: Path) -> None:
+    """Four processes equal one: two pairs with other examples, of which each shares a model."""
+    multiprocessing.start_processes(work_with_fsdp, (str(tmp_path),), nprocs=2 * PROCESSES, start_method="spawn")
+    for rank in range(2 * PROCESSES):
+        for name, measured in found(tmp_path, rank).items():
+            assert measured["loss"] <= 1e-6, name
+            assert measured["error"] <= 1e-6, f"{name}: rank {rank} is off by {measured['error']:.1e} of the largest"
 
 
 REFUSED = {
