@@ -58,7 +58,7 @@ class VocabularyShard:
         return dist.group.WORLD if self.group is None else self.group  # type: ignore[return-value]
 
     def describe(self) -> str:
-        """Return the part as text, for an operator's argument; `join` reads it.
+        """Return the part as text, for an operator's argument; `nextquill.ops.shard_exchange.join` reads it.
 
         Raises:
             ArgumentError, ArgumentTypeError: there is no group of several processes, or a field is impossible.

@@ -18,6 +18,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,14 +136,14 @@ def join(text: str, weight: Tensor, streams: Sequence[Tensor], labels: Tensor) -
         dist.all_gather_object(everyone, own, group=group)
         _check_parts(everyone)
         _check_rows(everyone)
-        starts = tuple(each["start"] for each in everyone)
-        largest = max(each["size"] for each in everyone)
-        known[key] = OpenShard(group, starts, start, size, largest, vocabulary)
-    return known[key]
+        known[key] = tuple(each["size"] for each in everyone)
+    sizes = known[key]
+    starts = (0, *accumulate(sizes[:-1]))
+    return OpenShard(group, starts, start, size, max(sizes), vocabulary)
 
 
-#: Parts that have been compared, by group; they end with it.
-_joined: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int, int], OpenShard]] = WeakKeyDictionary()
+#: The sizes of parts that have been compared, by group and by start, size and V of this process's part.
+_joined: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int, int], tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def _check_parts(everyone: Sequence[Mapping[str, Any]]) -> None:
