@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextquill.errors import ArgumentError
 from nextquill.ops.dispatch import check_impl
 from nextquill.ops.label_check import check_labels
 from nextquill.ops.nll_operators import pair_jsd, pair_nll, pair_stats, token_nll
@@ -21,6 +22,7 @@ from nextquill.ops.validation import (
     check_ignore_index,
 )
 from nextquill.outputs import PairNLL, PairStats
+from nextquill.vocabulary_shard import VocabularyShard
 
 #: Rows of hidden states that are multiplied with their labels' rows of the head at a time, in float32.
 _ROWS = 1024
@@ -28,7 +30,7 @@ _ROWS = 1024
 
 def linear_token_nll(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -47,9 +49,10 @@ def linear_token_nll(
 
     Args:
         hidden_states: [N, D] or [B, T, D], floating, at the *predicting* positions: labels are not shifted.
-        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
+        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ). If processes divide the
+            vocabulary, a DTensor sharded on dimension 0, or a `VocabularyShard`.
         labels: [N] or [B, T], any integer dtype, in [0, V) or `ignore_index`.
-        bias: [V], the hidden states' dtype (under autocast it may differ), or None.
+        bias: [V], the hidden states' dtype (under autocast it may differ), or None. Divided like the weight.
         ignore_index: rows with this label give exactly 0 and get exactly 0 gradient, whatever they hold.
         softcap: cap on the logits' magnitude (Gemma), or None.
         logit_scale: factor on the logits before the cap.
@@ -67,6 +70,7 @@ def linear_token_nll(
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
+    options["vocabulary_shard"] = inputs.vocabulary_shard
     nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, **options)
     return nll.view(inputs.shape)
 
@@ -74,7 +78,7 @@ def linear_token_nll(
 def linear_pair_nll(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -106,14 +110,15 @@ def linear_pair_nll(
         BackendUnavailableError: `impl` cannot run here.
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
-    return PairNLL(*(nll.view(shape) for nll in pair_nll(*tensors, **options)))
+    inputs = _check_pair(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    options["vocabulary_shard"] = inputs.vocabulary_shard
+    return PairNLL(*(nll.view(inputs.shape) for nll in pair_nll(*inputs.tensors, **options)))
 
 
 def linear_pair_stats(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -140,17 +145,18 @@ def linear_pair_stats(
         BackendUnavailableError: `impl` cannot run here.
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    inputs = _check_pair(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    options["vocabulary_shard"] = inputs.vocabulary_shard
     with torch.no_grad():
-        stats = pair_stats(*tensors, **options)
-    *nlls, kl, entropy = (row.view(shape) for row in stats)
+        stats = pair_stats(*inputs.tensors, **options)
+    *nlls, kl, entropy = (row.view(inputs.shape) for row in stats)
     return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
 
 
 def linear_pair_jsd(
     hidden_student: Tensor,
     hidden_teacher: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     mask: Tensor,
     *,
     beta: float = 0.5,
@@ -202,7 +208,7 @@ def linear_pair_jsd(
 def linear_pair_jsd_nll(
     hidden_student: Tensor,
     hidden_teacher: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     beta: float = 0.5,
@@ -247,7 +253,7 @@ def linear_pair_jsd_nll(
 def _pair_jsd(
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
+    weight: Tensor | VocabularyShard,
     labels: Tensor,
     beta: float,
     bias: Tensor | None,
@@ -270,6 +276,11 @@ def _pair_jsd(
         other_name="hidden_teacher",
         labels_name=name,
     )
+    if inputs.vocabulary_shard is not None:
+        raise ArgumentError(
+            "lm_head_weight: expected the whole vocabulary on each process, got one part of it: the divergence has no "
+            "exchange between processes"
+        )
     counts = inputs.labels.bool() if labels.dtype == torch.bool else inputs.labels != ignore_index
     tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, counts)
     jsd, logsumexps = pair_jsd(*tensors, beta=beta, **options)
@@ -303,14 +314,13 @@ def _operator_options(
         "logit_scale": logit_scale,
         "impl": check_impl(impl),
         "chunk_bytes": chunk_bytes,
+        "vocabulary_shard": None,  # filled in for a weight whose vocabulary is divided
         "product_dtype": None,  # filled in under autocast
     }
 
 
-def _pair_tensors(
-    factual: Tensor, counterfactual: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], torch.Size]:
-    """Return the first arguments of the pair operators, checked and flattened, and the labels' shape."""
+def _check_pair(
+    factual: Tensor, counterfactual: Tensor, weight: Tensor | VocabularyShard, labels: Tensor, bias: Tensor | None
+) -> HeadInputs:
     check_floating("hidden_counterfactual", counterfactual)
-    inputs = check_head_inputs(factual, counterfactual, weight, labels, bias)
-    return (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels), inputs.shape
+    return check_head_inputs(factual, counterfactual, weight, labels, bias)

@@ -28,6 +28,7 @@ from nextquill.ops.validation import (
     check_token_weights,
 )
 from nextquill.outputs import PairNLL, PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import (
     ClipWeighting,
     ExpClipWeighting,
@@ -161,7 +162,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -174,7 +175,8 @@ class PairLoss(nn.Module):
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and
                 without the user's history, at the predicting positions. `None` for the second where
                 `needs_counterfactual` is False, or `token_weights` are given and `terms_need_counterfactual` is False.
-            lm_head_weight: [V, D].
+            lm_head_weight: [V, D]. If processes divide the vocabulary, a DTensor sharded on dimension 0, or a
+                `VocabularyShard`; `bias` is divided alike.
             labels: [N] or [B, T] integers, not shifted; `ignore_index` rows give 0 and get 0 gradient.
             bias: [V] or None.
             sequence_ids: labels' shape; rows with equal ids form one sequence wherever they stand. By default each row
@@ -200,7 +202,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -256,7 +258,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None,
         sequence_ids: Tensor | None,
@@ -296,6 +298,7 @@ class PairLoss(nn.Module):
             logit_scale=self.logit_scale,
             impl=self.impl,
             chunk_bytes=self.chunk_bytes,
+            vocabulary_shard=inputs.vocabulary_shard,
             product_dtype=None,  # filled in under autocast
         )
         return inputs, loss, rows, counts

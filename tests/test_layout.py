@@ -16,7 +16,7 @@ BEHAVIOURS = {
     "ops": {"chunk_kernels", "cost", "operators"},
     "popi": {"distributed", "policy_gradient"},
     "report": {"browser"},
-    "training": {"distributed", "published_code"},
+    "training": {"distributed", "published_code", "tensor_parallel"},
     "tree": {"on_gpu"},
 }
 

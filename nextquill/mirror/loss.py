@@ -12,6 +12,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.functional import linear_pair_jsd_nll, linear_pair_nll, linear_token_nll
 from nextquill.losses import PairLoss, SFTLoss
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import UniformWeighting, check_number
 
 
@@ -67,7 +68,7 @@ class MirrorLoss(PairLoss):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,

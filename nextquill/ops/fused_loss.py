@@ -79,7 +79,7 @@ class PairLossEngine:
         """Return the loss (scalar), rows [6, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
         for group in group_rows(self.plan, self.max_rows, whole_sequences=self.whole_sequences):
             self._run_group(group)
-        self.gradient_buffer.flush()
+        self.gradient_buffer.finish()
         coefficients, pair = unpack_rows(self.rows, self.paired, self.effect)
         loss = self.objective.token_loss(self.objective.terms(coefficients, pair)).sum()
         return loss, self.rows, self.gradients
@@ -87,6 +87,7 @@ class PairLossEngine:
     def _run_group(self, group: RowGroup) -> None:
         for rows in group.chunks:
             chunk = self._statistics(rows)
+        self._finish_statistics(group)
         own, pair = unpack_rows(self.rows[:, group.rows], self.paired, self.effect)
         given = None if self.token_weights is None else self.token_weights[group.rows]
         fused = self.head.kernels.row_coefficients
@@ -107,15 +108,19 @@ class PairLossEngine:
         if self.together:
             chunk = self._fill(rows)
             chunk.statistics(found)
-            streams = 3 if self.effect else 2
-            self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
         for stream in reversed(range(len(self.streams))):
             chunk = self.buffer.fill(self.streams[stream : stream + 1], rows)
-            own = found[3 * stream : 3 * stream + 3]
-            chunk.statistics(own)
-            self.rows[3 + stream, rows] = own[2]
+            chunk.statistics(found[3 * stream : 3 * stream + 3])
         return chunk
+
+    def _finish_statistics(self, group: RowGroup) -> None:
+        """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary."""
+        kinds = 3 if self.effect else len(self.streams)
+        found = self.stats[: 3 * kinds, group.rows]
+        if self.head.shard is not None:
+            self.head.shard.combine_(found, self.plan.labels[group.rows])
+        self.rows[3 : 3 + kinds, group.rows] = found[2::3]
 
     def _fill(self, rows: slice) -> Chunk:
         return self.buffer.fill(self.streams if self.together else self.streams[:1], rows)

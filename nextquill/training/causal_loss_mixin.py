@@ -147,7 +147,7 @@ class CausalLossMixin(FiniteSteps):
                 batch["parts"] = add_empty_parts(batch["parts"], count)
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
         self.meter.begin_step(0 if users is None else _count_different(users))
-        return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
+        return batches, self._sum_of_batches(own).clamp(min=1.0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; the model gets its own attention back at the end.
@@ -197,8 +197,13 @@ class CausalLossMixin(FiniteSteps):
                 self._step_outputs.append((inputs["example_index"], part["sequence_ids"], output))
         if num_items_in_batch is not None:
             # Data-parallel engines average gradients over ranks; the loss was normalised as a sum over ranks.
-            loss = loss * self.accelerator.num_processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
+
+    def _sum_of_batches(self, own: Tensor) -> Tensor:
+        """Sum over the ranks' batches; those that share a batch, as tensor parallelism does, count once."""
+        total: Tensor = self.accelerator.reduce(own, reduction="sum")
+        return total / self.get_tp_size()
 
     def _begin_step(self) -> None:
         super()._begin_step()
@@ -222,7 +227,7 @@ class CausalLossMixin(FiniteSteps):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
         if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
+            logs |= self.meter.read(self._sum_of_batches, self.args.device)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -233,7 +238,7 @@ class CausalLossMixin(FiniteSteps):
             total += super().floating_point_ops(last)
             for forward in constant:
                 total += super().floating_point_ops(forward) / 3
-        return int(total)
+        return int(total) // self.get_tp_size()
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         for part in inputs["parts"]:
@@ -263,11 +268,23 @@ class CausalLossMixin(FiniteSteps):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; outside training, leave the model as it was before."""
+        if self.get_tp_size() > 1:
+            self.gather_function: Any = self._gather_batches
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             if not self.is_in_train:
                 self.passes.close()
+
+    def _gather_batches(self, rows: Tensor) -> Tensor:
+        """Gather rows [examples, …] of any dtype; once from processes that share a batch, as tensor parallelism does.
+
+        In place of Accelerate's function, which counts such rows as other examples.
+        """
+        everything: Tensor = self.accelerator.gather(rows)
+        batches: Tensor = everything.unflatten(0, (-1, self.get_tp_size(), len(rows)))
+        gathered, state = batches[:, 0].flatten(0, 1), self.accelerator.gradient_state
+        return gathered[: int(state.remainder)] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))

@@ -28,7 +28,7 @@ from nextquill.models.configs import default_max_length
 from nextquill.models.stored_effects import effects_digest
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.causal_loss_mixin import CausalLossMixin
-from nextquill.training.checks import check_arguments, check_model, check_options
+from nextquill.training.checks import check_arguments, check_divided, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
 
 #: The batch of a step, by the flags that make it.
@@ -112,6 +112,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         check_model(model, processing_class, loss)
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)
+        check_divided(model, args)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
@@ -186,7 +187,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
             "effects_file": effects,
             "examples_per_user": self.examples_per_user,
             **training_identity(args, self._starting_point()[1]),
-            _STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            _STEP: args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // self.get_tp_size()),
             "--per_device_train_batch_size": division,
             "--max_length": encoder.max_length,
             "--max_response_length": encoder.max_response_length,

@@ -6,7 +6,7 @@ MUTATIONS = (
     Mutation(
         "trainer-ranks",
         "nextquill/training/causal_loss_mixin.py",
-        "            loss = loss * self.accelerator.num_processes\n",
+        "            loss = loss * (self.accelerator.num_processes // self.get_tp_size())\n",
         "            loss = loss * 1\n",
         "on several processes gradients are too small by their number",
     ),
