@@ -16,7 +16,7 @@ BEHAVIOURS = {
     "popi": {"distributed", "policy_gradient"},
     "report": {"browser"},
     "training": {"distributed", "published_code"},
-    "tree": {"on_gpu"},
+    "tree": {"on_gpu", "sinks"},
 }
 
 
