@@ -233,8 +233,10 @@ def architectures_table() -> str:
             # What stands in parentheses is the error of a library.
             reason = re.sub(r" \(.*\)$", "", row["reason"])
             groups.setdefault((_WAYS[way], reason), []).append(row["architecture"])
+    order = list(_WAYS.values())
+    largest = sorted(groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1])))
     lines = ["| how | why | number | `model_type` |", "|---|---|---|---|"]
-    lines += [f"| {how} | {why} | {len(names)} | {', '.join(names)} |" for (how, why), names in groups.items()]
+    lines += [f"| {how} | {why} | {len(names)} | {', '.join(names)} |" for (how, why), names in largest]
     shown = sum(map(len, groups.values()))
     assert shown == len(rows), "a result without a place in the table"
     exact = sum(row["result"] == "exact" for row in rows)
