@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nextquill import ArgumentError, BudgetError, UnsupportedModelError
+from nextquill.data import Branch, EncodedExample
 from nextquill.evaluation.scoring import BranchScorer, score_examples
 from nextquill.models.branch_passes import PairPasses
 from tests.models.model_helpers import (
@@ -199,3 +200,13 @@ def test_an_example_that_exceeds_the_budget_alone_is_named(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
     with pytest.raises(ArgumentError, match="max_tokens"):
         PairPasses(model, loss_cases()["sft"].loss, "padded").collator(0, 0)
+
+
+def test_the_limit_itself_is_within_the_limit() -> None:
+    kind, options = ROPE["longrope"]
+    collate = PairPasses(tiny_model(kind, **options), loss_cases()["sft"].loss).collator()
+    for length, in_trees in ((16, True), (17, False)):
+        branch = Branch(list(range(2, length + 1)), [5])
+        assert len(branch.input_ids) == length
+        batch = collate([EncodedExample("user", 0, branch, branch, None, 1, 1)])
+        assert ("layout" in batch["parts"][0]["forwards"][0]) is in_trees
