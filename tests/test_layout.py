@@ -17,7 +17,7 @@ BEHAVIOURS = {
     "popi": {"distributed", "policy_gradient"},
     "report": {"browser"},
     "training": {"distributed", "published_code", "tensor_parallel"},
-    "tree": {"on_gpu"},
+    "tree": {"on_gpu", "sinks"},
 }
 
 

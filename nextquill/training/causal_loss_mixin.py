@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
-from nextquill.data.templates import BRANCHES
+from nextquill.data.collator import Collator
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, NonFiniteError
 from nextquill.evaluation.scoring import forward_budget, pad_token
@@ -53,10 +53,12 @@ class CausalLossMixin(FiniteSteps):
 
     def _set_loss(self, passes: PairPasses, args: Any, max_tokens: int | None, examples_per_user: int) -> None:
         check_batching(args, max_tokens, examples_per_user)
-        if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
-            raise ArgumentError(
-                "args.neftune_noise_alpha: not supported with trees, where all branches of a shared token get the same "
-                "noise; leave it out or use attention='padded'"
+        if getattr(args, "neftune_noise_alpha", None) is not None:
+            passes.pad_training(
+                ArgumentError(
+                    "args.neftune_noise_alpha: not supported with trees, where all branches of a shared token get the "
+                    "same noise; leave it out or use attention='padded'"
+                )
             )
         self.passes, self.meter = passes, TrainingMeter()
         self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
@@ -64,9 +66,8 @@ class CausalLossMixin(FiniteSteps):
     def _check_fits(self, dataset: EncodedDataset | None) -> None:
         """Raise BudgetError before training if a single example takes more than `max_tokens`."""
         if dataset is not None and self.max_tokens is not None:
-            collator: Any = self.passes.collator(max_tokens=self.max_tokens)
-            names = collator.forwards[-1]
-            forward_budget(_longer(dataset, self.max_tokens, names), self.max_tokens, names=names)
+            collator = self.passes.collator(max_tokens=self.max_tokens)
+            forward_budget(_near(dataset, self.max_tokens, collator), self.max_tokens, collator)
 
     def _set_normalised(self) -> None:
         """Tell the Trainer that `compute_loss` normalises over the window. Call this after its constructor."""
@@ -88,12 +89,12 @@ class CausalLossMixin(FiniteSteps):
     def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
         """Give data loaders that are made in this block a collator of all branches."""
         placebo = dataset is not None and dataset.has_placebo
-        previous, budget = self.data_collator, self.max_tokens
+        previous, budget, pad = self.data_collator, self.max_tokens, pad_token(self.processing_class)
         if budget is not None and dataset is not None:
             # A row holds more branches than in training. Without gradient they take a fraction of the memory.
-            names = BRANCHES if placebo else BRANCHES[:2]
-            budget = forward_budget(_longer(dataset, budget, names), None, budget, names)
-        self.data_collator = self.passes.scoring_collator(pad_token(self.processing_class), budget, placebo=placebo)
+            collator = self.passes.scoring_collator(pad, placebo=placebo)
+            budget = forward_budget(_near(dataset, budget, collator), None, collator, budget)
+        self.data_collator = self.passes.scoring_collator(pad, budget, placebo=placebo)
         try:
             yield
         finally:
@@ -314,10 +315,11 @@ class CausalLossMixin(FiniteSteps):
         write_whole(folder / CARD_FILE, model_card(self))  # in place of PEFT's, which names local paths
 
 
-def _longer(dataset: EncodedDataset, budget: int, names: Sequence[str]) -> list[EncodedExample]:
-    """The examples whose branches exceed the budget together; shared tokens count once for each branch."""
+def _near(dataset: EncodedDataset, budget: int, collator: Collator) -> list[EncodedExample]:
+    """The examples that may take more than the budget; a padded row is no longer than all branches together."""
+    names = collator.forwards[-1]
     sizes = dataset.num_branch_tokens(names)
-    return [dataset.examples[index] for index, size in enumerate(sizes) if size > budget]
+    return [dataset.examples[index] for index, size in enumerate(sizes) if size * len(names) > budget]
 
 
 def _count_different(users: Tensor) -> Tensor:

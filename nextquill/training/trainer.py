@@ -52,8 +52,8 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         max_response_length: budget of the response alone, or None.
         attention: the kernel for rows of trees, or "padded" for a padded row per branch; see
             `nextquill.models.attention`.
-        max_tokens: largest number of tokens in one forward with gradient, after sharing. A larger batch runs in several
-            forwards, with the same gradient. None runs it in one.
+        max_tokens: largest number of tokens in one forward with gradient, after sharing or with padding. A larger batch
+            runs in several forwards, with the same gradient. None runs it in one.
         examples_per_user: keep this many examples of a user together in a batch, so that they share their history; see
             `UserGroupSampler`. The batch size must be a multiple of it.
         effects_file: take token weights from the effects that `nextquill score` has written for the training records.
@@ -159,9 +159,9 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         given: Any = self.eval_dataset if records is None else self._encoded(records, placebo=True)
         if not isinstance(given, EncodedDataset):
             raise ArgumentError(f"records: expected records or an eval_dataset, got {type(given).__name__}")
-        attention = "padded" if self.passes.trees is None else self.passes.trees.attention
         model: Any = self.model
-        return score_examples(model, given.examples, pad_token(self.processing_class), attention=attention)
+        pad, attention = pad_token(self.processing_class), self.passes.attention
+        return score_examples(model, given.examples, pad, attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if isinstance(source, (str, os.PathLike)) and is_prepared(source):

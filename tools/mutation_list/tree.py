@@ -4,6 +4,20 @@ from tools.mutation import Mutation
 
 MUTATIONS = (
     Mutation(
+        "sinks-gradient",
+        "nextquill/tree/operators.py",
+        "return -(p * (grad",
+        "return (p * (grad",
+        "attention sinks are trained in the wrong direction",
+    ),
+    Mutation(
+        "sinks-logsumexp",
+        "nextquill/tree/operators.py",
+        "torch.logaddexp(before, sinks.to(before)[:, None], out=logsumexp)",
+        "logsumexp.copy_(torch.logaddexp(before, before))",
+        "a sink's score is not read",
+    ),
+    Mutation(
         "tree-mask-window",
         "nextquill/tree/masks.py",
         "position_ids[..., None, :] < window)",
