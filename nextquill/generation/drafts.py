@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 #: The most tokens that are looked up.
-_LONGEST = 3
+_LONGEST = 6
 
 
 class PromptLookup:
-    """The tokens of a prompt and its response, and where each run of one to three of them occurred last.
+    """The tokens of a prompt and its response, and where each short run of them occurred last.
 
     Args:
         ids: the prompt's tokens.
@@ -35,12 +35,12 @@ class PromptLookup:
             self._ids.append(token)
 
     def propose(self, most: int) -> list[int]:
-        """At most that many tokens that followed the last three when they occurred before, or else the last two or one.
+        """The tokens that followed the last occurrence of the longest run, of up to six, that the text ends with.
 
-        Empty where the last token is new.
+        As many as the run has, and at most `most`. Empty where the last token is new.
         """
         for length in range(min(_LONGEST, len(self._ids)), 0, -1):
             start = self._after.get(tuple(self._ids[-length:]))
             if start is not None:
-                return self._ids[start : start + most]
+                return self._ids[start : start + min(most, length)]
         return []

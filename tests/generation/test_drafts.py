@@ -14,7 +14,7 @@ from nextquill.models.tiny_models import build_tokenizer
 from tests.generation.test_tree_engine import ARCHITECTURES, GUIDED, HISTORY, PROMPTS, separate, tokens
 from tests.models.model_helpers import tiny_model
 
-IDS = st.lists(st.integers(0, 3), max_size=20)
+IDS = st.lists(st.integers(0, 2), max_size=20)
 LENGTH = 10
 OPTIONS = {"engine": "tree", "max_new_tokens": LENGTH, "guidance": 1.5, "plausibility": 0.05}
 
@@ -25,11 +25,11 @@ def tokenizer():
 
 
 def last_occurrence(ids, most):
-    """The tokens after the last earlier occurrence of the last three, two or one."""
-    for length in (3, 2, 1):
+    """As many tokens as have occurred before, from after their last occurrence."""
+    for length in (6, 5, 4, 3, 2, 1):
         for start in range(len(ids) - length - 1, -1, -1):
             if ids[start : start + length] == ids[-length:]:
-                return ids[start + length :][:most]
+                return ids[start + length :][: min(most, length)]
     return []
 
 
@@ -118,7 +118,9 @@ def test_a_phrase_of_the_history_takes_fewer_forwards(tokenizer, monkeypatch):
         computed = []
         model.get_input_embeddings().register_forward_hook(lambda _, ids, __: computed.append(ids[0].numel()))
         assert dict(engine.generate_ids([Prompt(0, [*HISTORY, HISTORY[0]], 1)])) == {0: phrase}
-    assert computed == [len(HISTORY) + 1, 4, 3], "the prompt, then a chosen token with a draft; the last one needs none"
+    # Two tokens have occurred before, so two are proposed; then five, but only three of the draft are allowed, and the
+    # last token of the response needs none.
+    assert computed == [len(HISTORY) + 1, 3, 4]
 
 
 def test_bad_values_are_refused():
