@@ -133,13 +133,14 @@ class TreeEngine(Engine):
         device: torch.device = next(self._model.parameters()).device
         return device
 
-    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> Sequence[Tensor]:
+    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[Tensor, ...]:
         """The scores after each token of a response that was computed last, by response."""
         rows = [len(response.next) for response in responses]
         if len(logits) > sum(rows):
             own, against = logits.chunk(2)
             logits = guide(own, against, self.options.guidance, self.options.plausibility)
-        return logits.split(rows)
+        scores: tuple[Tensor, ...] = logits.split(rows)
+        return scores
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
         """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
