@@ -92,6 +92,10 @@ class WritingOptions(DecodingOptions):
         "Compute shared prefixes once (tree), or use transformers' generate (hf); auto: tree if the model allows it.",
         "auto", choices=["auto", "tree", "hf"],
     )  # fmt: skip
+    draft_tokens: int = option(
+        "Guess up to INT next tokens from the prompt and the text so far, and confirm them in one forward pass. The "
+        "text stays the same; phrases of the history take fewer passes. 0: off; try 3 on a CPU.", 0,
+    )  # fmt: skip
 
     def options(self) -> dict[str, Any]:
         """The flags as options of `Writer.write`.

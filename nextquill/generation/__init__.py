@@ -3,6 +3,7 @@
     tree_engine.py           prompts with a common beginning in one row, which is computed and kept once
     transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
     vllm_engine.py           vLLM, which batches by itself
+    drafts.py                next tokens guessed from the prompt, so that one forward confirms several
     guidance.py              decoding that strengthens the user's history
     sampling.py              the next token of each row
     writer.py                texts for a user, from queries and a history
@@ -20,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nextquill.data._checks import check_one_of
+from nextquill.data._checks import check_integer, check_one_of
 from nextquill.data.templates import BRANCHES
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.models.configs import base_model
@@ -70,6 +71,8 @@ class GenerationOptions:
         engine: one of `ENGINES`.
         guidance: γ of guided decoding, for prompts with `against`; see `guidance.py`. vLLM has none.
         plausibility: β of guided decoding.
+        draft_tokens: the most tokens of a draft from the prompt and the text so far; see `drafts.py`. It changes no
+            text, and other engines than "tree" have none.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -83,6 +86,7 @@ class GenerationOptions:
     engine: str = "auto"
     guidance: float = 0.0
     plausibility: float = PLAUSIBILITY
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -99,6 +103,11 @@ class GenerationOptions:
         check_guidance(self.guidance, self.plausibility)
         if self.guidance and self.engine == "vllm":
             raise ArgumentError(f"guidance: expected 0 with engine 'vllm', which has none, got {self.guidance}")
+        check_integer("draft_tokens", self.draft_tokens, least=0)
+        if self.draft_tokens and self.engine in ("hf", "vllm"):
+            raise ArgumentError(
+                f"draft_tokens: expected 0 with engine {self.engine!r}, which drafts nothing, got {self.draft_tokens}"
+            )
 
 
 def check_guidance(guidance: float, plausibility: float) -> None:

@@ -38,10 +38,6 @@ class GumbelNoise(LogitsProcessor):
             row.exponential_(generator=generator)
         return scores - noise.log()
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Leave out all rows but these."""
-        self._generators = [self._generators[row] for row in rows]
-
 
 def sampling(options: GenerationOptions, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
     """The processors after which the most likely token is a sample; none for greedy responses."""

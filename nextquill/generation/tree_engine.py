@@ -11,8 +11,9 @@ once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from transformers.cache_utils import DynamicLayer
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
+from nextquill.generation.drafts import PromptLookup
 from nextquill.generation.few_rows import faster_few_rows, keys_in_place
 from nextquill.generation.guidance import guide
-from nextquill.generation.sampling import GumbelNoise, sampling
+from nextquill.generation.sampling import sampling
 from nextquill.models.attention import TreeAttention
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
@@ -113,39 +115,39 @@ class TreeEngine(Engine):
         against = [prompt.against for prompt in alive if prompt.against is not None]
         own = [prompt.ids for prompt in alive]
         row = _Row(build_prefix_tree([*own, *against]), self._device, *(self._known(own) if reuse else ()))
-        processors: Any = sampling(self.options, [prompt.seed for prompt in alive], self._device)
+        branches = 2 if against else 1
+        responses = [_Response(prompt, room[prompt.index], self.options, self._device) for prompt in alive]
         logits = self._prefill(row)
         if reuse:
             self.kept = own[0], row.first_prompt()
         while True:
-            scores = processors(None, self._guided(logits, len(alive)))
-            tokens: list[int] = scores.argmax(-1).tolist()
-            going = list[int]()
-            for place, (prompt, token) in enumerate(zip(alive, tokens, strict=True)):
-                yield prompt.index, token
-                room[prompt.index] -= 1
-                if token not in self.stops and room[prompt.index]:
-                    going.append(place)
+            counts = list[int]()
+            for response, scores in zip(responses, self._scores(logits, responses), strict=True):
+                new = response.take(scores, self.stops)
+                yield from ((response.index, token) for token in new)
+                counts.append(len(new))
+            row.accept(counts * branches)
+            going = [place for place, response in enumerate(responses) if response.room]
             if not going:
                 return
-            if len(going) < len(alive):
-                row.keep([*going, *(len(alive) + place for place in going if against)])
-                alive = [alive[place] for place in going]
-                for noise in processors:
-                    if isinstance(noise, GumbelNoise):
-                        noise.keep(going)
-            chosen = [tokens[place] for place in going]
-            logits = self._step(row, chosen * 2 if against else chosen)
+            if len(going) < len(responses):
+                row.keep([branch * len(responses) + place for branch in range(branches) for place in going])
+                responses = [responses[place] for place in going]
+            logits = self._step(row, [response.next for response in responses] * branches)
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = next(self._model.parameters()).device
         return device
 
-    def _guided(self, logits: Tensor, prompts: int) -> Tensor:
-        """The scores of the prompts' next tokens, from their own logits and those to move away from."""
-        own, against = logits[:prompts], logits[prompts:]
-        return guide(own, against, self.options.guidance, self.options.plausibility) if len(against) else own
+    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[Tensor, ...]:
+        """The scores after each token of a response that was computed last, by response."""
+        rows = [len(response.next) for response in responses]
+        if len(logits) > sum(rows):
+            own, against = logits.chunk(2)
+            logits = guide(own, against, self.options.guidance, self.options.plausibility)
+        scores: tuple[Tensor, ...] = logits.split(rows)
+        return scores
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
         """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
@@ -167,11 +169,11 @@ class TreeEngine(Engine):
             return self._logits(inputs, row)[row.ends]
         return self._logits({**inputs, "logits_to_keep": row.ends}, row)
 
-    def _step(self, row: _Row, tokens: Sequence[int]) -> Tensor:
-        """The logits after one more token of each prompt, [prompts, V]."""
-        positions, visible = row.append()
+    def _step(self, row: _Row, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """The logits after every one of some more tokens of each prompt, [tokens, V], prompt by prompt."""
+        positions, visible = row.append([len(each) for each in tokens])
         mask = self._step_attention.masks(visible)
-        inputs = {"input_ids": torch.tensor([tokens], device=self._device), "attention_mask": mask}
+        inputs = {"input_ids": torch.tensor([[*chain(*tokens)]], device=self._device), "attention_mask": mask}
         return self._logits({**inputs, "position_ids": positions[None]}, row)
 
     def _logits(self, inputs: dict[str, Any], row: _Row) -> Tensor:
@@ -179,6 +181,48 @@ class TreeEngine(Engine):
             outputs = self._model(**inputs, **self._extra, past_key_values=row.cache, use_cache=True)
         logits: Tensor = returned_logits(outputs)[0]
         return logits
+
+
+class _Response:
+    """A response under way.
+
+    Args:
+        prompt: its prompt.
+        room: the tokens that it may still get; 0 once it has ended.
+
+    Attributes:
+        next: the tokens to compute next: the last one that was chosen, and a draft of those after it. At first it
+            stands for the prompt's last token.
+    """
+
+    def __init__(self, prompt: Prompt, room: int, options: GenerationOptions, device: torch.device) -> None:
+        self.index, self.room, self.next = prompt.index, room, prompt.ids[-1:]
+        self._draft_tokens = options.draft_tokens
+        self._lookup = PromptLookup(prompt.ids if options.draft_tokens else ())
+        self._sampler: Any = sampling(options, [prompt.seed], device)
+
+    def take(self, scores: Tensor, stops: Collection[int]) -> list[int]:
+        """Choose a token after `next`, and after each token of the draft that is the one chosen in its place.
+
+        Args:
+            scores: [tokens of `next`, V], any floating dtype.
+            stops: the tokens that end a response.
+        """
+        new = list[int]()
+        for scored, proposed in zip(scores.split(1), [*self.next[1:], None], strict=True):
+            token = int(self._sampler(None, scored).argmax())
+            new.append(token)
+            if token in stops or len(new) == self.room:
+                self.room = 0
+                return new
+            if token != proposed:
+                break
+        self.room -= len(new)
+        self.next = new[-1:]
+        if self._draft_tokens:
+            self._lookup.extend(new)
+            self.next += self._lookup.propose(min(self._draft_tokens, self.room - 1))
+        return new
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -217,7 +261,9 @@ class _Row:
         visible = (rows <= ends[:, None]) & (ends[:, None] < tree.subtree_end)
         self._visible = visible[:, self._order].to(device)
         self._positions = tree.position_ids[self._order].to(device)  # of every token in the cache
-        self._next = (tree.position_ids[ends] + 1).to(device)  # of each prompt's next token
+        # What was computed last: whose token it is, its place among them, and the position of each prompt's first one.
+        self._owner = self._place = torch.empty(0, dtype=torch.int64, device=device)
+        self._start = tree.position_ids[ends].to(device)
 
     def first_prompt(self) -> Layers:
         """The keys and values of the first prompt, by layer."""
@@ -242,16 +288,29 @@ class _Row:
         moved: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         return {**moved, "layout": TreeLayout.of_tree(tree)}
 
+    def accept(self, counts: Sequence[int]) -> None:
+        """Of the tokens that were computed last, keep so many of each prompt; nothing sees its others any more."""
+        kept, prompts = torch.tensor(counts, device=self._device), torch.arange(len(counts), device=self._device)
+        own = (self._owner == prompts[:, None]) & (self._place < kept[:, None])
+        self._visible = torch.cat([self._visible, own], 1)
+        self._start = self._start + kept
+
     def keep(self, prompts: Sequence[int]) -> None:
         """Leave out all prompts but these; the others' tokens stay in the cache, and nothing sees them any more."""
         chosen = torch.tensor(prompts, device=self._device)
-        self._visible, self._next = self._visible[chosen], self._next[chosen]
+        self._visible, self._start = self._visible[chosen], self._start[chosen]
 
-    def append(self) -> tuple[Tensor, Any]:
-        """Append a token to each prompt; its position [prompts], and what it sees by window, bool [prompts, tokens]."""
-        own = torch.eye(len(self._next), dtype=torch.bool, device=self._device)
-        visible = self._visible = torch.cat([self._visible, own], 1)
-        positions, self._next = self._next, self._next + 1
+    def append(self, counts: Sequence[int]) -> tuple[Tensor, Any]:
+        """Append so many tokens to each prompt; their positions [tokens], and what they see by window, bool.
+
+        A token sees its prompt, the prompt's accepted tokens, and those before it: [tokens, cache].
+        """
+        prompts = torch.arange(len(counts), device=self._device)
+        self._owner = prompts.repeat_interleave(torch.tensor(counts, device=self._device))
+        self._place = torch.cat([torch.arange(count, device=self._device) for count in counts])
+        own = (self._owner[:, None] == self._owner) & (self._place[:, None] >= self._place)
+        visible = torch.cat([self._visible[self._owner], own], 1)
+        positions = self._start[self._owner] + self._place
         keys = self._positions = torch.cat([self._positions, positions])
 
         def seen(window: int | None) -> Tensor:

@@ -101,6 +101,10 @@ def test_an_empty_history_is_said_to_leave_guidance_without_effect(nextquill, co
         (["--query", "x", "--history_file", "HISTORY", "--guidance", "-1"], 2, "--guidance: expected a finite number"),
         (["--query", "x", "--history_file", "HISTORY", "--plausibility", "2"], 2, "--plausibility: expected a share"),
         (
+            ["--query", "x", "--history_file", "HISTORY", "--draft_tokens", "2", "--engine", "hf"],
+            2, "--draft_tokens: expected 0 with engine 'hf'",
+        ),
+        (
             ["--query", "x", "--history_file", "HISTORY", "--guidance", "1", "--guidance_against", "placebo"],
             2, "--guidance_against: placebo needs --records_file with another user",
         ),

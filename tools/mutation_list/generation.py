@@ -48,8 +48,8 @@ MUTATIONS = (
     Mutation(
         "tree-engine-next",
         "nextquill/generation/tree_engine.py",
-        "(tree.position_ids[ends] + 1)",
-        "tree.position_ids[ends]",
+        "self._start = tree.position_ids[ends]",
+        "self._start = tree.position_ids[ends] - 1",
         "generated tokens have the position before theirs",
     ),
     Mutation(
@@ -62,9 +62,44 @@ MUTATIONS = (
     Mutation(
         "tree-engine-noise",
         "nextquill/generation/tree_engine.py",
-        "                        noise.keep(going)",
-        "                        noise.keep(range(len(going)))",
-        "a response that ends gives its random numbers to another one",
+        "sampling(options, [prompt.seed], device)",
+        "sampling(options, [0], device)",
+        "all responses of a batch get the same random numbers",
+    ),
+    Mutation(
+        "tree-engine-draft-accepted",
+        "nextquill/generation/tree_engine.py",
+        "if token != proposed:",
+        "if proposed is None:",
+        "a draft's tokens are taken whether the model agrees or not",
+    ),
+    Mutation(
+        "tree-engine-draft-rejected",
+        "nextquill/generation/tree_engine.py",
+        "(self._place < kept[:, None])",
+        "(self._place <= kept[:, None])",
+        "later tokens see a rejected token of the draft",
+    ),
+    Mutation(
+        "tree-engine-draft-order",
+        "nextquill/generation/tree_engine.py",
+        "(self._place[:, None] >= self._place)",
+        "(self._place[:, None] != -1)",
+        "a token of a draft sees the later ones",
+    ),
+    Mutation(
+        "tree-engine-draft-room",
+        "nextquill/generation/tree_engine.py",
+        "self.room - 1)",
+        "self._draft_tokens)",
+        "a draft goes beyond the model's context",
+    ),
+    Mutation(
+        "drafts-last-occurrence",
+        "nextquill/generation/drafts.py",
+        "for length in range(min(_LONGEST, len(self._ids)), 0, -1):",
+        "for length in range(1, min(_LONGEST, len(self._ids)) + 1):",
+        "drafts follow the shortest run, and are wrong more often",
     ),
     Mutation(
         "few-rows-bias",
