@@ -20,7 +20,8 @@ from nextquill.generation import (
 )
 from nextquill.models.tiny_models import build_tokenizer
 from tests.models.model_helpers import tiny_model
-from tests.models.test_attention_refusals import HYBRID, NO_MASK
+from tests.models.test_attention_refusals import NO_MASK
+from tests.models.test_recurrent import ARCHITECTURES as RECURRENT
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def test_prompts_that_come_several_times_are_computed_once(model, tokenizer, eng
 
 
 def test_they_are_computed_once_in_models_whose_cache_is_recurrent(tokenizer):
-    kind, options, _ = HYBRID["linear attention"]
+    kind, options = RECURRENT["qwen3_next"]
     model = tiny_model(kind, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **options)
     found, forwards = sampled(model, tokenizer, "hf", 8)
     assert found == sampled(model, tokenizer, "hf", 1)[0]
