@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Behaviours that cross the modules of a folder: the files `test_<behaviour>.py`.
 BEHAVIOURS = {
-    "cli": {"effects_file", "killed_anywhere", "start"},
+    "cli": {"effects_file", "killed_anywhere", "shared_runs", "start"},
     "data/histories": {"selectors"},
     "generation": {"engine"},
     "mirror": {"distributed"},

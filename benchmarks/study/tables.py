@@ -262,7 +262,7 @@ def answer(results: Results) -> str:
 
 
 def short_answer(results: Results) -> str:
-    """The main methods in a table and one sentence, for the README."""
+    """The methods that have no parent in a table, and one sentence on all of them, for the README."""
     if not results.all or SFT not in results.methods(results.data[0]):
         return "No run of SFT is finished yet.\n"
     data = results.data[0]
@@ -278,7 +278,8 @@ def short_answer(results: Results) -> str:
                 moved.append(METHODS[name].label)
         else:
             cells += ["–", "–", "1×" if name == SFT else "–"]
-        rows.append(cells)
+        if METHODS[name].parent is None:
+            rows.append(cells)
     names = [data, "seeds", "author found", "with γ=1", "ROUGE-L", "nll − SFT's", "area − SFT's", "training time"]
     verdict = (
         f"More personal at the same ROUGE-L than SFT under some guidance: {', '.join(moved)}."

@@ -53,8 +53,8 @@ Found = TypeVar("Found")
 _CACHED_COUNTS = 200_000
 #: Records encoded together. With 2,000 tokens each, they keep all cores busy for 100 ms or longer.
 _BATCH_SIZE = 128
-# Batches in progress: one or two are tokenised, another is rendered, and others are ready.
-_WORKERS, _AHEAD = 3, 3
+# Batches in progress: one or two are tokenised, another is rendered, and one is ready.
+_WORKERS, _AHEAD = 3, 4
 # Safety factor on lengths estimated from the response's tokens per character; if they do not fit, items are counted.
 _CLEARLY = 1.3
 # Characters of an item besides its title and text.
@@ -226,7 +226,7 @@ class ExampleEncoder:
         with pool:
             try:
                 while True:
-                    while len(pending) < _AHEAD + workers and (batch := list(islice(jobs, _BATCH_SIZE))):
+                    while len(pending) < _AHEAD + workers - 1 and (batch := list(islice(jobs, _BATCH_SIZE))):
                         pending.append((batch, pool.submit(encode, batch)))
                     if not pending:
                         return

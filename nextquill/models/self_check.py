@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from nextquill.devices import send
 from nextquill.errors import NonFiniteError, UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
-from nextquill.models.probe import in_eval_mode, returned_logits
+from nextquill.models.head import find_head
+from nextquill.models.probe import in_eval_mode, replaced_forward, returned_logits
 from nextquill.models.router import without_router_loss
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
 
@@ -52,7 +53,7 @@ def check_against_separate_passes(
 
 @torch.no_grad()
 def check_padded_rows(model: Any) -> None:
-    """Raise UnsupportedModelError unless rows that are padded on the right have the same logits as alone.
+    """Raise UnsupportedModelError unless rows that are padded on the right have the same head input as alone.
 
     A model is not checked as in `check_against_separate_passes`, or if its logits are not finite.
     """
@@ -63,7 +64,8 @@ def check_padded_rows(model: Any) -> None:
     branches, _ = _small_tree(base.get_input_embeddings().weight.shape[0])
     rows = [torch.tensor(branch, device=device) for branch in branches]
     ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
-    with in_eval_mode(model):
+    # A head's weight may be narrower than its input, which only our own product takes: so its input is compared.
+    with in_eval_mode(model), replaced_forward(find_head(model), lambda hidden, *_, **__: hidden):
         outputs = model(input_ids=ids, attention_mask=mask, **without_router_loss(base), use_cache=False)
         for padded, row in zip(returned_logits(outputs), rows, strict=True):
             alone = returned_logits(model(input_ids=row[None], use_cache=False))[0]

@@ -159,11 +159,11 @@ def test_with_masks_they_are_equal_too(name: str) -> None:
     assert_same_loss(loss, reference_loss(case, model, shared_examples()))
 
 
-def test_a_model_whose_attention_needs_masks() -> None:
+@pytest.mark.parametrize("attention", ["auto", "mask"])
+def test_with_latent_attention_they_are_equal_too(attention: str) -> None:
+    """The values of kimi_linear's attention have another size than its keys."""
     model, case = tiny_model("kimi_linear", **KIMI), loss_cases()["official"]
-    with pytest.raises(UnsupportedModelError, match="use attention='mask' or 'padded'"):
-        TreeAttention(model, "pieces")
-    loss, _ = run_loss(model, case.loss, shared_examples(), "mask")
+    loss, _ = run_loss(model, case.loss, shared_examples(), attention)
     assert_same_loss(loss, reference_loss(case, model, shared_examples()))
 
 

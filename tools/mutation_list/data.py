@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "data-prepare-resume",
         "nextquill/data/preparing.py",
-        "on_bad, skip=shards.records)",
-        "on_bad, skip=0)",
+        "on_bad, shards.records, workers)",
+        "on_bad, 0, workers)",
         "a resumed run stores the first examples twice",
     ),
     Mutation(

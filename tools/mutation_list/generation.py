@@ -48,8 +48,8 @@ MUTATIONS = (
     Mutation(
         "tree-engine-next",
         "nextquill/generation/tree_engine.py",
-        "self._start = tree.position_ids[ends]",
-        "self._start = tree.position_ids[ends] - 1",
+        "self._start = tree.position_ids[ends].to(device)",
+        "self._start = (tree.position_ids[ends] - 1).to(device)",
         "generated tokens have the position before theirs",
     ),
     Mutation(

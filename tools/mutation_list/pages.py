@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "cli-flag-of-argument",
         "nextquill/cli/main.py",
-        'flags |= getattr(module, "FLAGS", {})',
-        'flags = getattr(module, "FLAGS", {})',
+        'return flags | getattr(module, "FLAGS", {})',
+        "return flags",
         "an error names the library's argument instead of the flag",
     ),
     Mutation(
