@@ -29,9 +29,11 @@ def test_time_in_turns_runs_every_provider_once_a_round_and_warms_up():
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (0.26, 4), (60.0, 8)])
 def test_a_budget_takes_rounds_away_but_leaves_three(monkeypatch, budget, rounds):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) * 0.01)  # a call takes .01, a round .05
-    seconds = measure.time_in_turns({"a": lambda: None, "b": lambda: None}, rounds=8, warmup=1, budget=budget)
+    ticks = iter(range(10**6))
+    clock = lambda: next(ticks) * 0.01  # noqa: E731  a call takes .01, a round .05
+    monkeypatch.setattr(measure.time, "perf_counter", clock)
+    providers = {"a": lambda: None, "b": lambda: None}
+    seconds = measure.time_in_turns(providers, rounds=8, warmup=1, budget=budget, clock=clock)
     assert {len(values) for values in seconds.values()} == {rounds}
 
 
