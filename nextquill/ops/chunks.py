@@ -147,8 +147,7 @@ class Chunk:
         own = torch.stack([logits.gather(1, self.labels[:, None]).squeeze(1) for logits in self.streams])
         if self.head.kernels.finish_logits:
             self.head.finish_(own, self.labels)
-        # The maximum and the label's logit may be rounded differently. `clamp` keeps NaN.
-        return (stats[:4:2] - own).clamp_(min=0) + stats[1:4:2].log()
+        return (stats[:4:2] - own) + stats[1:4:2].log()
 
     def gradient(
         self, stats: Tensor, grad_nlls: Sequence[Tensor | None], rows: slice, outs: tuple[Tensor, ...]
