@@ -59,22 +59,11 @@ class MirrorLoss(PairLoss):
         self.term_means = (1.0, 1.0)
         self.num_anchors: float | None = None
 
-    def forward(
-        self,
-        hidden_factual: Tensor,
-        hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None = None,
-        *rest: Any,
-        anchor: AnchorRows | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def forward(self, *arguments: Any, anchor: AnchorRows | None = None, **options: Any) -> Tensor:
         """Return the loss of a batch, a float32 (float64) scalar in nats; arguments as in `compute`."""
-        self._check_anchor(anchor)
-        streams = (hidden_factual, hidden_counterfactual)
-        divergence = super().forward(*streams, lm_head_weight, labels, bias, *rest, **options)
-        return divergence if anchor is None else self._combined(divergence, self._nll(anchor, lm_head_weight, bias))
+        if anchor is None and not self.needs_anchor:
+            return super().forward(*arguments, **options)
+        return self.compute(*arguments, effect_nll=False, anchor=anchor, **options).loss
 
     def compute(
         self,
@@ -83,9 +72,12 @@ class MirrorLoss(PairLoss):
         lm_head_weight: Tensor,
         labels: Tensor,
         bias: Tensor | None = None,
-        *rest: Any,
+        sequence_ids: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        token_weights: Tensor | None = None,
+        *,
+        effect_nll: bool = True,
         anchor: AnchorRows | None = None,
-        **options: Any,
     ) -> PreferenceLossOutput:
         """Compute the loss, and the likelihoods of the sampled tokens under student and teacher.
 
@@ -95,33 +87,27 @@ class MirrorLoss(PairLoss):
         Args:
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of student and teacher at
                 the predicting positions; the second gets no gradient.
-            lm_head_weight, labels, bias: as in `PairLoss.forward`.
-            rest: sequence_ids, num_items_in_batch and token_weights, as there; the weights are those of the divergence.
+            lm_head_weight, labels, bias, sequence_ids, num_items_in_batch: as in `PairLoss.forward`.
+            token_weights: labels' shape, floating, as there; they weigh the divergences.
+            effect_nll: compute `pair_nll.effect` too, in another pass over the logits.
             anchor: the rows of the users' own responses; expected with alpha above 0, and not without.
-            options: the arguments of `rest` by name, and effect_nll, as in `PairLoss.compute`.
         """
-        self._check_anchor(anchor)
-        streams = (hidden_factual, hidden_counterfactual)
-        output = super().compute(*streams, lm_head_weight, labels, bias, *rest, **options)
-        if anchor is None:
-            return output
-        nll = self._nll(anchor, lm_head_weight, bias)
-        shares = (1 - self.alpha) / self.term_means[0] * output.token_loss
-        return replace(output, loss=self._combined(output.loss, nll), effect=nll.detach(), token_loss=shares)
-
-    def _check_anchor(self, anchor: AnchorRows | None) -> None:
         if (anchor is not None) is not self.needs_anchor:
             got, needs = "None" if anchor is None else "some", "rows" if self.needs_anchor else "None"
             raise ArgumentError(f"anchor: expected {needs} with alpha={self.alpha:g}, got {got}")
-
-    def _nll(self, anchor: AnchorRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A, a scalar."""
-        rows, labels, ids = anchor
-        nll: Tensor = self.scoring(rows, None, weight, labels, bias, ids, self.num_anchors)
-        return nll
-
-    def _combined(self, divergence: Tensor, nll: Tensor) -> Tensor:
-        return (1 - self.alpha) / self.term_means[0] * divergence + self.alpha / self.term_means[1] * nll
+        tensors = (hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+        output = super().compute(*tensors, sequence_ids, num_items_in_batch, token_weights, effect_nll=effect_nll)
+        if anchor is None:
+            return output
+        rows, own_labels, own_ids = anchor
+        nll = self.scoring(rows, None, lm_head_weight, own_labels, bias, own_ids, self.num_anchors)
+        share, own_share = (1 - self.alpha) / self.term_means[0], self.alpha / self.term_means[1]
+        return replace(
+            output,
+            loss=share * output.loss + own_share * nll,
+            effect=nll.detach(),
+            token_loss=share * output.token_loss,
+        )
 
     def count_anchors(self, part: Mapping[str, Any]) -> int:
         """The number that A is divided by, of one part of a batch: `anchor_labels` and `anchor_ids`, int64 [m]."""
