@@ -197,10 +197,7 @@ def jsd_grad(
 def _mixture(
     logits: tuple[Tensor, Tensor], stats: Tensor, beta: float, buffers: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return p1, p0, d and r of the module's text, in the first four of five buffers.
-
-    Nothing else is allocated: the system's zeroing of a block's new memory takes longer than most operations on it.
-    """
+    """Return p1, p0, d and r of the module's text, in the first four of five buffers."""
     p1, p0, d, r, scratch = buffers
     max1, total1, max0, total0 = stats[:4]
     # Finite also in a masked column, where d would be inf - inf; its probabilities stay 0.

@@ -67,8 +67,8 @@ class PairLossEngine:
         if not self.through_counterfactual:
             needs = needs._replace(counterfactual=False)
         self.gradients = HeadGradients(head, factual, counterfactual, needs)
-        # Without an effect term the counterfactual's logits are needed only for their nll: one buffer serves both.
         self.beta = None if objective.jsd_beta is None else told_from_0_and_1(objective.jsd_beta, head.dtype)
+        # Without an effect term the counterfactual's logits are needed only for their nll: one buffer serves both.
         self.together = self.paired and (effect or self.through_counterfactual or self.beta is not None)
         streams = 2 if self.together else 1
         with_gradient = (0, 1) if self.through_counterfactual else (0,)

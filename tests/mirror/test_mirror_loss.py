@@ -113,6 +113,15 @@ def test_half_precision_is_that_of_the_operator(dtype):
         assert errors[0] <= 2 * max(errors[1], torch.finfo(dtype).eps), name
 
 
+def test_a_beta_just_below_1_is_not_1(impl):
+    """The divergence falls with 1 - beta; at 1 itself it is a whole KL."""
+    case = make_case(30, 7, 13).leaves(*NAMES)
+    losses = [nq.MirrorLoss(beta, impl=impl)(*case.pair_args, case.bias, IDS) for beta in (1 - 1e-12, 1.0)]
+    losses[0].backward()
+    assert losses[0] < 1e-5 < 0.1 < losses[1]
+    assert case.weight.grad.abs().max() < 1e-5
+
+
 def test_token_weights_are_those_of_the_divergence():
     case = make_case(30, 7, 13, dtype=torch.float64)
     own, exact, weights = case.leaves(*NAMES), case.leaves(*NAMES), torch.linspace(0, 2, 30, dtype=torch.float64)
