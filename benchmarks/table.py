@@ -21,7 +21,14 @@ from benchmarks.measure import RESULTS, short_name
 BASELINE = "plain"
 PAGES = tuple(
     RESULTS.parent.parent / name
-    for name in ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/design/gpu.md", "docs/design/scale.md")
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/evidence.md",
+        "docs/design/gpu.md",
+        "docs/design/scale.md",
+        "docs/reference/architectures.md",
+    )
 )
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
@@ -222,6 +229,36 @@ def generate_table() -> str:
     return "\n".join([*lines, "", _footnote(rows)])
 
 
+#: How an architecture runs with attention="auto", from best to worst.
+_WAYS = {
+    ("exact", "kernels"): "one row of trees, by our kernels",
+    ("exact", "mask"): "one row of trees, by a whole mask",
+    ("padded", "padded"): "a padded row per branch",
+    ("refused", ""): "refused",
+    ("not built", ""): "not checked: transformers fails",
+}
+
+
+def architectures_table() -> str:
+    """Every architecture of transformers by the attention that "auto" takes, and the reason."""
+    rows = read("architectures/transformers.csv")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for way in _WAYS:
+        for row in (row for row in rows if (row["result"], row["attention"]) == way):
+            # What stands in parentheses is the error of a library.
+            reason = re.sub(r" \(.*\)$", "", row["reason"])
+            groups.setdefault((_WAYS[way], reason), []).append(row["architecture"])
+    order = list(_WAYS.values())
+    largest = sorted(groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1])))
+    lines = ["| how | why | number | `model_type` |", "|---|---|---|---|"]
+    lines += [f"| {how} | {why} | {len(names)} | {', '.join(names)} |" for (how, why), names in largest]
+    shown = sum(map(len, groups.values()))
+    assert shown == len(rows), "a result without a place in the table"
+    exact = sum(row["result"] == "exact" for row in rows)
+    lines += ["", f"Exact over trees: {exact} of {len(rows)}, with transformers {rows[0]['transformers']}."]
+    return "\n".join(lines)
+
+
 def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
@@ -293,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_popi": study_popi_table,
     "roofline": roofline_table,
     **{f"scale_{name}": partial(scale_table, name) for name in ("epoch", "memory", "waiting")},
+    "architectures": architectures_table,
 }
 
 

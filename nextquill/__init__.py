@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nextquill.models.branch_passes import PairPasses
     from nextquill.outputs import PairNLL, PairStats, PreferenceLossOutput
     from nextquill.training.trainer import NextQuillTrainer
+    from nextquill.vocabulary_shard import VocabularyShard
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
@@ -63,6 +64,7 @@ else:
                 "MirrorTrainer",
                 "HistoryGuidance",
                 "UserPrompt",
+                "VocabularyShard",
                 "Writer",
                 "prompt_for",
             ),
@@ -98,6 +100,7 @@ __all__ = [
     "SFTLoss",
     "UnsupportedModelError",
     "UserPrompt",
+    "VocabularyShard",
     "Writer",
     "linear_pair_jsd",
     "linear_pair_nll",

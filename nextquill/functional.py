@@ -10,19 +10,22 @@ from torch import Tensor
 from nextquill.ops.dispatch import check_impl
 from nextquill.ops.nll_operators import pair_jsd, pair_nll, pair_stats, token_nll
 from nextquill.ops.validation import (
+    HeadInputs,
     check_beta,
     check_chunk_bytes,
     check_floating,
     check_head_inputs,
     check_head_options,
     check_ignore_index,
+    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PairStats
+from nextquill.vocabulary_shard import VocabularyShard
 
 
 def linear_token_nll(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -41,9 +44,10 @@ def linear_token_nll(
 
     Args:
         hidden_states: [N, D] or [B, T, D], floating, at the *predicting* positions: labels are not shifted.
-        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
+        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ). If processes divide the
+            vocabulary, a DTensor sharded on dimension 0, or a `VocabularyShard`.
         labels: [N] or [B, T], any integer dtype, in [0, V) or `ignore_index`.
-        bias: [V], the hidden states' dtype (under autocast it may differ), or None.
+        bias: [V], the hidden states' dtype (under autocast it may differ), or None. Divided like the weight.
         ignore_index: rows with this label give exactly 0 and get exactly 0 gradient, whatever they hold.
         softcap: cap on the logits' magnitude (Gemma), or None.
         logit_scale: factor on the logits before the cap.
@@ -61,6 +65,7 @@ def linear_token_nll(
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     inputs = check_head_inputs(hidden_states, None, lm_head_weight, labels, bias, hidden_name="hidden_states")
+    options["vocabulary_shard"] = inputs.vocabulary_shard
     nll: Tensor = token_nll(inputs.factual, inputs.weight, inputs.bias, inputs.labels, **options)
     return nll.view(inputs.shape)
 
@@ -68,7 +73,7 @@ def linear_token_nll(
 def linear_pair_nll(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -100,14 +105,15 @@ def linear_pair_nll(
         BackendUnavailableError: `impl` cannot run here.
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
-    return PairNLL(*(nll.view(shape) for nll in pair_nll(*tensors, **options)))
+    inputs = _check_pair(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    options["vocabulary_shard"] = inputs.vocabulary_shard
+    return PairNLL(*(nll.view(inputs.shape) for nll in pair_nll(*inputs.tensors, **options)))
 
 
 def linear_pair_stats(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -134,17 +140,18 @@ def linear_pair_stats(
         BackendUnavailableError: `impl` cannot run here.
     """
     options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    tensors, shape = _pair_tensors(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    inputs = _check_pair(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+    options["vocabulary_shard"] = inputs.vocabulary_shard
     with torch.no_grad():
-        stats = pair_stats(*tensors, **options)
-    *nlls, kl, entropy = (row.view(shape) for row in stats)
+        stats = pair_stats(*inputs.tensors, **options)
+    *nlls, kl, entropy = (row.view(inputs.shape) for row in stats)
     return PairStats(PairNLL(*nlls), kl=kl, entropy=entropy)
 
 
 def linear_pair_jsd(
     hidden_student: Tensor,
     hidden_teacher: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     mask: Tensor,
     *,
     beta: float = 0.5,
@@ -202,6 +209,7 @@ def linear_pair_jsd(
         other_name="hidden_teacher",
         labels_name="mask",
     )
+    check_whole_vocabulary(inputs)
     counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index
     tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, counts)
     jsd: Tensor = pair_jsd(*tensors, beta=beta, **options)
@@ -220,14 +228,13 @@ def _operator_options(
         "logit_scale": logit_scale,
         "impl": check_impl(impl),
         "chunk_bytes": chunk_bytes,
+        "vocabulary_shard": None,  # filled in for a weight whose vocabulary is divided
         "product_dtype": None,  # filled in under autocast
     }
 
 
-def _pair_tensors(
-    factual: Tensor, counterfactual: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], torch.Size]:
-    """Return the first arguments of the pair operators, checked and flattened, and the labels' shape."""
+def _check_pair(
+    factual: Tensor, counterfactual: Tensor, weight: Tensor | VocabularyShard, labels: Tensor, bias: Tensor | None
+) -> HeadInputs:
     check_floating("hidden_counterfactual", counterfactual)
-    inputs = check_head_inputs(factual, counterfactual, weight, labels, bias)
-    return (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, inputs.labels), inputs.shape
+    return check_head_inputs(factual, counterfactual, weight, labels, bias)

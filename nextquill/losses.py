@@ -26,8 +26,10 @@ from nextquill.ops.validation import (
     check_ignore_index,
     check_sequence_ids,
     check_token_weights,
+    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import (
     ClipWeighting,
     ExpClipWeighting,
@@ -161,7 +163,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -174,7 +176,8 @@ class PairLoss(nn.Module):
             hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of the same labels with and
                 without the user's history, at the predicting positions. `None` for the second where
                 `needs_counterfactual` is False, or `token_weights` are given and `terms_need_counterfactual` is False.
-            lm_head_weight: [V, D].
+            lm_head_weight: [V, D]. If processes divide the vocabulary, a DTensor sharded on dimension 0, or a
+                `VocabularyShard`; `bias` is divided alike.
             labels: [N] or [B, T] integers, not shifted; `ignore_index` rows give 0 and get 0 gradient.
             bias: [V] or None.
             sequence_ids: labels' shape; rows with equal ids form one sequence wherever they stand. By default each row
@@ -200,7 +203,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -256,7 +259,7 @@ class PairLoss(nn.Module):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None,
         sequence_ids: Tensor | None,
@@ -274,6 +277,8 @@ class PairLoss(nn.Module):
         check_ignore_index(self.ignore_index)
         check_chunk_bytes(self.chunk_bytes)
         inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+        if self.objective.jsd_beta is not None:
+            check_whole_vocabulary(inputs)
         ids = check_sequence_ids(sequence_ids, labels)
         differentiable = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()
@@ -296,6 +301,7 @@ class PairLoss(nn.Module):
             logit_scale=self.logit_scale,
             impl=self.impl,
             chunk_bytes=self.chunk_bytes,
+            vocabulary_shard=inputs.vocabulary_shard,
             product_dtype=None,  # filled in under autocast
         )
         return inputs, loss, rows, counts

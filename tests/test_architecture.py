@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("nextquill", "kernels/nextquill_kernels", "demos")
 
 # The package's parts, bottom first, and what each may import of the others. "nextquill" is `nextquill/__init__.py`.
-_VALUES = frozenset({"defaults", "devices", "errors", "outputs", "weighting"})
+_VALUES = frozenset({"defaults", "devices", "errors", "outputs", "vocabulary_shard", "weighting"})
 _LOSSES = _VALUES | {"functional", "losses"}
 _BELOW_MODELS = _LOSSES | {"data", "ranks", "storage", "tree"}
 _MODELS = _BELOW_MODELS | {"models"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "storage": frozenset({"errors"}),
     "ranks": frozenset({"errors", "storage"}),
     "outputs": frozenset({"errors"}),
+    "vocabulary_shard": frozenset({"errors"}),
     "weighting": frozenset({"errors", "outputs"}),
     "reference": frozenset({"errors", "outputs"}),
     "ops": _VALUES | {"nextquill_kernels"},

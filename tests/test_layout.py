@@ -16,8 +16,8 @@ BEHAVIOURS = {
     "ops": {"chunk_kernels", "cost", "operators"},
     "popi": {"distributed", "policy_gradient"},
     "report": {"browser"},
-    "training": {"distributed", "published_code"},
-    "tree": {"on_gpu"},
+    "training": {"distributed", "published_code", "tensor_parallel"},
+    "tree": {"on_gpu", "sinks"},
 }
 
 

@@ -241,7 +241,7 @@ def test_opcheck(paired):
     needs = [True, paired, True, True]
     torch.library.opcheck(
         pair_loss_operator,
-        (*tensors, loss_fn._objective_spec, False, needs, -100, 3.0, 0.5, "torch", None, None),
+        (*tensors, loss_fn._objective_spec, False, needs, -100, 3.0, 0.5, "torch", None, None, None),
     )
 
 

@@ -81,13 +81,13 @@ public:
         return {static_cast<float*>(array.data()), array.stride(0)};
     }
 
-    // An int64 tensor [n] with all values in [0, V).
+    // An int64 tensor [n] with all values in [0, V]; V is a label that is not among the columns.
     Strided<const int64_t> labels(nb::handle object) {
         const Array& array = vector("labels", import<int64_t>("labels", object));
         const Strided<const int64_t> labels{static_cast<const int64_t*>(array.data()), 0, array.stride(0)};
         for (int64_t i = 0; i < count_; ++i)
-            if (labels.at(i) < 0 || labels.at(i) >= vocabulary_)
-                bad_value("labels", "each in [0, " + std::to_string(vocabulary_) + ")",
+            if (labels.at(i) < 0 || labels.at(i) > vocabulary_)
+                bad_value("labels", "each in [0, " + std::to_string(vocabulary_) + "]",
                           std::to_string(labels.at(i)) + " at row " + std::to_string(i));
         return labels;
     }

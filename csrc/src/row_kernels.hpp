@@ -168,10 +168,15 @@ ExpSum exp_sum(const float* z, int64_t vocabulary) {
     return own;
 }
 
+// A label equal to the vocabulary is not among the columns, and has no logit.
+NQ_INLINE float label_logit(const float* z, int64_t label, int64_t vocabulary) {
+    return label < vocabulary ? z[label] : NAN;
+}
+
 void token_stats(const TokenStatsArgs& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const float* z = args.logits.row(row);
-        exp_sum(z, args.vocabulary).write(args.out, 0, row, z[args.labels.at(row)]);
+        exp_sum(z, args.vocabulary).write(args.out, 0, row, label_logit(z, args.labels.at(row), args.vocabulary));
     }
 }
 
@@ -308,7 +313,7 @@ void pair_stats_rows(const PairStatsArgs& args, int64_t begin, int64_t end) {
             sums.add(block);
         }
         const int64_t y = args.labels.at(row);
-        sums.write(args.out, row, z1[y], z0[y]);
+        sums.write(args.out, row, label_logit(z1, y, vocabulary), label_logit(z0, y, vocabulary));
     }
 }
 
@@ -379,7 +384,7 @@ void token_grad_rows(const TokenGradArgs& args, int64_t begin, int64_t end) {
         const int64_t y = args.labels.at(row);
         const double grad = args.grad_nll.at(row);
         const Softmax softmax(args.stats, 0, row);
-        const float at_label = static_cast<float>(label.through_cap(z[y]) * (grad * softmax.label_minus_one()));
+        const float at_label = static_cast<float>(label.through_cap(label_logit(z, y, vocabulary)) * (grad * softmax.label_minus_one()));
 
         gradient.max = Vec::set1(softmax.max);
         gradient.weight = softmax.weight(grad * args.logit_scale);
@@ -394,7 +399,7 @@ void token_grad_rows(const TokenGradArgs& args, int64_t begin, int64_t end) {
             gradient.apply(last);
             Vec::store_tail(z + whole, tail, last[0]);
         }
-        z[y] = at_label;
+        if (y < vocabulary) z[y] = at_label;
     }
 }
 
@@ -458,8 +463,9 @@ void pair_grad_rows(const PairGradArgs& args, int64_t begin, int64_t end) {
         const double shared = g_e * softmax_e.label_minus_one();
         const double own1 = g1 * softmax1.label_minus_one();
         const double own0 = kMode == Counterfactual::kOwnGrad ? g0 * softmax0.label_minus_one() : 0;
-        const float at_label1 = static_cast<float>(label.through_cap(z1[y]) * (own1 + shared));
-        const float at_label0 = static_cast<float>(label.through_cap(z0[y]) * (own0 - shared));
+        const float y1 = label_logit(z1, y, vocabulary), y0 = label_logit(z0, y, vocabulary);
+        const float at_label1 = static_cast<float>(label.through_cap(y1) * (own1 + shared));
+        const float at_label0 = static_cast<float>(label.through_cap(y0) * (own0 - shared));
 
         gradient.max1 = Vec::set1(softmax1.max);
         gradient.max0 = Vec::set1(softmax0.max);
@@ -482,6 +488,7 @@ void pair_grad_rows(const PairGradArgs& args, int64_t begin, int64_t end) {
             Vec::store_tail(z1 + whole, tail, last1[0]);
             if (kMode != Counterfactual::kDetached) Vec::store_tail(z0 + whole, tail, last0[0]);
         }
+        if (y == vocabulary) continue;
         z1[y] = at_label1;
         if (kMode != Counterfactual::kDetached) z0[y] = at_label0;
     }

@@ -48,13 +48,6 @@ def check_positive(options: Any, names: Sequence[str]) -> None:
             raise ArgumentError(f"{name}: expected a positive number, got {value}")
 
 
-def check_token_budget(options: Any) -> None:
-    """Raise ArgumentError for a `max_tokens` below 1, or beside `attention` padded."""
-    check_positive(options, ("max_tokens",))
-    if options.max_tokens is not None and options.attention == "padded":
-        raise ArgumentError("max_tokens: expected none with attention='padded', which has no token budget")
-
-
 def check_file(flag: str, path: str) -> None:
     """Raise RecordError where there is no such file."""
     if not Path(path).is_file():

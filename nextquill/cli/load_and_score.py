@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-from nextquill.cli.flags import check_positive, check_token_budget
+from nextquill.cli.flags import check_positive
 from nextquill.cli.options import ModelOptions, PromptOptions, ScoreFiles
 from nextquill.cli.terminal import bar
 from nextquill.data import Record, load_records
@@ -59,8 +59,7 @@ def history_notes(stats: EncodingStats, max_length: int) -> list[str]:
 
 def check_files(files: ScoreFiles) -> None:
     """Raise ArgumentError for values that do not fit."""
-    check_positive(files, ("limit", "batch_size"))
-    check_token_budget(files)
+    check_positive(files, ("limit", "batch_size", "max_tokens"))
 
 
 def eval_records(files: ScoreFiles, skipped: SkippedRecords | None = None) -> list[Record]:

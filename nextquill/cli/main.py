@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
 
@@ -109,12 +109,27 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")  # users cannot fix deprecations in other packages
+            warnings.filterwarnings("always", "attention: ", RuntimeWarning)  # but may want to know what costs time
+            warnings.showwarning = _shown_once(command)
         try:
             with _processes(command):
                 code: int = importlib.import_module(_module(command)).run(arguments)
         finally:
             release_claims()
     return code
+
+
+def _shown_once(command: str) -> Callable[..., None]:
+    """What shows warnings: one line on stderr, each text once."""
+    seen = set[str]()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        text = _in_flags(command, str(message))
+        if text not in seen:
+            seen.add(text)
+            _fail(text, OK)
+
+    return show
 
 
 @contextmanager
@@ -185,16 +200,27 @@ def _explain(command: str, error: Exception) -> tuple[str | None, int]:
 
 def _with_flags(command: str, error: NextQuillError) -> str:
     """The error's message in one line, with the command's flags in place of the library's arguments."""
+    flags = _flags(command)
+    text = f"--{flags[error.argument]}: {error.message}" if error.argument in flags else str(error)
+    return _in_flags(command, text)
+
+
+def _flags(command: str) -> dict[str, str]:
+    """The command's flags by the library's arguments."""
     module = sys.modules.get(_module(command))
     fields = [field for kind in getattr(module, "OPTIONS", ()) for field in dataclasses.fields(kind)]
     flags = {alias.strip("-"): field.name for field in fields for alias in field.metadata.get("aliases", ())}
     flags |= {field.name: field.name for field in fields}
-    flags |= getattr(module, "FLAGS", {})
+    return flags | getattr(module, "FLAGS", {})
+
+
+def _in_flags(command: str, text: str) -> str:
+    """The text in one line, with flags where it recommends arguments."""
+    flags = _flags(command)
 
     def given(found: re.Match[str]) -> str:
         return found[0] if found[1] not in flags else " ".join(filter(None, (f"--{flags[found[1]]}", found[2])))
 
-    text = f"--{flags[error.argument]}: {error.message}" if error.argument in flags else str(error)
     return " ".join(_GIVEN.sub(given, text).split())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nextquill.cli.flags import check_positive, check_token_budget, dry_run_option, option
+from nextquill.cli.flags import check_positive, dry_run_option, option
 from nextquill.cli.terminal import say
 from nextquill.data import PromptTemplate
 from nextquill.data.templates import BRANCHES
@@ -318,8 +318,7 @@ class BatchOptions:
 
     def check(self) -> None:
         """Raise ArgumentError for values that do not fit."""
-        check_positive(self, ("examples_per_user",))
-        check_token_budget(self)
+        check_positive(self, ("examples_per_user", "max_tokens"))
 
 
 @dataclass
@@ -461,12 +460,11 @@ class ScoreFiles:
         metavar="FILE",
     )  # fmt: skip
     limit: int | None = option("Use only the first INT records.", None)
-    batch_size: int | None = option(
-        "Records at a time (default: 64, packed into rows; 8 if rows are padded or texts are generated).", None
-    )
+    batch_size: int | None = option("Records at a time (default: 64 to score, 8 to generate).", None)
     attention: str = attention_option()
     max_tokens: int | None = option(
-        "Most tokens of one forward pass; shared tokens count once (default: 16384; 4096 on a CPU).", None
+        "Most tokens of one forward pass; shared tokens count once, padding too (default: 16384; 4096 on a CPU).",
+        None,
     )
     seed: int = option("Seed that decides whose history is the placebo; the default is that of train.", 42)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nextquill.cli.evaluation_tables import new_table, show
-from nextquill.cli.flags import check_file, check_positive, check_token_budget, claim_output_file, option
+from nextquill.cli.flags import check_file, check_positive, claim_output_file, option
 from nextquill.cli.load_and_score import device
 from nextquill.cli.main import OK
 from nextquill.cli.options import attention_option
@@ -74,15 +74,14 @@ class PopiEvaluateOptions:
     overwrite: bool = option("Replace an existing output file.", False)
     batch_size: int = option("Summaries written at a time.", 16)
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
+    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once, padding counts.", None)
     seed: int = option("Seed of the placebos and of the intervals' resamples.", 0)
     level: float = option("Confidence level of the intervals.", 0.95)
     resamples: int = option("Resamples of each interval.", 2000)
 
     def check(self) -> None:
         """Raise ArgumentError for values that do not fit."""
-        check_positive(self, ("batch_size",))
-        check_token_budget(self)
+        check_positive(self, ("batch_size", "max_tokens"))
         check_draws(self.level, self.resamples, self.seed)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.flags import UsageError, check_token_budget, dry_run_option, option
+from nextquill.cli.flags import UsageError, check_positive, dry_run_option, option
 from nextquill.cli.main import OK
 from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, GuardOptions, ModelOptions, attention_option
 from nextquill.cli.parsing import parse, refusals
@@ -85,11 +85,11 @@ class PopiPromptOptions:
     instruction: str | None = option("The instruction to the inference model, instead of nextquill's default.", None)
     opening: str = option("Words that every summary begins with, such as 'This person writes'.", "")
     attention: str = attention_option()
-    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once.", None)
+    max_tokens: int | None = option("Most tokens of one forward pass; shared tokens count once, padding counts.", None)
 
     def build(self) -> dict[str, Any]:
         """These flags as arguments of POPITrainer."""
-        check_token_budget(self)
+        check_positive(self, ("max_tokens",))
         templates = PopiTemplates(INSTRUCTION if self.instruction is None else self.instruction, opening=self.opening)
         return {"templates": templates, "attention": self.attention, "max_tokens": self.max_tokens}
 

@@ -35,7 +35,7 @@ from nextquill.data.templates import BRANCHES
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, BudgetError
 from nextquill.storage.fingerprints import seed_of
-from nextquill.tree import TreeLayout
+from nextquill.tree import TreeLayout, build_prefix_tree
 from nextquill.tree.packing import pack_sorted
 from nextquill.tree.prefix_tree import SortedBranches, sort_branches
 
@@ -88,6 +88,14 @@ class TreeCollator:
         parts = [_part(examples, chosen, [_tree_forward(*each, chosen) for each in passes]) for chosen in packed]
         return _batch(examples, parts)
 
+    def over(self, example: EncodedExample, budget: int) -> int | None:
+        """The tokens that an example alone takes in the forward that carries the loss, if more than `budget`."""
+        ids = [branch.input_ids for branch in _branches([example], self.forwards[-1])]
+        if sum(map(len, ids)) <= budget:
+            return None
+        size = len(build_prefix_tree(ids))
+        return size if size > budget else None
+
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
         zero, one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
@@ -103,6 +111,8 @@ class PaddedCollator:
         pad_token_id: fills `input_ids`; it is never attended to and never a label.
         forwards: the branches of each forward.
         pad_to_multiple_of: round each forward's length up to a multiple of this.
+        max_tokens: the most tokens, with padding, in the forward that carries the loss. A batch that needs more is
+            split into several parts, examples of similar length together; None always gives one part.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument has an unusable value, such as the pad_token_id of a tokenizer
@@ -112,20 +122,34 @@ class PaddedCollator:
     pad_token_id: int
     forwards: Forwards = JOINT
     pad_to_multiple_of: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("pad_token_id", self.pad_token_id, least=0)
         _check_forwards(self.forwards)
-        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, least=1, or_none=True)
+        for name in ("pad_to_multiple_of", "max_tokens"):
+            check_integer(name, getattr(self, name), least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        """The batch of these examples, in one part.
+        """The batch of these examples.
 
         Raises:
             ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
+            BudgetError: a single example needs more than `max_tokens`.
         """
-        forwards = [self._forward(_branches(examples, names), names) for names in self.forwards]
-        return _batch(examples, [_part(examples, range(len(examples)), forwards)])
+        branches, parts = [_branches(examples, names) for names in self.forwards], []
+        for chosen in self._packed(examples):
+            forwards = [
+                self._forward([each[index] for index in _indices(chosen, len(examples), names)], names)
+                for each, names in zip(branches, self.forwards, strict=True)
+            ]
+            parts.append(_part(examples, chosen, forwards))
+        return _batch(examples, parts)
+
+    def over(self, example: EncodedExample, budget: int) -> int | None:
+        """The tokens that an example alone takes in the forward that carries the loss, if more than `budget`."""
+        size = self._size(example)
+        return size if size > budget else None
 
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
@@ -134,10 +158,33 @@ class PaddedCollator:
             [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in self.forwards], self.forwards
         )
 
-    def _forward(self, branches: Sequence[Branch], names: Sequence[str]) -> dict[str, Any]:
-        lengths = [branch.prompt_length + branch.response_length for branch in branches]
+    def _packed(self, examples: Sequence[EncodedExample]) -> list[list[int]]:
+        """The examples of each part, as indices."""
+        if self.max_tokens is None:
+            return [list(range(len(examples)))]
+        sizes, packed = [self._size(example) for example in examples], list[list[int]]()
+        for index in sorted(range(len(examples)), key=sizes.__getitem__):  # so the last one of a part is its longest
+            if sizes[index] > self.max_tokens:
+                raise BudgetError(
+                    f"examples[{index}]: its rows take {sizes[index]} tokens together; max_tokens is {self.max_tokens}"
+                )
+            if packed and sizes[index] * (len(packed[-1]) + 1) <= self.max_tokens:
+                packed[-1].append(index)
+            else:
+                packed.append([index])
+        return [sorted(chosen) for chosen in packed]
+
+    def _size(self, example: EncodedExample) -> int:
+        names = self.forwards[-1]
+        return len(names) * self._padded(max(map(_length, _branches([example], names))))
+
+    def _padded(self, length: int) -> int:
         multiple = self.pad_to_multiple_of or 1
-        longest = -(-max(lengths) // multiple) * multiple
+        return -(-length // multiple) * multiple
+
+    def _forward(self, branches: Sequence[Branch], names: Sequence[str]) -> dict[str, Any]:
+        lengths = [_length(branch) for branch in branches]
+        longest = self._padded(max(lengths))
         input_ids = torch.full((len(branches), longest), self.pad_token_id, dtype=torch.long)
         for row, branch in enumerate(branches):
             input_ids[row, : lengths[row]] = branch.input_tensor()
@@ -145,6 +192,45 @@ class PaddedCollator:
         predicting = [row * longest + _predicting(branch) for row, branch in enumerate(branches)]
         rows = _rows(predicting, names)
         return {"input_ids": input_ids, "attention_mask": mask, "rows": rows, "num_branch_tokens": sum(lengths)}
+
+
+@dataclass
+class LimitedTreeCollator:
+    """Merges the branches of a batch by common prefix, unless one of them is longer than trees may be.
+
+    Args:
+        trees: for batches of short branches.
+        padded: for a batch with a longer branch, with the same forwards.
+        max_depth: the most tokens of a branch in a tree.
+    """
+
+    trees: TreeCollator
+    padded: PaddedCollator
+    max_depth: int
+
+    @property
+    def forwards(self) -> Forwards:
+        """The branches of each forward."""
+        return self.trees.forwards
+
+    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
+        """The batch of these examples; errors are those of the two collators."""
+        return self._for(examples)(examples)
+
+    def over(self, example: EncodedExample, budget: int) -> int | None:
+        """The tokens that an example alone takes in the forward that carries the loss, if more than `budget`."""
+        return self._for([example]).over(example, budget)
+
+    def empty_part(self) -> dict[str, Any]:
+        """A part without labels, one token per forward, for a rank that has no part left while others have."""
+        return self.trees.empty_part()
+
+    def _for(self, examples: Sequence[EncodedExample]) -> TreeCollator | PaddedCollator:
+        branches = (branch for names in self.forwards for branch in _branches(examples, names))
+        return self.padded if any(_length(branch) > self.max_depth for branch in branches) else self.trees
+
+
+Collator = TreeCollator | PaddedCollator | LimitedTreeCollator
 
 
 def _indices(chosen: Sequence[int], count: int, names: Sequence[str]) -> list[int]:
@@ -222,6 +308,10 @@ def _batch(examples: Sequence[EncodedExample], parts: list[dict[str, Any]]) -> d
         "users": torch.tensor([seed_of(example.user_id) for example in examples], dtype=torch.long),
         "parts": parts,
     }
+
+
+def _length(branch: Branch) -> int:
+    return branch.prompt_length + branch.response_length
 
 
 def _predicting(branch: Branch) -> Tensor:

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nextquill.errors import UnsupportedModelError
 from nextquill.evaluation.token_measures import TEMPERATURES
 from nextquill.losses import PairLoss
 from nextquill.models.head import HeadState
+from nextquill.vocabulary_shard import VocabularyShard, own_part
 
 # Two float32 buffers of logits are held at a time, together at most about this large.
 _LOGIT_BYTES = 128 * 2**20
@@ -45,6 +47,11 @@ def calibration(rows: Tensor, state: HeadState, labels: Tensor, loss: PairLoss) 
         labels: int64 [n].
         loss: has the model's softcap and logit_scale.
     """
+    if isinstance(state.weight, VocabularyShard):
+        raise UnsupportedModelError(
+            "calibration: expected the whole vocabulary on each process, got one part of it; evaluate without tensor "
+            "parallelism"
+        )
     step = max(1, _LOGIT_BYTES // (2 * 4 * len(state.weight)))
     with torch.autocast(rows.device.type, enabled=False):
         parts = [_of_chunk(*pair, state, loss) for pair in zip(rows.split(step), labels.split(step), strict=True)]
@@ -52,9 +59,10 @@ def calibration(rows: Tensor, state: HeadState, labels: Tensor, loss: PairLoss) 
 
 
 def _of_chunk(rows: Tensor, labels: Tensor, state: HeadState, loss: PairLoss) -> Calibration:
-    logits = rows.new_empty(len(rows), len(state.weight), dtype=torch.promote_types(rows.dtype, torch.float32))
+    own = own_part(state.weight)
+    logits = rows.new_empty(len(rows), len(own), dtype=torch.promote_types(rows.dtype, torch.float32))
     wide = rows.to(logits.dtype)
-    for out, weight in zip(logits.split(_WEIGHT_ROWS, 1), state.weight.split(_WEIGHT_ROWS), strict=True):
+    for out, weight in zip(logits.split(_WEIGHT_ROWS, 1), own.split(_WEIGHT_ROWS), strict=True):
         torch.mm(wide, weight.to(logits.dtype).T, out=out)
     if state.bias is not None:
         logits += state.bias.to(logits.dtype)

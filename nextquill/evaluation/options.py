@@ -96,8 +96,6 @@ class EvaluationOptions:
             raise ArgumentError("judge_model: it judges generated texts, and none are generated")
         for name in ("batch_size", "generate_limit", "max_tokens"):
             check_integer(name, getattr(self, name), least=1, or_none=True)
-        if self.max_tokens is not None and self.attention == "padded":
-            raise ArgumentError("max_tokens: expected None with attention='padded', which has no token budget")
         if self.score_temperature is not None and self.score_temperature not in TEMPERATURES:
             known = ", ".join(f"{each:g}" for each in TEMPERATURES)
             raise ArgumentError(f"score_temperature: expected one of {known}, got {self.score_temperature!r}")

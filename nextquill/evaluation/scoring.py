@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
-from nextquill.data.collator import to_device
-from nextquill.data.templates import BRANCHES
+from nextquill.data.collator import Collator, to_device
 from nextquill.errors import ArgumentError, BudgetError, NonFiniteError
 from nextquill.evaluation.calibration import Calibration, calibration
 from nextquill.losses import SFTLoss
@@ -25,13 +25,11 @@ from nextquill.models.head import HeadState
 from nextquill.models.probe import in_eval_mode
 from nextquill.ranks import deal
 from nextquill.storage.manifests import with_digest
-from nextquill.tree import build_prefix_tree
 
 #: Tokens of one forward over trees by default. A CPU gains nothing from more than some thousands (16384 are a fifth
 #: slower, at D=256), and the cost of a whole mask is quadratic.
 DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_SMALL = 16384, 4096
-# Records at a time: those to pack into trees, and padded ones, where each is a row.
-_PACKED_TOGETHER, _PADDED_TOGETHER = 64, 8
+_TOGETHER = 64  # records at a time, for the collator to divide
 _REPLACEMENT = "\ufffd"
 
 
@@ -82,15 +80,15 @@ def score_examples(
         model: a causal language model; used in eval mode and left as it was.
         examples: encoded examples; the placebo branch is scored where every example has one.
         pad_token_id: fills padded batches.
-        batch_size: examples at a time; by default 64 to pack into trees, or 8 padded ones.
+        batch_size: examples at a time, to divide into forwards; by default 64.
         attention: see `PairPasses`.
-        max_tokens: most tokens of one forward over trees, after sharing; by default 16384 (4096 on a CPU and with
+        max_tokens: most tokens of one forward, after sharing or with padding; by default 16384 (4096 on a CPU and with
             attention="mask"), or what the largest example takes.
         skip: the number of first scores to leave out; the others have the same bits as without it.
         calibrated: also measure each token's `calibration`.
 
     Raises:
-        ArgumentError: a number below 1, or `max_tokens` with padded batches.
+        ArgumentError: a number below 1.
         BudgetError: an example alone takes more than `max_tokens`; found before anything is computed.
         NonFiniteError: the model gives a token an NLL that is not finite.
     """
@@ -99,11 +97,10 @@ def score_examples(
     placebo = bool(examples) and all(example.placebo is not None for example in examples)
     device = next(model.parameters()).device
     with PairPasses(model, SFTLoss(), attention) as passes, in_eval_mode(model):
-        if passes.trees is not None:
-            names = BRANCHES if placebo else BRANCHES[:2]
-            max_tokens = forward_budget(examples, max_tokens, usual_max_tokens(model, attention), names)
-        size = batch_size or (_PADDED_TOGETHER if passes.trees is None else _PACKED_TOGETHER)
+        collate = passes.scoring_collator(pad_token_id, placebo=placebo)
+        max_tokens = forward_budget(examples, max_tokens, collate, usual_max_tokens(model, passes))
         collate = passes.scoring_collator(pad_token_id, max_tokens, placebo=placebo)
+        size = batch_size or _TOGETHER
         order = _user_by_user(examples)
 
         def forwards() -> Iterator[tuple[list[EncodedExample], Any, int]]:
@@ -137,11 +134,11 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
         model: a causal language model; used in eval mode.
         pad_token_id: fills padded batches.
         attention: see `PairPasses`.
-        max_tokens: most tokens of one forward, shared tokens counted once; by default as for `score_examples`.
+        max_tokens: most tokens of one forward; by default as for `score_examples`.
         passes: existing passes of the model, whose attention is then used.
 
     Raises:
-        ArgumentError: `attention` is unknown, or `max_tokens` comes with padded batches.
+        ArgumentError: `attention` is unknown, or `max_tokens` below 1.
         UnsupportedModelError: the model's head or its attention cannot be handled exactly.
     """
 
@@ -156,8 +153,8 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
     ) -> None:
         self._model, self._pad, self._given = model, pad_token_id, max_tokens
         self._passes = PairPasses(model, SFTLoss(), attention) if passes is None else passes
-        self._usual = usual_max_tokens(model, attention)
-        self._passes.collator(pad_token_id, max_tokens)  # refuses what does not go together
+        self._usual = usual_max_tokens(model, self._passes)
+        self._passes.collator(pad_token_id, max_tokens, training=False)  # refuses a bad number
 
     def __exit__(self, *error: object) -> None:
         self._passes.close()
@@ -176,19 +173,21 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
         """
         # Each branch becomes an example of its own, whose nll is the loss of plain fine-tuning.
         examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(branches)]
-        budget, size = self._given, _PADDED_TOGETHER
-        if self._passes.trees is not None:
-            budget, size = forward_budget(examples, self._given, self._usual, ("factual",)), len(examples)
-        collate, found = self._passes.collator(self._pad, budget), dict[int, Tensor]()
-        device = next(self._model.parameters()).device
+        found, device = dict[int, Tensor](), next(self._model.parameters()).device
         with in_eval_mode(self._model):
-            for start in range(0, len(examples), size):
-                for part in collate(examples[start : start + size])["parts"]:
-                    members = [start + index for index in part["sequence_ids"].unique_consecutive().tolist()]
-                    lengths = [branches[index].response_length for index in members]
-                    nll = self._passes.scores(to_device(part, device)).output.pair_nll.factual
-                    found.update(zip(members, nll.cpu().split(lengths), strict=True))
+            for part in self._parts(examples, training=False):
+                members = part["sequence_ids"].unique_consecutive().tolist()
+                lengths = [branches[index].response_length for index in members]
+                nll = self._passes.scores(to_device(part, device)).output.pair_nll.factual
+                found.update(zip(members, nll.cpu().split(lengths), strict=True))
         return [found[index] for index in range(len(branches))]
+
+    def _parts(self, examples: Sequence[EncodedExample], *, training: bool) -> list[dict[str, Any]]:
+        """The parts of a batch of examples with one branch each, within the token budget."""
+        collator = partial(self._passes.collator, training=training)
+        budget = forward_budget(examples, self._given, collator(self._pad), self._usual)
+        parts: list[dict[str, Any]] = collator(self._pad, budget)(examples)["parts"]
+        return parts
 
 
 def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
@@ -237,9 +236,10 @@ def pad_token(tokenizer: Any) -> int:
     return next((id for id in known if id is not None), 0)
 
 
-def usual_max_tokens(model: Any, attention: str) -> int:
-    """Tokens of one forward over trees by default."""
-    small = next(model.parameters()).device.type == "cpu" or attention == "mask"
+def usual_max_tokens(model: Any, passes: PairPasses) -> int:
+    """Tokens of one forward by default."""
+    masked = passes.trees is not None and passes.trees.attention == "mask"
+    small = next(model.parameters()).device.type == "cpu" or masked
     return DEFAULT_MAX_TOKENS_SMALL if small else DEFAULT_MAX_TOKENS
 
 
@@ -287,28 +287,21 @@ def _user_by_user(examples: Sequence[EncodedExample]) -> list[int]:
     return sorted(range(len(examples)), key=lambda index: first[examples[index].user_id])
 
 
-def forward_budget(
-    examples: Sequence[EncodedExample], given: int | None, usual: int = 1, names: Sequence[str] = BRANCHES
-) -> int:
-    """The tokens of a forward over the named branches: `given`, or `usual` and more where an example takes more.
+def forward_budget(examples: Sequence[EncodedExample], given: int | None, collator: Collator, usual: int = 1) -> int:
+    """The tokens of a forward of this collator: `given`, or `usual` and more where an example alone takes more.
 
     Raises:
         BudgetError: an example takes more than is given.
     """
     budget = usual if given is None else given
     for example in examples:
-        branches = (example.branch(name) for name in names)
-        ids = [branch.input_ids for branch in branches if branch is not None]
-        if sum(map(len, ids)) <= budget:
-            continue
-        size = len(build_prefix_tree(ids))
-        if given is None:
-            budget = max(budget, size)
-        elif size > given >= 1:
+        size = collator.over(example, budget)
+        if size is not None and given is not None and given >= 1:
             raise BudgetError(
                 f"max_tokens: expected at least the {size} tokens that the branches of example {example.index} (user "
                 f"{example.user_id!r}) take together, got {given}"
             )
+        budget = size or budget
     return budget
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.generation.guidance import HistoryGuidance
@@ -46,6 +47,7 @@ class TransformersEngine(Engine):
     """See `Engine`; the longest prompts come first."""
 
     model: Any
+    _keeps: bool = field(default=True, init=False)  # a cache that can be copied, until the model is found to keep none
 
     def generate_ids(self, prompts: Sequence[Prompt], done: Container[int] = ()) -> Iterator[tuple[int, list[int]]]:
         """Yield each prompt's index and token ids, in the order they are computed."""
@@ -87,11 +89,41 @@ class TransformersEngine(Engine):
         if against:
             gamma, beta = self.options.guidance, self.options.plausibility
             processors.insert(0, HistoryGuidance(self.model, against, gamma, beta))
-        outputs = self.model.generate(
+        outputs = self._generated(
+            input_ids, mask, max_new_tokens, logits_processor=processors, **self._computed_once(input_ids, mask)
+        )
+        return list(outputs.sequences[:, input_ids.shape[1] :].tolist())
+
+    def _computed_once(self, input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """The cache of all tokens but the last, where prompts are equal and the model keeps one; both int64 [rows, T].
+
+        Equal prompts are computed once, and the cache is copied for each.
+        """
+        distinct, places = torch.unique(torch.cat([input_ids, mask], 1), dim=0, return_inverse=True)
+        ids, seen = (half[:, :-1] for half in distinct.tensor_split(2, dim=1))
+        if not self._keeps or len(distinct) == len(input_ids) or not seen.any(1).all():
+            return {}
+        cache: Any = getattr(self._generated(ids, seen, 1), "past_key_values", None)
+        self._keeps = isinstance(cache, Cache) and _length(cache) == ids.shape[1]
+        if not self._keeps:
+            return {}
+        cache.reorder_cache(places)
+        return {"past_key_values": cache}
+
+    def _generated(self, input_ids: Tensor, mask: Tensor, max_new_tokens: int, **options: Any) -> Any:
+        return self.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            logits_processor=processors,
+            return_dict_in_generate=True,
+            **options,
             **without_router_loss(self.model),
         )
-        return list(outputs[:, input_ids.shape[1] :].tolist())
+
+
+def _length(cache: Cache) -> int | None:
+    """The number of tokens in a cache; None if all its layers are recurrent, and no layer counts them."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None

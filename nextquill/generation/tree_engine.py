@@ -43,8 +43,8 @@ def tree_engine(model: Any, tokenizer: Any, stops: set[int], options: Generation
     """An engine around a model in eval mode.
 
     Raises:
-        UnsupportedModelError: the model cannot run branches in one row, or its rotary embedding depends on the longest
-            branch.
+        UnsupportedModelError: the model cannot run branches in one row, its rotary embedding depends on the longest
+            branch, or it has layers with a state, which a cache of keys and values does not hold.
     """
     with in_eval_mode(model), faster_few_rows(model):
         engine = TreeEngine(model, tokenizer, stops, options)
@@ -63,6 +63,11 @@ class TreeEngine(Engine):
         self._step_attention = TreeAttention(model, "mask")
         if self._step_attention.max_depth is not None:
             raise UnsupportedModelError(f"{type(model).__name__}: its rotary embedding changes with the longest branch")
+        if self._step_attention.has_state:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its layers with a state cannot continue several prompts in one row; use "
+                "engine='hf'"
+            )
         self._prompt_attention = TreeAttention(model)
         self._extra = without_router_loss(model)
         self.kept: tuple[list[int], Layers] | None = None

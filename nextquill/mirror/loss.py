@@ -11,6 +11,7 @@ from torch import Tensor
 from nextquill.errors import ArgumentError
 from nextquill.losses import PairLoss, SFTLoss
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
+from nextquill.vocabulary_shard import VocabularyShard
 from nextquill.weighting import UniformWeighting, check_number
 
 
@@ -69,7 +70,7 @@ class MirrorLoss(PairLoss):
         self,
         hidden_factual: Tensor,
         hidden_counterfactual: Tensor | None,
-        lm_head_weight: Tensor,
+        lm_head_weight: Tensor | VocabularyShard,
         labels: Tensor,
         bias: Tensor | None = None,
         sequence_ids: Tensor | None = None,

@@ -9,9 +9,13 @@ from torch import nn
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import text_config
+from nextquill.models.recurrent import layers_with_state
 
 #: Layers in which a token sees only its own path.
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
+_FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})
+#: Layers that carry a state along a token's path, which `recurrent` runs; "hybrid" ones have attention beside it.
+_STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
 #: Rotary embeddings whose frequencies follow the longest position of a row.
 _ROW_DEPENDENT_ROPE = ("dynamic", "longrope")
 #: Parts of the names of attributes that hold rates: dropout, attention_dropout, layerdrop, router_jitter_noise …
@@ -22,13 +26,15 @@ def check_architecture(base: Any) -> None:
     """Raise UnsupportedModelError for layers in which a token depends on tokens outside its path."""
     name = type(base).__name__
     advice = "use attention='padded', which runs every branch in a separate row"
-    others = layer_types(base) - _LAYER_TYPES
+    types = layer_types(base)
+    has_state = bool(types & (_ATTENTION_TYPES | {"hybrid"})) and bool(layers_with_state(base))
+    others = types - _ATTENTION_TYPES - _FEED_FORWARD_TYPES - (_STATE_TYPES if has_state else frozenset())
     if others:
         raise UnsupportedModelError(
             f"{name}: its layers of type {', '.join(sorted(others))} let a token depend on rows outside its path, so "
             f"the branches of a tree would see each other; {advice}"
         )
-    if getattr(base, "_is_stateful", False):
+    if getattr(base, "_is_stateful", False) and not has_state:
         raise UnsupportedModelError(
             f"{name}: a model with recurrent state cannot share a prefix among branches; {advice}"
         )

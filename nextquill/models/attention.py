@@ -10,8 +10,11 @@ The first three replace the model's attention function by ours while trees are i
 the model's own. It stays until the backward has finished, because gradient checkpointing runs layers again there;
 `close` restores the model's own.
 
+Layers that carry a state from token to token, such as linear attention, run through a row of trees by `recurrent`.
+
 A model in which a token's computation depends on tokens outside its path is refused, with the reason: for what
-`architectures` knows, or because a small tree differs from its branches in separate rows (`self_check`).
+`architectures` knows, or because a small tree differs from its branches in separate rows (`self_check`). "auto" goes
+down the list until an attention is exact, and says so in a warning; `PairPasses` adds the last one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -37,8 +41,10 @@ from nextquill.models.architectures import (
     rope_limit,
 )
 from nextquill.models.configs import base_model, text_config
+from nextquill.models.recurrent import run_over_trees
 from nextquill.models.self_check import check_against_separate_passes, masks_follow_window
 from nextquill.tree import additive_mask, attend, visibility_mask
+from nextquill.tree.runs import CHUNK
 
 #: Errors of a model that does not accept the inputs for a row of branches.
 _DOES_NOT_RUN = (AssertionError, AttributeError, TypeError, KeyError, ValueError, RuntimeError)
@@ -49,10 +55,13 @@ class TreeAttention:
 
     Args:
         model: an unwrapped causal language model of transformers, or a PEFT model around one.
-        attention: "auto" (a kernel by device and dtype at every call), "pieces", "varlen", "flex" or "mask".
+        attention: "auto" (a kernel by device and dtype at every call, or else "mask"), "pieces", "varlen", "flex" or
+            "mask".
 
     Attributes:
+        attention: as given, or what "auto" had to take instead of a choice at every call.
         max_depth: tokens in the longest branch that a row may hold, or None; see `architectures.rope_limit`.
+        has_state: whether layers carry a state from token to token; a cache of keys and values does not hold it.
 
     Raises:
         UnsupportedModelError: the model cannot run trees exactly, or cannot take this attention.
@@ -63,6 +72,7 @@ class TreeAttention:
         self._model: Any = model
         self._base: Any = base_model(model)
         check_architecture(self._base)
+        self.has_state = run_over_trees(self._base)
         self.max_depth = rope_limit(self._base)
         self._rates = random_rates(model)
         configs: Any = (getattr(module, "config", None) for module in self._base.modules())
@@ -70,24 +80,45 @@ class TreeAttention:
         self._previous: dict[int, str] = {}
         self._masks_by_type = self._has_window = False
         self._windows: list[tuple[int, Any]] | None = None
-        if attention != "mask" and not _takes_functions(self._base):
+        try:
+            self._prepare()
+        except UnsupportedModelError as error:
+            if attention != "auto":
+                raise
+            self._take_masks(error)
+
+    def _prepare(self) -> None:
+        """Check the attention with the model; UnsupportedModelError with the reason where it is not exact."""
+        name, masked = type(self._base).__name__, self.attention == "mask"
+        if not masked and not _takes_functions(self._base):
             raise UnsupportedModelError(
-                f"{type(self._base).__name__}: its attention cannot be replaced by a function; use attention='mask' or "
-                "'padded'"
+                f"{name}: its attention cannot be replaced by a function; use attention='mask' or 'padded'"
             )
         try:
-            if attention == "mask":
+            if masked:
                 self._choose_masks()
             else:
                 self._verify()
         except _DOES_NOT_RUN as error:
             if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
                 raise
-            others = "'padded'" if attention == "mask" else "'mask' or 'padded'"
+            others = "'padded'" if masked else "'mask' or 'padded'"
             raise UnsupportedModelError(
-                f"{type(self._base).__name__}: its attention does not run on a row of branches "
-                f"({str(error) or type(error).__name__}); use attention={others}"
+                f"{name}: its attention does not run on a row of branches ({str(error) or type(error).__name__}); "
+                f"use attention={others}"
             ) from error
+
+    def _take_masks(self, why: UnsupportedModelError) -> None:
+        """Continue with masks where our kernels are not exact; UnsupportedModelError if masks are not exact either."""
+        self.attention = "mask"
+        try:
+            self._prepare()
+        except UnsupportedModelError as error:
+            raise error from why
+        # From one line of one module, so that Python shows each message once.
+        warnings.warn(
+            f"attention: 'auto' computes whole masks, at a cost of T² scores: {why}", RuntimeWarning, stacklevel=1
+        )
 
     def model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model for one forward of a tree batch.
@@ -97,6 +128,9 @@ class TreeAttention:
         self._check_depth(forward["layout"].depth)
         check_dropout(self._rates, in_training_only=True)
         inputs = {"input_ids": forward["input_ids"], "position_ids": forward["position_ids"]}
+        if self.has_state:
+            # During `_verify` every shared segment has a state of its own, however short.
+            inputs["nextquill_tree_runs"] = forward["layout"], CHUNK if self._windows is None else 0
         if self.attention == "mask":
             rows = forward["position_ids"][0], forward["subtree_end"][0]
             return {**inputs, "attention_mask": self.masks(lambda window: visibility_mask(*rows, window))}
@@ -119,14 +153,21 @@ class TreeAttention:
     def check_training(self, max_length: int) -> None:
         """Raise UnsupportedModelError now if branches may be longer than `max_depth`, or the model has dropout."""
         self._check_depth(max_length)
+        self.check_dropout()
+
+    def check_dropout(self) -> None:
+        """Raise UnsupportedModelError if the model has dropout, in whatever mode it is."""
         check_dropout(self._rates)
+
+    @property
+    def why_limited(self) -> str:
+        """The reason for `max_depth`."""
+        name = type(self._base).__name__
+        return f"{name}: its rotary embedding changes with a row's longest branch beyond {self.max_depth} tokens"
 
     def _check_depth(self, depth: int) -> None:
         if self.max_depth is not None and depth > self.max_depth:
-            raise UnsupportedModelError(
-                f"{type(self._base).__name__}: its rotary embedding changes with a row's longest branch beyond "
-                f"{self.max_depth} tokens, got up to {depth}; set max_length to {self.max_depth}"
-            )
+            raise UnsupportedModelError(f"{self.why_limited}, got up to {depth}; set max_length to {self.max_depth}")
 
     def _verify(self) -> None:
         """Compare a small tree with its branches in separate rows, and the layers' windows with the config's."""
@@ -274,18 +315,18 @@ def _attend(
 ) -> Tensor:
     if options.get("dropout", 0.0):
         raise UnsupportedModelError("attention: dropout inside a shared prefix is not supported; set it to 0")
-    if options.get("s_aux") is not None:
-        raise UnsupportedModelError("attention: attention sinks are not supported; use attention='mask' or 'padded'")
     layout, kernel, *seen = tree
     for windows in seen:  # only during `_verify`
         windows.append((getattr(module, "layer_idx", 0), options.get("sliding_window")))
     # Under autocast, q and k that were normalised with float32 weights arrive in float32; sdpa would cast them.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    # Latent attention has values that are smaller than its keys; the columns of zeros add nothing.
+    size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
     out = attend(
-        query, key, value, layout, scale=options.get("scaling"), window=options.get("sliding_window"),
-        softcap=options.get("softcap"), kernel=kernel,
+        query, key, pad(value, (0, missing)) if missing > 0 else value, layout, scale=options.get("scaling"),
+        window=options.get("sliding_window"), softcap=options.get("softcap"), sinks=options.get("s_aux"), kernel=kernel,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out[..., :size].transpose(1, 2)
 
 
 def _own_name(config: Any) -> str:

@@ -11,6 +11,7 @@ rows that predict a label, so the loss never sees a prompt or a padding position
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import PaddedCollator, TreeCollator
-from nextquill.data.collator import ANCHOR, CONSTANT_COUNTERFACTUAL, FACTUAL, IGNORE_INDEX, JOINT, Forwards, empty_like
+from nextquill.data.collator import (
+    ANCHOR,
+    CONSTANT_COUNTERFACTUAL,
+    FACTUAL,
+    IGNORE_INDEX,
+    JOINT,
+    Collator,
+    Forwards,
+    LimitedTreeCollator,
+    empty_like,
+)
 from nextquill.errors import ArgumentError, UnsupportedModelError
 from nextquill.functional import linear_token_nll
 from nextquill.losses import PairLoss
@@ -28,6 +39,7 @@ from nextquill.models import ATTENTIONS
 from nextquill.models.attention import TreeAttention
 from nextquill.models.head import HeadState, LossInHead
 from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss, asks_for_router_loss
+from nextquill.models.self_check import check_padded_rows
 from nextquill.models.stored_effects import check_stored_weighting, stored_weights
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
 
@@ -54,14 +66,20 @@ class PairPasses:
     Args:
         model: the unwrapped model.
         loss: the loss; `self.loss` is a copy with the model's own softcap and logit_scale.
-        attention: the kernel for rows of trees, or "padded" for a row per branch; see `models.attention`.
+        attention: the kernel for rows of trees, or "padded" for a row per branch; see `models.attention`. "auto" takes
+            the fastest that is exact for the model, and says once, as a RuntimeWarning, why it pads: all branches,
+            those beyond the limit of a rotary embedding, or those of training with dropout.
         stored_effects: in training, take token weights from the examples' stored effects (`load_effects`), and run the
             counterfactual only if a term of the loss reads it.
 
     Raises:
         ArgumentError: the loss has a softcap or logit_scale other than the model's, `attention` is unknown, or the
             loss cannot use stored effects.
-        UnsupportedModelError: the model's head or its attention cannot be handled exactly.
+        UnsupportedModelError: the model's head cannot be handled exactly, nor its attention by the one that is named.
+
+    Attributes:
+        attention: as given.
+        trees: the attention over trees, or None where all branches are padded.
     """
 
     def __init__(
@@ -75,7 +93,11 @@ class PairPasses:
         self.runner = LossInHead(model)
         self.loss = _fit_to_head(loss, self.runner)
         self.router = RouterLoss(model) if asks_for_router_loss(model) else None
-        self.trees = None if attention == "padded" else TreeAttention(model, attention)
+        self.attention = attention
+        self.trees = None if attention == "padded" else self._exact_trees(model)
+        self._noise: Exception | None = None
+        if attention == "padded":
+            check_padded_rows(model)
 
     def __enter__(self) -> PairPasses:
         return self
@@ -89,25 +111,58 @@ class PairPasses:
             self.trees.close()
 
     def check_training(self, max_length: int) -> None:
-        """Raise before training the errors that would occur during it.
+        """Raise before training the errors that would occur during it; none with attention="auto", which pads instead.
 
         Raises:
             UnsupportedModelError: branches may be longer than the model's rotary embedding allows, or it has dropout.
         """
-        if self.trees is not None:
+        if self.trees is not None and self.attention != "auto":
             self.trees.check_training(max_length)
+
+    def pad_training(self, why: Exception) -> None:
+        """Pad training batches for a reason outside the model; raises it if an attention over trees was named."""
+        if self.trees is not None and self.attention != "auto":
+            raise why
+        self._noise = why
+
+    def _exact_trees(self, model: nn.Module) -> TreeAttention | None:
+        try:
+            return TreeAttention(model, self.attention)
+        except UnsupportedModelError as error:
+            if self.attention != "auto":
+                raise
+            check_padded_rows(model)
+            self._say_padded("every branch", error)
+        return None
+
+    def _say_padded(self, what: str, why: object) -> None:
+        # From one line of one module, so that Python shows each message once.
+        warnings.warn(
+            f"attention: 'auto' computes {what} in a padded row of its own: {why}", RuntimeWarning, stacklevel=1
+        )
+
+    def _why_training_pads(self) -> Exception | None:
+        """Why trees cannot be exact in training with this model, if "auto" may pad instead."""
+        if self.trees is None or self.attention != "auto":
+            return None
+        try:
+            self.trees.check_dropout()
+        except UnsupportedModelError as error:
+            return error
+        return self._noise
 
     # ---- batches ---------------------------------------------------------------------------------
 
-    def collator(self, pad_token_id: int = 0, max_tokens: int | None = None) -> TreeCollator | PaddedCollator:
-        """The collator that makes training batches of encoded examples.
+    def collator(self, pad_token_id: int = 0, max_tokens: int | None = None, *, training: bool = True) -> Collator:
+        """The collator that makes batches of the branches that the loss needs.
 
         Args:
             pad_token_id: fills padded rows; trees need none.
-            max_tokens: see `TreeCollator`.
+            max_tokens: see `TreeCollator` and `PaddedCollator`.
+            training: False for batches that are only computed in eval mode, where a model has no dropout.
 
         Raises:
-            ArgumentError: `max_tokens` does not fit the loss's reduction or the attention.
+            ArgumentError: `max_tokens` does not fit the loss's reduction.
         """
         loss = self.loss
         if max_tokens is not None and loss.reduction == "micro_batch":
@@ -120,11 +175,15 @@ class PairPasses:
         forwards = both if paired else FACTUAL
         if loss.needs_anchor:
             forwards = (*forwards[:-1], (*forwards[-1], ANCHOR))
-        return self._collator(forwards, pad_token_id, max_tokens)
+        why = self._why_training_pads() if training else None
+        if why is None:
+            return self._collator(forwards, pad_token_id, max_tokens)
+        self._say_padded("every branch of a training batch", why)
+        return PaddedCollator(pad_token_id, forwards, max_tokens=max_tokens)
 
     def scoring_collator(
         self, pad_token_id: int = 0, max_tokens: int | None = None, *, placebo: bool = False
-    ) -> TreeCollator | PaddedCollator:
+    ) -> Collator:
         """The collator that makes batches for `scores`: all branches in one row of trees, or padded in turn."""
         others = ("counterfactual", *(["placebo"] if placebo else []))
         # The first branch decides which examples share a row, so it is the one with the user's own history.
@@ -133,14 +192,12 @@ class PairPasses:
             forwards = (*((name,) for name in others), ("factual",))
         return self._collator(forwards, pad_token_id, max_tokens)
 
-    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> TreeCollator | PaddedCollator:
-        if self.trees is not None:
+    def _collator(self, forwards: Forwards, pad_token_id: int, max_tokens: int | None) -> Collator:
+        limit = 0 if self.trees is None else self.trees.max_depth if self.attention == "auto" else None
+        if limit is None:
             return TreeCollator(forwards, max_tokens)
-        if max_tokens is not None:
-            raise ArgumentError(
-                f"max_tokens: expected None with attention='padded', which has no token budget; got {max_tokens}"
-            )
-        return PaddedCollator(pad_token_id, forwards)
+        padded = PaddedCollator(pad_token_id, forwards, max_tokens=max_tokens)
+        return LimitedTreeCollator(TreeCollator(forwards, max_tokens), padded, limit) if limit else padded
 
     # ---- training ----------------------------------------------------------------------------------
 
@@ -258,10 +315,15 @@ class PairPasses:
     # ---- forwards ----------------------------------------------------------------------------------
 
     def _model_inputs(self, forward: Mapping[str, Any]) -> dict[str, Any]:
-        if ("layout" in forward) is not (self.trees is not None):
+        in_trees, trees = "layout" in forward, self.trees
+        if in_trees is not (trees is not None) and not (trees is not None and self.attention == "auto"):
             raise ArgumentError("batch: expected a batch of this object's own collator, got another layout")
-        names = ("input_ids", "attention_mask")
-        inputs = self.trees.model_inputs(forward) if self.trees is not None else {name: forward[name] for name in names}
+        if trees and in_trees:
+            inputs = trees.model_inputs(forward)
+        else:
+            inputs = {name: forward[name] for name in ("input_ids", "attention_mask")}
+            if trees and trees.max_depth is not None and forward["input_ids"].shape[1] > trees.max_depth:
+                self._say_padded("every branch of some batches", trees.why_limited)
         return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
 
     @torch.no_grad()

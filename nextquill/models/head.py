@@ -7,6 +7,10 @@ synchronisation without an error. No logits exist.
 
 A scale or a soft cap *after* the head is found by probing (`probe.py`) and becomes a part of the loss; it does not
 change the returned scalar. A head that is not exactly x Wᵀ + b, LoRA included, is refused.
+
+Tensor parallelism (transformers' `tp_plan`) divides the head's vocabulary over processes, and wraps the head's forward
+in one that gathers logits. The function that replaces it needs no logits: it gets the hidden states, which are whole on
+each process, and this process's part of the weight.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model
 from nextquill.models.probe import probe_logits, replaced_forward, returned_logits, softcapped_configs, without_softcap
+from nextquill.vocabulary_shard import VocabularyShard, own_part, part_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,12 +37,12 @@ class HeadState:
 
     Attributes:
         hidden_states: [B, T, D], the head's input, in the dtype of the model's forward.
-        weight: [V, D], the effective weight, in that dtype or a wider one.
-        bias: [V], in the weight's dtype, or None.
+        weight: [V, D], the effective weight, in that dtype or a wider one; or this process's part of it.
+        bias: [V], in the weight's dtype, or None; divided like the weight.
     """
 
     hidden_states: Tensor
-    weight: Tensor
+    weight: Tensor | VocabularyShard
     bias: Tensor | None
 
     def select(self, positions: Tensor) -> Tensor:
@@ -73,7 +79,8 @@ class LossInHead:
         self.model = model
         self.head = find_head(model)
         _check_adapters(self.head)
-        _check_reproduced(self.head)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):  # its weight is gathered in a forward
+            _check_reproduced(self.head)
         self.logit_scale, self.softcap = probe_logits(model, self.head)
         self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
         self._function: HeadFunction | None = None
@@ -115,7 +122,7 @@ class LossInHead:
         assert self._function is not None
         weight, bias = effective_weight(self.head)
         if not torch.is_autocast_enabled(hidden_states.device.type):
-            weight = weight.to(torch.promote_types(weight.dtype, hidden_states.dtype))
+            weight = _like(weight, own_part(weight).to(torch.promote_types(weight.dtype, hidden_states.dtype)))
             bias = None if bias is None else bias.to(weight.dtype)
         result = self._function(HeadState(hidden_states, weight, bias)).div(self._residual_scale)
         return result.reshape(1, 1, 1).clone()  # FSDP2 warns if a module returns a view
@@ -141,20 +148,42 @@ def find_head(model: Any) -> Any:
     return head
 
 
-def effective_weight(head: Any) -> tuple[Tensor, Tensor | None]:
+def effective_weight(head: Any) -> tuple[Tensor | VocabularyShard, Tensor | None]:
     """The effective weight and bias of a head, LoRA adapters included, differentiable in all of them.
 
     The weight is W + Σ scaling · B A over the active adapters, [V, D]. It has the widest dtype among them, so that a
-    half-precision base does not round a small adapter away. The bias [V] has the same dtype, or is None.
+    half-precision base does not round a small adapter away. The bias [V] has the same dtype, or is None. If W is a
+    DTensor whose vocabulary processes divide, both are this process's part.
     """
     base = _base_layer(head)
-    weight, bias = base.weight, base.bias
+    given = part_of("lm_head.weight", base.weight)
+    weight, bias = own_part(given), None if base.bias is None else own_part(part_of("lm_head.bias", base.bias))
     for name in _active_lora(head):
         down, up = head.lora_A[name].weight, head.lora_B[name].weight
+        if isinstance(given, VocabularyShard):
+            down, up = given.summed_gradient(down), _own_rows(given, up)
         wide = torch.promote_types(weight.dtype, up.dtype)
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(wide) + head.scaling[name] * (up.to(wide) @ down.to(wide))
-    return weight, None if bias is None else bias.to(weight.dtype)
+    return _like(given, weight), None if bias is None else bias.to(weight.dtype)
+
+
+def _own_rows(part: VocabularyShard, up: Tensor) -> Tensor:
+    """The rows [v, r] of a LoRA factor B [V, r] that belong to this process's part of the vocabulary."""
+    factor = part_of("lora_B", up)
+    if isinstance(factor, VocabularyShard):
+        return factor.weight
+    if len(factor) != part.vocabulary:  # its own forward would fail, too
+        raise UnsupportedModelError(
+            f"output embedding: expected LoRA for {part.vocabulary} tokens, got {len(factor)}: PEFT does not adapt a "
+            "head that gathers its logits; load the model with tp_plan={'lm_head': 'colwise'}, or leave lm_head out of "
+            "target_modules"
+        )
+    return part.summed_gradient(factor)[part.start : part.start + len(part.weight)]
+
+
+def _like(given: Tensor | VocabularyShard, weight: Tensor) -> Tensor | VocabularyShard:
+    return given.with_weight(weight) if isinstance(given, VocabularyShard) else weight
 
 
 def _base_layer(head: Any) -> Any:
@@ -198,12 +227,15 @@ def _check_adapters(head: Any) -> None:
 @torch.no_grad()
 def _check_reproduced(head: nn.Module) -> None:
     """Refuse a head that does not return x Wᵀ + b on two rows, such as a subclass of Linear with a scale inside."""
-    weight, bias = effective_weight(head)
+    given, bias = effective_weight(head)
+    weight = own_part(given)
     if weight.is_meta or weight.numel() == 0:  # not loaded yet, or partitioned by ZeRO-3
         return
     rows = torch.arange(2 * weight.shape[1], device=weight.device).view(1, 2, -1).cos()
     expected = nn.functional.linear(rows.to(weight.dtype), weight, bias)
     result = head(rows.to(_base_layer(head).weight.dtype))
+    if isinstance(given, VocabularyShard) and result.shape[-1] == given.vocabulary:
+        result = result.narrow(-1, given.start, len(weight))
     if (result - expected).abs().max() > 2e-2 * expected.abs().max():
         raise UnsupportedModelError(
             f"output embedding: the result of {type(head).__name__} is not hidden_states · weightᵀ + bias, "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nextquill.devices import send
 from nextquill.errors import NonFiniteError, UnsupportedModelError
@@ -46,7 +47,28 @@ def check_against_separate_passes(
         before_the_others()
         for rows, branch in zip(tree.branch_rows, branches, strict=True):
             alone = model(input_ids=torch.tensor([branch], device=device), use_cache=False)
-            _compare(together[send(rows, device)], returned_logits(alone)[0], model)
+            _compare(together[send(rows, device)], returned_logits(alone)[0], model, _SHARED)
+
+
+@torch.no_grad()
+def check_padded_rows(model: Any) -> None:
+    """Raise UnsupportedModelError unless rows that are padded on the right have the same logits as alone.
+
+    A model is not checked as in `check_against_separate_passes`, or if its logits are not finite.
+    """
+    base = base_model(model)
+    if not _is_loaded(base):
+        return
+    device = next(base.parameters()).device
+    branches, _ = _small_tree(base.get_input_embeddings().weight.shape[0])
+    rows = [torch.tensor(branch, device=device) for branch in branches]
+    ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
+    with in_eval_mode(model):
+        outputs = model(input_ids=ids, attention_mask=mask, **without_router_loss(base), use_cache=False)
+        for padded, row in zip(returned_logits(outputs), rows, strict=True):
+            alone = returned_logits(model(input_ids=row[None], use_cache=False))[0]
+            if alone.isfinite().all():  # what is not finite is found later, with the example's name
+                _compare(padded[: len(row)], alone, model, _PADDED)
 
 
 @torch.no_grad()
@@ -80,7 +102,17 @@ def _small_tree(vocabulary: int) -> tuple[list[list[int]], PrefixTree]:
     return branches, build_prefix_tree(branches)
 
 
-def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
+_SHARED = (
+    "branches that share a prefix do not give the same logits as in separate rows (relative error {:.1e}); "
+    "use attention='padded'"
+)
+_PADDED = (
+    "rows with padding on the right do not give the same logits as alone (relative error {:.1e}), so neither trees nor "
+    "padded batches of this model are exact"
+)
+
+
+def _compare(together: Tensor, alone: Tensor, model: Any, message: str) -> None:
     if not alone.isfinite().all():
         name = getattr(model, "name_or_path", "") or type(base_model(model)).__name__
         raise NonFiniteError(
@@ -93,7 +125,4 @@ def _compare(together: Tensor, alone: Tensor, model: Any) -> None:
     narrow = next(base_model(model).parameters()).element_size() < 4
     half = narrow or hasattr(model, "_original_forward") or torch.is_autocast_enabled(alone.device.type)
     if not error < (_HALF_LIMIT if half else _LIMIT):
-        raise UnsupportedModelError(
-            f"{type(base_model(model)).__name__}: branches that share a prefix do not give the same logits as in "
-            f"separate rows (relative error {error:.1e}); use attention='padded'"
-        )
+        raise UnsupportedModelError(f"{type(base_model(model)).__name__}: {message.format(error)}")

@@ -14,6 +14,9 @@ How `loss_fn(h1, h0, W, labels)` reaches a kernel: the file of each step, and th
     chunks            collects it until there are rows enough for a fast product (on GPUs)  ─► GradientBuffer
     gradients         two or three products: dh1, dh0 [N, D], dW [V, D], db [V]           ─► HeadGradients
 
+If processes divide the vocabulary, W is one part of it (shard_exchange). Its OpenShard completes the statistics before
+PairNLL, and HeadGradients adds up dh.
+
 `loss.backward()` scales those gradients. For MIRROR the kernels are jsd_stats and jsd_grad. The operators `linear_*` go
 through nll_operators and nll (or jsd) instead of loss_operator and fused_loss, and compute their gradients in the
 backward.

@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public
 
 from nextquill.errors import BackendUnavailableError
 
-_INTERFACE_VERSION = 4
+_INTERFACE_VERSION = 5
 
 
 def why_not() -> str | None:

@@ -1,8 +1,9 @@
 """The chunk kernels in plain PyTorch: statistics of a chunk of logits, and its gradient.
 
-Every `impl` offers these six functions on [n, V] logits in the compute dtype, with labels [n] in [0, V). These read
-logits after bias, scale and cap; see `ChunkKernels.finish_logits`. They walk the rows in small blocks, so that the
-temporaries of a block stay in cache and no second buffer of the logits' size exists.
+Every `impl` offers these six functions on [n, V] logits in the compute dtype, with labels [n] in [0, V]. A label of V
+is not among the columns, as if another rank held it: its nll is NaN, and onehot is 0. These functions read logits after
+bias, scale and cap; see `ChunkKernels.finish_logits`. They walk the rows in small blocks, so that the temporaries of a
+block stay in cache and no second buffer of the logits' size exists.
 
 The statistics of a row are the largest logit, the sum of exp(z - max), and the nll, for each of z1, z0 and z1 - z0.
 The gradients compute the softmax from these three:
@@ -223,7 +224,9 @@ def _row_stats(logits: Tensor, labels: Tensor, scratch: Tensor, out: Tensor) -> 
     torch.amax(logits, -1, out=largest)
     torch.sum(torch.sub(logits, largest[:, None], out=scratch).exp_(), -1, out=total)
     # The large terms cancel first, so that a nll near 0 keeps its digits.
-    torch.add(largest - logits.gather(1, labels[:, None]).squeeze(1), total.log(), out=nll)
+    columns, known = _label_columns(logits, labels)
+    own = logits.gather(1, columns).squeeze(1).masked_fill_(~known, torch.nan)
+    torch.add(largest - own, total.log(), out=nll)
 
 
 def _divergences(z1: Tensor, difference: Tensor, scratch: Tensor, stats: Tensor) -> None:
@@ -248,8 +251,16 @@ def _weighted_softmax_grad(logits: Tensor, labels: Tensor, stats: Tensor, grad_n
     """Write g (softmax(z) - onehot(y)) into `out`."""
     largest, total, nll = stats
     torch.sub(logits, largest[:, None], out=out).exp_().mul_((grad_nll / total)[:, None])
+    columns, known = _label_columns(logits, labels)
+    at_label = torch.where(known, grad_nll * torch.expm1(-nll), out.gather(1, columns).squeeze(1))
     # scatter, because the CUDA kernel of scatter_add uses atomics.
-    out.scatter_(1, labels[:, None], (grad_nll * torch.expm1(-nll))[:, None])
+    out.scatter_(1, columns, at_label[:, None])
+
+
+def _label_columns(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a column for each label [n, 1], int64, and whether the label is there [n], bool."""
+    last = logits.shape[1] - 1
+    return labels.clamp(max=last)[:, None], labels <= last
 
 
 def _through_cap(logits: Tensor, gradient: Tensor, out: Tensor, softcap: float | None, logit_scale: float) -> None:

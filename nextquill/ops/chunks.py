@@ -67,7 +67,8 @@ class ChunkedHead(LinearHead):
         Raises:
             ArgumentError: `chunk_bytes` does not hold one row.
         """
-        stride = _row_stride(self.vocabulary)
+        # Processes that divide a vocabulary take the same chunks: they meet once in each.
+        stride = _row_stride(self.vocabulary if self.shard is None else self.shard.largest)
         of_row, of_gradient = streams * stride * self.dtype.itemsize, 0
         if gradients and self.grad_dtype != self.dtype:
             hidden = self.weight.shape[1] * (self.weight.dtype.itemsize + self.dtype.itemsize)
@@ -113,7 +114,7 @@ class Chunk:
         head: the output head.
         rows: which n rows of the plan.
         indices: [n], int64, positions of these rows in the batch.
-        labels: [n], int64.
+        labels: [n], int64, as columns of `logits`; V where another process holds the label.
         hidden: [streams·n, D], dtype of the weight.
         logits: [streams·n, V], float32 (float64); a view of the buffer. Products h Wᵀ if the kernels finish them.
     """
@@ -131,7 +132,10 @@ class Chunk:
         return torch.split(self.logits, self.indices.numel())
 
     def statistics(self, out: Tensor) -> None:
-        """Write statistics as `chunk_torch` defines them: `out` is [3, n], or [9, n] or [11, n] for two streams."""
+        """Write statistics as `chunk_torch` defines them: `out` is [3, n], or [9, n] or [11, n] for two streams.
+
+        They are those of this process's part of the vocabulary; `OpenShard.combine_` completes them.
+        """
         kernels = self.head.kernels
         if len(out) >= PAIR_STATS:
             kernels.pair_stats(self.streams, self.labels, out, **self.head.finishing)
@@ -155,7 +159,7 @@ class Chunk:
         """Write dz of some rows; may overwrite their logits.
 
         Args:
-            stats: [3, n], or [9, n] for two streams; written by `statistics`.
+            stats: [3, n], or [9, n] for two streams; written by `statistics`, of the whole vocabulary.
             grad_nlls: g_f, g_c and g_e, each [n], per nat; None means zero.
             rows: which rows of the chunk.
             outs: for each stream that gets a gradient, [rows, V] in `head.grad_dtype` or `head.dtype`.
@@ -190,6 +194,7 @@ class LogitsBuffer:
 
     def __init__(self, head: ChunkedHead, streams: int, plan: RowPlan, rows: int) -> None:
         self.head, self.plan, self.rows = head, plan, rows
+        self._labels = plan.labels if head.shard is None else head.shard.own_labels(plan.labels)
         padded = head.weight.new_empty(streams * rows, _row_stride(head.vocabulary), dtype=head.dtype)
         huge_pages.advise(padded)
         self.nbytes = padded.nbytes
@@ -209,7 +214,7 @@ class LogitsBuffer:
         logits = head.products(hidden, self._memory[: hidden.shape[0]])
         if not head.kernels.finish_logits:
             head.finish_(logits)
-        return Chunk(head, rows, indices, self.plan.labels[rows], hidden, logits)
+        return Chunk(head, rows, indices, self._labels[rows], hidden, logits)
 
     def chunks(self, streams: Sequence[Tensor]) -> Iterator[Chunk]:
         """Yield all rows of the plan; each chunk overwrites the previous one, and `streams` is as in `fill`."""
@@ -270,8 +275,16 @@ class GradientBuffer:
 
     def flush(self) -> None:
         """Multiply what has been taken since the last time."""
+        self._multiply(last=False)
+
+    def finish(self) -> None:
+        """Multiply the rest, and complete the gradients."""
+        self._multiply(last=True)
+        self.gradients.finish()
+
+    def _multiply(self, last: bool) -> None:
         if self._blocks:
-            self.gradients.add(self._blocks, self._dz[: self._filled], self._hidden[: self._filled])
+            self.gradients.add(self._blocks, self._dz[: self._filled], self._hidden[: self._filled], last=last)
         self._filled, self._blocks = 0, []
 
 

@@ -86,7 +86,7 @@ class PairLossEngine:
         """Return the loss (scalar), rows [7, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
         for group in group_rows(self.plan, self.max_rows, whole_sequences=self.whole_sequences):
             self._run_group(group)
-        self.gradient_buffer.flush()
+        self.gradient_buffer.finish()
         coefficients, pair = unpack_rows(self.rows, self.paired, self.effect)
         loss = self.objective.token_loss(self.objective.terms(coefficients, pair, self.rows[-1])).sum()
         return loss, self.rows, self.gradients
@@ -94,6 +94,7 @@ class PairLossEngine:
     def _run_group(self, group: RowGroup) -> None:
         for rows in group.chunks:
             chunk = self._statistics(rows)
+        self._finish_statistics(group)
         own, pair = unpack_rows(self.rows[:, group.rows], self.paired, self.effect)
         given = None if self.token_weights is None else self.token_weights[group.rows]
         fused = self.head.kernels.row_coefficients
@@ -117,14 +118,10 @@ class PairLossEngine:
                 self._jsd_statistics(chunk, self.beta, found)
             if self.effect or self.beta is None:
                 chunk.statistics(found)
-            streams = 3 if self.effect else 2
-            self.rows[3 : 3 + streams, rows] = found[2 : 3 * streams : 3]
             return chunk
         for stream in reversed(range(len(self.streams))):
             chunk = self.buffer.fill(self.streams[stream : stream + 1], rows)
-            own = found[3 * stream : 3 * stream + 3]
-            chunk.statistics(own)
-            self.rows[3 + stream, rows] = own[2]
+            chunk.statistics(found[3 * stream : 3 * stream + 3])
         return chunk
 
     def _jsd_statistics(self, chunk: Chunk, beta: float, found: Tensor) -> None:
@@ -132,6 +129,14 @@ class PairLossEngine:
         chunk.jsd_statistics(beta, stats)
         self.rows[-1, chunk.rows] = stats[-1]
         found[2:6:3] = chunk.jsd_nlls(stats)
+
+    def _finish_statistics(self, group: RowGroup) -> None:
+        """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary."""
+        kinds = 3 if self.effect else len(self.streams)
+        found = self.stats[: 3 * kinds, group.rows]
+        if self.head.shard is not None:
+            self.head.shard.combine_(found, self.plan.labels[group.rows])
+        self.rows[3 : 3 + kinds, group.rows] = found[2::3]
 
     def _fill(self, rows: slice) -> Chunk:
         return self.buffer.fill(self.streams if self.together else self.streams[:1], rows)

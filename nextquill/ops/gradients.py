@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nextquill.errors import GradientError
 from nextquill.ops.head import LinearHead
+from nextquill.ops.shard_exchange import OpenShard
 
 
 class Needs(NamedTuple):
@@ -28,6 +30,10 @@ class HeadGradients:
     dW and db are summed in float32 (float64), because summing them in bfloat16 is known to harm training. dh1 and dh0
     have the dtype of `rows_dtype`. Rows that are never added stay exactly 0.
 
+    If processes divide the vocabulary, dW and db are those of this process's part, and `finish` adds up the processes'
+    shares of dh. It does so once, for all rows: a sum for each chunk would be cut into other pieces for another chunk
+    size, and collectives add the processes of each piece in an order of its own. The shares are in float32 (float64).
+
     Args:
         head: the output head.
         factual, counterfactual: hidden states [N, D], any floating dtype; the second may be None.
@@ -36,10 +42,13 @@ class HeadGradients:
 
     def __init__(self, head: LinearHead, factual: Tensor, counterfactual: Tensor | None, needs: Needs) -> None:
         self.head = head
-        self.factual = _rows_like(factual) if needs.factual else None
-        self.counterfactual = None
-        if needs.counterfactual and counterfactual is not None:
-            self.counterfactual = _rows_like(counterfactual)
+        streams = [factual if needs.factual else None, counterfactual if needs.counterfactual else None]
+        self._sum: SumOfProcesses | None = None
+        if head.shard is None:
+            self.factual, self.counterfactual = (None if each is None else _rows_like(each) for each in streams)
+        else:
+            self._sum = SumOfProcesses(head.shard, streams, head.dtype)
+            self.factual, self.counterfactual = self._sum.shares
         # Not empty_like: it would copy the strides of a transposed weight, which the operators' fake results do not.
         self._weight = head.weight.new_empty(head.weight.shape, dtype=head.dtype) if needs.weight else None
         self._weight_begun = False
@@ -54,7 +63,9 @@ class HeadGradients:
             self._weight_begun = True
         return self._weight
 
-    def add(self, blocks: Sequence[tuple[int, Tensor]], grad_logits: Tensor, hidden: Tensor) -> None:
+    def add(
+        self, blocks: Sequence[tuple[int, Tensor]], grad_logits: Tensor, hidden: Tensor, *, last: bool = False
+    ) -> None:
         """Add the share of some rows of both streams, with one product each for dh and dW.
 
         Args:
@@ -62,9 +73,12 @@ class HeadGradients:
                 their positions in the batch [n], int64.
             grad_logits: dz [m, V] of all blocks, dtype `head.grad_dtype` or `head.dtype`.
             hidden: [m, D], any floating dtype, the hidden states behind `grad_logits`.
+            last: no more rows follow, so that dh may be on its way between processes during the product for dW.
         """
         sizes = [rows.numel() for _, rows in blocks]
         self._add_hidden(blocks, grad_logits, sizes)
+        if last and self._sum is not None:
+            self._sum.start()
         if self._weight is not None:
             self.head.add_weight_grad(self._weight, grad_logits, hidden, overwrite=not self._weight_begun)
             self._weight_begun = True
@@ -72,6 +86,11 @@ class HeadGradients:
             # Block by block: the effect term adds opposite numbers to dz1 and dz0, and their sums cancel exactly.
             for piece in grad_logits.split(sizes):
                 self.bias.add_(piece.sum(0, dtype=self.bias.dtype))
+
+    def finish(self) -> None:
+        """Add up the shares of dh, if processes divide the vocabulary; every process must call it."""
+        if self._sum is not None:
+            self.factual, self.counterfactual = self._sum.finish()
 
     def _add_hidden(self, blocks: Sequence[tuple[int, Tensor]], grad_logits: Tensor, sizes: list[int]) -> None:
         targets = [(self.factual, self.counterfactual)[stream] for stream, _ in blocks]
@@ -81,6 +100,42 @@ class HeadGradients:
             if target is not None:
                 dh = piece if at_once else self.head.hidden_grad(piece)
                 target.index_copy_(0, rows, dh.to(target.dtype))
+
+
+class SumOfProcesses:
+    """The sum of dh1 and dh0 over the processes that divide a vocabulary, in one exchange.
+
+    Args:
+        shard: the part of the vocabulary.
+        streams: hidden states [N, D], any floating dtype; None for one without gradient.
+        dtype: of the shares, float32 (float64).
+
+    Attributes:
+        shares: this process's share of each gradient [N, D], to be filled; None for one that is not wanted.
+    """
+
+    def __init__(self, shard: OpenShard, streams: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        self.shard, self._dtypes = shard, [None if each is None else rows_dtype(each) for each in streams]
+        wanted = [each for each in streams if each is not None]
+        self._memory = torch.stack([torch.zeros_like(each, dtype=dtype) for each in wanted]) if wanted else None
+        rows = iter(() if self._memory is None else self._memory)
+        self.shares = [None if each is None else next(rows) for each in streams]
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        """Start the exchange; the shares must be complete."""
+        if self._memory is not None and self._work is None:
+            self._work = self.shard.sum_(self._memory)
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the sums [N, D], each in memory of its own and the dtype of `rows_dtype`; None as in `shares`."""
+        self.start()
+        if self._work is not None:
+            self._work.wait()
+        return [
+            None if share is None else share.to(dtype, copy=True)
+            for share, dtype in zip(self.shares, self._dtypes, strict=True)
+        ]
 
 
 def rows_dtype(hidden: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nextquill.ops.mixed_precision_mm import addmm_into, has_wide_mm, mm_into, tf32_products
 from nextquill.ops.precision import compute_dtype
+from nextquill.ops.shard_exchange import OpenShard
 
 # A half-precision weight is cast to float32 in slices of this size, so that no full float32 copy exists. On an
 # accelerator small slices would make many small products.
@@ -32,17 +33,24 @@ class LinearHead:
         bias: b [V], any floating dtype, or None.
         softcap: c > 0 of cap(x) = c·tanh(x / c), or None.
         logit_scale: the scale.
+        shard: which part of the vocabulary `weight` and `bias` are, if processes divide it; V is then the part's size.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    shard: OpenShard | None = None
 
     @property
     def vocabulary(self) -> int:
         """The vocabulary size V, in tokens."""
         return self.weight.shape[0]
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels that are allowed: the vocabulary size, over all processes."""
+        return self.vocabulary if self.shard is None else self.shard.vocabulary
 
     @property
     def dtype(self) -> torch.dtype:

@@ -56,13 +56,15 @@ def _pair_loss(
     found = decode(objective)
     if token_weights is not None:
         found, token_weights = found.of_given_weights(), token_weights.to(results_dtype(factual, options))
-    plan = plan_rows(labels, sequence_ids, ignore_index, weight.shape[0], token_weights)
+    streams = (factual,) if counterfactual is None else (factual, counterfactual)
+    head = open_head(streams, weight, bias, labels, *options)
+    plan = plan_rows(labels, sequence_ids, ignore_index, head.num_labels, token_weights)
     with autocast_off(factual.device):
         # No variable holds the engine, so that its logits are freed after this statement.
         loss, compact, grads = PairLossEngine(
             factual,
             counterfactual,
-            open_head(factual, weight, bias, *options),
+            head,
             found,
             plan,
             num_items=_items(num_items, found.default_items(plan)),

@@ -40,18 +40,20 @@ def head_nll(
         float32 (float64), nats, 0 in ignored rows: [1, N] for one stream; [3, N] for two (factual, counterfactual,
         effect); [5, N] with `divergence`.
     """
-    if head.kernels.stream_nll is not None and head.chunk_bytes is None and not divergence:
-        check_labels(labels, ignore_index, head.vocabulary)
+    if head.kernels.stream_nll is not None and head.chunk_bytes is None and head.shard is None and not divergence:
+        check_labels(labels, ignore_index, head.num_labels)
         # The kernel ignores rows with label -1, and gives NaN to rows with label V, which is out of range.
         known = torch.where(labels < 0, head.vocabulary, labels)
         return head.kernels.stream_nll(streams, head, torch.where(labels == ignore_index, -1, known))
-    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
+    plan = plan_rows(labels, None, ignore_index, head.num_labels)
     kinds = TOKEN_STATS if len(streams) == 1 else PAIR_STATS_DIVERGENCE if divergence else PAIR_STATS
     found = streams[0].new_empty(kinds, plan.num_rows, dtype=head.dtype)
     for chunk in LogitsBuffer(head, len(streams), plan, head.memory(plan.num_rows, len(streams), 0).rows).chunks(
         streams
     ):
         chunk.statistics(found[:, chunk.rows])
+    if head.shard is not None:
+        head.shard.combine_(found, plan.labels)
     wanted = torch.cat((found[2:PAIR_STATS:3], found[PAIR_STATS:]))
     return found.new_zeros(len(wanted), labels.numel()).index_copy_(1, plan.rows, wanted)
 
@@ -74,7 +76,7 @@ def head_gradients(
         ignore_index: label of rows that do not count.
         needs: which gradients are wanted.
     """
-    plan = plan_rows(labels, None, ignore_index, head.vocabulary)
+    plan = plan_rows(labels, None, ignore_index, head.num_labels)
     grads = HeadGradients(head, streams[0], streams[1] if len(streams) == 2 else None, needs)
     of_rows = [None if g is None else g.to(head.dtype).index_select(0, plan.rows) for g in (*grad_nlls, None, None)[:3]]
     if len(streams) == 2:
@@ -89,7 +91,9 @@ def head_gradients(
         # little time beside its products.
         stats = chunk.logits.new_empty(PAIR_STATS if len(streams) == 2 else TOKEN_STATS, chunk.labels.numel())
         chunk.statistics(stats)
+        if head.shard is not None:
+            head.shard.combine_(stats, plan.labels[chunk.rows])
         own = [None if g is None else g[chunk.rows] for g in of_rows]
         buffer.add(chunk, functools.partial(chunk.gradient, stats, own))
-    buffer.flush()
+    buffer.finish()
     return grads

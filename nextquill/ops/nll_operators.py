@@ -18,9 +18,9 @@ from nextquill.ops.nll import head_gradients, head_nll
 from nextquill.ops.precision import autocast_off
 from nextquill.ops.registration import define, nothing, open_head, results_dtype
 
-# Every operator ends with labels (and in a backward `needs`), ignore_index and the head's five options. `pair_jsd` has
+# Every operator ends with labels (and in a backward `needs`), ignore_index and the head's six options. `pair_jsd` has
 # `counts` and `beta` in the place of labels and ignore_index.
-_AFTER_LABELS = 6
+_AFTER_LABELS = 7
 
 
 def _token_nll(hidden: Tensor, *arguments: Any) -> Tensor:
@@ -48,7 +48,7 @@ def _nlls(
     *options: Any,
     divergence: bool = False,
 ) -> Tensor:
-    head = open_head(streams[0], weight, bias, *options)
+    head = open_head(streams, weight, bias, labels, *options)
     with autocast_off(labels.device):
         return head_nll(streams, head, labels, ignore_index, divergence=divergence)
 
@@ -63,7 +63,7 @@ def _pair_jsd(
     *options: Any,
 ) -> Tensor:
     """Compute the divergence [N]."""
-    head = open_head(student, weight, bias, *options)
+    head = open_head((student, teacher), weight, bias, counts, *options)
     with autocast_off(student.device):
         return head_jsd((student, teacher), head, counts, beta)
 
@@ -85,7 +85,7 @@ def _token_nll_backward(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = open_head(hidden, weight, bias, *options)
+    head = open_head((hidden,), weight, bias, labels, *options)
     wanted = Needs(needs[0], False, *needs[1:])
     with autocast_off(hidden.device):
         grads = head_gradients((grad_nll,), (hidden,), head, labels, ignore_index, wanted)
@@ -106,8 +106,8 @@ def _pair_nll_backward(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    head = open_head(factual, weight, bias, *options)
     upstream, streams = (grad_factual, grad_counterfactual, grad_effect), (factual, counterfactual)
+    head = open_head(streams, weight, bias, labels, *options)
     with autocast_off(factual.device):
         grads = head_gradients(upstream, streams, head, labels, ignore_index, Needs(*needs))
     return _deliver(grads, factual, counterfactual, weight, bias)
@@ -124,7 +124,7 @@ def _pair_jsd_backward(
     beta: float,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    head = open_head(student, weight, bias, *options)
+    head = open_head((student, teacher), weight, bias, counts, *options)
     with autocast_off(student.device):
         grads = head_jsd_gradients(grad_jsd, (student, teacher), head, counts, beta, Needs(*needs))
     return _deliver(grads, student, teacher, weight, bias)

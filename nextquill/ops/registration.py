@@ -1,6 +1,6 @@
 """Registers an operator with PyTorch: schema, fake shapes, autograd, and autocast as one argument.
 
-The last five arguments of every operator are the options of the output head, which `open_head` names. The last one,
+The last six arguments of every operator are the options of the output head, which `open_head` names. The last one,
 `product_dtype`, is the dtype in which hidden states and weight are multiplied; None keeps their own. Under autocast the
 registered kernel sets it and does not cast the inputs, so that the gradient of a float32 master weight is never rounded
 to half precision.
@@ -18,41 +18,50 @@ from nextquill.devices import reads_on_host
 from nextquill.ops.chunks import ChunkedHead
 from nextquill.ops.dispatch import resolve_impl
 from nextquill.ops.precision import autocast_off, autocast_product_dtype, compute_dtype
+from nextquill.ops.shard_exchange import join
 
-_OPTIONS = "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, ScalarType? product_dtype"
+_OPTIONS = (
+    "float? softcap, float logit_scale, str impl, SymInt? chunk_bytes, str? vocabulary_shard, ScalarType? product_dtype"
+)
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 _library = torch.library.Library("nextquill", "FRAGMENT")
 
 
 def open_head(
-    hidden: Tensor,
+    streams: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
+    labels: Tensor,
     softcap: float | None,
     logit_scale: float,
     impl: str,
     chunk_bytes: int | None,
+    vocabulary_shard: str | None,
     product_dtype: torch.dtype | None,
 ) -> ChunkedHead:
     """Return the head that an operator computes with.
 
     Args:
-        hidden: [N, D], any floating dtype.
-        weight, bias: [V, D] and [V] or None, any floating dtype.
+        streams: one or two tensors of hidden states [N, D], any floating dtype.
+        weight, bias: [V, D] and [V] or None, any floating dtype; one part of them if the vocabulary is divided.
+        labels: [N], int64; read only if the vocabulary is divided.
         softcap, logit_scale, impl, chunk_bytes: as in `PairLoss`.
+        vocabulary_shard: which part of the vocabulary the weight is, as `VocabularyShard.describe` says; None for all.
         product_dtype: dtype in which hidden states and weight are multiplied; None for their own.
 
     Raises:
-        BackendUnavailableError: `impl` cannot run on the device or in the dtype of `hidden`.
+        BackendUnavailableError: `impl` cannot run on the device or in the dtype of the hidden states.
+        ArgumentError: the parts of the vocabulary, or what their processes got, do not fit together.
     """
-    dtype = product_dtype or hidden.dtype
-    kernels = resolve_impl(impl, hidden.device, compute_dtype(dtype))
+    dtype = product_dtype or streams[0].dtype
+    kernels = resolve_impl(impl, streams[0].device, compute_dtype(dtype))
+    shard = None if vocabulary_shard is None else join(vocabulary_shard, weight, streams, labels)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return ChunkedHead(weight, bias, softcap, logit_scale, kernels=kernels, chunk_bytes=chunk_bytes)
+    return ChunkedHead(weight, bias, softcap, logit_scale, kernels=kernels, chunk_bytes=chunk_bytes, shard=shard)
 
 
 def results_dtype(hidden: Tensor, options: Sequence[Any]) -> torch.dtype:
-    """Return the dtype of an operator's results, from its hidden states [N, D] and its last five arguments."""
+    """Return the dtype of an operator's results, from its hidden states [N, D] and its last six arguments."""
     return compute_dtype(options[-1] or hidden.dtype)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, GradientError
+from nextquill.vocabulary_shard import VocabularyShard, is_dtensor, own_part, part_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class HeadInputs:
     Attributes:
         factual: [N, D], floating, hidden states with the user's history.
         counterfactual: [N, D], hidden states without it; None for an operator of one stream.
-        weight, bias: [V, D] and [V] or None, in the hidden states' dtype except under autocast.
+        weight, bias: [V, D] and [V] or None, in the hidden states' dtype except under autocast; this process's part of
+            them if the vocabulary is divided.
+        vocabulary_shard: which part that is, see `VocabularyShard.describe`; None for all of the vocabulary.
         labels: [N], int64.
         shape: the labels' original shape.
     """
@@ -34,12 +37,18 @@ class HeadInputs:
     bias: Tensor | None
     labels: Tensor
     shape: torch.Size
+    vocabulary_shard: str | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The first arguments of the operators of a pair, in the shapes and dtypes above."""
+        return self.factual, self.counterfactual, self.weight, self.bias, self.labels
 
 
 def check_head_inputs(
     hidden_factual: Tensor,
     hidden_counterfactual: Tensor | None,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | VocabularyShard,
     labels: Tensor,
     bias: Tensor | None,
     *,
@@ -52,7 +61,7 @@ def check_head_inputs(
     Args:
         hidden_factual: [N, D] or [B, T, D], floating.
         hidden_counterfactual: shape and dtype of `hidden_factual`, or None.
-        lm_head_weight: [V, D], in the same dtype except under autocast.
+        lm_head_weight: [V, D], in the same dtype except under autocast; or one part of the vocabulary.
         labels: [N] or [B, T], any integer dtype.
         bias: [V], in the same dtype except under autocast, or None.
         hidden_name, other_name, labels_name: names of the hidden states and of the labels in messages. A `labels_name`
@@ -64,8 +73,13 @@ def check_head_inputs(
     """
     _check_transforms()
     check_floating(hidden_name, hidden_factual)
+    given = part_of("lm_head_weight", lm_head_weight)
+    shard = given.describe() if isinstance(given, VocabularyShard) else None
+    lm_head_weight = own_part(given)
     check_floating("lm_head_weight", lm_head_weight)
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0 or lm_head_weight.shape[1] == 0:
+    # An empty part is refused later, on all processes at once.
+    empty = lm_head_weight.dim() == 2 and lm_head_weight.shape[0] == 0 and shard is None
+    if lm_head_weight.dim() != 2 or empty or lm_head_weight.shape[1] == 0:
         raise ArgumentError(f"lm_head_weight: expected shape [V, D], got {_shape(lm_head_weight)}")
     vocabulary, hidden_size = lm_head_weight.shape
     if hidden_factual.dim() not in (2, 3):
@@ -85,6 +99,7 @@ def check_head_inputs(
         _check_same(other_name, hidden_counterfactual, hidden_name, hidden_factual)
     _check_same("lm_head_weight", lm_head_weight, hidden_name, hidden_factual)
     if bias is not None:
+        bias = own_part(part_of("bias", bias))
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
             raise ArgumentError(f"bias: expected shape [{vocabulary}], got {_shape(bias)}")
@@ -97,7 +112,17 @@ def check_head_inputs(
         bias=bias,
         labels=flat_labels,
         shape=labels.shape,
+        vocabulary_shard=shard,
     )
+
+
+def check_whole_vocabulary(inputs: HeadInputs) -> None:
+    """Raise ArgumentError if the head is one part of a vocabulary, for a divergence."""
+    if inputs.vocabulary_shard is not None:
+        raise ArgumentError(
+            "lm_head_weight: expected the whole vocabulary on each process, got one part of it: the divergence has no "
+            "exchange between processes"
+        )
 
 
 def _check_transforms() -> None:
@@ -218,11 +243,8 @@ def check_floating(name: str, tensor: object) -> None:
         raise ArgumentTypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise ArgumentTypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    if type(tensor).__name__ == "DTensor":
-        raise ArgumentTypeError(
-            f"{name}: expected a plain tensor, got a DTensor: call the loss inside a forward for which FSDP has "
-            "gathered the weight, or pass `.full_tensor()`"
-        )
+    if is_dtensor(tensor):
+        raise ArgumentTypeError(f"{name}: expected a plain tensor, got a DTensor; pass its `.full_tensor()`")
     _check_dense(name, tensor)
 
 

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
-from nextquill.evaluation.scoring import BranchScorer, forward_budget, pad_token
+from nextquill.evaluation.scoring import BranchScorer, pad_token
 from nextquill.popi.roles import INFERENCE, Role
-
-# The rows of a padded forward with gradient.
-_PADDED_TOGETHER = 8
 
 
 class BranchPasses(BranchScorer):
@@ -60,14 +57,9 @@ class BranchPasses(BranchScorer):
             return []
         chosen, values = [branches[index] for index in kept.tolist()], values[kept]
         examples = [EncodedExample("", index, branch, branch, None, 0, 0) for index, branch in enumerate(chosen)]
-        budget, size = None, _PADDED_TOGETHER
-        if self._passes.trees is not None:
-            budget, size = forward_budget(examples, self._given, self._usual, ("factual",)), len(examples)
-        collate, parts = self._passes.collator(self._pad, budget), list[dict[str, Any]]()
-        for start in range(0, len(examples), size):
-            for part in collate(examples[start : start + size])["parts"]:
-                parts.append({**part, "token_weights": values[start + part["sequence_ids"]]})
-        return parts
+        return [
+            {**part, "token_weights": values[part["sequence_ids"]]} for part in self._parts(examples, training=True)
+        ]
 
     def loss(self, part: dict[str, Any]) -> Tensor:
         """Return Σ weight · -log p(response | prompt) over a part, a scalar with gradient, float32 or float64."""

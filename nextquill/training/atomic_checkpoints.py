@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nextquill.errors import CheckpointError
 from nextquill.models.architectures import random_rate, random_rates
@@ -295,10 +296,13 @@ def _describe(adapter: Any) -> str:
 
 
 def _fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
-    """A hash of the first values of each parameter; None if there is none."""
+    """A hash of the first values of each parameter; None if there is none.
+
+    Parameters that processes divide are left out: each process has other values.
+    """
     parts = list[bytes]()
     for name, parameter in parameters:
-        if not parameter.is_meta:
+        if not (parameter.is_meta or isinstance(parameter, DTensor)):
             sample = parameter.detach().reshape(-1)[:_SAMPLE]
             sample = sample.float() if sample.is_floating_point() else sample
             parts.append(name.encode() + sample.cpu().numpy().tobytes())

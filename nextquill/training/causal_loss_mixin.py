@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nextquill.data import EncodedDataset, EncodedExample, ExampleEncoder, UserGroupSampler
-from nextquill.data.templates import BRANCHES
+from nextquill.data.collator import Collator
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, NonFiniteError
 from nextquill.evaluation.scoring import forward_budget, pad_token
@@ -53,10 +53,12 @@ class CausalLossMixin(FiniteSteps):
 
     def _set_loss(self, passes: PairPasses, args: Any, max_tokens: int | None, examples_per_user: int) -> None:
         check_batching(args, max_tokens, examples_per_user)
-        if passes.trees is not None and getattr(args, "neftune_noise_alpha", None) is not None:
-            raise ArgumentError(
-                "args.neftune_noise_alpha: not supported with trees, where all branches of a shared token get the same "
-                "noise; leave it out or use attention='padded'"
+        if getattr(args, "neftune_noise_alpha", None) is not None:
+            passes.pad_training(
+                ArgumentError(
+                    "args.neftune_noise_alpha: not supported with trees, where all branches of a shared token get the "
+                    "same noise; leave it out or use attention='padded'"
+                )
             )
         self.passes, self.meter = passes, TrainingMeter()
         self.max_tokens, self.examples_per_user = max_tokens, examples_per_user
@@ -64,9 +66,8 @@ class CausalLossMixin(FiniteSteps):
     def _check_fits(self, dataset: EncodedDataset | None) -> None:
         """Raise BudgetError before training if a single example takes more than `max_tokens`."""
         if dataset is not None and self.max_tokens is not None:
-            collator: Any = self.passes.collator(max_tokens=self.max_tokens)
-            names = collator.forwards[-1]
-            forward_budget(_longer(dataset, self.max_tokens, names), self.max_tokens, names=names)
+            collator = self.passes.collator(max_tokens=self.max_tokens)
+            forward_budget(_near(dataset, self.max_tokens, collator), self.max_tokens, collator)
 
     def _set_normalised(self) -> None:
         """Tell the Trainer that `compute_loss` normalises over the window. Call this after its constructor."""
@@ -88,12 +89,12 @@ class CausalLossMixin(FiniteSteps):
     def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
         """Give data loaders that are made in this block a collator of all branches."""
         placebo = dataset is not None and dataset.has_placebo
-        previous, budget = self.data_collator, self.max_tokens
+        previous, budget, pad = self.data_collator, self.max_tokens, pad_token(self.processing_class)
         if budget is not None and dataset is not None:
             # A row holds more branches than in training. Without gradient they take a fraction of the memory.
-            names = BRANCHES if placebo else BRANCHES[:2]
-            budget = forward_budget(_longer(dataset, budget, names), None, budget, names)
-        self.data_collator = self.passes.scoring_collator(pad_token(self.processing_class), budget, placebo=placebo)
+            collator = self.passes.scoring_collator(pad, placebo=placebo)
+            budget = forward_budget(_near(dataset, budget, collator), None, collator, budget)
+        self.data_collator = self.passes.scoring_collator(pad, budget, placebo=placebo)
         try:
             yield
         finally:
@@ -147,7 +148,7 @@ class CausalLossMixin(FiniteSteps):
                 batch["parts"] = add_empty_parts(batch["parts"], count)
             users = self.accelerator.gather(self.accelerator.pad_across_processes(users, pad_index=-1))
         self.meter.begin_step(0 if users is None else _count_different(users))
-        return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
+        return batches, self._sum_of_batches(own).clamp(min=1.0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; the model gets its own attention back at the end.
@@ -197,8 +198,13 @@ class CausalLossMixin(FiniteSteps):
                 self._step_outputs.append((inputs["example_index"], part["sequence_ids"], output))
         if num_items_in_batch is not None:
             # Data-parallel engines average gradients over ranks; the loss was normalised as a sum over ranks.
-            loss = loss * self.accelerator.num_processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
+
+    def _sum_of_batches(self, own: Tensor) -> Tensor:
+        """Sum over the ranks' batches; those that share a batch, as tensor parallelism does, count once."""
+        total: Tensor = self.accelerator.reduce(own, reduction="sum")
+        return total / self.get_tp_size()
 
     def _begin_step(self) -> None:
         super()._begin_step()
@@ -222,7 +228,7 @@ class CausalLossMixin(FiniteSteps):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
         if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), self.args.device)
+            logs |= self.meter.read(self._sum_of_batches, self.args.device)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -233,7 +239,7 @@ class CausalLossMixin(FiniteSteps):
             total += super().floating_point_ops(last)
             for forward in constant:
                 total += super().floating_point_ops(forward) / 3
-        return int(total)
+        return int(total) // self.get_tp_size()
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
         for part in inputs["parts"]:
@@ -263,11 +269,23 @@ class CausalLossMixin(FiniteSteps):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does; outside training, leave the model as it was before."""
+        if self.get_tp_size() > 1:
+            self.gather_function: Any = self._gather_batches
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             if not self.is_in_train:
                 self.passes.close()
+
+    def _gather_batches(self, rows: Tensor) -> Tensor:
+        """Gather rows [examples, …] of any dtype; once from processes that share a batch, as tensor parallelism does.
+
+        In place of Accelerate's function, which counts such rows as other examples.
+        """
+        everything: Tensor = self.accelerator.gather(rows)
+        batches: Tensor = everything.unflatten(0, (-1, self.get_tp_size(), len(rows)))
+        gathered, state = batches[:, 0].flatten(0, 1), self.accelerator.gradient_state
+        return gathered[: int(state.remainder)] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def _eval_metrics(self, prediction: Any) -> dict[str, float]:
         table = torch.from_numpy(np.asarray(prediction.predictions))
@@ -297,10 +315,11 @@ class CausalLossMixin(FiniteSteps):
         write_whole(folder / CARD_FILE, model_card(self))  # in place of PEFT's, which names local paths
 
 
-def _longer(dataset: EncodedDataset, budget: int, names: Sequence[str]) -> list[EncodedExample]:
-    """The examples whose branches exceed the budget together; shared tokens count once for each branch."""
+def _near(dataset: EncodedDataset, budget: int, collator: Collator) -> list[EncodedExample]:
+    """The examples that may take more than the budget; a padded row is no longer than all branches together."""
+    names = collator.forwards[-1]
     sizes = dataset.num_branch_tokens(names)
-    return [dataset.examples[index] for index, size in enumerate(sizes) if size > budget]
+    return [dataset.examples[index] for index, size in enumerate(sizes) if size * len(names) > budget]
 
 
 def _count_different(users: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import PairLoss
@@ -59,9 +60,11 @@ def check_arguments(args: Any) -> None:
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
     parallelism = getattr(args, "parallelism_config", None)
-    for name in ("tp_size", "cp_size", "sp_size"):
+    for name in ("cp_size", "sp_size"):
         if getattr(parallelism, name, 1) not in (1, None):
-            raise ArgumentError(f"args.parallelism_config: {name} above 1 is not supported, only data parallelism")
+            raise ArgumentError(
+                f"args.parallelism_config: {name} above 1 is not supported, only data and tensor parallelism"
+            )
 
 
 def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
@@ -82,6 +85,15 @@ def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
         raise ArgumentError(
             f"examples_per_user: expected a divisor of per_device_train_batch_size={args.per_device_train_batch_size}, "
             f"got {examples_per_user}"
+        )
+
+
+def check_divided(model: nn.Module, args: Any) -> None:
+    """Raise ArgumentError for arguments that fail at the end of a training whose parameters processes divide."""
+    if args.load_best_model_at_end and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ArgumentError(
+            "args.load_best_model_at_end: True is not supported for a model that was loaded in parts: transformers "
+            "cannot load the best checkpoint into it"
         )
 
 

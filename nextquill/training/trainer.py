@@ -28,7 +28,7 @@ from nextquill.models.configs import default_max_length
 from nextquill.models.stored_effects import effects_digest
 from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identity, training_identity
 from nextquill.training.causal_loss_mixin import CausalLossMixin
-from nextquill.training.checks import check_arguments, check_model, check_options
+from nextquill.training.checks import check_arguments, check_divided, check_model, check_options
 from nextquill.training.meter import CounterfactualWatch
 
 #: The batch of a step, by the flags that make it.
@@ -52,8 +52,8 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         max_response_length: budget of the response alone, or None.
         attention: the kernel for rows of trees, or "padded" for a padded row per branch; see
             `nextquill.models.attention`.
-        max_tokens: largest number of tokens in one forward with gradient, after sharing. A larger batch runs in several
-            forwards, with the same gradient. None runs it in one.
+        max_tokens: largest number of tokens in one forward with gradient, after sharing or with padding. A larger batch
+            runs in several forwards, with the same gradient. None runs it in one.
         examples_per_user: keep this many examples of a user together in a batch, so that they share their history; see
             `UserGroupSampler`. The batch size must be a multiple of it.
         effects_file: take token weights from the effects that `nextquill score` has written for the training records.
@@ -112,6 +112,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         check_model(model, processing_class, loss)
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)
+        check_divided(model, args)
         args.remove_unused_columns = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False
@@ -158,9 +159,9 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         given: Any = self.eval_dataset if records is None else self._encoded(records, placebo=True)
         if not isinstance(given, EncodedDataset):
             raise ArgumentError(f"records: expected records or an eval_dataset, got {type(given).__name__}")
-        attention = "padded" if self.passes.trees is None else self.passes.trees.attention
         model: Any = self.model
-        return score_examples(model, given.examples, pad_token(self.processing_class), attention=attention)
+        pad, attention = pad_token(self.processing_class), self.passes.attention
+        return score_examples(model, given.examples, pad, attention=attention)
 
     def _encoded(self, source: Any, *, placebo: bool) -> EncodedDataset | None:
         if isinstance(source, (str, os.PathLike)) and is_prepared(source):
@@ -186,7 +187,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
             "effects_file": effects,
             "examples_per_user": self.examples_per_user,
             **training_identity(args, self._starting_point()[1]),
-            _STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            _STEP: args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // self.get_tp_size()),
             "--per_device_train_batch_size": division,
             "--max_length": encoder.max_length,
             "--max_response_length": encoder.max_response_length,

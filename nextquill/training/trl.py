@@ -22,7 +22,7 @@ from nextquill.errors import ArgumentError, ArgumentTypeError
 from nextquill.losses import NextQuillLoss, PairLoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.training.causal_loss_mixin import CausalLossMixin
-from nextquill.training.checks import check_arguments, check_model, check_options
+from nextquill.training.checks import check_arguments, check_divided, check_model, check_options
 
 # Arguments of TRL's own loss and its preparation of text, with their neutral values.
 _IGNORED = {"loss_type": "nll", "packing": False, "completion_only_loss": None, "assistant_only_loss": False}
@@ -95,6 +95,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         trained: Any = self.model
         check_model(trained, processing_class, loss)
+        check_divided(trained, args)
         self._set_loss(PairPasses(trained, loss, attention), args, max_tokens, examples_per_user)
         self.data_collator = self.passes.collator(max_tokens=max_tokens)
         self._check_fits(train_dataset)

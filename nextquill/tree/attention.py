@@ -21,7 +21,7 @@ from torch import Tensor
 from nextquill.devices import reads_on_host
 from nextquill.tree.dense_blocks import pieces
 from nextquill.tree.kernels import ScoreRule, choose_kernel
-from nextquill.tree.operators import check_arguments, heads_last, register_gradient
+from nextquill.tree.operators import add_sinks, check_arguments, heads_last, register_gradient
 from nextquill.tree.segments import TreeLayout
 
 
@@ -34,6 +34,7 @@ def tree_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of every row over the rows on its path to the root.
 
@@ -47,21 +48,29 @@ def tree_attention(
         scale: 1/√D by default.
         window: keys a query sees along its path, itself included; None for all.
         softcap: c of c · tanh(x / c) on the scores, or None.
+        sinks: floating [H], the score of one more key of every query, whose value is 0; None for no such key.
 
     Returns:
-        [1, H, T, D], in query's dtype, differentiable in query, key and value.
+        [1, H, T, D], in query's dtype, differentiable in query, key, value and sinks.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes or dtypes do not fit each other or the layout.
     """
-    scale, window = check_arguments(query, key, value, layout, scale, window, softcap)
-    out: Tensor = _forward(query, key, value, layout.segments, scale, window, softcap)[0]
+    scale, window = check_arguments(query, key, value, layout, scale, window, softcap, sinks)
+    out: Tensor = _forward(query, key, value, layout.segments, sinks, scale, window, softcap)[0]
     return out
 
 
 @torch.library.custom_op("nextquill::tree_attention", mutates_args=(), **reads_on_host())
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out [1, H, T, D], heads innermost in memory, and the logsumexps [1, H, T] in float32 (float64)."""
     with torch.autocast(query.device.type, enabled=False):
@@ -79,6 +88,7 @@ def _forward(
                 part, lse = (out[:, :, piece.queries] * theirs).addcmul_(part, ours), both
             out[:, :, piece.queries] = part.to(merged)
             logsumexp[:, :, piece.queries] = lse
+        out = add_sinks(out, logsumexp, sinks)
         return heads_last(query, query.dtype).copy_(out) if merged != query.dtype else out, logsumexp
 
 

@@ -32,12 +32,13 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Attention of every row over the rows on its path to the root, by a named kernel or the best for the device.
 
     Args:
-        query, key, value, layout, scale, window, softcap: as in `tree_attention`.
+        query, key, value, layout, scale, window, softcap, sinks: as in `tree_attention`.
         kernel: "auto" or one of `TREE_KERNELS`.
 
     Returns:
@@ -51,18 +52,20 @@ def attend(
         on_cuda = query.device.type == "cuda"
         kernel = _on_cuda(query.dtype, query.device, query.shape[3], softcap) if on_cuda else "pieces"
     if kernel == "pieces":
-        return tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+        return tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
     if kernel == "varlen":
         from nextquill.tree.varlen import varlen_tree_attention
 
-        return varlen_tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+        return varlen_tree_attention(
+            query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     if kernel == "flex":
         # This import takes as long as all others together.
         from nextquill.tree.flex import flex_tree_attention
 
-        scale, window = check_arguments(query, key, value, layout, scale, window, softcap)
+        scale, window = check_arguments(query, key, value, layout, scale, window, softcap, sinks)
         mask = _block_mask(layout, window, query.device)
-        return flex_tree_attention(query, key, value, mask, scale=scale, softcap=softcap)
+        return flex_tree_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
     raise ArgumentError(f"kernel: expected auto or one of {', '.join(TREE_KERNELS)}, got {kernel!r}")
 
 

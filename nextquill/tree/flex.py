@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nextquill.devices import send
@@ -55,19 +57,25 @@ def tree_block_mask(
 
 
 def flex_tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention under a tree's block mask, compiled on first use.
 
         out_i = Σ_j softmax_j(cap(scale · q_i · k_j)) v_j      over the visible j
 
     On GPUs two compilations serve all lengths and masks; on a CPU each length needs its own, of about 9 s. Another
-    dtype, scale or soft cap, a window or none, and another set of tensors with gradient each need a compilation. At
-    PyTorch's limit of compilations (`torch._dynamo.config.recompile_limit`) it raises an error: PyTorch would
-    otherwise hold all scores in memory.
+    dtype, scale or soft cap, a window or none, sinks or none, and another set of tensors with gradient each need a
+    compilation. At PyTorch's limit of compilations (`torch._dynamo.config.recompile_limit`) it raises an error:
+    PyTorch would otherwise hold all scores in memory.
 
     Args:
-        query, key, value, scale, softcap: as in `tree_attention`.
+        query, key, value, scale, softcap, sinks: as in `tree_attention`.
         block_mask: result of `tree_block_mask`.
 
     Returns:
@@ -76,22 +84,31 @@ def flex_tree_attention(
     Raises:
         BackendUnavailableError: a gradient is wanted on a CPU, where FlexAttention has none.
     """
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)
+    )
     if needs_grad and query.device.type == "cpu":
         raise BackendUnavailableError("kernel 'flex' has no gradient on a CPU: use another, or torch.no_grad()")
     if not needs_grad:  # FlexAttention refuses inputs that require grad even where no gradient is needed
         query, key, value = query.detach(), key.detach(), value.detach()
+        sinks = None if sinks is None else sinks.detach()
     if torch.compiler.is_compiling():  # part of the model's own graph
-        return _flex(query, key, value, block_mask, scale, softcap)
+        return _flex(query, key, value, block_mask, scale, softcap, sinks)
     # With dynamic lengths, numbers become symbols too, and FlexAttention's score functions cannot hold symbols.
     with torch._dynamo.config.patch(specialize_float=True):
-        return _compiled(query.device.type != "cpu")(query, key, value, block_mask, scale, softcap)
+        return _compiled(query.device.type != "cpu")(query, key, value, block_mask, scale, softcap, sinks)
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    out = flex_attention(
+    out: Any = flex_attention(
         query,
         key,
         value,
@@ -99,9 +116,19 @@ def _flex(
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        **({} if sinks is None else _WITH_LOGSUMEXP),
     )
-    assert isinstance(out, Tensor)
-    return out
+    if sinks is None:
+        return out  # type: ignore[no-any-return]
+    out, logsumexp = out
+    logsumexp = logsumexp if isinstance(logsumexp, Tensor) else logsumexp.lse
+    share = (logsumexp - sinks.to(logsumexp)[:, None]).sigmoid()[..., None]  # of the keys that are not the sink
+    result: Tensor = (out * share).to(query.dtype)
+    return result
+
+
+_AUX: Any = getattr(flex_module, "AuxRequest", None)  # since PyTorch 2.9
+_WITH_LOGSUMEXP: dict[str, Any] = {"return_lse": True} if _AUX is None else {"return_aux": _AUX(lse=True)}
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch import Tensor
 from nextquill.devices import reads_on_host
 from nextquill.errors import ArgumentError
 from nextquill.tree.kernels import ScoreRule
-from nextquill.tree.operators import check_arguments, register_gradient
+from nextquill.tree.operators import add_sinks, check_arguments, register_gradient
 from nextquill.tree.segments import TreeLayout
 from nextquill.tree.varlen_kernels import VARLEN_KERNELS, choose_kernel
 from nextquill.tree.varlen_plan import gather, sum_copies, varlen_plan
@@ -34,6 +34,7 @@ def varlen_tree_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Attention of every row over the rows on its path to the root, as `tree_attention` computes it.
@@ -43,21 +44,21 @@ def varlen_tree_attention(
 
     Args:
         query, key, value: as in `tree_attention`, but float16 or bfloat16 for all kernels except "emulated".
-        layout, scale, window, softcap: as in `tree_attention`; "torch" has no softcap.
+        layout, scale, window, softcap, sinks: as in `tree_attention`; "torch" has no softcap.
         kernel: "torch", "flash_attn", "emulated", or "auto" for "torch" if it can run, else "flash_attn".
 
     Returns:
-        [1, H, T, D], in query's dtype, differentiable in query, key and value.
+        [1, H, T, D], in query's dtype, differentiable in query, key, value and sinks.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes or dtypes do not fit each other, the layout or the kernel.
         BackendUnavailableError: the kernel cannot run here (`why_not`), or its results are wrong, for example because
             it aligns the first query with the first key.
     """
-    scale, window = check_arguments(query, key, value, layout, scale, window, softcap)
+    scale, window = check_arguments(query, key, value, layout, scale, window, softcap, sinks)
     if kernel not in VARLEN_KERNELS:
         raise ArgumentError(f"kernel: expected one of {', '.join(VARLEN_KERNELS)}, got {kernel!r}")
-    out: Tensor = _forward(query, key, value, layout.segments, scale, window, softcap, kernel)[0]
+    out: Tensor = _forward(query, key, value, layout.segments, sinks, scale, window, softcap, kernel)[0]
     return out
 
 
@@ -70,6 +71,7 @@ def _forward(
     key: Tensor,
     value: Tensor,
     segments: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -81,7 +83,8 @@ def _forward(
     with torch.autocast(query.device.type, enabled=False):
         rule = ScoreRule(scale, softcap)
         out, lse = chosen.forward(_rows_first(query), gather(key, plan), gather(value, plan), plan, rule)
-    return _as_given(out, query.dtype), lse[None]
+    lse = lse[None]
+    return add_sinks(_as_given(out, query.dtype), lse, sinks), lse
 
 
 @torch.library.custom_op("nextquill::varlen_tree_attention_backward", mutates_args=(), **reads_on_host())

@@ -217,7 +217,7 @@ def test_adapters_of_a_model_that_is_there(trained, nextquill, data, tmp_path):
 
 
 def test_what_a_trainer_refuses_is_refused_before_the_first_run(trained, nextquill, data, tmp_path):
-    words_ = words(data, tmp_path / "out", "--lora_r", 2, "--lora_dropout", 0.1)
+    words_ = words(data, tmp_path / "out", "--lora_r", 2, "--lora_dropout", 0.1, "--attention", "pieces")
     words_[words_.index("tiny")] = trained
     result = nextquill(*words_)
     assert result.code == 1

@@ -208,7 +208,7 @@ WRONG_TRAINING = {
     "file": (("--train_file", "nothing.jsonl"), "--train_file: nothing.jsonl"),
     "format": (("--format", "xml"), "argument --format"),
     "instruction": (("--instruction", " "), "--instruction: expected some text"),
-    "tokens": (("--attention", "padded", "--max_tokens", 9), "--max_tokens: expected none with --attention padded"),
+    "tokens": (("--max_tokens", 0), "--max_tokens: expected a positive number"),
     "budget": (("--max_length", 20), "max_length"),
     "signals": (("--max_signal_tokens", 5), "max_"),
 }

@@ -310,7 +310,6 @@ def test_users_who_cannot_be_judged_are_counted(evaluate, make_records, tmp_path
 WRONG_EVALUATION = {
     "level": (("--level", 2), "--level: expected a share"),
     "tokens": (("--max_tokens", 0), "--max_tokens: expected a positive number"),
-    "padded": (("--max_tokens", 99, "--attention", "padded"), "--max_tokens: expected none"),
     "model": (("--model", "nowhere"), "--model: nowhere: expected a folder that POPI has written"),
     "summaries": (("--summaries", "no.jsonl"), "--summaries_file: no.jsonl is not a file"),
     "transfer": (("--transfer_model", "./nothing"), "--transfer_model: there is no folder"),

@@ -330,9 +330,10 @@ def test_a_budget_that_a_record_exceeds_is_refused(score, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_of_padded_rows_is_refused(score, tmp_path):
-    result = score(tmp_path / "s.jsonl", "--attention", "padded", "--max_tokens", 400)
-    assert "--max_tokens: expected none with --attention padded" in result.err
+def test_a_budget_of_padded_rows_counts_padding(score, tmp_path):
+    assert score(tmp_path / "s.jsonl", "--attention", "padded", "--max_tokens", 400).code == 0
+    result = score(tmp_path / "t.jsonl", "--attention", "padded", "--max_tokens", 20)
+    assert "nextquill: --max_tokens: expected at least the" in result.err
 
 
 def test_effects_are_plain_numbers(scored):

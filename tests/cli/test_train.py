@@ -477,3 +477,16 @@ def test_the_number_of_trainable_parameters_is_never_nothing(count, said):
     from nextquill.cli.train import trainable
 
     assert trainable([SimpleNamespace(numel=lambda: count)]) == f"{said} trainable parameters"
+
+
+def test_why_a_run_pads_its_rows_is_told_once(train, trained, tmp_path):
+    words = ("--model_name_or_path", trained, "--lora_r", 2, "--lora_dropout", 0.1)
+    result = train(tmp_path / "dropout", *words, "--max_steps", 1)
+    assert result.code == 0, result.err
+    assert (
+        result.err.count("nextquill: attention: 'auto' computes every branch of a training batch in a padded row") == 1
+    )
+    assert "lora_dropout.default.p=0.1" in result.err
+    assert "or use --attention padded" in result.err
+    named = train(tmp_path / "named", *words, "--max_steps", 1, "--attention", "padded")
+    assert "attention: " not in named.err

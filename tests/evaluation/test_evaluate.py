@@ -226,7 +226,6 @@ def test_places_of_measures_cover_all(whole):
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected a positive number, got 0"),
         ({"attention": "fast"}, "attention: expected one of auto"),
-        ({"attention": "padded", "max_tokens": 99}, "max_tokens: expected None with attention='padded'"),
         ({"engine": "tgi"}, "engine: expected one of auto, tree, hf, vllm, got 'tgi'"),
     ],
 )

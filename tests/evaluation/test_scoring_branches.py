@@ -86,9 +86,13 @@ def test_a_branch_beyond_the_budget_is_refused():
         score_branches(MODEL, [Branch([5] * 10, [7, 8])], max_tokens=11)
 
 
-def test_a_budget_of_padded_rows_is_refused():
-    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
-        BranchScorer(MODEL, attention="padded", max_tokens=10)
+def test_a_budget_of_padded_rows_changes_nothing():
+    branches = [Branch([5] * length, [7, 8]) for length in (3, 10, 4)]
+    whole, divided = (score_branches(MODEL, branches, attention="padded", max_tokens=most) for most in (None, 12))
+    for one, other in zip(whole, divided, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(BudgetError, match="max_tokens: expected at least the 12 tokens"):
+        score_branches(MODEL, branches, attention="padded", max_tokens=11)
 
 
 # ---- history items -----------------------------------------------------------------------------

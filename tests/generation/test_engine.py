@@ -14,11 +14,13 @@ from nextquill.generation import (
     GenerationOptions,
     Prompt,
     generation_engine,
+    local_engine,
     make_prompts,
     stop_tokens,
 )
 from nextquill.models.tiny_models import build_tokenizer
 from tests.models.model_helpers import tiny_model
+from tests.models.test_attention_refusals import HYBRID, NO_MASK
 
 
 @pytest.fixture
@@ -260,3 +262,48 @@ def test_examples_are_not_changed(model, tokenizer, engine):
     before = [dataclasses.replace(each) for each in EXAMPLES]
     respond(model, tokenizer, max_new_tokens=2, engine=engine)
     assert before == EXAMPLES
+
+
+# ---- prompts that come several times ---------------------------------------------------------------
+
+LONG = [5 + (7 * place) % 80 for place in range(40)]
+
+
+def sampled(model, tokenizer, engine, batch_size):
+    """Four samples of each of two prompts, and the number of tokens in each forward."""
+    seen = []
+    hook = model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = [Prompt(index, LONG[: 40 - 10 * (index % 2)], seed=index) for index in range(8)]
+    options = GenerationOptions(6, batch_size, 1.0, engine=engine)
+    with local_engine(model, tokenizer, stop_tokens(model, tokenizer, []), options) as made:
+        checked = len(seen)
+        found = dict(made.generate_ids(prompts))
+    hook.remove()
+    return found, seen[checked:]
+
+
+def test_prompts_that_come_several_times_are_computed_once(model, tokenizer, engine):
+    found, forwards = sampled(model, tokenizer, engine, 8)
+    alone, _ = sampled(model, tokenizer, engine, 1)
+    assert found == alone
+    # All but the last tokens of two rows, padded; or one prompt, which begins with the other.
+    assert max(forwards) == {"hf": 2 * 39, "tree": 40}[engine]
+
+
+def test_they_are_computed_once_in_models_whose_cache_is_recurrent(tokenizer):
+    kind, options, _ = HYBRID["linear attention"]
+    model = tiny_model(kind, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **options)
+    found, forwards = sampled(model, tokenizer, "hf", 8)
+    assert found == sampled(model, tokenizer, "hf", 1)[0]
+    assert max(forwards) == 2 * 39
+
+
+def test_a_model_that_keeps_no_cache_is_asked_once(tokenizer):
+    kind, options, _ = NO_MASK["padding masks alone"]
+    options = {**options, "attn_implementation": "eager", "vocab_size": len(tokenizer)}
+    model = tiny_model(kind, eos_token_id=tokenizer.eos_token_id, **options)
+    found, forwards = sampled(model, tokenizer, "hf", 4)
+    assert found == sampled(model, tokenizer, "hf", 1)[0]
+    assert forwards.count(39) + forwards.count(29) == 1

@@ -156,6 +156,28 @@ def test_a_model_that_cannot_share_prefixes_is_refused_or_run_by_transformers(to
     assert tokens(model, tokenizer, PROMPTS[:1], engine="auto", max_new_tokens=4) == {0: separate(model, PROMPTS[0], 4)}
 
 
+HYBRID = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(HYBRID))
+def test_a_model_with_states_is_run_by_transformers(kind, tokenizer):
+    """Prompts of different lengths side by side, with and without guidance; its states are in no cache of keys."""
+    model = tiny_model(kind, **HYBRID[kind], eos_token_id=None)
+    with pytest.raises(UnsupportedModelError, match=r"layers with a state .* use engine='hf'"):
+        tokens(model, tokenizer, PROMPTS, engine="tree", max_new_tokens=2)
+    assert tokens(model, tokenizer, PROMPTS, engine="auto", max_new_tokens=4) == {
+        prompt.index: separate(model, prompt, 4) for prompt in PROMPTS
+    }
+    guided = tokens(model, tokenizer, GUIDED, engine="auto", max_new_tokens=3, guidance=1.5, plausibility=0.05)
+    assert guided == {prompt.index: separate(model, prompt, 3, 1.5, 0.05) for prompt in GUIDED}
+
+
 def test_the_model_is_left_as_it_was(tokenizer):
     model = tiny_model(eos_token_id=None).train()
     before = model.config._attn_implementation

@@ -28,6 +28,7 @@ from tests.models.model_helpers import (
 
 # Windows are shorter than the branches, which have 14 to 19 tokens, and than the path into most segments.
 TWO_TYPES = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+EAGER = {"attn_implementation": "eager"}
 GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -51,6 +52,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"logits_scaling": 6.0, "attention_multiplier": 0.3}),
     "cohere2": ("cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 6}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, **EAGER}),
+    # Latent attention: values have another head size than keys.
+    "deepseek_v3": ("deepseek_v3", {
+        "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 8,
+        "kv_lora_rank": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 24,
+    }),
     "qwen3_moe": (
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
@@ -97,6 +105,20 @@ def test_the_kernel_can_be_named() -> None:
 @pytest.mark.parametrize("loss_name", sorted(loss_cases()))
 def test_every_loss_under_trees(loss_name: str) -> None:
     assert_exact("llama", loss_name, "auto")
+
+
+def test_every_sink_gets_its_gradient() -> None:
+    kind, options = ARCHITECTURES["gpt_oss"]
+    model = tiny_model(kind, **options)
+    passes = PairPasses(model, loss_cases()["official"].loss)
+    assert passes.trees.attention == "auto", "our kernels are not in use"
+    loss, _ = passes.training_loss(passes.collator()(shared_examples()))
+    found = {name: grad for name, grad in gradients(model, loss).items() if name.endswith("sinks")}
+    assert len(found) == 2
+    for name, grad in found.items():
+        assert grad.all(), name
+        want = expected("gpt_oss", "official")[1][name]
+        assert float((grad - want).norm() / want.norm()) <= 2e-5, name
 
 
 def test_the_examples_share_what_they_should() -> None:
@@ -211,7 +233,7 @@ def look_at_the_previous_row(model: torch.nn.Module, amount: float = 1.0) -> tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("attention", ["pieces", "mask"])
 def test_a_model_that_looks_across_branches_is_found(attention: str, dtype: torch.dtype) -> None:
     model = look_at_the_previous_row(tiny_model(dtype=dtype))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: branches that share a prefix .*='padded'$"):
@@ -234,7 +256,7 @@ def test_positions_that_count_rows_are_found() -> None:
 def test_models_whose_attention_gets_no_tree_are_found() -> None:
     """nemotron passes no keyword arguments to its attention, which would then see every row before it."""
     with pytest.raises(UnsupportedModelError, match="its attention does not run on a row of branches"):
-        TreeAttention(tiny_model("nemotron"))
+        TreeAttention(tiny_model("nemotron"), "pieces")
     loss, _ = run_loss(tiny_model("nemotron"), loss_cases()["official"].loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], tiny_model("nemotron"), shared_examples()))
 
@@ -253,7 +275,7 @@ def test_a_window_that_a_model_puts_into_its_mask_alone_is_found(window: int) ->
     """qwen2_moe does not pass the window to its attention function; 12 is longer than the check's branches."""
     model = tiny_model("qwen2_moe", **MASK_ONLY, sliding_window=window)
     with pytest.raises(UnsupportedModelError):
-        TreeAttention(model)
+        TreeAttention(model, "pieces")
 
 
 @pytest.mark.parametrize("window", [5, 12])

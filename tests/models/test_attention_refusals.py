@@ -23,7 +23,6 @@ from tests.models.model_helpers import (
     assert_same_tensors,
     gradients,
     loss_cases,
-    make_records,
     make_trainer,
     random_examples,
     reference_loss,
@@ -33,16 +32,18 @@ from tests.models.model_helpers import (
 )
 
 HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
-    "linear attention": (
-        "qwen3_next",
-        {
-            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
-            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-        },
-        r"Qwen3NextForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
+    "Mamba-1": (
+        "jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
+        r"JambaForCausalLM: its layers of type linear_attention let a token depend .*attention='padded'",
     ),
-    "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM: its layers of type conv "),
+    "lightning attention": (
+        "minimax", {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+        r"MiniMaxForCausalLM: its layers of type linear_attention let a token depend ",
+    ),
+    "Mamba-2 without attention": (
+        "mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2, "attn_implementation": "eager"},
+        r"Mamba2ForCausalLM: its layers of type linear_attention let a token depend ",
+    ),
     "chunks": ("llama4_text", {"num_local_experts": 2}, "Llama4ForCausalLM: its layers of type chunked_attention "),
 }  # fmt: skip
 
@@ -50,7 +51,7 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
 # ---- architectures ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("attention", ["pieces", "mask"])
 @pytest.mark.parametrize("name", sorted(HYBRID))
 def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> None:
     kind, options, message = HYBRID[name]
@@ -58,7 +59,7 @@ def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> N
         PairPasses(tiny_model(kind, **options), SFTLoss(), attention)
 
 
-@pytest.mark.parametrize("name", ["linear attention", "convolution"])
+@pytest.mark.parametrize("name", ["Mamba-1", "lightning attention"])
 def test_such_layers_are_accepted_in_separate_rows(name: str) -> None:
     kind, options, _ = HYBRID[name]
     model = tiny_model(kind, **options)
@@ -83,20 +84,10 @@ def test_encoder_decoder_models() -> None:
         PairPasses(model, loss_cases()["sft"].loss)
 
 
-def test_attention_sinks_are_left_to_masks() -> None:
-    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "attn_implementation": "eager"}
-    model = tiny_model("gpt_oss", **options)
-    with pytest.raises(UnsupportedModelError, match=r"attention sinks .* use attention='mask' or 'padded'"):
-        TreeAttention(model)
-    assert model.config._attn_implementation == "eager"
-    loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
-    assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
-
-
 def test_models_that_take_no_attention_function() -> None:
     model = tiny_model("gptj", attn_implementation="eager", rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
     with pytest.raises(UnsupportedModelError, match=r"GPTJForCausalLM: its attention cannot be replaced .*'mask'"):
-        TreeAttention(model)
+        TreeAttention(model, "pieces")
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))
 
@@ -168,7 +159,7 @@ def examples_up_to(length: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("attention", ["pieces", "mask"])
 @pytest.mark.parametrize("name", sorted(ROPE))
 def test_rope_that_follows_the_longest_position(name: str, attention: str) -> None:
     """Branches of up to 16 tokens are exact in a longer row. Longer branches would be wrong and are refused."""
@@ -222,7 +213,7 @@ def test_constant_frequencies_have_no_limit(rope: dict[str, Any]) -> None:
 
 def test_a_trainer_refuses_a_length_beyond_the_limit(tmp_path: Path) -> None:
     kind, options = ROPE["longrope"]
-    for attention, max_length in (("auto", None), ("auto", 17), ("mask", 17)):
+    for attention, max_length in (("pieces", None), ("pieces", 17), ("mask", 17)):
         with pytest.raises(UnsupportedModelError, match="set max_length to 16"):
             make_trainer(
                 tmp_path / "run", None, tiny_model(kind, **options), attention=attention, max_length=max_length
@@ -267,7 +258,7 @@ DROPOUTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("attention", ["auto", "mask"])
+@pytest.mark.parametrize("attention", ["pieces", "mask"])
 @pytest.mark.parametrize("name", sorted(DROPOUTS))
 def test_dropout_in_training(name: str, attention: str) -> None:
     """Refused in training mode and by a trainer; without effect in evaluation."""
@@ -289,7 +280,7 @@ def test_dropout_in_training(name: str, attention: str) -> None:
 )
 def test_dropout_is_accepted_in_rows_of_their_own(tmp_path: Path, name: str) -> None:
     make, message = DROPOUTS[name]
-    for attention in ("auto", "mask"):
+    for attention in ("pieces", "mask"):
         with pytest.raises(UnsupportedModelError, match=message):
             make_trainer(tmp_path / "run", None, make(), attention=attention)
     assert not (tmp_path / "run").exists()
@@ -348,31 +339,17 @@ def test_changing_between_sdpa_and_eager_changes_the_masks() -> None:
 
 def test_batches_of_another_collator() -> None:
     examples = random_examples(2)
-    for attention, other in (("auto", PaddedCollator(0)), ("mask", PaddedCollator(0)), ("padded", TreeCollator())):
+    for attention, other in (("pieces", PaddedCollator(0)), ("mask", PaddedCollator(0)), ("padded", TreeCollator())):
         passes = PairPasses(tiny_model(), loss_cases()["official"].loss, attention)
         with pytest.raises(ArgumentError, match="batch: expected a batch of this object's own collator"):
             passes.training_loss(other(examples))
-
-
-def test_a_token_budget_needs_trees() -> None:
-    passes = PairPasses(tiny_model(), SFTLoss(), "padded")
-    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
-        passes.collator(0, 64)
-    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
-        passes.scoring_collator(0, 64)
-
-
-def test_a_trainer_refuses_a_token_budget_without_trees(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="max_tokens: expected None with attention='padded'"):
-        make_trainer(tmp_path / "run", attention="padded", max_tokens=64, train_dataset=make_records(4))
-    assert not (tmp_path / "run").exists()
 
 
 def test_dropout_of_a_part_in_training_mode() -> None:
     model = module_with_dropout().eval()
     model.model.layers.train()
     with pytest.raises(UnsupportedModelError, match=r"mlp\.1\.p=0\.2"):
-        run_loss(model, loss_cases()["sft"].loss, shared_examples())
+        run_loss(model, loss_cases()["sft"].loss, shared_examples(), "pieces")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
@@ -429,7 +406,7 @@ def test_auto_becomes_flex_if_the_kernel_it_chose_is_wrong_in_the_model(
     assert chosen.attention == "flex"
 
 
-def test_a_model_that_is_wrong_with_flex_too_is_refused_with_the_first_reason(
+def test_a_model_that_is_wrong_with_flex_too_takes_masks_for_the_first_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, kernel: str, **options: Any) -> Tensor:
@@ -439,5 +416,5 @@ def test_a_model_that_is_wrong_with_flex_too_is_refused_with_the_first_reason(
 
     monkeypatch.setattr(attention_module, "attend", attend)
     monkeypatch.setattr(attention_module, "_on_gpu", lambda base: True)
-    with pytest.raises(UnsupportedModelError, match="do not give the same logits"):
-        TreeAttention(tiny_model("llama"))
+    with pytest.warns(RuntimeWarning, match="whole masks.*do not give the same logits"):
+        assert TreeAttention(tiny_model("llama")).attention == "mask"

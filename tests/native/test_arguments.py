@@ -55,8 +55,8 @@ BAD = {
     "logits-empty": ("logits_factual", torch.zeros(N, 0), ValueError, "at least one column"),
     "labels-int32": ("labels", torch.zeros(N, dtype=torch.int32), TypeError, "int64, got int32"),
     "labels-length": ("labels", torch.zeros(N + 1, dtype=torch.int64), ValueError, r"\[3\], got \[4\]"),
-    "labels-negative": ("labels", torch.tensor([0, -100, 0]), ValueError, r"\[0, 8\), got -100 at row 1"),
-    "labels-too-large": ("labels", torch.tensor([0, 0, V]), ValueError, r"\[0, 8\), got 8 at row 2"),
+    "labels-negative": ("labels", torch.tensor([0, -100, 0]), ValueError, r"\[0, 8\], got -100 at row 1"),
+    "labels-too-large": ("labels", torch.tensor([0, 0, V + 1]), ValueError, r"\[0, 8\], got 9 at row 2"),
     "stats-shape": ("stats", torch.zeros(6, N), ValueError, r"\[9, 3\], got \[6, 3\]"),
     "gradient-float64": ("grad_effect", torch.ones(N, dtype=torch.float64), TypeError, "float32, got float64"),
     "gradient-shape": ("grad_factual", torch.ones(N, 1), ValueError, r"\[3\], got \[3, 1\]"),
@@ -74,7 +74,7 @@ def test_bad_argument_is_named(name: str, value: Any, error: type[Exception], me
 
 
 @needs_native
-@pytest.mark.parametrize("label", [-1, V, 2**40, -(2**62)])
+@pytest.mark.parametrize("label", [-1, V + 1, 2**40, -(2**62)])
 def test_label_out_of_range_is_refused_before_anything_is_written(label: int) -> None:
     labels = torch.tensor([0, 0, label])
     logits, out = torch.zeros(N, V), torch.full((3, N), 7.0)

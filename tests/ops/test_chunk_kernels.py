@@ -125,6 +125,51 @@ def test_pair_grad_overwrites_both_logits(kernels, n, v, softcap, scale, mode):
             assert_close(out, raw0.grad, FLOAT32_RELATIVE)
 
 
+@pytest.mark.covering(2)
+@caps
+@pytest.mark.parametrize("mode", ["counterfactual", "no-counterfactual", "detached"])
+@pytest.mark.parametrize("bounds", [(0, 300), (300, 1031)], ids=str)
+def test_a_label_that_is_not_among_the_columns(kernels, softcap, scale, mode, bounds):
+    """Some columns of a row, as one of several processes has them: statistics without an nll, gradients without onehot.
+
+    Where the label is among these columns, the gradient has its entry. The statistics are those of all columns.
+    """
+    n, (start, stop) = 24, bounds
+    raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(n, 1031)
+    z1, z0 = capped(raw1, softcap, scale), capped(raw0, softcap, scale)
+    stats = torch.cat([true_stats(z, y) for z in (z1, z0, z1 - z0)]).float()
+    objective = (nll(z1, y) * g_f).sum() + (nll(z1 - z0, y) * g_e).sum()
+    token_gradient = torch.autograd.grad((nll(z1, y) * g_f).sum(), raw1, retain_graph=True)[0]
+    if mode == "counterfactual":
+        objective = objective + (nll(z0, y) * g_c).sum()
+    objective.backward()
+    own = torch.where((y >= start) & (y < stop), y - start, stop - start)
+    absent = own == stop - start
+    assert 0 < int(absent.sum()) < n
+    (x1, options), (x0, _) = (given(kernels, raw[:, start:stop], softcap, scale) for raw in (raw1, raw0))
+    found, token = torch.full((11, n), 7.0), torch.full((3, n), 7.0)
+    kernels.pair_stats((x1, x0), own, found, **options)
+    kernels.token_stats(x1, own, token, **options)
+    assert_close(token[:2], found[:2], 1e-6)
+    assert torch.equal(token[2].isnan(), absent)
+    for index, z in enumerate(each[:, start:stop] for each in (z1, z0, z1 - z0)):
+        expected = true_stats(z, own.clamp(max=stop - start - 1))
+        assert_close(found[3 * index], expected[0])
+        assert_close(found[3 * index + 1], expected[1])
+        assert torch.equal(found[3 * index + 2].isnan(), absent)
+        assert_close(found[3 * index + 2, ~absent], expected[2, ~absent])
+    assert found[9:].isfinite().all()
+    g, options = (g_f.float(), g_c.float() if mode == "counterfactual" else None, g_e.float()), {"softcap": softcap}
+    options["logit_scale"] = scale
+    out = torch.full_like(x1, torch.nan)
+    kernels.token_grad(x1.clone(), own, stats[:3], g[0], out, **options)
+    assert_close(out, token_gradient[:, start:stop])
+    kernels.pair_grad((x1, x0), own, stats, g, (x1, None if mode == "detached" else x0), **options)
+    assert_close(x1, raw1.grad[:, start:stop])
+    if mode != "detached":
+        assert_close(x0, raw0.grad[:, start:stop])
+
+
 def jsd_of(z1, z0, beta):
     """KL(p1 ‖ m) and the divergence of float64 logits, from probabilities; z0 is a constant."""
     p1, p0 = z1.softmax(1), z0.detach().softmax(1)

@@ -118,7 +118,7 @@ def test_rows_are_collected_and_each_flush_takes_as_many_as_fit(gradient_rows, s
         def __init__(self):
             self.head, self.rows = head, torch.zeros(2, n)
 
-        def add(self, blocks, grad_logits, hidden):
+        def add(self, blocks, grad_logits, hidden, *, last):
             taken.append(len(grad_logits))
             assert sum(rows.numel() for _, rows in blocks) == len(grad_logits) == len(hidden)
             for (stream, rows), dz, h in zip(

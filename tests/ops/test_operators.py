@@ -27,7 +27,7 @@ from nextquill.ops.nll_operators import (
 from nextquill.ops.objective_spec import decode
 from tests.helpers import HeadCase, assert_close, make_case, relative_error, run_python
 
-OPTIONS = (-100, 3.0, 0.5, "torch", None, None)
+OPTIONS = (-100, 3.0, 0.5, "torch", None, None, None)
 LOSSES = {
     "NextQuill": nq.NextQuillLoss(),
     "detached": nq.NextQuillLoss(detach_counterfactual=True),
@@ -211,7 +211,19 @@ def test_a_label_out_of_range_is_an_error_in_compiled_code_too():
 def test_autocast_reaches_the_operator_itself():
     """Called through torch.ops, without our checks, with float32 weights and bfloat16 hidden states."""
     case = make_case(12, 5, 11)
-    arguments = (case.factual.bfloat16(), case.weight, case.bias, case.labels, -100, None, 1.0, "torch", None, None)
+    arguments = (
+        case.factual.bfloat16(),
+        case.weight,
+        case.bias,
+        case.labels,
+        -100,
+        None,
+        1.0,
+        "torch",
+        None,
+        None,
+        None,
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         nll = torch.ops.nextquill.token_nll(*arguments)
     wide = case.factual.bfloat16().float()
@@ -224,7 +236,9 @@ def test_autocast_reaches_the_divergence():
     counts = case.labels != -100
     streams = case.factual.bfloat16(), case.counterfactual.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        jsd = torch.ops.nextquill.pair_jsd(*streams, case.weight, None, counts, 0.5, None, 1.0, "torch", None, None)
+        jsd = torch.ops.nextquill.pair_jsd(
+            *streams, case.weight, None, counts, 0.5, None, 1.0, "torch", None, None, None
+        )
         public = nq.linear_pair_jsd(*streams, case.weight, counts, impl="torch")
     expected = nq.linear_pair_jsd(*(stream.float() for stream in streams), case.weight, counts, impl="torch")
     assert torch.equal(jsd, expected)
@@ -340,7 +354,7 @@ def test_opcheck_of_the_backward_operators(layout):
     case = make_case(12, 5, 11)
     weight = case.weight if layout == "contiguous" else case.weight.T.contiguous().T
     grads, needs = torch.randn(3, 12), [True] * 4
-    tail = (*OPTIONS[:3], "torch", None, None)
+    tail = (*OPTIONS[:3], "torch", None, None, None)
     torch.library.opcheck(
         pair_nll_backward,
         (*grads, case.factual, case.counterfactual, weight, case.bias, case.labels, needs, *tail),

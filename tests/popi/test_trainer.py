@@ -22,6 +22,7 @@ from nextquill.popi import Pair, POPIConfig, POPITrainer, Roles, User
 from nextquill.popi.passes import BranchPasses
 from nextquill.popi.steps import StepMaker
 from nextquill.training.finite import FiniteGuard
+from tests.models.model_helpers import tiny_model as any_model
 from tests.popi.popi_helpers import (
     CONFIG,
     TEMPLATES,
@@ -570,3 +571,17 @@ def test_the_log_of_summaries_holds_every_sample(whole: tuple[POPITrainer, Path]
         assert 1 <= line["tokens"] <= 4
         assert math.isfinite(line["reward"])
     assert json.dumps(lines[0])  # plain values
+
+
+@pytest.mark.filterwarnings("ignore:attention. 'auto' computes:RuntimeWarning")
+def test_models_that_cannot_share_prefixes_are_trained_in_padded_rows(tmp_path: Path) -> None:
+    options = {"n_head": 4, "n_layer": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    trained = []
+    for attention in ("auto", "padded"):
+        models = [any_model("bloom", seed=seed, attn_implementation="eager", **options) for seed in (0, 1)]
+        own = {"inference_model": models[0], "generator_model": models[1], "max_steps": 1}
+        trainer = make_trainer(tmp_path / attention, attention=attention, max_tokens=400, **own)
+        trainer.train()
+        trained.append(trained_weights(trainer))
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())

@@ -80,6 +80,8 @@ _UNEVEN, _EMPTY, _NONE = (slice(0, 4), slice(4, 5)), (slice(0, 5), slice(0, 0)),
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 # Its experts' kernel takes no float64.
 _ROUTED = {"kind": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 1, "dtype": torch.float32}
+# Convolutions, whose forward is replaced on the modules that the engines wrap; its norms round to float32.
+_STATES = {"kind": "lfm2", "layer_types": ["conv", "full_attention"], "dtype": torch.float32}
 CASES = {
     "ddp-detached": Case(DistributedDataParallel),
     "ddp-official-tied": Case(DistributedDataParallel, "official", _TIED),
@@ -91,12 +93,14 @@ CASES = {
     "ddp-empty-router-loss": Case(
         DistributedDataParallel, model={**_ROUTED, "output_router_logits": True}, split=_EMPTY
     ),
+    "ddp-empty-states": Case(DistributedDataParallel, model=_STATES, split=_EMPTY),
     "ddp-all-empty": Case(DistributedDataParallel, split=_NONE),
     "fsdp2-detached-untied": Case(by_layer, model=_UNTIED),
     "fsdp2-detached-tied": Case(by_layer, model=_TIED),
     "fsdp2-official-untied": Case(by_layer, "official", _UNTIED, checkpointing=True),
     "fsdp2-official-tied": Case(by_layer, "official", _TIED),
     "fsdp2-parts": Case(by_layer, split=_UNEVEN, max_tokens=24),
+    "fsdp2-states": Case(by_layer, "official", _STATES, checkpointing=True),
     "fsdp2-empty": Case(by_layer, split=_EMPTY),
     "fsdp2-all-empty": Case(by_layer, "official", split=_NONE),
     "fsdp2-accelerate-untied": Case(by_accelerate, model=_UNTIED),

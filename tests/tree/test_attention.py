@@ -382,9 +382,9 @@ def test_masks_are_cut_and_the_result_is_the_same(kernel, monkeypatch):
 def test_opcheck(dtype, window, softcap):
     segments = TreeLayout.of_tree(TREE).segments
     tensors = [tensor.requires_grad_() for tensor in inputs(len(TREE), dtype=dtype)]
-    opcheck(attention._forward, (*tensors, segments, 0.3, window, softcap))
+    opcheck(attention._forward, (*tensors, segments, None, 0.3, window, softcap))
     plain = [tensor.detach() for tensor in tensors]
-    out, logsumexp = attention._forward(*plain, segments, 0.3, window, softcap)
+    out, logsumexp = attention._forward(*plain, segments, None, 0.3, window, softcap)
     opcheck(
         attention._backward, (torch.randn_like(out), [*plain, out, logsumexp, segments], 0.3, window, softcap)
     )  # fmt: skip
@@ -401,7 +401,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_logsumexps_are_those_of_the_visible_scores(kernel, dtype):
     tensors = inputs(len(GROWN), 2, 2, dtype=dtype)
-    _, logsumexp = attention._forward(*tensors, TreeLayout.of_tree(GROWN).segments, 0.3, None, None)
+    _, logsumexp = attention._forward(*tensors, TreeLayout.of_tree(GROWN).segments, None, 0.3, None, None)
     scores = 0.3 * tensors[0].double() @ tensors[1].double().mT
     visible = visibility_mask(GROWN.position_ids, GROWN.subtree_end)
     assert logsumexp.dtype == torch.promote_types(dtype, torch.float32)
@@ -474,6 +474,15 @@ Q, K = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
         (Q, K, K.bfloat16(), {}, ArgumentTypeError, "one floating dtype"),
         (Q, K, K, {"window": 0}, ArgumentError, "window: expected a positive number or None, got 0"),
         (Q, K, K, {"window": -3}, ArgumentError, "window: .*got -3"),
+        (
+            Q,
+            K,
+            K,
+            {"sinks": torch.ones(2)},
+            ArgumentError,
+            r"sinks: .*\[4\] or None, got torch.float32 \[2\]",
+        ),
+        (Q, K, K, {"sinks": torch.ones(4).long()}, ArgumentError, "sinks: .*got torch.int64"),
     ],
 )
 def test_bad_arguments_are_named(query, key, value, options, error, message):

@@ -229,9 +229,9 @@ def test_opcheck(dtype, window, softcap):
     rest = (0.3, window, softcap, "emulated")
     segments = TreeLayout.of_tree(TREE).segments
     tensors = [tensor.requires_grad_() for tensor in inputs(len(TREE), dtype=dtype)]
-    opcheck(varlen._forward, (*tensors, segments, *rest))
+    opcheck(varlen._forward, (*tensors, segments, None, *rest))
     plain = [tensor.detach() for tensor in tensors]
-    out, logsumexp = varlen._forward(*plain, segments, *rest)
+    out, logsumexp = varlen._forward(*plain, segments, None, *rest)
     opcheck(varlen._backward, (torch.randn_like(out), [*plain, out, logsumexp, segments], *rest))
 
 

@@ -47,14 +47,19 @@ def dense_attention(
     visible: Tensor,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention with all scores written out, in the dtype of its inputs."""
+    """Softmax attention with all scores written out, in the dtype of its inputs; `sinks` [H] are scores of zeros."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.mT * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ value
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ value
+    column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value
 
 
 # ---- results to compare -------------------------------------------------------------------------------

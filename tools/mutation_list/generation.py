@@ -4,6 +4,13 @@ from tools.mutation import Mutation
 
 MUTATIONS = (
     Mutation(
+        "generation-once",
+        "nextquill/generation/transformers_engine.py",
+        "        cache.reorder_cache(places)\n",
+        "        cache.reorder_cache(places.flip(0))\n",
+        "samples continue another prompt than theirs",
+    ),
+    Mutation(
         "guidance-sign",
         "nextquill/generation/guidance.py",
         "own = own + guidance * (own - against",

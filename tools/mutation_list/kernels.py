@@ -163,9 +163,9 @@ MUTATIONS = (
     Mutation(
         "csrc-label-of-v",
         "csrc/src/module.cpp",
-        "labels.at(i) >= vocabulary_)",
         "labels.at(i) > vocabulary_)",
-        "a label of V reads memory that is not the tensor's",
+        "labels.at(i) > vocabulary_ + 1)",
+        "a label above V reads memory that is not the tensor's",
         _NATIVE,
     ),
 )

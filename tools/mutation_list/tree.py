@@ -4,6 +4,20 @@ from tools.mutation import Mutation
 
 MUTATIONS = (
     Mutation(
+        "sinks-gradient",
+        "nextquill/tree/operators.py",
+        "return -(p * (grad",
+        "return (p * (grad",
+        "attention sinks are trained in the wrong direction",
+    ),
+    Mutation(
+        "sinks-logsumexp",
+        "nextquill/tree/operators.py",
+        "torch.logaddexp(before, sinks.to(before)[:, None], out=logsumexp)",
+        "logsumexp.copy_(torch.logaddexp(before, before))",
+        "a sink's score is not read",
+    ),
+    Mutation(
         "tree-mask-window",
         "nextquill/tree/masks.py",
         "position_ids[..., None, :] < window)",
@@ -79,6 +93,20 @@ MUTATIONS = (
         "(distance >= 0) & (distance < window))",
         "(distance >= 0) & (distance <= window))",
         "a sliding window sees one key too many inside long segments",
+    ),
+    Mutation(
+        "tree-runs-one-token",
+        "nextquill/tree/runs.py",
+        "max(shared, _FEWEST)",
+        "max(shared, 1)",
+        "a shared token alone is padded, and its state is that of two tokens",
+    ),
+    Mutation(
+        "tree-runs-padding",
+        "nextquill/tree/runs.py",
+        "// CHUNK).bit_length()",
+        "// CHUNK) * 0",
+        "a branch of one token is padded to the longest of its row",
     ),
     Mutation(
         "tree-packing-budget",
