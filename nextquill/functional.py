@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.errors import ArgumentError
 from nextquill.ops.dispatch import check_impl
-from nextquill.ops.label_check import check_labels
 from nextquill.ops.nll_operators import pair_jsd, pair_nll, pair_stats, token_nll
-from nextquill.ops.precision import autocast_product_dtype, compute_dtype
 from nextquill.ops.validation import (
     HeadInputs,
     check_beta,
@@ -20,12 +17,10 @@ from nextquill.ops.validation import (
     check_head_inputs,
     check_head_options,
     check_ignore_index,
+    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PairStats
 from nextquill.vocabulary_shard import VocabularyShard
-
-#: Rows of hidden states that are multiplied with their labels' rows of the head at a time, in float32.
-_ROWS = 1024
 
 
 def linear_token_nll(
@@ -200,106 +195,25 @@ def linear_pair_jsd(
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
         BackendUnavailableError: `impl` cannot run here.
     """
-    head = (ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    inputs, _, jsd, _ = _pair_jsd(hidden_student, hidden_teacher, lm_head_weight, mask, beta, bias, *head, name="mask")
-    return jsd.view(inputs.shape)
-
-
-def linear_pair_jsd_nll(
-    hidden_student: Tensor,
-    hidden_teacher: Tensor,
-    lm_head_weight: Tensor | VocabularyShard,
-    labels: Tensor,
-    *,
-    beta: float = 0.5,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    impl: str = "auto",
-    chunk_bytes: int | None = None,
-) -> tuple[Tensor, PairNLL]:
-    """The divergence of `linear_pair_jsd`, and the NLLs of labels under student and teacher, at no matrix product more.
-
-    Args:
-        hidden_student, hidden_teacher, lm_head_weight, beta, bias, ignore_index: as in `linear_pair_jsd`.
-        labels: [N] or [B, T], any integer dtype, in [0, V) or `ignore_index`.
-        softcap, logit_scale, impl, chunk_bytes: as there.
-
-    Returns:
-        The divergence, and PairNLL(factual, counterfactual, None) of student and teacher without gradient: float32
-        (float64) in the labels' shape, in nats.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
-        BackendUnavailableError: `impl` cannot run here.
-    """
-    head = (ignore_index, softcap, logit_scale, impl, chunk_bytes)
-    inputs, counts, jsd, logsumexps = _pair_jsd(
-        hidden_student, hidden_teacher, lm_head_weight, labels, beta, bias, *head, name="labels"
-    )
-    check_labels(inputs.labels, ignore_index, inputs.weight.shape[0])
-    y, nlls = inputs.labels[counts].clamp(0, inputs.weight.shape[0] - 1), torch.zeros_like(logsumexps)
-    with torch.no_grad():
-        streams = (inputs.factual, inputs.counterfactual)
-        for nll, hidden, logsumexp in zip(nlls, streams, logsumexps, strict=True):
-            assert hidden is not None
-            logits = _label_logits(hidden[counts], inputs.weight, inputs.bias, y, softcap, logit_scale)
-            nll[counts] = logsumexp[counts] - logits.to(nll.dtype)
-    factual, counterfactual = (nll.view(inputs.shape) for nll in nlls)
-    return jsd.view(inputs.shape), PairNLL(factual, counterfactual, None)
-
-
-def _pair_jsd(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | VocabularyShard,
-    labels: Tensor,
-    beta: float,
-    bias: Tensor | None,
-    ignore_index: int,
-    *head: Any,
-    name: str,
-) -> tuple[HeadInputs, Tensor, Tensor, Tensor]:
-    """Return the flat inputs, whether each row counts [N], the divergence [N] and the logsumexps of both [2, N]."""
-    options = _operator_options(ignore_index, *head)
+    options = _operator_options(ignore_index, softcap, logit_scale, impl, chunk_bytes)
     del options["ignore_index"]  # the operator takes a mask
     beta = check_beta(beta)
-    check_floating("hidden_teacher", teacher)
+    check_floating("hidden_teacher", hidden_teacher)
     inputs = check_head_inputs(
-        student,
-        teacher.detach(),
-        weight,
-        labels,
+        hidden_student,
+        hidden_teacher.detach(),
+        lm_head_weight,
+        mask,
         bias,
         hidden_name="hidden_student",
         other_name="hidden_teacher",
-        labels_name=name,
+        labels_name="mask",
     )
-    if inputs.vocabulary_shard is not None:
-        raise ArgumentError(
-            "lm_head_weight: expected the whole vocabulary on each process, got one part of it: the divergence has no "
-            "exchange between processes"
-        )
-    counts = inputs.labels.bool() if labels.dtype == torch.bool else inputs.labels != ignore_index
+    check_whole_vocabulary(inputs)
+    counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index
     tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, counts)
-    jsd, logsumexps = pair_jsd(*tensors, beta=beta, **options)
-    return inputs, counts, jsd, logsumexps
-
-
-def _label_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, logit_scale: float
-) -> Tensor:
-    """Return the logit of each row's label [n], with the factors rounded as the operators round them."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = autocast_product_dtype(device, (hidden, weight)) if autocast else hidden.dtype
-    wide = compute_dtype(dtype)
-    pieces = zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True)
-    products = [(rows.to(dtype).to(wide) * weight[own].to(dtype).to(wide)).sum(-1) for rows, own in pieces]
-    logits = torch.cat(products) if bias is None else torch.cat(products) + bias[labels].to(dtype).to(wide)
-    logits = logit_scale * logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    jsd: Tensor = pair_jsd(*tensors, beta=beta, **options)
+    return jsd.view(inputs.shape)
 
 
 def _operator_options(

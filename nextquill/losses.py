@@ -26,6 +26,7 @@ from nextquill.ops.validation import (
     check_ignore_index,
     check_sequence_ids,
     check_token_weights,
+    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PreferenceLossOutput
 from nextquill.vocabulary_shard import VocabularyShard
@@ -224,7 +225,7 @@ class PairLoss(nn.Module):
         paired, shape = hidden_counterfactual is not None, inputs.shape
         objective = self.objective if token_weights is None else self.objective.of_given_weights()
         coefficients, pair = unpack_rows(rows, paired, objective.computes_effect(paired=paired, asked=effect_nll))
-        terms = objective.terms(coefficients, pair)
+        terms = objective.terms(coefficients, pair, rows[-1])
         num_tokens, num_sequences = counts.tolist()
         zero, count = rows.new_zeros(()), max(1, num_tokens)
         effect_prob = pair.effect_prob if paired else zero
@@ -267,7 +268,7 @@ class PairLoss(nn.Module):
         *,
         effect: bool,
     ) -> tuple[HeadInputs, Tensor, Tensor, Tensor]:
-        """Check a call's arguments and compute: the flat inputs, loss, rows [6, N], and (tokens, sequences) [2]."""
+        """Check a call's arguments and compute: the flat inputs, loss, rows [7, N], and (tokens, sequences) [2]."""
         needed = self.needs_counterfactual if token_weights is None else self.terms_need_counterfactual
         if hidden_counterfactual is None and needed:
             raise ArgumentTypeError(f"hidden_counterfactual: {type(self).__name__} expects a tensor, got None")
@@ -276,6 +277,8 @@ class PairLoss(nn.Module):
         check_ignore_index(self.ignore_index)
         check_chunk_bytes(self.chunk_bytes)
         inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+        if self.objective.jsd_beta is not None:
+            check_whole_vocabulary(inputs)
         ids = check_sequence_ids(sequence_ids, labels)
         differentiable = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()

@@ -241,10 +241,10 @@ def columnwise() -> Tensor:
     return nq.SFTLoss()(case.factual, None, distribute_tensor(case.weight, mesh, [Shard(1)]), case.labels)
 
 
-def divergence() -> Tensor:
+def divergence(function: Callable[..., Tensor]) -> Tensor:
     case, own = make_case(N, D, 40), own_tokens((20, 20))
     part = nq.VocabularyShard(case.weight[own], own.start, 40)
-    return nq.linear_pair_jsd(case.factual, case.counterfactual, part, case.labels)
+    return function(case.factual, case.counterfactual, part, case.labels)
 
 
 def labels_that_differ_later() -> Tensor:
@@ -271,7 +271,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "whole-bias": lambda: call((10, 17), bias=torch.zeros(27)),
     "start": lambda: call((10, 17), gap=0.5),
     "columns": columnwise,
-    "divergence": divergence,
+    "divergence": lambda: divergence(nq.linear_pair_jsd),
+    "mirror": lambda: divergence(nq.MirrorLoss()),
     "later-labels": labels_that_differ_later,
 }
 

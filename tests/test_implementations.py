@@ -21,6 +21,10 @@ LOSSES = {
     "PerCE": nq.PerCELoss,
     "LongCE": nq.LongCELoss,
     "SFT": nq.SFTLoss,
+    # The reduction "micro_batch" is not among those of MIRROR.
+    "MIRROR": lambda reduction="token", **o: nq.MirrorLoss(
+        0.3, reduction=reduction.replace("micro_batch", "token"), **o
+    ),
     "user": lambda **o: nq.PairLoss(lambda p: p.factual / p.factual.max(), alpha=0.3, **o),
 }
 HEADS = {"plain": {}, "softcap-scale": {"softcap": 3.0, "logit_scale": -0.7}}

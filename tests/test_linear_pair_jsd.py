@@ -12,8 +12,6 @@ from torch.autograd import gradcheck
 
 import nextquill as nq
 from nextquill import reference
-from nextquill.errors import ArgumentError
-from nextquill.functional import linear_pair_jsd_nll
 from nextquill.ops.chunks import LogitsBuffer
 from nextquill.ops.dispatch import why_not
 from tests.helpers import FLOAT64_RELATIVE, assert_close, assert_same_gradients, make_case, relative_error
@@ -430,50 +428,3 @@ def test_bad_arguments_are_named(name):
     }
     with pytest.raises(error, match=message):
         nq.linear_pair_jsd(**{**arguments, **change})
-
-
-# ---- with the labels' NLLs -----------------------------------------------------------------------------
-
-
-@heads
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_nlls_of_labels_are_those_of_the_pair(dtype, head, bias):
-    """They take the divergence's own logsumexps, and each label's product alone; ignored rows may hold NaN."""
-    case = make_case(37, 19, 53, dtype=dtype, bias=bias).leaves()
-    exact = make_case(37, 19, 53, dtype=dtype, bias=bias)
-    ignored = case.labels == -100
-    with torch.no_grad():
-        for stream in (case.factual, case.counterfactual):
-            stream[ignored] = torch.nan
-    jsd, pair = linear_pair_jsd_nll(*case.pair_args, bias=case.bias, **head)
-    wide = (each.double() for each in (exact.factual, exact.counterfactual, exact.weight))
-    truth = reference.linear_pair_nll(*wide, exact.labels, bias=None if not bias else exact.bias.double(), **head)
-    relative = 1e-10 if dtype == torch.float64 else 1e-5
-    for got, expected in zip(pair[:2], truth[:2], strict=True):
-        assert_close(got, expected, relative)
-        assert torch.equal(got == 0, ignored)
-        assert not got.requires_grad
-    assert pair.effect is None
-    jsd.sum().backward()
-    plain = make_case(37, 19, 53, dtype=dtype, bias=bias).leaves()
-    nq.linear_pair_jsd(*plain.pair_args, bias=plain.bias, **head).sum().backward()
-    assert_close(case.factual.grad, plain.factual.grad, relative if dtype != torch.bfloat16 else 1e-2)
-
-
-def test_nlls_of_shaped_labels_and_of_none():
-    case = make_case(12, 5, 11)
-    shaped = [each.view(3, 4, -1) for each in (case.factual, case.counterfactual)]
-    jsd, pair = linear_pair_jsd_nll(*shaped, case.weight, case.labels.view(3, 4))
-    assert jsd.shape == pair.factual.shape == pair.counterfactual.shape == (3, 4)
-    jsd, pair = linear_pair_jsd_nll(*case.pair_args[:3], torch.full((12,), -100))
-    assert not jsd.any()
-    assert not pair.factual.any()
-    jsd, pair = linear_pair_jsd_nll(*(each[:0] for each in case.pair_args[:2]), case.weight, case.labels[:0])
-    assert jsd.shape == pair.factual.shape == (0,)
-
-
-def test_labels_beyond_the_vocabulary_are_refused():
-    case = make_case(12, 5, 11)
-    with pytest.raises(ArgumentError, match=r"labels: expected values in \[0, 11\)"):
-        linear_pair_jsd_nll(*case.pair_args[:3], torch.full((12,), 11))

@@ -76,6 +76,7 @@ NAMED = {
     "start": "lm_head_weight.start: expected an int, got float",
     "columns": "lm_head_weight: expected a DTensor that is replicated, or sharded on dimension 0",
     "divergence": "lm_head_weight: expected the whole vocabulary on each process",
+    "mirror": "lm_head_weight: expected the whole vocabulary on each process",
     "later-labels": "later labels: NaN",
 }
 

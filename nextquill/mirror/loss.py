@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.functional import linear_pair_jsd_nll, linear_pair_nll, linear_token_nll
+from nextquill.errors import ArgumentError
 from nextquill.losses import PairLoss, SFTLoss
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
 from nextquill.vocabulary_shard import VocabularyShard
@@ -55,14 +54,17 @@ class MirrorLoss(PairLoss):
         super().__init__(UniformWeighting(), detach_counterfactual=True, **options)
         if self.reduction == "micro_batch":
             raise ArgumentError("reduction: expected 'sequence' or 'token', got 'micro_batch'")
-        self.beta, self.alpha = _share("beta", beta), _share("alpha", alpha)
+        self.objective = replace(self.objective, jsd_beta=_share("beta", beta))
+        self.alpha = _share("alpha", alpha)
         self.needs_anchor = self.alpha > 0
         self.term_means = (1.0, 1.0)
         self.num_anchors: float | None = None
 
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        """Return the loss of a batch, a float32 (float64) scalar in nats; other arguments as in `compute`."""
-        return self.compute(*arguments, effect_nll=False, **options).loss
+    def forward(self, *arguments: Any, anchor: AnchorRows | None = None, **options: Any) -> Tensor:
+        """Return the loss of a batch, a float32 (float64) scalar in nats; arguments as in `compute`."""
+        if anchor is None and not self.needs_anchor:
+            return super().forward(*arguments, **options)
+        return self.compute(*arguments, effect_nll=False, anchor=anchor, **options).loss
 
     def compute(
         self,
@@ -80,75 +82,33 @@ class MirrorLoss(PairLoss):
     ) -> PreferenceLossOutput:
         """Compute the loss, and the likelihoods of the sampled tokens under student and teacher.
 
-        Among the results, `factual` is J, `effect` is A, and `token_loss` the divergence's part of the loss.
+        Among the results, `factual` is J, `effect` is A, `counterfactual` the mean NLL of the sampled tokens under the
+        teacher, and `token_loss` the divergence's part of the loss.
 
         Args:
-            hidden_factual, hidden_counterfactual: [N, D], final hidden states of student and teacher at the predicting
-                positions; the second gets no gradient.
-            lm_head_weight, labels, bias, sequence_ids, num_items_in_batch: as in `PairLoss.forward`, with labels [N].
-            token_weights: None (of no shape or dtype); the divergence has no token weights.
-            effect_nll: compute `pair_nll.effect` too, at two matrix products more.
+            hidden_factual, hidden_counterfactual: [N, D] or [B, T, D], final hidden states of student and teacher at
+                the predicting positions; the second gets no gradient.
+            lm_head_weight, labels, bias, sequence_ids, num_items_in_batch: as in `PairLoss.forward`.
+            token_weights: labels' shape, floating, as there; they weigh the divergences.
+            effect_nll: compute `pair_nll.effect` too, in another pass over the logits.
             anchor: the rows of the users' own responses; expected with alpha above 0, and not without.
         """
-        if hidden_counterfactual is None:
-            raise ArgumentTypeError("hidden_counterfactual: MirrorLoss expects the teacher's hidden states, got None")
-        if token_weights is not None:
-            raise ArgumentError("token_weights: expected None, as the divergence has no token weights")
         if (anchor is not None) is not self.needs_anchor:
             got, needs = "None" if anchor is None else "some", "rows" if self.needs_anchor else "None"
             raise ArgumentError(f"anchor: expected {needs} with alpha={self.alpha:g}, got {got}")
-        teacher = hidden_counterfactual.detach()
-        options: dict[str, Any] = {
-            "bias": bias,
-            "ignore_index": self.ignore_index,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "impl": self.impl,
-            "chunk_bytes": self.chunk_bytes,
-        }
-        jsd, pair = linear_pair_jsd_nll(hidden_factual, teacher, lm_head_weight, labels, beta=self.beta, **options)
-        if effect_nll:
-            with torch.no_grad():
-                pair = linear_pair_nll(hidden_factual, teacher, lm_head_weight, labels, **options)
-        shares, num_tokens, num_sequences = self._shares(labels, sequence_ids, num_items_in_batch, jsd)
-        divergence, weight = (jsd * shares).sum(), 1.0
-        loss, anchored = divergence, divergence.new_zeros(())
-        if anchor is not None:
-            rows, anchor_labels, anchor_ids = anchor
-            nll = linear_token_nll(rows, lm_head_weight, anchor_labels, **options)
-            anchored = (nll * self._shares(anchor_labels, anchor_ids, self.num_anchors, nll)[0]).sum()
-            weight = (1 - self.alpha) / self.term_means[0]
-            loss = weight * divergence + self.alpha / self.term_means[1] * anchored
-        keep, count = labels != self.ignore_index, max(1, num_tokens)
-        return PreferenceLossOutput(
-            loss=loss,
-            factual=divergence.detach(),
-            effect=anchored.detach(),
-            counterfactual=loss.new_zeros(()),
-            token_weights=keep.to(jsd.dtype),
-            token_loss=(weight * jsd * shares).detach(),
-            pair_nll=pair,
-            mean_effect_logprob=pair.effect_logprob.sum() / count,
-            mean_effect_prob=pair.effect_prob.sum() / count,
-            share_above_threshold=((pair.effect_prob > self.threshold) & keep).sum() / count,
-            weight_sum=keep.sum().to(jsd.dtype),
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
+        tensors = (hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
+        output = super().compute(*tensors, sequence_ids, num_items_in_batch, token_weights, effect_nll=effect_nll)
+        if anchor is None:
+            return output
+        rows, own_labels, own_ids = anchor
+        nll = self.scoring(rows, None, lm_head_weight, own_labels, bias, own_ids, self.num_anchors)
+        share, own_share = (1 - self.alpha) / self.term_means[0], self.alpha / self.term_means[1]
+        return replace(
+            output,
+            loss=share * output.loss + own_share * nll,
+            effect=nll.detach(),
+            token_loss=share * output.token_loss,
         )
-
-    def _shares(
-        self, labels: Tensor, ids: Tensor | None, items: float | Tensor | None, like: Tensor
-    ) -> tuple[Tensor, int, int]:
-        """Each row's factor in the mean, like `like` [n], and the numbers of rows and of sequences that count."""
-        keep = labels != self.ignore_index
-        ids = torch.zeros_like(labels) if ids is None else ids
-        _, inverse, sizes = ids[keep].unique(return_inverse=True, return_counts=True)
-        shares, count = like.new_zeros(labels.shape), int(keep.sum())
-        if self.reduction == "token":
-            shares[keep] = 1.0 / (count if items is None else items)
-        else:
-            shares[keep] = 1.0 / (sizes[inverse].to(like.dtype) * (len(sizes) if items is None else items))
-        return shares, count, len(sizes)
 
     def count_anchors(self, part: Mapping[str, Any]) -> int:
         """The number that A is divided by, of one part of a batch: `anchor_labels` and `anchor_ids`, int64 [m]."""
@@ -163,7 +123,7 @@ class MirrorLoss(PairLoss):
 
     def extra_repr(self) -> str:
         """Return the settings that `repr` shows."""
-        own = f"beta={self.beta}" + (f", alpha={self.alpha}" if self.alpha else "")
+        own = f"beta={self.objective.jsd_beta}" + (f", alpha={self.alpha}" if self.alpha else "")
         return f"{own}, reduction={self.reduction!r}, impl={self.impl!r}, chunk_bytes={self.chunk_bytes}"
 
 

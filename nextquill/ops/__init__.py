@@ -17,6 +17,7 @@ How `loss_fn(h1, h0, W, labels)` reaches a kernel: the file of each step, and th
 If processes divide the vocabulary, W is one part of it (shard_exchange). Its OpenShard completes the statistics before
 PairNLL, and HeadGradients adds up dh.
 
-`loss.backward()` scales those gradients. The operators `linear_*` go through nll_operators and nll (or jsd) instead of
-loss_operator and fused_loss, and compute their gradients in the backward.
+`loss.backward()` scales those gradients. For MIRROR the kernels are jsd_stats and jsd_grad. The operators `linear_*` go
+through nll_operators and nll (or jsd) instead of loss_operator and fused_loss, and compute their gradients in the
+backward.
 """

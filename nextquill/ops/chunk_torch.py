@@ -31,8 +31,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES_PER_THREAD = 2**20  # about the L2 cache of one core
-_BLOCK_BYTES_ACCELERATOR = 2**26  # few launches; still small beside the chunk
+# A block of logits and its scratch tensors: about the L2 cache of one core.
+_BLOCK_BYTES_PER_THREAD = 2**21
+_BLOCK_BYTES_ACCELERATOR = 2**27  # few launches; still small beside the chunk
 
 
 def token_stats(logits: Tensor, labels: Tensor, out: Tensor) -> None:
@@ -142,15 +143,17 @@ def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
         out: [6, n], dtype of the logits; receives the statistics, divergences in nats.
         beta: weight of p0 in m: 0, 1, or a number between that the dtype of the logits tells from both.
     """
-    for rows, buffers in _row_blocks(logits[0], buffers=4):
+    for rows, buffers in _row_blocks(logits[0], buffers=5):
         stats = out[:, rows]
         for z, (largest, total), p in zip((each[rows] for each in logits), stats[:4].split(2), buffers, strict=False):
             torch.amax(z, -1, out=largest)
             torch.sum(torch.sub(z, largest[:, None], out=p).exp_(), -1, out=total)
         p1, p0, d, r = _mixture((logits[0][rows], logits[1][rows]), stats, beta, buffers)
-        surplus = torch.sub(p0, p1)
-        divergence0 = p0.mul_(d.neg().clamp_(min=0).add_(r)).add_(surplus, alpha=1 - beta).sum(-1).neg_()
-        divergence1 = p1.mul_(d.clamp_(min=0).add_(r)).sub_(surplus, alpha=beta).sum(-1).neg_()
+        log0 = torch.neg(d, out=buffers[4]).clamp_(min=0).add_(r)
+        log1 = r.add_(d.clamp_(min=0))
+        surplus = torch.sub(p0, p1, out=d)
+        divergence0 = log0.mul_(p0).add_(surplus, alpha=1 - beta).sum(-1).neg_()
+        divergence1 = log1.mul_(p1).sub_(surplus, alpha=beta).sum(-1).neg_()
         stats[4] = divergence1
         weight0, weight1 = (beta, 1 - beta) if 0 < beta < 1 else (1 - beta, beta)
         # Less than 0 by rounding only. `clamp` keeps NaN.
@@ -181,7 +184,7 @@ def jsd_grad(
         beta: as in `jsd_stats`.
         softcap, logit_scale: as in `token_grad`.
     """
-    for rows, buffers in _row_blocks(logits[0], buffers=4):
+    for rows, buffers in _row_blocks(logits[0], buffers=5):
         z1, own = logits[0][rows], stats[:, rows]
         p1, p0, d, r = _mixture((z1, logits[1][rows]), own, beta, buffers)
         if beta == 0:
@@ -195,8 +198,8 @@ def jsd_grad(
 def _mixture(
     logits: tuple[Tensor, Tensor], stats: Tensor, beta: float, buffers: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return p1, p0, d and r of the module's text, in the four buffers."""
-    p1, p0, d, r = buffers
+    """Return p1, p0, d and r of the module's text, in the first four of five buffers."""
+    p1, p0, d, r, scratch = buffers
     max1, total1, max0, total0 = stats[:4]
     # Finite also in a masked column, where d would be inf - inf; its probabilities stay 0.
     lowest = torch.finfo(p1.dtype).min
@@ -211,7 +214,7 @@ def _mixture(
         torch.clamp(d, max=0, out=r)
     else:
         torch.clamp(d, max=0, out=r).exp_().mul_(beta)
-        r.add_(d.neg().clamp_(max=0).exp_(), alpha=1 - beta).log_()
+        r.add_(torch.neg(d, out=scratch).clamp_(max=0).exp_(), alpha=1 - beta).log_()
     return p1, p0, d, r
 
 
@@ -272,7 +275,7 @@ def _row_blocks(logits: Tensor, buffers: int) -> Iterator[tuple[slice, list[Tens
     rows, vocabulary = logits.shape
     on_cpu = logits.device.type == "cpu"
     budget = _BLOCK_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else _BLOCK_BYTES_ACCELERATOR
-    size = max(1, min(rows, budget // (vocabulary * logits.element_size())))
+    size = max(1, min(rows, budget // ((buffers + 1) * vocabulary * logits.element_size())))
     scratch = [logits.new_empty(size, vocabulary) for _ in range(buffers)]
     for start in range(0, rows, size):
         stop = min(start + size, rows)

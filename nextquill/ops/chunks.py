@@ -146,6 +146,13 @@ class Chunk:
         """Write the statistics of `chunk_torch.jsd_stats` into `out` [6, n]; z1 is the student, z0 the teacher."""
         self.head.kernels.jsd_stats(self.streams, out, beta, **self.head.finishing)
 
+    def jsd_nlls(self, stats: Tensor) -> Tensor:
+        """Return the NLLs of both streams, [2, n] in nats, from `stats` [6, n] that `jsd_statistics` wrote."""
+        own = torch.stack([logits.gather(1, self.labels[:, None]).squeeze(1) for logits in self.streams])
+        if self.head.kernels.finish_logits:
+            self.head.finish_(own, self.labels)
+        return (stats[:4:2] - own) + stats[1:4:2].log()
+
     def gradient(
         self, stats: Tensor, grad_nlls: Sequence[Tensor | None], rows: slice, outs: tuple[Tensor, ...]
     ) -> None:

@@ -6,6 +6,7 @@ in matrix products of N·D·V multiplications (U), for a trainable / frozen head
 
     gradient through both passes (NextQuill)                6U / 4U
     counterfactual a constant (PerCE, detached NextQuill)   4U / 3U
+    divergence from a constant (MIRROR)                     4U / 3U
     one stream (SFT)                                        3U / 2U
 
 If the logits of a sequence exceed the byte budget, those beyond the budget are computed twice.
@@ -18,11 +19,15 @@ import functools
 from torch import Tensor
 
 from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
-from nextquill.ops.dispatch import PAIR_STATS
+from nextquill.ops.dispatch import JSD_STATS, PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
+from nextquill.ops.jsd import told_from_0_and_1
 from nextquill.ops.objective import PairObjective, RowCoefficients
 from nextquill.ops.row_groups import RowGroup, RowPlan, group_rows
 from nextquill.outputs import PairNLL
+
+#: Numbers per row that the engine returns, see `unpack_rows`.
+NUM_ROWS = 7
 
 
 class PairLossEngine:
@@ -62,8 +67,9 @@ class PairLossEngine:
         if not self.through_counterfactual:
             needs = needs._replace(counterfactual=False)
         self.gradients = HeadGradients(head, factual, counterfactual, needs)
+        self.beta = None if objective.jsd_beta is None else told_from_0_and_1(objective.jsd_beta, head.dtype)
         # Without an effect term the counterfactual's logits are needed only for their nll: one buffer serves both.
-        self.together = self.paired and (effect or self.through_counterfactual)
+        self.together = self.paired and (effect or self.through_counterfactual or self.beta is not None)
         streams = 2 if self.together else 1
         with_gradient = (0, 1) if self.through_counterfactual else (0,)
         self.whole_sequences = objective.needs_whole_sequences
@@ -73,15 +79,16 @@ class PairLossEngine:
         self.buffer = LogitsBuffer(head, streams, plan, memory.rows)
         self.gradient_buffer = GradientBuffer(self.gradients, with_gradient, memory.gradient_rows)
         self.stats = factual.new_empty(PAIR_STATS, plan.num_rows, dtype=head.dtype)
-        self.rows = factual.new_zeros(6, plan.num_rows, dtype=head.dtype)
+        self.jsd_stats = self.stats.new_empty(0 if self.beta is None else JSD_STATS, plan.num_rows)
+        self.rows = self.stats.new_zeros(NUM_ROWS, plan.num_rows)
 
     def run(self) -> tuple[Tensor, Tensor, HeadGradients]:
-        """Return the loss (scalar), rows [6, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
+        """Return the loss (scalar), rows [7, n] for `unpack_rows` (float32 or float64), and the inputs' gradients."""
         for group in group_rows(self.plan, self.max_rows, whole_sequences=self.whole_sequences):
             self._run_group(group)
         self.gradient_buffer.finish()
         coefficients, pair = unpack_rows(self.rows, self.paired, self.effect)
-        loss = self.objective.token_loss(self.objective.terms(coefficients, pair)).sum()
+        loss = self.objective.token_loss(self.objective.terms(coefficients, pair, self.rows[-1])).sum()
         return loss, self.rows, self.gradients
 
     def _run_group(self, group: RowGroup) -> None:
@@ -107,12 +114,21 @@ class PairLossEngine:
         found = self.stats[:, rows]
         if self.together:
             chunk = self._fill(rows)
-            chunk.statistics(found)
+            if self.beta is not None:
+                self._jsd_statistics(chunk, self.beta, found)
+            if self.effect or self.beta is None:
+                chunk.statistics(found)
             return chunk
         for stream in reversed(range(len(self.streams))):
             chunk = self.buffer.fill(self.streams[stream : stream + 1], rows)
             chunk.statistics(found[3 * stream : 3 * stream + 3])
         return chunk
+
+    def _jsd_statistics(self, chunk: Chunk, beta: float, found: Tensor) -> None:
+        stats = self.jsd_stats[:, chunk.rows]
+        chunk.jsd_statistics(beta, stats)
+        self.rows[-1, chunk.rows] = stats[-1]
+        found[2:6:3] = chunk.jsd_nlls(stats)
 
     def _finish_statistics(self, group: RowGroup) -> None:
         """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary."""
@@ -129,17 +145,21 @@ class PairLossEngine:
         """Compute the gradient by the chunk's logits, and hand it over to be multiplied."""
         stats = self.stats[:, chunk.rows]
         grads = self.objective.gradients(RowCoefficients(*self.rows[:3, chunk.rows]))
-        self.gradient_buffer.add(chunk, functools.partial(chunk.gradient, stats, grads))
+        write = functools.partial(chunk.gradient, stats, grads)
+        if self.beta is not None:
+            write = functools.partial(chunk.jsd_gradient, self.beta, self.jsd_stats[:, chunk.rows], grads.factual)
+        self.gradient_buffer.add(chunk, write)
 
 
 def unpack_rows(rows: Tensor, paired: bool, effect: bool) -> tuple[RowCoefficients, PairNLL]:
     """Split the rows that `PairLossEngine` computes into coefficients and NLLs.
 
     Args:
-        rows: [6, n], float32 (float64): three coefficients, then the NLLs factual, counterfactual and effect in nats.
+        rows: [7, n], float32 (float64): three coefficients, then the NLLs factual, counterfactual and effect in nats,
+            and the divergence in nats, which is not among the results; 0 where the loss has none.
         paired: whether the counterfactual nll was computed; if not, it is None.
         effect: likewise for the effect nll.
     """
-    weights, weighted, uniform, factual, counterfactual, difference = rows
+    weights, weighted, uniform, factual, counterfactual, difference, _ = rows
     pair = PairNLL(factual, counterfactual if paired else None, difference if effect else None)
     return RowCoefficients(weights, weighted, uniform), pair

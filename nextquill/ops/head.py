@@ -84,10 +84,13 @@ class LinearHead:
             torch.mm(wide, block.T, out=out[:, rows])
         return out
 
-    def finish_(self, products: Tensor) -> Tensor:
-        """Overwrite products [n, V] in `dtype` with z, and return it."""
+    def finish_(self, products: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Overwrite products [n, V] in `dtype` with z, and return it.
+
+        With `columns` [n], int64, products are [..., n], of one token of the vocabulary each.
+        """
         if self.wide_bias is not None:
-            products.add_(self.wide_bias)
+            products.add_(self.wide_bias if columns is None else self.wide_bias[columns])
         if self.logit_scale != 1.0:
             products.mul_(self.logit_scale)
         if self.softcap is not None:

@@ -3,6 +3,8 @@
 The second stream, the teacher, is a constant. The forward takes 2U. The backward takes 4U, or 3U with a frozen head: it
 computes the logits of each chunk again, reads them for their statistics, writes dz1 and multiplies it for dh1 and dW.
 
+A loss that finishes its gradient in its forward saves the second computation of the logits: fused_loss.py.
+
 These functions do not use autograd; nll_operators.py registers them.
 """
 
@@ -22,7 +24,7 @@ _IGNORED = -1
 
 
 def head_jsd(streams: tuple[Tensor, Tensor], head: ChunkedHead, counts: Tensor, beta: float) -> Tensor:
-    """Compute the divergence of every row, and the logsumexps that it takes.
+    """Compute the divergence of every row.
 
     Args:
         streams: hidden states [N, D] of student and teacher, any floating dtype.
@@ -31,15 +33,13 @@ def head_jsd(streams: tuple[Tensor, Tensor], head: ChunkedHead, counts: Tensor, 
         beta: weight of the teacher in the mixture, in [0, 1].
 
     Returns:
-        [3, N], float32 (float64): the divergence in nats, the logsumexp of z1, that of z0; 0 in rows that do not count.
+        [N], float32 (float64), nats; 0 in rows that do not count.
     """
-    plan, beta = _plan(counts), _told_from_0_and_1(beta, head.dtype)
+    plan, beta = _plan(counts), told_from_0_and_1(beta, head.dtype)
     found = streams[0].new_empty(JSD_STATS, plan.num_rows, dtype=head.dtype)
     for chunk in LogitsBuffer(head, 2, plan, head.memory(plan.num_rows, 2, 0).rows).chunks(streams):
         chunk.jsd_statistics(beta, found[:, chunk.rows])
-    logsumexps = (found[place] + found[place + 1].log() for place in (0, 2))
-    wanted = torch.stack((found[JSD_STATS - 1], *logsumexps))
-    return found.new_zeros(3, counts.numel()).index_copy_(1, plan.rows, wanted)
+    return found.new_zeros(counts.numel()).index_copy_(0, plan.rows, found[JSD_STATS - 1])
 
 
 def head_jsd_gradients(
@@ -52,7 +52,7 @@ def head_jsd_gradients(
         streams, head, counts, beta: as in `head_jsd`.
         needs: which gradients are wanted.
     """
-    plan, beta = _plan(counts), _told_from_0_and_1(beta, head.dtype)
+    plan, beta = _plan(counts), told_from_0_and_1(beta, head.dtype)
     gradients = HeadGradients(head, *streams, needs)
     upstream = grad_jsd.to(head.dtype).index_select(0, plan.rows)
     memory = head.memory(plan.num_rows, 2, 1)
@@ -70,7 +70,7 @@ def _plan(counts: Tensor) -> RowPlan:
     return plan_rows(torch.where(counts, 0, _IGNORED), None, _IGNORED, 1)
 
 
-def _told_from_0_and_1(beta: float, dtype: torch.dtype) -> float:
+def told_from_0_and_1(beta: float, dtype: torch.dtype) -> float:
     """Return `beta` rounded to `dtype`, where beta and 1 - beta must not vanish unless they are 0.
 
     A number of 1e-9 would be 0 in 1 - beta, and mean another divergence. The result is wrong by at most one rounding.

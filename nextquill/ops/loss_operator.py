@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextquill.ops.fused_loss import PairLossEngine
+from nextquill.ops.fused_loss import NUM_ROWS, PairLossEngine
 from nextquill.ops.gradients import Needs, first_order_only, rows_dtype
 from nextquill.ops.objective_spec import decode
 from nextquill.ops.precision import autocast_off
@@ -50,7 +50,7 @@ def _pair_loss(
         options: options of the head, see `open_head`.
 
     Returns:
-        loss (scalar); rows [6, N] for `unpack_rows`, 0 where ignored; the numbers of supervised tokens and sequences,
+        loss (scalar); rows [7, N] for `unpack_rows`, 0 where ignored; the numbers of supervised tokens and sequences,
         int64 [2] on the host; dh1, dh0 [N, D], dW [V, D], db [V], each an empty vector if it is not wanted.
     """
     found = decode(objective)
@@ -72,7 +72,7 @@ def _pair_loss(
             effect=found.computes_effect(paired=counterfactual is not None, asked=effect),
             token_weights=None if token_weights is None else token_weights[plan.rows],
         ).run()
-    rows = compact.new_zeros(6, labels.numel()).index_copy_(1, plan.rows, compact)
+    rows = compact.new_zeros(NUM_ROWS, labels.numel()).index_copy_(1, plan.rows, compact)
     counts = torch.tensor([plan.num_rows, plan.num_sequences])
     if needs[1] and counterfactual is not None and grads.counterfactual is None:
         # The counterfactual is a constant of this objective. Return zeros, as `_pair_loss_fake` promises.
@@ -92,7 +92,7 @@ def _pair_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
         for like, need, stream in zip((factual, counterfactual, weight, bias), needs, (1, 1, 0, 0), strict=True)
     )
     counts = torch.zeros(2, dtype=torch.long, device="cpu")
-    return loss, loss.new_empty(6, labels.shape[0]), counts, *kept
+    return loss, loss.new_empty(NUM_ROWS, labels.shape[0]), counts, *kept
 
 
 def _items(given: Tensor | None, default: int) -> float | Tensor:

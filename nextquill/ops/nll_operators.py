@@ -61,12 +61,11 @@ def _pair_jsd(
     counts: Tensor,
     beta: float,
     *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute the divergence [N], and the logsumexps of z1 and z0 without gradient, [2, N]."""
+) -> Tensor:
+    """Compute the divergence [N]."""
     head = open_head((student, teacher), weight, bias, counts, *options)
     with autocast_off(student.device):
-        found = head_jsd((student, teacher), head, counts, beta)
-    return found[0].clone(), found[1:].clone()  # an operator's results share no memory
+        return head_jsd((student, teacher), head, counts, beta)
 
 
 def _fake_row(*arguments: Any) -> Tensor:
@@ -176,7 +175,7 @@ pair_nll_backward = define(
 )
 pair_stats = define("pair_stats", _pair_stats, f"{_PAIR}, int ignore_index", "Tensor", product=(0, 1, 2))
 _MIRROR = "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor counts"
-pair_jsd = define("pair_jsd", _pair_jsd, f"{_MIRROR}, float beta", "(Tensor, Tensor)", product=(0, 1, 2))
+pair_jsd = define("pair_jsd", _pair_jsd, f"{_MIRROR}, float beta", "Tensor", product=(0, 1, 2))
 pair_jsd_backward = define(
     "pair_jsd_backward",
     _pair_jsd_backward,
@@ -189,7 +188,7 @@ token_nll_backward.register_fake(_fake_gradients)
 pair_nll.register_fake(lambda *arguments: tuple(_fake_row(*arguments) for _ in range(3)))
 pair_nll_backward.register_fake(_fake_gradients)
 pair_stats.register_fake(lambda *arguments: torch.stack([_fake_row(*arguments)] * 5))
-pair_jsd.register_fake(lambda *arguments: (_fake_row(*arguments), torch.stack([_fake_row(*arguments)] * 2)))
+pair_jsd.register_fake(_fake_row)
 pair_jsd_backward.register_fake(_fake_gradients)
 
 
@@ -202,16 +201,6 @@ def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _token_setup(ctx, inputs, output)
     ctx.set_materialize_grads(False)
-
-
-def _jsd_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _token_setup(ctx, inputs, output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _jsd_gradients(grad_jsd: Tensor, _: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = pair_jsd_backward(grad_jsd, *arguments)
-    return gradients
 
 
 def _autograd(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -230,4 +219,4 @@ def _autograd(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 
 token_nll.register_autograd(_autograd(token_nll_backward), setup_context=_token_setup)
 pair_nll.register_autograd(_autograd(pair_nll_backward), setup_context=_pair_setup)
-pair_jsd.register_autograd(_autograd(_jsd_gradients), setup_context=_jsd_setup)
+pair_jsd.register_autograd(_autograd(pair_jsd_backward), setup_context=_token_setup)

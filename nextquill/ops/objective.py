@@ -1,4 +1,4 @@
-"""A pair loss as coefficients: loss = Σ_i g_f[i] nll_f[i] + g_c[i] nll_c[i] + g_e[i] nll_e[i].
+"""A pair loss as coefficients: loss = Σ_i g_f[i] nll_f[i] + g_c[i] nll_c[i] + g_e[i] nll_e[i], or Σ_i g_f[i] jsd[i].
 
 Weights and denominators carry no gradient, so the coefficients are also the upstream gradients of the NLLs. Every
 scheme and reduction is an elementwise computation on a few numbers per row.
@@ -65,7 +65,7 @@ class PairObjective:
 
     and alpha · Σ w nll_e / Z for the second term with `weighted_effect`. `reduction="sequence"` averages over
     sequences, "token" divides every sum by the number of supervised tokens instead, and "micro_batch" takes all rows
-    as one sequence.
+    as one sequence. With `jsd_beta` the loss is Σ w jsd / Z alone, the divergence of z1 from a constant z0.
     """
 
     weighting: Weighting
@@ -75,6 +75,14 @@ class PairObjective:
     detach_counterfactual: bool = False
     anchor: float = 0.0
     reduction: str = "sequence"
+    jsd_beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.jsd_beta is not None and not (self.detach_counterfactual and self.alpha == self.anchor == 0):
+            raise ArgumentError(
+                "jsd_beta: expected detach_counterfactual=True, alpha=0 and anchor=0 beside it, got "
+                f"detach_counterfactual={self.detach_counterfactual}, alpha={self.alpha}, anchor={self.anchor}"
+            )
 
     @property
     def elementwise(self) -> bool:
@@ -98,7 +106,7 @@ class PairObjective:
     @property
     def terms_need_counterfactual(self) -> bool:
         """Whether a term, rather than the weighting, reads the counterfactual."""
-        return self.alpha > 0 or self.anchor > 0
+        return self.alpha > 0 or self.anchor > 0 or self.jsd_beta is not None
 
     def of_given_weights(self) -> PairObjective:
         """Return this objective for token weights given by the caller: its weighting reads no NLLs."""
@@ -159,10 +167,13 @@ class PairObjective:
             self._effect_factor(coefficients) * self.alpha if self.alpha > 0 else None,
         )
 
-    def terms(self, coefficients: RowCoefficients, pair: PairNLL) -> RowTerms:
-        """Return each row's share of each term, before `alpha` and `anchor`; `None` if the term's nll is absent."""
+    def terms(self, coefficients: RowCoefficients, pair: PairNLL, jsd: Tensor) -> RowTerms:
+        """Return each row's share of each term, before `alpha` and `anchor`; `None` if the term's nll is absent.
+
+        The first is that of `jsd` [n], float32 (float64) in nats, if the loss has `jsd_beta`.
+        """
         return RowTerms(
-            coefficients.weighted * pair.factual,
+            coefficients.weighted * (pair.factual if self.jsd_beta is None else jsd),
             None if pair.counterfactual is None else coefficients.uniform * pair.counterfactual,
             None if pair.effect is None else self._effect_factor(coefficients) * pair.effect,
         )

@@ -85,16 +85,18 @@ def test_products_of_the_divergence(leaves):
 
 
 def test_products_of_mirror():
-    """As the divergence's: the logged likelihoods take none. An anchor adds the NLL operator's for rows that count."""
+    """As a detached pair loss: the logged likelihoods take none. An anchor adds those of SFT for rows that count."""
     case = make_case(N, D, V, ignored=0.0)
-    for leaves, expected in ((("factual", "weight"), 6), (("factual",), 5), ((), 2)):
-        assert products(nq.MirrorLoss(), case.leaves(*leaves) if leaves else case) == expected * N
+    for leaves, expected in ((("factual", "weight"), 4), (("factual",), 3), ((), 2)):
+        for method in ("forward", "compute"):
+            own = case.leaves(*leaves) if leaves else case
+            assert products(nq.MirrorLoss(), own, method=method) == expected * N
     rows = AnchorRows(case.factual[:9], case.labels[:9].clone(), IDS[:9])
     rows.labels[4:] = -100
     own = make_case(N, D, V, ignored=0.0).leaves()
     with ProductCounter() as counter:
         nq.MirrorLoss(alpha=0.5)(*own.pair_args, own.bias, IDS, anchor=rows).backward()
-    assert counter.multiply_adds == (6 * N + (1 + 1 + 1) * 4) * UNIT
+    assert counter.multiply_adds == (4 * N + (1 + 1) * 4) * UNIT
 
 
 @pytest.mark.parametrize("options", [{}, {"detach_counterfactual": True}], ids=["both-passes", "detached"])
@@ -106,7 +108,7 @@ def test_only_rows_above_the_budget_are_computed_twice(options):
     assert products(nq.NextQuillLoss(**options, chunk_bytes=budget), case, ids) == base * N + 2 * 10
 
 
-@pytest.mark.parametrize("cls", [nq.PerCELoss, nq.LongCELoss])
+@pytest.mark.parametrize("cls", [nq.PerCELoss, nq.LongCELoss, nq.MirrorLoss])
 def test_a_long_sequence_of_row_weights_costs_nothing_more(cls):
     case, ids = make_case(N, D, V, ignored=0.0).leaves(), torch.zeros(N, dtype=torch.long)
     assert products(cls(chunk_bytes=ONE_ROW), case, ids) == 4 * N

@@ -33,6 +33,7 @@ LOSSES = {
     "detached": nq.NextQuillLoss(detach_counterfactual=True),
     "PerCE": nq.PerCELoss(),
     "SFT": nq.SFTLoss(),
+    "MIRROR": nq.MirrorLoss(0.3),
 }
 # All, none, and two that differ in every gradient; the others are slow.
 FEW = ["gggg", "----", "g-g-", "-g-g"]
@@ -130,7 +131,9 @@ ends = pytest.mark.parametrize(
     "end",
     [
         pytest.param(
-            end, id=name, marks=() if name in ("pair", "no-grad", "divergence", "NextQuill") else pytest.mark.slow
+            end,
+            id=name,
+            marks=() if name in ("pair", "no-grad", "divergence", "NextQuill", "MIRROR") else pytest.mark.slow,
         )
         for name, end in ENDS.items()
     ],
@@ -233,7 +236,7 @@ def test_autocast_reaches_the_divergence():
     counts = case.labels != -100
     streams = case.factual.bfloat16(), case.counterfactual.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        jsd, _ = torch.ops.nextquill.pair_jsd(
+        jsd = torch.ops.nextquill.pair_jsd(
             *streams, case.weight, None, counts, 0.5, None, 1.0, "torch", None, None, None
         )
         public = nq.linear_pair_jsd(*streams, case.weight, counts, impl="torch")
@@ -282,6 +285,13 @@ def test_equal_published_losses_are_one_to_the_compiler():
     assert len(specs) == 1
     assert decode(specs.pop()) == nq.NextQuillLoss(alpha=0.3).objective
     assert nq.NextQuillLoss()._objective_spec != nq.NextQuillLoss(detach_counterfactual=True)._objective_spec
+
+
+def test_a_divergence_has_no_other_terms():
+    objective = nq.MirrorLoss(0.3).objective
+    for change in ({"alpha": 0.5}, {"anchor": 0.1}, {"detach_counterfactual": False}):
+        with pytest.raises(nq.ArgumentError, match=r"^jsd_beta: expected detach_counterfactual=True, alpha=0 and anc"):
+            dataclasses.replace(objective, **change)
 
 
 def test_the_objective_may_be_replaced():

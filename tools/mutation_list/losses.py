@@ -151,7 +151,7 @@ MUTATIONS = (
         "nextquill/ops/head.py",
         """\
         if self.wide_bias is not None:
-            products.add_(self.wide_bias)
+            products.add_(self.wide_bias if columns is None else self.wide_bias[columns])
         if self.logit_scale != 1.0:
             products.mul_(self.logit_scale)
 """,
@@ -159,7 +159,7 @@ MUTATIONS = (
         if self.logit_scale != 1.0:
             products.mul_(self.logit_scale)
         if self.wide_bias is not None:
-            products.add_(self.wide_bias)
+            products.add_(self.wide_bias if columns is None else self.wide_bias[columns])
 """,
         "logit_scale leaves the bias out",
     ),
@@ -250,7 +250,7 @@ MUTATIONS = (
     Mutation(
         "ops-jsd-mask",
         "nextquill/functional.py",
-        "counts = inputs.labels.bool() if labels.dtype == torch.bool else inputs.labels != ignore_index",
+        "counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index",
         "counts = inputs.labels != ignore_index",
         "a bool mask counts every row",
     ),

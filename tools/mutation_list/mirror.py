@@ -6,9 +6,23 @@ MUTATIONS = (
     Mutation(
         "mirror-divergence-share",
         "nextquill/mirror/loss.py",
-        "weight = (1 - self.alpha) / self.term_means[0]",
-        "weight = 1 / self.term_means[0]",
+        "share, own_share = (1 - self.alpha) / self.term_means[0]",
+        "share, own_share = 1 / self.term_means[0]",
         "MIRROR-F gives the divergence more than its share",
+    ),
+    Mutation(
+        "mirror-no-teacher",
+        "nextquill/ops/objective.py",
+        "or self.anchor > 0 or self.jsd_beta is not None",
+        "or self.anchor > 0",
+        "with token weights MIRROR does without a teacher",
+    ),
+    Mutation(
+        "mirror-effect-unset",
+        "nextquill/ops/fused_loss.py",
+        "if self.effect or self.beta is None:",
+        "if self.beta is None:",
+        "the reported NLL of the effect is what the memory held before",
     ),
     Mutation(
         "mirror-anchor-count",
