@@ -144,7 +144,10 @@ def test_out_of_memory_names_what_to_turn_down(nextquill, command, error):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_every_signal_that_ends_a_process_interrupts_the_command(nextquill, command, name):
+def test_every_signal_that_ends_a_process_interrupts_the_command(nextquill, command, name, request):
+    if name != "SIGINT":  # tests under nohup ignore SIGHUP
+        request.addfinalizer(partial(signal.signal, getattr(signal, name), signal.getsignal(getattr(signal, name))))
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     before, cleaned = signal.getsignal(getattr(signal, name)), []
 
     def run(arguments):
