@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import make_dataclass
+from functools import partial
 from types import ModuleType
 
 import pytest
