@@ -230,7 +230,7 @@ def markdown(results: Results) -> str:
     for data in results.data:
         parts += [f"### {data}", rates_table(results, data), own_table(results, data), found_table(results, data),
                   texts_table(results, data), differences_table(results, data),
-                  frontiers_table(results, data)]  # fmt: skip
+                  variants_table(results, data), frontiers_table(results, data)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -425,16 +425,34 @@ def differences_table(results: Results, data: str, decoding: str = "γ=0") -> st
     methods = results.methods(data)
     if SFT not in methods:
         return ""
-    others = [name for name in methods if name != SFT]
+    pairs = {METHODS[name].label: (runs, methods[SFT]) for name, runs in methods.items() if name != SFT}
+    return _compared(f"minus SFT, {data}, {decoding}", pairs, PRIMARY, decoding)
+
+
+def variants_table(results: Results, data: str, decoding: str = "γ=0") -> str:
+    """Every variant minus its parent, from the same seeds; as `differences_table`."""
+    methods, pairs = results.methods(data), dict[str, tuple[Sequence[Result], Sequence[Result]]]()
+    for name, runs in methods.items():
+        parent, seeds = METHODS[name].parent, {run.raw["run"]["seed"] for run in runs}
+        same = [run for run in methods.get(parent or "", ()) if run.raw["run"]["seed"] in seeds]
+        if parent not in (None, SFT) and len(same) == len(runs):
+            pairs[f"{METHODS[name].label}, minus {METHODS[parent].label}"] = runs, same
+    return _compared(f"minus its parent, {data}, {decoding}", pairs, ("nll_factual", *PRIMARY), decoding) if pairs else ""
+
+
+def _compared(
+    heading: str, pairs: Mapping[str, tuple[Sequence[Result], Sequence[Result]]], measures: Sequence[str], decoding: str
+) -> str:
+    """The differences of runs, by label, in some measures; p-values are corrected for the number of labels."""
     columns: list[list[str]] = []
-    for measure in PRIMARY:
+    for measure in measures:
         where = OWN if measure in NLL_NAMES else decoding
-        found = [difference(methods[name], methods[SFT], measure, where) for name in others]
+        found = [difference(*both, measure, where) for both in pairs.values()]
         adjusted = iter(holm([each.p_value for each in found if each is not None]))
         columns.append([_difference(each, None if each is None else next(adjusted)) for each in found])
-    rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(others)]
     headings = {each.name: each.heading for each in (*NLL_MEASURES, *TEXT_MEASURES)}
-    return table([f"minus SFT, {data}, {decoding}", *(headings[name] for name in PRIMARY)], rows)
+    rows = [[label, *(column[at] for column in columns)] for at, label in enumerate(pairs)]
+    return table([heading, *(headings[name] for name in measures)], rows)
 
 
 NLL_NAMES = {each.name for each in NLL_MEASURES}

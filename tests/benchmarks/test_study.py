@@ -1,5 +1,6 @@
 """The study: who is trained on and measured, which runs there are, and that a killed study gives the same tables."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -317,6 +318,23 @@ def test_tables_hold_every_method_and_its_difference_from_sft(results, capsys):
     rows = (results / "study.csv").read_text().splitlines()
     assert rows[0] == ",".join(tables._COLUMNS)
     assert len(rows) > 100
+
+
+def test_a_variant_is_compared_with_its_parent_of_the_same_seed(results):
+    found = tables.Results(results)
+    perce = next(result for result in found.all if result.key[1] == "perce")
+    raw = copy.deepcopy(perce.raw)
+    raw["run"]["method"] = "perce_random"
+    nlls = raw["sets"]["test"]["rows"]["nll_factual"]
+    nlls[:] = [[2 * total, tokens] for total, tokens in nlls]
+    found.all.append(tables.Result(raw))
+    (row,) = tables.variants_table(found, "toy").splitlines()[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "PerCE, weights shuffled, minus PerCE"
+    assert cells[1].startswith(f"{perce.value('nll_factual'):+.2f} [")
+    assert all(cell.startswith("+0.00 [+0.00, +0.00]") for cell in cells[2:])
+    raw["run"]["seed"] = 2
+    assert tables.variants_table(found, "toy") == "", "its parent has no run of that seed"
 
 
 def a_run(method="sft", processor="a", seconds=1.0, texts=(), seed=1):
