@@ -437,7 +437,9 @@ def variants_table(results: Results, data: str, decoding: str = "γ=0") -> str:
         same = [run for run in methods.get(parent or "", ()) if run.raw["run"]["seed"] in seeds]
         if parent not in (None, SFT) and len(same) == len(runs):
             pairs[f"{METHODS[name].label}, minus {METHODS[parent].label}"] = runs, same
-    return _compared(f"minus its parent, {data}, {decoding}", pairs, ("nll_factual", *PRIMARY), decoding) if pairs else ""
+    return (
+        _compared(f"minus its parent, {data}, {decoding}", pairs, ("nll_factual", *PRIMARY), decoding) if pairs else ""
+    )
 
 
 def _compared(

@@ -135,13 +135,13 @@ def _shown_once(command: str) -> Callable[..., None]:
 @contextmanager
 def _processes(command: str) -> Iterator[None]:
     """Let the processes that a launcher has started work on one command; only the first one prints."""
-    if started() == 1 or command in _TRAINING:
-        yield
-        return
-    if command not in _SHARED:
+    if command not in _SHARED and command not in _TRAINING and started() > 1 and "LOCAL_RANK" in os.environ:
         from nextquill.cli.flags import UsageError
 
         raise UsageError(f"{command} runs in one process, and a launcher started {started()}")
+    if started() == 1 or command not in _SHARED:  # a cluster may set WORLD_SIZE in every shell
+        yield
+        return
     with ExitStack() as stack:
         stack.enter_context(joined(_TIMEOUT))
         if not is_first():

@@ -43,6 +43,8 @@ def test_a_launcher_is_refused_by_a_command_for_one_process(
     nextquill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "launcher" not in nextquill("report", "runs").err, "a cluster's shell"
+    monkeypatch.setenv("LOCAL_RANK", "0")
     result = nextquill("report", "runs")
     assert result.code == 2
     assert result.err.strip().splitlines()[-1] == (
