@@ -118,6 +118,9 @@ _QWEN4 = {
     "indexer_compress_ratio": 1,
 }  # fmt: skip
 _SPECIAL: dict[str, dict[str, Any]] = {
+    # The default has no attention, unlike every model that was published.
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "blt": {
         "global_config": {"hidden_size": 2 * _HIDDEN, "head_dim": 2 * _HEAD},
         "encoder_hash_byte_group_vocab": VOCABULARY,

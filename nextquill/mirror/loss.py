@@ -1,4 +1,4 @@
-"""MIRROR's loss: student's divergence from the teacher on the student's own responses; and MIRROR-F's anchor."""
+"""MIRROR's loss: the divergence of student and teacher on the student's responses; and MIRROR-F's anchor."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks.float64 import all_in_float64
 from nextquill import UnsupportedModelError
 from nextquill.data import Branch, EncodedExample
 from nextquill.models import attention as attention_module
@@ -108,25 +108,6 @@ def long_examples() -> list[EncodedExample]:
 # ---- exactness ---------------------------------------------------------------------------------------
 
 
-class Float64:
-    """`torch` for a modeling file, with float64 where it asks for float32."""
-
-    def __getattr__(self, name: str) -> Any:
-        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
-
-
-@contextmanager
-def wide(name: str) -> Iterator[nn.Module]:
-    """A model that computes everything in float64, where layers ask for float32 too."""
-    model = make(name).double()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the others take no float64
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(model).__module__], "torch", Float64())
-        patch.setattr(Tensor, "float", Tensor.double)
-        yield model
-
-
 def largest_error(got: dict[str, Tensor], true: dict[str, Tensor]) -> float:
     """The largest relative error of a tensor; if its norm is nearly zero, the largest norm replaces it."""
     floor = 1e-3 * max(float(tensor.norm()) for tensor in true.values())
@@ -139,7 +120,7 @@ def test_loss_and_gradients_equal_separate_passes(name: str, shared: int, monkey
     """In float64 they are equal; in float32, trees are as near to that as separate passes."""
     monkeypatch.setattr(attention_module, "CHUNK", shared)
     case, examples = loss_cases()["official"], long_examples()
-    with wide(name) as model:
+    with all_in_float64(make(name)) as model:
         want = reference_loss(case, model, examples)
         true = gradients(model, want)
         loss, _ = run_loss(model, case.loss, examples)
@@ -190,7 +171,7 @@ def weighted_logits(logits: Tensor, branch: int) -> Tensor:
 @given(branches=long_branches(), shared=st.sampled_from([0, 5, CHUNK]))
 def test_trees_of_any_shape(name: str, branches: list[list[int]], shared: int) -> None:
     tree = build_prefix_tree(branches)
-    with wide(name) as model, pytest.MonkeyPatch.context() as patch:
+    with all_in_float64(make(name)) as model, pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "CHUNK", shared)
         alone = [model(input_ids=torch.tensor([branch]), use_cache=False).logits[0] for branch in branches]
         together = model(**TreeAttention(model).model_inputs(forward_of(tree)), use_cache=False).logits[0]
