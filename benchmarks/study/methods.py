@@ -229,12 +229,12 @@ METHODS: Mapping[str, Method] = {
             "mirror", "MIRROR",
             "The model stays on its own texts: nll between the untrained model's and SFT's, texts less personal than "
             "PerCE's and with fewer copied phrases.",
-            MirrorLoss, parent=SFT,
+            MirrorLoss,
         ),
         Method(
             "mirror_f", "MIRROR-F",
             "As in its authors' figures above MIRROR: lower nll, more personal texts, and more copied phrases.",
-            MirrorLoss, {"alpha": 0.5}, parent=SFT,
+            MirrorLoss, {"alpha": 0.5},
         ),
     )
 }  # fmt: skip

@@ -6,14 +6,14 @@
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
     5. the rest: other data sets and other seeds
-    6. methods that joined later, at their parent's rate
+    6. methods that joined later, with rates of their own too
 
 A rate is chosen by nll on development people, each method at its own best temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -151,14 +151,7 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
     first, others = data[0], data[1:]
     bases = {name: Run(name, BASE, 0, 0.0) for name in data}
     yield bases[first]
-    tried = {name: [Run(first, name, preset.seeds[0], rate) for rate in preset.rates] for name in preset.main}
-    yield from (tried[name][place] for place in range(len(preset.rates)) for name in preset.main)
-    for name in preset.main if preset.beyond else ():
-        best = _best(tried[name], score)
-        if best in (min(preset.rates), max(preset.rates)):
-            tried[name].append(Run(first, name, preset.seeds[0], _beyond(preset, best)))
-            yield tried[name][-1]
-    rates = {name: _best(runs, score) for name, runs in tried.items()}
+    rates = yield from _trials(preset, preset.main, first, score)
     yield from _runs(first, preset.main, preset.seeds[1:], rates)
     for name in others:
         yield bases[name]
@@ -169,9 +162,26 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
     for name in data:
         if name == first or preset.repeats_others:
             yield from _runs(name, preset.others, preset.other_seeds[name == first :], rates)
-    for name in data:
-        if name == first or preset.repeats_others:
-            yield from _runs(name, preset.later, preset.other_seeds, rates)
+    if None in rates.values():  # the runs before are not all known yet
+        return
+    rates = yield from _trials(preset, preset.later, first, score)
+    yield from _runs(first, preset.later, preset.other_seeds[1:], rates)
+    for name in others if preset.repeats_others else ():
+        yield from _runs(name, preset.later, preset.other_seeds, rates)
+
+
+def _trials(
+    preset: Preset, names: Sequence[str], data: str, score: Score
+) -> Generator[Run, None, dict[str, float | None]]:
+    """Yield the runs of methods with every rate, and return each one's best; None while a run is missing."""
+    tried = {name: [Run(data, name, preset.seeds[0], rate) for rate in preset.rates] for name in names}
+    yield from (tried[name][place] for place in range(len(preset.rates)) for name in names)
+    for name in names if preset.beyond else ():
+        best = _best(tried[name], score)
+        if best in (min(preset.rates), max(preset.rates)):
+            tried[name].append(Run(data, name, preset.seeds[0], _beyond(preset, best)))
+            yield tried[name][-1]
+    return {name: _best(runs, score) for name, runs in tried.items()}
 
 
 def _runs(data: str, methods: Sequence[str], seeds: Sequence[int], rates: Mapping[str, float | None]) -> Iterator[Run]:

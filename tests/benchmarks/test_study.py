@@ -163,7 +163,10 @@ def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
     for run in runs[12:]:
         chosen.setdefault(run.method, set()).add(run.rate)
     for name, method in METHODS.items():
-        assert chosen[name] == ({0.0} if name == BASE else {rates[method.parent or name]})
+        if name in LATER:
+            assert chosen[name] == set(PRESETS["cpu"].rates)
+        else:
+            assert chosen[name] == ({0.0} if name == BASE else {rates[method.parent or name]})
     assert len({run.name for run in runs}) == len(runs)
     timed = next(run for run in runs if run.method == "sft_time")
     assert timed.needs == ("a-perce-0.001-seed1", "a-sft-0.0003-seed1")
@@ -174,7 +177,7 @@ def test_the_rate_with_the_lowest_nll_is_chosen_for_a_method_and_its_children():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_methods_that_joined_later_change_no_run_before_theirs(preset):
     """A study that has begun resumes: its settings are the same, and the new runs come last."""
-    rates = dict.fromkeys(PRESETS[preset].main, PRESETS[preset].rates[0])
+    rates = dict.fromkeys((*PRESETS[preset].main, *LATER), PRESETS[preset].rates[0])
     scores = {
         f"a-{name}-{rate:g}-seed1": float(rate != rates[name]) for name in rates for rate in PRESETS[preset].rates
     }
@@ -183,7 +186,10 @@ def test_methods_that_joined_later_change_no_run_before_theirs(preset):
     before, after = ([run.name for run in planned(each, ["a", "b"], scores.get)] for each in (known, PRESETS[preset]))
     assert after[: len(before)] == before
     added = after[len(before) :]
-    assert [name.split("-")[1] for name in added if name.startswith("a-") and name.endswith("seed1")] == list(LATER)
+    first = [tuple(name.split("-", 2)[1:]) for name in added if name.startswith("a-") and name.endswith("seed1")]
+    tried = [(name, f"{rate:g}-seed1") for rate in PRESETS[preset].rates for name in LATER]
+    assert first[: len(tried)] == tried, "with rates of their own"
+    assert {name for name, _ in first} == set(LATER)
     assert known.to_dict() == PRESETS[preset].to_dict()
     assert not set(LATER) & {*known.others, *known.main}
 
