@@ -17,7 +17,6 @@ from nextquill.ops.validation import (
     check_head_inputs,
     check_head_options,
     check_ignore_index,
-    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PairStats
 from nextquill.vocabulary_shard import VocabularyShard
@@ -176,7 +175,7 @@ def linear_pair_jsd(
     Args:
         hidden_student, hidden_teacher: [N, D] or [B, T, D], floating, final hidden states that predict the *same*
             token in both branches.
-        lm_head_weight: [V, D], the hidden states' dtype (under autocast it may differ).
+        lm_head_weight: as in `linear_token_nll`.
         mask: [N] or [B, T]: bool, True where a row counts; or labels of any integer dtype, where every row counts but
             those with `ignore_index`. Rows that do not count give exactly 0 and get exactly 0 gradient, whatever they
             hold.
@@ -209,7 +208,7 @@ def linear_pair_jsd(
         other_name="hidden_teacher",
         labels_name="mask",
     )
-    check_whole_vocabulary(inputs)
+    options["vocabulary_shard"] = inputs.vocabulary_shard
     counts = inputs.labels.bool() if mask.dtype == torch.bool else inputs.labels != ignore_index
     tensors = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias, counts)
     jsd: Tensor = pair_jsd(*tensors, beta=beta, **options)

@@ -26,7 +26,6 @@ from nextquill.ops.validation import (
     check_ignore_index,
     check_sequence_ids,
     check_token_weights,
-    check_whole_vocabulary,
 )
 from nextquill.outputs import PairNLL, PreferenceLossOutput
 from nextquill.vocabulary_shard import VocabularyShard
@@ -277,8 +276,6 @@ class PairLoss(nn.Module):
         check_ignore_index(self.ignore_index)
         check_chunk_bytes(self.chunk_bytes)
         inputs = check_head_inputs(hidden_factual, hidden_counterfactual, lm_head_weight, labels, bias)
-        if self.objective.jsd_beta is not None:
-            check_whole_vocabulary(inputs)
         ids = check_sequence_ids(sequence_ids, labels)
         differentiable = (inputs.factual, inputs.counterfactual, inputs.weight, inputs.bias)
         enabled = torch.is_grad_enabled()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ LOSSES: dict[str, Callable[..., nq.PairLoss]] = {
     "anchored": lambda **o: nq.PairLoss(lambda pair: pair.factual, anchor=0.2, **o),
     "perce": nq.PerCELoss,
     "user": lambda **o: nq.PairLoss(lambda pair: pair.factual / pair.factual.max(), alpha=0.3, **o),
+    "mirror": nq.MirrorLoss,
 }
 
 
@@ -81,6 +84,12 @@ def pair_nll(case: HeadCase, weight: Any, bias: Tensor | None, **options: Any) -
 def pair_stats(case: HeadCase, weight: Any, bias: Tensor | None, **options: Any) -> dict[str, Tensor]:
     stats = nq.linear_pair_stats(case.factual, case.counterfactual, weight, case.labels, bias=bias, **options)
     return {"kl": stats.kl, "entropy": stats.entropy, **stats.pair_nll._asdict()}
+
+
+def pair_jsd(case: HeadCase, weight: Any, bias: Tensor | None, **options: Any) -> dict[str, Tensor]:
+    jsd = nq.linear_pair_jsd(case.factual, case.counterfactual, weight, case.labels, bias=bias, **options)
+    (jsd * torch.arange(1, N + 1)).sum().backward()
+    return {"jsd": jsd}
 
 
 def compiled(case: HeadCase, weight: Any, bias: Tensor | None) -> dict[str, Tensor]:
@@ -133,6 +142,11 @@ CASES = {
     "stats": Case(pair_stats, _UNEVEN),
     "stats-cap": Case(lambda *a: pair_stats(*a, **_CAPPED), _UNEVEN),
     "stats-float32": Case(pair_stats, _UNEVEN, torch.float32),
+    **{f"jsd-beta-{beta}": Case(partial(pair_jsd, beta=beta), _UNEVEN) for beta in (0, 0.3, 1)},
+    "jsd-chunks-cap": Case(partial(pair_jsd, chunk_bytes=CHUNK_BYTES, **_CAPPED), _UNEVEN),
+    "jsd-float32": Case(pair_jsd, _UNEVEN, torch.float32),
+    "jsd-float32-torch": Case(partial(pair_jsd, impl="torch"), _EVEN, torch.float32),
+    "mirror-float32": Case(loss_of("mirror"), _UNEVEN, torch.float32),
     "masked": Case(masked, _UNEVEN, labels=lambda y: torch.where(y < 0, y, y.clamp(min=5))),
     "far": Case(far, _UNEVEN),
     "compiled": Case(compiled, _UNEVEN),
@@ -143,7 +157,7 @@ CASES = {
 
 @dataclass
 class Watched:
-    """What a call exchanged and held: gathers and sums between processes, and the columns of its largest buffer."""
+    """What a call exchanged and held: exchanges of statistics, sums of dh, and the columns of its largest buffer."""
 
     gathers: int = 0
     sums: int = 0
@@ -153,11 +167,16 @@ class Watched:
 @contextmanager
 def watched() -> Iterator[Watched]:
     seen, opened = Watched(), shard_exchange.OpenShard
-    combine, add, fill = opened.combine_, opened.sum_, chunks.LogitsBuffer.fill
+    combine, share, add = opened.combine_, opened.add_shares_, opened.sum_
+    fill = chunks.LogitsBuffer.fill
 
     def gathering(self: Any, *args: Any) -> None:
         seen.gathers += 1
         combine(self, *args)
+
+    def sharing(self: Any, tensor: Tensor) -> None:
+        seen.gathers += 1
+        share(self, tensor)
 
     def adding(self: Any, tensor: Tensor) -> Any:
         seen.sums += 1
@@ -167,11 +186,13 @@ def watched() -> Iterator[Watched]:
         seen.columns = max(seen.columns, self._memory.shape[1])
         return fill(self, *args)
 
-    opened.combine_, opened.sum_, chunks.LogitsBuffer.fill = gathering, adding, filling
+    opened.combine_, opened.add_shares_, opened.sum_ = gathering, sharing, adding
+    chunks.LogitsBuffer.fill = filling
     try:
         yield seen
     finally:
-        opened.combine_, opened.sum_, chunks.LogitsBuffer.fill = combine, add, fill
+        opened.combine_, opened.add_shares_, opened.sum_ = combine, share, add
+        chunks.LogitsBuffer.fill = fill
 
 
 def own_tokens(sizes: Sequence[int]) -> slice:
@@ -218,6 +239,21 @@ def check(case: Case) -> dict[str, Any]:
     return {"errors": errors, "own": columns.stop and columns.stop - columns.start, **asdict(seen)}
 
 
+def pieces_have_the_bits_of_the_whole() -> bool:
+    """Whether statistics that are exchanged in pieces, and dh, have the same bits as those exchanged at once."""
+    sizes, labels = (5, 9, 3, 1)[: dist.get_world_size()], torch.arange(N) % 4
+    own = own_tokens(sizes)
+    shard = shard_exchange.OpenShard(dist.group.WORLD, tuple(accumulate((0, *sizes[:-1]))), own.start, 0, 0, sum(sizes))
+    found = torch.randn(11, N, generator=torch.Generator().manual_seed(dist.get_rank())).abs()
+    whole, pieces = found.clone(), found.clone()
+    shard.combine_(whole, labels)
+    for rows in torch.arange(N).split(5):
+        piece = pieces[:, rows]
+        shard.combine_(piece, labels[rows])
+        pieces[:, rows] = piece
+    return torch.equal(whole, pieces) and not torch.equal(whole, found)
+
+
 # ---- calls that are refused ------------------------------------------------------------------------
 
 
@@ -239,12 +275,6 @@ def call(
 def columnwise() -> Tensor:
     case, mesh = make_case(N, D, 40), init_device_mesh("cpu", (dist.get_world_size(),))
     return nq.SFTLoss()(case.factual, None, distribute_tensor(case.weight, mesh, [Shard(1)]), case.labels)
-
-
-def divergence(function: Callable[..., Tensor]) -> Tensor:
-    case, own = make_case(N, D, 40), own_tokens((20, 20))
-    part = nq.VocabularyShard(case.weight[own], own.start, 40)
-    return function(case.factual, case.counterfactual, part, case.labels)
 
 
 def labels_that_differ_later() -> Tensor:
@@ -271,8 +301,6 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "whole-bias": lambda: call((10, 17), bias=torch.zeros(27)),
     "start": lambda: call((10, 17), gap=0.5),
     "columns": columnwise,
-    "divergence": lambda: divergence(nq.linear_pair_jsd),
-    "mirror": lambda: divergence(nq.MirrorLoss()),
     "later-labels": labels_that_differ_later,
 }
 
@@ -294,6 +322,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     for name, case in CASES.items():
         found[name] = check(case)
         Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"pieces-{rank}.json").write_text(json.dumps(pieces_have_the_bits_of_the_whole()))
     if processes == 2:
         messages = {name: message_of(function) for name, function in REFUSED.items()}
         Path(folder, f"refused-{rank}.json").write_text(json.dumps(messages))

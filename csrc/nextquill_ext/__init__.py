@@ -27,7 +27,7 @@ from nextquill_ext._core import (
 __version__ = "0.1.0"
 
 # Goes up when a signature or the meaning of an argument changes, so that nextquill can refuse an old build.
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 
 __all__ = [
     "INTERFACE_VERSION",

@@ -38,8 +38,18 @@ def pair_grad_(
 ) -> None:
     """Replace z1 and z0 by the gradients of the three NLLs with respect to the logits before cap and scale."""
 
-def jsd_stats(logits_student: _Tensor, logits_teacher: _Tensor, out: _Tensor, beta: float, threads: int = 1) -> None:
-    """Write max and sum of exp(z - max) of both streams, KL(p1 || m) and the divergence into `out` [6, n]."""
+def jsd_stats(
+    logits_student: _Tensor,
+    logits_teacher: _Tensor,
+    out: _Tensor,
+    beta: float,
+    normalised: bool = False,
+    threads: int = 1,
+) -> None:
+    """Write max and sum of exp(z - max) of both streams, KL(p1 || m) and the divergence into `out` [6, n].
+
+    If `normalised`, maxima and sums are read from `out` instead.
+    """
 
 def jsd_grad_(
     logits_student: _Tensor,

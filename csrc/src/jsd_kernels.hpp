@@ -118,14 +118,30 @@ struct DivergenceBlock {
     }
 };
 
+// The largest logit, and the sum of exp(z - max).
+struct Normaliser {
+    float top;
+    double mass;
+};
+
+// Computes a row's normaliser into rows `first` and `first + 1` of the statistics, or reads it from there.
+Normaliser normaliser(const JsdStatsArgs& args, const Rows& logits, int64_t row, int first) {
+    if (args.normalised) return {args.out.at(first, row), args.out.at(first + 1, row)};
+    const ExpSum found = exp_sum(logits.row(row), args.vocabulary);
+    const Normaliser own{found.reference, found.sum.total()};
+    args.out.at(first, row) = own.top;
+    args.out.at(first + 1, row) = static_cast<float>(own.mass);
+    return own;
+}
+
 template <Beta kBeta>
 void jsd_stats_rows(const JsdStatsArgs& args, int64_t begin, int64_t end) {
     const int64_t vocabulary = args.vocabulary;
     for (int64_t row = begin; row < end; ++row) {
         const float *z1 = args.student.row(row), *z0 = args.teacher.row(row);
-        const ExpSum student = exp_sum(z1, vocabulary), teacher = exp_sum(z0, vocabulary);
-        const double mass1 = student.sum.total(), mass0 = teacher.sum.total();
-        const Mixture<kBeta> mixture(student.reference, mass1, teacher.reference, mass0, args.beta);
+        const Normaliser student = normaliser(args, args.student, row, 0);
+        const Normaliser teacher = normaliser(args, args.teacher, row, 2);
+        const Mixture<kBeta> mixture(student.top, student.mass, teacher.top, teacher.mass, args.beta);
         RowSum sum1, sum0;
         for (int64_t start = 0; start < vocabulary; start += kBlock) {
             const int64_t count = vocabulary - start < kBlock ? vocabulary - start : kBlock;
@@ -153,10 +169,6 @@ void jsd_stats_rows(const JsdStatsArgs& args, int64_t begin, int64_t end) {
         const double jsd = kBeta == Beta::kZero ? kl0
                            : kBeta == Beta::kOne ? kl1
                                                  : args.beta * kl0 + (1 - args.beta) * kl1;
-        args.out.at(0, row) = student.reference;
-        args.out.at(1, row) = static_cast<float>(mass1);
-        args.out.at(2, row) = teacher.reference;
-        args.out.at(3, row) = static_cast<float>(mass0);
         args.out.at(4, row) = static_cast<float>(kl1);
         args.out.at(5, row) = static_cast<float>(jsd < 0 ? 0 : jsd);  // below 0 by rounding only; NaN passes
     }

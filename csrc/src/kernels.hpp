@@ -71,6 +71,7 @@ struct JsdStatsArgs {
     int64_t vocabulary;
     Strided<float> out;  // rows: max and sum of z1, of z0, KL(p1 || m), jsd
     double beta;         // weight of the teacher in m
+    bool normalised;     // the first four rows of `out` are given
 };
 
 struct JsdGradArgs {

@@ -225,7 +225,8 @@ double checked_beta(double beta) {
     return beta;
 }
 
-void jsd_stats(nb::handle logits_student, nb::handle logits_teacher, nb::handle out, double beta, int threads) {
+void jsd_stats(nb::handle logits_student, nb::handle logits_teacher, nb::handle out, double beta, bool normalised,
+               int threads) {
     Tensors tensors;
     JsdStatsArgs args{};
     args.student = tensors.rows("logits_student", logits_student, false);
@@ -233,6 +234,7 @@ void jsd_stats(nb::handle logits_student, nb::handle logits_teacher, nb::handle 
     args.vocabulary = tensors.vocabulary();
     args.out = tensors.per_row("out", out, 6);
     args.beta = checked_beta(beta);
+    args.normalised = normalised;
     run(tensors, threads, current_kernels().jsd_stats, args);
 }
 
@@ -271,7 +273,8 @@ NB_MODULE(_core, module) {
     module.def("pair_grad_", pair_grad, "logits_factual"_a, "logits_counterfactual"_a, "labels"_a, "stats"_a,
                "grad_factual"_a, "grad_counterfactual"_a.none(), "grad_effect"_a, "softcap"_a.none(), "logit_scale"_a,
                "detach_counterfactual"_a = false, "threads"_a = 1);
-    module.def("jsd_stats", jsd_stats, "logits_student"_a, "logits_teacher"_a, "out"_a, "beta"_a, "threads"_a = 1);
+    module.def("jsd_stats", jsd_stats, "logits_student"_a, "logits_teacher"_a, "out"_a, "beta"_a,
+               "normalised"_a = false, "threads"_a = 1);
     module.def("jsd_grad_", jsd_grad, "logits_student"_a, "logits_teacher"_a, "stats"_a, "grad_jsd"_a, "beta"_a,
                "softcap"_a.none(), "logit_scale"_a, "threads"_a = 1);
     module.def("available_isas", available_isas);

@@ -7,7 +7,8 @@ softmaxes of student and teacher, and m = beta p0 + (1 - beta) p1:
     beta = 0:  KL(p0 || p1)                                dz1 = g (p1 - p0)
     beta = 1:  KL(p1 || p0)                                dz1 = g p1 (log(p1 / p0) - KL(p1 || p0))
 
-The teacher is a constant. The statistics read a row twice, because m needs both sums of exponentials first. The
+The teacher is a constant. The statistics read a row twice, because m needs both sums of exponentials first; if those
+are given, once. The
 logarithms come from the difference d of log-probabilities, so that they are exact where a probability underflows:
 
     d = log(p0 / p1) = (z0 - max0) - (z1 - max1) - log(sum0 / sum1)
@@ -83,6 +84,7 @@ def _accumulate_divergences(b_kl1, b_kl0, b_z1, b_z0, softmax1, softmax0, gap, b
 def _jsd_stats_kernel(
     x1_ptr, x0_ptr, bias_ptr, out_ptr, x1_stride, x0_stride, out_stride, V, beta, logit_scale, softcap,
     BLOCK_V: tl.constexpr, STAGES: tl.constexpr, END: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x1_row = x1_ptr + row * x1_stride
@@ -90,24 +92,34 @@ def _jsd_stats_kernel(
     lanes = tl.arange(0, BLOCK_V)
     whole = V // BLOCK_V * BLOCK_V
 
-    b_max1 = tl.full([BLOCK_V], LOWEST, tl.float32)
-    b_max0 = tl.full([BLOCK_V], LOWEST, tl.float32)
-    b_sum1 = tl.zeros([BLOCK_V], tl.float32)
-    b_sum0 = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
-        cols = start + lanes
-        b_z1 = load(x1_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_z0 = load(x0_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_max1, b_sum1 = accumulate(b_max1, b_sum1, b_z1)
-        b_max0, b_sum0 = accumulate(b_max0, b_sum0, b_z0)
-    if whole < V:
-        cols = whole + lanes
-        b_z1 = load(x1_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_z0 = load(x0_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
-        b_max1, b_sum1 = accumulate(b_max1, b_sum1, b_z1)
-        b_max0, b_sum0 = accumulate(b_max0, b_sum0, b_z0)
-    m1, s1 = combine(b_max1, b_sum1)
-    m0, s0 = combine(b_max0, b_sum0)
+    out_ptr += row
+    stride = tl.cast(out_stride, tl.int64)
+    if NORMALISED:
+        m1, s1 = tl.load(out_ptr), tl.load(out_ptr + stride)
+        m0, s0 = tl.load(out_ptr + 2 * stride), tl.load(out_ptr + 3 * stride)
+    else:
+        b_max1 = tl.full([BLOCK_V], LOWEST, tl.float32)
+        b_max0 = tl.full([BLOCK_V], LOWEST, tl.float32)
+        b_sum1 = tl.zeros([BLOCK_V], tl.float32)
+        b_sum0 = tl.zeros([BLOCK_V], tl.float32)
+        for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
+            cols = start + lanes
+            b_z1 = load(x1_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
+            b_z0 = load(x0_row, bias_ptr, cols, None, logit_scale, softcap, HAS_SCALE, HAS_CAP)
+            b_max1, b_sum1 = accumulate(b_max1, b_sum1, b_z1)
+            b_max0, b_sum0 = accumulate(b_max0, b_sum0, b_z0)
+        if whole < V:
+            cols = whole + lanes
+            b_z1 = load(x1_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
+            b_z0 = load(x0_row, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_SCALE, HAS_CAP)
+            b_max1, b_sum1 = accumulate(b_max1, b_sum1, b_z1)
+            b_max0, b_sum0 = accumulate(b_max0, b_sum0, b_z0)
+        m1, s1 = combine(b_max1, b_sum1)
+        m0, s0 = combine(b_max0, b_sum0)
+        tl.store(out_ptr, m1)
+        tl.store(out_ptr + stride, s1)
+        tl.store(out_ptr + 2 * stride, m0)
+        tl.store(out_ptr + 3 * stride, s0)
 
     gap = tl.log(s0 / s1)
     weight1, weight0 = 1.0 / s1, 1.0 / s0
@@ -131,12 +143,6 @@ def _jsd_stats_kernel(
     else:
         jsd = kl1
 
-    out_ptr += row
-    stride = tl.cast(out_stride, tl.int64)
-    tl.store(out_ptr, m1)
-    tl.store(out_ptr + stride, s1)
-    tl.store(out_ptr + 2 * stride, m0)
-    tl.store(out_ptr + 3 * stride, s0)
     tl.store(out_ptr + 4 * stride, kl1)
     tl.store(out_ptr + 5 * stride, tl.where(jsd < 0, 0.0, jsd))  # below 0 by rounding only; NaN passes
 
@@ -148,6 +154,7 @@ def jsd_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    normalised: bool = False,
 ) -> None:
     """Compute max(z1), sum(exp(z1 - max)), the same of z0, KL(p1 || m) and jsd, with z = cap(scale (x + b)).
 
@@ -156,6 +163,8 @@ def jsd_stats(
         out: [6, n] float32, last stride 1: receives the statistics, divergences in nats.
         beta: weight of p0 in m: 0, 1, or a number between that float32 tells from both.
         bias, softcap, logit_scale: as in `token_stats`.
+        normalised: the first four statistics are given in `out`. They may be those of more columns than the logits
+            have; the divergences are then these columns' shares.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, layout or device.
@@ -171,7 +180,7 @@ def jsd_stats(
         _jsd_stats_kernel[(n,)](
             x1, x0, bias, out, x1.stride(0), x0.stride(0), out.stride(0), vocabulary, float(beta), float(logit_scale),
             float(softcap or 0), END=_end(beta), HAS_SCALE=logit_scale != 1, HAS_CAP=softcap is not None,
-            **tile.constants, num_warps=tile.num_warps,
+            NORMALISED=normalised, **tile.constants, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
@@ -292,7 +301,10 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for end in (None, 0, 1):
         of_end = "" if end is None else f"/beta_{end}"
-        mine = [row_case(f"jsd_stats{of_end}", _jsd_stats_kernel, JSD_STATS, stats, END=end)]
+        mine = [
+            row_case(f"jsd_stats{given}{of_end}", _jsd_stats_kernel, JSD_STATS, stats, END=end, NORMALISED=bool(given))
+            for given in ("", "/normalised")
+        ]
         mine += [
             row_case(f"jsd_grad/{out}{of_end}", _jsd_grad_kernel, JSD_GRAD, {**grad, "out_ptr": f"*{out}"}, END=end)
             for out in ("fp32", "bf16")

@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public
 
 from nextquill.errors import BackendUnavailableError
 
-_INTERFACE_VERSION = 5
+_INTERFACE_VERSION = 6
 
 
 def why_not() -> str | None:
@@ -73,10 +73,10 @@ def pair_grad(
             _deliver(own, out)
 
 
-def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
-    """Compute as `chunk_torch.jsd_stats` does, in float32; reads each row twice."""
+def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float, normalised: bool = False) -> None:
+    """Compute as `chunk_torch.jsd_stats` does, in float32; reads each row twice, or once if it is `normalised`."""
     if len(logits[0]) > 0:
-        _kernels().jsd_stats(*map(_dlpack, (*logits, out)), beta, torch.get_num_threads())
+        _kernels().jsd_stats(*map(_dlpack, (*logits, out)), beta, normalised, torch.get_num_threads())
 
 
 def jsd_grad(

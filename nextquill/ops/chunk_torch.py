@@ -133,7 +133,7 @@ def pair_grad(
         _through_cap(z0, effect, out0[rows], softcap, logit_scale)
 
 
-def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
+def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float, normalised: bool = False) -> None:
     """Write max(z1), the sum of exp(z1 - max), the same of z0, KL(p1 ‖ m) and jsd, per row.
 
         jsd = beta KL(p0 ‖ m) + (1 - beta) KL(p1 ‖ m)        KL(p0 ‖ p1) for beta = 0, KL(p1 ‖ p0) for beta = 1
@@ -142,10 +142,13 @@ def jsd_stats(logits: tuple[Tensor, Tensor], out: Tensor, beta: float) -> None:
         logits: z1 (student) and z0 (teacher), each [n, V], float32 or float64.
         out: [6, n], dtype of the logits; receives the statistics, divergences in nats.
         beta: weight of p0 in m: 0, 1, or a number between that the dtype of the logits tells from both.
+        normalised: the first four statistics are given in `out`. They may be those of more columns than the logits
+            have; the divergences are then these columns' shares.
     """
     for rows, buffers in _row_blocks(logits[0], buffers=5):
         stats = out[:, rows]
-        for z, (largest, total), p in zip((each[rows] for each in logits), stats[:4].split(2), buffers, strict=False):
+        streams = () if normalised else zip((each[rows] for each in logits), stats[:4].split(2), buffers, strict=False)
+        for z, (largest, total), p in streams:
             torch.amax(z, -1, out=largest)
             torch.sum(torch.sub(z, largest[:, None], out=p).exp_(), -1, out=total)
         p1, p0, d, r = _mixture((logits[0][rows], logits[1][rows]), stats, beta, buffers)

@@ -142,9 +142,14 @@ class Chunk:
         else:
             kernels.token_stats(self.logits, self.labels, out, **self.head.finishing)
 
-    def jsd_statistics(self, beta: float, out: Tensor) -> None:
+    def own_statistics(self, out: Tensor) -> None:
+        """Write the statistics of each stream alone: `out` is [3, n] for each of them, stacked."""
+        for logits, rows in zip(self.streams, out.split(3), strict=True):
+            self.head.kernels.token_stats(logits, self.labels, rows, **self.head.finishing)
+
+    def jsd_statistics(self, beta: float, out: Tensor, *, normalised: bool = False) -> None:
         """Write the statistics of `chunk_torch.jsd_stats` into `out` [6, n]; z1 is the student, z0 the teacher."""
-        self.head.kernels.jsd_stats(self.streams, out, beta, **self.head.finishing)
+        self.head.kernels.jsd_stats(self.streams, out, beta, normalised=normalised, **self.head.finishing)
 
     def jsd_nlls(self, stats: Tensor) -> Tensor:
         """Return the NLLs of both streams, [2, n] in nats, from `stats` [6, n] that `jsd_statistics` wrote."""

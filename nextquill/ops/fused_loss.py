@@ -21,7 +21,7 @@ from torch import Tensor
 from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
 from nextquill.ops.dispatch import JSD_STATS, PAIR_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
-from nextquill.ops.jsd import told_from_0_and_1
+from nextquill.ops.jsd import jsd_statistics, told_from_0_and_1
 from nextquill.ops.objective import PairObjective, RowCoefficients
 from nextquill.ops.row_groups import RowGroup, RowPlan, group_rows
 from nextquill.outputs import PairNLL
@@ -126,15 +126,18 @@ class PairLossEngine:
 
     def _jsd_statistics(self, chunk: Chunk, beta: float, found: Tensor) -> None:
         stats = self.jsd_stats[:, chunk.rows]
-        chunk.jsd_statistics(beta, stats)
+        nlls = jsd_statistics(chunk, self.plan.labels[chunk.rows], beta, stats)
         self.rows[-1, chunk.rows] = stats[-1]
-        found[2:6:3] = chunk.jsd_nlls(stats)
+        found[2:6:3] = chunk.jsd_nlls(stats) if nlls is None else nlls
 
     def _finish_statistics(self, group: RowGroup) -> None:
-        """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary."""
+        """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary.
+
+        Those of a divergence are complete.
+        """
         kinds = 3 if self.effect else len(self.streams)
         found = self.stats[: 3 * kinds, group.rows]
-        if self.head.shard is not None:
+        if self.head.shard is not None and (self.effect or self.beta is None):
             self.head.shard.combine_(found, self.plan.labels[group.rows])
         self.rows[3 : 3 + kinds, group.rows] = found[2::3]
 

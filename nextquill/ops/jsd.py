@@ -15,8 +15,8 @@ import functools
 import torch
 from torch import Tensor
 
-from nextquill.ops.chunks import ChunkedHead, GradientBuffer, LogitsBuffer
-from nextquill.ops.dispatch import JSD_STATS
+from nextquill.ops.chunks import Chunk, ChunkedHead, GradientBuffer, LogitsBuffer
+from nextquill.ops.dispatch import JSD_STATS, TOKEN_STATS
 from nextquill.ops.gradients import HeadGradients, Needs
 from nextquill.ops.row_groups import RowPlan, plan_rows
 
@@ -38,7 +38,7 @@ def head_jsd(streams: tuple[Tensor, Tensor], head: ChunkedHead, counts: Tensor, 
     plan, beta = _plan(counts), told_from_0_and_1(beta, head.dtype)
     found = streams[0].new_empty(JSD_STATS, plan.num_rows, dtype=head.dtype)
     for chunk in LogitsBuffer(head, 2, plan, head.memory(plan.num_rows, 2, 0).rows).chunks(streams):
-        chunk.jsd_statistics(beta, found[:, chunk.rows])
+        jsd_statistics(chunk, plan.labels[chunk.rows], beta, found[:, chunk.rows])
     return found.new_zeros(counts.numel()).index_copy_(0, plan.rows, found[JSD_STATS - 1])
 
 
@@ -60,10 +60,38 @@ def head_jsd_gradients(
     for chunk in LogitsBuffer(head, 2, plan, memory.rows).chunks(streams):
         # Computed again, for the reason in `head_gradients`.
         stats = chunk.logits.new_empty(JSD_STATS, chunk.labels.numel())
-        chunk.jsd_statistics(beta, stats)
+        jsd_statistics(chunk, plan.labels[chunk.rows], beta, stats)
         buffer.add(chunk, functools.partial(chunk.jsd_gradient, beta, stats, upstream[chunk.rows]))
-    buffer.flush()
+    buffer.finish()
     return gradients
+
+
+def jsd_statistics(chunk: Chunk, labels: Tensor, beta: float, out: Tensor) -> Tensor | None:
+    """Write the statistics of `chunk_torch.jsd_stats` over the whole vocabulary.
+
+    If processes divide it, they exchange the normalisers of both streams, which m needs, and then add up their shares
+    of the divergences.
+
+    Args:
+        chunk: the rows, with logits of student and teacher.
+        labels: [n], int64, of these rows.
+        beta: weight of the teacher, as `told_from_0_and_1` returns it.
+        out: [6, n], float32 (float64).
+
+    Returns:
+        The NLLs of both streams [2, n], in nats, if processes divide the vocabulary; they come with the exchange.
+    """
+    shard = chunk.head.shard
+    if shard is None:
+        chunk.jsd_statistics(beta, out)
+        return None
+    found = out.new_empty(2 * TOKEN_STATS, labels.numel())
+    chunk.own_statistics(found)
+    shard.combine_(found, labels)
+    out[:2], out[2:4] = found[:2], found[3:5]
+    chunk.jsd_statistics(beta, out, normalised=True)
+    shard.add_shares_(out[4:])
+    return found[2::3]
 
 
 def _plan(counts: Tensor) -> RowPlan:

@@ -8,6 +8,9 @@ With max_r, sum_r of process r, and o the owner of the label, whose nll_o is ove
     nll = nll_o + log(1 + Σ_{r≠o} s_r / s_o)
     KL(p1 ‖ p0) = Σ w1_r (KL_r + log(w1_r / w0_r))      H(p1) = Σ w1_r (H_r - log(w1_r))
 
+The Jensen-Shannon divergence needs the normalisers of p1 and p0 before the mixture: two exchanges, see
+`nextquill.ops.jsd.jsd_statistics`.
+
 No large numbers are subtracted, so a nll near 0 keeps its digits. dW and db belong to the part and stay where they are;
 dh is a sum over processes.
 """
@@ -62,7 +65,7 @@ class OpenShard:
     def combine_(self, stats: Tensor, labels: Tensor) -> None:
         """Replace statistics of this part by those of the whole vocabulary, in one exchange.
 
-        Where processes disagree about a label, the row's NLLs are NaN.
+        Where processes disagree about a label, the row's NLLs are NaN. A row's result does not depend on the others.
 
         Args:
             stats: [3, n], [6, n], [9, n] or [11, n], float32 or float64, as `chunk_torch` defines them; overwritten.
@@ -74,6 +77,8 @@ class OpenShard:
         sent = torch.cat((stats, labels.to(stats.dtype)[None]))
         received = sent.new_empty(len(self.starts), rows + 1, n)
         dist.all_gather(list(received), sent, group=self.group)
+        # On a CPU torch's float32 logarithm of an element depends on its place: the last ones are not in vectors.
+        received = received.double()
         streams = rows // 3
         maxima, sums, nlls = received[:, : 3 * streams].unflatten(1, (streams, 3)).unbind(2)  # [processes, streams, n]
         largest = maxima.amax(0)
@@ -93,6 +98,12 @@ class OpenShard:
             kl, entropy = received[:, -3], received[:, -2]
             stats[-2] = _mean(weight, kl + (log_w[:, 0] - log_w[:, 1]))
             stats[-1] = _mean(weight, entropy - log_w[:, 0])
+
+    def add_shares_(self, tensor: Tensor) -> None:
+        """Replace `tensor`, of any shape and floating dtype, by its sum over the processes, in their order."""
+        received = tensor.new_empty(len(self.starts), *tensor.shape)
+        dist.all_gather(list(received), tensor.contiguous(), group=self.group)
+        tensor.copy_(received.sum(0))
 
     def sum_(self, tensor: Tensor) -> dist.Work:
         """Start to replace `tensor`, of any shape and floating dtype, by its sum over the processes."""

@@ -116,15 +116,6 @@ def check_head_inputs(
     )
 
 
-def check_whole_vocabulary(inputs: HeadInputs) -> None:
-    """Raise ArgumentError if the head is one part of a vocabulary, for a divergence."""
-    if inputs.vocabulary_shard is not None:
-        raise ArgumentError(
-            "lm_head_weight: expected the whole vocabulary on each process, got one part of it: the divergence has no "
-            "exchange between processes"
-        )
-
-
 def _check_transforms() -> None:
     """Refuse derivatives that these operators do not have: the result would silently lack them."""
     if torch.compiler.is_compiling():

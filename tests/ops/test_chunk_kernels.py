@@ -211,6 +211,30 @@ def test_jsd_and_its_gradient_over_the_logits_or_elsewhere(kernels, n, v, softca
     assert ((half - other).abs() <= 2**-11 * other.abs() + 2**-24).all()
 
 
+@shapes
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+def test_columns_add_their_shares_of_jsd_where_the_normalisers_are_given(kernels, n, v, beta):
+    """Two parts of the columns, as processes that divide the vocabulary hold them, with statistics of all of them."""
+    raw1, raw0, _, (g, _, _) = raw_logits(n, v)
+    kl1, jsd = jsd_of(raw1, raw0, beta)
+    (jsd * g).sum().backward()
+    whole = torch.cat([true_stats(z, torch.zeros(n, dtype=torch.long))[:2] for z in (raw1, raw0)]).float()
+    parts = [slice(0, v // 3), slice(v // 3, v)] if v > 2 else [slice(0, v)]
+    shares, gradient = torch.zeros(2, n, dtype=torch.float64), torch.full((n, v), torch.nan)
+    for part in parts:
+        z1, z0 = (raw[:, part].detach().float() for raw in (raw1, raw0))
+        stats = narrow_view(n, 6)
+        stats[:4] = whole
+        kernels.jsd_stats((z1, z0), stats, beta, normalised=True)
+        assert torch.equal(stats[:4], whole)
+        shares += stats[4:]
+        stats[4] = kl1.detach()
+        kernels.jsd_grad((z1, z0), stats, g.float(), gradient[:, part], beta)
+    for actual, expected in zip(shares, (kl1.detach(), jsd.detach()), strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7
+    assert (gradient - raw1.grad).abs().max() <= FLOAT32_RELATIVE * raw1.grad.abs().max() + 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_gradient_in_a_half_dtype(kernels, dtype):
     raw1, raw0, y, (g_f, g_c, g_e) = raw_logits(7, 301)
