@@ -8,7 +8,7 @@ are simulated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -241,9 +241,11 @@ def memory_table() -> str:
     columns += ["longest row that fits, whole model", "with adapters"]
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     tokens = row(METHODS[2], TEXTS).trained
-    for model in MODELS:
+    alone = [replace(model, gpus=1) for model in MODELS if memory(replace(model, gpus=1), 0, whole=False) < USABLE]
+    for model in (*alone, *MODELS):
         sizes = [f"{memory(model, tokens, whole=whole) / 1e9:.0f} GB" for whole in (True, False)]
         longest = [f"{longest_history(model, whole=whole):,}" for whole in (True, False)]
+        longest = ["none" if each == "0" else each for each in longest]
         lines.append("| " + " | ".join([model.name, str(model.gpus), *sizes, *longest]) + " |")
     return "\n".join(lines)
 
