@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +37,10 @@ from nextquill.training.trainer import NextQuillTrainer
 SAMPLES_FILE = "sampled_responses.jsonl"
 #: Nats that no likelihood rises by.
 _NEVER = 1e6
-#: Logged shares of the sampled responses, and their mean length.
-_SHARES = ("response_tokens", "responses_empty", "responses_unfinished", "responses_equal")
+#: Logged means over the sampled responses.
+_MEANS = ("response_tokens", "responses_empty", "responses_unfinished", "responses_equal", "response_variety")
+#: A variety below this share of the run's first one is warned of.
+_LEAST_VARIETY = 0.5
 
 
 @dataclass
@@ -79,7 +82,9 @@ class MirrorTrainer(NextQuillTrainer):
     `effect_logprob` is then the mean of log p1 - log p0 over the sampled tokens, `loss_factual` the divergence and
     `loss_effect` the anchor's NLL, both undivided. It also logs response_tokens (the mean length) and, as shares of
     the sampled responses, responses_empty (nothing but the stop token: they are trained on like others),
-    responses_unfinished (no stop within `max_new_tokens`) and responses_equal (the tokens of the user's own).
+    responses_unfinished (no stop within `max_new_tokens`) and responses_equal (the tokens of the user's own);
+    response_variety is the mean of different tokens / tokens. A model that repeats itself whatever it is shown has no
+    divergence left, and too high a learning rate leads there: a RuntimeWarning says so once the variety has halved.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -254,7 +259,14 @@ class MirrorTrainer(NextQuillTrainer):
         """Count the step's samples, and log them where it is their turn."""
         pairs = list(zip(examples, samples, strict=True))
         rows = [
-            (len(s.ids), not s.text.strip(), not s.ended, s.ids == example.factual.response_ids) for example, s in pairs
+            (
+                len(s.ids),
+                not s.text.strip(),
+                not s.ended,
+                s.ids == example.factual.response_ids,
+                len(set(s.ids)) / max(1, len(s.ids)),
+            )
+            for example, s in pairs
         ]
         self._step_sums = torch.tensor([(1, *row) for row in rows], dtype=torch.float64).sum(0)
         every = self.settings.log_samples_every
@@ -316,16 +328,30 @@ class MirrorTrainer(NextQuillTrainer):
             self.term_means.forget()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `NextQuillTrainer` does, and the interval's shares of the sampled responses."""
+        """Log as `NextQuillTrainer` does, and the interval's means over the sampled responses."""
         if "loss" in logs and start_time is not None:
             count, *sums = self._reduced(self._sums)
-            logs |= {name: total / max(1.0, count) for name, total in zip(_SHARES, sums, strict=True)}
+            logs |= {name: total / max(1.0, count) for name, total in zip(_MEANS, sums, strict=True)}
             self._start_interval()
+            self._watch_variety(logs["response_variety"])
         super().log(logs, start_time)
 
+    def _watch_variety(self, now: float) -> None:
+        """Warn at the first of the run's intervals whose responses repeat themselves."""
+        before = [log["response_variety"] for log in self.state.log_history if "response_variety" in log]
+        limit = _LEAST_VARIETY * before[0] if before else 0.0
+        if now < limit <= min(before):
+            warnings.warn(
+                f"the sampled responses repeat themselves: {now:.0%} of a response's tokens are different ones, "
+                f"{before[0]:.0%} at the beginning. The divergence teaches nothing on such texts; read them in "
+                f"{SAMPLES_FILE}, and train again from the start with a lower learning_rate",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _start_interval(self) -> None:
-        """Forget the sums since the last log, float64 [5]: the number of samples, and the sums of `_SHARES`."""
-        self._sums = self._step_sums = torch.zeros(1 + len(_SHARES), dtype=torch.float64)
+        """Forget the sums since the last log, float64 [6]: the number of samples, and the sums of `_MEANS`."""
+        self._sums = self._step_sums = torch.zeros(1 + len(_MEANS), dtype=torch.float64)
 
     def run_identity(self) -> dict[str, Any]:
         """The values that a checkpoint must share with a run that resumes from it."""

@@ -148,6 +148,26 @@ def test_a_response_that_equals_the_user_s_is_trained_on_and_counted(tmp_path: P
     assert logged(tmp_path, Given(own, "w4 w14"))["responses_equal"] == 0.0
 
 
+class Repeating(Rollouts):
+    """Varied samples at first, then one token again and again."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        self.left -= 1
+        ids = [12, 13, 14, 15] if self.left >= 0 else [12] * 4
+        return [Sample(ids, "w4", False) for _ in prompts]
+
+
+def test_a_model_that_begins_to_repeat_itself_is_warned_of_once(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, rollouts=Repeating(2), max_steps=4)
+    with pytest.warns(RuntimeWarning, match="25% of a response's tokens are different ones, 100% at the beg") as caught:
+        trainer.train()
+    assert len([each for each in caught if "repeat themselves" in str(each.message)]) == 1
+    assert [log["response_variety"] for log in logs_of(trainer)[:4]] == [1.0, 1.0, 0.25, 0.25]
+
+
 def test_a_teacher_without_room_is_an_error_before_any_work(tmp_path: Path) -> None:
     records = [{**make_records(1)[0], "response": " ".join(["w7"] * 30)}]
     with pytest.raises(BudgetError, match=r"record 0 \(user 'u0'\): the teacher's prompt, .* max_length is 40"):
