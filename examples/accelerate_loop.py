@@ -31,7 +31,7 @@ def main() -> None:
     sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)
 
     # PairPasses needs the bare model, before accelerate may shard it; training then calls the wrapped one.
-    with nq.PairPasses(model, nq.NextQuillLoss(detach_counterfactual=True)) as passes:
+    with nq.PairPasses(model, nq.PerCELoss()) as passes:
         accelerator = Accelerator()
         collate = passes.collator(tokenizer.pad_token_id)
         loader = DataLoader(examples, options.batch_size, sampler=sampler, collate_fn=collate)

@@ -33,7 +33,7 @@ def main() -> None:
     examples = encoder.encode_all(load_records(options.train_file))
     sampler = UserGroupSampler([example.user_id for example in examples], examples_per_user=4)
 
-    with nq.PairPasses(model, nq.NextQuillLoss(detach_counterfactual=True)) as passes:
+    with nq.PairPasses(model, nq.PerCELoss()) as passes:
         collate = passes.collator(tokenizer.pad_token_id, max_tokens=16384)
         loader = DataLoader(examples, batch_size=8, sampler=sampler, collate_fn=collate)
         for epoch in range(options.epochs):

@@ -36,7 +36,7 @@ def main() -> None:
         processing_class=tokenizer,
         encoder=encoder,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        loss=nq.NextQuillLoss(detach_counterfactual=True),
+        loss=nq.PerCELoss(),
     )
     trainer.train()
     trainer.save_model()

@@ -2,7 +2,7 @@
 
     import nextquill as nq
 
-    loss_fn = nq.NextQuillLoss(detach_counterfactual=True)
+    loss_fn = nq.PerCELoss()
     loss = loss_fn(hidden_with_history, hidden_without, lm_head.weight, labels)
 
 Its names are imported on first use: the losses and operators with torch alone; `NextQuillTrainer`, `PairPasses`,

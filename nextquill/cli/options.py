@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 #: The arms of compare without its controls, the default of train first. Their classes would import torch.
-LOSSES = ("nextquill_detached", "nextquill", "nextquill_paper", "perce", "longce", "sft")
+LOSSES = ("perce", "nextquill_detached", "nextquill", "nextquill_paper", "longce", "sft")
 #: The losses of responses that the model samples itself, which train adds, with the arguments that define them.
 MIRROR_LOSSES: dict[str, dict[str, Any]] = {"mirror": {"alpha": 0.0}, "mirror_f": {}}
 
@@ -212,8 +212,9 @@ class LossOptions(LossComputation):
     """Loss: the objective. The defaults are the published values."""
 
     loss: str = option(
-        "The training objective, by its name in compare. nextquill_detached: no gradient through the pass without "
-        "history, so it is cheaper, and effects keep their meaning. nextquill: as in its authors' code; "
+        "The training objective, by its name in compare. perce: tokens count by how much likelier the history makes "
+        "them. nextquill_detached: no gradient through the pass without history, so it is cheaper than nextquill, and "
+        "effects keep their meaning. nextquill: as in its authors' code; "
         "nextquill_paper: with the paper's effect term. mirror: the model's own responses, towards what it predicts "
         "with the user's in view; mirror_f: also the user's informative tokens.",
         LOSSES[0], choices=[*LOSSES, *MIRROR_LOSSES],

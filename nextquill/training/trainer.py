@@ -22,7 +22,7 @@ from nextquill.data import EncodedDataset, ExampleEncoder, PromptTemplate, load_
 from nextquill.data.prepared import PreparedDataset, is_prepared
 from nextquill.errors import ArgumentError, naming
 from nextquill.evaluation.scoring import ExampleScores, pad_token, score_examples
-from nextquill.losses import NextQuillLoss, PairLoss
+from nextquill.losses import PairLoss, PerCELoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.models.configs import default_max_length
 from nextquill.models.stored_effects import effects_digest
@@ -45,7 +45,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
             iterable of mappings), an `EncodedDataset`, or a folder of `nextquill prepare` with the tokenizer, template
             and budget given here. `eval_dataset` may be a dict of them.
         processing_class: the tokenizer.
-        loss: any `PairLoss`; by default `NextQuillLoss(detach_counterfactual=True)`. Its softcap and logit_scale are
+        loss: any `PairLoss`; by default `PerCELoss()`. Its softcap and logit_scale are
             taken from the model.
         template: the wording of prompts; `PromptTemplate()` by default.
         max_length: budget of prompt and response in tokens; by default 2048, or the model's own limit if that is less.
@@ -108,7 +108,7 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         **options: Any,
     ) -> None:
         check_options(options)
-        loss = NextQuillLoss(detach_counterfactual=True) if loss is None else loss
+        loss = PerCELoss() if loss is None else loss
         check_model(model, processing_class, loss)
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from nextquill.data import EncodedDataset, ExampleEncoder
 from nextquill.errors import ArgumentError, ArgumentTypeError
-from nextquill.losses import NextQuillLoss, PairLoss
+from nextquill.losses import PairLoss, PerCELoss
 from nextquill.models.branch_passes import PairPasses
 from nextquill.training.causal_loss_mixin import CausalLossMixin
 from nextquill.training.checks import check_arguments, check_divided, check_model, check_options
@@ -65,7 +65,7 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         check_options(options)
-        loss = NextQuillLoss(detach_counterfactual=True) if loss is None else loss
+        loss = PerCELoss() if loss is None else loss
         args = SFTConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)
         for name, accepted in _IGNORED.items():

@@ -20,10 +20,14 @@ STORED = PromptSettings(PromptTemplate(order="history_first", counterfactual="re
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (LossOptions(), NextQuillLoss(detach_counterfactual=True)),
+        (LossOptions(), PerCELoss()),
+        (LossOptions(loss="nextquill_detached"), NextQuillLoss(detach_counterfactual=True)),
         (LossOptions(loss="nextquill", threshold=0.0, alpha=0.0), NextQuillLoss(threshold=0.0, alpha=0.0)),
         (LossOptions(loss="nextquill", detach_counterfactual=True), NextQuillLoss(detach_counterfactual=True)),
-        (LossOptions(weighted_effect=True), NextQuillLoss(detach_counterfactual=True, weighted_effect=True)),
+        (
+            LossOptions(loss="nextquill_detached", weighted_effect=True),
+            NextQuillLoss(detach_counterfactual=True, weighted_effect=True),
+        ),
         (LossOptions(loss="nextquill_paper", anchor=0.1), NextQuillLoss(weighted_effect=True, anchor=0.1)),
         (LossOptions(loss="perce", min_weight=0.5, max_weight=2.0), PerCELoss(0.5, 2.0)),
         (LossOptions(loss="longce", max_weight=3.0, reduction="token"), LongCELoss(3.0, reduction="token")),
@@ -44,10 +48,16 @@ def test_loss_flags_build_the_loss(options, expected):
             LossOptions(loss="perce", detach_counterfactual=False),
             "detach_counterfactual: --loss perce has no such option",
         ),
-        (LossOptions(alpha=-1.0), "alpha: "),
+        (LossOptions(loss="nextquill", alpha=-1.0), "alpha: "),
         (LossOptions(loss="nextquill", anchor=1.0, detach_counterfactual=True), "anchor: expected 0 with"),
-        (LossOptions(anchor=1.0), "anchor: --loss nextquill_detached has no gradient without history"),
-        (LossOptions(detach_counterfactual=False), "detach_counterfactual: --loss nextquill_detached sets it to True"),
+        (
+            LossOptions(loss="nextquill_detached", anchor=1.0),
+            "anchor: --loss nextquill_detached has no gradient without history",
+        ),
+        (
+            LossOptions(loss="nextquill_detached", detach_counterfactual=False),
+            "detach_counterfactual: --loss nextquill_detached sets it to True",
+        ),
         (LossOptions(loss="nextquill_paper", weighted_effect=False), "weighted_effect: --loss nextquill_paper sets it"),
         (LossOptions(chunk_bytes=0), "chunk_bytes: "),
     ],
@@ -64,7 +74,8 @@ def test_losses_are_the_arms_of_compare_without_its_controls():
 
 
 def test_a_loss_is_called_by_its_form():
-    assert str(LossOptions()) == str(LossOptions(loss="nextquill", detach_counterfactual=True)) == "nextquill_detached"
+    assert str(LossOptions()) == "perce"
+    assert str(LossOptions(loss="nextquill", detach_counterfactual=True)) == "nextquill_detached"
     assert str(LossOptions(loss="nextquill", alpha=0.2, detach_counterfactual=False)) == "nextquill, alpha 0.2"
     assert str(LossOptions(loss="perce", max_weight=2.0)) == "perce, max_weight 2.0"
 

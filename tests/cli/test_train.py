@@ -62,7 +62,7 @@ def test_what_a_run_prints(train, data, tmp_path):
     assert result.out == ""
     lines = result.err.splitlines()
     assert lines[0].startswith("8 examples, ")
-    assert lines[1].endswith("trainable parameters, loss nextquill_detached")
+    assert lines[1].endswith("trainable parameters, loss perce")
     assert lines[2].startswith("step 1/2  loss ")
     assert lines[3].startswith("step 2/2  loss "), "of the last step, although no log was due"
     assert lines[4].startswith("step 2/2  evaluation: loss ")
@@ -414,7 +414,7 @@ def test_no_checkpoint_to_resume_from(train, tmp_path):
 
 def test_a_checkpoint_of_another_loss_or_model(train, nextquill, trained, data, tmp_path):
     words = ("--resume_from_checkpoint", trained / "checkpoint-2")
-    result = train(tmp_path / "run", *words, "--loss", "perce")
+    result = train(tmp_path / "run", *words, "--loss", "sft")
     assert result.code == 1
     assert "another loss" in result.err
     small = train(tmp_path / "run2", *words, "--model_name_or_path", "small")

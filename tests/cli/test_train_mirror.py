@@ -77,7 +77,7 @@ def test_a_dry_run_says_what_is_sampled(train, tmp_path):
         ("--loss mirror --alpha 0.1", "--alpha: --loss mirror sets it to 0.0, got 0.1; see --loss mirror_f"),
         ("--loss mirror_f --alpha 2", "--alpha: expected a number from 0 to 1, got 2.0"),
         ("--loss sft --beta 0.1", "--beta: --loss sft has no such option"),
-        ("--temperature 0.5", "--temperature: --loss nextquill_detached samples no responses; see --loss mirror"),
+        ("--temperature 0.5", "--temperature: --loss perce samples no responses; see --loss mirror"),
         ("--loss mirror --reference text", "--reference: expected words with {response} in them, got 'text'"),
         ("--loss mirror --max_new_tokens 0", "--max_new_tokens: expected at least 1, got 0"),
         ("--loss mirror --num_rollouts 0", "--num_rollouts: expected at least 1, got 0"),

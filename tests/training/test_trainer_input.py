@@ -98,10 +98,8 @@ def test_default_length_is_the_models_limit(kind: str) -> None:
     assert default_max_length(tiny_model("llama", max_position_embeddings=9000)) == 2048
 
 
-def test_default_loss_is_the_detached_one(tmp_path: Path) -> None:
-    trainer = make(tmp_path)
-    assert isinstance(trainer.loss, NextQuillLoss)
-    assert trainer.loss.detaches_counterfactual
+def test_default_loss_is_perce(tmp_path: Path) -> None:
+    assert repr(make(tmp_path).loss) == repr(PerCELoss())
 
 
 def test_default_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
