@@ -46,6 +46,7 @@ class Method:
         effects: the method whose model, trained with the same seed, weighs the tokens; None for the model in training.
         unweighted: "copied": tokens that continue a phrase of the history get the effect 0; needs `effects`.
         matches_time: the method whose training time it gets.
+        trainer: arguments of `MirrorTrainer`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Method:
     effects: str | None = None
     unweighted: str | None = None
     matches_time: str | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def samples(self) -> bool:
@@ -236,7 +238,13 @@ METHODS: Mapping[str, Method] = {
             "As in its authors' figures above MIRROR: lower nll, more personal texts, and more copied phrases.",
             MirrorLoss, {"alpha": 0.5},
         ),
+        Method(
+            "mirror_bare", "MIRROR, no words around the reference",
+            "MIRROR's responses drift towards the words around the reference ('the user's own response'), which its "
+            "teacher repeats. Without them they drift towards the reference itself: more personal than MIRROR's.",
+            MirrorLoss, parent="mirror", trainer={"reference": "\n\n{response}"},
+        ),
     )
 }  # fmt: skip
 #: Methods that joined when runs of the others were finished; they come after all of those.
-LATER = ("mirror", "mirror_f")
+LATER = ("mirror", "mirror_f", "mirror_bare")

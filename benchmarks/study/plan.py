@@ -6,7 +6,7 @@
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
     5. the rest: other data sets and other seeds
-    6. methods that joined later, with rates of their own too
+    6. methods that joined later, likewise
 
 A rate is chosen by nll on development people, each method at its own best temperature.
 """
@@ -164,7 +164,10 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
             yield from _runs(name, preset.others, preset.other_seeds[name == first :], rates)
     if None in rates.values():  # the runs before are not all known yet
         return
-    rates = yield from _trials(preset, preset.later, first, score)
+    tuned = [name for name in preset.later if METHODS[name].parent is None]
+    rates = yield from _trials(preset, tuned, first, score)
+    variants = [name for name in preset.later if name not in tuned]
+    yield from _runs(first, variants, preset.other_seeds[:1], rates)
     yield from _runs(first, preset.later, preset.other_seeds[1:], rates)
     for name in others if preset.repeats_others else ():
         yield from _runs(name, preset.later, preset.other_seeds, rates)

@@ -141,7 +141,7 @@ class Worker:
         if self.method.samples:
             kind, data = (
                 SamplingTrainer,
-                {"train_dataset": self.people.train, "max_new_tokens": self.longest(tokenizer)},
+                {"train_dataset": self.people.train, "max_new_tokens": self.longest(tokenizer), **self.method.trainer},
             )
         trainer = kind(
             model, args, processing_class=tokenizer, loss=loss, examples_per_user=preset.examples_per_user,
