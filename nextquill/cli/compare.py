@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +25,17 @@ from nextquill.cli.terminal import bar, duration, say
 from nextquill.cli.train import DEFAULTS, load, quieten
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE, choose_arms
+from nextquill.comparison.claiming import check_shared, next_run
 from nextquill.comparison.folder import RunRecord, check_settings, opened
 from nextquill.comparison.running import (
     PlannedRun,
     Setup,
+    check_all_alike,
     check_trainable,
     finished,
     perform,
     planned_runs,
+    recorded,
     remaining_seconds,
 )  # fmt: skip
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
@@ -41,6 +46,7 @@ from nextquill.evaluation.options import EvaluationOptions
 from nextquill.losses import SFTLoss
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import is_new
+from nextquill.ranks import launch
 from nextquill.report.comparison.findings import find
 from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
 from nextquill.report.comparison.tables import notes, tables
@@ -72,6 +78,8 @@ _NO_SETTINGS = (
 _brief_bar = partial(bar, leave=False)
 #: One seed for every evaluation, so that all arms and seeds have the same placebo and the same draws.
 EVALUATION_SEED = 42
+#: Seconds between two looks for a run that other processes leave.
+_POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -167,7 +175,7 @@ def run(arguments: Sequence[str]) -> int:
     model = lora.apply(model, model_options.revision)
     lora.set_learning_rate(args, model)
     check_optimizer(args, model)
-    folder = Path(args.output_dir)
+    folder, own = Path(args.output_dir), launch()
     shared = {
         "model_name_or_path": model_options.model,
         "model": weights,
@@ -183,9 +191,10 @@ def run(arguments: Sequence[str]) -> int:
         "evaluation": {k: v for k, v in measured.identity().items() if k not in ("level", "resamples")},
         **{k: v for k, v in args.to_dict().items() if not k.startswith(_NO_SETTINGS)},
     }
-    check_settings(folder, shared, overwrite=files.overwrite)
-    if files.overwrite:
-        check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
+    if own.rank == 0:
+        check_settings(folder, shared, overwrite=files.overwrite)
+        if files.overwrite:
+            check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
     setup = Setup(
         folder=folder,
         arms=arms,
@@ -210,14 +219,23 @@ def run(arguments: Sequence[str]) -> int:
         trainer_options=dataclasses.asdict(batches),
         time_reference=options.time_reference,
         save_models=options.save_models,
+        processes=own.size,
         **encoded(tokenizer, settings, records, args),
     )
     with refusals():
         check_trainable(setup, model, tokenizer)
     del model
-    with opened(folder, shared, overwrite=files.overwrite):
+    with opened(folder, shared, overwrite=files.overwrite) if own.rank == 0 else nullcontext():
+        if own.rank == 0:
+            check_finished(setup)
+        own.begin(shared)
+        if own.rank > 0:
+            check_shared(setup)
         if not run_all(setup):
             return INTERRUPTED
+        if own.rank > 0:
+            return OK
+        check_all_alike(setup)
         comparison = write_report(
             setup,
             model=model_options.model,
@@ -247,8 +265,6 @@ def check_training(args: TrainingArguments) -> None:
             raise UsageError(f"{name}: not for comparisons: {reason}")
     if args.save_strategy == "best":
         raise UsageError("save_strategy: not for comparisons: best would choose by the records of the comparison")
-    if args.world_size > 1:
-        raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
     check_arguments(args, has_eval_file=True)
 
 
@@ -264,38 +280,60 @@ def encoded(
     return {"train_dataset": EncodedDataset(train), "eval_dataset": EncodedDataset(test) if while_training else None}
 
 
-def run_all(setup: Setup) -> bool:
-    """Make every run that is not finished; return False if one was stopped."""
+def check_finished(setup: Setup) -> None:
+    """Refuse finished runs that are damaged or something else; say how many need not be repeated."""
     runs = planned_runs(setup)
-    records = [finished(setup, each) for each in runs]
-    done = [record for record in records if record is not None]
-    if done:
-        say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
-    left = [each for each, record in zip(runs, records, strict=True) if record is None]
-    for number, planned in enumerate(left):
-        place = len(runs) - len(left) + number + 1
-        say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
-        record = perform(setup, planned)
-        if record is None:
-            say("stopped; the same command resumes")
-            return False
-        say(outcome(record))
-        done.append(record)
+    left = [each for each in runs if finished(setup, each) is None]
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs are finished in {setup.folder}")
+    if 0 < len(left) < setup.processes:
+        say(f"{setup.processes} processes for {counted(len(left), 'run')}; the others wait")
+
+
+def run_all(setup: Setup) -> bool:
+    """Make the runs that no other process makes, until all are finished; return False if one was stopped."""
+    runs, is_waiting = planned_runs(setup), False
+    while left := [each for each in runs if recorded(setup, each) is None]:
+        with next_run(setup, left) as planned:
+            if planned is None:
+                if not is_waiting and launch().rank == 0:
+                    say(f"waiting for {', '.join(map(title, left))}")
+                is_waiting = True
+                time.sleep(_POLL_SECONDS)
+                continue
+            is_waiting = False
+            if not run_one(setup, planned, left):
+                return False
     return True
 
 
-def heading(planned: PlannedRun, number: int, count: int, seconds: float | None) -> str:
-    """The run's number, name and seed, and about how long the remaining runs take."""
-    what = "the model before training" if planned.arm is None else planned.arm.label
-    rest = "" if seconds is None else f" (about {duration(seconds)} left)"
-    return f"run {number} of {count}: {what}, seed {planned.seed}{rest}"
+def run_one(setup: Setup, planned: PlannedRun, left: Sequence[PlannedRun]) -> bool:
+    """Make one of the runs that are left, and say so; return False if it was stopped."""
+    runs = planned_runs(setup)
+    done = [record for each in runs if (record := recorded(setup, each)) is not None]
+    seconds = remaining_seconds(done, left)
+    rest = "" if seconds is None else f" (about {duration(seconds / setup.processes)} left)"
+    place = f"run {runs.index(planned) + 1} of {len(runs)}"
+    say(f"{place}: {title(planned)}{rest}")
+    record = perform(setup, planned)
+    if record is None:
+        if launch().rank == 0:
+            say("stopped; the same command resumes")
+        return False
+    say(f"{' ' if setup.processes == 1 else f'{place} is finished:'} {outcome(record)}")
+    return True
+
+
+def title(planned: PlannedRun) -> str:
+    """The name and the seed of a run."""
+    return f"{'the model before training' if planned.arm is None else planned.arm.label}, seed {planned.seed}"
 
 
 def outcome(record: RunRecord) -> str:
     """The steps and the time of a run."""
     took = f"{counted(record.steps, 'step')} in {duration(record.seconds)}, "
     steps = "" if record.order is None and not record.steps else took
-    return f"  {steps}{duration(record.wall_seconds)} in total"
+    return f"{steps}{duration(record.wall_seconds)} in total"
 
 
 def show(comparison: Any, folder: Path, texts: int) -> None:
