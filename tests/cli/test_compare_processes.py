@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from nextquill.comparison.folder import RunRecord, opened, read_record, run_folder, write_record
-from nextquill.storage.locks import LOCK_FILE
+from nextquill.comparison.folder import read_record, run_folder
 from tests.cli.shared_run_worker import PATIENCE, launch
 from tests.processes import end_family
-from tests.report.example_runs import write_evaluation
 
 ARMS, SEEDS = ("sft", "perce"), (0, 1)
 #: Seconds from a fault to the end of the last process; a step and a checkpoint may come first.
@@ -28,8 +26,14 @@ BOUND = 30
 def words(data: Path, folder: Path, *more: object, seeds: tuple[int, ...] = SEEDS) -> list[object]:
     files = ["--train_file", data / "train.jsonl", "--eval_file", data / "eval.jsonl", "--output_dir", folder]
     sizes = ["--max_steps", 3, "--save_steps", 1, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3]
-    rest = ["--model", "tiny", "--generate", "false", "--resamples", 50, "--save_models", "--arms", *ARMS]
-    return ["compare", *files, *sizes, *rest, "--seeds", *seeds, *more]
+    model = ["--model", "tiny", "--use_cpu", "true", "--save_models", "--generate", "false", "--resamples", 50]
+    return ["compare", *files, *sizes, *model, "--arms", *ARMS, "--seeds", *seeds, *more]
+
+
+@pytest.fixture(autouse=True)
+def _without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any number of processes start where there is a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +98,14 @@ def test_a_fault_on_one_process_ends_all_and_the_comparison_resumes(
     case: str, then: int, one: Path, nextquill: Callable[..., Any], data: Path, tmp_path: Path
 ) -> None:
     two = tmp_path / "two"
-    code, (first, second) = launch(2, case, tmp_path / "p", *words(data, two))
+    code, (_, second) = launch(2, case, tmp_path / "p", *words(data, two))
     ended = time.time()
     assert code != 0
     assert ended - (tmp_path / "p-fault").stat().st_mtime < BOUND
     assert not (two / "comparison.json").exists()
     last = second.splitlines()[-1]
-    assert ("nextquill: rank 1: --model: it gives a nan" == last) is (case == "error")
-    assert ("KeyError: 'a bug'" == last) is (case == "bug")
+    assert (last == "nextquill: rank 1: --model: it gives a nan") is (case == "error")
+    assert (last == "KeyError: 'a bug'") is (case == "bug")
     assert len(list(two.rglob("checkpoint-*"))) >= 1
     if then == 1:
         result = nextquill(*words(data, two))

@@ -74,7 +74,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def _side_by_side(processes: int, *, on_cpu: bool) -> str:
     """A note on times of runs that were made at the same time."""
-    shared = "They shared the processor and its memory" if on_cpu else "They shared the machine, each with its own device"
+    shared = "They shared the processor" if on_cpu else "They shared the machine, each with a device of its own"
     return (
         f"Up to {processes} runs were made at the same time. {shared}, so a run's time also depends on how many ran "
         "beside it."
