@@ -137,7 +137,6 @@ def test_what_is_wrong_is_told_once_before_any_work(one: Path, data: Path, tmp_p
     two = tmp_path / "two"
     for more, message in (
         (("--lr", 3), "unknown flag --lr; did you mean --learning_rate?; see nextquill compare --help"),
-        (("--eval_file", "nowhere"), "--eval_file: nowhere: cannot be read: No such file or directory"),
         (("--output_dir", one, "--max_length", 500), f"--output_dir: {one} holds a comparison with another prompt max"),
     ):
         code, (first, second) = launch(2, "equal", tmp_path / "p", *words(data, two, *more))

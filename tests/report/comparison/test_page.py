@@ -79,7 +79,7 @@ def test_a_note_says_that_runs_were_made_at_the_same_time(comparison):
     said = "Up to 3 runs were made at the same time. They shared the processor"
     assert said in " ".join(notes(comparison))
     on_gpus = dataclasses.replace(comparison, machines=[{"device": "NVIDIA"}])
-    assert "They shared the machine, each with its own device" in " ".join(notes(on_gpus))
+    assert "They shared the machine, each with a device of its own" in " ".join(notes(on_gpus))
     assert "at the same time" not in " ".join(notes(dataclasses.replace(comparison, processes=1)))
 
 
