@@ -218,7 +218,8 @@ class SaveOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
         if launch().rank == 0:
-            tqdm.write("nextquill: finishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+            text = f"nextquill: {launch().label}finishing this step and saving; Ctrl-C again stops at once"
+            tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager
