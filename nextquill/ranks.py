@@ -3,13 +3,17 @@
 In training, each process has examples of its own. A command that only reads its model runs `joined`: every process
 runs the whole command on the same records, `deal` gives each batch to one of them and its results to all, in the order
 of the batches, and the first process alone writes files. So the results are those of one process, to the last bit.
+A command that has several models to train runs `apart`: each process trains some of them, as if it were alone.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -69,10 +73,14 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, dict(settings))
     for rank, other in enumerate(everyone):
-        if (found := different_values(everyone[0], other)) is not None:
-            name, first, own = found
-            both = f"{first!r} and, on rank {rank}, {own!r}"
-            raise ArgumentError(f"{name}: expected the same in all processes, got {both}")
+        _check_equal(everyone[0], other, rank)
+
+
+def _check_equal(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> None:
+    """Refuse settings of this rank that differ from the first one's."""
+    if (found := different_values(first, other)) is not None:
+        both = f"{found[1]!r} and, on rank {rank}, {found[2]!r}"
+        raise ArgumentError(f"{found[0]}: expected the same in all processes, got {both}")
 
 
 # ---- commands that read a model --------------------------------------------------------------------
@@ -219,3 +227,141 @@ def _gathered(call: Callable[[], Any]) -> list[Any]:
         if raised is not None:
             raise raised
     return [result for result, _ in everyone]
+
+
+# ---- commands whose processes work apart -----------------------------------------------------------
+
+#: What a launcher tells its processes; libraries that find it would form a group.
+_TOLD = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+    "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE",
+)  # fmt: skip
+_TOLD_BY_TORCH = "TORCHELASTIC_"
+_BEGUN, _POLL_SECONDS = "nextquill begun", 0.1
+
+
+@dataclass
+class Launch:
+    """This process among those that work apart.
+
+    Args:
+        rank, size: its number, and the number of processes.
+        timeout: seconds that it waits for the first one to begin.
+        store: what all of them can read; None for one process.
+        silence: ends when this process may write to the screen.
+    """
+
+    rank: int = 0
+    size: int = 1
+    timeout: float = 0.0
+    store: Any = None
+    silence: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def label(self) -> str:
+        """How a line on the screen begins, where several processes write there."""
+        return f"rank {self.rank}: " if self.size > 1 else ""
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Let the first process, when it is ready, start the others; they wait for it, and may write from then on.
+
+        Raises:
+            ArgumentError: on a process whose settings (JSON, by name) differ from the first one's.
+        """
+        if self.size == 1:
+            return
+        text = json.dumps(dict(settings))
+        if self.rank == 0:
+            self.store.set(_BEGUN, text)
+            return
+        self.wait()
+        self.silence.close()
+        _check_equal(json.loads(self.store.get(_BEGUN)), json.loads(text), self.rank)
+
+    def wait(self) -> None:
+        """Wait until the first process has begun; TimeoutError if it does not."""
+        deadline = time.monotonic() + self.timeout
+        while not self.store.check([_BEGUN]):  # `store.wait` would not let a signal through
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank 0 did not begin within {self.timeout:.0f} seconds")
+            time.sleep(_POLL_SECONDS)
+
+
+_launch = Launch()
+
+
+def launch() -> Launch:
+    """This process among those that work `apart`; alone outside it."""
+    return _launch
+
+
+@contextmanager
+def apart(timeout: float) -> Iterator[None]:
+    """Hide the launcher from all libraries for the block, so that this process works as if it were alone.
+
+    Each process sees one CUDA device, its own, from then on. Until `Launch.begin`, only the first one writes to the
+    screen. An error before that is most often everybody's, so the others tell theirs only if the first one begins.
+
+    Args:
+        timeout: seconds that a process waits for the first one.
+
+    Raises:
+        ArgumentError: the machine has fewer devices than processes.
+    """
+    global _launch
+    size = started() if "LOCAL_RANK" in os.environ else 1  # a cluster may set WORLD_SIZE in every shell
+    store = _store(timeout) if size > 1 else None
+    told = {name: os.environ.pop(name) for name in list(os.environ) if name in _TOLD or name.startswith(_TOLD_BY_TORCH)}
+    own = _launch = Launch(int(told["RANK"]) if size > 1 else 0, size, timeout, store)
+    try:
+        with _quiet_until_begun(own):
+            if size > 1:
+                index = int(told["LOCAL_RANK"])
+                _take_device(index, max(int(told.get("LOCAL_WORLD_SIZE", "1")), index + 1))
+            yield
+    finally:
+        os.environ.update(told)
+        _launch = Launch()
+
+
+@contextmanager
+def _quiet_until_begun(own: Launch) -> Iterator[None]:
+    """Let a process that is not the first write, or fail, only when the first has begun; let it stop without a word."""
+    if own.rank == 0:
+        yield
+        return
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, own.silence:
+            own.silence.enter_context(redirect_stdout(nowhere))
+            own.silence.enter_context(redirect_stderr(nowhere))
+            try:
+                yield
+            except Exception:
+                with suppress(RuntimeError, TimeoutError):
+                    own.wait()  # the launcher ends this process if the first one fails too
+                raise
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _store(timeout: float) -> Any:
+    """The store through which a launcher's processes find each other."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    return store
+
+
+def _take_device(index: int, processes: int) -> None:
+    """Let this process see the CUDA device of this index only; without any accelerator, do nothing."""
+    import torch
+
+    # Counting CUDA's devices does not start CUDA, which reads CUDA_VISIBLE_DEVICES once.
+    count = torch.cuda.device_count() or int(torch.accelerator.is_available())
+    if 0 < count < processes:
+        raise ArgumentError(
+            f"processes: expected at most {count} on this machine, one for each accelerator, got {processes}"
+        )
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index]

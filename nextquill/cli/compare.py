@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from nextquill.cli.evaluate import Measures, evaluation_options
+from nextquill.cli.compare_options import (
+    EVALUATION_SEED,
+    CompareEvaluation,
+    CompareFiles,
+    CompareOptions,
+    check_seeds,
+    check_training,
+)
 from nextquill.cli.evaluation_tables import warn_of_few
-from nextquill.cli.flags import UsageError, check_positive, option
 from nextquill.cli.load_and_score import encode_records, read_records
 from nextquill.cli.main import INTERRUPTED, OK
-from nextquill.cli.options import BatchOptions, LoraOptions, LossComputation, PromptOptions, TrainModelOptions
+from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_inputs_stay
 from nextquill.cli.terminal import bar, duration, say
 from nextquill.cli.train import DEFAULTS, load, quieten
-from nextquill.cli.training_checks import check_arguments, check_optimizer
-from nextquill.comparison.arms import ARMS, DEFAULT_TIME_REFERENCE, choose_arms
+from nextquill.cli.training_checks import check_optimizer
+from nextquill.comparison.arms import choose_arms
+from nextquill.comparison.claiming import check_shared, next_run
 from nextquill.comparison.folder import RunRecord, check_settings, opened
 from nextquill.comparison.running import (
     PlannedRun,
     Setup,
+    check_all_alike,
     check_trainable,
     finished,
     perform,
     planned_runs,
+    recorded,
     remaining_seconds,
 )  # fmt: skip
 from nextquill.data import EncodedDataset, ExampleEncoder, Record
-from nextquill.errors import ArgumentError
 from nextquill.evaluation.evaluate import TaskTexts, evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
-from nextquill.evaluation.options import EvaluationOptions
-from nextquill.losses import SFTLoss
 from nextquill.models.loading import PromptSettings
 from nextquill.models.tiny_models import is_new
+from nextquill.ranks import launch
 from nextquill.report.comparison.findings import find
 from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FILE, write_report
 from nextquill.report.comparison.tables import notes, tables
@@ -55,76 +63,14 @@ DESCRIPTION = (
     "long as a causal loss took are arms too. Every field of transformers' TrainingArguments is a flag too. The same "
     "command resumes a stopped comparison; arms and seeds may be added."
 )
-# Flags that a comparison decides itself: the value where it was not given, and the reason.
-_NOT_FOR_COMPARISONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "seed": ((None,), "each run has one of --seeds"),
-    "data_seed": ((None,), "each run's seed decides the order"),
-    "run_name": ((None,), "runs are named by arm and seed"),
-    "resume_from_checkpoint": ((None,), "the same command resumes"),
-    "load_best_model_at_end": ((False,), "it would choose each model on the records that it is compared on"),
-    "push_to_hub": ((False,), "the runs would overwrite each other"),
-}
 # Fields of TrainingArguments that do not change what is learnt, or that differ between runs.
 _NO_SETTINGS = (
     "output_dir", "run_name", "seed", "data_seed", "disable_tqdm", "report_to", "debug", "project", "trackio",
     "log", "save", "hub", "push", "dataloader",
 )  # fmt: skip
 _brief_bar = partial(bar, leave=False)
-#: One seed for every evaluation, so that all arms and seeds have the same placebo and the same draws.
-EVALUATION_SEED = 42
-
-
-@dataclass
-class CompareFiles:
-    """Data: the records, and the folder of the comparison."""
-
-    OUTPUT_DIR = "Where the comparison is written; must be new, empty, or hold the same comparison."
-    train_file: str = option("Training records, JSONL: user_id, query, history, response.", metavar="FILE")
-    eval_file: str = option("Records for the evaluation of every arm, in the same form.", metavar="FILE")
-    overwrite: bool = option(
-        "Delete the earlier comparison that the output folder holds.", False, ["overwrite_output_dir"]
-    )
-
-
-@dataclass
-class CompareOptions(LossComputation):
-    """Comparison: the losses and how often each is trained."""
-
-    arms: list[str] = option(f"Arms to train: {', '.join(ARMS)}.", list(ARMS), metavar="ARM")
-    seeds: list[int] = option(
-        "Each arm is trained once per seed, which decides the order and a new model's weights.", [0, 1, 2]
-    )
-    baseline: str = option("The arm to compare the others with.", "sft", metavar="ARM")
-    time_reference: str = option("The arm whose training time sft_time gets.", DEFAULT_TIME_REFERENCE, metavar="ARM")
-    save_models: bool = option("Keep every trained model.", False)
-
-    def loss_options(self) -> dict[str, Any]:
-        """Arguments of every loss."""
-        names = [field.name for field in dataclasses.fields(LossComputation)]
-        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        SFTLoss(**options)  # refuses bad values before any work
-        return options
-
-
-@dataclass
-class CompareEvaluation(Measures):
-    """Evaluation: the same for every arm."""
-
-    max_new_tokens: int = option("Most tokens of a generated response.", 128)
-    eval_limit: int | None = option("Evaluate only on the first INT records.", None)
-    report_examples: int = option("Responses on the page, coloured by effect, from the first seed.", 6)
-
-    def options(self, batches: BatchOptions, batch_size: int) -> EvaluationOptions:
-        """These flags as the options of `evaluate_model`."""
-        check_positive(self, ("eval_limit",))
-        if self.report_examples < 0:
-            raise ArgumentError(f"report_examples: expected at least 0, got {self.report_examples}")
-        return evaluation_options(
-            **vars(self),
-            batch_size=batch_size if batches.attention == "padded" else None,
-            seed=EVALUATION_SEED,
-            attention=batches.attention,
-        )
+#: Seconds between two looks for a run that other processes leave.
+_POLL_SECONDS = 0.2
 
 
 OPTIONS = (
@@ -167,7 +113,7 @@ def run(arguments: Sequence[str]) -> int:
     model = lora.apply(model, model_options.revision)
     lora.set_learning_rate(args, model)
     check_optimizer(args, model)
-    folder = Path(args.output_dir)
+    folder, own = Path(args.output_dir), launch()
     shared = {
         "model_name_or_path": model_options.model,
         "model": weights,
@@ -183,9 +129,10 @@ def run(arguments: Sequence[str]) -> int:
         "evaluation": {k: v for k, v in measured.identity().items() if k not in ("level", "resamples")},
         **{k: v for k, v in args.to_dict().items() if not k.startswith(_NO_SETTINGS)},
     }
-    check_settings(folder, shared, overwrite=files.overwrite)
-    if files.overwrite:
-        check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
+    if own.rank == 0:
+        check_settings(folder, shared, overwrite=files.overwrite)
+        if files.overwrite:
+            check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
     setup = Setup(
         folder=folder,
         arms=arms,
@@ -210,14 +157,23 @@ def run(arguments: Sequence[str]) -> int:
         trainer_options=dataclasses.asdict(batches),
         time_reference=options.time_reference,
         save_models=options.save_models,
+        processes=own.size,
         **encoded(tokenizer, settings, records, args),
     )
     with refusals():
         check_trainable(setup, model, tokenizer)
     del model
-    with opened(folder, shared, overwrite=files.overwrite):
+    with opened(folder, shared, overwrite=files.overwrite) if own.rank == 0 else nullcontext():
+        if own.rank == 0:
+            check_finished(setup)
+        own.begin(shared)
+        if own.rank > 0:
+            check_shared(setup)
         if not run_all(setup):
             return INTERRUPTED
+        if own.rank > 0:
+            return OK
+        check_all_alike(setup)
         comparison = write_report(
             setup,
             model=model_options.model,
@@ -229,27 +185,6 @@ def run(arguments: Sequence[str]) -> int:
     texts = min(comparison.num_examples, measured.generate_limit or comparison.num_examples)
     show(comparison, folder, texts if evaluation.generate else 0)
     return OK
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ArgumentError unless the seeds are different whole numbers that can seed every library."""
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise ArgumentError(f"seeds: expected whole numbers from 0 to 4294967295, got {seed}")
-        if list(seeds).count(seed) > 1:
-            raise ArgumentError(f"seeds: {seed} is given twice")
-
-
-def check_training(args: TrainingArguments) -> None:
-    """Raise UsageError or ArgumentError for training flags that do not fit, or that a comparison decides itself."""
-    for name, (unset, reason) in _NOT_FOR_COMPARISONS.items():
-        if getattr(args, name) not in unset:
-            raise UsageError(f"{name}: not for comparisons: {reason}")
-    if args.save_strategy == "best":
-        raise UsageError("save_strategy: not for comparisons: best would choose by the records of the comparison")
-    if args.world_size > 1:
-        raise UsageError(f"expected one process, got {args.world_size}; train and evaluate arms one by one")
-    check_arguments(args, has_eval_file=True)
 
 
 def encoded(
@@ -264,38 +199,60 @@ def encoded(
     return {"train_dataset": EncodedDataset(train), "eval_dataset": EncodedDataset(test) if while_training else None}
 
 
-def run_all(setup: Setup) -> bool:
-    """Make every run that is not finished; return False if one was stopped."""
+def check_finished(setup: Setup) -> None:
+    """Refuse finished runs that are damaged or something else; say how many need not be repeated."""
     runs = planned_runs(setup)
-    records = [finished(setup, each) for each in runs]
-    done = [record for record in records if record is not None]
-    if done:
-        say(f"{len(done)} of {len(runs)} runs are finished in {setup.folder}")
-    left = [each for each, record in zip(runs, records, strict=True) if record is None]
-    for number, planned in enumerate(left):
-        place = len(runs) - len(left) + number + 1
-        say(heading(planned, place, len(runs), remaining_seconds(done, left[number:])))
-        record = perform(setup, planned)
-        if record is None:
-            say("stopped; the same command resumes")
-            return False
-        say(outcome(record))
-        done.append(record)
+    left = [each for each in runs if finished(setup, each) is None]
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs are finished in {setup.folder}")
+    if 0 < len(left) < setup.processes:
+        say(f"{setup.processes} processes for {counted(len(left), 'run')}; the others wait")
+
+
+def run_all(setup: Setup) -> bool:
+    """Make the runs that no other process makes, until all are finished; return False if one was stopped."""
+    runs, is_waiting = planned_runs(setup), False
+    while left := [each for each in runs if recorded(setup, each) is None]:
+        with next_run(setup, left) as planned:
+            if planned is None:
+                if not is_waiting and launch().rank == 0:
+                    say(f"waiting for {', '.join(map(title, left))}")
+                is_waiting = True
+                time.sleep(_POLL_SECONDS)
+                continue
+            is_waiting = False
+            if not run_one(setup, planned, left):
+                return False
     return True
 
 
-def heading(planned: PlannedRun, number: int, count: int, seconds: float | None) -> str:
-    """The run's number, name and seed, and about how long the remaining runs take."""
-    what = "the model before training" if planned.arm is None else planned.arm.label
-    rest = "" if seconds is None else f" (about {duration(seconds)} left)"
-    return f"run {number} of {count}: {what}, seed {planned.seed}{rest}"
+def run_one(setup: Setup, planned: PlannedRun, left: Sequence[PlannedRun]) -> bool:
+    """Make one of the runs that are left, and say so; return False if it was stopped."""
+    runs = planned_runs(setup)
+    done = [record for each in runs if (record := recorded(setup, each)) is not None]
+    seconds = remaining_seconds(done, left)
+    rest = "" if seconds is None else f" (about {duration(seconds / setup.processes)} left)"
+    place = f"run {runs.index(planned) + 1} of {len(runs)}"
+    say(f"{place}: {title(planned)}{rest}")
+    record = perform(setup, planned)
+    if record is None:
+        if launch().rank == 0:
+            say("stopped; the same command resumes")
+        return False
+    say(f"{' ' if setup.processes == 1 else f'{place} is finished:'} {outcome(record)}")
+    return True
+
+
+def title(planned: PlannedRun) -> str:
+    """The name and the seed of a run."""
+    return f"{'the model before training' if planned.arm is None else planned.arm.label}, seed {planned.seed}"
 
 
 def outcome(record: RunRecord) -> str:
     """The steps and the time of a run."""
     took = f"{counted(record.steps, 'step')} in {duration(record.seconds)}, "
     steps = "" if record.order is None and not record.steps else took
-    return f"  {steps}{duration(record.wall_seconds)} in total"
+    return f"{steps}{duration(record.wall_seconds)} in total"
 
 
 def show(comparison: Any, folder: Path, texts: int) -> None:

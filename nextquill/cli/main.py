@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import TYPE_CHECKING
 
 from nextquill.cli.known_flags import refused
-from nextquill.ranks import is_first, joined, started
+from nextquill.ranks import apart, is_first, joined, launch, started
 from nextquill.report.text import plain
 from nextquill.storage.locks import release_claims
 
@@ -51,6 +51,8 @@ DESCRIPTION = "Causal personalisation training of language models."
 _MOST_SHOWN = 2000
 #: Commands whose processes train together, and those whose processes share the batches of one run.
 _TRAINING, _SHARED = ("train", "popi train"), ("score", "evaluate", "popi summarize", "popi evaluate")
+#: Commands whose processes each make runs of their own.
+_APART = ("compare",)
 #: Seconds that a process of a shared run waits for the others.
 _TIMEOUT = 1800.0
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -87,8 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {command!r}; {hint}", USAGE)
     arguments, debug = _take_debug(rest)
     try:
-        if wrong := refused(_module(command), arguments):
-            return _fail(f"{wrong}; see nextquill {command} --help", USAGE)
         with _interrupted_by_all_signals():
             return _run(command, arguments, debug)
     except KeyboardInterrupt:
@@ -113,10 +113,19 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
             warnings.showwarning = _shown_once(command)
         try:
             with _processes(command):
+                _check_flags(command, arguments)
                 code: int = importlib.import_module(_module(command)).run(arguments)
         finally:
             release_claims()
     return code
+
+
+def _check_flags(command: str, arguments: list[str]) -> None:
+    """Refuse a flag that the command does not have, before anything large is imported."""
+    if wrong := refused(_module(command), arguments):
+        from nextquill.cli.flags import UsageError
+
+        raise UsageError(wrong)
 
 
 def _shown_once(command: str) -> Callable[..., None]:
@@ -135,6 +144,10 @@ def _shown_once(command: str) -> Callable[..., None]:
 @contextmanager
 def _processes(command: str) -> Iterator[None]:
     """Let the processes that a launcher has started work on one command; only the first one prints."""
+    if command in _APART:
+        with apart(_TIMEOUT):
+            yield
+        return
     if command not in _SHARED and command not in _TRAINING and started() > 1 and "LOCAL_RANK" in os.environ:
         from nextquill.cli.flags import UsageError
 
@@ -236,7 +249,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _fail(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # an unfinished progress bar's line
-    rank = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = f"rank {os.environ.get('RANK', 0)}: " if started() > 1 else launch().label
     if len(message) > _MOST_SHOWN:  # it quotes what somebody wrote, without end
         message = f"{message[: _MOST_SHOWN // 2]} … {message[-_MOST_SHOWN // 2 :]}"
     print(f"nextquill: {rank}{plain(message)}", file=sys.stderr)

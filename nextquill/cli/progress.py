@@ -18,6 +18,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from nextquill.cli.terminal import bar, duration, say
+from nextquill.ranks import launch
 from nextquill.report.text import plain
 
 #: Seconds after which another log is due, so that a slow run is seen to be alive.
@@ -135,7 +136,7 @@ class TrainingProgress(ProgressCallback, ExportableState):
         seconds = (time.monotonic() - self._began) / done * left if "loss" in logs and done and left else None
         line = log_line(state.global_step, state.max_steps, logs, seconds)
         if line is not None:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(f"{launch().label}{line}", file=sys.stderr)
 
     def _count_all_sessions(self, state: Any, num_examples: int) -> None:
         """Make the last entry of the log cover the whole run; transformers computes it from this session alone.
@@ -216,7 +217,9 @@ class SaveOnInterrupt(TrainerCallback):
             self.restore()
             raise KeyboardInterrupt
         self.requested = True
-        tqdm.write("nextquill: finishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+        if launch().rank == 0:
+            text = f"nextquill: {launch().label}finishing this step and saving; Ctrl-C again stops at once"
+            tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager
@@ -237,4 +240,5 @@ def shown(trainer: Trainer) -> Iterator[SaveOnInterrupt]:
 
 class _AboveBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(plain(f"nextquill: {record.levelname.lower()}: {record.getMessage()}"), file=sys.stderr)
+        level = f"{launch().label}{record.levelname.lower()}"
+        tqdm.write(plain(f"nextquill: {level}: {record.getMessage()}"), file=sys.stderr)

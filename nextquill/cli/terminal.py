@@ -8,12 +8,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nextquill.data.skipped import SkippedRecords
+from nextquill.ranks import launch
 from nextquill.report.text import plain
 
 
 def say(text: str) -> None:
-    """Print a note that begins with the program's name."""
-    print(f"nextquill: {plain(text)}", file=sys.stderr)
+    """Print a note that begins with the program's name, and the rank where several processes print."""
+    print(f"nextquill: {launch().label}{plain(text)}", file=sys.stderr)
 
 
 def say_skipped(skipped: SkippedRecords, more: str = "") -> None:
@@ -34,7 +35,9 @@ def duration(seconds: float) -> str:
 
 
 def draws_bars() -> bool:
-    """Whether stderr is a terminal or a notebook's cell."""
+    """Whether stderr is a terminal or a notebook's cell, and this process alone writes there."""
+    if launch().size > 1:
+        return False
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
 
 

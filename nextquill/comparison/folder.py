@@ -13,7 +13,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nextquill.storage.locks import LOCK_FILE, held
 
 SETTINGS_FILE = "nextquill_comparison.json"
 RECORD_FILE = "run.json"
+_RUN_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunRecord:
         peak_memory: bytes, or None if the system does not say.
         sessions: the number of processes it took; 1 unless it was interrupted.
         machine: the machine that the times depend on.
+        processes: the most processes that made runs of the comparison while this one was made.
         matched: for an arm that matches another's time: `reference`, its `seconds`, and the `ratio` of steps.
     """
 
@@ -61,12 +63,20 @@ class RunRecord:
     peak_memory: int | None = None
     sessions: int = 1
     machine: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 1
     matched: Mapping[str, Any] | None = None
 
 
 def run_folder(folder: Path, arm: str, seed: int) -> Path:
     """The folder of one run of the comparison in `folder`."""
     return folder / arm / f"seed-{seed}"
+
+
+def held_run(folder: Path, arm: str, seed: int) -> AbstractContextManager[Any]:
+    """Hold one run of the comparison in `folder` for a block; OutputExistsError if another process does."""
+    run = run_folder(folder, arm, seed)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    return held(run.with_name(f".{run.name}{_RUN_LOCK}"), run, "folder")  # the run's own files lock its folder
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -116,10 +126,13 @@ def check_settings(folder: Path, settings: Mapping[str, Any], *, overwrite: bool
 def opened(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Claim `folder` for this comparison, and keep other processes out of it while the block runs.
 
-    OutputExistsError if another process is comparing in it.
+    OutputExistsError if another process is comparing in it, or is making one of its runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK_FILE, folder, "folder"):
+        for lock in folder.glob(f"*/.seed-*{_RUN_LOCK}"):  # perhaps of a process whose launcher was killed
+            with held(lock, lock.parent, "folder"):
+                pass
         if overwrite:
             empty_folder(folder, keep=SETTINGS_FILE)
         write_whole(folder / SETTINGS_FILE, json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n")

@@ -26,11 +26,14 @@ class RunMeter(TrainerCallback, ExportableState):
 
     Args:
         order_after: the order covers the first so many optimiser steps; None for all.
+        processes: the number of processes that train at the same time; the most is kept.
         clock: returns seconds. `time.process_time` leaves out what other programs take from a CPU.
     """
 
-    def __init__(self, order_after: int | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.order_after, self._clock = order_after, clock
+    def __init__(
+        self, order_after: int | None = None, clock: Callable[[], float] = time.perf_counter, processes: int = 1
+    ) -> None:
+        self.order_after, self.processes, self._clock = order_after, processes, clock
         self.first_seconds = 0.0  # in the first steps of all sessions
         self.later_seconds, self.later_steps = 0.0, 0
         self.examples = self.steps = 0
@@ -61,10 +64,11 @@ class RunMeter(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved, processes = state.stateful_callbacks.get(type(self).__name__), self.processes
         if saved and state.global_step > 0:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+            self.processes = max(processes, self.processes)
         self.sessions += 1
         reset_peak_memory()
         self._since, self._is_first = self._clock(), True

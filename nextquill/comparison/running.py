@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from nextquill.comparison.measuring import ComparedTrainer
 
 
+#: What all runs of a seed have in common, and what is wrong where one differs.
+_ALIKE = {"start": "started from other weights", "order": "saw other examples, or in another order,"}
+
+
 @dataclass(frozen=True)
 class Setup:
     """The settings that all runs of a comparison share.
@@ -56,6 +60,7 @@ class Setup:
         trainer_options: options of `NextQuillTrainer`, such as `max_tokens`.
         time_reference: the arm whose time an arm with `matches_time` gets.
         save_models: keep the trained models.
+        processes: the number of processes that make the runs, each some of them.
     """
 
     folder: Path
@@ -73,6 +78,7 @@ class Setup:
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     time_reference: str = ""
     save_models: bool = False
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,17 @@ def planned_runs(setup: Setup) -> list[PlannedRun]:
     return found
 
 
+def recorded(setup: Setup, planned: PlannedRun) -> RunRecord | None:
+    """The record of a finished run; None if it is not finished."""
+    return read_record(run_folder(setup.folder, planned.name, planned.seed))
+
+
 def finished(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     """The record of a run that need not be repeated, without its checkpoints; None if it is not finished.
 
-    CheckpointError if the folder holds another run, or a damaged one.
+    CheckpointError if the folder holds another run, or a damaged one. No other process may be making the run.
     """
-    folder = run_folder(setup.folder, planned.name, planned.seed)
-    record = read_record(folder)
+    folder, record = run_folder(setup.folder, planned.name, planned.seed), recorded(setup, planned)
     if record is None:
         return None
     expected: dict[str, Any] = {"arm": planned.name, "seed": planned.seed}
@@ -158,8 +168,8 @@ def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
     _release_memory()  # the last run's
     folder = run_folder(setup.folder, planned.name, planned.seed)
     model, tokenizer = setup.start(planned.seed)
-    record = RunRecord(planned.name, planned.seed, model_digest(model), machine=machine())
-    _check_alike(setup, record, "start", "started from other weights")
+    record = RunRecord(planned.name, planned.seed, model_digest(model), machine=machine(), processes=setup.processes)
+    _check_alike(setup, record)
     if planned.arm is None:
         folder.mkdir(parents=True, exist_ok=True)
         model.to(setup.args.device)
@@ -168,7 +178,7 @@ def perform(setup: Setup, planned: PlannedRun) -> RunRecord | None:
         if trained is None:
             return None
         record = trained
-        _check_alike(setup, record, "order", "saw other examples, or in another order,")
+        _check_alike(setup, record)
     _release_memory()  # the optimiser's
     place = folder / EVALUATION_FOLDER
     if (place / EVALUATION_FILE).is_file():  # the run was stopped between its last two files
@@ -197,6 +207,17 @@ def run_arguments(setup: Setup, arm: Arm, seed: int, folder: Path, matched: Mapp
     return args
 
 
+def can_begin(setup: Setup, planned: PlannedRun) -> bool:
+    """Whether all runs whose times decide this one's number of steps are finished."""
+    arm = planned.arm
+    return arm is None or not arm.matches_time or None not in _timed(setup, arm, planned.seed)
+
+
+def _timed(setup: Setup, arm: Arm, seed: int) -> list[RunRecord | None]:
+    """The records of the runs whose time and pace decide the number of steps of an arm that matches a time."""
+    return [read_record(run_folder(setup.folder, name, seed)) for name in (setup.time_reference, own_pace(arm).name)]
+
+
 def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
     """The number of steps that takes an arm as long as the reference took.
 
@@ -205,10 +226,10 @@ def match_time(setup: Setup, arm: Arm, seed: int) -> dict[str, Any]:
     The result has `reference`, its `seconds`, the `ratio`, `steps` = ceil(ratio · steps), over which the schedule is
     stretched, and `order_after`, the steps at the arm's own pace. CheckpointError if one of these runs is not finished.
     """
-    names = (setup.time_reference, own_pace(arm).name)
-    reference, pace = (read_record(run_folder(setup.folder, name, seed)) for name in names)
+    reference, pace = _timed(setup, arm, seed)
     if reference is None or pace is None:
-        raise CheckpointError(f"{arm.name}: expected the runs of {' and '.join(names)} with seed {seed}")
+        names = f"{setup.time_reference} and {own_pace(arm).name}"
+        raise CheckpointError(f"{arm.name}: expected the runs of {names} with seed {seed}")
     ratio = reference.seconds / pace.seconds
     return {
         "reference": reference.arm,
@@ -239,7 +260,7 @@ def _trainer(
         processing_class=tokenizer,
         loss=arm.loss(**setup.loss_options),
         **vars(setup.settings),
-        callbacks=[RunMeter(None if matched is None else matched["order_after"])],
+        callbacks=[RunMeter(None if matched is None else matched["order_after"], processes=setup.processes)],
         **setup.trainer_options,
     )
 
@@ -267,7 +288,7 @@ def _train(
         learning_rate=trainer.args.learning_rate,
         steps=steps,
         matched=matched,
-        **{name: getattr(meter, name) for name in ("examples", "seconds", "peak_memory", "sessions")},
+        **{name: getattr(meter, name) for name in ("examples", "seconds", "peak_memory", "sessions", "processes")},
     )
 
 
@@ -282,17 +303,27 @@ def _keep(trainer: ComparedTrainer, folder: Path, *, save_model: bool) -> None:
         (staging / checkpoints.METRICS_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_alike(setup: Setup, record: RunRecord, name: str, what: str) -> None:
-    """Refuse a run that differs in this field from the finished runs of its seed."""
-    value = getattr(record, name)
-    for each in planned_runs(setup):
-        other = read_record(run_folder(setup.folder, each.name, each.seed)) if each.seed == record.seed else None
-        theirs = None if other is None else getattr(other, name)
-        if value is not None and theirs is not None and theirs != value:
-            raise CheckpointError(
-                f"folder: {record.arm} with seed {record.seed} {what} than {each.name} with seed {each.seed}, "
-                f"which is finished in {setup.folder}; compare in another folder"
-            )
+def check_all_alike(setup: Setup) -> None:
+    """Raise CheckpointError if finished runs of one seed had different starts or examples.
+
+    Processes that finish two runs at once see neither beside the other.
+    """
+    for planned in planned_runs(setup):
+        if (record := recorded(setup, planned)) is not None:
+            _check_alike(setup, record)
+
+
+def _check_alike(setup: Setup, record: RunRecord) -> None:
+    """Raise CheckpointError if a run had another start, or other examples, than the finished runs of its seed."""
+    for planned in planned_runs(setup):
+        other = recorded(setup, planned) if planned.seed == record.seed else None
+        for name, what in _ALIKE.items() if other is not None else ():
+            value, theirs = getattr(record, name), getattr(other, name)
+            if value is not None and theirs is not None and theirs != value:
+                raise CheckpointError(
+                    f"folder: {record.arm} with seed {record.seed} {what} than {planned.name} with seed "
+                    f"{planned.seed}, which is finished in {setup.folder}; compare in another folder"
+                )
 
 
 def _release_memory() -> None:

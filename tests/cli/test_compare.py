@@ -94,6 +94,14 @@ def test_a_finished_comparison_is_not_repeated(compared, nextquill, data, tmp_pa
     assert again.out == first.out
 
 
+def test_a_shell_of_a_cluster_that_names_several_processes_runs_one(compared, nextquill, data, monkeypatch):
+    folder, _, generating = compared
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    again = nextquill(*words(data, folder, *generating, seeds=(0, 1)))
+    assert again.code == 0, again.err
+    assert again.err.splitlines()[0] == f"nextquill: 6 of 6 runs are finished in {folder}"
+
+
 def test_an_arm_that_is_added_is_the_only_one_run_and_equals_what_it_copies(
     compared, nextquill, data, tmp_path, monkeypatch
 ):

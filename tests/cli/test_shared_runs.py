@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,29 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.processes import end_family
+from tests.cli.shared_run_worker import PATIENCE, launch
 
-#: Seconds from a fault to the end of the last process, and those after which a test gives up, launch included.
-BOUND, PATIENCE = 20, 240
+#: Seconds from a fault to the end of the last process.
+BOUND = 20
 FORWARDS = ("--batch_size", 2, "--max_tokens", 400)
-
-
-def launch(processes: int, case: str, printed: Path, *words: object) -> tuple[int, list[str]]:
-    """Run `nextquill WORDS` on several processes: exit code, and what each has printed."""
-    told = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    worker = str(Path(__file__).with_name("shared_run_worker.py"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", worker, case]
-        + [str(word) for word in (printed, *words)],
-        env=told, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        code = process.wait(PATIENCE)
-    finally:
-        if process.poll() is None:
-            end_family(process.pid)  # torchrun's workers are in sessions of their own
-            process.wait()
-    return code, [printed.with_name(f"{printed.name}-{rank}").read_text() for rank in range(processes)]
 
 
 def test_a_launcher_is_refused_by_a_command_for_one_process(

@@ -16,6 +16,7 @@ from nextquill.comparison.measuring import ComparedTrainer, RunMeter
 from nextquill.comparison.running import (
     PlannedRun,
     Setup,
+    check_all_alike,
     finished,
     match_time,
     perform,
@@ -213,6 +214,34 @@ def test_other_weights_or_another_order_than_the_finished_runs_are_refused(setup
     write_record(folder, dataclasses.replace(read_record(folder), order="another"))
     with pytest.raises(CheckpointError, match="sft_2lr with seed 0 saw other examples"):
         perform(setup, PlannedRun(ARMS["sft_2lr"], 0))
+
+
+def test_runs_that_two_processes_finish_at_once_are_compared_afterwards(setup):
+    for name in ("sft", "sft_2lr"):
+        folder = run_folder(setup.folder, name, 0)
+        (folder / "evaluation").mkdir(parents=True)
+        (folder / "evaluation" / "evaluation.json").write_text("{}")
+        write_record(folder, RunRecord(name, 0, "start", order="same"))
+    check_all_alike(setup)
+    write_record(folder, RunRecord(name, 0, "start", order="another"))
+    with pytest.raises(CheckpointError, match="with seed 0 saw other examples, or in another order, than"):
+        check_all_alike(setup)
+
+
+def test_a_resumed_run_keeps_the_most_processes_that_ran_beside_it(setup, monkeypatch):
+    stop = RunMeter.on_save
+
+    def on_save(self, args, state, control, **kwargs):
+        stop(self, args, state, control, **kwargs)
+        raise KilledError
+
+    planned = PlannedRun(ARMS["sft"], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunMeter, "on_save", on_save)
+        with pytest.raises(KilledError):
+            perform(dataclasses.replace(setup, processes=3), planned)
+    assert perform(dataclasses.replace(setup, processes=2), planned).processes == 3
+    assert perform(dataclasses.replace(setup, processes=2), PlannedRun(None, 0)).processes == 2
 
 
 def test_runs_in_their_order(setup):

@@ -86,6 +86,7 @@ def collect(
         level=level,
         machines=[machine for at, machine in enumerate(machines) if machine not in machines[:at]],
         resumed=[f"{run.record.arm}/seed-{run.record.seed}" for run in every if run.record.sessions > 1],
+        processes=max(run.record.processes for run in every),
         starts={str(run.record.seed): run.record.start for run in runs[baseline]},
         counterfactual=first.evaluation.template.get("counterfactual", "none"),
     )

@@ -117,6 +117,7 @@ class Comparison:
         level: confidence level of the intervals.
         machines: the machines of the runs; times compare within one.
         resumed: the runs that were interrupted, whose times are sums of parts.
+        processes: the most processes that made the runs at the same time.
         starts: digest of the weights by seed.
         counterfactual: what stands for no history in the prompts; see `PromptTemplate`.
     """
@@ -134,6 +135,7 @@ class Comparison:
     level: float = 0.95
     machines: Sequence[Mapping[str, Any]] = ()
     resumed: Sequence[str] = ()
+    processes: int = 1
     starts: Mapping[str, str] = field(default_factory=dict)
     counterfactual: str = "none"
 

@@ -67,7 +67,18 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.resumed:
         resumed = ", ".join(comparison.resumed)
         found.append(f"These runs were interrupted and resumed, so their times are sums of parts: {resumed}.")
+    if comparison.processes > 1:
+        found.append(_side_by_side(comparison.processes, on_cpu=on_cpu))
     return found
+
+
+def _side_by_side(processes: int, *, on_cpu: bool) -> str:
+    """A note on times of runs that were made at the same time."""
+    shared = "They shared the processor" if on_cpu else "They shared the machine, each with a device of its own"
+    return (
+        f"Up to {processes} runs were made at the same time. {shared}, so a run's time also depends on how many ran "
+        "beside it."
+    )
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from nextquill.report.html import render_page
 def comparison(planted, named_arms, tmp_path):
     shifts = {"sft": {}, "perce": {"nll_factual": -0.2, "nll_counterfactual": 1.0}}
     costs = {"perce": {"peak_memory": 3 * 2**20, "seconds": 10.0, "machine": {"device": "cpu"}, "sessions": 2}}
+    costs["perce"]["processes"] = 3
     folder = planted(tmp_path, shifts, costs=costs)
     model = "a|b_<script>*"
     return collect(
@@ -72,6 +73,14 @@ def test_notes_name_machines_and_interruptions(comparison):
     text = " ".join(notes(comparison))
     assert "made on different machines" in text
     assert "interrupted and resumed, so their times are sums of parts: perce/seed-0, perce/seed-1." in text
+
+
+def test_a_note_says_that_runs_were_made_at_the_same_time(comparison):
+    said = "Up to 3 runs were made at the same time. They shared the processor"
+    assert said in " ".join(notes(comparison))
+    on_gpus = dataclasses.replace(comparison, machines=[{"device": "NVIDIA"}])
+    assert "They shared the machine, each with a device of its own" in " ".join(notes(on_gpus))
+    assert "at the same time" not in " ".join(notes(dataclasses.replace(comparison, processes=1)))
 
 
 def test_markdown_tables_are_whole_and_texts_are_escaped(comparison):
