@@ -388,7 +388,8 @@ class _Work:
         if self.pairs:
             metrics[PAIRS] = MetricValue("pairs", float(len(self.pairs)))
         metrics[TOKENS] = MetricValue("response tokens", float(sum(own[TOKENS] for own in scores)))
-        settings = {**dataclasses.asdict(self.settings), **self.identity(), "dtype": str(self.model.dtype)}
+        prompts = self.settings.with_chat(self.encoder.renderer.uses_chat)
+        settings = {**dataclasses.asdict(prompts), **self.identity(), "dtype": str(self.model.dtype)}
         return Evaluation(
             model=self.model_name,
             records=records_digest(self.records),

@@ -40,6 +40,11 @@ def test_files(whole):
     assert (evaluation.model, evaluation.task, evaluation.num_examples, evaluation.level) == ("tiny", "lamp_4", 6, 0.95)
 
 
+def test_settings_say_whether_the_chat_template_was_used(whole):
+    """Not "if there is one": a trained model's settings say it, and a base model's are compared with them."""
+    assert whole[0].settings["template"]["chat"] is False
+
+
 def test_nll_and_effects_are_those_of_scoring(whole, model):
     evaluation, folder = whole
     encoder = ExampleEncoder(word_tokenizer(), TEMPLATE, 64)
