@@ -36,6 +36,7 @@ from nextquill.generation.vllm_engine import (
     release,
 )
 from nextquill.models.configs import base_model, context_length, is_adapter
+from nextquill.models.sharded import run_in_step
 from nextquill.storage.fingerprints import digest_of
 from nextquill.storage.input_files import read_input
 from nextquill.storage.json_files import MOST_BYTES, line_fields
@@ -114,8 +115,14 @@ class ModelRollouts(Rollouts):
         """
         base = base_model(self._model)
         _check_prompts(prompts, self._options.max_new_tokens, context_length(base))
-        with local_engine(base, self._tokenizer, self._stops, self._options) as engine:
-            return _in_order(engine, prompts, self._tokenizer, self._stops)
+        found = list[Sample]()
+
+        def run() -> None:
+            with local_engine(base, self._tokenizer, self._stops, self._options) as engine:
+                found.extend(_in_order(engine, prompts, self._tokenizer, self._stops))
+
+        run_in_step(self._model, run, base)
+        return found
 
 
 class VLLMRollouts(Rollouts):

@@ -136,12 +136,6 @@ class MirrorTrainer(NextQuillTrainer):
         base = base_model(model)
         self._stops = stop_tokens(base, processing_class, self._ends())
         if rollouts is None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ArgumentError(
-                    "rollouts: expected some that do not run the model, such as RecordedRollouts, with FSDP or "
-                    "DeepSpeed, got None: a response needs a forward for each token, and processes whose responses "
-                    "differ in length would wait for each other's part of the weights; use DDP or a single process"
-                )
             sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
             rollouts = ModelRollouts(model, processing_class, self._stops, **sampling)
         self.rollouts = rollouts
