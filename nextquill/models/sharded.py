@@ -7,7 +7,7 @@ fewer rows. Before each forward they exchange a flag, and those that have finish
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,3 +60,13 @@ def _in_step(module: nn.Module, call: Callable[[], object]) -> None:
     with torch.no_grad():
         while any_runs(False):
             module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+
+
+def shard_each(plugin: Any, models: Iterable[nn.Module]) -> None:
+    """Make Accelerate shard each of these models by itself, and its layers, where they are parts of one module.
+
+    A model's own forward then gathers what no layer holds. Each needs `_no_split_modules`, as transformers' models do.
+    """
+    models = list(models)
+    layers = plugin.transformer_cls_names_to_wrap or [name for each in models for name in each._no_split_modules or ()]
+    plugin.transformer_cls_names_to_wrap = list(dict.fromkeys([*layers, *(type(each).__name__ for each in models)]))

@@ -110,8 +110,7 @@ def _check_number(name: str, value: object, *, positive: bool) -> None:
 # ---- training arguments and settings ----------------------------------------------------------------
 
 _REFUSED = {
-    "fsdp": "only single processes and data parallelism are",
-    "deepspeed": "only single processes and data parallelism are",
+    "deepspeed": "its engine makes a step of one backward of one model, and here a step has several, of two roles",
     "neftune_noise_alpha": "rewards are measured without noise",
     "torch_compile": "it compiles a forward that is never called, as each role's model runs by itself",
     "auto_find_batch_size": "a batch is a number of users and takes no memory by itself; max_tokens bounds a forward",

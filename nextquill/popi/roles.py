@@ -73,8 +73,7 @@ class Role:
         """Give the model in this role's initial state, without gradient, within the block."""
         with torch.no_grad():
             if isinstance(self.initial_state, nn.Module):
-                # A Trainer moves the model, but does not know its initial state.
-                yield self.initial_state.to(next(self.model.parameters()).device)
+                yield self.initial_state
             else:
                 with switched(self.model, self.initial_state):
                     yield self.model
@@ -108,6 +107,8 @@ class Roles(nn.Module):
         super().__init__()
         self.inference, self.generator = inference, generator
         self.models = nn.ModuleList(dict.fromkeys((inference.model, generator.model)))  # a shared model once
+        copies = [each for role in self if isinstance(each := role.initial_state, nn.Module) and each is not role.model]
+        self.initial_models = nn.ModuleList(copies)  # so that a Trainer moves and shards them too
 
     @property
     def is_shared(self) -> bool:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from nextquill.devices import send
 from nextquill.errors import ArgumentError, ArgumentTypeError, naming
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, VLLMRollouts
+from nextquill.models.sharded import shard_each
 from nextquill.popi.config import (
     SAMPLES_FILE,
     POPIConfig,
@@ -40,7 +41,7 @@ from nextquill.popi.config import (
 )
 from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.model_card import popi_card
-from nextquill.popi.passes import RolePasses
+from nextquill.popi.passes import BranchPasses, RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role, check_roles
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
@@ -143,6 +144,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             with role.active() as active:
                 longest = max(self.config.max_length, self.config.max_signal_tokens + self.config.max_summary_tokens)
                 self.passes.of(role, active).check_training(longest)
+            with role.initial() as initial:  # before it is sharded
+                self.passes.of(role, initial)
         self.passes.close()
         self.roles = roles
         super().__init__(
@@ -154,6 +157,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             processing_class=processing_class,
             **options,
         )
+        if self.is_fsdp_enabled:
+            shard_each(self.accelerator.state.fsdp_plugin, roles.models)
         # accelerate puts its autocast around a forward that is not called here.
         self._half = self.accelerator.mixed_precision == "bf16"
         self.model_accepts_loss_kwargs = True
@@ -258,6 +263,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             self.optimizer.train()  # type: ignore[union-attr]
         work: list[UserWork] = inputs["work"]
         users = float(len(work) if num_items_in_batch is None else num_items_in_batch)
+        if self.is_fsdp_enabled:  # without synchronisation it holds gradients unsharded, and drops those of a step
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
         for role in self.roles:
             self._backward(role, work, users)
         if self.accelerator.sync_gradients:
@@ -274,20 +281,27 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
 
     def _backward(self, role: Role, work: Sequence[UserWork], users: float) -> None:
         branches = [branch for each in work for branch in each.branches.get(role.name, ())]
-        if not branches:
-            return
-        weights = torch.cat([each.weights[role.name] for each in work if role.name in each.weights]) / users
+        weights = [each.weights[role.name] / users for each in work if role.name in each.weights]
         with role.active() as model:
             passes = self.passes.of(role, model)
-            for part in passes.parts(branches, weights):
+            for part in self._of_all_ranks(passes, passes.parts(branches, torch.cat(weights) if weights else ())):
                 self._sums["sharing_factor"] += torch.tensor([part["num_branch_tokens"], part["num_tokens"]])
                 with self._precision():
                     loss = passes.loss(part)
-                self.accelerator.backward(loss)
+                # FSDP averages gradients over ranks, and here they are a sum.
+                self.accelerator.backward(loss * self.accelerator.num_processes if self.is_fsdp_enabled else loss)
+
+    def _of_all_ranks(self, passes: BranchPasses, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The parts and, where ranks gather weights in each, as many empty ones as make their number the same."""
+        if not self.is_fsdp_enabled:
+            return parts
+        count = torch.tensor([len(parts)], device=self.args.device)
+        missing = int(self.accelerator.gather(count).max()) - len(parts)
+        return [*parts, *(passes.empty_part() for _ in range(missing))]
 
     def _sum_over_ranks(self) -> None:
         """Sum gradients over ranks, as they were divided by the users of all ranks. A missing gradient counts as 0."""
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
             return
         trained = [p for role in self.roles for p in role.parameters()]
         has = torch.tensor([p.grad is not None for p in trained], dtype=torch.float32, device=self.args.device)
