@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from accelerate.utils import save_fsdp_optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.devices import send
-from nextquill.errors import ArgumentError, ArgumentTypeError, naming
+from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, VLLMRollouts
 from nextquill.models.sharded import shard_each
 from nextquill.popi.config import (
@@ -54,6 +56,7 @@ from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identit
 from nextquill.training.checks import check_options
 from nextquill.training.finite import FiniteSteps
 from nextquill.training.model_card import CARD_FILE
+from nextquill.training.sharded_state import TRAINED_WEIGHTS, load_trained, save_trained
 
 
 class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
@@ -213,6 +216,11 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     def check_resume(self, checkpoint: Path) -> None:
         """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
         check_roles(checkpoint)
+        if self.is_fsdp_enabled and not (checkpoint / TRAINED_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {checkpoint} has no {TRAINED_WEIGHTS}: it was written without FSDP, or with "
+                "save_only_model=True; resume it without FSDP, or start a new run from its model"
+            )
         super().check_resume(checkpoint)
 
     def run_identity(self) -> dict[str, Any]:
@@ -436,15 +444,33 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         self.passes.close()
         if not self.args.should_save:  # every rank comes here
             return
-        self.roles.save(folder, self.settings())
+        self.roles.save(folder, self.settings(), state_dict)
         write_whole(folder / CARD_FILE, popi_card(self))  # in place of PEFT's, which names local paths
         torch.save(self.args, folder / "training_args.bin")
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # In place of a file with all weights of both models, frozen ones too.
+        folder, plugin = Path(output_dir), self.accelerator.state.fsdp_plugin
+        save_trained(self.roles, folder)
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.roles.load_weights(Path(resume_from_checkpoint))
+        self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
+        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        if self.is_fsdp_enabled:
+            load_trained(self.roles, checkpoint)
+        else:
+            self.roles.load_weights(checkpoint)
 
 
 def _places(counts: UserCounts | None) -> Any:
