@@ -67,6 +67,6 @@ def shard_each(plugin: Any, models: Iterable[nn.Module]) -> None:
 
     A model's own forward then gathers what no layer holds. Each needs `_no_split_modules`, as transformers' models do.
     """
-    models = list(models)
-    layers = plugin.transformer_cls_names_to_wrap or [name for each in models for name in each._no_split_modules or ()]
-    plugin.transformer_cls_names_to_wrap = list(dict.fromkeys([*layers, *(type(each).__name__ for each in models)]))
+    every: list[Any] = list(models)
+    layers = plugin.transformer_cls_names_to_wrap or [name for each in every for name in each._no_split_modules or ()]
+    plugin.transformer_cls_names_to_wrap = list(dict.fromkeys([*layers, *(type(each).__name__ for each in every)]))

@@ -21,8 +21,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from accelerate.utils import save_fsdp_optimizer
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -36,6 +36,7 @@ from nextquill.popi.config import (
     POPIConfig,
     check_args,
     check_batches,
+    check_engine,
     check_warm_start,
     make_roles,
     usable_users,
@@ -160,6 +161,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             processing_class=processing_class,
             **options,
         )
+        check_engine(self)
         if self.is_fsdp_enabled:
             shard_each(self.accelerator.state.fsdp_plugin, roles.models)
         # accelerate puts its autocast around a forward that is not called here.

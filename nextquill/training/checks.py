@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
@@ -85,6 +86,33 @@ def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
         raise ArgumentError(
             f"examples_per_user: expected a divisor of per_device_train_batch_size={args.per_device_train_batch_size}, "
             f"got {examples_per_user}"
+        )
+
+
+def fsdp_plugin(trainer: Any) -> Any:
+    """Accelerate's settings of FSDP; None without it."""
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+
+
+def why_not_alone(trainer: Any) -> str | None:
+    """Why a model cannot run by itself during training, as for samples; None where it can."""
+    if trainer.is_deepspeed_enabled:
+        return "under DeepSpeed processes with different numbers of forwards would wait for each other for ever"
+    plugin = fsdp_plugin(trainer)
+    if plugin is not None and plugin.fsdp_version == 1:
+        return "FSDP1 gathers weights only in the forward of its own wrapper; set fsdp_version: 2"
+    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "with cpu_offload the weights are on another device than the one that computes"
+    return None
+
+
+def check_saves_whole(trainer: Any) -> None:
+    """Raise ArgumentError if transformers would write no model at the end of a training under FSDP."""
+    plugin = fsdp_plugin(trainer)
+    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise ArgumentError(
+            f"args.fsdp_config: expected state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type.name}, with "
+            "which transformers writes no model at the end"
         )
 
 
