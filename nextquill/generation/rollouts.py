@@ -78,6 +78,9 @@ class Rollouts(Protocol):
 class ModelRollouts(Rollouts):
     """Samples from a model in memory; prompts with a common beginning compute it once where the model allows it.
 
+    Where FSDP2 divides the model over processes, each of them calls `sample` the same number of times, with as many
+    prompts as it has. All then run as many forwards as the one that needs the most.
+
     Sampling leaves the model as it was, even after an error: training modes, generation config, gradient flags and
     adapters. The logits have the model's dtype, or that of the surrounding autocast.
 

@@ -58,7 +58,7 @@ def _in_step(module: nn.Module, call: Callable[[], object]) -> None:
     finally:
         hook.remove()
     with torch.no_grad():
-        while any_runs(False):
+        while any_runs(False):  # somebody runs a forward
             module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -88,6 +88,9 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     and groups_equal. reward_nan is the number per step. tokens_per_second counts the branches with gradient in separate
     rows, over the time of sampling and scoring too. Every sampled summary is appended to `sampled_summaries.jsonl` in
     the run's folder.
+
+    FSDP2 shards the model of each role by itself, with its initial state; a checkpoint then holds the trained weights
+    of both once more, in one file, from which a run resumes exactly.
 
     Evaluation summarises every user greedily. It returns accuracy, margin and loss of held-out pairs with the summary,
     without one and with another user's. Each process evaluates all users, `rollout_batch_size` of them at a time.
@@ -401,7 +404,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
 
     def _measure(self, draws: Sequence[Draw]) -> dict[str, float]:
-        texts = self._summaries(draws)
+        texts: dict[str, str] = broadcast_object_list([self._summaries(draws)])[0]  # so that forwards are the same
         self.passes.close()
         scores = score_pairs(
             self.roles.generator,

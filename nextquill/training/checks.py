@@ -53,10 +53,16 @@ def check_arguments(args: Any) -> None:
             f"args.greater_is_better: True would keep the checkpoint with the worst {metric}; set it to False "
             "(by default TrainingArguments minimises only metrics whose name ends in 'loss')"
         )
-    if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
+    loading = getattr(args, "accelerator_config", None)
+    if getattr(loading, "dispatch_batches", None):
         raise ArgumentError(
             "args.accelerator_config: dispatch_batches=True is not supported: it cuts tensors along their first axis, "
             "which does not count examples in a batch of trees"
+        )
+    if args.world_size > 1 and not getattr(loading, "even_batches", True):
+        raise ArgumentError(
+            f"args.accelerator_config: even_batches=False is not supported with {args.world_size} processes: one with "
+            "fewer batches than another would end an epoch first, and the other would wait for it"
         )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
