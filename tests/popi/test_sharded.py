@@ -52,9 +52,10 @@ def test_two_processes_learn_what_one_does(case: str, folder: Path, tmp_path: Pa
         for name in ("loss", "preference_loss", "reward", "kl", "summary_tokens"):
             if name in ours:  # there is no KL in a step of the generator alone
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
-    lines = [line for path in (folder / case).glob("sampled_summaries*.jsonl") for line in path.open()]
+    name = "sampled_summaries"
+    lines = [line for path in (folder / case).glob(f"{name}*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == len(summaries_of(tmp_path))
-    texts = (tmp_path / "sampled_summaries.jsonl").read_text().splitlines()
+    texts = (tmp_path / f"{name}.jsonl").read_text().splitlines()
     assert {line.split('"reward"')[0] for line in lines} == {line.split('"reward"')[0] for line in texts}
 
 
