@@ -34,6 +34,16 @@ def fsdp2(case: str) -> dict[str, Any]:
     return {"use_cpu": False, "fsdp": True, "fsdp_config": config, CHECKPOINTING: "checkpointing" in case}
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model in float64 throughout; Llama's own norms round to float32, which steps of training magnify."""
+    for name, module in list(model.double().named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, dtype=torch.float64)  # type: ignore[arg-type]
+            norm.weight = module.weight  # type: ignore[assignment]
+            model.set_submodule(name, norm)
+    return model
+
+
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """The trained weights, whole."""
     named = ((name, p) for name, p in module.named_parameters() if p.requires_grad)

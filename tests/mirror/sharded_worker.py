@@ -17,14 +17,14 @@ import nextquill as nq
 from nextquill.mirror import MirrorTrainer
 from tests.mirror.mirror_helpers import make_trainer
 from tests.models.model_helpers import make_records, tiny_model
-from tests.sharding import begin, fsdp2, trained
+from tests.sharding import begin, fsdp2, in_float64, trained
 
 #: Words of a case: what is trained, the engine that samples, and settings.
 CASES = ("whole tree", "whole tied hf", "lora tree checkpointing", "lora hf kept")
 
 
 def build(case: str) -> nn.Module:
-    model = tiny_model(dtype=torch.float64, tie_word_embeddings="tied" in case)
+    model = in_float64(tiny_model(tie_word_embeddings="tied" in case))
     if "lora" not in case:
         return model
     torch.manual_seed(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextquill.popi import POPITrainer
 from tests.popi.popi_helpers import lora, make_trainer, make_users, tiny_model
-from tests.sharding import begin, fsdp2, trained
+from tests.sharding import begin, fsdp2, in_float64, trained
 
 #: Words of a case: the models of the roles, the engine that samples, and settings.
 CASES = (
@@ -25,10 +25,10 @@ CASES = (
 
 
 def models(case: str) -> dict[str, Any]:
-    first = tiny_model(0, tie_word_embeddings="tied" in case).double()
+    first = in_float64(tiny_model(0, tie_word_embeddings="tied" in case))
     if "shared" in case:
         return {"model": first, "peft_config": lora()}
-    pair: list[Any] = [first, tiny_model(1, num_hidden_layers=1).double()]
+    pair: list[Any] = [first, in_float64(tiny_model(1, num_hidden_layers=1))]
     if "lora" in case:
         torch.manual_seed(4)
         for place, model in enumerate(pair):
