@@ -233,8 +233,8 @@ class Roles(nn.Module):
     def save(self, folder: Path, settings: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
         """Write both roles into `folder`, and `popi.json` with further JSON `settings` for readers.
 
-        A role with an adapter is written without its base model. `weights` are all tensors of `state_dict`; needed
-        where processes divide the models.
+        A role with an adapter is written without its base model. `weights` are needed where processes divide the
+        models: all tensors of `state_dict`, of the shapes and dtypes of the parameters.
         """
         folder.mkdir(parents=True, exist_ok=True)
         states = [_below(weights or self.state_dict(), f"models.{place}.") for place in range(len(self.models))]
