@@ -36,6 +36,7 @@ from nextquill.generation.vllm_engine import (
     release,
 )
 from nextquill.models.configs import base_model, context_length, is_adapter
+from nextquill.models.sharded import run_in_step
 from nextquill.storage.fingerprints import digest_of
 from nextquill.storage.input_files import read_input
 from nextquill.storage.json_files import MOST_BYTES, line_fields
@@ -77,6 +78,9 @@ class Rollouts(Protocol):
 class ModelRollouts(Rollouts):
     """Samples from a model in memory; prompts with a common beginning compute it once where the model allows it.
 
+    Where FSDP2 divides the model over processes, each of them calls `sample` the same number of times, with as many
+    prompts as it has. All then run as many forwards as the one that needs the most.
+
     Sampling leaves the model as it was, even after an error: training modes, generation config, gradient flags and
     adapters. The logits have the model's dtype, or that of the surrounding autocast.
 
@@ -114,8 +118,14 @@ class ModelRollouts(Rollouts):
         """
         base = base_model(self._model)
         _check_prompts(prompts, self._options.max_new_tokens, context_length(base))
-        with local_engine(base, self._tokenizer, self._stops, self._options) as engine:
-            return _in_order(engine, prompts, self._tokenizer, self._stops)
+        found = list[Sample]()
+
+        def run() -> None:
+            with local_engine(base, self._tokenizer, self._stops, self._options) as engine:
+                found.extend(_in_order(engine, prompts, self._tokenizer, self._stops))
+
+        run_in_step(self._model, run, base)
+        return found
 
 
 class VLLMRollouts(Rollouts):

@@ -30,6 +30,7 @@ from nextquill.models.configs import base_model
 from nextquill.outputs import PreferenceLossOutput
 from nextquill.storage.fingerprints import seed_of
 from nextquill.storage.sample_log import SampleLog
+from nextquill.training.checks import why_not_alone
 from nextquill.training.meter import CounterfactualWatch
 from nextquill.training.trainer import NextQuillTrainer
 
@@ -141,11 +142,10 @@ class MirrorTrainer(NextQuillTrainer):
         base = base_model(model)
         self._stops = stop_tokens(base, processing_class, self._ends())
         if rollouts is None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if (reason := why_not_alone(self)) is not None:
                 raise ArgumentError(
-                    "rollouts: expected some that do not run the model, such as RecordedRollouts, with FSDP or "
-                    "DeepSpeed, got None: a response needs a forward for each token, and processes whose responses "
-                    "differ in length would wait for each other's part of the weights; use DDP or a single process"
+                    "rollouts: expected some that do not run the model, such as RecordedRollouts, got None: a response "
+                    f"needs a forward for each token, and {reason}; use FSDP2, DDP or a single process"
                 )
             sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
             rollouts = ModelRollouts(model, processing_class, self._stops, **sampling)

@@ -28,11 +28,11 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
     if adapter == previous:
         yield
         return
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
     def restore() -> None:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():  # FSDP2 replaces them in a forward
+            parameter.requires_grad_(flags[name])
 
     try:
         if adapter is None:

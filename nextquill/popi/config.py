@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from nextquill.data import load_records
 from nextquill.data._checks import check_integer
@@ -20,7 +21,7 @@ from nextquill.popi.objective import ESTIMATORS, KINDS, PreferenceLoss
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.users import User, UserCounts, check_users, users_from_records
-from nextquill.training.checks import check_arguments
+from nextquill.training.checks import check_arguments, fsdp_plugin, why_not_alone
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -110,8 +111,7 @@ def _check_number(name: str, value: object, *, positive: bool) -> None:
 # ---- training arguments and settings ----------------------------------------------------------------
 
 _REFUSED = {
-    "fsdp": "only single processes and data parallelism are",
-    "deepspeed": "only single processes and data parallelism are",
+    "deepspeed": "its engine makes a step of one backward of one model, and here a step has several, of two roles",
     "neftune_noise_alpha": "rewards are measured without noise",
     "torch_compile": "it compiles a forward that is never called, as each role's model runs by itself",
     "auto_find_batch_size": "a batch is a number of users and takes no memory by itself; max_tokens bounds a forward",
@@ -129,6 +129,26 @@ def check_args(args: TrainingArguments) -> None:
     for name, reason in _REFUSED.items():
         if getattr(args, name, None) not in (None, False, [], ""):
             raise ArgumentError(f"args.{name}: not supported by POPITrainer: {reason}")
+
+
+def check_engine(trainer: Any) -> None:
+    """Raise ArgumentError for an engine or a setting of FSDP under which a role cannot run by itself."""
+    if (reason := why_not_alone(trainer)) is not None:
+        raise ArgumentError(f"args: each role's model runs by itself, and {reason}; use FSDP2, DDP or a single process")
+    plugin = fsdp_plugin(trainer)
+    if plugin is None:
+        return
+    policy = plugin.auto_wrap_policy
+    if getattr(policy, "func", policy) is not transformer_auto_wrap_policy:
+        raise ArgumentError(
+            "args.fsdp_config: expected auto_wrap_policy TRANSFORMER_BASED_WRAP, got "
+            f"{getattr(policy, '__name__', policy)}, with which the roles' models would not be sharded one by one"
+        )
+    if plugin.activation_checkpointing:
+        raise ArgumentError(
+            "args.fsdp_config: expected activation_checkpointing False, as it puts the roles' models into other "
+            "modules; set the training argument of this name (gradient_checkpointing before transformers 5.20)"
+        )
 
 
 def check_batches(args: TrainingArguments, users: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nextquill.data import Branch, EncodedExample
 from nextquill.data.collator import to_device
 from nextquill.evaluation.scoring import BranchScorer, pad_token
+from nextquill.models.sharded import run_in_step
 from nextquill.popi.roles import INFERENCE, Role
 
 
@@ -39,10 +40,17 @@ class BranchPasses(BranchScorer):
         self._passes.close()
 
     def log_probs(self, branches: Sequence[Branch]) -> Tensor:
-        """Return log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats."""
-        if not branches:
-            return torch.zeros(0, dtype=torch.float64)
-        return -torch.stack([nll.double().sum() for nll in self(branches)])
+        """Return log p(response | prompt) of each branch, without gradient, in eval mode; float64 [branches], nats.
+
+        Every process that holds a part of the model must call it, also without branches.
+        """
+        found = [torch.zeros(0, dtype=torch.float64)]
+
+        def run() -> None:
+            found.extend(-nll.double().sum().view(1) for nll in (self(branches) if branches else ()))
+
+        run_in_step(self._model, run)
+        return torch.cat(found)
 
     def parts(self, branches: Sequence[Branch], weights: Sequence[float] | Tensor) -> list[dict[str, Any]]:
         """Return parts for `loss`, one for each forward: the branches with a weight other than 0, merged by prefix.
@@ -60,6 +68,10 @@ class BranchPasses(BranchScorer):
         return [
             {**part, "token_weights": values[part["sequence_ids"]]} for part in self._parts(examples, training=True)
         ]
+
+    def empty_part(self) -> dict[str, Any]:
+        """A part for `loss` without branches, for a process that has fewer parts than others."""
+        return {**self._passes.collator(self._pad).empty_part(), "token_weights": torch.zeros(0, dtype=torch.float64)}
 
     def loss(self, part: dict[str, Any]) -> Tensor:
         """Return Σ weight · -log p(response | prompt) over a part, a scalar with gradient, float32 or float64."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nextquill.errors import ArgumentError, CheckpointError
 from nextquill.models.border import reading
@@ -73,8 +73,7 @@ class Role:
         """Give the model in this role's initial state, without gradient, within the block."""
         with torch.no_grad():
             if isinstance(self.initial_state, nn.Module):
-                # A Trainer moves the model, but does not know its initial state.
-                yield self.initial_state.to(next(self.model.parameters()).device)
+                yield self.initial_state
             else:
                 with switched(self.model, self.initial_state):
                     yield self.model
@@ -108,6 +107,8 @@ class Roles(nn.Module):
         super().__init__()
         self.inference, self.generator = inference, generator
         self.models = nn.ModuleList(dict.fromkeys((inference.model, generator.model)))  # a shared model once
+        copies = [each for role in self if isinstance(each := role.initial_state, nn.Module) and each is not role.model]
+        self.initial_models = nn.ModuleList(copies)  # so that a Trainer moves and shards them too
 
     @property
     def is_shared(self) -> bool:
@@ -229,17 +230,21 @@ class Roles(nn.Module):
 
     # ---- files -------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, settings: dict[str, Any]) -> None:
+    def save(self, folder: Path, settings: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
         """Write both roles into `folder`, and `popi.json` with further JSON `settings` for readers.
 
-        A role with an adapter is written without its base model.
+        A role with an adapter is written without its base model. `weights` are needed where processes divide the
+        models: all tensors of `state_dict`, of the shapes and dtypes of the parameters.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        for role in self:
+        states = [_below(weights or self.state_dict(), f"models.{place}.") for place in range(len(self.models))]
+        for role, state in zip(self, (states[0], states[-1]), strict=True):
             if not self.is_shared:
-                _save_separate(role, folder / role.name)
+                _save_separate(role, folder / role.name, state)
             else:  # PEFT saves an adapter into a subfolder of its name
-                role.model.save_pretrained(folder, selected_adapters=[role.name], save_embedding_layers=False)
+                role.model.save_pretrained(
+                    folder, selected_adapters=[role.name], save_embedding_layers=False, state_dict=state
+                )
             role.tokenizer.save_pretrained(folder / role.name)
         header: dict[str, Any] = {
             "nextquill_popi": _FORMAT,
@@ -248,20 +253,19 @@ class Roles(nn.Module):
             "settings": settings,
         }
         if self.is_shared:
-            header["base_model"] = self._save_base(folder)
-            header["base_digest"] = _base_digest(self.inference.model.get_base_model())
+            base = _below(states[0], "base_model.model.")
+            header["base_model"] = self._save_base(folder, base)
+            header["base_digest"] = _base_digest(self.inference.model.get_base_model(), base)
         write_whole(folder / ROLES_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
         write_manifest(folder, among=_SAVED)
 
-    def _save_base(self, folder: Path) -> str:
+    def _save_base(self, folder: Path, weights: Mapping[str, Tensor]) -> str:
         """Return the place of the shared base: where it was loaded from, or the folder, where a new model is saved."""
         base = self.inference.model.get_base_model()
         name = str(getattr(base, "name_or_path", "") or "")
         if name:
             return _place_of(name)
-        whole = {
-            key.replace(".base_layer", ""): value for key, value in base.state_dict().items() if "lora_" not in key
-        }
+        whole = {key.replace(".base_layer", ""): value for key, value in weights.items() if "lora_" not in key}
         base.save_pretrained(folder / BASE, state_dict=whole)
         self.inference.tokenizer.save_pretrained(folder / BASE)
         return BASE
@@ -366,14 +370,18 @@ def _load_role(role: Role, folder: Path) -> None:
             role.model.load_state_dict(saved.state_dict())
 
 
-def _save_separate(role: Role, folder: Path) -> None:
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+
+
+def _save_separate(role: Role, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write the model of a separate role, or its adapter, so that `load_model` can load it."""
     if role.adapter is None:
-        role.model.save_pretrained(folder)
+        role.model.save_pretrained(folder, state_dict=weights)
         return
     config = role.model.peft_config[role.adapter]
     config.base_model_name_or_path = _place_of(str(config.base_model_name_or_path or ""))
-    role.model.save_pretrained(folder, selected_adapters=[role.adapter])
+    role.model.save_pretrained(folder, selected_adapters=[role.adapter], state_dict=weights)
     inner = folder / role.adapter
     if inner.is_dir():  # for every adapter name except "default"
         for path in inner.iterdir():
@@ -386,7 +394,7 @@ def _place_of(name: str) -> str:
     return str(real_path(name)) if name and Path(name).is_dir() else name
 
 
-def _base_digest(base: nn.Module) -> str | None:
+def _base_digest(base: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     """A digest of the base weights in bfloat16, as they may be loaded in it; None for other lossy formats."""
     half = any(p.dtype == torch.float16 for p in base.parameters())
     if half or getattr(getattr(base, "config", None), "quantization_config", None) is not None:
@@ -394,7 +402,7 @@ def _base_digest(base: nn.Module) -> str | None:
     parts = []
     for name, parameter in base.named_parameters():
         if "lora_" not in name and parameter.is_floating_point():
-            values = parameter.detach().reshape(-1)
+            values = weights[name].detach().reshape(-1)
             sample = values[:: max(1, values.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES].bfloat16().float()
             parts.append(f"{name.replace('.base_layer', '')} {sample.cpu().tolist()}")
     return fingerprint(parts)
@@ -402,7 +410,7 @@ def _base_digest(base: nn.Module) -> str | None:
 
 def _check_base(folder: Path, header: dict[str, Any], base: nn.Module) -> None:
     """Raise CheckpointError if the adapters in a folder were trained on other base weights."""
-    known, found = header.get("base_digest"), _base_digest(base)
+    known, found = header.get("base_digest"), _base_digest(base, dict(base.named_parameters()))
     if None not in (known, found) and known != found:
         raise CheckpointError(
             f"{folder}: its adapters were trained on other weights than those of {header['base_model']}; give the "

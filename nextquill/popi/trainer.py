@@ -21,18 +21,22 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from nextquill.devices import send
-from nextquill.errors import ArgumentError, ArgumentTypeError, naming
+from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError, naming
 from nextquill.generation.rollouts import ModelRollouts, Rollouts, VLLMRollouts
+from nextquill.models.sharded import shard_each
 from nextquill.popi.config import (
     SAMPLES_FILE,
     POPIConfig,
     check_args,
     check_batches,
+    check_engine,
     check_warm_start,
     make_roles,
     usable_users,
@@ -40,7 +44,7 @@ from nextquill.popi.config import (
 )
 from nextquill.popi.evaluation import score_pairs
 from nextquill.popi.model_card import popi_card
-from nextquill.popi.passes import RolePasses
+from nextquill.popi.passes import BranchPasses, RolePasses
 from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTemplates
 from nextquill.popi.roles import Role, check_roles
 from nextquill.popi.steps import METRICS, StepMaker, UserWork
@@ -53,6 +57,7 @@ from nextquill.training.atomic_checkpoints import AtomicCheckpoints, run_identit
 from nextquill.training.checks import check_options
 from nextquill.training.finite import FiniteSteps
 from nextquill.training.model_card import CARD_FILE
+from nextquill.training.sharded_state import TRAINED_WEIGHTS, load_trained, save_trained
 
 
 class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
@@ -83,6 +88,9 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     and groups_equal. reward_nan is the number per step. tokens_per_second counts the branches with gradient in separate
     rows, over the time of sampling and scoring too. Every sampled summary is appended to `sampled_summaries.jsonl` in
     the run's folder.
+
+    FSDP2 shards the model of each role by itself, with its initial state; a checkpoint then holds the trained weights
+    of both once more, in one file, from which a run resumes exactly.
 
     Evaluation summarises every user greedily. It returns accuracy, margin and loss of held-out pairs with the summary,
     without one and with another user's. Each process evaluates all users, `rollout_batch_size` of them at a time.
@@ -143,6 +151,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             with role.active() as active:
                 longest = max(self.config.max_length, self.config.max_signal_tokens + self.config.max_summary_tokens)
                 self.passes.of(role, active).check_training(longest)
+            with role.initial() as initial:  # before it is sharded
+                self.passes.of(role, initial)
         self.passes.close()
         self.roles = roles
         super().__init__(
@@ -154,6 +164,9 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             processing_class=processing_class,
             **options,
         )
+        check_engine(self)
+        if self.is_fsdp_enabled:
+            shard_each(self.accelerator.state.fsdp_plugin, roles.models)
         # accelerate puts its autocast around a forward that is not called here.
         self._half = self.accelerator.mixed_precision == "bf16"
         self.model_accepts_loss_kwargs = True
@@ -208,6 +221,11 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
     def check_resume(self, checkpoint: Path) -> None:
         """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
         check_roles(checkpoint)
+        if self.is_fsdp_enabled and not (checkpoint / TRAINED_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {checkpoint} has no {TRAINED_WEIGHTS}: it was written without FSDP, or with "
+                "save_only_model=True; resume it without FSDP, or start a new run from its model"
+            )
         super().check_resume(checkpoint)
 
     def run_identity(self) -> dict[str, Any]:
@@ -258,6 +276,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             self.optimizer.train()  # type: ignore[union-attr]
         work: list[UserWork] = inputs["work"]
         users = float(len(work) if num_items_in_batch is None else num_items_in_batch)
+        if self.is_fsdp_enabled:  # without synchronisation it holds gradients unsharded, and drops those of a step
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
         for role in self.roles:
             self._backward(role, work, users)
         if self.accelerator.sync_gradients:
@@ -274,20 +294,27 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
 
     def _backward(self, role: Role, work: Sequence[UserWork], users: float) -> None:
         branches = [branch for each in work for branch in each.branches.get(role.name, ())]
-        if not branches:
-            return
-        weights = torch.cat([each.weights[role.name] for each in work if role.name in each.weights]) / users
+        weights = [each.weights[role.name] / users for each in work if role.name in each.weights]
         with role.active() as model:
             passes = self.passes.of(role, model)
-            for part in passes.parts(branches, weights):
+            for part in self._of_all_ranks(passes, passes.parts(branches, torch.cat(weights) if weights else ())):
                 self._sums["sharing_factor"] += torch.tensor([part["num_branch_tokens"], part["num_tokens"]])
                 with self._precision():
                     loss = passes.loss(part)
-                self.accelerator.backward(loss)
+                # FSDP averages gradients over ranks, and here they are a sum.
+                self.accelerator.backward(loss * self.accelerator.num_processes if self.is_fsdp_enabled else loss)
+
+    def _of_all_ranks(self, passes: BranchPasses, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The parts and, where ranks gather weights in each, as many empty ones as make their number the same."""
+        if not self.is_fsdp_enabled:
+            return parts
+        count = torch.tensor([len(parts)], device=self.args.device)
+        missing = int(self.accelerator.gather(count).max()) - len(parts)
+        return [*parts, *(passes.empty_part() for _ in range(missing))]
 
     def _sum_over_ranks(self) -> None:
         """Sum gradients over ranks, as they were divided by the users of all ranks. A missing gradient counts as 0."""
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
             return
         trained = [p for role in self.roles for p in role.parameters()]
         has = torch.tensor([p.grad is not None for p in trained], dtype=torch.float32, device=self.args.device)
@@ -377,7 +404,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             return hold_out(counts.users, num_signals=self.config.signals_per_user).draws
 
     def _measure(self, draws: Sequence[Draw]) -> dict[str, float]:
-        texts = self._summaries(draws)
+        texts: dict[str, str] = broadcast_object_list([self._summaries(draws)])[0]  # so that forwards are the same
         self.passes.close()
         scores = score_pairs(
             self.roles.generator,
@@ -422,15 +449,33 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         self.passes.close()
         if not self.args.should_save:  # every rank comes here
             return
-        self.roles.save(folder, self.settings())
+        self.roles.save(folder, self.settings(), state_dict)
         write_whole(folder / CARD_FILE, popi_card(self))  # in place of PEFT's, which names local paths
         torch.save(self.args, folder / "training_args.bin")
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # In place of a file with all weights of both models, frozen ones too.
+        folder, plugin = Path(output_dir), self.accelerator.state.fsdp_plugin
+        save_trained(self.roles, folder)
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.roles.load_weights(Path(resume_from_checkpoint))
+        self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.roles.load_weights(Path(str(self.state.best_model_checkpoint)))
+        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        if self.is_fsdp_enabled:
+            load_trained(self.roles, checkpoint)
+        else:
+            self.roles.load_weights(checkpoint)
 
 
 def _places(counts: UserCounts | None) -> Any:

@@ -24,6 +24,7 @@ from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
 from nextquill.storage.manifests import write_manifest
+from nextquill.training.checks import check_saves_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -84,7 +85,9 @@ class AtomicCheckpoints(_Base):
         Raises:
             CheckpointError: the checkpoint is missing, incomplete, damaged, or belongs to another run.
             OutputExistsError: another process is training in the output folder.
+            ArgumentError: a setting of FSDP leaves no model to write.
         """
+        check_saves_whole(self)
         folder = Path(str(self.args.output_dir))
         with ExitStack() as hold:
             if self.args.should_save:

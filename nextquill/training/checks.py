@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from nextquill.errors import ArgumentError, ArgumentTypeError
@@ -52,10 +53,16 @@ def check_arguments(args: Any) -> None:
             f"args.greater_is_better: True would keep the checkpoint with the worst {metric}; set it to False "
             "(by default TrainingArguments minimises only metrics whose name ends in 'loss')"
         )
-    if getattr(getattr(args, "accelerator_config", None), "dispatch_batches", None):
+    loading = getattr(args, "accelerator_config", None)
+    if getattr(loading, "dispatch_batches", None):
         raise ArgumentError(
             "args.accelerator_config: dispatch_batches=True is not supported: it cuts tensors along their first axis, "
             "which does not count examples in a batch of trees"
+        )
+    if args.world_size > 1 and not getattr(loading, "even_batches", True):
+        raise ArgumentError(
+            f"args.accelerator_config: even_batches=False is not supported with {args.world_size} processes: one with "
+            "fewer batches than another would end an epoch first, and the other would wait for it"
         )
     if args.n_gpu > 1:
         raise ArgumentError("args: expected one process per GPU (torchrun or accelerate launch), got DataParallel")
@@ -85,6 +92,33 @@ def check_batching(args: Any, max_tokens: Any, examples_per_user: Any) -> None:
         raise ArgumentError(
             f"examples_per_user: expected a divisor of per_device_train_batch_size={args.per_device_train_batch_size}, "
             f"got {examples_per_user}"
+        )
+
+
+def fsdp_plugin(trainer: Any) -> Any:
+    """Accelerate's settings of FSDP; None without it."""
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+
+
+def why_not_alone(trainer: Any) -> str | None:
+    """Why a model cannot run by itself during training, as for samples; None where it can."""
+    if trainer.is_deepspeed_enabled:
+        return "under DeepSpeed processes with different numbers of forwards would wait for each other for ever"
+    plugin = fsdp_plugin(trainer)
+    if plugin is not None and plugin.fsdp_version == 1:
+        return "FSDP1 gathers weights only in the forward of its own wrapper; set fsdp_version: 2"
+    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "with cpu_offload the weights are on another device than the one that computes"
+    return None
+
+
+def check_saves_whole(trainer: Any) -> None:
+    """Raise ArgumentError if transformers would write no model at the end of a training under FSDP."""
+    plugin = fsdp_plugin(trainer)
+    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise ArgumentError(
+            f"args.fsdp_config: expected state_dict_type FULL_STATE_DICT, got {plugin.state_dict_type.name}, with "
+            "which transformers writes no model at the end"
         )
 
 

@@ -1,4 +1,4 @@
-"""The shipped configurations: Accelerate reads them, and `nextquill train` gives the same as one process with each.
+"""The shipped configurations: Accelerate reads them, and the commands give the same as one process with each.
 
 The tests use two processes, evaluation, runs of a user's examples, and a token budget that divides the second process's
 first batch into more parts than the first's.
@@ -16,6 +16,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from example_helpers import ENGINES_ON_CPU, ROOT, WATCHES_DDP, distance, losses, run
+from safetensors.torch import load_file
 
 CONFIGS = ROOT / "examples" / "configs"
 COMMAND = ["-m", "nextquill.cli.main", "train"]
@@ -90,3 +91,33 @@ def test_fsdp2_resumes_exactly(model_folder: Path, one_process: tuple[Path, list
     (output / "model.safetensors").unlink()
     train(model_folder, output, LAUNCHES["fsdp2"], 4, "--resume_from_checkpoint", "true")
     assert (output / "model.safetensors").read_bytes() == first
+
+
+SYSTEMS = {
+    "mirror": ("train", "--loss", "mirror_f", "--max_new_tokens", "5"),
+    "popi": ("popi", "train", "--max_summary_tokens", "5", "--group_size", "2", "--lora_r", "2"),
+}
+
+
+def sample_and_train(system: str, model: Path, output: Path, launch: list[str], size: int, *more: str) -> Path:
+    """Train two steps of a system that samples; the file of what is trained."""
+    records = [json.loads(line) for line in (model / "train.jsonl").read_text().splitlines()]
+    pairs = [{**each, "chosen": each["response"], "rejected": "w1 w2"} for each in records]
+    (model / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    options = {
+        "model_name_or_path": model, "train_file": model / "pairs.jsonl", "output_dir": output, "max_steps": 2,
+        "logging_steps": 1, "per_device_train_batch_size": size, "learning_rate": 1e-3,
+    }  # fmt: skip
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = [*launch, "-m", "nextquill.cli.main", *SYSTEMS[system], *flags, "--debug", *more]
+    run(words, ACCELERATE_USE_CPU=str(bool(more)).lower())
+    return output / ("model.safetensors" if system == "mirror" else "inference/adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_fsdp2_trains_the_systems_that_sample_as_one_process(system: str, model_folder: Path, tmp_path: Path) -> None:
+    one = sample_and_train(system, model_folder, tmp_path / "one", [sys.executable], 4, "--use_cpu")
+    two = sample_and_train(system, model_folder, tmp_path / "two", LAUNCHES["fsdp2"], 2)
+    expected, got = load_file(one), load_file(two)
+    assert all(float((got[key] - value).abs().max()) <= 1e-5 for key, value in expected.items())

@@ -20,18 +20,19 @@ from nextquill.mirror import MirrorTrainer
 from nextquill.models.branch_passes import PairPasses
 from tests.mirror.mirror_helpers import make_trainer
 from tests.models.model_helpers import make_records, shared_examples, tiny_model
+from tests.sharding import CHECKPOINTING
 from tests.training.distributed_worker import by_layer
 
 TIMEOUT = float(os.environ.get("NEXTQUILL_TEST_TIMEOUT", "150"))
 
 
 def train(folder: Path, processes: int) -> MirrorTrainer:
-    """Train three steps of eight examples with two rollouts each."""
+    """Train three steps of eight examples with two rollouts each; two processes run layers again in the backward."""
     size, accumulation = (8, 1) if processes == 1 else (2, 2)
     trainer = make_trainer(
         folder, tiny_model().double(), make_records(16), loss=nq.MirrorLoss(alpha=0.5), num_rollouts=2, max_steps=3,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=0.3,
-        save_strategy="steps", save_steps=2, ddp_timeout=60,
+        save_strategy="steps", save_steps=2, ddp_timeout=60, **{CHECKPOINTING: processes > 1},
     )  # fmt: skip
     trainer.train()
     return trainer

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from nextquill.errors import ArgumentError
+from nextquill.training import checks
 from tests.mirror.distributed_worker import train
 from tests.mirror.mirror_helpers import Fixed, make_trainer
 from tests.models.model_helpers import logs_of, parameters, tiny_model
@@ -67,14 +70,29 @@ def test_sharded_gradients_equal_those_of_one_process(results: list[dict[str, An
             assert float((result["sharded"][name] - want).norm()) <= 1e-6 * largest, name
 
 
-def test_sharded_weights_cannot_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+OFFLOADED = SimpleNamespace(fsdp_version=2, cpu_offload=CPUOffloadPolicy())
+
+
+@pytest.mark.parametrize(
+    ("engine", "plugin", "why"),
+    [
+        ("deepspeed", None, "under DeepSpeed processes with different numbers of forwards would wait"),
+        ("fsdp", SimpleNamespace(fsdp_version=1), "FSDP1 gathers weights only in the forward of its own wrapper"),
+        ("fsdp", OFFLOADED, "with cpu_offload the weights are on another device"),
+    ],
+    ids=["deepspeed", "fsdp1", "offload"],
+)
+def test_engines_under_which_a_model_cannot_sample_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, plugin: Any, why: str
+) -> None:
     original = Trainer.create_accelerator_and_postprocess
 
-    def sharded(self: Trainer) -> None:
+    def sharded(self: Any) -> None:
         original(self)
-        self.is_fsdp_enabled = True
+        setattr(self, f"is_{engine}_enabled", True)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ArgumentError, match="rollouts: expected some that do not run the model, such as Recorded"):
+    monkeypatch.setattr(checks, "fsdp_plugin", lambda _: plugin)
+    with pytest.raises(ArgumentError, match=f"rollouts: expected some that do not run the model, .*{why}"):
         make_trainer(tmp_path)
     make_trainer(tmp_path, rollouts=Fixed())

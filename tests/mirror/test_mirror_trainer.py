@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 
 import nextquill as nq
 from nextquill import reference
@@ -17,6 +18,7 @@ from nextquill.generation.rollouts import ModelRollouts, RecordedRollouts, Recor
 from nextquill.mirror import MirrorTrainer
 from tests.mirror.mirror_helpers import TEMPLATE, Fixed, known_response, make_trainer
 from tests.models.model_helpers import logs_of, make_args, make_records, parameters, tiny_model, word_tokenizer
+from tests.sharding import CHECKPOINTING, in_float64, trained
 
 
 def test_the_teacher_reads_the_response_and_the_student_does_not(tmp_path: Path) -> None:
@@ -166,13 +168,31 @@ def test_evaluation_is_of_the_people_s_own_texts(tmp_path: Path) -> None:
 
 
 def test_lora(tmp_path: Path) -> None:
-    from peft import LoraConfig, TaskType, get_peft_model
-
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
     trainer = make_trainer(tmp_path, get_peft_model(tiny_model(), config), learning_rate=1e-2)
     trainer.train()
     moved = [name for name, p in trainer.model.named_parameters() if "lora_B" in name and bool(p.any())]
     assert moved
+
+
+@pytest.mark.filterwarnings(  # PEFT still uses the old names
+    r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradient_checkpointing_changes_no_weight(tmp_path: Path, *, adapted: bool) -> None:
+    ends = []
+    for checkpointing in (False, True):
+        model: Any = in_float64(tiny_model())
+        if adapted:
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        options: dict[str, Any] = {"loss": nq.MirrorLoss(alpha=0.5), CHECKPOINTING: checkpointing}
+        trainer = make_trainer(tmp_path, model, optim="sgd", learning_rate=0.3, **options)
+        start = trained(trainer.model)
+        trainer.train()
+        ends.append(trained(trainer.model))
+    for name, want in ends[0].items():
+        assert (ends[1][name] - want).abs().max() <= 1e-9 * (want - start[name]).abs().max(), name
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import torch
 
 from nextquill.popi import POPITrainer
 from tests.popi.popi_helpers import make_trainer, make_users, trained_weights
+from tests.sharding import CHECKPOINTING
 
 
 def train(folder: Path, processes: int) -> POPITrainer:
-    """Train three steps with four users."""
+    """Train three steps with four users; two processes run layers again in the backward."""
     options = {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
         "learning_rate": 0.3, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "eval_dataset": make_users(3),
+        CHECKPOINTING: processes > 1,
     }  # fmt: skip
     trainer = make_trainer(folder, {"update": "joint"}, **options)
     trainer.train()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from peft import IA3Config, get_peft_model
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from nextquill.generation.rollouts import Sample
 from nextquill.popi import Roles
+from nextquill.popi.config import check_engine
 from tests.popi.popi_helpers import WORDS, lora, make_trainer, make_users, tiny_model, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
@@ -47,6 +52,28 @@ def test_arguments_that_would_be_ignored_are_refused(tmp_path: Path, options: di
     with pytest.raises(ArgumentError, match=message):
         make_trainer(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("engine", "setting", "message"),
+    [
+        ("deepspeed", {}, "args: each role's model runs by itself, and under DeepSpeed"),
+        ("fsdp", {"fsdp_version": 1}, "args: each role's model runs by itself, and FSDP1"),
+        ("fsdp", {"auto_wrap_policy": size_based_auto_wrap_policy}, "TRANSFORMER_BASED_WRAP, got size_based_auto_wrap"),
+        ("fsdp", {"auto_wrap_policy": None}, "TRANSFORMER_BASED_WRAP, got None"),
+        ("fsdp", {"activation_checkpointing": True}, "args.fsdp_config: expected activation_checkpointing False"),
+        ("fsdp", {}, ""),
+        ("fsdp", {"auto_wrap_policy": partial(transformer_auto_wrap_policy)}, ""),
+        ("none", {}, ""),
+    ],
+)
+def test_engines_under_which_roles_cannot_run_are_refused(engine: str, setting: dict[str, Any], message: str) -> None:
+    usual = {"fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "activation_checkpointing": False}
+    plugin = SimpleNamespace(**{"cpu_offload": None, **usual, **setting})
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    flags = {f"is_{name}_enabled": name == engine for name in ("deepspeed", "fsdp")}
+    with pytest.raises(ArgumentError, match=message) if message else nullcontext():
+        check_engine(SimpleNamespace(accelerator=accelerator, **flags))
 
 
 def test_a_prompt_and_its_summary_fit_the_models_context_together(tmp_path: Path) -> None:
@@ -92,6 +119,15 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path: Path) -> Non
     make_trainer(tmp_path, **options, save_only_model=True).train()
     with pytest.raises(CheckpointError, match=r"checkpoint-2 has no optimizer\.pt"):
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_sharded_weights_is_not_resumed_under_fsdp(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **options).train()
+    trainer = make_trainer(tmp_path, **options)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 has no trained_weights\.pt: it was written without FSDP"):
+        trainer.check_resume(tmp_path / "checkpoint-1")
 
 
 def test_a_run_is_resumed_only_with_the_same_arguments(tmp_path: Path) -> None:

@@ -96,10 +96,9 @@ def test_a_separate_adapter_is_copied_and_its_model_is_not() -> None:
     assert list(fresh.inference.model.peft_config) == ["default"]
 
 
-def test_an_initial_model_follows_the_device_of_its_model() -> None:
-    """A Trainer moves only the models themselves."""
+def test_an_initial_model_moves_with_the_roles() -> None:
     roles = Roles.separate(tiny_model(1), tiny_model(2), word_tokenizer())
-    roles.generator.model.to("meta")
+    roles.to("meta")
     with roles.generator.initial() as model:
         assert next(model.parameters()).device.type == "meta"
 

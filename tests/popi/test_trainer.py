@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
 from nextquill.data import HistoryItem
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError, CheckpointError, NonFiniteError, RecordError
@@ -36,16 +35,13 @@ from tests.popi.popi_helpers import (
     trained_weights,
     word_tokenizer,
 )
+from tests.sharding import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
     r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
 )
 
 
-# Renamed in transformers 5.20 or so.
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
 SGD = {"optim": "sgd", "learning_rate": 0.3}
 
 

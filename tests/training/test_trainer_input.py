@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import StateDictType
+from transformers import TrainingArguments
 
 from nextquill import (
     ArgumentError,
@@ -17,6 +20,7 @@ from nextquill import (
     RecordError,
 )
 from nextquill.models.configs import default_max_length
+from nextquill.training import checks
 from nextquill.training.checks import FILLED_OPTIONS
 from tests.models.model_helpers import make_args, make_records, make_trainer, tiny_model, word_tokenizer
 
@@ -52,6 +56,20 @@ def make(tmp_path: Path, **options: Any) -> NextQuillTrainer:
 def test_unusable_arguments(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(tmp_path, **options)
+
+
+def test_processes_with_different_numbers_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    with pytest.raises(ArgumentError, match="even_batches=False is not supported with 2 processes"):
+        make(tmp_path, args=make_args(tmp_path, accelerator_config={"even_batches": False}))
+
+
+def test_a_run_under_fsdp_that_would_save_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, plugin = make(tmp_path), SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    monkeypatch.setattr(checks, "fsdp_plugin", lambda _: plugin)
+    with pytest.raises(ArgumentError, match="expected state_dict_type FULL_STATE_DICT, got SHARDED_STATE_DICT"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", FILLED_OPTIONS)

@@ -376,4 +376,25 @@ MUTATIONS = (
         "record.history[: example.history_kept]",
         "effects are given to items that were not in the prompt",
     ),
+    Mutation(
+        "sharded-forwards-in-step",
+        "nextquill/models/sharded.py",
+        "        while any_runs(False):  # somebody runs a forward\n",
+        "        if any_runs(False):\n",
+        "under FSDP2 a process whose responses end two tokens sooner waits for ever",
+    ),
+    Mutation(
+        "sharded-outside-layers",
+        "nextquill/models/sharded.py",
+        "    elif runs is None or runs is model:\n",
+        "    elif True:\n",
+        "under FSDP2 a model with adapters cannot sample",
+    ),
+    Mutation(
+        "sharded-hook-removed",
+        "nextquill/models/sharded.py",
+        "        hook.remove()\n",
+        "        pass\n",
+        "under FSDP2 each forward of a training says that a sample goes on",
+    ),
 )

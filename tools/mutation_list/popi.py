@@ -83,8 +83,8 @@ MUTATIONS = (
     Mutation(
         "popi-normalisation",
         "nextquill/popi/trainer.py",
-        "for each in work if role.name in each.weights]) / users",
-        "for each in work if role.name in each.weights])",
+        "[each.weights[role.name] / users for each in work",
+        "[each.weights[role.name] for each in work",
         "gradients grow with the number of users in a step",
     ),
     Mutation(
@@ -191,5 +191,19 @@ MUTATIONS = (
         "if user_digest(draw.user_id) in trained]",
         "if draw.user_id in trained]",
         "a run is evaluated on users that it was trained on without a word",
+    ),
+    Mutation(
+        "popi-fsdp-mean",
+        "nextquill/popi/trainer.py",
+        "loss * self.accelerator.num_processes if self.is_fsdp_enabled else loss",
+        "loss",
+        "under FSDP2 gradients are too small by the number of processes",
+    ),
+    Mutation(
+        "popi-fsdp-trained-twice",
+        "nextquill/popi/trainer.py",
+        "            load_trained(self.roles, checkpoint)\n",
+        "            pass\n",
+        "under FSDP2 a run resumes with the weights it started from",
     ),
 )
