@@ -296,8 +296,9 @@ class MirrorTrainer(NextQuillTrainer):
         return divergence, anchor if self._has_anchor else None
 
     def _reduced(self, sums: Tensor) -> list[float]:
-        found: list[float] = self.accelerator.reduce(send(sums.double(), self.args.device), reduction="sum").tolist()
-        return found
+        """The sums over all examples of a step; processes that share a model by tensor parallelism have the same."""
+        found = self.accelerator.reduce(send(sums.double(), self.args.device), reduction="sum") / self.get_tp_size()
+        return found.tolist()  # type: ignore[no-any-return]
 
     @property
     def loss(self) -> MirrorLoss:

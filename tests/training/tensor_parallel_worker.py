@@ -23,8 +23,10 @@ from transformers.distributed import DistributedConfig
 
 from nextquill.data import EncodedExample
 from nextquill.errors import NextQuillError
+from nextquill.mirror import MirrorLoss
 from nextquill.models.branch_passes import PairPasses
 from tests.examples.engines_on_cpu import engines_on_cpu
+from tests.mirror.mirror_helpers import make_trainer as mirror_trainer
 from tests.models.model_helpers import loss_cases, make_records, make_trainer, shared_examples, tiny_model
 
 PROCESSES = 2
@@ -170,6 +172,20 @@ def train(folder: Path, name: str, model: nn.Module | None = None) -> None:
     torch.save(parameters, folder / f"parameters_{rank}.pt")
 
 
+def train_mirror(folder: Path, model: nn.Module | None = None) -> None:
+    """Train two steps of MIRROR-F, with responses that the model samples."""
+    trainer = mirror_trainer(
+        folder, tiny_model(**_TIED) if model is None else model, make_records(8), loss=MirrorLoss(alpha=0.5),
+        optim="sgd", learning_rate=0.3, use_cpu=model is None, max_steps=2, ddp_timeout=60,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer.train()
+    rank = trainer.args.process_index
+    (folder / f"log_{rank}.json").write_text(json.dumps(trainer.state.log_history))
+    parameters = {key: _whole(parameter).detach() for key, parameter in trainer.model.named_parameters()}
+    torch.save(parameters, folder / f"parameters_{rank}.pt")
+
+
 def start(rank: int, processes: int, root: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
@@ -211,4 +227,5 @@ def work(rank: int, root: str) -> None:
     (folder / f"found_{rank}.json").write_text(json.dumps(found))
     for name, options in TRAINED.items():
         train(folder / name, name, divided(folder / name / "model", tiny_model(**options["model"]), "auto"))
+    train_mirror(folder / "mirror", divided(folder / "mirror" / "model", tiny_model(**_TIED), "auto"))
     dist.destroy_process_group()

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tests.training.tensor_parallel_worker import CASES, PROCESSES, TRAINED, train, work, work_with_fsdp
+from tests.training.tensor_parallel_worker import (
+    CASES,
+    PROCESSES,
+    TRAINED,
+    train,
+    train_mirror,
+    work,
+    work_with_fsdp,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -82,3 +90,17 @@ def test_trainer_on_two_processes_equals_one(name: str, folder: Path, tmp_path: 
             kept = {key: value for key, value in wanted.items() if not key.endswith(_OTHERWISE)}
             assert {key: own[key] for key in kept} == pytest.approx(kept, rel=1e-4, abs=1e-6)
     assert (folder / name / "checkpoint-2" / "model.safetensors").stat().st_size > 0
+
+
+def test_mirror_on_two_processes_equals_one(folder: Path, tmp_path: Path) -> None:
+    """Parameters after two steps, and the same responses, which each process samples."""
+    train_mirror(tmp_path)
+    expected, alone = torch.load(tmp_path / "parameters_0.pt"), json.loads((tmp_path / "log_0.json").read_text())
+    for rank in range(PROCESSES):
+        got = torch.load(folder / "mirror" / f"parameters_{rank}.pt")
+        assert got.keys() == expected.keys()
+        assert max(float((got[key] - parameter).abs().max()) for key, parameter in expected.items()) <= 1e-5
+        both = json.loads((folder / "mirror" / f"log_{rank}.json").read_text())
+        for ours, theirs in zip(both[:2], alone[:2], strict=True):
+            for name in ("loss_factual", "loss_effect", "response_variety"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
