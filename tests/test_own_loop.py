@@ -37,8 +37,8 @@ def test_the_loop_before_and_after_is_the_loss_it_says(ran):
     torch.testing.assert_close(before["loss"], plain, rtol=1e-5, atol=0)
     pair = reference.linear_pair_nll(h1, h0, model.lm_head.weight, labels)
     expected = reference.pair_loss(
-        h1, h0, model.lm_head.weight, labels, token_weights=reference.threshold_weights(pair, 0.05, 0.9, 0.1),
-        normalize_weights=True, alpha=0.1, detach_counterfactual=True,
+        h1, h0, model.lm_head.weight, labels, token_weights=reference.clip_weights(pair, 0.8, 5.0),
+        normalize_weights=False, detach_counterfactual=True,
     )  # fmt: skip
     torch.testing.assert_close(after["loss"], expected, rtol=1e-5, atol=0)
     assert model.model.layers[0].mlp.up_proj.weight.grad.norm() > 0

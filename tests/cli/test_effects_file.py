@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_estimators_weights(train_student, student, data
 
 
 def test_an_effect_term_keeps_its_pass(train_student, effects):
-    result, log = train_student("--detach_counterfactual", "--effects_file", effects)
+    result, log = train_student("--loss", "nextquill_detached", "--effects_file", effects)
     assert result.code == 0, result.err
     assert log[0]["nll_counterfactual"] > 0
 

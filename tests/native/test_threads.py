@@ -39,7 +39,7 @@ def everything(threads: int) -> list[Tensor]:
         threads=threads,
     )  # fmt: skip
     student, teacher = pair.logits
-    nextquill_ext.jsd_stats(student, teacher, jsd, 0.3, threads)
+    nextquill_ext.jsd_stats(student, teacher, jsd, 0.3, False, threads)
     nextquill_ext.jsd_grad_(student, teacher, jsd, pair.grad_factual, 0.3, 20.0, 2.0, threads)
     return [tokens, stats, z, z1, z0, jsd, student]
 

@@ -40,8 +40,7 @@ def test_it_has_the_loss_the_data_the_prompt_and_the_measures(tmp_path):
     stats = trainer.train_dataset.stats
     users = len({record["user_id"] for record in make_records(8)})
     assert f"8 examples of {users} users, {stats.response_tokens} response tokens" in text
-    assert "NextQuillLoss(" in text
-    assert "detach_counterfactual=True" in text
+    assert "PerCELoss(" in text
     assert "2 steps of" in text
     assert "learning rate 0.001" in text
     assert "| NLL without a history, nats a token | " + f"{measured['eval_nll_counterfactual']:.3g} |" in text
