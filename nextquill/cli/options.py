@@ -345,6 +345,8 @@ class GuardOptions:
 
 #: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.
 LORA_LEARNING_RATE, WHOLE_LEARNING_RATE = 2e-4, 5e-5
+#: A model that learns from its own responses repeats itself after steps that suit other losses.
+MIRROR_LEARNING_RATE = 5e-5
 
 
 @dataclass

@@ -63,6 +63,14 @@ def test_adapters(train, trained, tmp_path):
     assert not (tmp_path / "run" / "sampled_responses.jsonl").exists()
 
 
+def test_adapters_get_no_larger_learning_rate(nextquill, trained, data, tmp_path):
+    words = ("--model", trained, "--train_file", data / "train.jsonl", "--output_dir", tmp_path / "run", "--lora_r", 2)
+    result = nextquill("train", *words, "--loss", "mirror", *SHORT, "--max_steps", 1, "--logging_steps", 1)
+    assert result.code == 0, result.err
+    assert "learning rate" not in result.err
+    assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).learning_rate == 5e-5
+
+
 def test_a_dry_run_says_what_is_sampled(train, tmp_path):
     result = train(tmp_path / "run", "--loss", "mirror", *SHORT, "--num_rollouts", 3, "--dry_run")
     assert result.code == 0, result.err
