@@ -57,6 +57,12 @@ def run_two(worker: Path, folder: Path) -> None:
     run_to_end([*launch, str(worker), str(folder)], timeout=TIMEOUT + 30, **told)
 
 
+def found(folder: Path, rank: int) -> dict[str, Any]:
+    """What a worker of `run_two` has left."""
+    result: dict[str, Any] = torch.load(folder / f"found_{rank}.pt")
+    return result
+
+
 def begin() -> tuple[Path, int]:
     """What a worker does first; its folder and rank."""
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)

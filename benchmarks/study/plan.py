@@ -6,7 +6,7 @@
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
     5. the rest: other data sets and other seeds
-    6. methods that joined later, likewise
+    6. methods that joined later: those without a parent with every learning rate, then the others
 
 A rate is chosen by nll on development people, each method at its own best temperature.
 """

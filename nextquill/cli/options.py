@@ -345,15 +345,16 @@ class GuardOptions:
 
 #: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.
 LORA_LEARNING_RATE, WHOLE_LEARNING_RATE = 2e-4, 5e-5
-#: A model that learns from its own responses repeats itself after steps that suit other losses.
-MIRROR_LEARNING_RATE = 5e-5
 
 
 @dataclass
 class AdapterOptions:
     """LoRA: adapters instead of the whole model."""
 
-    LEARNING_RATE = f"The initial learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} for adapters)."
+    LEARNING_RATE = (
+        f"The initial learning rate (default: 5e-5; {LORA_LEARNING_RATE:g} for adapters, except for mirror and "
+        "mirror_f)."
+    )
     _fills_rate = False  # no flag: whether none was given
     lora_r: int | None = None  # each command's own option
     lora_alpha: int | None = option("Scale of the adapters (default: 2 · lora_r).", None)

@@ -17,7 +17,7 @@ from nextquill.cli.flags import check_file
 from nextquill.cli.load_and_score import encode_records, history_notes, quieten_transformers, read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import (
-    MIRROR_LEARNING_RATE,
+    WHOLE_LEARNING_RATE,
     BatchOptions,
     GuardOptions,
     LoraOptions,
@@ -78,8 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     model_options, files, prompt_options, loss_options, mirror_options, batches, lora, guard, args = parsed
     loss, sampling = loss_options.build(), mirror_options.given(loss_options)
     lora.check(model_options.model)
-    if loss_options.is_mirror and args.learning_rate is None:
-        args.learning_rate = MIRROR_LEARNING_RATE
+    if loss_options.is_mirror and args.learning_rate is None:  # at that of adapters, responses soon repeat themselves
+        args.learning_rate = WHOLE_LEARNING_RATE
     lora.set_learning_rate(args)
     batches.check()
     guard.check()

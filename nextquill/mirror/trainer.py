@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +34,7 @@ from nextquill.training.checks import why_not_alone
 from nextquill.training.meter import CounterfactualWatch
 from nextquill.training.trainer import NextQuillTrainer
 
+logger = logging.getLogger(__name__)
 #: The file in a run's folder with sampled responses.
 SAMPLES_FILE = "sampled_responses.jsonl"
 #: Nats that no likelihood rises by.
@@ -84,8 +85,9 @@ class MirrorTrainer(NextQuillTrainer):
     `loss_effect` the anchor's NLL, both undivided. It also logs response_tokens (the mean length) and, as shares of
     the sampled responses, responses_empty (nothing but the stop token: they are trained on like others),
     responses_unfinished (no stop within `max_new_tokens`) and responses_equal (the tokens of the user's own);
-    response_variety is the mean of different tokens / tokens. A model that repeats itself whatever it is shown has no
-    divergence left, and too high a learning rate leads there: a RuntimeWarning says so once the variety has halved.
+    response_variety is the mean of a response's distinct tokens / tokens. A model that repeats itself whatever it is
+    shown has no divergence left, and too high a learning rate leads there: a warning says so once the variety has
+    halved.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
@@ -341,13 +343,11 @@ class MirrorTrainer(NextQuillTrainer):
         """Warn at the first of the run's intervals whose responses repeat themselves."""
         before = [log["response_variety"] for log in self.state.log_history if "response_variety" in log]
         limit = _LEAST_VARIETY * before[0] if before else 0.0
-        if now < limit <= min(before):
-            warnings.warn(
-                f"the sampled responses repeat themselves: {now:.0%} of a response's tokens are different ones, "
-                f"{before[0]:.0%} at the beginning. The divergence teaches nothing on such texts; read them in "
-                f"{SAMPLES_FILE}, and train again from the start with a lower learning_rate",
-                RuntimeWarning,
-                stacklevel=2,
+        if now < limit <= min(before) and self.is_world_process_zero():
+            logger.warning(
+                f"step {self.state.global_step}: the sampled responses repeat themselves: {now:.0%} of a response's "
+                f"tokens are distinct, {before[0]:.0%} at the beginning. The divergence teaches nothing on such texts; "
+                f"read them in {SAMPLES_FILE}, and train again from the start with a lower learning_rate"
             )
 
     def _start_interval(self) -> None:

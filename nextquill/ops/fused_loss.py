@@ -133,7 +133,7 @@ class PairLossEngine:
     def _finish_statistics(self, group: RowGroup) -> None:
         """Complete the statistics of a group's chunks, in one exchange if processes divide the vocabulary.
 
-        Those of a divergence are complete.
+        `jsd_statistics` has completed those of a divergence.
         """
         kinds = 3 if self.effect else len(self.streams)
         found = self.stats[: 3 * kinds, group.rows]

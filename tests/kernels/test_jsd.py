@@ -37,11 +37,17 @@ def make_logits(n: int, v: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def truth(
     x1: Tensor, x0: Tensor, grad: Tensor, beta: float, bias: Tensor | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The statistics [6, n] and the gradient [n, V] in float64, from the definition and autograd."""
+    """The statistics [6, n] and the gradient [n, V] in float64, from the definition and autograd.
+
+    Logits before the cap are rounded to float32, as the kernels round them: a logit of 20 is rounded by 1e-6, which is
+    more than the kernels add to a divergence.
+    """
     leaf = x1.double().requires_grad_()
 
     def finished(x: Tensor) -> Tensor:
         z = scale * (x if bias is None else x + bias.double())
+        rounded = scale * (x.detach().float() if bias is None else x.detach().float() + bias)
+        z = z + (rounded.double() - z).detach()
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     z1, z0 = finished(leaf), finished(x0.double())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.mirror.sharded_worker import CASES, build, make
 from tests.models.model_helpers import logs_of, tiny_model
-from tests.sharding import TIMEOUT, run_two, trained
+from tests.sharding import TIMEOUT, found, run_two, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT + 60)]
 
@@ -25,11 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(folder: Path, rank: int) -> dict[str, Any]:
-    result: dict[str, Any] = torch.load(folder / f"found_{rank}.pt")
-    return result
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_learn_what_one_does(case: str, folder: Path, tmp_path: Path) -> None:
     one = make(tmp_path, case, 1)
@@ -40,8 +35,8 @@ def test_two_processes_learn_what_one_does(case: str, folder: Path, tmp_path: Pa
         for name, want in trained(one.model).items():
             moved = (want - start[name].detach()).abs().max()
             assert (got["weights"][name] - want).abs().max() <= 1e-9 * moved, name
-    logged = [log for log in found(folder, 0)[case]["logs"] if "loss_factual" in log]
-    for theirs, ours in zip(logged, logs_of(one), strict=False):
+    logged = ([log for log in logs if "loss_factual" in log] for logs in (found(folder, 0)[case]["logs"], logs_of(one)))
+    for theirs, ours in zip(*logged, strict=True):
         for name in ("loss", "loss_factual", "loss_effect", "response_tokens", "responses_unfinished"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-9), name
     name = "sampled_responses"

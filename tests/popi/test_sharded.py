@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from nextquill.popi import Roles
 from tests.popi.popi_helpers import logs_of, summaries_of
 from tests.popi.sharded_worker import CASES, make, models
-from tests.sharding import TIMEOUT, run_two, trained
+from tests.sharding import TIMEOUT, found, run_two, trained
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,11 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     run_two(Path(__file__).parent / "sharded_worker.py", folder)
     return folder
-
-
-def found(folder: Path, rank: int) -> dict[str, Any]:
-    result: dict[str, Any] = torch.load(folder / f"found_{rank}.pt")
-    return result
 
 
 @pytest.mark.parametrize("case", CASES)
