@@ -51,15 +51,12 @@ def draw_report(title: str, measures: Sequence[ForestMeasure], charts: Charts | 
     Equal contents give equal bytes. A label is drawn as it reads: nothing in it is taken for a formula.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     look = replace(_LOOKS["light"], colours=_RUNS)
     panels = charts.panels if charts is not None else ()
     heights = [0.95 + 0.28 * len(measure.rows) for measure in measures] + [2.75] * -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(9, 0.9 + sum(heights)), dpi=DPI, facecolor=look.ground, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(0.9 + sum(heights), look)
     figure.suptitle(_literal(title), color=look.ink, fontsize=12, fontweight="bold", x=0.01, ha="left")
     grid = figure.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
     for row, measure in enumerate(measures):
@@ -81,34 +78,19 @@ def draw_report(title: str, measures: Sequence[ForestMeasure], charts: Charts | 
 def _draw_measure(axis: Axes, measure: ForestMeasure, look: _Look) -> None:
     span = forest_axis(measure.rows, with_zero=measure.with_zero)
     count = len(measure.rows)
+    beside = axis.get_yaxis_transform()  # x is a share of the width, y a row
     for at, row in enumerate(measure.rows):
         colour, (figure, bounds) = look.colours[row.colour % COLOURS], rounded(row.value, row.low, row.high)
         if bounds and row.low is not None and row.high is not None:
             axis.plot([row.low, row.high], [at, at], color=colour, linewidth=2.2, solid_capstyle="round")
         axis.plot([row.value], [at], "o", color=colour, markersize=6)
-        axis.text(
-            1.02,
-            at,
-            f"{figure} {bounds}",
-            transform=axis.get_yaxis_transform(),
-            color=look.ink,
-            fontsize=9,
-            va="center",
-        )
+        axis.text(1.02, at, f"{figure} {bounds}", transform=beside, color=look.ink, fontsize=9, va="center")
     axis.set_xlim(span.low, span.high)
     axis.set_ylim(count - 0.4, -0.6)
     axis.set_yticks(range(count), [_literal(row.label) for row in measure.rows])
-    axis.set_title(f"{_literal(measure.title)}", loc="left", color=look.ink, fontsize=11, fontweight="bold", pad=18)
-    axis.text(
-        0, 1.03, _literal(measure.hint), transform=axis.transAxes, color=look.ink, fontsize=9, alpha=0.8, va="bottom"
-    )
-    axis.grid(axis="x", color=look.faint, linewidth=0.8)
-    axis.set_axisbelow(True)
+    _dress(axis, _literal(measure.title), _literal(measure.hint), "x", look)
     if measure.with_zero:
         axis.axvline(0, color=look.ink, linewidth=0.9)
-    axis.tick_params(which="both", colors=look.ink, labelsize=9, length=0)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(look.faint)
 
 
 def _literal(text: str) -> str:
@@ -120,20 +102,27 @@ def draw_panels(panels: Sequence[Panel], *, x_label: str, theme: Theme = "light"
 
     Series of the same position in each panel share a colour; the legend is taken from the first panel.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     look = _LOOKS[theme]
     rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(9, 0.75 + 2.75 * rows), dpi=DPI, facecolor=look.ground, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(0.75 + 2.75 * rows, look)
     for place, panel in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, COLUMNS, place)
         _draw_panel(axis, panel, look)
         if place > len(panels) - COLUMNS:
             axis.set_xlabel(x_label, color=look.ink, fontsize=10)
-    _draw_legend(figure, figure.axes[0], look)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": look.ink, "handlelength": 2.2}
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, **style)
     return _to_bytes(figure, "png")
+
+
+def _figure(height: float, look: _Look) -> Figure:
+    """An empty figure, 9 inches wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), dpi=DPI, facecolor=look.ground, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_panel(axis: Axes, panel: Panel, look: _Look) -> None:
@@ -146,15 +135,20 @@ def _draw_panel(axis: Axes, panel: Panel, look: _Look) -> None:
         axis.set_ylim(*panel.y_limits)
     if panel.x_ticks is not None:
         axis.set_xticks(panel.x_ticks)
-    axis.set_title(panel.title, loc="left", color=look.ink, fontsize=11, fontweight="bold", pad=18)
-    axis.text(0, 1.025, panel.hint, transform=axis.transAxes, color=look.ink, fontsize=9, alpha=0.8, va="bottom")
+    _dress(axis, panel.title, panel.hint, "y", look)
+    axis.margins(x=0.02)
+
+
+def _dress(axis: Axes, title: str, hint: str, lines: Literal["x", "y"], look: _Look) -> None:
+    """The title, the hint below it, and faint lines across one of the axes."""
+    axis.set_title(title, loc="left", color=look.ink, fontsize=11, fontweight="bold", pad=18)
+    axis.text(0, 1.025, hint, transform=axis.transAxes, color=look.ink, fontsize=9, alpha=0.8, va="bottom")
     axis.set_facecolor(look.ground)
-    axis.grid(axis="y", color=look.faint, linewidth=0.8)
+    axis.grid(axis=lines, color=look.faint, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(which="both", colors=look.ink, labelsize=9, length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(look.faint)
-    axis.margins(x=0.02)
 
 
 def _draw_series(axis: Axes, series: Series, colour: str, *, z_order: int) -> None:
@@ -176,11 +170,6 @@ def _set_log_scale(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_legend(figure: Figure, axis: Axes, look: _Look) -> None:
-    style: dict[str, Any] = {"frameon": False, "fontsize": 10, "labelcolor": look.ink, "handlelength": 2.2}
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=3, **style)
 
 
 def _to_bytes(figure: Figure, file_format: FileFormat) -> bytes:
