@@ -14,7 +14,7 @@ from nextquill.errors import ArgumentError
 from nextquill.evaluation.bootstrap import PairedResult
 from nextquill.evaluation.measures import NEW_USERS
 from nextquill.evaluation.results import is_number, unlike_settings
-from nextquill.report.data import Charts, Page, Panel, ResponseView, Series, Table
+from nextquill.report.data import Charts, Page, Panel, ResponseView, Series
 from nextquill.report.examples import MIX, example_views
 from nextquill.report.headline import (
     FEW_PEOPLE,
@@ -75,23 +75,18 @@ def runs_page(
     runs: Sequence[Run],
     *,
     title: str | None = None,
-    lead: str | None = None,
     baseline: Run | None = None,
     examples: int = DEFAULT_EXAMPLES,
     indices: Sequence[int] | None = None,
-    findings: Sequence[tuple[str, str]] = (),
-    tables: Sequence[Table] = (),
 ) -> Page:
     """The results of some runs, on one page.
 
     Args:
         runs: at least one, with labels of their own.
         title: the page's title; the runs' labels by default.
-        lead: a sentence or two below the title.
         baseline: the run that the others are compared with; the first evaluated one by default.
         examples: the number of examples to show of each set of records.
         indices: these examples instead.
-        findings, tables: further findings and tables, which come first.
 
     Raises:
         ArgumentError: there are no runs, the baseline is not one of them, `examples` is negative, or no run has an
@@ -111,9 +106,8 @@ def runs_page(
     views = example_views(runs, examples, indices)
     return Page(
         title=title or f"nextquill: {', '.join(run.label for run in runs)}",
-        lead=lead or _lead(runs),
+        lead=_lead(runs),
         verdict=_verdicts(measured, baseline, subjects),
-        findings=findings,
         notices=[
             *few_people(
                 min((run.metrics["users"].value for run in measured if "users" in run.metrics), default=math.inf)
@@ -125,7 +119,6 @@ def runs_page(
         ],
         measures=forest(list(subjects.values()), baseline.label if baseline is not None else None),
         measures_lead=_measures_lead(measured),
-        tables=tables,
         charts=training_charts(runs),
         folded=measures_tables(runs, baseline, pairing),
         responses=views,

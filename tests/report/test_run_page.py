@@ -141,13 +141,6 @@ def test_no_runs_and_a_foreign_baseline_are_refused(runs: list[Run]) -> None:
         runs_page(runs[:1], baseline=dataclasses.replace(runs[1], label="c"))
 
 
-def test_own_findings_and_tables_come_first(runs: list[Run]) -> None:
-    page = runs_page(runs, findings=[("found", "text")])
-    own = page.folded[-1]
-    assert page.findings == [("found", "text")]
-    assert runs_page(runs, tables=[own]).tables == [own]
-
-
 def test_one_user_alone_is_said(tmp_path: Path) -> None:
     page = runs_page([read_run(write_evaluation(tmp_path / "a", users=1))])
     assert page.notices == ["Only 1 person: no intervals and no tests, because one person says nothing about others."]
