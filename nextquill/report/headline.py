@@ -150,14 +150,12 @@ def comparison_verdict(subjects: Sequence[Subject], baseline: str, on: str) -> s
 def _worth(name: str, subject: Subject, baseline: Subject | None) -> str:
     what, other = _WORTH[name]
     metric = subject.metrics[name]
-    has_interval = metric.low is not None and metric.high is not None
-    figure = in_words(abs(metric.value), *_turned(metric), unit=metric.unit)
-    if not has_interval:
+    if metric.low is None or metric.high is None:
         said = f"is worth {in_words(metric.value, unit=metric.unit)} more than {other}, without an interval"
-    elif (metric.low or 0) > 0:
-        said = f"is worth {figure} more than {other}"
-    elif (metric.high or 0) < 0:
-        said = f"is worth {figure} less than {other}"
+    elif metric.low > 0:
+        said = f"is worth {in_words(metric.value, metric.low, metric.high, metric.unit)} more than {other}"
+    elif metric.high < 0:
+        said = f"is worth {in_words(-metric.value, -metric.high, -metric.low, metric.unit)} less than {other}"
     else:
         said = f"is not clearly worth more than {other}: {in_words(metric.value, metric.low, metric.high, metric.unit)}"
     if other == "none":
@@ -166,13 +164,6 @@ def _worth(name: str, subject: Subject, baseline: Subject | None) -> str:
         theirs = rounded(baseline.metrics[name].value)[0]
         said += f", against {theirs} in {baseline.label} ({_changed(subject, name, rounded(metric.value)[0], theirs)})"
     return f"{subject.label}'s {what} {said}"
-
-
-def _turned(metric: MetricValue) -> tuple[float | None, float | None]:
-    """The interval of the figure without its sign."""
-    if metric.value >= 0 or metric.low is None or metric.high is None:
-        return metric.low, metric.high
-    return -metric.high, -metric.low
 
 
 def _beside(name: str, subject: Subject, baseline: Subject | None) -> str:

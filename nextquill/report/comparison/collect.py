@@ -117,9 +117,8 @@ class _Table:
         nothing = MetricScores(0 * scores[0].statistics, scores[0].from_sums)
         interval, kind = paired_over_seeds(scores, [nothing], users, **self._options), self.measures[measure]
         low, high = interval.low, interval.high
-        if (
-            kind.unit in ("", OF_ONE) and kind.higher_is_better is not None
-        ):  # a share or an error, which cannot be below 0
+        # A share or an error cannot be below 0.
+        if kind.unit in ("", OF_ONE) and kind.higher_is_better is not None:
             low = max(low, 0.0)
             high = min(high, 1.0) if kind.higher_is_better else high
         return Estimate(statistics.mean(values), low, high, values)

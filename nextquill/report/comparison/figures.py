@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_OWN_HISTORY = ", generated with history"
+from nextquill.report.headline import OWN_HISTORY
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Measure:
     @property
     def short_label(self) -> str:
         """The label without the ending that the labels of all measures of generated texts share."""
-        return self.label.removesuffix(_OWN_HISTORY)
+        return self.label.removesuffix(OWN_HISTORY)
 
 
 @dataclass(frozen=True)
