@@ -190,16 +190,6 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
         return parts
 
 
-def score_branches(model: Any, branches: Sequence[Branch], pad_token_id: int = 0, **options: Any) -> list[Tensor]:
-    """The nll of each branch's response: `BranchScorer` for one call. `options` are its `attention`, `max_tokens`.
-
-    Returns:
-        For each branch [tokens] on the CPU in nats, float32 or the model's own float64.
-    """
-    with BranchScorer(model, pad_token_id, **options) as scorer:
-        return scorer(branches)
-
-
 def effect_line(scores: ExampleScores, tokenizer: Any) -> dict[str, Any]:
     """One record's scores as JSON: tokens, NLLs (nats) and effects, rounded to six decimals.
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextquill.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
-from nextquill.evaluation.metrics import METRICS, MetricScores, compute, metric_named, resolve
+from nextquill.evaluation.metrics import METRICS, MetricScores, compute, resolve
 from nextquill.evaluation.metrics.scores import ratio
 
 OVERLAP = ["rouge_1", "rouge_2", "rouge_l", "rouge_l_stem", "meteor_exact_stem", "bleu", "chrf"]
@@ -114,7 +114,7 @@ def test_library_that_is_not_installed_is_named(monkeypatch):
 
 def test_registry_is_keyed_by_name():
     assert all(metric.name == name and metric.label for name, metric in METRICS.items())
-    assert metric_named("mae").higher_is_better is False
+    assert METRICS["mae"].higher_is_better is False
     assert resolve("rouge_l") == "rouge_l"
 
 

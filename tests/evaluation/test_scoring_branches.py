@@ -14,7 +14,7 @@ from nextquill.data import Branch, ExampleEncoder, load_records
 from nextquill.errors import ArgumentError, BudgetError, RecordError
 from nextquill.evaluation.item_effects import item_effects, leave_one_out
 from nextquill.evaluation.preferences import encode_pairs, has_pair, preference_scores
-from nextquill.evaluation.scoring import BranchScorer, score_branches
+from nextquill.evaluation.scoring import BranchScorer
 from tests.helpers import assert_rounds_like
 from tests.models.model_helpers import TEMPLATE, VOCABULARY, branch_nll, make_records, tiny_model, word_tokenizer
 
@@ -36,6 +36,11 @@ def branches(seed=0, count=6):
 
 
 # ---- branches ----------------------------------------------------------------------------------
+
+
+def score_branches(model, branches, **options):
+    with BranchScorer(model, **options) as scorer:
+        return scorer(branches)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ from functools import partial
 from types import MappingProxyType
 
 from nextquill.errors import ArgumentError
-from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, preference_accuracy, rmse
+from nextquill.evaluation.metrics.answers import accuracy, exact_match, f1_macro, mae, rmse
 from nextquill.evaluation.metrics.authors import Authors
 from nextquill.evaluation.metrics.meteor import meteor, meteor_exact_stem, resolve
 from nextquill.evaluation.metrics.person import copied, distinct, length_ratio, right_person, right_person_uncopied
@@ -23,7 +23,7 @@ from nextquill.evaluation.metrics.rouge import rouge
 from nextquill.evaluation.metrics.sacre import bleu, chrf
 from nextquill.evaluation.metrics.scores import MetricScores, Reference, Texts
 
-__all__ = ["METRICS", "Authors", "Metric", "MetricScores", "compute", "metric_named", "preference_accuracy", "resolve"]
+__all__ = ["METRICS", "Authors", "Metric", "MetricScores", "compute", "resolve"]
 
 #: The unit of scores between 0 and 1.
 OF_ONE = "of 1"
@@ -103,8 +103,8 @@ def compute(
 
     Raises:
         ArgumentError: a metric is unknown or reads no texts; there are no examples, or different numbers of references
-            and predictions; a metric lacks the authors it needs; or a reference is not a label or not a rating where a
-            metric needs one.
+            and predictions; a metric lacks the authors or the histories it needs; or a reference is not a label or not a
+            rating, or an example has several, where a metric needs one.
         ArgumentTypeError: a text is not a string.
         BackendUnavailableError: the library that computes a metric is not installed.
     """
@@ -113,19 +113,10 @@ def compute(
     return {name: score(texts) for name, score in scorers.items()}
 
 
-def metric_named(name: str) -> Metric:
-    """The metric of that name.
-
-    Raises:
-        ArgumentError: there is none.
-    """
+def _scorer(name: str) -> Scorer:
     if name not in METRICS:
         raise ArgumentError(f"metrics: expected some of {', '.join(METRICS)}, got {name!r}")
-    return METRICS[name]
-
-
-def _scorer(name: str) -> Scorer:
-    scorer = metric_named(name).score
+    scorer = METRICS[name].score
     if scorer is None:
         raise ArgumentError(f"metrics: {name} is computed from the scores of pairs, not from texts")
     return scorer

@@ -1,4 +1,4 @@
-"""Answers that are right or wrong, or off by some points: labels, exact texts, ratings, and choices of two responses.
+"""Answers that are right or wrong, or off by some points: labels, exact texts and ratings.
 
     accuracy = mean [ŷ = y]      MAE = mean |ŷ − y|      RMSE = √ mean (ŷ − y)²
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,11 +28,7 @@ def exact_match(texts: Texts) -> MetricScores:
 
 
 def accuracy(texts: Texts) -> MetricScores:
-    """The share of predictions that equal a reference.
-
-    Raises:
-        ArgumentError: a reference is not among the task's labels.
-    """
+    """The share of predictions that equal a reference."""
     _check_labels(texts)
     return _share_equal(texts, str.strip)
 
@@ -42,9 +38,6 @@ def f1_macro(texts: Texts) -> MetricScores:
 
     As in LaMP, the mean is over every label of the task. Without a list of labels it is over those of the references; a
     resample keeps them all.
-
-    Raises:
-        ArgumentError: a reference is not among the task's labels, or an example has several.
     """
     _check_labels(texts)
     truth = [each.strip() for each in texts.single_references("f1_macro")]
@@ -61,41 +54,14 @@ def f1_macro(texts: Texts) -> MetricScores:
 
 
 def mae(texts: Texts) -> MetricScores:
-    """The mean absolute error.
-
-    Raises:
-        ArgumentError: a reference is not a number, or an example has several references.
-    """
+    """The mean absolute error."""
     return MetricScores.mean_of(_errors(texts))
 
 
 def rmse(texts: Texts) -> MetricScores:
-    """The root mean square error; raises as `mae`."""
+    """The root mean square error."""
     errors = np.array(_errors(texts))
     return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio)
-
-
-def preference_accuracy(chosen: Sequence[float] | Floats, rejected: Sequence[float] | Floats) -> MetricScores:
-    """The share of pairs whose chosen response scores above the rejected one; a tie counts half.
-
-    Args:
-        chosen, rejected: the model's score of each pair's two responses, such as log-probabilities in nats; −inf is
-            allowed.
-
-    Raises:
-        ArgumentError: there are no pairs, the two differ in number, or a score is not a number.
-    """
-    better, worse = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
-    if better.shape != worse.shape or better.ndim != 1 or not len(better):
-        raise ArgumentError(
-            f"rejected: expected a score for each of chosen, and at least one, got shapes {list(better.shape)} "
-            f"and {list(worse.shape)}"
-        )
-    for name, scores in (("chosen", better), ("rejected", worse)):
-        bad = np.flatnonzero(np.isnan(scores))
-        if len(bad):
-            raise ArgumentError(f"{name}[{bad[0]}]: expected a score, got nan")
-    return MetricScores.mean_of((better > worse) + 0.5 * (better == worse), "preference_accuracy")
 
 
 def read_rating(text: str) -> float | None:

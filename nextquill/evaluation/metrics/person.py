@@ -27,11 +27,7 @@ from nextquill.evaluation.metrics.words import word_spans
 
 
 def copied(texts: Texts) -> MetricScores:
-    """The mean of the texts' shares of copied word 3-grams.
-
-    Raises:
-        ArgumentError: the texts come without authors.
-    """
+    """The mean of the texts' shares of copied word 3-grams."""
     authors = texts.known_authors("copied")
     return MetricScores.mean_of_defined(
         [
@@ -42,11 +38,7 @@ def copied(texts: Texts) -> MetricScores:
 
 
 def right_person(texts: Texts) -> MetricScores:
-    """The share of texts whose author the judge picks.
-
-    Raises:
-        ArgumentError: the texts come without authors, or fewer than two have a history.
-    """
+    """The share of texts whose author the judge picks."""
     authors = _several(texts, "right_person")
     return MetricScores.mean_of_defined(
         [authors.right_share(index, text) for index, text in enumerate(texts.predictions)]
@@ -54,11 +46,7 @@ def right_person(texts: Texts) -> MetricScores:
 
 
 def right_person_uncopied(texts: Texts) -> MetricScores:
-    """The share of texts whose author the judge picks from what is not copied.
-
-    Raises:
-        ArgumentError: the texts come without authors, or fewer than two have a history.
-    """
+    """The share of texts whose author the judge picks from what is not copied."""
     authors = _several(texts, "right_person_uncopied")
     rests = [authors.uncopied(index, text) for index, text in enumerate(texts.predictions)]
     return MetricScores.mean_of_defined(
