@@ -120,12 +120,14 @@ def evaluate_model(
     run |= work.identity()
     with EvaluationFolder(Path(folder), run, overwrite=options.overwrite, progress=progress) as place:
         pair_indices, item_indices = ([each.index for each in found] for found in (work.pairs, work.itemised))
+        groups = () if work.judge is None else work.judge.groups
+        windows = () if work.prose is None else work.prose.windows
         effects = place.stage(EFFECTS_FILE, range(len(work.records)), work.effect_lines, "Scoring")
         pairs = place.stage(PREFERENCES_FILE, pair_indices, work.preference_lines, "Comparing pairs")
         place.stage(ITEM_EFFECTS_FILE, item_indices, work.item_lines, "Leaving items out")
         texts = place.stage(GENERATED_FILE, range(len(work.prompts)), work.text_lines, "Generating")
-        judged = place.stage(JUDGED_FILE, work.judge_indices, partial(work.judge_lines, texts), "Judging")
-        prose = place.stage(PROSE_FILE, work.prose_indices, work.prose_lines, "Reading prose")
+        judged = place.stage(JUDGED_FILE, range(len(groups)), partial(work.judge_lines, texts), "Judging")
+        prose = place.stage(PROSE_FILE, range(len(windows)), work.prose_lines, "Reading prose")
 
         def finish() -> Evaluation:
             evaluation, examples = work.results(effects, pairs, texts, judged, prose)
@@ -233,10 +235,10 @@ class _Work:
             raise RecordError("records: expected at least one, got none")
         options = self.options
         self.texts = TaskTexts.of(self.records, options)  # before anything is tokenised
-        folder, self.marks = options.personal_from, None
-        if folder is not None:
+        self.marks = None
+        if options.personal_from is not None:
             with naming("personal_from"):
-                self.marks = read_marks(Path(folder), self.records)
+                self.marks = read_marks(Path(options.personal_from), self.records)
         self.strings = [personal_strings(record, index) for index, record in enumerate(self.records)]
         self.encoder = ExampleEncoder(self.tokenizer, **vars(self.settings))
         with naming("records"):
@@ -246,11 +248,9 @@ class _Work:
             self.marks.check(self.examples)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
-        against, examples = (
-            options.guidance_against if options.guidance else None,
-            self.examples[: options.generate_limit],
-        )
-        self.prompts = make_prompts(examples, self.texts.branches, options.seed, against)
+        against = options.guidance_against if options.guidance else None
+        shown = self.examples[: options.generate_limit]
+        self.prompts = make_prompts(shown, self.texts.branches, options.seed, against)
         self.prose = None
         if options.prose_file is not None:
             self.prose = Prose(options.prose_file, self.model, self.tokenizer, options.max_tokens)
@@ -298,7 +298,8 @@ class _Work:
         with self._scorer() as scorer:
 
             def lines(each: EncodedExample) -> list[dict[str, Any]]:
-                return [item_effects(scorer, renderer, self.tokenizer, self.records[each.index], each).to_dict()]
+                found = item_effects(scorer, renderer, self.tokenizer, self.records[each.index], each)
+                return [dataclasses.asdict(found)]
 
             yield from deal(left, lines)
 
@@ -308,19 +309,11 @@ class _Work:
             for index, text in engine.generate(self.prompts, done):
                 yield {"index": index, "text": text}
 
-    @property
-    def judge_indices(self) -> range:
-        return range(0 if self.judge is None else len(self.judge.groups))
-
     def judge_lines(self, texts: Stage, done: SharedFile) -> Lines:
         assert self.judge is not None
         shown = zip(self._generated(texts), self.records, strict=True)
         judged = [[*own.values(), record.response] for own, record in islice(shown, len(self.texts.references))]
         return self.judge.lines(judged, done, **self._passes())
-
-    @property
-    def prose_indices(self) -> range:
-        return range(0 if self.prose is None else len(self.prose.windows))
 
     def prose_lines(self, done: SharedFile) -> Lines:
         assert self.prose is not None

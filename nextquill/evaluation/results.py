@@ -157,10 +157,6 @@ class EvaluatedExample:
     copied: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return its line of the file, as JSON holds it."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class ItemEffects:
@@ -177,10 +173,6 @@ class ItemEffects:
     items: Sequence[Mapping[str, Any]]
     effects: Sequence[Sequence[float]]
     tokens: Sequence[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return its line of the file, as JSON holds it."""
-        return dataclasses.asdict(self)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -373,7 +365,7 @@ class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
 
     def finish(self, evaluation: Evaluation, examples: Iterable[EvaluatedExample]) -> None:
         """Write the results; the evaluation itself last."""
-        lines = [json.dumps(example.to_dict(), ensure_ascii=False) + "\n" for example in examples]
+        lines = [json.dumps(dataclasses.asdict(example), ensure_ascii=False) + "\n" for example in examples]
         write_whole(self.folder / EXAMPLES_FILE, "".join(lines))
         kept = [name for name in _FILES if name not in _PROGRESS and (self.folder / name).is_file()]
         write_whole(self.folder / EVALUATION_FILE, evaluation.to_json(listed(self.folder, kept)))

@@ -39,7 +39,7 @@ def save(folder, name, records="digest", metrics=METRICS, task="text", drop=()):
     random.Random(name).shuffle(examples)
     evaluation = Evaluation(name, records, len(examples), task=task, metrics=metrics)
     (folder / EVALUATION_FILE).write_text(evaluation.to_json())
-    (folder / EXAMPLES_FILE).write_text("".join(json.dumps(each.to_dict()) + "\n" for each in examples))
+    (folder / EXAMPLES_FILE).write_text("".join(json.dumps(dataclasses.asdict(each)) + "\n" for each in examples))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -37,8 +38,8 @@ def test_evaluation_is_read_as_it_was_written(tmp_path):
 
 
 def test_lines_are_read_as_they_were_written(tmp_path):
-    (tmp_path / EXAMPLES_FILE).write_text(json.dumps(EXAMPLE.to_dict()) + "\n")
-    (tmp_path / ITEM_EFFECTS_FILE).write_text(json.dumps(ITEMS.to_dict()) + "\n")
+    (tmp_path / EXAMPLES_FILE).write_text(json.dumps(dataclasses.asdict(EXAMPLE)) + "\n")
+    (tmp_path / ITEM_EFFECTS_FILE).write_text(json.dumps(dataclasses.asdict(ITEMS)) + "\n")
     assert read_examples(tmp_path) == [EXAMPLE]
     assert read_item_effects(tmp_path) == [ITEMS]
 
@@ -51,15 +52,15 @@ def test_item_effects_need_not_be_there(tmp_path):
     ("name", "content", "message"),
     [
         (EXAMPLES_FILE, '{"index": 0}\n', "examples.jsonl line 1: not a line of an evaluation: .*user_id"),
-        (EXAMPLES_FILE, json.dumps(EXAMPLE.to_dict()) + "\n{\n", "examples.jsonl line 2: not valid JSON"),
+        (EXAMPLES_FILE, json.dumps(dataclasses.asdict(EXAMPLE)) + "\n{\n", "examples.jsonl line 2: not valid JSON"),
         (
             EXAMPLES_FILE,
-            json.dumps(EXAMPLE.to_dict() | {"statistics": 1}),
+            json.dumps(dataclasses.asdict(EXAMPLE) | {"statistics": 1}),
             "line 1: field 'statistics': expected an obj",
         ),
         (
             EXAMPLES_FILE,
-            json.dumps(EXAMPLE.to_dict() | {"statistics": {"a": {"0": "x"}}}),
+            json.dumps(dataclasses.asdict(EXAMPLE) | {"statistics": {"a": {"0": "x"}}}),
             "line 1: field 'statistics'",
         ),
         (EXAMPLES_FILE, "[]\n", "examples.jsonl line 1: expected an object, got list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -125,9 +126,9 @@ def _write(
     evaluation = Evaluation("runs/model", records, len(examples), "amazon_reviews", metrics=metrics)
     (folder / EVALUATION_FILE).write_text(evaluation.to_json(), encoding="utf-8")
     for name, lines in (
-        (EXAMPLES_FILE, [example.to_dict() for example in examples]),
+        (EXAMPLES_FILE, [dataclasses.asdict(example) for example in examples]),
         (EFFECTS_FILE, effects),
-        (ITEM_EFFECTS_FILE, [item.to_dict() for item in items]),
+        (ITEM_EFFECTS_FILE, [dataclasses.asdict(item) for item in items]),
     ):
         text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
         (folder / name).write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def test_tokens_hold_the_probabilities_of_the_file(folder: Path) -> None:
 def test_items_hold_the_effects_of_the_file(folder: Path) -> None:
     found = read_items(read_run(folder))[1]
     line = json.loads((folder / "evaluation/item_effects.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert found.to_dict() == line
+    assert dataclasses.asdict(found) == line
 
 
 def test_labels_are_as_short_as_sets_them_apart() -> None:

@@ -64,7 +64,7 @@ def write_run(folder, name, seed, rows, *, users=NUM_USERS, records="r", **cost)
     metrics["examples"] = MetricValue("examples", float(len(rows)))
     examples = [EvaluatedExample(index, f"u{index % users}", "q", "r", scores=row) for index, row in enumerate(rows)]
     (evaluation / EVALUATION_FILE).write_text(Evaluation(name, records, len(rows), metrics=metrics).to_json())
-    lines = [json.dumps(example.to_dict()) + "\n" for example in examples]
+    lines = [json.dumps(dataclasses.asdict(example)) + "\n" for example in examples]
     (evaluation / EXAMPLES_FILE).write_text("".join(lines))
     usual = {"steps": 10, "examples": 40, "seconds": 5.0, "wall_seconds": 9.0, "learning_rate": 1e-3}
     usual = {"order": f"order {seed}", **usual} if name != BASE else {"wall_seconds": 2.0}
