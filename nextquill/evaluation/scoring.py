@@ -135,7 +135,6 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
         pad_token_id: fills padded batches.
         attention: see `PairPasses`.
         max_tokens: most tokens of one forward; by default as for `score_examples`.
-        passes: existing passes of the model, whose attention is then used.
 
     Raises:
         ArgumentError: `attention` is unknown, or `max_tokens` below 1.
@@ -143,16 +142,10 @@ class BranchScorer(AbstractContextManager["BranchScorer"]):
     """
 
     def __init__(
-        self,
-        model: Any,
-        pad_token_id: int = 0,
-        *,
-        attention: str = "auto",
-        max_tokens: int | None = None,
-        passes: PairPasses | None = None,
+        self, model: Any, pad_token_id: int = 0, *, attention: str = "auto", max_tokens: int | None = None
     ) -> None:
         self._model, self._pad, self._given = model, pad_token_id, max_tokens
-        self._passes = PairPasses(model, SFTLoss(), attention) if passes is None else passes
+        self._passes = PairPasses(model, SFTLoss(), attention)
         self._usual = usual_max_tokens(model, self._passes)
         self._passes.collator(pad_token_id, max_tokens, training=False)  # refuses a bad number
 
