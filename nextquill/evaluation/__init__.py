@@ -8,7 +8,6 @@ Runs a model:
     judge.py         whose text it is, by a language model
     prose.py         the nll of general prose
     item_effects.py  the effect of every single history item
-    generation/      responses, by transformers or by vLLM
 
 Works on numbers and texts alone, from whatever model:
 

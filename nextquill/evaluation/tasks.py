@@ -87,6 +87,7 @@ _NEWS_CATEGORIES = (
 )  # fmt: skip
 _LABELS, _ROUGE = ("accuracy", "f1_macro"), ("rouge_1", "rouge_l")
 _LONG = (*_ROUGE, "meteor")
+_PERSON = ("right_person", "right_person_uncopied", "copied", "distinct", "length_ratio")
 _LAMP = "LaMP, arXiv 2304.11406; eval/evaluation.py of github.com/LaMP-Benchmark/LaMP"
 _LONGLAMP = "LongLaMP, arXiv 2407.11016; README.md of github.com/LongLaMP-benchmark/LongLaMP-Benchmark"
 
@@ -106,22 +107,7 @@ _TASKS = (
     Task("longlamp_topic", "LongLaMP: topic writing", _LONG, file_names=("topic_writing",), source=_LONGLAMP),
     Task("amazon_reviews", "Amazon reviews", (*_LONG, "bleu"), source="eval-basic.py of github.com/SnowCharmQ/DPL"),
     Task("preferences", "Preferences", ("preference_accuracy",), "pair"),
-    Task(
-        "text",
-        "Text",
-        (
-            "rouge_1",
-            "rouge_2",
-            "rouge_l",
-            "bleu",
-            "chrf",
-            "right_person",
-            "right_person_uncopied",
-            "copied",
-            "distinct",
-            "length_ratio",
-        ),
-    ),
+    Task("text", "Text", ("rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", *_PERSON)),
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 

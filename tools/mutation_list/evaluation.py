@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-rmse",
         "nextquill/evaluation/metrics/answers.py",
-        "return np.sqrt(ratio(sums))",
-        "return ratio(sums)",
+        "np.sqrt(ratio(sums))",
+        "ratio(sums)",
         "RMSE is the mean square",
     ),
     Mutation(

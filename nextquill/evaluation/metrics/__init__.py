@@ -103,7 +103,7 @@ def compute(
 
     Raises:
         ArgumentError: a metric is unknown or reads no texts; there are no examples, or different numbers of references
-            and predictions; a metric lacks the authors or the histories it needs; or a reference is not a label or not a
+            and predictions; a metric lacks the authors or the histories it needs; or a reference is not a label or a
             rating, or an example has several, where a metric needs one.
         ArgumentTypeError: a text is not a string.
         BackendUnavailableError: the library that computes a metric is not installed.

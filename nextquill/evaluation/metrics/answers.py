@@ -61,7 +61,7 @@ def mae(texts: Texts) -> MetricScores:
 def rmse(texts: Texts) -> MetricScores:
     """The root mean square error."""
     errors = np.array(_errors(texts))
-    return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), _root_of_ratio)
+    return MetricScores(np.stack([errors**2, np.ones_like(errors)], axis=1), lambda sums: np.sqrt(ratio(sums)))
 
 
 def read_rating(text: str) -> float | None:
@@ -90,8 +90,7 @@ def _share_equal(texts: Texts, form: Callable[[str], str]) -> MetricScores:
 
 def _macro_f1_from_sums(sums: Floats) -> Floats:
     hits, both = np.split(sums, 2, axis=-1)
-    f1: Floats = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both != 0)
-    mean: Floats = f1.mean(axis=-1)
+    mean: Floats = ratio(np.stack([2 * hits, both], axis=-1)).mean(axis=-1)
     return mean
 
 
@@ -111,7 +110,3 @@ def _errors(texts: Texts) -> list[float]:
         farthest = max(abs(LOWEST - truth), abs(HIGHEST - truth))
         errors.append(farthest if rating is None else abs(rating - truth))
     return errors
-
-
-def _root_of_ratio(sums: Floats) -> Floats:
-    return np.sqrt(ratio(sums))

@@ -48,7 +48,8 @@ class Authors:
     histories: Sequence[Sequence[str]]
     everyone: Mapping[str, Sequence[str]] | None = None
     seed: int = 42
-    _known: dict[tuple[str, ...], dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+    _known_weights: dict[tuple[str, ...], dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+    _known_phrases: dict[tuple[str, ...], frozenset[Phrase]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.users) != len(self.histories):
@@ -115,11 +116,11 @@ class Authors:
         return math.fsum(count * self._idf(gram) * weights[gram] for gram, count in counts.items() if gram in weights)
 
     def _weights(self, history: tuple[str, ...]) -> dict[str, float]:
-        if history not in self._known:
+        if history not in self._known_weights:
             weights = {gram: count * self._idf(gram) for gram, count in Counter(_grams(" ".join(history))).items()}
             length = math.sqrt(math.fsum(weight**2 for weight in weights.values()))
-            self._known[history] = {gram: weight / length for gram, weight in weights.items()}
-        return self._known[history]
+            self._known_weights[history] = {gram: weight / length for gram, weight in weights.items()}
+        return self._known_weights[history]
 
     def _idf(self, gram: str) -> float:
         return math.log((1 + len(self.chosen_from)) / (1 + self._people_with[gram])) + 1
@@ -130,13 +131,9 @@ class Authors:
 
     def _phrases(self, index: int) -> frozenset[Phrase]:
         history = tuple(self.histories[index])
-        if history not in self._own_phrases:
-            self._own_phrases[history] = frozenset(phrase for text in history for phrase in phrases(text))
-        return self._own_phrases[history]
-
-    @cached_property
-    def _own_phrases(self) -> dict[tuple[str, ...], frozenset[Phrase]]:
-        return {}
+        if history not in self._known_phrases:
+            self._known_phrases[history] = frozenset(phrase for text in history for phrase in phrases(text))
+        return self._known_phrases[history]
 
 
 def share_of_first(scores: Sequence[float]) -> float:
