@@ -209,4 +209,3 @@ class Page:
     folded: Sequence[Table] = ()
     reading: Sequence[tuple[str, str]] = ()
     footer: str = ""
-    language: str = "en"

@@ -28,7 +28,7 @@ def render_page(page: Page) -> str:
     return "\n".join(
         [
             "<!doctype html>",
-            f'<html lang="{html(page.language)}">',
+            '<html lang="en">',
             '<head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -27,13 +27,12 @@ _COPIED = "underline black on #ffe08a"
 _STEPS = (0.05, 0.2, 0.4, 0.7)
 
 
-def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: str = "") -> Text:
+def effect_text(tokens: Sequence[str], effects: Sequence[float]) -> Text:
     """Tokens on blue where the history raised their probability, on orange where it lowered it.
 
     Args:
         tokens: the pieces of the response, as they read when joined.
         effects: effect_prob of each token, in [-1, 1]; NaN (not measured) is left plain.
-        separator: goes between tokens, uncoloured; empty for tokens that carry their own spaces.
 
     Returns:
         A `rich.text.Text`; `.plain` is the joined tokens, with control characters written as `\\x1b`.
@@ -47,7 +46,7 @@ def effect_text(tokens: Sequence[str], effects: Sequence[float], *, separator: s
         raise ArgumentError(f"effects: expected one for each of {len(tokens)} tokens, got {len(effects)}")
     # Plain, because an escape sequence would be obeyed.
     pieces = [Text(plain(token), effect_style(effect)) for token, effect in zip(tokens, effects, strict=True)]
-    return Text(separator).join(pieces)
+    return Text().join(pieces)
 
 
 def copied_text(text: str, spans: Sequence[Sequence[int]]) -> Text:

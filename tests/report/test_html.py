@@ -94,7 +94,6 @@ def full_page(word: str) -> Page:
         responses_lead=word,
         reading=[(word, word)],
         footer=word,
-        language=word,
     )
 
 

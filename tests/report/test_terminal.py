@@ -31,8 +31,7 @@ def test_effect_text_keeps_the_text_and_colours_by_sign() -> None:
     assert effect_style(0.8) != effect_style(-0.8)
 
 
-def test_effect_text_puts_the_separator_between_tokens_only() -> None:
-    assert effect_text(["a", "b", "c"], [0.0, 0.0, 0.0], separator=" ").plain == "a b c"
+def test_no_tokens_are_an_empty_text() -> None:
     assert effect_text([], []).plain == ""
 
 
