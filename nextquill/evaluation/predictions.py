@@ -9,12 +9,12 @@ github.com/LongLaMP-benchmark/LongLaMP-Benchmark). A scorer takes two files that
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError, RecordError
+from nextquill.errors import ArgumentError, ArgumentTypeError, RecordError
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.tasks import Task, task_of_file
 from nextquill.storage.atomic_files import write_whole
@@ -37,22 +37,19 @@ class PredictionFile:
     outputs: dict[Id, str]
 
 
-def write_predictions(
-    path: Path, task: Task | str, predictions: Iterable[tuple[Id, str]], *, ids: Sequence[Id] | None = None
-) -> None:
+def write_predictions(path: Path, task: Task, predictions: Iterable[tuple[Id, str]]) -> None:
     """Write the file whole, or leave the one that was there.
 
     Args:
         path: the file, which is replaced.
-        task: a task with such files, or the name to write.
+        task: a task with such files.
         predictions: id and text of every example.
-        ids: the ids of all right answers, if known: each must have its prediction.
 
     Raises:
         ArgumentTypeError: an id or a text has the wrong type.
-        ArgumentError: an id is given twice, is missing or is not among `ids`; or the task has no such files.
+        ArgumentError: an id is given twice, or the task has no such files.
     """
-    if isinstance(task, Task) and not task.file_names:
+    if not task.file_names:
         raise ArgumentError(f"task: {task.name} has no prediction file of its own")
     outputs: dict[Id, str] = {}
     for k, (key, text) in enumerate(predictions):
@@ -63,11 +60,8 @@ def write_predictions(
         if key in outputs:
             raise ArgumentError(f"predictions[{k}]: id {key!r} comes twice")
         outputs[key] = text
-    if ids is not None:
-        _check_ids(ArgumentError, "predictions", outputs, "ids", ids)
     golds = [{"id": key, "output": text} for key, text in outputs.items()]
-    name = task.file_names[0] if isinstance(task, Task) else task
-    write_whole(path, json.dumps({"task": name, "golds": golds}, indent=1) + "\n")
+    write_whole(path, json.dumps({"task": task.file_names[0], "golds": golds}, indent=1) + "\n")
 
 
 def read_predictions(path: Path) -> PredictionFile:
@@ -102,7 +96,7 @@ def score_predictions(predictions: Path, golds: Path, task: Task | None = None) 
     given, right = read_predictions(predictions), read_predictions(golds)
     if given.task != right.task:
         raise RecordError(f"{predictions}: expected predictions of {right.task!r} as in {golds}, got {given.task!r}")
-    _check_ids(RecordError, str(predictions), given.outputs, str(golds), right.outputs)
+    _check_ids(predictions, given.outputs, golds, right.outputs)
     task = task or task_of_file(right.task)
     references = [task.read_reference(text, f"{golds}: id {key!r}") for key, text in right.outputs.items()]
     return task.compute(references, [given.outputs[key] for key in right.outputs])
@@ -128,9 +122,7 @@ def _entry(entry: Any, where: str) -> tuple[Id, str]:
     return key, str(text)
 
 
-def _check_ids(
-    error: type[NextQuillError], name: str, given: Collection[Id], other: str, wanted: Collection[Id]
-) -> None:
+def _check_ids(name: Path, given: Collection[Id], other: Path, wanted: Collection[Id]) -> None:
     for keys, known, what in (
         (wanted, set(given), f"no prediction for id {{!r}} of {other}"),
         (given, set(wanted), f"id {{!r}} is not in {other}"),
@@ -138,4 +130,4 @@ def _check_ids(
         strange = [key for key in keys if key not in known]
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            raise error(f"{name}: {what.format(strange[0])}{more}")
+            raise RecordError(f"{name}: {what.format(strange[0])}{more}")
