@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,14 +43,6 @@ _NEVER = 1e6
 _MEANS = ("response_tokens", "responses_empty", "responses_unfinished", "responses_equal", "response_variety")
 #: A variety below this share of the run's first one is warned of.
 _LEAST_VARIETY = 0.5
-
-
-@dataclass
-class _Examples:
-    """The collator of a training batch: its examples as they are, since their responses are yet to be sampled."""
-
-    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        return {"examples": list(examples)}
 
 
 class MirrorTrainer(NextQuillTrainer):
@@ -140,7 +132,7 @@ class MirrorTrainer(NextQuillTrainer):
             **options,
         )
         self._collate: Any = self.data_collator
-        self.data_collator = _Examples()
+        self.data_collator = _examples
         base = base_model(model)
         self._stops = stop_tokens(base, processing_class, self._ends())
         if rollouts is None:
@@ -298,9 +290,9 @@ class MirrorTrainer(NextQuillTrainer):
         return divergence, anchor if self._has_anchor else None
 
     def _reduced(self, sums: Tensor) -> list[float]:
-        """The sums over all examples of a step; processes that share a model by tensor parallelism have the same."""
-        found = self.accelerator.reduce(send(sums.double(), self.args.device), reduction="sum") / self.get_tp_size()
-        return found.tolist()  # type: ignore[no-any-return]
+        """The sums over all examples of a step."""
+        found: list[float] = self._sum_of_batches(send(sums.double(), self.args.device)).tolist()
+        return found
 
     @property
     def loss(self) -> MirrorLoss:
@@ -358,6 +350,11 @@ class MirrorTrainer(NextQuillTrainer):
         """The values that a checkpoint must share with a run that resumes from it."""
         settings = {name: value for name, value in asdict(self.settings).items() if name != "log_samples_every"}
         return {**super().run_identity(), **settings}
+
+
+def _examples(examples: Sequence[EncodedExample]) -> dict[str, Any]:
+    """The collator of a training batch: its examples as they are, since their responses are yet to be sampled."""
+    return {"examples": list(examples)}
 
 
 def _check_args(args: Any, log_samples_every: int) -> None:
