@@ -87,6 +87,7 @@ class MirrorTrainer(NextQuillTrainer):
     """
 
     _sums: Tensor
+    _sample_log: SampleLog
     _has_anchor = False  # whether any example of the step has informative tokens
     _loss_falls = False  # each step's responses are new, and MIRROR-F's terms are divided by their means
 
@@ -144,7 +145,7 @@ class MirrorTrainer(NextQuillTrainer):
             sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
             rollouts = ModelRollouts(model, processing_class, self._stops, **sampling)
         self.rollouts = rollouts
-        self._samples = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
+        self._sample_log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
         self._start_interval()
 
     # ---- data ----------------------------------------------------------------------------------
@@ -213,11 +214,6 @@ class MirrorTrainer(NextQuillTrainer):
         self._start_interval()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
-        checkpoint = super()._begun(resume_from_checkpoint, folder)
-        self._samples.resume(checkpoint)
-        return checkpoint
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -265,7 +261,7 @@ class MirrorTrainer(NextQuillTrainer):
         self._step_sums = torch.tensor([(1, *row) for row in rows], dtype=torch.float64).sum(0)
         every = self.settings.log_samples_every
         if every and step % every == 0:
-            self._samples.append(_line(step, example, sample) for example, sample in pairs)
+            self._sample_log.append(_line(step, example, sample) for example, sample in pairs)
 
     def _set_terms(self, batches: Sequence[Any], items: Tensor | int) -> None:
         """Give the loss the window's number of anchors, and the terms' means."""

@@ -102,6 +102,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         UnsupportedModelError: a model's head or attention cannot be handled exactly.
     """
 
+    _sample_log: SampleLog
+
     def __init__(
         self,
         model: Any = None,
@@ -175,7 +177,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         self.steps = StepMaker(
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
-        self._log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
+        self._sample_log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
         self._start_interval()
 
     # ---- preparation ---------------------------------------------------------------------------------
@@ -212,11 +214,6 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         finally:
             self.passes.close()
             self.rollouts.close()
-
-    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
-        checkpoint = super()._begun(resume_from_checkpoint, folder)
-        self._log.resume(checkpoint)
-        return checkpoint
 
     def check_resume(self, checkpoint: Path) -> None:
         """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
@@ -265,7 +262,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             batch["work"] = [next(work) for _ in batch["users"]]
         for name, pair in step.sums.items():
             self._sums[name] += torch.tensor(pair, dtype=torch.float64)
-        self._log.append(line for each in step.work for line in each.lines)
+        self._sample_log.append(line for each in step.work for line in each.lines)
         own = send(torch.tensor(float(len(users))), device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
