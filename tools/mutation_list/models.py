@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "trainer-stored-effects",
         "nextquill/models/stored_effects.py",
-        "weighting(PairNLL(piece[0].clone(), piece[1].clone(), None))",
-        "weighting(PairNLL(piece[1].clone(), piece[0].clone(), None))",
+        "PairNLL(effects[0], effects[1], None)",
+        "PairNLL(effects[1], effects[0], None)",
         "stored effects weigh tokens by the opposite",
     ),
     Mutation(
