@@ -256,21 +256,18 @@ def local_engine(model: Any, tokenizer: Any, stops: set[int], options: Generatio
     Raises:
         UnsupportedModelError: `engine="tree"` and the model cannot run branches in one row.
     """
-    with ExitStack() as stack:
-        yield _entered(stack, model, tokenizer, stops, options)
-
-
-def _entered(stack: ExitStack, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> Engine:
     from nextquill.generation.transformers_engine import transformers_engine
     from nextquill.generation.tree_engine import tree_engine
 
-    if options.engine != "hf":
-        try:
-            return stack.enter_context(tree_engine(model, tokenizer, stops, options))
-        except UnsupportedModelError:
-            if options.engine == "tree":
-                raise
-    return stack.enter_context(transformers_engine(model, tokenizer, stops, options))
+    engine: Engine | None = None
+    with ExitStack() as stack:
+        if options.engine != "hf":
+            try:
+                engine = stack.enter_context(tree_engine(model, tokenizer, stops, options))
+            except UnsupportedModelError:
+                if options.engine == "tree":
+                    raise
+        yield engine or stack.enter_context(transformers_engine(model, tokenizer, stops, options))
 
 
 def _prompt_ids(example: EncodedExample, name: str) -> list[int]:
