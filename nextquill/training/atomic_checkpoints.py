@@ -180,14 +180,12 @@ class AtomicCheckpoints(_Base):
             )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _resuming(checkpoint):
-                super()._load_scaler(checkpoint)
+        with _resuming(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _resuming(checkpoint):
-                super()._load_rng_state(checkpoint)
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -241,7 +239,7 @@ class AtomicCheckpoints(_Base):
         write_whole(folder / checkpoints.RUN_FILE, checkpoints.as_json({**self._own_identity(), **known}))
 
 
-def _resuming(checkpoint: str | Path) -> AbstractContextManager[None]:
+def _resuming(checkpoint: str | Path | None) -> AbstractContextManager[None]:
     return reading(checkpoint, f"resume_from_checkpoint: cannot resume from {checkpoint}", CheckpointError)
 
 
