@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class PartScores(NamedTuple):
     sequence_ids: Tensor
 
 
-class PairPasses:
+class PairPasses(AbstractContextManager["PairPasses"]):
     """Runs a loss over batches of one model. As a context manager it calls `close` at the end.
 
     Args:
@@ -98,9 +98,6 @@ class PairPasses:
         self._noise: Exception | None = None
         if attention == "padded":
             check_padded_rows(model)
-
-    def __enter__(self) -> PairPasses:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -96,8 +96,7 @@ def check_trainable(config: Any) -> None:
 
 def is_lora(config: Any) -> bool:
     """Whether a config is a LoRA config."""
-    kind = getattr(config, "peft_type", None)
-    return str(getattr(kind, "value", kind)) == "LORA"
+    return getattr(config, "peft_type", None) == "LORA"
 
 
 def initial_adapter(model: Any, name: str) -> str | None:

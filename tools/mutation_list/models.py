@@ -322,7 +322,7 @@ MUTATIONS = (
     ),
     Mutation(
         "generation-padding",
-        "nextquill/generation/transformers_engine.py",
+        "nextquill/generation/guidance.py",
         'for row in rows], batch_first=True, padding_side="left")',
         'for row in rows], batch_first=True, padding_value=1, padding_side="left")',
         "what is generated depends on the prompts beside it",
