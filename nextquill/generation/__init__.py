@@ -188,7 +188,6 @@ class Engine(ABC):
         """Yield index and text of each response, in any order; `prompts` alone decide which are computed together.
 
         Args:
-            prompts: the prompts to respond to.
             done: indices to leave out; an engine may compute some of them again together with others.
         """
         for index, ids in self.generate_ids(prompts, done):
@@ -231,7 +230,6 @@ def generation_engine(
     Args:
         model, tokenizer: a causal language model, also a PEFT model, and its tokenizer.
         examples: encoded examples; the first one shows which token ends a response.
-        options: how responses are chosen.
         model_name: the folder or hub name that vLLM loads the model from.
 
     Raises:

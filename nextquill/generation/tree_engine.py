@@ -187,7 +187,6 @@ class _Response:
     """A response under way.
 
     Args:
-        prompt: its prompt.
         room: the tokens that it may still get; 0 once it has ended.
 
     Attributes:

@@ -278,7 +278,6 @@ class GeneratorPrompts:
         quoted. So the room must be a quarter larger than the longest summary.
 
         Args:
-            pair: the pair.
             max_summary_tokens: the most tokens that are sampled for a summary; 0 for none.
             where: the beginning of the error message, for example the pair's user.
 
