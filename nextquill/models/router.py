@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,14 +55,11 @@ class RouterLoss:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record the routers' logits in the forward inside this block."""
-        self._logits = []
-        handles = [router.register_forward_hook(self._record) for router in self._routers]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._logits.clear)
+            for router in self._routers:
+                stack.enter_context(router.register_forward_hook(self._record))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._logits = []
 
     def value(self, forward: Mapping[str, Any]) -> Tensor:
         """The loss over the recorded logits, a float32 scalar without a unit. Call this before the block ends.

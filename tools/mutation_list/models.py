@@ -393,8 +393,8 @@ MUTATIONS = (
     Mutation(
         "sharded-hook-removed",
         "nextquill/models/sharded.py",
-        "        hook.remove()\n",
-        "        pass\n",
+        "    with module.register_forward_pre_hook(announce, prepend=True):\n",
+        "    if module.register_forward_pre_hook(announce, prepend=True):\n",
         "under FSDP2 each forward of a training says that a sample goes on",
     ),
 )
