@@ -16,7 +16,7 @@ from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit,
 from nextquill.generation.guidance import HistoryGuidance, left_padded
 from nextquill.generation.sampling import sampling
 from nextquill.models.configs import context_length
-from nextquill.models.probe import in_eval_mode
+from nextquill.models.probe import in_eval_mode, temporarily
 from nextquill.models.router import without_router_loss
 from nextquill.ranks import deal
 
@@ -29,16 +29,12 @@ def transformers_engine(
 
     Generation uses a cache even if the model's own config has none, as in training with gradient checkpointing.
     """
-    own = model.generation_config
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
-    model.generation_config = GenerationConfig(
+    config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
     )
-    try:
-        with in_eval_mode(model):
-            yield TransformersEngine(tokenizer, stops, options, model)
-    finally:
-        model.generation_config = own
+    with in_eval_mode(model), temporarily(model, "generation_config", config):
+        yield TransformersEngine(tokenizer, stops, options, model)
 
 
 @dataclass

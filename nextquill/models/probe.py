@@ -74,6 +74,17 @@ def without_softcap(configs: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def temporarily(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute that an object has another value inside the block."""
+    previous = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace the module's forward by `forward` inside the block; hooks around it still run."""
     previous = module.__dict__.get("forward")

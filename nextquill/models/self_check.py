@@ -13,7 +13,7 @@ from nextquill.devices import send
 from nextquill.errors import NonFiniteError, UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 from nextquill.models.head import find_head
-from nextquill.models.probe import in_eval_mode, replaced_forward, returned_logits
+from nextquill.models.probe import in_eval_mode, replaced_forward, returned_logits, temporarily
 from nextquill.models.router import without_router_loss
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
 
@@ -81,14 +81,10 @@ def masks_follow_window(model: Any) -> bool:
         return True
     config, device = text_config(base), next(base.parameters()).device
     branch = torch.tensor([_small_tree(base.get_input_embeddings().weight.shape[0])[0][0]], device=device)
-    window, logits = config.sliding_window, list[Tensor]()
-    with in_eval_mode(model):
-        try:
-            for each in (window, 2):
-                config.sliding_window = each
-                logits.append(returned_logits(model(input_ids=branch, use_cache=False)))
-        finally:
-            config.sliding_window = window
+    logits = list[Tensor]()
+    for window in (config.sliding_window, 2):
+        with in_eval_mode(model), temporarily(config, "sliding_window", window):
+            logits.append(returned_logits(model(input_ids=branch, use_cache=False)))
     return not torch.equal(*logits)
 
 

@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "trainer-collator-restored",
         "nextquill/training/causal_loss_mixin.py",
-        "            self.data_collator = previous\n",
-        "            self.data_collator = self.data_collator\n",
+        """with temporarily(self, "data_collator", self.passes.scoring_collator(pad, budget, placebo=placebo)):\n""",
+        "self.data_collator = self.passes.scoring_collator(pad, budget, placebo=placebo)\n        if True:\n",
         "training after an evaluation runs with the evaluation's batches",
     ),
     Mutation(
@@ -211,8 +211,8 @@ MUTATIONS = (
     Mutation(
         "recurrent-chunks-restored",
         "nextquill/models/recurrent.py",
-        "        layer.chunk_size = size\n",
-        "        layer.chunk_size = fitting\n",
+        """    with temporarily(layer, "chunk_size", fitting):\n""",
+        "    layer.chunk_size = fitting\n    if True:\n",
         "a Mamba-2 model computes everything in tiny chunks after one short run",
     ),
     Mutation(
