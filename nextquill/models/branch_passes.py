@@ -38,7 +38,7 @@ from nextquill.losses import PairLoss
 from nextquill.models import ATTENTIONS
 from nextquill.models.attention import TreeAttention
 from nextquill.models.head import HeadState, LossInHead
-from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss, asks_for_router_loss
+from nextquill.models.router import RouterLoss, asks_for_router_loss, without_router_loss
 from nextquill.models.self_check import check_padded_rows
 from nextquill.models.stored_effects import check_stored_weighting, stored_weights
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
@@ -321,7 +321,7 @@ class PairPasses(AbstractContextManager["PairPasses"]):
             inputs = {name: forward[name] for name in ("input_ids", "attention_mask")}
             if trees and trees.max_depth is not None and forward["input_ids"].shape[1] > trees.max_depth:
                 self._say_padded("every branch of some batches", trees.why_limited)
-        return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
+        return {**inputs, **without_router_loss(self.runner.model)}
 
     @torch.no_grad()
     def _constant_streams(self, part: Part, call: nn.Module | None) -> dict[str, Tensor]:

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 
-#: Forward arguments that switch off the model's own router loss, which counts a shared token once.
-WITHOUT_ROUTER_LOSS = {"output_router_logits": False}
-
 
 def without_router_loss(model: nn.Module) -> dict[str, bool]:
-    """Forward arguments that switch off the router loss of a model whose config asks for it."""
-    return WITHOUT_ROUTER_LOSS if asks_for_router_loss(model) else {}
+    """Forward arguments that switch off the router loss of a model whose config asks for it: it counts a token once."""
+    return {"output_router_logits": False} if asks_for_router_loss(model) else {}
 
 
 class RouterLoss:
