@@ -209,11 +209,6 @@ class MirrorTrainer(NextQuillTrainer):
 
     # ---- training ------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `NextQuillTrainer` does."""
-        self._start_interval()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -318,14 +313,11 @@ class MirrorTrainer(NextQuillTrainer):
         if self.loss.needs_anchor:
             self.term_means.forget()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `NextQuillTrainer` does, and the interval's means over the sampled responses."""
-        if "loss" in logs and start_time is not None:
-            count, *sums = self._reduced(self._sums)
-            logs |= {name: total / max(1.0, count) for name, total in zip(_MEANS, sums, strict=True)}
-            self._start_interval()
-            self._watch_variety(logs["response_variety"])
-        super().log(logs, start_time)
+    def _interval_metrics(self) -> dict[str, float]:
+        count, *sums = self._reduced(self._sums)
+        means = {name: total / max(1.0, count) for name, total in zip(_MEANS, sums, strict=True)}
+        self._watch_variety(means["response_variety"])
+        return {**super()._interval_metrics(), **means}
 
     def _watch_variety(self, now: float) -> None:
         """Warn at the first of the run's intervals whose responses repeat themselves."""
@@ -340,6 +332,7 @@ class MirrorTrainer(NextQuillTrainer):
 
     def _start_interval(self) -> None:
         """Forget the sums since the last log, float64 [6]: the number of samples, and the sums of `_MEANS`."""
+        super()._start_interval()
         self._sums = self._step_sums = torch.zeros(1 + len(_MEANS), dtype=torch.float64)
 
     def run_identity(self) -> dict[str, Any]:

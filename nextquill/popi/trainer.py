@@ -208,7 +208,6 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
-        self._start_interval()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -330,22 +329,16 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         """Raise ArgumentError, as a step has two losses; see `training_step`."""
         raise ArgumentError("compute_loss: POPITrainer has a loss for each role; call training_step or evaluate")
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; logs of the training loop, which every rank makes, get the interval's metrics."""
-        if "loss" in logs and start_time is not None:
-            logs |= self._metrics()
-        super().log(logs, start_time)
-
-    def _metrics(self) -> dict[str, float]:
+    def _interval_metrics(self) -> dict[str, float]:
         packed = torch.stack(list(self._sums.values())).to(self.args.device)
         sums = dict(zip(self._sums, self.accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
         seconds, (branches, computed) = time.perf_counter() - self._since, sums["sharing_factor"]
-        self._start_interval()
         found = {name: total / count for name, (total, count) in sums.items() if count}
         return {**found, "num_tokens": computed, "tokens_per_second": branches / max(1e-9, seconds)}
 
     def _start_interval(self) -> None:
         """Forget the sums and the time since the last log; float64 [2] each, the sum and the count of a logged mean."""
+        super()._start_interval()
         self._sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
         self._since = time.perf_counter()
 

@@ -223,11 +223,8 @@ class CausalLossMixin(FiniteSteps):
     def _forget_step(self) -> None:
         self.meter.forget_step()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
-        if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(self._sum_of_batches, self.args.device)
-        super().log(logs, start_time)
+    def _interval_metrics(self) -> dict[str, float]:
+        return self.meter.read(self._sum_of_batches, self.args.device)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 · parameters · tokens over the forwards; a forward without gradient costs a third."""
