@@ -91,9 +91,8 @@ class HistoryGuidance(LogitsProcessor):
                 f"against: expected a prompt for each of the {len(input_ids)} rows of generate, got "
                 f"{len(self._against)}; beams and num_return_sequences need one for each row too"
             )
-        if not self._guidance:
-            return guide(scores, scores, 0.0, self._plausibility)
-        return guide(scores, self._logits(input_ids), self._guidance, self._plausibility)
+        against = self._logits(input_ids) if self._guidance else scores
+        return guide(scores, against, self._guidance, self._plausibility)
 
     def _logits(self, input_ids: Tensor) -> Tensor:
         """The logits of the next token after the other prompts and the tokens generated so far."""
