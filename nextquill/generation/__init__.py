@@ -188,7 +188,6 @@ class Engine(ABC):
         """Yield index and text of each response, in any order; `prompts` alone decide which are computed together.
 
         Args:
-            prompts: the prompts to respond to.
             done: indices to leave out; an engine may compute some of them again together with others.
         """
         for index, ids in self.generate_ids(prompts, done):
@@ -231,7 +230,6 @@ def generation_engine(
     Args:
         model, tokenizer: a causal language model, also a PEFT model, and its tokenizer.
         examples: encoded examples; the first one shows which token ends a response.
-        options: how responses are chosen.
         model_name: the folder or hub name that vLLM loads the model from.
 
     Raises:
@@ -256,21 +254,18 @@ def local_engine(model: Any, tokenizer: Any, stops: set[int], options: Generatio
     Raises:
         UnsupportedModelError: `engine="tree"` and the model cannot run branches in one row.
     """
-    with ExitStack() as stack:
-        yield _entered(stack, model, tokenizer, stops, options)
-
-
-def _entered(stack: ExitStack, model: Any, tokenizer: Any, stops: set[int], options: GenerationOptions) -> Engine:
     from nextquill.generation.transformers_engine import transformers_engine
     from nextquill.generation.tree_engine import tree_engine
 
-    if options.engine != "hf":
-        try:
-            return stack.enter_context(tree_engine(model, tokenizer, stops, options))
-        except UnsupportedModelError:
-            if options.engine == "tree":
-                raise
-    return stack.enter_context(transformers_engine(model, tokenizer, stops, options))
+    engine: Engine | None = None
+    with ExitStack() as stack:
+        if options.engine != "hf":
+            try:
+                engine = stack.enter_context(tree_engine(model, tokenizer, stops, options))
+            except UnsupportedModelError:
+                if options.engine == "tree":
+                    raise
+        yield engine or stack.enter_context(transformers_engine(model, tokenizer, stops, options))
 
 
 def _prompt_ids(example: EncodedExample, name: str) -> list[int]:

@@ -16,11 +16,7 @@ _LONGEST = 6
 
 
 class PromptLookup:
-    """The tokens of a prompt and its response, and where each short run of them occurred last.
-
-    Args:
-        ids: the prompt's tokens.
-    """
+    """The tokens of a prompt and its response, and where each short run of them occurred last."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._ids = list[int]()

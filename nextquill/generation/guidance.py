@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 from nextquill.errors import ArgumentError
@@ -90,14 +91,14 @@ class HistoryGuidance(LogitsProcessor):
                 f"against: expected a prompt for each of the {len(input_ids)} rows of generate, got "
                 f"{len(self._against)}; beams and num_return_sequences need one for each row too"
             )
-        if not self._guidance:
-            return guide(scores, scores, 0.0, self._plausibility)
-        return guide(scores, self._logits(input_ids), self._guidance, self._plausibility)
+        against = self._logits(input_ids) if self._guidance else scores
+        return guide(scores, against, self._guidance, self._plausibility)
 
     def _logits(self, input_ids: Tensor) -> Tensor:
         """The logits of the next token after the other prompts and the tokens generated so far."""
         if self._cache is None or input_ids.shape[1] != self._width + 1:  # a new call of `generate`
-            self._cache, new = None, self._padded(input_ids.device)
+            self._cache = None
+            new, self._mask = left_padded(self._against, input_ids.device)
         else:
             new = input_ids[:, -1:]
             self._mask = torch.cat([self._mask, torch.ones_like(new)], 1)
@@ -115,10 +116,9 @@ class HistoryGuidance(LogitsProcessor):
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
-    def _padded(self, device: torch.device) -> Tensor:
-        """The prompts as left-padded rows; sets their mask."""
-        longest = max(map(len, self._against))
-        rows = [[0] * (longest - len(ids)) + ids for ids in self._against]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in self._against]
-        self._mask = torch.tensor(mask, device=device)
-        return torch.tensor(rows, device=device)
+
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """The prompts as rows that begin with padding, and the mask of their tokens; both int64 [prompts, T]."""
+    rows = [torch.tensor(ids, device=device) for ids in prompts]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"), mask

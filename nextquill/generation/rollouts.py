@@ -27,14 +27,7 @@ import torch
 
 from nextquill.errors import ArgumentError, BackendUnavailableError, BudgetError, CheckpointError, OutputExistsError
 from nextquill.generation import GenerationOptions, Prompt, decoded, local_engine
-from nextquill.generation.vllm_engine import (
-    VLLMEngine,
-    check_installed,
-    load_llm,
-    lora_request,
-    plain_lora,
-    release,
-)
+from nextquill.generation.vllm_engine import VLLMEngine, check_installed, load_llm, lora_request, plain_lora, release
 from nextquill.models.configs import base_model, context_length, is_adapter
 from nextquill.models.sharded import run_in_step
 from nextquill.storage.fingerprints import digest_of

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig
 
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
-from nextquill.generation.guidance import HistoryGuidance
+from nextquill.generation.guidance import HistoryGuidance, left_padded
 from nextquill.generation.sampling import sampling
 from nextquill.models.configs import context_length
-from nextquill.models.probe import in_eval_mode
+from nextquill.models.probe import in_eval_mode, temporarily
 from nextquill.models.router import without_router_loss
 from nextquill.ranks import deal
 
@@ -30,16 +29,12 @@ def transformers_engine(
 
     Generation uses a cache even if the model's own config has none, as in training with gradient checkpointing.
     """
-    own = model.generation_config
     pad = min(stops) if stops else 0  # behind the attention mask in prompts, cut off in responses
-    model.generation_config = GenerationConfig(
+    config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=sorted(stops) or None
     )
-    try:
-        with in_eval_mode(model):
-            yield TransformersEngine(tokenizer, stops, options, model)
-    finally:
-        model.generation_config = own
+    with in_eval_mode(model), temporarily(model, "generation_config", config):
+        yield TransformersEngine(tokenizer, stops, options, model)
 
 
 @dataclass
@@ -81,9 +76,7 @@ class TransformersEngine(Engine):
         if max_new_tokens < 1:
             return [[] for _ in prompts]
         device, pad = next(self.model.parameters()).device, self.model.generation_config.pad_token_id
-        rows = [torch.tensor(prompt.ids, device=device) for prompt in prompts]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        input_ids, mask = left_padded([prompt.ids for prompt in prompts], device, pad)
         processors = sampling(self.options, [prompt.seed for prompt in prompts], device)
         against = [prompt.against for prompt in prompts if prompt.against is not None]
         if against:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -48,12 +48,8 @@ def tree_engine(model: Any, tokenizer: Any, stops: set[int], options: Generation
         UnsupportedModelError: the model cannot run branches in one row, its rotary embedding depends on the longest
             branch, or it has layers with a state, which a cache of keys and values does not hold.
     """
-    with in_eval_mode(model), faster_few_rows(model):
-        engine = TreeEngine(model, tokenizer, stops, options)
-        try:
-            yield engine
-        finally:
-            engine.close()
+    with in_eval_mode(model), faster_few_rows(model), closing(TreeEngine(model, tokenizer, stops, options)) as engine:
+        yield engine
 
 
 class TreeEngine(Engine):
@@ -187,7 +183,6 @@ class _Response:
     """A response under way.
 
     Args:
-        prompt: its prompt.
         room: the tokens that it may still get; 0 once it has ended.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,14 +43,6 @@ _NEVER = 1e6
 _MEANS = ("response_tokens", "responses_empty", "responses_unfinished", "responses_equal", "response_variety")
 #: A variety below this share of the run's first one is warned of.
 _LEAST_VARIETY = 0.5
-
-
-@dataclass
-class _Examples:
-    """The collator of a training batch: its examples as they are, since their responses are yet to be sampled."""
-
-    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        return {"examples": list(examples)}
 
 
 class MirrorTrainer(NextQuillTrainer):
@@ -95,6 +87,7 @@ class MirrorTrainer(NextQuillTrainer):
     """
 
     _sums: Tensor
+    _sample_log: SampleLog
     _has_anchor = False  # whether any example of the step has informative tokens
     _loss_falls = False  # each step's responses are new, and MIRROR-F's terms are divided by their means
 
@@ -140,7 +133,7 @@ class MirrorTrainer(NextQuillTrainer):
             **options,
         )
         self._collate: Any = self.data_collator
-        self.data_collator = _Examples()
+        self.data_collator = _examples
         base = base_model(model)
         self._stops = stop_tokens(base, processing_class, self._ends())
         if rollouts is None:
@@ -152,7 +145,7 @@ class MirrorTrainer(NextQuillTrainer):
             sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
             rollouts = ModelRollouts(model, processing_class, self._stops, **sampling)
         self.rollouts = rollouts
-        self._samples = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
+        self._sample_log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
         self._start_interval()
 
     # ---- data ----------------------------------------------------------------------------------
@@ -216,16 +209,6 @@ class MirrorTrainer(NextQuillTrainer):
 
     # ---- training ------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `NextQuillTrainer` does."""
-        self._start_interval()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
-        checkpoint = super()._begun(resume_from_checkpoint, folder)
-        self._samples.resume(checkpoint)
-        return checkpoint
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -273,7 +256,7 @@ class MirrorTrainer(NextQuillTrainer):
         self._step_sums = torch.tensor([(1, *row) for row in rows], dtype=torch.float64).sum(0)
         every = self.settings.log_samples_every
         if every and step % every == 0:
-            self._samples.append(_line(step, example, sample) for example, sample in pairs)
+            self._sample_log.append(_line(step, example, sample) for example, sample in pairs)
 
     def _set_terms(self, batches: Sequence[Any], items: Tensor | int) -> None:
         """Give the loss the window's number of anchors, and the terms' means."""
@@ -298,9 +281,9 @@ class MirrorTrainer(NextQuillTrainer):
         return divergence, anchor if self._has_anchor else None
 
     def _reduced(self, sums: Tensor) -> list[float]:
-        """The sums over all examples of a step; processes that share a model by tensor parallelism have the same."""
-        found = self.accelerator.reduce(send(sums.double(), self.args.device), reduction="sum") / self.get_tp_size()
-        return found.tolist()  # type: ignore[no-any-return]
+        """The sums over all examples of a step."""
+        found: list[float] = self._sum_of_batches(send(sums.double(), self.args.device)).tolist()
+        return found
 
     @property
     def loss(self) -> MirrorLoss:
@@ -330,14 +313,11 @@ class MirrorTrainer(NextQuillTrainer):
         if self.loss.needs_anchor:
             self.term_means.forget()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `NextQuillTrainer` does, and the interval's means over the sampled responses."""
-        if "loss" in logs and start_time is not None:
-            count, *sums = self._reduced(self._sums)
-            logs |= {name: total / max(1.0, count) for name, total in zip(_MEANS, sums, strict=True)}
-            self._start_interval()
-            self._watch_variety(logs["response_variety"])
-        super().log(logs, start_time)
+    def _interval_metrics(self) -> dict[str, float]:
+        count, *sums = self._reduced(self._sums)
+        means = {name: total / max(1.0, count) for name, total in zip(_MEANS, sums, strict=True)}
+        self._watch_variety(means["response_variety"])
+        return {**super()._interval_metrics(), **means}
 
     def _watch_variety(self, now: float) -> None:
         """Warn at the first of the run's intervals whose responses repeat themselves."""
@@ -352,12 +332,18 @@ class MirrorTrainer(NextQuillTrainer):
 
     def _start_interval(self) -> None:
         """Forget the sums since the last log, float64 [6]: the number of samples, and the sums of `_MEANS`."""
+        super()._start_interval()
         self._sums = self._step_sums = torch.zeros(1 + len(_MEANS), dtype=torch.float64)
 
     def run_identity(self) -> dict[str, Any]:
         """The values that a checkpoint must share with a run that resumes from it."""
         settings = {name: value for name, value in asdict(self.settings).items() if name != "log_samples_every"}
         return {**super().run_identity(), **settings}
+
+
+def _examples(examples: Sequence[EncodedExample]) -> dict[str, Any]:
+    """The collator of a training batch: its examples as they are, since their responses are yet to be sampled."""
+    return {"examples": list(examples)}
 
 
 def _check_args(args: Any, log_samples_every: int) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from nextquill.models.architectures import (
     rope_limit,
 )
 from nextquill.models.configs import base_model, text_config
+from nextquill.models.probe import temporarily
 from nextquill.models.recurrent import run_over_trees
 from nextquill.models.self_check import check_against_separate_passes, masks_follow_window
 from nextquill.tree import additive_mask, attend, visibility_mask
@@ -172,12 +174,8 @@ class TreeAttention:
     def _verify(self) -> None:
         """Compare a small tree with its branches in separate rows, and the layers' windows with the config's."""
         windows: list[tuple[int, Any]] = []
-        self._windows = windows
-        try:
+        with closing(self), temporarily(self, "_windows", windows):
             self._compare()
-        finally:
-            self._windows = None
-            self.close()
         expected = layer_windows(self._base)
         by_mask = _own_name(self._base.config) in ("sdpa", "eager")
         if by_mask and any(window for _, window in windows) and not masks_follow_window(self._model):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from nextquill.losses import PairLoss
 from nextquill.models import ATTENTIONS
 from nextquill.models.attention import TreeAttention
 from nextquill.models.head import HeadState, LossInHead
-from nextquill.models.router import WITHOUT_ROUTER_LOSS, RouterLoss, asks_for_router_loss
+from nextquill.models.router import RouterLoss, asks_for_router_loss, without_router_loss
 from nextquill.models.self_check import check_padded_rows
 from nextquill.models.stored_effects import check_stored_weighting, stored_weights
 from nextquill.outputs import AnchorRows, PreferenceLossOutput
@@ -60,7 +60,7 @@ class PartScores(NamedTuple):
     sequence_ids: Tensor
 
 
-class PairPasses:
+class PairPasses(AbstractContextManager["PairPasses"]):
     """Runs a loss over batches of one model. As a context manager it calls `close` at the end.
 
     Args:
@@ -98,9 +98,6 @@ class PairPasses:
         self._noise: Exception | None = None
         if attention == "padded":
             check_padded_rows(model)
-
-    def __enter__(self) -> PairPasses:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -324,7 +321,7 @@ class PairPasses:
             inputs = {name: forward[name] for name in ("input_ids", "attention_mask")}
             if trees and trees.max_depth is not None and forward["input_ids"].shape[1] > trees.max_depth:
                 self._say_padded("every branch of some batches", trees.why_limited)
-        return inputs if self.router is None else {**inputs, **WITHOUT_ROUTER_LOSS}
+        return {**inputs, **without_router_loss(self.runner.model)}
 
     @torch.no_grad()
     def _constant_streams(self, part: Part, call: nn.Module | None) -> dict[str, Tensor]:

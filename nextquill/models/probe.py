@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +74,17 @@ def without_softcap(configs: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def temporarily(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute that an object has another value inside the block."""
+    previous = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace the module's forward by `forward` inside the block; hooks around it still run."""
     previous = module.__dict__.get("forward")
@@ -89,25 +100,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Gather each module's parameters while it runs, if DeepSpeed's ZeRO-3 has loaded the model in shards."""
-    handles = []
-    for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
-        if own:
-            gathered = importlib.import_module("deepspeed").zero.GatheredParameters(own)
+    with ExitStack() as hooks:
+        for module in model.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+            if own:
+                gathered = importlib.import_module("deepspeed").zero.GatheredParameters(own)
 
-            def enter(*_: Any, gathered: Any = gathered) -> None:
-                gathered.__enter__()
+                def enter(*_: Any, gathered: Any = gathered) -> None:
+                    gathered.__enter__()
 
-            def leave(*_: Any, gathered: Any = gathered) -> None:
-                gathered.__exit__(None, None, None)
+                def leave(*_: Any, gathered: Any = gathered) -> None:
+                    gathered.__exit__(None, None, None)
 
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def returned_logits(outputs: Any) -> Any:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from nextquill.models.probe import temporarily
 from nextquill.tree import TreeLayout
 from nextquill.tree.runs import StateRun, state_runs
 
@@ -107,11 +108,8 @@ def _chunks_that_fit(layer: Any, length: int) -> Iterator[None]:
     fitting = size
     while fitting % 2 == 0 and fitting // 2 >= max(length, _SMALLEST_CHUNK):
         fitting //= 2
-    layer.chunk_size = fitting
-    try:
+    with temporarily(layer, "chunk_size", fitting):
         yield
-    finally:
-        layer.chunk_size = size
 
 
 def _take(rows: Tensor, places: Tensor) -> Tensor:

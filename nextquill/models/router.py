@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 
-#: Forward arguments that switch off the model's own router loss, which counts a shared token once.
-WITHOUT_ROUTER_LOSS = {"output_router_logits": False}
-
 
 def without_router_loss(model: nn.Module) -> dict[str, bool]:
-    """Forward arguments that switch off the router loss of a model whose config asks for it."""
-    return WITHOUT_ROUTER_LOSS if asks_for_router_loss(model) else {}
+    """Forward arguments that switch off the router loss of a model whose config asks for it: it counts a token once."""
+    return {"output_router_logits": False} if asks_for_router_loss(model) else {}
 
 
 class RouterLoss:
@@ -55,14 +52,11 @@ class RouterLoss:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record the routers' logits in the forward inside this block."""
-        self._logits = []
-        handles = [router.register_forward_hook(self._record) for router in self._routers]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._logits.clear)
+            for router in self._routers:
+                stack.enter_context(router.register_forward_hook(self._record))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._logits = []
 
     def value(self, forward: Mapping[str, Any]) -> Tensor:
         """The loss over the recorded logits, a float32 scalar without a unit. Call this before the block ends.

@@ -13,7 +13,7 @@ from nextquill.devices import send
 from nextquill.errors import NonFiniteError, UnsupportedModelError
 from nextquill.models.configs import base_model, text_config
 from nextquill.models.head import find_head
-from nextquill.models.probe import in_eval_mode, replaced_forward, returned_logits
+from nextquill.models.probe import in_eval_mode, replaced_forward, returned_logits, temporarily
 from nextquill.models.router import without_router_loss
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree
 
@@ -34,8 +34,7 @@ def check_against_separate_passes(
     base = base_model(model)
     if not _is_loaded(base):
         return
-    device = next(base.parameters()).device
-    branches, tree = _small_tree(base.get_input_embeddings().weight.shape[0])
+    device, (branches, tree) = next(base.parameters()).device, _small_tree(base)
     forward = {
         "input_ids": send(tree.input_ids[None], device),
         "position_ids": send(tree.position_ids[None], device),
@@ -60,8 +59,7 @@ def check_padded_rows(model: Any) -> None:
     base = base_model(model)
     if not _is_loaded(base):
         return
-    device = next(base.parameters()).device
-    branches, _ = _small_tree(base.get_input_embeddings().weight.shape[0])
+    device, (branches, _) = next(base.parameters()).device, _small_tree(base)
     rows = [torch.tensor(branch, device=device) for branch in branches]
     ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
     # A head's weight may be narrower than its input, which only our own product takes: so its input is compared.
@@ -80,15 +78,11 @@ def masks_follow_window(model: Any) -> bool:
     if not _is_loaded(base):
         return True
     config, device = text_config(base), next(base.parameters()).device
-    branch = torch.tensor([_small_tree(base.get_input_embeddings().weight.shape[0])[0][0]], device=device)
-    window, logits = config.sliding_window, list[Tensor]()
-    with in_eval_mode(model):
-        try:
-            for each in (window, 2):
-                config.sliding_window = each
-                logits.append(returned_logits(model(input_ids=branch, use_cache=False)))
-        finally:
-            config.sliding_window = window
+    branch = torch.tensor([_small_tree(base)[0][0]], device=device)
+    logits = list[Tensor]()
+    for window in (config.sliding_window, 2):
+        with in_eval_mode(model), temporarily(config, "sliding_window", window):
+            logits.append(returned_logits(model(input_ids=branch, use_cache=False)))
     return not torch.equal(*logits)
 
 
@@ -96,8 +90,8 @@ def _is_loaded(base: Any) -> bool:
     return not any(p.is_meta or p.numel() == 0 for p in base.parameters())
 
 
-def _small_tree(vocabulary: int) -> tuple[list[list[int]], PrefixTree]:
-    ids = ((torch.arange(13) * 7 + 3) % min(64, vocabulary)).tolist()
+def _small_tree(base: Any) -> tuple[list[list[int]], PrefixTree]:
+    ids = ((torch.arange(13) * 7 + 3) % min(64, base.get_input_embeddings().weight.shape[0])).tolist()
     branches = [ids[:5] + ids[5:8], ids[:5] + ids[8:13]]
     if branches[0][5] == branches[1][5]:  # a tiny vocabulary
         branches[1][5] = (branches[1][5] + 1) % 2

@@ -52,11 +52,8 @@ def _in_step(module: nn.Module, call: Callable[[], object]) -> None:
         any_runs(True)
 
     # In front of FSDP2's own hook, which gathers weights.
-    hook = module.register_forward_pre_hook(announce, prepend=True)
-    try:
+    with module.register_forward_pre_hook(announce, prepend=True):
         call()
-    finally:
-        hook.remove()
     with torch.no_grad():
         while any_runs(False):  # somebody runs a forward
             module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

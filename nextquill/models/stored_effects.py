@@ -46,15 +46,7 @@ def stored_weights(loss: PairLoss, effects: Tensor, sequence_ids: Tensor) -> Ten
     Raises:
         ArgumentError: the weighting did not return one weight for each token.
     """
-    weighting = loss.objective.weighting
-    whole = getattr(weighting, "elementwise", False) or loss.reduction == "micro_batch" or not effects.shape[1]
+    whole = loss.objective.elementwise or loss.reduction == "micro_batch" or not effects.shape[1]
     sizes = [effects.shape[1]] if whole else sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
     with torch.no_grad():
-        weights = [
-            weighting(PairNLL(piece[0].clone(), piece[1].clone(), None)) for piece in effects.split(sizes, dim=1)
-        ]
-    for found, size in zip(weights, sizes, strict=True):
-        if not isinstance(found, Tensor) or found.shape != (size,):
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ArgumentError(f"weighting: expected a tensor of shape [{size}], got {got}")
-    return torch.cat(weights).float()
+        return loss.objective.weights(PairNLL(effects[0], effects[1], None), sizes)

@@ -6,7 +6,7 @@ scheme and reduction is an elementwise computation on a few numbers per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -151,7 +151,7 @@ class PairObjective:
                 out=out,
             )
             return RowCoefficients(*out)
-        weights = self._weights(pair, group) if given is None else given
+        weights = self.weights(pair, () if self.elementwise else group.lengths) if given is None else given
         if self.reduction == "token":
             counts = totals = torch.ones_like(weights)
         else:
@@ -191,13 +191,17 @@ class PairObjective:
     def _effect_factor(self, coefficients: RowCoefficients) -> Tensor:
         return coefficients.weighted if self.weighted_effect else coefficients.uniform
 
-    def _weights(self, pair: PairNLL, group: RowGroup) -> Tensor:
+    def weights(self, pair: PairNLL, lengths: Sequence[int]) -> Tensor:
+        """Return the weight of each row, [n] in the dtype of `pair`; ArgumentError if there is no real weight for each.
+
+        A weighting of whole sequences needs their `lengths`.
+        """
         if type(self.weighting) not in PUBLISHED_WEIGHTINGS:
             # A caller's function may change its arguments in place, and these NLLs are the engine's memory: copy them.
             pair = PairNLL(*(None if t is None else t.clone() for t in pair))  # type: ignore[arg-type]
         if self.elementwise:
             return _checked_weights(self.weighting(pair), pair)
-        streams = [repeat(None) if t is None else t.split(group.lengths) for t in pair]
+        streams = [repeat(None) if t is None else t.split(list(lengths)) for t in pair]
         pieces = [PairNLL(*piece) for piece in zip(*streams, strict=False)]
         return torch.cat([_checked_weights(self.weighting(piece), piece) for piece in pieces])
 

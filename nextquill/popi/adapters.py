@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,19 +34,16 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
         for name, parameter in model.named_parameters():  # FSDP2 replaces them in a forward
             parameter.requires_grad_(flags[name])
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(restore)
         if adapter is None:
+            stack.callback(model.base_model.enable_adapter_layers)
             model.base_model.disable_adapter_layers()
         else:
+            stack.callback(model.set_adapter, previous)
             model.set_adapter(adapter)
         restore()
         yield
-    finally:
-        if adapter is None:
-            model.base_model.enable_adapter_layers()
-        else:
-            model.set_adapter(previous)
-        restore()
 
 
 def with_adapters(model: Any, peft_config: Any, names: Sequence[str], frozen: Container[str] = ()) -> Any:
@@ -96,8 +93,7 @@ def check_trainable(config: Any) -> None:
 
 def is_lora(config: Any) -> bool:
     """Whether a config is a LoRA config."""
-    kind = getattr(config, "peft_type", None)
-    return str(getattr(kind, "value", kind)) == "LORA"
+    return getattr(config, "peft_type", None) == "LORA"
 
 
 def initial_adapter(model: Any, name: str) -> str | None:

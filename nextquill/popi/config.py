@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts
 from nextquill.popi.roles import Role, Roles
 from nextquill.popi.users import User, UserCounts, check_users, users_from_records
 from nextquill.training.checks import check_arguments, fsdp_plugin, why_not_alone
+from nextquill.weighting import check_number
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -81,7 +81,8 @@ class POPIConfig:
             if type(each.default) is int:
                 check_integer(name, value, _LEAST.get(name, 1))
             if type(each.default) is float:
-                _check_number(name, value, positive=name in ("beta", "temperature"))
+                positive = name in ("beta", "temperature")
+                check_number(name, value, low=None if positive else 0.0, above=0.0 if positive else None)
         if self.estimator != "reinforce" and self.group_size < 2 and not self.freeze_inference:
             raise ArgumentError(f"group_size: expected at least 2 with estimator={self.estimator!r}, got 1")
         if self.freeze_inference and self.freeze_generator:
@@ -101,11 +102,6 @@ _CHOICES = {"objective": KINDS, "estimator": ESTIMATORS, "update": ("joint", "al
             "warm_start": ("given", "self"), "rollouts": ("hf", "vllm")}  # fmt: skip
 # The least value of an integer, if it is not 1.
 _LEAST = {"max_length": 2, "warm_start_steps": 0}
-
-
-def _check_number(name: str, value: object, *, positive: bool) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
-        raise ArgumentError(f"{name}: expected a number {'above' if positive else 'of at least'} 0, got {value!r}")
 
 
 # ---- training arguments and settings ----------------------------------------------------------------

@@ -60,7 +60,6 @@ class PairScore:
     """One pair under one context.
 
     Args:
-        user_id: the user whose pair it is.
         index: its place among the user's evaluated pairs.
         margin: r, in nats, or in nats per token under an objective that averages, as IPO does.
         logprob_margin: the same without reference, in nats.

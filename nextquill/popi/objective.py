@@ -52,6 +52,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nextquill.errors import ArgumentError
+from nextquill.weighting import check_number
 
 KINDS = ("dpo", "ipo")
 ESTIMATORS = ("rloo", "grpo", "reinforce")
@@ -95,8 +96,7 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ArgumentError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ArgumentError(f"beta: expected a number above 0, got {self.beta}")
+        check_number("beta", self.beta, above=0.0)
 
     @property
     def averages(self) -> bool:

@@ -56,7 +56,6 @@ class BranchPasses(BranchScorer):
         """Return parts for `loss`, one for each forward: the branches with a weight other than 0, merged by prefix.
 
         Args:
-            branches: any number of branches.
             weights: floating [branches], or numbers; the weight of each -log p(response | prompt) in nats.
         """
         values = torch.as_tensor(weights, dtype=torch.float64)

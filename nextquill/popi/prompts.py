@@ -13,16 +13,15 @@ that does not fit is a `BudgetError`.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nextquill.data._checks import check_instance, check_integer
 from nextquill.data.records import HistoryItem
-from nextquill.data.rendering import PromptRenderer, Tokenizer
+from nextquill.data.rendering import Tokenizer
 from nextquill.data.templates import PromptTemplate
-from nextquill.data.tokenizing import BatchTokenizer
 from nextquill.errors import ArgumentError, ArgumentTypeError, BudgetError
 from nextquill.popi.users import Pair
 
@@ -36,6 +35,8 @@ INSTRUCTION = (
     "length. Write in the third person and in general terms, so that it helps with any request. Quote nothing."
 )
 _REPLACEMENT = "\ufffd"
+#: A pair's responses stand after every summary of its user.
+_CACHED_RESPONSES = 4096
 
 
 _INFERENCE = PromptTemplate(
@@ -128,13 +129,15 @@ class InferencePrompts:
     def __init__(
         self, tokenizer: Tokenizer, templates: PopiTemplates | None = None, *, max_prompt_tokens: int = 2048
     ) -> None:
+        from nextquill.data import ExampleEncoder
+
         check_integer("max_prompt_tokens", max_prompt_tokens, least=1)
         self.templates = PopiTemplates() if templates is None else templates
         self.max_prompt_tokens = max_prompt_tokens
-        self.renderer = PromptRenderer(self.templates.inference, tokenizer)
-        self._tokens = BatchTokenizer(tokenizer, self.renderer.encode)
+        self._encoder = ExampleEncoder(tokenizer, self.templates.inference, max_prompt_tokens)
+        self.renderer = self._encoder.renderer
         self._opening = self.renderer.encode(self.templates.opening)
-        bare = len(self._ids(()))
+        bare = self._length(())
         if bare > max_prompt_tokens:
             raise BudgetError(
                 f"max_prompt_tokens: expected at least {bare}, which the prompt takes without any signal, got "
@@ -157,7 +160,8 @@ class InferencePrompts:
 
         That number may be 0; `check` finds this out before any work is done.
         """
-        return _newest_that_fit(self._ids, signals, self.max_prompt_tokens)
+        ids, kept = self._encoder.encode_prompt(self.templates.instruction, signals, len(self._opening))
+        return ids + self._opening, kept
 
     def check(self, user_id: str, signals: Sequence[HistoryItem]) -> None:
         """Check that the newest signal fits into the prompt.
@@ -165,7 +169,7 @@ class InferencePrompts:
         Raises:
             BudgetError: it does not; the message names the user.
         """
-        needed = len(self._ids(signals[-1:]))
+        needed = self._length(signals[-1:])
         if needed > self.max_prompt_tokens:
             raise BudgetError(
                 f"user {user_id!r}: the prompt with the newest signal alone takes {needed} tokens; max_prompt_tokens "
@@ -195,8 +199,8 @@ class InferencePrompts:
             raise ArgumentError(f"text: expected a summary that begins with {opening!r} and goes on, got {tidy[:60]!r}")
         return self.renderer.response_ids(tidy.removeprefix(opening))
 
-    def _ids(self, signals: Sequence[HistoryItem]) -> list[int]:
-        return _checked_ids(self.renderer, self._tokens, self.templates.instruction, signals) + self._opening
+    def _length(self, signals: Sequence[HistoryItem]) -> int:
+        return len(self.renderer.prompt_ids(self.templates.instruction, signals)) + len(self._opening)
 
 
 class GeneratorPrompts:
@@ -215,11 +219,13 @@ class GeneratorPrompts:
     """
 
     def __init__(self, tokenizer: Tokenizer, templates: PopiTemplates | None = None, *, max_length: int = 2048) -> None:
-        check_integer("max_length", max_length, least=1)
+        from nextquill.data import ExampleEncoder
+
         self.templates = PopiTemplates() if templates is None else templates
         self.max_length = max_length
-        self.renderer = PromptRenderer(self.templates.generator, tokenizer)
-        self._tokens = BatchTokenizer(tokenizer, self.renderer.encode)
+        self._encoder = ExampleEncoder(tokenizer, self.templates.generator, max_length)
+        self.renderer = self._encoder.renderer
+        self._response_ids = lru_cache(_CACHED_RESPONSES)(self.renderer.response_ids)
 
     def ids(
         self, query: str, *, summary: str | None = None, signals: Sequence[HistoryItem] = (), room: int = 0
@@ -272,7 +278,6 @@ class GeneratorPrompts:
         quoted. So the room must be a quarter larger than the longest summary.
 
         Args:
-            pair: the pair.
             max_summary_tokens: the most tokens that are sampled for a summary; 0 for none.
             where: the beginning of the error message, for example the pair's user.
 
@@ -282,7 +287,7 @@ class GeneratorPrompts:
         check_integer("max_summary_tokens", max_summary_tokens, least=0)
         response = max(map(len, self._responses(pair)))
         probe = (HistoryItem("a"),) if max_summary_tokens else ()
-        prompt = len(self._ids(pair.query, probe))
+        prompt = len(self.renderer.prompt_ids(pair.query, probe))
         summary = max_summary_tokens + -(-max_summary_tokens // 4)
         summary += len(self.renderer.encode(self.templates.opening)) if max_summary_tokens else 0
         if prompt + summary + response > self.max_length:
@@ -300,7 +305,7 @@ class GeneratorPrompts:
         if tidy and signals:
             raise ArgumentError(f"summary, signals: expected one of the two, got a summary and {len(signals)} signals")
         least = [HistoryItem(tidy)] if tidy else []
-        ids = self._ids(query, least)
+        ids = self.renderer.prompt_ids(query, least)
         if len(ids) > limit:
             what = "and the summary take" if tidy else "takes"
             raise BudgetError(
@@ -309,42 +314,11 @@ class GeneratorPrompts:
             )
         if not signals:
             return ids, least
-        ids, kept = _newest_that_fit(lambda newest: self._ids(query, newest), signals, limit)
+        ids, kept = self._encoder.encode_prompt(query, signals, room)
         return ids, signals[len(signals) - kept :]
 
     def _responses(self, pair: Pair) -> tuple[list[int], list[int]]:
-        texts = [self.renderer.response_text(text) for text in (pair.chosen, pair.rejected)]
-        chosen, rejected = self._tokens.ids(texts)
-        self.renderer.check_response(chosen, pair.chosen)
-        self.renderer.check_response(rejected, pair.rejected)
-        return chosen.tolist() + self.renderer.end_ids, rejected.tolist() + self.renderer.end_ids
-
-    def _ids(self, query: str, context: Sequence[HistoryItem]) -> list[int]:
-        return _checked_ids(self.renderer, self._tokens, query, context)
-
-
-def _checked_ids(
-    renderer: PromptRenderer, tokens: BatchTokenizer, query: str, history: Sequence[HistoryItem]
-) -> list[int]:
-    """A prompt's token ids; RecordError if a text crosses the border to the template."""
-    text = renderer.prompt(query, history)
-    (ids,) = tokens.ids([text])
-    renderer.check(text, ids, query, history)
-    return renderer.start_ids + ids.tolist()
-
-
-def _newest_that_fit(
-    encode: Callable[[Sequence[HistoryItem]], list[int]], items: Sequence[HistoryItem], limit: int
-) -> tuple[list[int], int]:
-    """The prompt with as many of the newest items as fit, and their number.
-
-    The prompt without items must fit. A further item is assumed never to shorten a prompt.
-    """
-    ids, count = encode(items), len(items)
-    if len(ids) <= limit:
-        return ids, count
-    kept = bisect_right(range(1, count), limit, key=lambda newest: len(encode(items[count - newest :])))
-    return encode(items[count - kept :]), kept
+        return self._response_ids(pair.chosen), self._response_ids(pair.rejected)
 
 
 def _check_names(name: str, values: object, kind: type) -> None:

@@ -122,7 +122,8 @@ class StepMaker:
         scored = self._score(draws, texts, read)
         mean_losses = [own.loss.view(-1, len(each.pairs)).mean(1) for own, each in zip(scored.own, draws, strict=True)]
         rewards = -torch.stack(mean_losses)  # float64 [users, K]
-        kl = self._kl(draws, groups) if phase.inference and config.kl_coef > 0 else None
+        branches = self._summary_branches(draws, groups) if phase.inference else []
+        kl = self._kl(branches).view_as(rewards) if phase.inference and config.kl_coef > 0 else None
         lengths = torch.tensor([[len(s.ids) for s in group] for group in groups], dtype=torch.float64)
         unfinished = torch.tensor([[not s.ended for s in group] for group in groups], dtype=torch.float64)
         shaped = rewards - config.length_penalty * lengths - config.unfinished_penalty * unfinished
@@ -133,7 +134,7 @@ class StepMaker:
             self._weigh_pairs(work, read, scored)
         if phase.inference:
             values = self._warm_targets(shaped, groups) if phase.warm else found.values
-            self._weigh_summaries(work, draws, groups, values, warm=phase.warm)
+            self._weigh_summaries(work, branches, groups, values, warm=phase.warm)
         for index, each in enumerate(work):
             total, count = _sum_of_finite(scored.own[index].loss)
             each.loss = total / count if count else math.nan
@@ -214,14 +215,14 @@ class StepMaker:
             found += [Branch(ids, sample.ids) for sample in group]
         return found
 
-    def _kl(self, draws: Sequence[Draw], groups: Sequence[Sequence[Sample]]) -> Tensor:
-        """log φ(s) - log φ_initial(s) of each summary, float64 [users, K]; its mean over samples is the KL."""
-        branches, role = self._summary_branches(draws, groups), self.roles.inference
+    def _kl(self, branches: Sequence[Branch]) -> Tensor:
+        """log φ(s) - log φ_initial(s) of each summary, float64 [summaries]; its mean over samples is the KL."""
+        role = self.roles.inference
         with role.active() as model:
             now = self.passes.of(role, model).log_probs(branches)
         with role.initial() as model:
             initial = self.passes.of(role, model).log_probs(branches)
-        return (now - initial).view(len(draws), -1)
+        return now - initial
 
     # ---- weights -----------------------------------------------------------------------------------
 
@@ -236,17 +237,17 @@ class StepMaker:
     def _weigh_summaries(
         self,
         work: Sequence[UserWork],
-        draws: Sequence[Draw],
+        branches: Sequence[Branch],
         groups: Sequence[Sequence[Sample]],
         values: Tensor,
         *,
         warm: bool,
     ) -> None:
         """Set the inference model's weights: advantages over the group's size, or in the warm start 1 / tokens."""
-        branches = iter(self._summary_branches(draws, groups))
+        left = iter(branches)
         for own, group, weights in zip(work, groups, values, strict=True):
             scale = [1 / len(sample.ids) if warm else 1 / len(group) for sample in group]
-            own.branches[INFERENCE] = [next(branches) for _ in group]
+            own.branches[INFERENCE] = [next(left) for _ in group]
             own.weights[INFERENCE] = weights * torch.tensor(scale, dtype=torch.float64)
 
     def _warm_targets(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Tensor:

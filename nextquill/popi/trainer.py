@@ -102,6 +102,8 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         UnsupportedModelError: a model's head or attention cannot be handled exactly.
     """
 
+    _sample_log: SampleLog
+
     def __init__(
         self,
         model: Any = None,
@@ -175,7 +177,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         self.steps = StepMaker(
             roles, self.config, self.inference_prompts, self.generator_prompts, self.rollouts, self.passes, args.seed
         )
-        self._log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
+        self._sample_log = SampleLog(Path(str(args.output_dir)), SAMPLES_FILE, args.process_index, args.world_size)
         self._start_interval()
 
     # ---- preparation ---------------------------------------------------------------------------------
@@ -206,17 +208,11 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         if self.train_users is None:
             raise ArgumentError("train_dataset: expected users or records, got None")
         check_batches(self.args, len(self.train_users.users))
-        self._start_interval()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.passes.close()
             self.rollouts.close()
-
-    def _begun(self, resume_from_checkpoint: str | bool | None, folder: Path) -> Path | None:
-        checkpoint = super()._begun(resume_from_checkpoint, folder)
-        self._log.resume(checkpoint)
-        return checkpoint
 
     def check_resume(self, checkpoint: Path) -> None:
         """Check a checkpoint as the base class does; CheckpointError also if it lacks a role."""
@@ -265,7 +261,7 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
             batch["work"] = [next(work) for _ in batch["users"]]
         for name, pair in step.sums.items():
             self._sums[name] += torch.tensor(pair, dtype=torch.float64)
-        self._log.append(line for each in step.work for line in each.lines)
+        self._sample_log.append(line for each in step.work for line in each.lines)
         own = send(torch.tensor(float(len(users))), device)
         return batches, self.accelerator.reduce(own, reduction="sum").clamp(min=1.0)
 
@@ -333,22 +329,16 @@ class POPITrainer(FiniteSteps, AtomicCheckpoints, Trainer):
         """Raise ArgumentError, as a step has two losses; see `training_step`."""
         raise ArgumentError("compute_loss: POPITrainer has a loss for each role; call training_step or evaluate")
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; logs of the training loop, which every rank makes, get the interval's metrics."""
-        if "loss" in logs and start_time is not None:
-            logs |= self._metrics()
-        super().log(logs, start_time)
-
-    def _metrics(self) -> dict[str, float]:
+    def _interval_metrics(self) -> dict[str, float]:
         packed = torch.stack(list(self._sums.values())).to(self.args.device)
         sums = dict(zip(self._sums, self.accelerator.reduce(packed, reduction="sum").tolist(), strict=True))
         seconds, (branches, computed) = time.perf_counter() - self._since, sums["sharing_factor"]
-        self._start_interval()
         found = {name: total / count for name, (total, count) in sums.items() if count}
         return {**found, "num_tokens": computed, "tokens_per_second": branches / max(1e-9, seconds)}
 
     def _start_interval(self) -> None:
         """Forget the sums and the time since the last log; float64 [2] each, the sum and the count of a logged mean."""
+        super()._start_interval()
         self._sums = {name: torch.zeros(2, dtype=torch.float64) for name in (*METRICS, "sharing_factor")}
         self._since = time.perf_counter()
 

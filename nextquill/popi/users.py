@@ -60,7 +60,6 @@ class User:
     """One user: pairs to train and to evaluate on, and past texts.
 
     Args:
-        user_id: the user's id.
         pairs: the user's pairs, in their order.
         items: past texts other than these pairs, oldest first.
         summary: a given summary for the supervised warm start, or None.
@@ -80,7 +79,6 @@ class Draw:
     """Pairs of one user, and signals of that user that give no pair away.
 
     Args:
-        user_id: the user.
         signals: the signals, oldest first.
         pairs: the pairs that a summary of the signals is judged on.
     """
@@ -264,7 +262,6 @@ def draw(user: User, *, num_pairs: int, num_signals: int, seed: int) -> Draw:
     leaves so many, the choice with the most signals is taken.
 
     Args:
-        user: the user.
         num_pairs: the most pairs.
         num_signals: the most signals; they keep their order in time.
         seed: the seed of the draw; a trainer uses a new one for every step.
@@ -292,7 +289,6 @@ def held_out(user: User, *, num_signals: int, max_pairs: int | None = None) -> D
     a later pair. If there are more signals than asked for, the newest are kept.
 
     Args:
-        user: the user.
         num_signals: the most signals.
         max_pairs: the most held-out pairs, the earliest ones; None for all.
 

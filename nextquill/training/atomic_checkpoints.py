@@ -24,6 +24,7 @@ from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object
 from nextquill.storage.locks import LOCK_FILE, held
 from nextquill.storage.manifests import write_manifest
+from nextquill.storage.sample_log import SampleLog
 from nextquill.training.checks import check_saves_whole
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ _ARGUMENTS = (
     "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16",
     "fp16", "neftune_noise_alpha", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
-#: Values of each parameter that enter the fingerprint.
 #: The fields of a Trainer's log that a resume takes over, and their types.
 _STATE = {
     "global_step": int,
@@ -70,6 +70,7 @@ class AtomicCheckpoints(_Base):
     _trained_users: list[str] | None = None
     _checked: Path | None = None
     _is_staging = False
+    _sample_log: SampleLog | None = None  # of a trainer that samples texts; a resume cuts it to the checkpoint
 
     def run_identity(self) -> dict[str, Any]:
         """The values that a checkpoint must share with a run that resumes from it, as JSON holds them."""
@@ -110,6 +111,8 @@ class AtomicCheckpoints(_Base):
                 checkpoints.rotate(folder, self.args.save_total_limit, checkpoint.name, best)
             self._trained_users = self._all_users(checkpoint)
             self._write_identity(folder)
+        if self._sample_log is not None:
+            self._sample_log.resume(checkpoint)
         self._checked = None  # the next call may find other files
         return checkpoint
 
@@ -177,14 +180,12 @@ class AtomicCheckpoints(_Base):
             )
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _resuming(checkpoint):
-                super()._load_scaler(checkpoint)
+        with _resuming(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _resuming(checkpoint):
-                super()._load_rng_state(checkpoint)
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -238,7 +239,7 @@ class AtomicCheckpoints(_Base):
         write_whole(folder / checkpoints.RUN_FILE, checkpoints.as_json({**self._own_identity(), **known}))
 
 
-def _resuming(checkpoint: str | Path) -> AbstractContextManager[None]:
+def _resuming(checkpoint: str | Path | None) -> AbstractContextManager[None]:
     return reading(checkpoint, f"resume_from_checkpoint: cannot resume from {checkpoint}", CheckpointError)
 
 

@@ -28,6 +28,7 @@ from nextquill.evaluation.scoring import forward_budget, pad_token
 from nextquill.losses import PairLoss
 from nextquill.models.branch_passes import PairPasses, add_empty_parts, with_empty_parts
 from nextquill.models.loading import PROMPT_FILE, PromptSettings
+from nextquill.models.probe import temporarily
 from nextquill.storage.atomic_files import write_whole
 from nextquill.training.checks import check_batching
 from nextquill.training.finite import FiniteSteps
@@ -89,16 +90,13 @@ class CausalLossMixin(FiniteSteps):
     def _collating_for(self, dataset: EncodedDataset | None) -> Iterator[None]:
         """Give data loaders that are made in this block a collator of all branches."""
         placebo = dataset is not None and dataset.has_placebo
-        previous, budget, pad = self.data_collator, self.max_tokens, pad_token(self.processing_class)
+        budget, pad = self.max_tokens, pad_token(self.processing_class)
         if budget is not None and dataset is not None:
             # A row holds more branches than in training. Without gradient they take a fraction of the memory.
             collator = self.passes.scoring_collator(pad, placebo=placebo)
             budget = forward_budget(_near(dataset, budget, collator), None, collator, budget)
-        self.data_collator = self.passes.scoring_collator(pad, budget, placebo=placebo)
-        try:
+        with temporarily(self, "data_collator", self.passes.scoring_collator(pad, budget, placebo=placebo)):
             yield
-        finally:
-            self.data_collator = previous
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's loader, over all branches; `eval_dataset` may be a name in the dict given at first."""
@@ -225,11 +223,8 @@ class CausalLossMixin(FiniteSteps):
     def _forget_step(self) -> None:
         self.meter.forget_step()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; add the interval's metrics to a log of the training loop, which every rank makes."""
-        if "loss" in logs and start_time is not None:
-            logs |= self.meter.read(self._sum_of_batches, self.args.device)
-        super().log(logs, start_time)
+    def _interval_metrics(self) -> dict[str, float]:
+        return self.meter.read(self._sum_of_batches, self.args.device)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 · parameters · tokens over the forwards; a forward without gradient costs a third."""

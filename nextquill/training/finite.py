@@ -88,8 +88,8 @@ class FiniteGuard(TrainerCallback, ExportableState):
 class FiniteSteps(_Base):
     """A mixin for Trainers; it precedes the Trainer among the bases of a class.
 
-    The class calls `_begin_step` before the first micro-batch of a step, and `_watch` in each. It defines `_suspects`.
-    A `FiniteGuard` among the Trainer's callbacks replaces the default one.
+    The class calls `_begin_step` before the first micro-batch of a step, and `_watch` in each. It defines `_suspects`
+    and `_interval_metrics`. A `FiniteGuard` among the Trainer's callbacks replaces the default one.
     """
 
     #: Whether a loss above its start is worth a warning.
@@ -106,6 +106,14 @@ class FiniteSteps(_Base):
     def _forget_step(self) -> None:
         """Take a skipped step out of the sums that will be logged."""
 
+    def _interval_metrics(self) -> dict[str, float]:
+        """The means to log over the interval since the last log; every rank calls it."""
+        raise NotImplementedError
+
+    def _start_interval(self) -> None:
+        """Forget what was summed since the last log."""
+        self._interval = (0, 0)
+
     @property
     def guard(self) -> FiniteGuard:
         """The callback, which restoring a checkpoint may have replaced."""
@@ -121,7 +129,8 @@ class FiniteSteps(_Base):
             self.add_callback(FiniteGuard())
         self.guard.loss_falls = self._loss_falls
         self.args.logging_nan_inf_filter = False
-        self._interval = self._session = (0, 0)
+        self._session = (0, 0)
+        self._start_interval()
         self._begin_step()
         return super().train(*args, **kwargs)
 
@@ -190,10 +199,14 @@ class FiniteSteps(_Base):
     # ---- logs and files ------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; means of the loss are over the steps that were applied."""
+        """Log as the Trainer does; logs of the training loop, which every rank makes, get the interval's metrics.
+
+        Means of the loss are over the steps that were applied.
+        """
         if "loss" in logs and start_time is not None:
+            logs |= self._interval_metrics()
             logs["loss"] *= _share(*self._interval)
-            self._interval = (0, 0)
+            self._start_interval()
             if self.guard.skipped:
                 logs["skipped_steps"] = len(self.guard.skipped)
         if "train_loss" in logs:

@@ -122,7 +122,10 @@ class NextQuillTrainer(CausalLossMixin, AtomicCheckpoints, Trainer):
         length = default_max_length(model) if max_length is None else max_length
         passes.check_training(length)
         self.encoder = ExampleEncoder(processing_class, template, length, max_response_length)  # type: ignore[arg-type]
-        self.watch, callbacks = _with_watch(self.loss, callbacks)
+        callbacks = list(callbacks or [])
+        if not any(isinstance(each, CounterfactualWatch) for each in callbacks):
+            through = self.loss.needs_counterfactual and not self.loss.detaches_counterfactual
+            callbacks.append(CounterfactualWatch(trained_through=through))
         # Read below; the Trainer sets both again.
         self.args, self.processing_class = args, processing_class
         collator = passes.collator(pad_token(processing_class), max_tokens)
@@ -206,13 +209,3 @@ def _with_effects(dataset: EncodedDataset | None, path: str | os.PathLike[str] |
         return dataset
     with naming("effects_file"):
         return EncodedDataset(load_effects(path, dataset.examples))
-
-
-def _with_watch(loss: PairLoss, callbacks: list[Any] | None) -> tuple[CounterfactualWatch, list[Any]]:
-    """The watch among the callbacks or a new one, and the callbacks including it."""
-    callbacks = list(callbacks or [])
-    given = [callback for callback in callbacks if isinstance(callback, CounterfactualWatch)]
-    if given:
-        return given[0], callbacks
-    watch = CounterfactualWatch(trained_through=loss.needs_counterfactual and not loss.detaches_counterfactual)
-    return watch, [*callbacks, watch]

@@ -68,8 +68,8 @@ MUTATIONS = (
     ),
     Mutation(
         "mirror-log-not-cut",
-        "nextquill/mirror/trainer.py",
-        "self._samples.resume(checkpoint)",
+        "nextquill/training/atomic_checkpoints.py",
+        "self._sample_log.resume(checkpoint)",
         "pass",
         "a resumed run logs samples twice",
     ),

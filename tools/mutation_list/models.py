@@ -27,8 +27,8 @@ MUTATIONS = (
     Mutation(
         "trainer-collator-restored",
         "nextquill/training/causal_loss_mixin.py",
-        "            self.data_collator = previous\n",
-        "            self.data_collator = self.data_collator\n",
+        """with temporarily(self, "data_collator", self.passes.scoring_collator(pad, budget, placebo=placebo)):\n""",
+        "self.data_collator = self.passes.scoring_collator(pad, budget, placebo=placebo)\n        if True:\n",
         "training after an evaluation runs with the evaluation's batches",
     ),
     Mutation(
@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "trainer-stored-effects",
         "nextquill/models/stored_effects.py",
-        "weighting(PairNLL(piece[0].clone(), piece[1].clone(), None))",
-        "weighting(PairNLL(piece[1].clone(), piece[0].clone(), None))",
+        "PairNLL(effects[0], effects[1], None)",
+        "PairNLL(effects[1], effects[0], None)",
         "stored effects weigh tokens by the opposite",
     ),
     Mutation(
@@ -211,8 +211,8 @@ MUTATIONS = (
     Mutation(
         "recurrent-chunks-restored",
         "nextquill/models/recurrent.py",
-        "        layer.chunk_size = size\n",
-        "        layer.chunk_size = fitting\n",
+        """    with temporarily(layer, "chunk_size", fitting):\n""",
+        "    layer.chunk_size = fitting\n    if True:\n",
         "a Mamba-2 model computes everything in tiny chunks after one short run",
     ),
     Mutation(
@@ -322,7 +322,7 @@ MUTATIONS = (
     ),
     Mutation(
         "generation-padding",
-        "nextquill/generation/transformers_engine.py",
+        "nextquill/generation/guidance.py",
         'for row in rows], batch_first=True, padding_side="left")',
         'for row in rows], batch_first=True, padding_value=1, padding_side="left")',
         "what is generated depends on the prompts beside it",
@@ -393,8 +393,8 @@ MUTATIONS = (
     Mutation(
         "sharded-hook-removed",
         "nextquill/models/sharded.py",
-        "        hook.remove()\n",
-        "        pass\n",
+        "    with module.register_forward_pre_hook(announce, prepend=True):\n",
+        "    if module.register_forward_pre_hook(announce, prepend=True):\n",
         "under FSDP2 each forward of a training says that a sample goes on",
     ),
 )

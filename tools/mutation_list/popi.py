@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "popi-adapter-restored",
         "nextquill/popi/adapters.py",
-        "            model.set_adapter(previous)\n",
-        "            model.set_adapter(adapter)\n",
+        "stack.callback(model.set_adapter, previous)",
+        "stack.callback(model.set_adapter, adapter)",
         "after one role has run, the other one's adapter stays switched off",
     ),
     Mutation(
