@@ -19,12 +19,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from nextquill.cli.flags import UsageError
 from nextquill.cli.known_flags import refused
 from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
-from nextquill.ranks import apart, is_first, joined, launch, started
+from nextquill.ranks import apart, joined, launch, started
 from nextquill.report.text import plain
 from nextquill.storage.locks import release_claims
 
@@ -132,25 +132,15 @@ def _shown_once(command: str) -> Callable[..., None]:
     return show
 
 
-@contextmanager
-def _processes(command: str) -> Iterator[None]:
-    """Let the processes that a launcher has started work on one command; only the first one prints."""
+def _processes(command: str) -> AbstractContextManager[None]:
+    """Let the processes that a launcher has started work on one command in a block; only the first one prints."""
     if command in _APART:
-        with apart(_TIMEOUT):
-            yield
-        return
+        return apart(_TIMEOUT)
     if command not in _SHARED and command not in _TRAINING and started() > 1 and "LOCAL_RANK" in os.environ:
         raise UsageError(f"{command} runs in one process, and a launcher started {started()}")
     if started() == 1 or command not in _SHARED:  # a cluster may set WORLD_SIZE in every shell
-        yield
-        return
-    with ExitStack() as stack:
-        stack.enter_context(joined(_TIMEOUT))
-        if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        yield
+        return nullcontext()
+    return joined(_TIMEOUT)
 
 
 @contextmanager
