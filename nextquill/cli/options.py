@@ -56,8 +56,7 @@ class SavedModelOptions:
 
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_model` except the name."""
-        names = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "model"]
-        return {name: getattr(self, name, None) for name in names}
+        return {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Loading)}
 
     def check(self) -> None:
         """Raise ArgumentError for flags that do not go together, or with the model."""
