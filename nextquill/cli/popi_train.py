@@ -134,7 +134,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, config, prompts, lora, guard, args = parsed
     models.check()
     lora.check(models.names)
-    guard.check()
+    finite = guard.build()
     lora.set_learning_rate(args)
     prompting = prompts.build()
     check_arguments(args, has_eval_file=files.eval_file is not None, metrics=METRICS)
@@ -159,7 +159,7 @@ def run(arguments: Sequence[str]) -> int:
             trainer = POPITrainer(
                 **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
             )
-        guard.watch(trainer)
+        trainer.add_callback(finite)
         check_optimizer(args, trainer.model)
         if files.dry_run:
             rows: dry_run.Rows = [("models", " and ".join(models.names.values())), ("settings", config)]

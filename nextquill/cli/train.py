@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         args.learning_rate = WHOLE_LEARNING_RATE
     lora.set_learning_rate(args)
     batches.check()
-    guard.check()
+    finite = guard.build()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
@@ -122,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
                 **vars(batches),
                 **vars(settings),
             )
-        guard.watch(trainer)
+        trainer.add_callback(finite)
         if files.dry_run:
             return rehearse(trainer, model_options.model, settings)
     following = next_commands(folder, files, records.get("train_dataset") or sources["train"])
