@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -90,6 +90,8 @@ def _check_equal(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) 
 def joined(timeout: float) -> Iterator[None]:
     """Form a group of all processes of the launcher, for the block; each takes its own accelerator, if there are any.
 
+    Only the first process writes to the screen.
+
     Args:
         timeout: seconds that a process waits for the others. One that has ended is noticed at once.
     """
@@ -102,7 +104,8 @@ def joined(timeout: float) -> Iterator[None]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     _joined = dist.get_world_size() > 1
     try:
-        yield
+        with nullcontext() if is_first() else _silent():
+            yield
     finally:
         _joined = False
         dist.destroy_process_group()
@@ -189,14 +192,10 @@ def partial_file(target: Path, run: Mapping[str, Any], **options: Any) -> Iterat
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Let this process do all the work of a block, which the others are not in."""
-    global _joined
-    _joined, before = False, _joined
-    try:
+def _silent() -> Iterator[None]:
+    """Let nothing in the block reach the screen."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-    finally:
-        _joined = before
 
 
 def _place() -> tuple[int, int]:
@@ -209,18 +208,21 @@ def _place() -> tuple[int, int]:
 
 
 def _gathered(call: Callable[[], Any]) -> list[Any]:
-    """What `call` returns in each process; the first error is raised in all of them."""
+    """What `call`, in which each process works alone, returns in each; the first error is raised in all of them."""
+    global _joined
     _, size = _place()
     if size == 1:
         return [call()]
     import torch.distributed as dist
 
     own: tuple[Any, NextQuillError | None]
+    _joined = False
     try:
-        with _alone():
-            own = call(), None
+        own = call(), None
     except NextQuillError as error:  # any other error ends this process, and so the others
         own = None, error
+    finally:
+        _joined = True
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, own)
     for _, raised in everyone:
@@ -331,9 +333,8 @@ def _quiet_until_begun(own: Launch) -> Iterator[None]:
         yield
         return
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, own.silence:
-            own.silence.enter_context(redirect_stdout(nowhere))
-            own.silence.enter_context(redirect_stderr(nowhere))
+        with own.silence:
+            own.silence.enter_context(_silent())
             try:
                 yield
             except Exception:

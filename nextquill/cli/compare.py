@@ -20,14 +20,14 @@ from nextquill.cli.compare_options import (
     check_seeds,
     check_training,
 )
-from nextquill.cli.evaluation_tables import warn_of_few
-from nextquill.cli.load_and_score import encode_records, read_records
+from nextquill.cli.evaluation_tables import show, warn_of_few
+from nextquill.cli.load_and_score import read_records
 from nextquill.cli.main import INTERRUPTED, OK
 from nextquill.cli.options import BatchOptions, LoraOptions, PromptOptions, TrainModelOptions
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.run_folder import check_inputs_stay
 from nextquill.cli.terminal import bar, duration, say
-from nextquill.cli.train import DEFAULTS, load, quieten
+from nextquill.cli.train import DEFAULTS, datasets, load, quieten
 from nextquill.cli.training_checks import check_optimizer
 from nextquill.comparison.arms import choose_arms
 from nextquill.comparison.claiming import check_shared, next_run
@@ -43,7 +43,6 @@ from nextquill.comparison.running import (
     recorded,
     remaining_seconds,
 )  # fmt: skip
-from nextquill.data import EncodedDataset, ExampleEncoder, Record
 from nextquill.evaluation.evaluate import TaskTexts, evaluate_model
 from nextquill.evaluation.identity import model_digest, records_digest
 from nextquill.models.loading import PromptSettings
@@ -54,7 +53,6 @@ from nextquill.report.comparison.page import MARKDOWN_FILE, PAGE_FILE, RESULT_FI
 from nextquill.report.comparison.tables import notes, tables
 from nextquill.report.numbers import counted
 from nextquill.report.terminal import results_table
-from nextquill.report.text import plain
 from nextquill.storage.checkpoints import trained_users
 
 DESCRIPTION = (
@@ -133,6 +131,9 @@ def run(arguments: Sequence[str]) -> int:
         check_settings(folder, shared, overwrite=files.overwrite)
         if files.overwrite:
             check_inputs_stay(folder, (files.train_file, files.eval_file, model_options.model))
+    data = datasets(tokenizer, settings, records, args, EVALUATION_SEED)
+    if args.eval_strategy == "no" and not args.eval_on_start:
+        data["eval_dataset"] = None  # encoded only to find a record that does not fit before the training
     setup = Setup(
         folder=folder,
         arms=arms,
@@ -158,7 +159,7 @@ def run(arguments: Sequence[str]) -> int:
         time_reference=options.time_reference,
         save_models=options.save_models,
         processes=own.size,
-        **encoded(tokenizer, settings, records, args),
+        **data,
     )
     with refusals():
         check_trainable(setup, model, tokenizer)
@@ -183,20 +184,8 @@ def run(arguments: Sequence[str]) -> int:
             examples=evaluation.report_examples,
         )
     texts = min(comparison.num_examples, measured.generate_limit or comparison.num_examples)
-    show(comparison, folder, texts if evaluation.generate else 0)
+    show_comparison(comparison, folder, texts if evaluation.generate else 0)
     return OK
-
-
-def encoded(
-    tokenizer: Any, settings: PromptSettings, records: dict[str, list[Record]], args: TrainingArguments
-) -> dict[str, Any]:
-    """Both files encoded, so that a record that does not fit is found before training; the second is kept if needed."""
-    encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
-    options: dict[str, Any] = {"seed": EVALUATION_SEED, "hidden": bool(args.disable_tqdm)}
-    train = encode_records("train_file", encoder, records["train"], placebo=False, **options)
-    test = encode_records("eval_file", encoder, records["eval"], placebo=True, **options)
-    while_training = args.eval_strategy != "no" or args.eval_on_start
-    return {"train_dataset": EncodedDataset(train), "eval_dataset": EncodedDataset(test) if while_training else None}
 
 
 def check_finished(setup: Setup) -> None:
@@ -255,21 +244,18 @@ def outcome(record: RunRecord) -> str:
     return f"{steps}{duration(record.wall_seconds)} in total"
 
 
-def show(comparison: Any, folder: Path, texts: int) -> None:
+def show_comparison(comparison: Any, folder: Path, texts: int) -> None:
     """Print the tables, their notes, the findings, and the names of the files; each run has `texts` texts."""
-    from rich.console import Console
-
-    console = Console()
     for table in tables(comparison):
-        console.print(results_table(table))
-        console.print()
+        show(results_table(table))
+        show("")
     for note in notes(comparison):
-        console.print(plain(note), markup=False, highlight=False)
+        show(note)
     if texts:
-        console.print(f"Texts were generated for {texts} records by every run.", highlight=False)
+        show(f"Texts were generated for {texts} records by every run.")
     warn_of_few(comparison.num_users)
-    console.print()
+    show("")
     for finding in find(comparison):
-        console.print(plain(f"- {finding.heading}"), markup=False, highlight=False)
+        show(f"- {finding.heading}")
     names = (RESULT_FILE, MARKDOWN_FILE, PAGE_FILE)
     say(f"wrote {', '.join(str(folder / name) for name in names)}")

@@ -19,13 +19,13 @@ from nextquill.evaluation.options import EvaluationOptions
 from nextquill.losses import SFTLoss
 
 # Flags that a comparison decides itself: the value where it was not given, and the reason.
-_NOT_FOR_COMPARISONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "seed": ((None,), "each run has one of --seeds"),
-    "data_seed": ((None,), "each run's seed decides the order"),
-    "run_name": ((None,), "runs are named by arm and seed"),
-    "resume_from_checkpoint": ((None,), "the same command resumes"),
-    "load_best_model_at_end": ((False,), "it would choose each model on the records that it is compared on"),
-    "push_to_hub": ((False,), "the runs would overwrite each other"),
+_NOT_FOR_COMPARISONS: dict[str, tuple[Any, str]] = {
+    "seed": (None, "each run has one of --seeds"),
+    "data_seed": (None, "each run's seed decides the order"),
+    "run_name": (None, "runs are named by arm and seed"),
+    "resume_from_checkpoint": (None, "the same command resumes"),
+    "load_best_model_at_end": (False, "it would choose each model on the records that it is compared on"),
+    "push_to_hub": (False, "the runs would overwrite each other"),
 }
 #: One seed for every evaluation, so that all arms and seeds have the same placebo and the same draws.
 EVALUATION_SEED = 42
@@ -96,7 +96,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def check_training(args: TrainingArguments) -> None:
     """Raise UsageError or ArgumentError for training flags that do not fit, or that a comparison decides itself."""
     for name, (unset, reason) in _NOT_FOR_COMPARISONS.items():
-        if getattr(args, name) not in unset:
+        if getattr(args, name) != unset:
             raise UsageError(f"{name}: not for comparisons: {reason}")
     if args.save_strategy == "best":
         raise UsageError("save_strategy: not for comparisons: best would choose by the records of the comparison")

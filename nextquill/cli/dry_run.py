@@ -190,7 +190,7 @@ def _untimed(options: EvaluationOptions) -> str:
     return f"; without {' and '.join(names)}" if names else ""
 
 
-def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:
+def preparation_rows(encoder: ExampleEncoder, settings: PromptSettings, options: Any) -> Rows:
     """Lengths and time of a preparation, from its first records."""
     source = iter_records(options.records_file)
     records = list(islice(source, PREPARED))
@@ -198,7 +198,6 @@ def preparation_rows(encoder: ExampleEncoder, options: Any) -> Rows:
     data = EncodedDataset(encoder.encode_all(records, options.placebo, options.seed))
     seconds = (time.perf_counter() - began) / len(records)
     total = len(records) + sum(1 for _ in source)
-    settings = PromptSettings(encoder.template, encoder.max_length, encoder.max_response_length)
     names = BRANCHES if options.placebo else BRANCHES[:2]
     tokens = sum(data.num_branch_tokens(names))
     return [

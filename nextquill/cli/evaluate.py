@@ -124,13 +124,12 @@ def run(arguments: Sequence[str]) -> int:
     records = eval_records(files, skipped)
     if skipped is not None and skipped.total:
         say_skipped(skipped)
-    if options.baseline is not None:
-        _check_baseline(Path(options.baseline), records)
+    baseline = None if options.baseline is None else _baseline(Path(options.baseline), records)
     if options.personal_from is not None:
         with naming("personal_from"):
             read_marks(Path(options.personal_from), records)
     loaded = Loaded(model_options, prompt_options, records)
-    _say_prompts(loaded, options.baseline)
+    _say_prompts(loaded, baseline)
     if options.dry_run:
         from nextquill.cli import dry_run
 
@@ -142,11 +141,11 @@ def run(arguments: Sequence[str]) -> int:
         if not is_first():
             return OK
         print_evaluation(evaluation)
-        if options.baseline is not None:
+        if baseline is not None:
             draws: dict[str, Any] = {name: getattr(measured, name) for name in ("level", "resamples", "seed")}
             there = Path(options.baseline)
             differences = compare_evaluations(Path(folder), there, **draws)
-            print_differences(differences, evaluation, read_evaluation(there), str(there))
+            print_differences(differences, evaluation, baseline, str(there))
     if kept is not None:
         print(plain(f"Results: {kept}"))
     if target is not None:
@@ -166,7 +165,7 @@ def evaluation_options(**flags: Any) -> EvaluationOptions:
     return EvaluationOptions(**values)
 
 
-def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
+def _say_prompts(loaded: Loaded, baseline: Evaluation | None) -> None:
     """Say, before any work, that figures of other prompts cannot be compared with these."""
     own = _prompt(asdict(loaded.settings))
     if loaded.stored is None:
@@ -174,7 +173,7 @@ def _say_prompts(loaded: Loaded, baseline: str | None) -> None:
         say(f"the model's folder has no prompt settings; flags and nextquill's defaults decide the prompts ({made})")
         say("--prompt_from RUN measures with the prompts of a run, so that the two can be compared")
     if baseline is not None:
-        there = _prompt(read_evaluation(Path(baseline)).settings)
+        there = _prompt(baseline.settings)
         unlike = [
             f"{name} is {there.get(name)} there, {own[name]} here" for name in own if there.get(name) != own[name]
         ]
@@ -202,8 +201,8 @@ def _evaluate(loaded: Loaded, options: EvaluationOptions, folder: Path, name: st
         raise
 
 
-def _check_baseline(folder: Path, records: list[Record]) -> None:
-    """Raise RecordError unless the folder holds a complete evaluation of these records."""
+def _baseline(folder: Path, records: list[Record]) -> Evaluation:
+    """The evaluation that a folder holds; RecordError unless it is a complete one of these records."""
     with naming("baseline"):
         other = read_evaluation(folder)
         read_examples(folder)
@@ -212,3 +211,4 @@ def _check_baseline(folder: Path, records: list[Record]) -> None:
             f"baseline: {folder} is an evaluation of other records ({other.num_examples}) than --eval_file "
             f"({len(records)}), so they cannot be paired"
         )
+    return other

@@ -98,11 +98,7 @@ class WritingOptions(DecodingOptions):
     )  # fmt: skip
 
     def options(self) -> dict[str, Any]:
-        """The flags as options of `Writer.write`.
-
-        Raises:
-            ArgumentError: a value is out of range.
-        """
+        """The flags as options of `Writer.write`; ArgumentError if a value is out of range."""
         values = {name: value for name, value in vars(self).items() if name != "guidance_against"}
         GenerationOptions(**values)
         return values
@@ -121,22 +117,16 @@ class GenerateOptions:
     overwrite: bool = option("Replace an existing output file.", False)
 
     def read(self) -> list[str]:
-        """The queries.
-
-        Raises:
-            ArgumentError: neither flag, or both.
-            RecordError: a line of the file is not a query.
-        """
+        """The queries; ArgumentError for neither flag or both, RecordError for a line that is not a query."""
         if (self.query is None) == (self.queries_file is None):
             raise ArgumentError("query: expected either this flag or --queries_file")
         if self.query is not None:
             return self.query
         with naming("queries_file"):
-            lines = [
-                (where, raw.get("query") if isinstance(raw, Mapping) else raw)
+            queries = [
+                check_text(raw.get("query") if isinstance(raw, Mapping) else raw, where, "query")
                 for where, raw in json_lines(str(self.queries_file))
             ]
-            queries = [check_text(raw, where, "query") for where, raw in lines]
             if not queries:
                 raise RecordError(f"{self.queries_file}: no queries, the file is empty")
         return queries
@@ -184,11 +174,7 @@ def load_writer(model_options: ModelOptions, prompt_options: PromptOptions) -> W
 
 
 def contrast(writing: WritingOptions, histories: Histories) -> tuple[HistoryItem, ...]:
-    """The history that guidance moves away from.
-
-    Raises:
-        ArgumentError: another user's is asked for, and there is none.
-    """
+    """The history that guidance moves away from; ArgumentError if another user's is asked for, and there is none."""
     if not writing.guidance or writing.guidance_against == "counterfactual":
         return ()
     others = [texts for name, texts in histories.items() if name != OWN]

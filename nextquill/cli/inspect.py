@@ -237,9 +237,10 @@ def show(found: Sequence[Inspected], tree: PrefixTree, encoder: ExampleEncoder, 
             mark, style, meaning = _SECTIONS[name]
             if placebo and name == "counterfactual":
                 meaning = "under another user's history only"
-            if tokens:
-                line("")
-                line(f"{mark} {meaning}: {counted(len(tokens), 'token')}", "bold")
+            if not tokens:
+                continue
+            line("")
+            line(f"{mark} {meaning}: {counted(len(tokens), 'token')}", "bold")
             for text in _lines(tokens, max_shown, max(20, console.width) - 2):
                 line(f"{mark} {text}", style)
         line("")
@@ -287,22 +288,12 @@ def _lines(tokens: Sequence[str], most: int, width: int) -> Iterator[str]:
 
 def _wrapped(tokens: Sequence[str], width: int) -> Iterator[str]:
     """Lines of tokens with spaces between them; a line of the prompt ends a line here too."""
-    from rich.cells import cell_len, chop_cells
+    from rich.console import Console
+    from rich.text import Text
 
-    line = ""
-    for token in tokens:
-        piece = _visible(token)
-        if line and cell_len(line) + 1 + cell_len(piece) > width:
-            yield line
-            line = ""
-        *full, piece = chop_cells(piece, width) or [""]
-        yield from full
-        line = f"{line} {piece}" if line else piece
-        if token.endswith("\n"):
-            yield line
-            line = ""
-    if line:
-        yield line
+    words = (_visible(token) + ("\n" if token.endswith("\n") else " ") for token in tokens)
+    lines = (line.plain.strip() for line in Text("".join(words)).wrap(Console(), width))
+    yield from filter(None, lines)  # a token that fills its line may leave its space alone on the next one
 
 
 def _visible(token: str) -> str:

@@ -19,16 +19,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from nextquill.cli.flags import UsageError
 from nextquill.cli.known_flags import refused
-from nextquill.ranks import apart, is_first, joined, launch, started
+from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
+from nextquill.ranks import apart, joined, launch, started
 from nextquill.report.text import plain
 from nextquill.storage.locks import release_claims
-
-if TYPE_CHECKING:
-    from nextquill.errors import NextQuillError
 
 COMMANDS = {
     "demo": "Train a small model on synthetic users, and see what each loss does (CPU, minutes; in a checkout).",
@@ -113,19 +111,12 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
             warnings.showwarning = _shown_once(command)
         try:
             with _processes(command):
-                _check_flags(command, arguments)
+                if wrong := refused(_module(command), arguments):  # before anything large is imported
+                    raise UsageError(wrong)
                 code: int = importlib.import_module(_module(command)).run(arguments)
         finally:
             release_claims()
     return code
-
-
-def _check_flags(command: str, arguments: list[str]) -> None:
-    """Refuse a flag that the command does not have, before anything large is imported."""
-    if wrong := refused(_module(command), arguments):
-        from nextquill.cli.flags import UsageError
-
-        raise UsageError(wrong)
 
 
 def _shown_once(command: str) -> Callable[..., None]:
@@ -141,27 +132,15 @@ def _shown_once(command: str) -> Callable[..., None]:
     return show
 
 
-@contextmanager
-def _processes(command: str) -> Iterator[None]:
-    """Let the processes that a launcher has started work on one command; only the first one prints."""
+def _processes(command: str) -> AbstractContextManager[None]:
+    """Let the processes that a launcher has started work on one command in a block; only the first one prints."""
     if command in _APART:
-        with apart(_TIMEOUT):
-            yield
-        return
+        return apart(_TIMEOUT)
     if command not in _SHARED and command not in _TRAINING and started() > 1 and "LOCAL_RANK" in os.environ:
-        from nextquill.cli.flags import UsageError
-
         raise UsageError(f"{command} runs in one process, and a launcher started {started()}")
     if started() == 1 or command not in _SHARED:  # a cluster may set WORLD_SIZE in every shell
-        yield
-        return
-    with ExitStack() as stack:
-        stack.enter_context(joined(_TIMEOUT))
-        if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        yield
+        return nullcontext()
+    return joined(_TIMEOUT)
 
 
 @contextmanager
@@ -189,11 +168,9 @@ def _module(command: str) -> str:
 
 def _explain(command: str, error: Exception) -> tuple[str | None, int]:
     """One line for an error that a user can do something about, and the exit code; None for any other error."""
-    from nextquill.errors import ArgumentError, ArgumentTypeError, NextQuillError
-
     if isinstance(error, NextQuillError):
         text = _with_flags(command, error)
-        if type(error).__name__ == "UsageError":
+        if isinstance(error, UsageError):
             return f"{text}; see nextquill {command} --help", USAGE
         return text, USAGE if isinstance(error, (ArgumentError, ArgumentTypeError)) else FAILED
     text = " ".join(str(error).split())

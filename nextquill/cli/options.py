@@ -24,6 +24,7 @@ from nextquill.storage.input_files import MIB, read_input
 
 if TYPE_CHECKING:
     from nextquill.losses import PairLoss
+    from nextquill.training.finite import FiniteGuard
 
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
 #: The arms of compare without its controls, the default of train first. Their classes would import torch.
@@ -56,8 +57,7 @@ class SavedModelOptions:
 
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_model` except the name."""
-        names = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "model"]
-        return {name: getattr(self, name, None) for name in names}
+        return {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Loading)}
 
     def check(self) -> None:
         """Raise ArgumentError for flags that do not go together, or with the model."""
@@ -331,16 +331,11 @@ class GuardOptions:
         "one does by default.", 0,
     )  # fmt: skip
 
-    def check(self) -> None:
-        """Raise ArgumentError for a negative number."""
-        if self.max_skipped_steps < 0:
-            raise ArgumentError(f"max_skipped_steps: expected at least 0, got {self.max_skipped_steps}")
-
-    def watch(self, trainer: Any) -> None:
-        """Make a trainer skip such steps."""
+    def build(self) -> FiniteGuard:
+        """The callback that makes a trainer skip such steps; ArgumentError for a negative number."""
         from nextquill.training.finite import FiniteGuard
 
-        trainer.add_callback(FiniteGuard(self.max_skipped_steps))
+        return FiniteGuard(self.max_skipped_steps)
 
 
 #: Adapters need a larger one than whole models: 1e-4 to 3e-4 are usual.

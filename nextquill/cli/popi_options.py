@@ -56,7 +56,7 @@ class PopiFormat:
 
     def _records(self, paths: list[str]) -> Iterator[Record]:
         if self.format != RECORDS:
-            yield from load(self.format, paths if len(paths) > 1 else paths[0])
+            yield from load(self.format, paths)
             return
         try:
             for path in paths:

@@ -16,7 +16,7 @@ from nextquill.cli.options import LORA_LEARNING_RATE, AdapterOptions, GuardOptio
 from nextquill.cli.parsing import parse, refusals
 from nextquill.cli.popi_options import RECORDS, PopiFormat
 from nextquill.cli.run_folder import check_output_dir, check_tokenizer, resume_point
-from nextquill.cli.train import DEFAULTS, quieten, say, train, trainable, trial
+from nextquill.cli.train import DEFAULTS, quieten, say, train, trainable
 from nextquill.cli.training_checks import check_arguments, check_optimizer
 from nextquill.data import HistoryItem, Record
 from nextquill.errors import ArgumentError, naming
@@ -134,7 +134,7 @@ def run(arguments: Sequence[str]) -> int:
     models, files, form, config, prompts, lora, guard, args = parsed
     models.check()
     lora.check(models.names)
-    guard.check()
+    finite = guard.build()
     lora.set_learning_rate(args)
     prompting = prompts.build()
     check_arguments(args, has_eval_file=files.eval_file is not None, metrics=METRICS)
@@ -151,18 +151,17 @@ def run(arguments: Sequence[str]) -> int:
     if resume is not None:
         check_roles(resume)
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])
+    from nextquill.cli import dry_run
     from nextquill.popi.trainer import POPITrainer
 
-    with trial(args) if files.dry_run else nullcontext():
+    with dry_run.without_output(args) if files.dry_run else nullcontext():
         with refusals():
             trainer = POPITrainer(
                 **loaded, **prompting, args=args, config=config, train_dataset=users, eval_dataset=eval_users
             )
-        guard.watch(trainer)
+        trainer.add_callback(finite)
         check_optimizer(args, trainer.model)
         if files.dry_run:
-            from nextquill.cli import dry_run
-
             rows: dry_run.Rows = [("models", " and ".join(models.names.values())), ("settings", config)]
             say(trainer, _summary(trainer, config))
             rows += dry_run.training_rows(trainer, "users")

@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         from nextquill.cli import dry_run
 
         with naming("records_file", "source"):
-            dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, options)])
+            dry_run.show([("tokenizer", name), *dry_run.preparation_rows(encoder, settings, options)])
         return OK
     prepared = _prepare(options, encoder)
     print(plain(summary(prepared)), file=sys.stderr)

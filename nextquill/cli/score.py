@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nextquill.cli.flags import claim_output_file
 from nextquill.cli.load_and_score import Loaded, check_files, encode_records, eval_records
@@ -18,10 +18,6 @@ from nextquill.evaluation.identity import model_identity, records_digest
 from nextquill.ranks import is_first, partial_file
 from nextquill.report.terminal import effect_legend, effect_text
 from nextquill.report.text import plain
-
-if TYPE_CHECKING:
-    from nextquill.data import EncodedExample
-    from nextquill.evaluation.scoring import ExampleScores
 
 DESCRIPTION = (
     "Score records without gradient and write one JSON line per record: tokens, nll_factual, nll_counterfactual, "
@@ -35,7 +31,7 @@ OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
 def run(arguments: Sequence[str]) -> int:
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
-    from nextquill.evaluation.scoring import effect_line
+    from nextquill.evaluation.scoring import effect_line, pad_token, score_examples
 
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     check_files(files)
@@ -47,7 +43,16 @@ def run(arguments: Sequence[str]) -> int:
         if len(partial):
             say(f"{len(partial)} of {total} records are already in {target}.partial")
         try:
-            for scores in _scores(loaded, examples, files, skip=len(partial)):
+            scored = score_examples(
+                loaded.model,
+                examples,
+                pad_token(loaded.tokenizer),
+                files.batch_size,
+                attention=files.attention,
+                max_tokens=files.max_tokens,
+                skip=len(partial),
+            )
+            for scores in bar(scored, total=total, initial=len(partial), desc="Scoring"):
                 partial.write(effect_line(scores, loaded.tokenizer))
         except KeyboardInterrupt:
             if len(partial):
@@ -57,16 +62,6 @@ def run(arguments: Sequence[str]) -> int:
     if is_first():
         _print(target, options.show, loaded)
     return OK
-
-
-def _scores(loaded: Loaded, examples: list[EncodedExample], files: ScoreFiles, skip: int) -> Iterator[ExampleScores]:
-    """The scores of each record as they are computed, after the first `skip`; see `score_examples`."""
-    from nextquill.evaluation.scoring import pad_token, score_examples
-
-    pad, size = pad_token(loaded.tokenizer), files.batch_size
-    options: dict[str, Any] = {"attention": files.attention, "max_tokens": files.max_tokens}
-    scored = score_examples(loaded.model, examples, pad, size, skip=skip, **options)
-    yield from bar(scored, total=len(examples), initial=skip, desc="Scoring")
 
 
 def identity(loaded: Loaded, files: ScoreFiles) -> dict[str, Any]:

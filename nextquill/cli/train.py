@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         args.learning_rate = WHOLE_LEARNING_RATE
     lora.set_learning_rate(args)
     batches.check()
-    guard.check()
+    finite = guard.build()
     check_arguments(args, has_eval_file=files.eval_file is not None)
     folder = Path(args.output_dir)
     resume = resume_point(folder, args.resume_from_checkpoint)
@@ -105,9 +105,11 @@ def run(arguments: Sequence[str]) -> int:
     if resume is not None:
         check_tokenizer(resume, tokenizer)
     records = {"train_dataset": sources.pop("train")} if loss_options.is_mirror else {}
-    data = {**datasets(tokenizer, settings, sources, args), **records}
+    data = {**datasets(tokenizer, settings, sources, args, args.seed), **records}
     trainer_class = trainer_of(loss_options)
-    with trial(args) if files.dry_run else nullcontext():
+    from nextquill.cli import dry_run
+
+    with dry_run.without_output(args) if files.dry_run else nullcontext():
         with refusals():
             trainer = trainer_class(
                 model,
@@ -120,7 +122,7 @@ def run(arguments: Sequence[str]) -> int:
                 **vars(batches),
                 **vars(settings),
             )
-        guard.watch(trainer)
+        trainer.add_callback(finite)
         if files.dry_run:
             return rehearse(trainer, model_options.model, settings)
     following = next_commands(folder, files, records.get("train_dataset") or sources["train"])
@@ -149,29 +151,18 @@ def trainer_of(options: LossOptions) -> type[Any]:
     return NextQuillTrainer
 
 
-def trial(args: TrainingArguments) -> AbstractContextManager[None]:
-    """See `dry_run.without_output`."""
-    from nextquill.cli.dry_run import without_output
-
-    return without_output(args)
-
-
 def rehearse(trainer: Any, name: str, settings: PromptSettings) -> int:
     """Make two steps and print what the training would take; the exit code."""
     from nextquill.cli import dry_run
 
     data = trainer.train_dataset
-    rows = [("model", name), ("trained", parameters(trainer)), ("loss", trainer.loss)]
+    trained = trainable(p for p in trainer.model.parameters() if p.requires_grad)
+    rows = [("model", name), ("trained", trained), ("loss", trainer.loss)]
     rows += dry_run.length_rows(data.num_branch_tokens(("factual",)), data.stats, settings)
     rows += [*dry_run.work_of_training(trainer), *dry_run.training_rows(trainer)]
     if trainer.is_world_process_zero():
         dry_run.show(rows)
     return OK
-
-
-def parameters(trainer: Any) -> str:
-    """The number of trainable parameters in a report."""
-    return trainable(p for p in trainer.model.parameters() if p.requires_grad)
 
 
 def trainable(parameters: Iterable[Any]) -> str:
@@ -254,7 +245,7 @@ def ending(trainer: Trainer, folder: Path, metrics: dict[str, float]) -> str:
     steps, log = counted(trainer.state.global_step, "step"), trainer.state.log_history
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     time = "" if seconds is None else f" in {duration(seconds)}"
-    kept = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.partition("-")[2]))
+    kept = [path.name for path in checkpoints.found_checkpoints(folder)]
     files = [f"{'log and evaluation' if metrics else 'log'}: {checkpoints.METRICS_FILE}", *kept]
     return f"Trained {steps}{time}\nSaved the model to {folder} ({', '.join(files)})"
 
@@ -320,9 +311,9 @@ def load(
 
 
 def datasets(
-    tokenizer: Any, settings: PromptSettings, sources: dict[str, Source], args: TrainingArguments
+    tokenizer: Any, settings: PromptSettings, sources: Mapping[str, Source], args: TrainingArguments, seed: int
 ) -> dict[str, Any]:
-    """The trainer's `train_dataset` and, where there are records for it, `eval_dataset`."""
+    """The trainer's `train_dataset` and, where there are records for it, `eval_dataset`; `seed` draws its placebos."""
     encoder = ExampleEncoder(tokenizer, settings.template, settings.max_length, settings.max_response_length)
     encoded: dict[str, Any] = {}
     for name, source in sources.items():
@@ -331,7 +322,7 @@ def datasets(
                 source.check(encoder)
             encoded[f"{name}_dataset"] = source
             continue
-        options: dict[str, Any] = {"placebo": name == "eval", "seed": args.seed, "hidden": bool(args.disable_tqdm)}
+        options: dict[str, Any] = {"placebo": name == "eval", "seed": seed, "hidden": bool(args.disable_tqdm)}
         encoded[f"{name}_dataset"] = EncodedDataset(encode_records(f"{name}_file", encoder, source, **options))
     return encoded
 
@@ -342,7 +333,7 @@ def summary(trainer: Any, loss: str) -> str:
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     lines = [
         f"{stats.examples} examples, {stats.response_tokens} supervised tokens, {stats.prompt_tokens} prompt tokens",
-        f"{parameters(trainer)}, loss {loss}",
+        f"{trainable(trained)}, loss {loss}",
     ]
     if any(p.element_size() < 4 for p in trained):
         lines.append(
