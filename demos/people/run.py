@@ -156,7 +156,10 @@ def page(people: People, records: Sequence[Record], found: Sequence[tuple[str, s
             "after the person's own twelve earlier texts, once after those of another person."
         ),
         findings=found,
-        responses=[*_read_views(people, records), *_answer_views(people, records)],
+        responses=[
+            *(_read_view(text, records[text.index]) for text in by_effect(people)),
+            *_answer_views(people, records),
+        ],
         responses_lead=(
             "Colour: p(word) under the person's own history minus p(word) under the other person's. First texts by "
             "their effect, a third each of the largest, middle and smallest; then one question, answered for two "
@@ -167,10 +170,6 @@ def page(people: People, records: Sequence[Record], found: Sequence[tuple[str, s
             "arguments shortened. γ decoding: arXiv 2305.14739, candidates with p ≥ a tenth of the largest."
         ),
     )
-
-
-def _read_views(people: People, records: Sequence[Record]) -> list[ResponseView]:
-    return [_read_view(text, records[text.index]) for text in by_effect(people)]
 
 
 def _read_view(text: ReadText, record: Record) -> ResponseView:
