@@ -63,7 +63,7 @@ def run_demo(
         UnsupportedModelError, CheckpointError, ArgumentError, BudgetError: see `measure`.
     """
     folder, recipe, start = make_folder(output_dir), _QUICK if quick else PeopleRecipe(), time.perf_counter()
-    with phase_bars(progress, quiet=False) as shown:
+    with phase_bars(progress) as shown:
         people = measure(model_name_or_path, recipe, shown)
     records = sample(recipe)
     found = findings(people, records)
@@ -74,11 +74,10 @@ def run_demo(
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
-    _print(people, found, records, console or Console(highlight=False))
+    out = console or Console(highlight=False)
+    _print(people, found, records, out)
     written = ", ".join(str(folder / name) for name in contents)
-    (console or Console(highlight=False)).print(
-        f"\nThe run took {time.perf_counter() - start:.0f} s. Written: {written}", soft_wrap=True
-    )
+    out.print(f"\nThe run took {time.perf_counter() - start:.0f} s. Written: {written}", soft_wrap=True)
     return people
 
 
