@@ -105,7 +105,6 @@ class ExampleEncoder:
         """Encode one record.
 
         Args:
-            record: the record.
             index: stored in the example, and named in errors.
             placebo_history: another user's history, oldest first, within the same budget; None for no placebo branch.
             counterfactual_history: another user's history for the counterfactual branch, which only a template with
@@ -125,7 +124,6 @@ class ExampleEncoder:
         """Encode the prompt for a response that is yet to be written.
 
         Args:
-            query: the request.
             history: the user's texts, oldest first; the oldest that do not fit are dropped.
             response_tokens: the tokens of `max_length` to leave for the response; no more than `max_response_length`
                 are left.
@@ -157,7 +155,6 @@ class ExampleEncoder:
         """Encode all records, numbered in their order.
 
         Args:
-            records: the records.
             placebo: also encode each response with another user's history, drawn by `assign_placebo_histories`; the
                 branch stays None if all records are from one user.
             seed: decides which other user that is.
