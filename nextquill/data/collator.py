@@ -132,12 +132,10 @@ class PaddedCollator:
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
         """The batch of these examples; errors are those of `TreeCollator`."""
-        branches, parts = [_branches(examples, names) for names in self.forwards], []
+        parts = []
         for chosen in self._packed(examples):
-            forwards = [
-                self._forward([each[index] for index in _indices(chosen, len(examples), names)], names)
-                for each, names in zip(branches, self.forwards, strict=True)
-            ]
+            members = [examples[index] for index in chosen]
+            forwards = [self._forward(_branches(members, names), names) for names in self.forwards]
             parts.append(_part(examples, chosen, forwards))
         return _batch(examples, parts)
 
@@ -153,7 +151,7 @@ class PaddedCollator:
 
     def _packed(self, examples: Sequence[EncodedExample]) -> list[list[int]]:
         """The examples of each part, as indices."""
-        if self.max_tokens is None:
+        if self.max_tokens is None or not examples:
             return [list(range(len(examples)))]
         sizes, packed = [self._size(example) for example in examples], list[list[int]]()
         for index in sorted(range(len(examples)), key=sizes.__getitem__):  # so the last one of a part is its longest
