@@ -220,23 +220,22 @@ class ExampleEncoder:
         """The examples in order."""
         jobs, pending = iter(jobs), deque[tuple[list[Job], Future[list[EncodedExample | Exception]]]]()
         pool, encode = self._pool(workers)
-        with pool:
-            try:
-                while True:
-                    while len(pending) < _AHEAD + workers - 1 and (batch := list(islice(jobs, _BATCH_SIZE))):
-                        pending.append((batch, pool.submit(encode, batch)))
-                    if not pending:
-                        return
-                    batch, future = pending.popleft()
-                    for (index, record, *_), found in zip(batch, future.result(), strict=True):
-                        if not isinstance(found, Exception):
-                            yield found
-                        elif on_bad is not None:
-                            on_bad(index, record, found)
-                        else:
-                            raise found
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            while True:
+                while len(pending) < _AHEAD + workers - 1 and (batch := list(islice(jobs, _BATCH_SIZE))):
+                    pending.append((batch, pool.submit(encode, batch)))
+                if not pending:
+                    return
+                batch, future = pending.popleft()
+                for (index, record, *_), found in zip(batch, future.result(), strict=True):
+                    if not isinstance(found, Exception):
+                        yield found
+                    elif on_bad is not None:
+                        on_bad(index, record, found)
+                    else:
+                        raise found
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _pool(self, workers: int) -> tuple[Executor, Callable[[list[Job]], list[EncodedExample | Exception]]]:
         """What runs batches, and the function for it. A fast tokenizer lets other threads run; rendering does not."""
