@@ -62,27 +62,17 @@ def _tables() -> str:
     parts = list[str]()
     for package, (heading, pages) in PACKAGES.items():
         links = ", ".join(f"[{name}]({name}.md)" for name in pages)
-        parts += [
-            f"## {heading}",
-            "",
-            f"Import from `{package}`.\nMore: {links}.",
-            "",
-            "| name | what it is |",
-            "|---|---|",
-        ]
         module = importlib.import_module(package)
-        parts += [f"| `{name}` | {_summary(module, name)} |" for name in public_names(package)]
-        parts.append("")
-    parts += [
-        "## Commands",
-        "",
-        "More: [command line](command-line.md).",
-        "",
-        "| command | what it does |",
-        "|---|---|",
-    ]
-    parts += [f"| `nextquill {name}` | {text} |" for name, text in _commands().items()]
-    return "\n".join(parts) + "\n"
+        names = {name: _summary(module, name) for name in public_names(package)}
+        parts.append(_table(heading, f"Import from `{package}`.\nMore: {links}.", "| name | what it is |", names))
+    commands = {f"nextquill {name}": text for name, text in _commands().items()}
+    parts.append(_table("Commands", "More: [command line](command-line.md).", "| command | what it does |", commands))
+    return "\n".join(parts)
+
+
+def _table(heading: str, lead: str, head: str, rows: dict[str, str]) -> str:
+    lines = (f"| `{name}` | {text} |\n" for name, text in rows.items())
+    return f"## {heading}\n\n{lead}\n\n{head}\n|---|---|\n{''.join(lines)}"
 
 
 def _summary(module: ModuleType, name: str) -> str:

@@ -45,16 +45,11 @@ class DemoRecipe:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        self.check("seed", least=0)
-        self.check("seeds", least=1)
-
-    def check(self, name: str, least: int) -> None:
-        """Raise ArgumentTypeError or ArgumentError unless a setting is an integer of at least `least`."""
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ArgumentTypeError(f"{name}: expected an int, got {value!r}")
-        if value < least:
-            raise ArgumentError(f"{name}: expected at least {least}, got {value}")
+        for name, value, least in (("seed", self.seed, 0), ("seeds", self.seeds, 1)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ArgumentTypeError(f"{name}: expected an int, got {value!r}")
+            if value < least:
+                raise ArgumentError(f"{name}: expected at least {least}, got {value}")
 
     @classmethod
     def of(cls: type[R], *, quick: bool = False, **given: int | None) -> R:
@@ -107,7 +102,6 @@ def run_seeds(
     quick: bool = False,
     progress: Progress | None = None,
     console: Console | None = None,
-    quiet: bool = False,
     **settings: int | None,
 ) -> DemoResult[R, S]:
     """Run a demo on one core, which takes minutes.
@@ -122,7 +116,6 @@ def run_seeds(
         quick: A smoke test of a few seconds; its figures mean nothing, and its text says so.
         progress: Called as `progress(what, done, at_most)`. Default: a tqdm bar on a terminal's stderr.
         console: Where the results are printed. Default: stdout.
-        quiet: Print nothing and show no progress.
         settings: Settings of the recipe; None stands for the default. The same settings give the same figures, seconds
             excepted.
 
@@ -133,7 +126,7 @@ def run_seeds(
     recipe = kind.of(quick=quick, **settings)
     folder = make_folder(output_dir)
     start = time.perf_counter()
-    with one_thread(), phase_bars(progress, quiet) as shown:
+    with one_thread(), phase_bars(progress) as shown:
         runs = tuple(measure(recipe, seed, _of_seed(seed, shown)) for seed in recipe.seed_values)
     seconds = time.perf_counter() - start
     report = conclude(recipe, runs)
@@ -142,8 +135,7 @@ def run_seeds(
     result = DemoResult(recipe, runs, report, seconds, {name: folder / name for name in contents})
     for name, content in contents.items():
         write_whole(result.paths[name], content)
-    if not quiet:
-        _print(result, console)
+    _print(result, console)
     return result
 
 

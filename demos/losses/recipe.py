@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from demos.kit.run import DemoRecipe
-from nextquill.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,6 @@ class LossRecipe(DemoRecipe):
     batch_size: int = 16
     dev_users: int = 64
     test_users: int = 200
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("steps", least=1)
-        self.check("long_steps", least=1)
-        if self.long_steps < self.steps:
-            raise ArgumentError(f"long_steps: expected at least steps={self.steps}, got {self.long_steps}")
-
-    @classmethod
-    def of(cls, *, quick: bool = False, steps: Any = None, long_steps: int | None = None, **given: Any) -> LossRecipe:
-        """As in every demo. More `steps` alone raise `long_steps` too, because they would be an error otherwise."""
-        if long_steps is None and isinstance(steps, int):
-            long_steps = max(steps, cls(**(cls.QUICK if quick else {})).long_steps)
-        return super().of(quick=quick, steps=steps, long_steps=long_steps, **given)
 
     @property
     def checkpoints(self) -> tuple[int, ...]:

@@ -201,5 +201,5 @@ def report(recipe: LossRecipe, runs: Sequence[LossRun]) -> DemoReport:
     return DemoReport(find(table, recipe, runs), shown, record, printed=len(shown.tables))
 
 
-#: `seed`, `seeds`, `steps` and `long_steps` are its settings; the losses are compared after both numbers of steps.
+#: `seed` and `seeds` are its settings.
 run_demo = partial(run_seeds, LossRecipe, measure, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,7 @@ def _read_text(writer: Writer, scores: Any) -> ReadText:
 
 def response_ids(writer: Writer, ids: list[int]) -> list[int]:
     """A response's tokens without those that end it."""
-    end = list(writer.encoder.renderer.end_ids)
-    return ids[: len(ids) - len(end)] if end and ids[-len(end) :] == end else ids
+    return ids[: -len(writer.encoder.renderer.end_ids)]
 
 
 def split_words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -224,7 +223,7 @@ def _with_items(
             nats = leave_one_out(scorer, writer.encoder.renderer, records[index], example)
             pieces = token_texts(writer.tokenizer, response_ids(writer, example.factual.response_ids))
             items = [[round(nat, 3) for nat in row] for row in by_word(nats, split_words(pieces)[1]).tolist()]
-            found[index] = ReadText(**{**vars(texts[index]), "why": why, "items": items})
+            found[index] = replace(texts[index], why=why, items=items)
             progress("Leaving out past texts", done, len(chosen))
     return found
 

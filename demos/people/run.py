@@ -63,7 +63,7 @@ def run_demo(
         UnsupportedModelError, CheckpointError, ArgumentError, BudgetError: see `measure`.
     """
     folder, recipe, start = make_folder(output_dir), _QUICK if quick else PeopleRecipe(), time.perf_counter()
-    with phase_bars(progress, quiet=False) as shown:
+    with phase_bars(progress) as shown:
         people = measure(model_name_or_path, recipe, shown)
     records = sample(recipe)
     found = findings(people, records)
@@ -74,11 +74,10 @@ def run_demo(
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
-    _print(people, found, records, console or Console(highlight=False))
+    out = console or Console(highlight=False)
+    _print(people, found, records, out)
     written = ", ".join(str(folder / name) for name in contents)
-    (console or Console(highlight=False)).print(
-        f"\nThe run took {time.perf_counter() - start:.0f} s. Written: {written}", soft_wrap=True
-    )
+    out.print(f"\nThe run took {time.perf_counter() - start:.0f} s. Written: {written}", soft_wrap=True)
     return people
 
 
@@ -156,7 +155,10 @@ def page(people: People, records: Sequence[Record], found: Sequence[tuple[str, s
             "after the person's own twelve earlier texts, once after those of another person."
         ),
         findings=found,
-        responses=[*_read_views(people, records), *_answer_views(people, records)],
+        responses=[
+            *(_read_view(text, records[text.index]) for text in by_effect(people)),
+            *_answer_views(people, records),
+        ],
         responses_lead=(
             "Colour: p(word) under the person's own history minus p(word) under the other person's. First texts by "
             "their effect, a third each of the largest, middle and smallest; then one question, answered for two "
@@ -167,10 +169,6 @@ def page(people: People, records: Sequence[Record], found: Sequence[tuple[str, s
             "arguments shortened. γ decoding: arXiv 2305.14739, candidates with p ≥ a tenth of the largest."
         ),
     )
-
-
-def _read_views(people: People, records: Sequence[Record]) -> list[ResponseView]:
-    return [_read_view(text, records[text.index]) for text in by_effect(people)]
 
 
 def _read_view(text: ReadText, record: Record) -> ResponseView:

@@ -100,7 +100,7 @@ class TreeCollator:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
         zero, one = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
         tree = {"input_ids": zero, "position_ids": zero, "subtree_end": one, "multiplicity": one}
-        return _empty_part([{**tree, "layout": TreeLayout.of(zero[0], one[0])} for _ in self.forwards], self.forwards)
+        return _empty_part({**tree, "layout": TreeLayout.of(zero[0], one[0])}, self.forwards)
 
 
 @dataclass
@@ -131,18 +131,11 @@ class PaddedCollator:
             check_integer(name, getattr(self, name), least=1, or_none=True)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        """The batch of these examples.
-
-        Raises:
-            ArgumentError: no examples, an example without a branch of `forwards`, or a branch without a prompt.
-            BudgetError: a single example needs more than `max_tokens`.
-        """
-        branches, parts = [_branches(examples, names) for names in self.forwards], []
+        """The batch of these examples; errors are those of `TreeCollator`."""
+        parts = []
         for chosen in self._packed(examples):
-            forwards = [
-                self._forward([each[index] for index in _indices(chosen, len(examples), names)], names)
-                for each, names in zip(branches, self.forwards, strict=True)
-            ]
+            members = [examples[index] for index in chosen]
+            forwards = [self._forward(_branches(members, names), names) for names in self.forwards]
             parts.append(_part(examples, chosen, forwards))
         return _batch(examples, parts)
 
@@ -154,13 +147,11 @@ class PaddedCollator:
     def empty_part(self) -> dict[str, Any]:
         """A part without labels, one token per forward, for a rank that has no part left while others have."""
         ids = torch.full((1, 1), self.pad_token_id)
-        return _empty_part(
-            [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in self.forwards], self.forwards
-        )
+        return _empty_part({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.forwards)
 
     def _packed(self, examples: Sequence[EncodedExample]) -> list[list[int]]:
         """The examples of each part, as indices."""
-        if self.max_tokens is None:
+        if self.max_tokens is None or not examples:
             return [list(range(len(examples)))]
         sizes, packed = [self._size(example) for example in examples], list[list[int]]()
         for index in sorted(range(len(examples)), key=sizes.__getitem__):  # so the last one of a part is its longest
@@ -280,12 +271,9 @@ def _anchor_labels(examples: Sequence[EncodedExample], chosen: Sequence[int]) ->
     return {"anchor_labels": own.where(own >= 0, IGNORE_INDEX), "anchor_ids": ids}
 
 
-def _empty_part(inputs: Sequence[dict[str, Any]], forwards: Forwards) -> dict[str, Any]:
+def _empty_part(inputs: dict[str, Any], forwards: Forwards) -> dict[str, Any]:
     none = torch.empty(0, dtype=torch.long)
-    made = [
-        {**each, "rows": dict.fromkeys(names, none), "num_branch_tokens": 0}
-        for each, names in zip(inputs, forwards, strict=True)
-    ]
+    made = [{**inputs, "rows": dict.fromkeys(names, none), "num_branch_tokens": 0} for names in forwards]
     empty = _assemble(none, none, 0, made)
     return {**empty, "anchor_labels": none, "anchor_ids": none} if ANCHOR in forwards[-1] else empty
 

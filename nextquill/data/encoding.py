@@ -46,9 +46,9 @@ from nextquill.errors import ArgumentError, BudgetError, RecordError
 Progress = Callable[..., Iterable[Any]]
 #: A record's index, the record, and the histories of its placebo and its counterfactual branch.
 Job = tuple[int, Record, Sequence[HistoryItem] | None, Sequence[HistoryItem] | None]
-#: Yields texts, is sent their token ids, and returns the example.
-Steps = Generator[list[str], list[Ids], EncodedExample]
 Found = TypeVar("Found")
+#: Yields texts, is sent their token ids, and returns what it has found.
+Steps = Generator[list[str], list[Ids], Found]
 
 _CACHED_COUNTS = 200_000
 #: Records encoded together. With 2,000 tokens each, they keep all cores busy for 100 ms or longer.
@@ -105,7 +105,6 @@ class ExampleEncoder:
         """Encode one record.
 
         Args:
-            record: the record.
             index: stored in the example, and named in errors.
             placebo_history: another user's history, oldest first, within the same budget; None for no placebo branch.
             counterfactual_history: another user's history for the counterfactual branch, which only a template with
@@ -125,7 +124,6 @@ class ExampleEncoder:
         """Encode the prompt for a response that is yet to be written.
 
         Args:
-            query: the request.
             history: the user's texts, oldest first; the oldest that do not fit are dropped.
             response_tokens: the tokens of `max_length` to leave for the response; no more than `max_response_length`
                 are left.
@@ -140,7 +138,7 @@ class ExampleEncoder:
         start = array("i", self.renderer.start_ids)
         response_tokens = min(response_tokens, self.max_response_length or response_tokens)
 
-        def steps() -> Generator[list[str], list[Ids], tuple[Ids, int]]:
+        def steps() -> Steps[tuple[Ids, int]]:
             text = self.renderer.prompt(query)
             (bare,) = yield [text]
             self.renderer.check(text, bare, query)
@@ -157,7 +155,6 @@ class ExampleEncoder:
         """Encode all records, numbered in their order.
 
         Args:
-            records: the records.
             placebo: also encode each response with another user's history, drawn by `assign_placebo_histories`; the
                 branch stays None if all records are from one user.
             seed: decides which other user that is.
@@ -223,23 +220,22 @@ class ExampleEncoder:
         """The examples in order."""
         jobs, pending = iter(jobs), deque[tuple[list[Job], Future[list[EncodedExample | Exception]]]]()
         pool, encode = self._pool(workers)
-        with pool:
-            try:
-                while True:
-                    while len(pending) < _AHEAD + workers - 1 and (batch := list(islice(jobs, _BATCH_SIZE))):
-                        pending.append((batch, pool.submit(encode, batch)))
-                    if not pending:
-                        return
-                    batch, future = pending.popleft()
-                    for (index, record, *_), found in zip(batch, future.result(), strict=True):
-                        if not isinstance(found, Exception):
-                            yield found
-                        elif on_bad is not None:
-                            on_bad(index, record, found)
-                        else:
-                            raise found
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            while True:
+                while len(pending) < _AHEAD + workers - 1 and (batch := list(islice(jobs, _BATCH_SIZE))):
+                    pending.append((batch, pool.submit(encode, batch)))
+                if not pending:
+                    return
+                batch, future = pending.popleft()
+                for (index, record, *_), found in zip(batch, future.result(), strict=True):
+                    if not isinstance(found, Exception):
+                        yield found
+                    elif on_bad is not None:
+                        on_bad(index, record, found)
+                    else:
+                        raise found
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _pool(self, workers: int) -> tuple[Executor, Callable[[list[Job]], list[EncodedExample | Exception]]]:
         """What runs batches, and the function for it. A fast tokenizer lets other threads run; rendering does not."""
@@ -253,32 +249,29 @@ class ExampleEncoder:
         """The example of each job, or the error of its record."""
         return self._run([self._steps(*job) for job in jobs])
 
-    def _result(self, steps: Generator[list[str], list[Ids], Found]) -> Found:
+    def _result(self, steps: Steps[Found]) -> Found:
         (found,) = self._run([steps])
         if isinstance(found, Exception):
             raise found
         return found
 
-    def _run(self, jobs: Sequence[Generator[list[str], list[Ids], Found]]) -> list[Found | Exception]:
+    def _run(self, jobs: Sequence[Steps[Found]]) -> list[Found | Exception]:
         """The result of each job, or its error; the texts that they ask for are tokenised together."""
         outcomes: dict[int, Found | Exception] = {}
-        waiting: list[tuple[int, Generator[list[str], list[Ids], Found], list[str]]] = []
-
-        def advance(place: int, steps: Generator[list[str], list[Ids], Found], ids: list[Ids] | None) -> None:
-            try:
-                waiting.append((place, steps, next(steps) if ids is None else steps.send(ids)))
-            except StopIteration as stop:
-                outcomes[place] = stop.value
-            except (BudgetError, RecordError) as error:
-                outcomes[place] = error
-
-        for place, steps in enumerate(jobs):
-            advance(place, steps, None)
-        while waiting:
-            asking, waiting = waiting, []
+        answered: list[tuple[int, Steps[Found], list[Ids] | None]] = [
+            (at, steps, None) for at, steps in enumerate(jobs)
+        ]
+        while answered:
+            asking: list[tuple[int, Steps[Found], list[str]]] = []
+            for place, steps, ids in answered:
+                try:
+                    asking.append((place, steps, next(steps) if ids is None else steps.send(ids)))
+                except StopIteration as stop:
+                    outcomes[place] = stop.value
+                except (BudgetError, RecordError) as error:
+                    outcomes[place] = error
             answers = iter(self._tokenizer.ids([text for _, _, texts in asking for text in texts]))
-            for place, steps, texts in asking:
-                advance(place, steps, list(islice(answers, len(texts))))
+            answered = [(place, steps, list(islice(answers, len(texts)))) for place, steps, texts in asking]
         return [outcomes[place] for place in range(len(jobs))]
 
     def _steps(
@@ -287,7 +280,7 @@ class ExampleEncoder:
         record: Record,
         placebo_history: Sequence[HistoryItem] | None,
         counterfactual_history: Sequence[HistoryItem] | None,
-    ) -> Steps:
+    ) -> Steps[EncodedExample]:
         if self._needs_other != (counterfactual_history is not None):
             raise ArgumentError(
                 "counterfactual_history: expected another user's history for a template with counterfactual='placebo', "
@@ -342,9 +335,7 @@ class ExampleEncoder:
         if prompt_tokens == 0:
             raise ArgumentError(f"{where}: expected a template that yields at least one prompt token, got none")
 
-    def _fit(
-        self, fitting: _Fitting, history: Sequence[HistoryItem]
-    ) -> Generator[list[str], list[Ids], tuple[Ids, int]]:
+    def _fit(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Steps[tuple[Ids, int]]:
         """Return the prompt with as many of the newest items as fit, and their number.
 
         Token counts of single items do not add up exactly, as tokens may form across a joint, so they only give a first
@@ -369,7 +360,7 @@ class ExampleEncoder:
             self.renderer.check(text, prompt, fitting.query, history[len(history) - fits :])
         return prompt, fits
 
-    def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], int]:
+    def _estimate_kept(self, fitting: _Fitting, history: Sequence[HistoryItem]) -> Steps[int]:
         """Estimate the number of items that fit, from their characters if all clearly fit, else from token counts."""
         room, density = fitting.room - len(fitting.bare), fitting.tokens_per_character
         newest = history[::-1]
@@ -383,7 +374,7 @@ class ExampleEncoder:
             counts += yield from self._count_items(newest[done : done + more])
         return max(bisect_right(list(accumulate(counts)), room), 1)
 
-    def _count_items(self, items: Sequence[HistoryItem]) -> Generator[list[str], list[Ids], list[int]]:
+    def _count_items(self, items: Sequence[HistoryItem]) -> Steps[list[int]]:
         counts, keys = self._item_tokens, list(map(hash, items))
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in counts}
         if missing:

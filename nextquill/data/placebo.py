@@ -144,9 +144,7 @@ def _random(seed: int, purpose: str) -> random.Random:
     return random.Random(seed if purpose == EVALUATION else f"{seed}/{purpose}")
 
 
-def _draw_history(
-    record: Record, donors: list[Record], newest: list[float], rng: random.Random
-) -> tuple[HistoryItem, ...]:
+def _draw_history(record: Record, donors: list[Record], newest: list[float], rng: random.Random) -> History:
     until = len(donors) if record.timestamp is None else bisect_right(newest, record.timestamp)
     found = _draw_other_user(record.user_id, donors, until, rng)
     found = found or _draw_other_user(record.user_id, donors, len(donors), rng)

@@ -128,7 +128,6 @@ def iter_jsonl(
     """Read records from a UTF-8 file of JSON lines, plain or gzipped, one at a time. Blank lines are ignored.
 
     Args:
-        path: the file.
         skipped: counts bad records, which are then left out; None makes the first one an error.
         max_line_bytes: a longer line is a bad record; no more of it than this is held.
 

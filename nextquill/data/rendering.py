@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -281,7 +281,7 @@ class PromptRenderer:
             {*special, *_BRACKETED.findall(frame)},
             heads,
             words,
-            self._find_normalised() if _normalises(self.tokenizer) else None,
+            self._find_normalised if _normalises(self.tokenizer) else None,
         )
 
     def _turns(self) -> str:
@@ -302,16 +302,10 @@ class PromptRenderer:
         without, borders = (self._control_ids(self.encode(self.prompt("a", items))) for items in ((), history))
         return without == borders
 
-    def _find_normalised(self) -> Callable[[str], list[int]]:
-        """A function that finds where the tokenizer reads special tokens in a text whose literals are broken."""
-
-        def find(text: str) -> list[int]:
-            encoding = reset_backend(self.tokenizer).encode(text, add_special_tokens=False)
-            return [
-                start for each, (start, _) in zip(encoding.ids, encoding.offsets, strict=True) if each in self._control
-            ]
-
-        return find
+    def _find_normalised(self, text: str) -> list[int]:
+        """Where the tokenizer reads special tokens in a text whose literals are broken."""
+        encoding = reset_backend(self.tokenizer).encode(text, add_special_tokens=False)
+        return [start for each, (start, _) in zip(encoding.ids, encoding.offsets, strict=True) if each in self._control]
 
     def _check_breaking(self, special: dict[str, int]) -> None:
         """Refuse a tokenizer that joins a broken literal again, as its texts could then end their own turn."""

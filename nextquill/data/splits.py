@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,7 +103,6 @@ def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, va
     Users are ranked by a hash of the seed and their name. So when users are added, few others move to another part.
 
     Args:
-        records: the records.
         share: the share of users for testing; at least one user is tested.
         seed: decides which users.
         validation_share: the share of users for validation.
@@ -116,7 +115,7 @@ def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, va
             raise ArgumentError(f"{name}: expected a share in [0, 1), got {value}")
     if share == 0:
         raise ArgumentError("share: expected a share above 0, got 0")
-    users = sorted({record.user_id for record in records}, key=lambda user: (_lot(user, seed), user))
+    users = sorted({record.user_id for record in records}, key=lambda user: digest_of(f"{seed} {user}"))
     tested = max(1, round(share * len(users)))
     validated = max(1, round(validation_share * len(users))) if validation_share else 0
     if tested + validated >= len(users):
@@ -130,24 +129,6 @@ def hold_out_users(records: Sequence[Record], share: float, seed: int = 0, *, va
         held_out = splits.validation if record.user_id in validation_users else splits.train
         (splits.test if record.user_id in test_users else held_out).append(record)
     return splits
-
-
-def stream_held_out(records: Iterable[Record], share: float, seed: int = 0) -> Iterator[tuple[bool, Record]]:
-    """Yield each record and whether its user is held out, in one pass that holds no records.
-
-    Each user is held out with probability `share`, in (0, 1): with 0.1, 100 ± 9 of 1,000 users.
-
-    Raises:
-        ArgumentError: `share` is not in (0, 1).
-    """
-    if not 0 < share < 1:
-        raise ArgumentError(f"share: expected a share in (0, 1), got {share}")
-    return ((_lot(record.user_id, seed) < share, record) for record in records)
-
-
-def _lot(user_id: str, seed: int) -> float:
-    """A number in [0, 1) for a user, the same on every machine."""
-    return int.from_bytes(digest_of(f"{seed} {user_id}"), "big") / 2**64
 
 
 def _all_dated(records: Sequence[Record]) -> bool:

@@ -11,10 +11,10 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def phase_bars(progress: Progress | None, quiet: bool) -> Iterator[Progress]:
+def phase_bars(progress: Progress | None) -> Iterator[Progress]:
     """The caller's callback, or a tqdm bar for each phase, which draws nothing if stderr is not a terminal."""
-    if progress is not None or quiet:
-        yield progress or (lambda what, done, at_most: None)
+    if progress is not None:
+        yield progress
         return
     from tqdm import tqdm
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextquill.data import Record
-from nextquill.data.splits import by_time, hold_out_users, leave_last_out, stream_held_out
+from nextquill.data.splits import by_time, hold_out_users, leave_last_out
 from nextquill.errors import ArgumentError, RecordError
 
 
@@ -129,15 +129,3 @@ def test_who_is_held_out_depends_on_the_seed_and_on_neither_order_nor_company() 
 def test_shares_that_cannot_be(share: float, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{message}"):
         hold_out_users(crowd(10), share, **options)
-
-
-def test_a_stream_of_users_is_divided_without_being_held() -> None:
-    marked = list(stream_held_out(iter(crowd(2000)), 0.1))
-    assert [each for _, each in marked] == crowd(2000)
-    sides: dict[str, set[bool]] = {}
-    for held_out, each in marked:
-        sides.setdefault(each.user_id, set()).add(held_out)
-    assert all(len(side) == 1 for side in sides.values())
-    assert 150 < sum(held_out for held_out, _ in marked) / 2 < 250
-    with pytest.raises(ArgumentError, match=r"^share: expected a share in \(0, 1\), got 1"):
-        stream_held_out([], 1)

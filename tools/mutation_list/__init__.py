@@ -15,16 +15,5 @@ from tools.mutation_list import (
     tree,
 )
 
-MUTATIONS: tuple[Mutation, ...] = (
-    *losses.MUTATIONS,
-    *kernels.MUTATIONS,
-    *tree.MUTATIONS,
-    *data.MUTATIONS,
-    *models.MUTATIONS,
-    *generation.MUTATIONS,
-    *evaluation.MUTATIONS,
-    *popi.MUTATIONS,
-    *mirror.MUTATIONS,
-    *comparison.MUTATIONS,
-    *pages.MUTATIONS,
-)
+_ROOMS = (losses, kernels, tree, data, models, generation, evaluation, popi, mirror, comparison, pages)
+MUTATIONS: tuple[Mutation, ...] = tuple(each for room in _ROOMS for each in room.MUTATIONS)

@@ -111,8 +111,8 @@ MUTATIONS = (
     Mutation(
         "data-split-seed",
         "nextquill/data/splits.py",
-        'digest_of(f"{seed} {user_id}")',
-        "digest_of(user_id)",
+        'digest_of(f"{seed} {user}")',
+        "digest_of(user)",
         "every seed holds out the same users",
     ),
     Mutation(

@@ -140,31 +140,25 @@ def load(
     clock = Clock(timezone, time_unit or chosen.time_unit)
     rows = Source(source, split, dict(columns or {}), clock, max_line_bytes, skipped)
     found = chosen.load(rows, **options)
-    seen = _Seen()
+    seen: dict[bytes, tuple[str, str]] = {}
 
     def checked(where: str, record: Record) -> Record:
         if require_history and not record.history:
             raise PlacedError(where, "expected at least one earlier text, got none", "history", "history")
         if not keep_duplicates:
-            seen.check(record, where)
+            _check_new(record, where, seen)
         return record
 
     return each_good(found, checked, skipped, rows.name)
 
 
-class _Seen:
-    """The digests of earlier records, and their places, which share the text before their number to save memory."""
-
-    def __init__(self) -> None:
-        self._first: dict[bytes, tuple[str, str]] = {}
-
-    def check(self, record: Record, where: str) -> None:
-        # One preferred response may stand in pairs with several others.
-        key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
-        digest = digest_of(repr(key), 16)
-        start, _, number = where.rpartition(" ")
-        place = (sys.intern(start), number)
-        first = self._first.setdefault(digest, place)
-        if first is not place:
-            problem = f"the same user, query, response and time as {' '.join(first)}"
-            raise PlacedError(where, problem, kind="duplicate")
+def _check_new(record: Record, where: str, seen: dict[bytes, tuple[str, str]]) -> None:
+    """Add a record's digest and place to those of earlier ones; RecordError if one of these is the same."""
+    # One preferred response may stand in pairs with several others.
+    key = (record.user_id, record.query, record.response, record.timestamp, record.extra.get("rejected"))
+    start, _, number = where.rpartition(" ")
+    place = (sys.intern(start), number)  # places share the text before their number to save memory
+    first = seen.setdefault(digest_of(repr(key), 16), place)
+    if first is not place:
+        problem = f"the same user, query, response and time as {' '.join(first)}"
+        raise PlacedError(where, problem, kind="duplicate")

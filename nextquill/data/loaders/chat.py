@@ -36,11 +36,7 @@ class _Turn(NamedTuple):
 def load_chat(
     source: Source, *, respond_as: str = "assistant", max_history: int | None = None
 ) -> Iterator[tuple[str, Record]]:
-    """Yield conversations, which stand in any order, as records with at most the latest `max_history` ones before.
-
-    Raises:
-        ArgumentError: `respond_as` has another value, or `max_history` is negative.
-    """
+    """Yield conversations, which stand in any order, as records with at most the latest `max_history` ones before."""
     check_one_of("respond_as", respond_as, ("assistant", "user"))
     check_integer("max_history", max_history, 0, or_none=True)
     return records_of(source, lambda row: _entry(row, respond_as), max_history=max_history)

@@ -37,7 +37,6 @@ class _Parser:
     def __init__(self, name: str, file: BinaryIO, most: int) -> None:
         self._name, self._file, self._most = name, file, most
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = DECODER
         self._buffer, self._at, self._line, self._ended = "", 0, 1, False
 
     def items(self) -> Iterator[tuple[str, object]]:
@@ -64,7 +63,7 @@ class _Parser:
         while True:
             try:
                 value: object
-                value, end = self._json.raw_decode(self._buffer, self._at)
+                value, end = DECODER.raw_decode(self._buffer, self._at)
             except RecursionError as error:
                 raise self._error(f"not valid JSON: {error}") from error
             except ValueError as error:

@@ -32,11 +32,7 @@ from nextquill.errors import ArgumentError, RecordError
 
 
 def load_lamp(source: Source, *, outputs: Place | None = None, task: str | None = None) -> Iterator[tuple[str, Record]]:
-    """Yield LaMP's questions as records, with outputs from that file, or their own `output` if there is none.
-
-    Raises:
-        RecordError: the file with the outputs is malformed.
-    """
+    """Yield LaMP's questions as records, with outputs from that file, or their own `output` if there is none."""
     golds: Mapping[str, str] | None = None
     if outputs is not None:
         found, golds = _golds(outputs)

@@ -53,11 +53,7 @@ class _Pair(NamedTuple):
 
 
 def load_preferences(source: Source, *, max_pairs: int = 8) -> Iterator[tuple[str, Record]]:
-    """Yield preference pairs as records.
-
-    Raises:
-        ArgumentError: `max_pairs` is negative.
-    """
+    """Yield preference pairs as records."""
     check_integer("max_pairs", max_pairs, 0)
     # Twice as many are held, as some may give the answer away.
     earlier: defaultdict[str, deque[_Pair]] = defaultdict(lambda: deque(maxlen=2 * max_pairs))

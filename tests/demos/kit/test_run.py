@@ -40,20 +40,6 @@ def test_bad_seeds_are_refused(
     refuses(run_demo, tmp_path / "new", settings, error, message)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"steps": 0}, ArgumentError, "steps: expected at least 1, got 0"),
-        ({"steps": 9, "long_steps": 8}, ArgumentError, "long_steps: expected at least steps=9, got 8"),
-        ({"steps": "9"}, ArgumentTypeError, "steps: expected an int, got '9'"),
-    ],
-)
-def test_bad_steps_of_the_losses_are_refused(
-    tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    refuses(losses.run_demo, tmp_path / "new", settings, error, message)
-
-
 @DEMOS
 def test_a_file_in_the_way_is_refused(tmp_path: Path, run_demo: Any) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")

@@ -184,7 +184,7 @@ def test_same_seed_same_figures_whatever_the_global_state(quick: Any, tmp_path: 
     torch.manual_seed(123)
     random.seed(5)
     states = torch.random.get_rng_state(), random.getstate()
-    again = run_demo(tmp_path, seed=7, quick=True, quiet=True)
+    again = run_demo(tmp_path, seed=7, quick=True, console=Console(file=io.StringIO()))
     assert figures(again.runs) == figures(result.runs)
     assert [run.users for run in again.runs] == [run.users for run in result.runs]
     assert torch.get_num_threads() == threads
