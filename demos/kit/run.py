@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from demos.kit.progress import Progress, phase_bars
 from demos.kit.training import one_thread
 from nextquill.errors import ArgumentError, ArgumentTypeError, OutputExistsError
 from nextquill.report.comparison.findings import Finding
 from nextquill.report.data import Page
 from nextquill.report.html import render_page
-from nextquill.report.progress import Progress, phase_bars
 from nextquill.storage.atomic_files import write_whole
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from demos.kit.figures import Spread, curve, picture
+from demos.kit.progress import Progress
 from demos.kit.run import DemoReport, run_seeds
 from demos.losses.findings import find, timing_note
 from demos.losses.measuring import BASE, LossRow, LossRun, RowTable, UnseenUsers, step_times
@@ -19,7 +20,6 @@ from demos.losses.recipe import LossRecipe
 from demos.losses.training import DETACHED, OFFICIAL, SFT, SFT_FAST, make_contestants, phase_c_steps, train_base
 from demos.losses.world import Example, LossWorld
 from nextquill.report.data import Cell, Column, Page, Panel, Picture, ResponseVariant, ResponseView, Table, TokenEffect
-from nextquill.report.progress import Progress
 
 # The first test users of the first seed, whoever they are, under three of the losses.
 SHOWN_RESPONSES = 3

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from demos.kit.progress import Progress
 from demos.kit.training import Learner, build_base
 from demos.losses.recipe import LossRecipe
 from demos.losses.world import EOS, PAD, VOCABULARY, Example, LossWorld, encode, prompt_words
 from nextquill.losses import NextQuillLoss, PerCELoss, SFTLoss
 from nextquill.models.tiny_models import ScratchSize
-from nextquill.report.progress import Progress
 
 WARMUP_STEPS = 20
 DEV_EVERY = 25

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from demos.kit.progress import Progress
 from nextquill.data import EncodedExample, HistoryItem, PromptTemplate, Record, read_jsonl
 from nextquill.errors import ArgumentError, naming
 from nextquill.evaluation.item_effects import leave_one_out
@@ -20,7 +21,6 @@ from nextquill.generation.writer import Writer
 from nextquill.models.configs import default_max_length
 from nextquill.models.loading import PromptSettings, load_model, load_prompt_settings
 from nextquill.report.examples import choose
-from nextquill.report.progress import Progress
 
 SAMPLE = Path(__file__).with_name("people.jsonl")
 GUIDANCES = (0.0, 0.5, 1.0)

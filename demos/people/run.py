@@ -12,6 +12,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
+from demos.kit.progress import Progress, phase_bars
 from demos.kit.run import make_folder
 from demos.people.measuring import (
     CLEAR,
@@ -33,7 +34,6 @@ from nextquill.evaluation.bootstrap import bootstrap_interval
 from nextquill.report.data import GeneratedText, LeftOutItem, Page, ResponseVariant, ResponseView, TokenEffect
 from nextquill.report.html import render_page
 from nextquill.report.numbers import in_words
-from nextquill.report.progress import Progress, phase_bars
 from nextquill.report.terminal import copied_legend, copied_text, effect_legend, effect_text
 from nextquill.storage.atomic_files import write_whole
 

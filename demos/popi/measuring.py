@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from demos.kit.progress import Progress
 from demos.popi.recipe import PopiRecipe
 from demos.popi.training import SUMMARY_TOKENS, Prompts, popi_config, train_base, train_on_signals, train_popi
 from demos.popi.world import PreferenceWorld, stated_share, write_summary
@@ -31,7 +32,6 @@ from nextquill.popi.evaluation import PairScore, placebo_summaries, score_pairs
 from nextquill.popi.roles import GENERATOR, INFERENCE, Role
 from nextquill.popi.summaries import summarize
 from nextquill.popi.users import Draw, held_out
-from nextquill.report.progress import Progress
 
 CONTEXTS = NONE, SIGNALS, UNUSED, BEFORE, SUMMARY, PLACEBO, TRUTH = (
     "no context",

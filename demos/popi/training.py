@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from demos.kit.progress import Progress
 from demos.kit.training import MAX_GRAD_NORM, Learner, build_base, own_randomness
 from demos.popi.recipe import PopiRecipe
 from demos.popi.world import (
@@ -47,7 +48,6 @@ from nextquill.popi.prompts import GeneratorPrompts, InferencePrompts, PopiTempl
 from nextquill.popi.roles import Roles
 from nextquill.popi.trainer import POPITrainer
 from nextquill.popi.users import Pair, draw
-from nextquill.report.progress import Progress
 from nextquill.storage.fingerprints import seed_of
 
 TEMPLATES = PopiTemplates(

@@ -7,7 +7,6 @@ Render plain data:
     html.py        one self-contained page, of page.css and page.js; its parts in svg.py, tokens.py and text.py
     plots.py       measures and curves as a PNG or SVG, by matplotlib
     terminal.py    tables, and tokens coloured by effect, by rich
-    progress.py    a progress bar for each phase of a run
 
 Make the page of some runs, or of a comparison:
 
