@@ -196,6 +196,19 @@ def test_methods_that_joined_later_change_no_run_before_theirs(preset):
     assert not set(LATER) & {*known.others, *known.main}
 
 
+def test_a_method_with_an_unexpected_result_is_trained_again():
+    """And nothing else changes: a study that has begun resumes."""
+    rates = dict.fromkeys(PRESETS["cpu"].main, PRESETS["cpu"].rates[0])
+    scores = {f"a-{name}-{rate:g}-seed1": float(rate != rates[name]) for name in rates for rate in PRESETS["cpu"].rates}
+    known = dataclasses.replace(PRESETS["cpu"], repeated=())
+    before, after = ([run.name for run in planned(each, ["a", "b"], scores.get)] for each in (known, PRESETS["cpu"]))
+    assert PRESETS["cpu"].repeated == ("nextquill",)
+    added = [f"{data}-nextquill-0.001-seed{seed}" for data, seed in (("a", 2), ("a", 3), ("b", 1))]
+    assert [name for name in after if name not in added] == before
+    assert len(after) == len(before) + len(added) == len(set(after))
+    assert known.to_dict() == PRESETS["cpu"].to_dict()
+
+
 def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
     """And waits for it before other seeds; a method whose best rate is in the middle has tried both neighbours."""
     best = {"sft": 3e-3, "perce": 1e-3, "nextquill_detached": 3e-4}
@@ -207,7 +220,8 @@ def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
     assert [name for name in found[12:] if "seed2" in name] == ["a-perce-0.001-seed2"]
     found = names("cpu", ["a"], scores | {"a-sft-0.01-seed1": 1.0, "a-nextquill_detached-0.0001-seed1": 4.0})
     second = [name for name in found if "seed2" in name]
-    assert second == ["a-sft-0.01-seed2", "a-perce-0.001-seed2", "a-nextquill_detached-0.0003-seed2"]
+    kinds = ("sft-0.01", "perce-0.001", "nextquill_detached-0.0003", "nextquill-0.0003")
+    assert second == [f"a-{kind}-seed2" for kind in kinds]
 
 
 def test_every_method_says_what_is_expected_of_it():
