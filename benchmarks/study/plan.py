@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.study.methods import BASE, LATER, METHODS
+from benchmarks.study.methods import BASE, LATER, METHODS, REPEATED
 from benchmarks.study.people import Size, Sizes
 
 
@@ -106,7 +106,7 @@ PRESETS: Mapping[str, Preset] = {
             steps=60, batch_size=16, examples_per_user=8, warmup_steps=6, lora_r=16, lora_layers=0.4, max_length=1024,
             sizes=Sizes(Size(120, 960), Size(24, 36), Size(48, 96), Size(24, 24), 10),
             decodings=_DECODINGS, generated=48, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=20,
-            repeated=("nextquill",),
+            repeated=REPEATED,
         ),
         Preset(
             "gpu", _MAIN, _OTHERS, (3e-5, 1e-5, 1e-4), (3e-6, 3e-4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), True,

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.measure import RESULTS
 from benchmarks.study.folder import RUNS
-from benchmarks.study.methods import BASE, METHODS, SFT
+from benchmarks.study.methods import BASE, METHODS, REPEATED, SFT
 from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.metrics.scores import ratio
@@ -262,7 +262,7 @@ def answer(results: Results) -> str:
 
 
 def short_answer(results: Results) -> str:
-    """The methods that have no parent in a table, and one sentence on all of them, for the README."""
+    """The methods without a parent and the repeated ones in a table, and one sentence on all, for the README."""
     if not results.all or SFT not in results.methods(results.data[0]):
         return "No run of SFT is finished yet.\n"
     data = results.data[0]
@@ -278,7 +278,7 @@ def short_answer(results: Results) -> str:
                 moved.append(METHODS[name].label)
         else:
             cells += ["–", "–", "1×" if name == SFT else "–"]
-        if METHODS[name].parent is None:
+        if METHODS[name].parent is None or name in REPEATED:
             rows.append(cells)
     names = [data, "seeds", "author found", "with γ=1", "ROUGE-L", "nll − SFT's", "area − SFT's", "training time"]
     verdict = (
