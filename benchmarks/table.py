@@ -313,6 +313,13 @@ def study_popi_table() -> str:
     return markdown(RESULTS / "study-popi-cpu")
 
 
+def study_best_of_table() -> str:
+    """The best of n samples against guidance, on the real model."""
+    from benchmarks.study.best_of import markdown
+
+    return markdown(RESULTS / "study-best-of-cpu")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "step_all": partial(step_table, ()),
@@ -328,6 +335,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_short_answer": study_short_answer,
     "study_methods": study_methods_table,
     "study_popi": study_popi_table,
+    "study_best_of": study_best_of_table,
     "roofline": roofline_table,
     **{f"scale_{name}": partial(scale_table, name) for name in ("epoch", "memory", "waiting")},
     "architectures": architectures_table,

@@ -38,7 +38,7 @@ def drive(module: str, study_of: Callable[[argparse.Namespace], RunFolder], chos
         print(f"study: {error}", file=sys.stderr)
         return 1
     words = [sys.executable, "-m", module]
-    for name in ("preset", "model", "data", "prose", "out"):
+    for name in ("preset", "model", "data", "prose", "losses", "out"):
         value = getattr(chosen, name, None)
         values = value if isinstance(value, list) else [] if value is None else [value]
         words += [word for each in values for word in (f"--{name}", str(each))]

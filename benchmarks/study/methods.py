@@ -248,3 +248,5 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 #: Methods that joined when runs of the others were finished; they come after all of those.
 LATER = ("mirror", "mirror_f", "mirror_bare")
+#: Methods whose first result was not what was expected: they are trained again, and stand in the README.
+REPEATED = ("nextquill",)

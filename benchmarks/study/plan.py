@@ -6,7 +6,8 @@
     3. the untrained model and the main methods on the other data sets, at the rates chosen on the first, with one seed
     4. the other methods on the first data set, at their parent's rate
     5. the rest: other data sets and other seeds
-    6. methods that joined later: those without a parent with every learning rate, then the others
+    6. methods whose first result was not what was expected: the seeds of the main methods, and the other data sets
+    7. methods that joined later: those without a parent with every learning rate, then the others
 
 A rate is chosen by nll on development people, each method at its own best temperature.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.study.methods import BASE, LATER, METHODS
+from benchmarks.study.methods import BASE, LATER, METHODS, REPEATED
 from benchmarks.study.people import Size, Sizes
 
 
@@ -58,6 +59,7 @@ class Preset:
         max_new_tokens: the most of a generated text; see `Worker.longest`.
         save_steps: steps between checkpoints.
         later: names of methods that joined when others had finished runs; they are trained last.
+        repeated: names of other methods that are trained again, because of their first result.
     """
 
     name: str
@@ -82,10 +84,11 @@ class Preset:
     max_new_tokens: int
     save_steps: int
     later: Sequence[str] = LATER
+    repeated: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON, without `later`, by which a study may grow."""
-        return {name: value for name, value in asdict(self).items() if name != "later"}
+        """The settings as JSON, without `later` and `repeated`, by which a study may grow."""
+        return {name: value for name, value in asdict(self).items() if name not in ("later", "repeated")}
 
 
 _DECODINGS = (
@@ -103,6 +106,7 @@ PRESETS: Mapping[str, Preset] = {
             steps=60, batch_size=16, examples_per_user=8, warmup_steps=6, lora_r=16, lora_layers=0.4, max_length=1024,
             sizes=Sizes(Size(120, 960), Size(24, 36), Size(48, 96), Size(24, 24), 10),
             decodings=_DECODINGS, generated=48, judged=("γ=0", "γ=1"), max_new_tokens=128, save_steps=20,
+            repeated=REPEATED,
         ),
         Preset(
             "gpu", _MAIN, _OTHERS, (3e-5, 1e-5, 1e-4), (3e-6, 3e-4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), True,
@@ -164,6 +168,9 @@ def planned(preset: Preset, data: Sequence[str], score: Score) -> Iterator[Run]:
             yield from _runs(name, preset.others, preset.other_seeds[name == first :], rates)
     if None in rates.values():  # the runs before are not all known yet
         return
+    yield from _runs(first, preset.repeated, [seed for seed in preset.seeds if seed not in preset.other_seeds], rates)
+    for name in others:
+        yield from _runs(name, preset.repeated, preset.seeds[:1], rates)
     tuned = [name for name in preset.later if METHODS[name].parent is None]
     rates = yield from _trials(preset, tuned, first, score)
     variants = [name for name in preset.later if name not in tuned]

@@ -250,10 +250,18 @@ class Worker:
 
     def write(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Generated texts and their measures, by decoding."""
-        everyone = self.people.sets[TEST]
-        records = everyone[: self.preset.generated]
+        records = self.people.sets[TEST][: self.preset.generated]
         texts = self.texts(model, tokenizer, records)
-        found = {}
+        judged = {name: texts[name] for name in self.preset.judged}
+        if self.method.kind is None:  # the ceiling, which is the same for all methods
+            judged[REFERENCE] = [record.response for record in records]
+        return {"users": [record.user_id for record in records], "decodings": self.measured(texts, records, judged)}
+
+    def measured(
+        self, texts: Mapping[str, list[str]], records: Sequence[Any], judged: Mapping[str, Sequence[str]]
+    ) -> dict[str, Any]:
+        """The texts of each decoding and their measures; the language model judges those in `judged`."""
+        everyone, found = self.people.sets[TEST], dict[str, Any]()
         for name, written in texts.items():
             measures = text_measures(records, written, _TEXT_METRICS, among=everyone)
             rows = {each: scores.statistics.tolist() for each, scores in measures.items()}
@@ -262,14 +270,11 @@ class Worker:
                 "values": {each: scores.value for each, scores in measures.items()},
                 "rows": {each: _short(row) for each, row in rows.items() if each in PAIRED},
             }
-        judged = {name: texts[name] for name in self.preset.judged}
-        if self.method.kind is None:  # the ceiling, which is the same for all methods
-            judged[REFERENCE] = [record.response for record in records]
         for name, scores in self.judged(judged, records).items():
             place = found.setdefault(name, {"values": {}, "rows": {}})
             place["values"]["right_person_lm"] = scores.value
             place["rows"]["right_person_lm"] = _short(scores.statistics.tolist())
-        return {"users": [record.user_id for record in records], "decodings": found}
+        return found
 
     def texts(self, model: Any, tokenizer: Any, records: Sequence[Any]) -> dict[str, list[str]]:
         """Generated texts by decoding; each is kept as soon as it is complete."""

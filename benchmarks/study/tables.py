@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.measure import RESULTS
 from benchmarks.study.folder import RUNS
-from benchmarks.study.methods import BASE, METHODS, SFT
+from benchmarks.study.methods import BASE, METHODS, REPEATED, SFT
 from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.metrics.scores import ratio
@@ -243,7 +243,7 @@ def answer(results: Results) -> str:
     nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
 
     def share(name: str, decoding: str) -> str:
-        return _number(_mean(methods[name], FRONTIERS[0], decoding), 2)
+        return number(_mean(methods[name], FRONTIERS[0], decoding), 2)
 
     without, guided = share(SFT, "γ=0"), share(SFT, "γ=1")
     said = [f"**SFT**: the author is found among eight people for {without} of the texts, and for {guided} with γ=1."]
@@ -262,15 +262,15 @@ def answer(results: Results) -> str:
 
 
 def short_answer(results: Results) -> str:
-    """The methods that have no parent in a table, and one sentence on all of them, for the README."""
+    """The methods without a parent and the repeated ones in a table, and one sentence on all, for the README."""
     if not results.all or SFT not in results.methods(results.data[0]):
         return "No run of SFT is finished yet.\n"
     data = results.data[0]
     nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
     rows, moved = [], list[str]()
     for name, runs in results.methods(data).items():
-        found = [_number(_mean(runs, FRONTIERS[0], decoding), 2) for decoding in ("γ=0", "γ=1")]
-        cells = [METHODS[name].label, str(len(runs)), *found, _number(_mean(runs, "rouge_l", "γ=0"), 3)]
+        found = [number(_mean(runs, FRONTIERS[0], decoding), 2) for decoding in ("γ=0", "γ=1")]
+        cells = [METHODS[name].label, str(len(runs)), *found, number(_mean(runs, "rouge_l", "γ=0"), 3)]
         if name in nlls:
             cost = results.cost(data, name)
             cells += [_interval(nlls[name], 2), _interval(areas[name], 3), f"{cost:.2f}×" if cost else "–"]
@@ -278,7 +278,7 @@ def short_answer(results: Results) -> str:
                 moved.append(METHODS[name].label)
         else:
             cells += ["–", "–", "1×" if name == SFT else "–"]
-        if METHODS[name].parent is None:
+        if METHODS[name].parent is None or name in REPEATED:
             rows.append(cells)
     names = [data, "seeds", "author found", "with γ=1", "ROUGE-L", "nll − SFT's", "area − SFT's", "training time"]
     verdict = (
@@ -305,7 +305,7 @@ def rates_table(results: Results, data: str) -> str:
     """nll on development people by method and learning rate."""
     tried = results.tried(data)
     rates = sorted({rate for each in tried.values() for rate in each})
-    rows = [[METHODS[name].label, *(_number(each.get(rate), 3) for rate in rates)] for name, each in tried.items()]
+    rows = [[METHODS[name].label, *(number(each.get(rate), 3) for rate in rates)] for name, each in tried.items()]
     return table([f"nll on development people, {data}", *(f"{rate:g}" for rate in rates)], rows) if rows else ""
 
 
@@ -313,10 +313,10 @@ def own_table(results: Results, data: str) -> str:
     """Measures of the people's own texts."""
     rows = []
     for name, runs in results.methods(data).items():
-        values = [_number(_mean(runs, each.name), each.decimals) for each in NLL_MEASURES]
-        seen = _number(_mean(runs, "nll_at_temperature", of="seen"), 2)
+        values = [number(_mean(runs, each.name), each.decimals) for each in NLL_MEASURES]
+        seen = number(_mean(runs, "nll_at_temperature", of="seen"), 2)
         rate = f"{runs[0].key[2]:g}" if runs[0].key[2] else "–"
-        rows.append([METHODS[name].label, rate, str(len(runs)), _number(results.cost(data, name), 2), *values, seen])
+        rows.append([METHODS[name].label, rate, str(len(runs)), number(results.cost(data, name), 2), *values, seen])
     heads = [f"the people's own texts, {data}", "rate", "seeds", "training time"]
     heads += [each.heading for each in NLL_MEASURES]
     return table([*heads, "nll, people of the training"], rows)
@@ -328,7 +328,7 @@ def found_table(results: Results, data: str) -> str:
     for name, runs in results.methods(data).items():
         values = [_mean(runs, each.name) for each in FOUND_MEASURES]
         if any(value is not None for value in values):
-            rows.append([METHODS[name].label, *(_number(value, 2) for value in values)])
+            rows.append([METHODS[name].label, *(number(value, 2) for value in values)])
     heads = [f"known personal tokens found, {data}", *(each.heading for each in FOUND_MEASURES)]
     return table(heads, rows) if rows else ""
 
@@ -340,12 +340,12 @@ def texts_table(results: Results, data: str) -> str:
         for decoding in runs[0].raw["texts"]["decodings"]:
             if decoding == "reference":
                 continue
-            values = [_number(_mean(runs, each.name, decoding), each.decimals) for each in TEXT_MEASURES]
+            values = [number(_mean(runs, each.name, decoding), each.decimals) for each in TEXT_MEASURES]
             rows.append([METHODS[name].label, decoding, *values])
     first = next(iter(results.methods(data).values()), None)
     if first is not None:
         decoding = next(iter(first[0].raw["texts"]["decodings"]))
-        own = [_number(_ceiling(first[0], each.name, decoding), each.decimals) for each in TEXT_MEASURES]
+        own = [number(_ceiling(first[0], each.name, decoding), each.decimals) for each in TEXT_MEASURES]
         rows.append(["the people's own", "", *own])
     return table([f"generated texts, {data}", "decoding", *(each.heading for each in TEXT_MEASURES)], rows)
 
@@ -365,7 +365,7 @@ def frontiers_table(results: Results, data: str) -> str:
     for measure in FRONTIERS:
         found = _frontiers(results, data, measure)
         areas = {name: mean(frontier(run, measure).value for run in runs) for name, runs in methods.items()}
-        columns.append([_number(areas[name], 3) for name in methods])
+        columns.append([number(areas[name], 3) for name in methods])
         columns.append(["–" if name == SFT else _difference(*found[name], decimals=3) for name in methods])
     rows = [[METHODS[name].label, *(column[at] for column in columns)] for at, name in enumerate(methods)]
     headings = {each.name: each.heading for each in TEXT_MEASURES}
@@ -426,7 +426,7 @@ def differences_table(results: Results, data: str, decoding: str = "γ=0") -> st
     if SFT not in methods:
         return ""
     pairs = {METHODS[name].label: (runs, methods[SFT]) for name, runs in methods.items() if name != SFT}
-    return _compared(f"minus SFT, {data}, {decoding}", pairs, PRIMARY, decoding)
+    return compared(f"minus SFT, {data}, {decoding}", pairs, PRIMARY, decoding)
 
 
 def variants_table(results: Results, data: str, decoding: str = "γ=0") -> str:
@@ -438,11 +438,11 @@ def variants_table(results: Results, data: str, decoding: str = "γ=0") -> str:
         if parent not in (None, SFT) and len(same) == len(runs):
             pairs[f"{METHODS[name].label}, minus {METHODS[parent].label}"] = runs, same
     return (
-        _compared(f"minus its parent, {data}, {decoding}", pairs, ("nll_factual", *PRIMARY), decoding) if pairs else ""
+        compared(f"minus its parent, {data}, {decoding}", pairs, ("nll_factual", *PRIMARY), decoding) if pairs else ""
     )
 
 
-def _compared(
+def compared(
     heading: str, pairs: Mapping[str, tuple[Sequence[Result], Sequence[Result]]], measures: Sequence[str], decoding: str
 ) -> str:
     """The differences of runs, by label, in some measures; p-values are corrected for the number of labels."""
@@ -474,7 +474,7 @@ def _mean(runs: Sequence[Result], measure: str, decoding: str = OWN, of: str = "
     return mean(known) if known else None
 
 
-def _number(value: float | None, decimals: int) -> str:
+def number(value: float | None, decimals: int) -> str:
     return "–" if value is None else f"{value:.{decimals}f}"
 
 

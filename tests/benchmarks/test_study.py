@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.measure import RESULTS
-from benchmarks.study import tables
+from benchmarks.study import best_of, tables
 from benchmarks.study.__main__ import main
 from benchmarks.study.folder import RUNS, alone, make_study
 from benchmarks.study.methods import (
@@ -38,6 +38,7 @@ from nextquill.data import Branch, EncodedExample, HistoryItem, Record, load_eff
 from nextquill.errors import ArgumentError, OutputExistsError
 from nextquill.evaluation.bootstrap import SeedsResult
 from nextquill.evaluation.scoring import ExampleScores, effect_line
+from nextquill.generation import decoded, generation_engine
 from nextquill.models.loading import load_model
 from nextquill.outputs import PairNLL
 from nextquill.weighting import ClipWeighting
@@ -195,6 +196,19 @@ def test_methods_that_joined_later_change_no_run_before_theirs(preset):
     assert not set(LATER) & {*known.others, *known.main}
 
 
+def test_a_method_with_an_unexpected_result_is_trained_again():
+    """And nothing else changes: a study that has begun resumes."""
+    rates = dict.fromkeys(PRESETS["cpu"].main, PRESETS["cpu"].rates[0])
+    scores = {f"a-{name}-{rate:g}-seed1": float(rate != rates[name]) for name in rates for rate in PRESETS["cpu"].rates}
+    known = dataclasses.replace(PRESETS["cpu"], repeated=())
+    before, after = ([run.name for run in planned(each, ["a", "b"], scores.get)] for each in (known, PRESETS["cpu"]))
+    assert PRESETS["cpu"].repeated == ("nextquill",)
+    added = [f"{data}-nextquill-0.001-seed{seed}" for data, seed in (("a", 2), ("a", 3), ("b", 1))]
+    assert [name for name in after if name not in added] == before
+    assert len(after) == len(before) + len(added) == len(set(after))
+    assert known.to_dict() == PRESETS["cpu"].to_dict()
+
+
 def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
     """And waits for it before other seeds; a method whose best rate is in the middle has tried both neighbours."""
     best = {"sft": 3e-3, "perce": 1e-3, "nextquill_detached": 3e-4}
@@ -206,7 +220,8 @@ def test_a_method_whose_best_rate_is_at_an_end_tries_the_next():
     assert [name for name in found[12:] if "seed2" in name] == ["a-perce-0.001-seed2"]
     found = names("cpu", ["a"], scores | {"a-sft-0.01-seed1": 1.0, "a-nextquill_detached-0.0001-seed1": 4.0})
     second = [name for name in found if "seed2" in name]
-    assert second == ["a-sft-0.01-seed2", "a-perce-0.001-seed2", "a-nextquill_detached-0.0003-seed2"]
+    kinds = ("sft-0.01", "perce-0.001", "nextquill_detached-0.0003", "nextquill-0.0003")
+    assert second == [f"a-{kind}-seed2" for kind in kinds]
 
 
 def test_every_method_says_what_is_expected_of_it():
@@ -412,6 +427,59 @@ def test_the_picture_has_a_curve_for_each_method_and_panel(results):
     assert [each.get("class") for each in curves] == ["curve base", "curve sft", "curve perce"] * 2
     assert "SFT, from what is not copied: γ=0 " in found.get("aria-label")
     assert "4 greedy texts of 4 people never trained on. Seeds: SFT: 1; PerCE: 1." in drawn
+
+
+# ---- the best of n samples ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def best_study(results, world, tmp_path_factory):
+    """A study of the best of three samples, where the study of losses wrote half of the test texts."""
+    losses = make_study(results, "smoke", str(world / "model"), {"toy": world / "data"}, str(world / "prose.txt"))
+    losses = dataclasses.replace(losses, preset=dataclasses.replace(losses.preset, generated=2))
+    return best_of.BestOfStudy(tmp_path_factory.mktemp("best") / "out", losses, best_of.Rule(samples=3))
+
+
+def test_the_best_sample_has_the_largest_sum_of_effects(best_study):
+    worker = best_of.BestOfWorker(best_study, best_study.runs()[0])
+    model, tokenizer = worker.worker.start()
+    model.eval()
+    examples = worker.worker.encoder(tokenizer).encode_all(worker.worker.people.sets[TEST])
+    best, sums = worker.best(model, tokenizer, examples), dict[int, float]()
+    with generation_engine(model, tokenizer, examples, worker.options(tokenizer)) as engine:
+        samples, stops = worker.samples(engine, examples), engine.stops
+    for number, sample in enumerate(samples):
+        logprobs = []
+        for branch in (sample.factual, sample.counterfactual):
+            logits = model(torch.tensor([branch.input_ids])).logits[0, branch.prompt_length - 1 : -1]
+            ids = torch.tensor(branch.response_ids)[:, None]
+            logprobs.append(logits.double().log_softmax(-1).gather(1, ids).sum().item())
+        sums[number] = logprobs[0] - logprobs[1]
+    for place, text in enumerate(best):
+        number = max(range(3 * place, 3 * place + 3), key=sums.__getitem__)
+        assert text == decoded(tokenizer, samples[number].factual.response_ids, stops)
+    assert len({tuple(sample.factual.response_ids) for sample in samples}) > len(examples)
+
+
+def test_the_rule_meets_texts_that_the_study_did_not_write(best_study, world):
+    run = best_study.runs()[0]
+    assert [each.name for each in best_study.runs()] == ["toy-sft", "toy-perce"]
+    result = best_of.BestOfWorker(best_study, run).perform()
+    written = best_study.losses.people("toy").sets[TEST][2:]
+    assert result["texts"]["users"] == [record.user_id for record in written]
+    assert list(result["texts"]["decodings"]) == ["γ=0", "γ=0.5", "γ=1", "best of 3"]
+    best_study.path(run.name).parent.mkdir(parents=True)
+    best_study.path(run.name).write_text(json.dumps(result))
+    shown = best_of.markdown(best_study.folder)
+    assert "Finished runs: 1. toy: 2 texts of 2 people." in shown
+    assert "| SFT, toy | best of 3 |" in shown
+    assert "| best of 3, minus γ=1 | copied | right person |" in shown
+
+
+def test_the_rule_needs_finished_runs_of_the_study(best_study, tmp_path):
+    empty = dataclasses.replace(best_study, losses=dataclasses.replace(best_study.losses, folder=tmp_path))
+    with pytest.raises(ArgumentError, match="losses: expected a finished run of sft on toy in"):
+        empty.runs()
 
 
 def test_a_study_with_other_settings_is_refused(results, world):
