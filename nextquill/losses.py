@@ -311,9 +311,9 @@ class NextQuillLoss(PairLoss):
         L = Σ ω nll_f / Σ ω  +  alpha · mean(nll_e)                          per sequence
 
     That is the objective of the official code; `weighted_effect=True` gives the paper's, alpha · Σ ω nll_e / Σ ω.
-    Gradients flow through both passes unless `detach_counterfactual`. Prefer the detached form for training: with
-    gradients through both passes, training can lower the effect term by making the no-history pass *wrong*, and then
-    the measured effects are an artefact.
+    Gradients flow through both passes unless `detach_counterfactual`. Through both, training can lower the effect term
+    by making the no-history pass *wrong*, and then the measured effects are an artefact. Detached, it can only raise
+    the labels' logits, generic labels too, which makes the model overconfident.
 
     Args:
         threshold: a token with a larger effect_prob counts as personal.
