@@ -213,9 +213,10 @@ class LossOptions(LossComputation):
 
     loss: str = option(
         "The training objective, by its name in compare. perce: tokens count by how much likelier the history makes "
-        "them. nextquill: as in its authors' code; nextquill_paper: with the paper's effect term; nextquill_detached: no "
-        "gradient through the pass without history, so it is cheaper, and more overconfident. mirror: the model's own responses, towards what it predicts "
-        "with the user's in view; mirror_f: also the user's informative tokens.",
+        "them. nextquill: as in its authors' code; nextquill_paper: with the paper's effect term; nextquill_detached: "
+        "no gradient through the pass without history, so it is cheaper, and more overconfident. mirror: the model's "
+        "own responses, towards what it predicts with the user's in view; mirror_f: also the user's informative "
+        "tokens.",
         LOSSES[0], choices=[*LOSSES, *MIRROR_LOSSES],
     )  # fmt: skip
     threshold: float | None = option("nextquill: smallest effect of a personal token (default: 0.05).", None)
