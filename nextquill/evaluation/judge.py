@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from nextquill.data import Branch, ExampleEncoder, HistoryItem, Record
 from nextquill.errors import ArgumentError, BudgetError, naming
-from nextquill.evaluation.measures import LabelledScores, text_measure
+from nextquill.evaluation.measures import RIGHT_PERSON_LM, LabelledScores, text_measure
 from nextquill.evaluation.metrics import Authors, MetricScores
 from nextquill.evaluation.metrics.authors import share_of_first
 from nextquill.evaluation.scoring import BranchScorer, pad_token
@@ -158,6 +158,6 @@ class PersonJudge:
             shares = [
                 share_of_first([each[place][at] for place in sorted(each)]) if each else float("nan") for each in found
             ]
-            better = True if at == 0 else None
+            better = True if name == RIGHT_PERSON_LM else None
             measures |= text_measure(name, label, MetricScores.mean_of_defined(shares), higher_is_better=better)
         return measures

@@ -94,10 +94,14 @@ def test_shares_of_choices():
     found = judge.measures(lines, {"right_person_lm": "a", "right_person_lm_reference": "b"})
     assert found["right_person_lm"].scores.per_example.tolist() == [1, 0.5, 0, 0, 0, 0]
     assert found["right_person_lm_reference"].scores.per_example.tolist() == [pytest.approx(1 / 3), 0, 1, 1, 1, 1]
-    assert (found["right_person_lm"].higher_is_better, found["right_person_lm_reference"].higher_is_better) == (
-        True,
-        None,
-    )
+
+
+@pytest.mark.parametrize("names", [["right_person_lm", "other"], ["other", "right_person_lm"]])
+def test_only_texts_written_with_the_own_history_should_find_their_person(names):
+    judge = made(ORDERS["official"])
+    lines = [{"index": index, "logprobs": [[1.0, 2.0]] * 3} for index in range(len(judge.groups))]
+    found = judge.measures(lines, dict.fromkeys(names, ""))
+    assert {name: found[name].higher_is_better for name in names} == {"right_person_lm": True, "other": None}
 
 
 @pytest.mark.parametrize(
