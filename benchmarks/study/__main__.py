@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from benchmarks.measure import RESULTS
 from benchmarks.study.folder import RunFolder, Study, make_study
 from benchmarks.study.plan import PRESETS
 from nextquill.errors import NextQuillError
+from nextquill.storage.atomic_files import write_whole
 
 _INTERRUPTED = 130
 
@@ -43,6 +46,17 @@ def drive(module: str, study_of: Callable[[argparse.Namespace], RunFolder], chos
         values = value if isinstance(value, list) else [] if value is None else [value]
         words += [word for each in values for word in (f"--{name}", str(each))]
     return Driver(study, words, chosen.workers, chosen.minutes).go_on()
+
+
+def make_one(study: RunFolder, name: str, worker: Callable[[Any, Any], Any], parser: argparse.ArgumentParser) -> int:
+    """Make the run of that name in this process, as `worker(study, run)` performs it; the exit code."""
+    runs = {run.name: run for run in study.runs()}
+    if name not in runs:
+        parser.error(f"--run: expected one of {', '.join(runs)}, got {name!r}")
+    result = worker(study, runs[name]).perform()
+    write_whole(study.path(name), json.dumps(result, ensure_ascii=False) + "\n")
+    shutil.rmtree(study.work / name, ignore_errors=True)
+    return 0
 
 
 def add_driver_flags(parser: argparse.ArgumentParser) -> None:

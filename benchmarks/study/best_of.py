@@ -15,8 +15,6 @@ at the rate that the study chose. Its result is `runs/NAME.json`; tables follow 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, commit, device_name, short_name
-from benchmarks.study.__main__ import add_driver_flags, add_study_flags, drive
+from benchmarks.study.__main__ import add_driver_flags, add_study_flags, drive, make_one
 from benchmarks.study.__main__ import study_of as losses_of
 from benchmarks.study.folder import RUNS, RunFolder, Study
 from benchmarks.study.methods import METHODS
@@ -40,7 +38,6 @@ from nextquill.errors import ArgumentError
 from nextquill.evaluation.scoring import pad_token, score_examples
 from nextquill.generation import Engine, GenerationOptions, generation_engine, make_prompts
 from nextquill.generation import decoded as text_of
-from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.json_files import json_object
 
 VERSION = 1
@@ -228,7 +225,9 @@ def study_of(chosen: argparse.Namespace) -> BestOfStudy:
     """The study that the flags describe."""
     out = chosen.out or RESULTS / f"study-best-of-{chosen.preset}"
     losses = argparse.Namespace(**{**vars(chosen), "out": chosen.losses})
-    return BestOfStudy(out, losses_of(losses))
+    study = BestOfStudy(out, losses_of(losses))
+    study.runs()  # refuses, before any file is written, a study of losses without the runs that are needed
+    return study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,14 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.run is None:
         return drive("benchmarks.study.best_of", study_of, chosen)
-    study = study_of(chosen)
-    runs = {run.name: run for run in study.runs()}
-    if chosen.run not in runs:
-        parser.error(f"--run: expected one of {', '.join(runs)}, got {chosen.run!r}")
-    worker = BestOfWorker(study, runs[chosen.run])
-    write_whole(study.path(chosen.run), json.dumps(worker.perform(), ensure_ascii=False) + "\n")
-    shutil.rmtree(study.work / chosen.run, ignore_errors=True)
-    return 0
+    return make_one(study_of(chosen), chosen.run, BestOfWorker, parser)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ texts follow from these files: `python -m benchmarks.table`.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,14 +26,13 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.measure import RESULTS, commit, device_name, short_name
-from benchmarks.study.__main__ import add_driver_flags, add_run_flags, data_of, drive
+from benchmarks.study.__main__ import add_driver_flags, add_run_flags, data_of, drive, make_one
 from benchmarks.study.folder import RUNS, RunFolder, model_name
 from benchmarks.study.people import Size, check_apart, drawn, first_texts
 from benchmarks.study.tables import table
 from nextquill.data import PromptTemplate, Record, load_records
 from nextquill.errors import ArgumentError
 from nextquill.popi import POPIConfig, PopiTemplates, User, users_from_records
-from nextquill.storage.atomic_files import write_whole
 from nextquill.storage.fingerprints import fingerprint
 from nextquill.storage.json_files import json_object, json_objects
 
@@ -380,14 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.run is None:
         return drive("benchmarks.study.popi", study_of, chosen)
-    study = study_of(chosen)
-    runs = {run.name: run for run in study.runs()}
-    if chosen.run not in runs:
-        parser.error(f"--run: expected one of {', '.join(runs)}, got {chosen.run!r}")
-    worker = PopiWorker(study, runs[chosen.run])
-    write_whole(study.path(chosen.run), json.dumps(worker.perform(), ensure_ascii=False) + "\n")
-    shutil.rmtree(worker.folder, ignore_errors=True)
-    return 0
+    return make_one(study_of(chosen), chosen.run, PopiWorker, parser)
 
 
 if __name__ == "__main__":
