@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEHAVIOURS = {
     "cli": {"effects_file", "killed_anywhere", "shared_runs", "start"},
     "data/histories": {"selectors"},
-    "generation": {"engine"},
+    "generation": {"best_of", "engine"},
     "mirror": {"distributed", "sharded"},
     "models": {"compile", "peft"},
     "ops": {"chunk_kernels", "cost", "operators"},

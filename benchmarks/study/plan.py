@@ -37,6 +37,18 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class BestOf(Decoding):
+    """The best of several samples by what the history adds to them; see `GenerationOptions`."""
+
+    best_of: int = 8
+
+    @property
+    def name(self) -> str:
+        """Its name in results."""
+        return f"best of {self.best_of}"
+
+
+@dataclass(frozen=True)
 class Preset:
     """The settings of all runs.
 

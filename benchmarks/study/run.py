@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -284,11 +284,8 @@ class Worker:
         for decoding in self.preset.decodings:
             if decoding.name in found:
                 continue
-            options = GenerationOptions(
-                self.longest(tokenizer), _AT_A_TIME, temperature=decoding.temperature, top_p=decoding.top_p,
-                guidance=decoding.guidance, seed=self.run.seed,
-            )  # fmt: skip
-            against = "counterfactual" if decoding.guidance else None
+            options = GenerationOptions(self.longest(tokenizer), _AT_A_TIME, seed=self.run.seed, **asdict(decoding))
+            against = "counterfactual" if options.needs_against else None
             with generation_engine(model, tokenizer, examples, options) as engine:
                 texts = dict(engine.generate(make_prompts(examples, ("factual",), self.run.seed, against)))
             found[decoding.name] = [texts[index] for index in range(len(records))]

@@ -175,7 +175,7 @@ def load_writer(model_options: ModelOptions, prompt_options: PromptOptions) -> W
 
 def contrast(writing: WritingOptions, histories: Histories) -> tuple[HistoryItem, ...]:
     """The history that guidance moves away from; ArgumentError if another user's is asked for, and there is none."""
-    if not writing.guidance or writing.guidance_against == "counterfactual":
+    if not GenerationOptions(**writing.options()).needs_against or writing.guidance_against == "counterfactual":
         return ()
     others = [texts for name, texts in histories.items() if name != OWN]
     if not others:
@@ -190,8 +190,8 @@ def say_history(writer: Writer, query: str, texts: Sequence[HistoryItem], chosen
     prompt = user_prompt(writer.encoder, query, texts, chosen["max_new_tokens"])
     dropped = f", the newest of {prompt.history_total}" if prompt.history_kept < prompt.history_total else ""
     say(f"{prompt.history_kept} texts of the user in the prompt{dropped}; {len(prompt.ids)} tokens")
-    if chosen["guidance"] and not texts:
-        say("the history is empty, so --guidance changes nothing")
+    if GenerationOptions(**chosen).needs_against and not texts:
+        say("the history is empty, so --guidance and --best_of change nothing")
 
 
 def print_stream(stream: Iterable[tuple[int, str]]) -> str:
@@ -211,12 +211,12 @@ def compared(
     histories: Histories,
     chosen: Mapping[str, Any],
 ) -> dict[str, list[str]]:
-    """The responses of a stream; with `histories`, also unguided ones without a history and with another user's."""
+    """The responses of a stream; with `histories`, also plain ones without a history and with another user's."""
     texts = {OWN: _joined(own, len(queries), OWN)}
     others = {"no history": (), **histories} if histories else {}
     for name, history in others.items():
         if name != OWN:
-            stream = writer.stream(queries, history, **{**chosen, "guidance": 0.0})
+            stream = writer.stream(queries, history, **{**chosen, "guidance": 0.0, "best_of": 1})
             texts[name] = _joined(stream, len(queries), name)
     return texts
 

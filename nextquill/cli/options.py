@@ -448,6 +448,10 @@ class DecodingOptions:
     max_new_tokens: int = option("Most tokens of a response.", 128)
     temperature: float = option("Sampling temperature; 0: greedy.", 0.0)
     top_p: float = option("Sample only from the most likely tokens, whose probabilities add up to this share.", 1.0)
+    best_of: int = option(
+        "Draw INT responses and take the one whose tokens gain most from the history: the largest sum of log p1 - "
+        "log p0, as with --guidance. It needs a --temperature. 1: off; try 8, at temperature 0.8 and top_p 0.95.", 1,
+    )  # fmt: skip
 
 
 @dataclass

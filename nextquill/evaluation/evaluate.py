@@ -248,7 +248,7 @@ class _Work:
             self.marks.check(self.examples)
         for pair in self.pairs:
             _check_budget(pair, options.max_tokens)
-        against = options.guidance_against if options.guidance else None
+        against = options.guidance_against if options.generation().needs_against else None
         shown = self.examples[: options.generate_limit]
         self.prompts = make_prompts(shown, self.texts.branches, options.seed, against)
         self.prose = None

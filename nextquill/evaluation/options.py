@@ -30,8 +30,8 @@ class EvaluationOptions:
         metrics: metrics of generated texts, instead of the task's.
         generate_branches: the prompts that responses are generated for: "factual", "counterfactual", "placebo"; empty
             for no generation.
-        max_new_tokens, temperature, top_p, engine, guidance, plausibility: as in `GenerationOptions`.
-        guidance_against: the branch that responses of the factual branch are guided away from, with `guidance` above 0.
+        max_new_tokens, temperature, top_p, best_of, engine, guidance, plausibility: as in `GenerationOptions`.
+        guidance_against: the branch that gives p0 to responses of the factual branch, with `guidance` or `best_of`.
         batch_size: records at a time; by default as for `score_examples`, and 8 prompts.
         generate_limit: generate for only the first so many records.
         score_temperature: the temperature of `nll_at_temperature`, one of `TEMPERATURES`, chosen on other records; by
@@ -67,6 +67,7 @@ class EvaluationOptions:
     guidance: float = 0.0
     guidance_against: str = "counterfactual"
     plausibility: float = PLAUSIBILITY
+    best_of: int = 1
     score_temperature: float | None = None
     personal_from: Path | str | None = None
     item_effects: int = 0
@@ -121,6 +122,8 @@ class EvaluationOptions:
         # The prose and the other evaluation are compared by their content, not by their paths.
         for name in ("overwrite", "prose_file", "personal_from"):
             del values[name]
+        if self.best_of == 1:
+            del values["best_of"]  # evaluations from before there was such an option resume
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -45,7 +45,7 @@ class Prompt:
         index: identifies the prompt; the engine returns it with the text.
         ids: the prompt's tokens.
         seed: the seed of this prompt's samples.
-        against: the tokens of the prompt that guidance moves away from, or None.
+        against: the tokens of the prompt that gives p0, for guidance and `best_of`, or None.
     """
 
     index: int
@@ -73,6 +73,9 @@ class GenerationOptions:
         plausibility: β of guided decoding.
         draft_tokens: the most tokens of a draft from the prompt and the text so far; see `drafts.py`. It changes no
             text, and other engines than "tree" have none.
+        best_of: for prompts with `against`, draw so many responses and take the one with the largest Σ (log p1 -
+            log p0) over its tokens, p as in `guidance.py`. Both come from the steps that draw the tokens. It needs a
+            temperature above 0 and the engine "tree", and counts in `batch_size`.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -87,6 +90,7 @@ class GenerationOptions:
     guidance: float = 0.0
     plausibility: float = PLAUSIBILITY
     draft_tokens: int = 0
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -103,11 +107,22 @@ class GenerationOptions:
         check_guidance(self.guidance, self.plausibility)
         if self.guidance and self.engine == "vllm":
             raise ArgumentError(f"guidance: expected 0 with engine 'vllm', which has none, got {self.guidance}")
-        check_integer("draft_tokens", self.draft_tokens, least=0)
-        if self.draft_tokens and self.engine in ("hf", "vllm"):
+        for name, off in (("draft_tokens", 0), ("best_of", 1)):
+            value = getattr(self, name)
+            check_integer(name, value, least=off)
+            if value > off and self.engine in ("hf", "vllm"):
+                raise ArgumentError(
+                    f"{name}: expected {off} with engine {self.engine!r}, as only 'tree' has more, got {value}"
+                )
+        if self.best_of > 1 and self.temperature == 0:
             raise ArgumentError(
-                f"draft_tokens: expected 0 with engine {self.engine!r}, which drafts nothing, got {self.draft_tokens}"
+                f"best_of: expected a temperature above 0 with it, got best_of={self.best_of} and greedy responses"
             )
+
+    @property
+    def needs_against(self) -> bool:
+        """Whether anything is done with the `against` of a prompt."""
+        return self.guidance > 0 or self.best_of > 1
 
 
 def check_guidance(guidance: float, plausibility: float) -> None:
@@ -123,8 +138,8 @@ def make_prompts(
 ) -> list[Prompt]:
     """The prompts of some branches, branch by branch, numbered from 0.
 
-    A prompt's seed follows from `seed`, the example's index and the branch alone. With `against`, the prompts of the
-    factual branch are guided away from that branch.
+    A prompt's seed follows from `seed`, the example's index and the branch alone. `against` is the branch that gives p0
+    to the prompts of the factual branch.
 
     Raises:
         ArgumentError: there is no branch of that name, or an example lacks it.
@@ -213,6 +228,9 @@ def check_engine(options: GenerationOptions, model: Any = None, model_name: str 
         check_installed()
         if model is not None:
             check_vllm(model, model_name)
+    elif model is not None:
+        with local_engine(base_model(model), None, set(), options):
+            pass
 
 
 def generation_engine(
@@ -252,7 +270,7 @@ def local_engine(model: Any, tokenizer: Any, stops: set[int], options: Generatio
     """The engine "tree" or "hf" for a model in memory, without a PEFT wrapper; "auto" chooses by the model.
 
     Raises:
-        UnsupportedModelError: `engine="tree"` and the model cannot run branches in one row.
+        UnsupportedModelError: `engine="tree"` or `best_of`, and the model cannot run branches in one row.
     """
     from nextquill.generation.transformers_engine import transformers_engine
     from nextquill.generation.tree_engine import tree_engine
@@ -262,7 +280,11 @@ def local_engine(model: Any, tokenizer: Any, stops: set[int], options: Generatio
         if options.engine != "hf":
             try:
                 engine = stack.enter_context(tree_engine(model, tokenizer, stops, options))
-            except UnsupportedModelError:
+            except UnsupportedModelError as error:
+                if options.best_of > 1:
+                    raise UnsupportedModelError(
+                        f"best_of: expected a model that the engine 'tree' runs, got another: {error}"
+                    ) from error
                 if options.engine == "tree":
                     raise
         yield engine or stack.enter_context(transformers_engine(model, tokenizer, stops, options))

@@ -37,12 +37,16 @@ def guide(own: Tensor, against: Tensor, guidance: float, plausibility: float = P
         Scores [..., V] in nats, float32 or wider, -∞ for tokens that are not plausible. The softmax of a row is the
         distribution to sample from.
     """
-    wide = torch.promote_types(own.dtype, torch.float32)
-    own = own.to(wide).log_softmax(-1)
-    implausible = own < own.amax(-1, keepdim=True) + math.log(plausibility)
+    scores = log_probs(own)
+    implausible = scores < scores.amax(-1, keepdim=True) + math.log(plausibility)
     if guidance:  # 0 · (-∞ - -∞) would not be a number
-        own = own + guidance * (own - against.to(wide).log_softmax(-1))
-    return own.masked_fill(implausible, -math.inf)
+        scores = scores + guidance * (scores - log_probs(against))
+    return scores.masked_fill(implausible, -math.inf)
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., V] of logits in any floating dtype; float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 class HistoryGuidance(LogitsProcessor):

@@ -79,7 +79,7 @@ class TransformersEngine(Engine):
         input_ids, mask = left_padded([prompt.ids for prompt in prompts], device, pad)
         processors = sampling(self.options, [prompt.seed for prompt in prompts], device)
         against = [prompt.against for prompt in prompts if prompt.against is not None]
-        if against:
+        if against and self.options.guidance:
             gamma, beta = self.options.guidance, self.options.plausibility
             processors.insert(0, HistoryGuidance(self.model, against, gamma, beta))
         outputs = self._generated(

@@ -5,7 +5,7 @@
 
 transformers' own `generate` keeps a row of keys for each prompt: eight queries over one history compute and read it
 eight times. With guidance, a step has one more token for each prompt to move away from, and still reads the weights
-once.
+once. The best of n samples takes n times the tokens of a step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -25,13 +26,14 @@ from nextquill.errors import UnsupportedModelError
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
 from nextquill.generation.drafts import PromptLookup
 from nextquill.generation.few_rows import faster_few_rows, keys_in_place
-from nextquill.generation.guidance import guide
+from nextquill.generation.guidance import guide, log_probs
 from nextquill.generation.sampling import sampling
 from nextquill.models.attention import TreeAttention
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
 from nextquill.models.router import without_router_loss
 from nextquill.ranks import deal
+from nextquill.storage.fingerprints import seed_of
 from nextquill.tree import PrefixTree, TreeLayout, build_prefix_tree, visibility_mask
 
 #: Keys and values by layer, [1, H_kv, T, D] each.
@@ -95,9 +97,10 @@ class TreeEngine(Engine):
             yield from self._tokens(batch, reuse=True)
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        ordered, size = sorted(prompts, key=lambda prompt: (prompt.ids, prompt.index)), self.options.batch_size
-        for guided in (True, False):
-            group = [prompt for prompt in ordered if (prompt.against is not None) == guided]
+        ordered = sorted(prompts, key=lambda prompt: (prompt.ids, prompt.index))
+        for paired, samples in ((True, self.options.best_of), (False, 1)):
+            group = [prompt for prompt in ordered if (prompt.against is not None) == paired]
+            size = max(1, self.options.batch_size // samples)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
@@ -105,45 +108,53 @@ class TreeEngine(Engine):
     def _tokens(self, prompts: Sequence[Prompt], reuse: bool = False) -> Iterator[tuple[int, int]]:
         context = context_length(self._model)
         room = {prompt.index: token_limit(prompt, self.options, context) for prompt in prompts}
-        alive = [prompt for prompt in prompts if room[prompt.index]]
+        samples = 1 if prompts[0].against is None else self.options.best_of
+        alive = [sample for prompt in prompts if room[prompt.index] for sample in _samples(prompt, samples)]
         if not alive:
             return
         against = [prompt.against for prompt in alive if prompt.against is not None]
         own = [prompt.ids for prompt in alive]
         row = _Row(build_prefix_tree([*own, *against]), self._device, *(self._known(own) if reuse else ()))
         branches = 2 if against else 1
-        responses = [_Response(prompt, room[prompt.index], self.options, self._device) for prompt in alive]
-        logits = self._prefill(row)
+        everyone = [_Response(prompt, room[prompt.index], self.options, self._device) for prompt in alive]
+        responses, logits = everyone, self._prefill(row)
         if reuse:
             self.kept = own[0], row.first_prompt()
         while True:
             counts = list[int]()
-            for response, scores in zip(responses, self._scores(logits, responses), strict=True):
-                new = response.take(scores, self.stops)
-                yield from ((response.index, token) for token in new)
+            for response, scores, effects in zip(responses, *self._scores(logits, responses), strict=True):
+                new = response.take(scores, effects, self.stops)
+                if samples == 1:
+                    yield from ((response.index, token) for token in new)
                 counts.append(len(new))
             row.accept(counts * branches)
             going = [place for place, response in enumerate(responses) if response.room]
             if not going:
-                return
+                break
             if len(going) < len(responses):
                 row.keep([branch * len(responses) + place for branch in range(branches) for place in going])
                 responses = [responses[place] for place in going]
             logits = self._step(row, [response.next for response in responses] * branches)
+        if samples > 1:
+            for start in range(0, len(everyone), samples):
+                best = max(everyone[start : start + samples], key=lambda response: float(response.effect))
+                yield from ((best.index, token) for token in best.tokens)
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = next(self._model.parameters()).device
         return device
 
-    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[Tensor, ...]:
-        """The scores after each token of a response that was computed last, by response."""
-        rows = [len(response.next) for response in responses]
+    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        """After each token of a response that was computed last: scores, and with `best_of` effects; by response."""
+        rows, effects = [len(response.next) for response in responses], [None] * len(responses)
         if len(logits) > sum(rows):
-            own, against = logits.chunk(2)
-            logits = guide(own, against, self.options.guidance, self.options.plausibility)
-        scores: tuple[Tensor, ...] = logits.split(rows)
-        return scores
+            logits, against = logits.chunk(2)
+            if self.options.best_of > 1:
+                effects = (log_probs(logits) - log_probs(against)).split(rows)
+            if self.options.guidance:
+                logits = guide(logits, against, self.options.guidance, self.options.plausibility)
+        return logits.split(rows), effects
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
         """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
@@ -188,36 +199,45 @@ class _Response:
     Attributes:
         next: the tokens to compute next: the last one that was chosen, and a draft of those after it. At first it
             stands for the prompt's last token.
+        tokens: all that were chosen.
+        effect: the sum of log p1 - log p0 over them, with `best_of`.
     """
 
     def __init__(self, prompt: Prompt, room: int, options: GenerationOptions, device: torch.device) -> None:
         self.index, self.room, self.next = prompt.index, room, prompt.ids[-1:]
+        self.tokens, self.effect = list[int](), torch.zeros((), device=device)
         self._draft_tokens = options.draft_tokens
         self._lookup = PromptLookup(prompt.ids if options.draft_tokens else ())
         self._sampler: Any = sampling(options, [prompt.seed], device)
 
-    def take(self, scores: Tensor, stops: Collection[int]) -> list[int]:
+    def take(self, scores: Tensor, effects: Tensor | None, stops: Collection[int]) -> list[int]:
         """Choose a token after `next`, and after each token of the draft that is the one chosen in its place.
 
         Args:
             scores: [tokens of `next`, V], any floating dtype.
+            effects: log p1 - log p0 of the same tokens, or None.
             stops: the tokens that end a response.
         """
         new = list[int]()
-        for scored, proposed in zip(scores.split(1), [*self.next[1:], None], strict=True):
-            token = int(self._sampler(None, scored).argmax())
+        for place, proposed in enumerate([*self.next[1:], None]):
+            token = int(self._sampler(None, scores[place : place + 1]).argmax())
             new.append(token)
-            if token in stops or len(new) == self.room:
-                self.room = 0
-                return new
-            if token != proposed:
+            if effects is not None:
+                self.effect = self.effect + effects[place, token]
+            if token in stops or token != proposed:
                 break
-        self.room -= len(new)
+        self.tokens += new
         self.next = new[-1:]
-        if self._draft_tokens:
+        self.room = 0 if new[-1] in stops else self.room - len(new)
+        if self._draft_tokens and self.room:
             self._lookup.extend(new)
             self.next += self._lookup.propose(min(self._draft_tokens, self.room - 1))
         return new
+
+
+def _samples(prompt: Prompt, count: int) -> list[Prompt]:
+    """The prompt so many times with a seed each, at first its own."""
+    return [prompt, *(replace(prompt, seed=seed_of(f"{prompt.seed} {number}")) for number in range(1, count))]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

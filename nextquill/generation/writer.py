@@ -128,8 +128,8 @@ class Writer:
         Args:
             queries: one or several requests.
             history: the user's texts, oldest first.
-            against: with `guidance`, the history to move away from; by default none.
-            options: of `GenerationOptions`: `guidance`, `max_new_tokens`, `temperature`, `seed` and others.
+            against: with `guidance` or `best_of`, the history to move away from; by default none.
+            options: of `GenerationOptions`: `guidance`, `best_of`, `max_new_tokens`, `temperature`, `seed` and others.
 
         Returns:
             The responses, in the order of the queries.
@@ -183,5 +183,5 @@ class Writer:
         self, index: int, query: str, histories: Sequence[Sequence[HistoryItem]], chosen: GenerationOptions
     ) -> Prompt:
         ids, against = (self.encoder.encode_prompt(query, each, chosen.max_new_tokens)[0] for each in histories)
-        guided = chosen.guidance > 0 and against != ids
-        return Prompt(index, ids, seed_of(f"{chosen.seed} {index}"), against if guided else None)
+        paired = chosen.needs_against and against != ids
+        return Prompt(index, ids, seed_of(f"{chosen.seed} {index}"), against if paired else None)

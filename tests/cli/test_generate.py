@@ -81,12 +81,22 @@ def test_guidance_can_move_away_from_another_users_history(nextquill, common, re
     assert out.out == writer.write("warm soup", last["u1"], against=last["u0"], **options)[0] + "\n"
 
 
+def test_the_best_of_several_samples_is_written(nextquill, common, records, trained):
+    words = ("generate", *common, "--records_file", records, "--user_id", "u1", "--query", "warm soup")
+    words += ("--temperature", 3, "--best_of", 6)
+    last = {record.user_id: record.history for record in read_jsonl(records)}
+    writer, options = Writer.load(str(trained)), {"temperature": 3.0, "max_new_tokens": 6, "best_of": 6}
+    for more, against in (((), ()), (("--guidance_against", "placebo", "--other_user_id", "u0"), last["u0"])):
+        expected = writer.write("warm soup", last["u1"], against=against, **options)[0]
+        assert nextquill(*words, *more).out == expected + "\n"
+
+
 def test_an_empty_history_is_said_to_leave_guidance_without_effect(nextquill, common, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     guided = nextquill("generate", *common, "--history_file", empty, "--query", "soup", "--guidance", 1)
     assert guided.code == 0
-    assert "the history is empty, so --guidance changes nothing" in guided.err
+    assert "the history is empty, so --guidance and --best_of change nothing" in guided.err
     assert guided.out == nextquill("generate", *common, "--history_file", empty, "--query", "soup").out
 
 
@@ -99,6 +109,7 @@ def test_an_empty_history_is_said_to_leave_guidance_without_effect(nextquill, co
         (["--query", "x", "--history_file", "gone.jsonl"], 1, "--history_file: gone.jsonl is not a file"),
         (["--history_file", "HISTORY"], 2, "--query: expected either this flag or --queries_file"),
         (["--query", "x", "--history_file", "HISTORY", "--guidance", "-1"], 2, "--guidance: expected a finite number"),
+        (["--query", "x", "--history_file", "HISTORY", "--best_of", "8"], 2, "--best_of: expected a temperature above"),
         (["--query", "x", "--history_file", "HISTORY", "--plausibility", "2"], 2, "--plausibility: expected a share"),
         (
             ["--query", "x", "--history_file", "HISTORY", "--draft_tokens", "2", "--engine", "hf"],

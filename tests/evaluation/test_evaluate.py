@@ -168,6 +168,17 @@ def test_some_texts_and_other_measures(model, tmp_path):
     assert ["exact_match" in example.scores for example in examples] == [True, True, False, False, False, False]
 
 
+def test_texts_are_the_best_of_several_samples(model, tmp_path):
+    options = {"temperature": 2.0, "max_new_tokens": 5, "generate_branches": ("factual", "counterfactual")}
+    one, best = (evaluate(model, tmp_path / str(n), best_of=n, **options) for n in (1, 6))
+    texts = [[example.generated for example in read_examples(tmp_path / n)] for n in ("1", "6")]
+    assert [each["factual"] for each in texts[0]] != [each["factual"] for each in texts[1]]
+    # nothing to compare with
+    assert [each["counterfactual"] for each in texts[0]] == [each["counterfactual"] for each in texts[1]]
+    assert "best_of" not in one.settings
+    assert best.settings["best_of"] == 6
+
+
 def test_one_user_has_no_placebo_and_no_interval(model, tmp_path):
     records = [dataclasses.replace(record, user_id="only") for record in RECORDS]
     evaluation = evaluate(model, tmp_path, records, generate_branches=())

@@ -13,15 +13,15 @@ MUTATIONS = (
     Mutation(
         "guidance-sign",
         "nextquill/generation/guidance.py",
-        "own = own + guidance * (own - against",
-        "own = own + guidance * (against - own",
+        "guidance * (scores - log_probs(against))",
+        "guidance * (log_probs(against) - scores)",
         "guidance makes texts less personal",
     ),
     Mutation(
         "guidance-plausible",
         "nextquill/generation/guidance.py",
-        "own.amax(-1, keepdim=True) + math.log(plausibility)",
-        "own.amax(-1, keepdim=True) - math.log(plausibility)",
+        "scores.amax(-1, keepdim=True) + math.log(plausibility)",
+        "scores.amax(-1, keepdim=True) - math.log(plausibility)",
         "only implausible tokens are left out less and less",
     ),
     Mutation(
@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "tree-engine-draft-accepted",
         "nextquill/generation/tree_engine.py",
-        "if token != proposed:",
-        "if proposed is None:",
+        "token in stops or token != proposed",
+        "token in stops or proposed is None",
         "a draft's tokens are taken whether the model agrees or not",
     ),
     Mutation(
@@ -93,6 +93,27 @@ MUTATIONS = (
         "self.room - 1)",
         "self._draft_tokens)",
         "a draft goes beyond the model's context",
+    ),
+    Mutation(
+        "tree-engine-best-of-sign",
+        "nextquill/generation/tree_engine.py",
+        "(log_probs(logits) - log_probs(against))",
+        "(log_probs(against) - log_probs(logits))",
+        "the sample that owes least to the history is taken",
+    ),
+    Mutation(
+        "tree-engine-best-of-seeds",
+        "nextquill/generation/tree_engine.py",
+        'f"{prompt.seed} {number}"',
+        'f"{prompt.seed}"',
+        "all samples of a prompt but the first are the same",
+    ),
+    Mutation(
+        "tree-engine-best-of-last",
+        "nextquill/generation/tree_engine.py",
+        "self.effect = self.effect + effects[place, token]",
+        "self.effect = effects[place, token]",
+        "a sample is chosen by its last token alone",
     ),
     Mutation(
         "drafts-last-occurrence",
@@ -125,9 +146,9 @@ MUTATIONS = (
     Mutation(
         "writer-against",
         "nextquill/generation/writer.py",
-        "guided = chosen.guidance > 0 and against != ids",
-        "guided = False",
-        "Writer ignores guidance",
+        "paired = chosen.needs_against and against != ids",
+        "paired = False",
+        "Writer ignores guidance and best_of",
     ),
     Mutation(
         "writer-order",
