@@ -271,7 +271,7 @@ def study_table() -> str:
 
 
 def study_answer() -> str:
-    """What the study says so far."""
+    """All methods of the study against SFT."""
     from benchmarks.study.tables import Results, answer
 
     return answer(Results(RESULTS / "study-cpu"))
@@ -279,9 +279,9 @@ def study_answer() -> str:
 
 def study_short_answer() -> str:
     """The study's main methods, for the README."""
-    from benchmarks.study.tables import Results, short_answer
+    from benchmarks.study.tables import Results, answer
 
-    return short_answer(Results(RESULTS / "study-cpu"))
+    return answer(Results(RESULTS / "study-cpu"), brief=True)
 
 
 def study_methods_table() -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,3 +44,11 @@ def test_each_test_file_is_named_after_a_module_or_a_listed_behaviour() -> None:
             nameless.append(file.relative_to(ROOT).as_posix())
     assert not nameless, "rename them test_MODULE.py or test_MODULE_SUBJECT.py, or list their behaviour"
     assert listed == {(folder, name) for folder, names in BEHAVIOURS.items() for name in names}, "a listed file is gone"
+
+
+@pytest.mark.parametrize("package", sorted(ROOT.glob("nextquill/**/__init__.py")), ids=lambda path: path.parent.name)
+def test_a_list_of_a_packages_modules_is_complete(package: Path) -> None:
+    said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+    modules = {path.name for path in package.parent.glob("*.py")} - {"__init__.py"}
+    if re.search(r"^ *\w+\.py ", said, re.MULTILINE):
+        assert set(re.findall(r"\w+\.py\b", said)) == modules

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.measure import RESULTS
 from benchmarks.study.folder import RUNS
-from benchmarks.study.methods import BASE, METHODS, REPEATED, SFT
+from benchmarks.study.methods import METHODS, REPEATED, SFT
 from nextquill.evaluation.bootstrap import SeedsResult, paired_over_seeds
 from nextquill.evaluation.metrics import MetricScores
 from nextquill.evaluation.metrics.scores import ratio
@@ -234,71 +234,59 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def answer(results: Results) -> str:
-    """What the finished runs say of each trained method against SFT, in a sentence each."""
+def answer(results: Results, *, brief: bool = False) -> str:
+    """What the finished runs say of each method against SFT: a table for each data set, and one sentence on all.
+
+    Args:
+        brief: only the first data set, and only methods without a parent and repeated ones.
+    """
     if not results.all or SFT not in results.methods(results.data[0]):
         return "No run of SFT is finished yet.\n"
-    data = results.data[0]
-    methods = results.methods(data)
-    nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
-
-    def share(name: str, decoding: str) -> str:
-        return number(_mean(methods[name], FRONTIERS[0], decoding), 2)
-
-    without, guided = share(SFT, "γ=0"), share(SFT, "γ=1")
-    said = [f"**SFT**: the author is found among eight people for {without} of the texts, and for {guided} with γ=1."]
-    for name, runs in methods.items():
-        if name in (SFT, BASE):
-            continue
-        cost = results.cost(data, name)
-        spent = f", {cost:.2f} times SFT's training time" if cost else ""
-        said.append(
-            f"**{METHODS[name].label}** ({len(runs)} seed{'s' * (len(runs) > 1)}{spent}): {share(name, 'γ=0')}, and "
-            f"{share(name, 'γ=1')} with γ=1. The nll at the best temperature is "
-            f"{_judged(nlls[name], 'higher', 'lower')}. The area under the frontier is "
-            f"{_judged(areas[name], 'larger', 'smaller', 3)}."
-        )
-    return "\n".join(fill(f"- {each}", 120, subsequent_indent="  ") for each in said) + "\n"
-
-
-def short_answer(results: Results) -> str:
-    """The methods without a parent and the repeated ones in a table, and one sentence on all, for the README."""
-    if not results.all or SFT not in results.methods(results.data[0]):
-        return "No run of SFT is finished yet.\n"
-    data = results.data[0]
-    nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
-    rows, moved = [], list[str]()
-    for name, runs in results.methods(data).items():
-        found = [number(_mean(runs, FRONTIERS[0], decoding), 2) for decoding in ("γ=0", "γ=1")]
-        cells = [METHODS[name].label, str(len(runs)), *found, number(_mean(runs, "rouge_l", "γ=0"), 3)]
-        if name in nlls:
-            cost = results.cost(data, name)
-            cells += [_interval(nlls[name], 2), _interval(areas[name], 3), f"{cost:.2f}×" if cost else "–"]
-            if "larger" in _judged(areas[name], "larger", "smaller", 3):
-                moved.append(METHODS[name].label)
-        else:
-            cells += ["–", "–", "1×" if name == SFT else "–"]
-        if METHODS[name].parent is None or name in REPEATED:
-            rows.append(cells)
-    names = [data, "seeds", "author found", "with γ=1", "ROUGE-L", "nll − SFT's", "area − SFT's", "training time"]
+    tables, moved = list[str](), list[str]()
+    for data in results.data[: 1 if brief else None]:
+        nlls, areas = _from_sft(results, data, "nll_at_temperature"), _frontiers(results, data, FRONTIERS[0])
+        rows = list[list[str]]()
+        for name, runs in results.methods(data).items():
+            found = [number(_mean(runs, FRONTIERS[0], decoding), 2) for decoding in ("γ=0", "γ=1")]
+            cells = [METHODS[name].label, str(len(runs)), *found, number(_mean(runs, "rouge_l", "γ=0"), 3)]
+            if name in nlls:
+                cost = results.cost(data, name)
+                cells += [_interval(nlls[name], 2), _interval(areas[name], 3), f"{cost:.2f}×" if cost else "–"]
+                if _shown(areas[name]) and areas[name][0].difference > 0:
+                    moved.append(f"{METHODS[name].label} ({data})")
+            else:
+                cells += ["–", "–", "1×" if name == SFT else "–"]
+            if not brief or METHODS[name].parent is None or name in REPEATED:
+                rows.append(cells)
+        heads = [
+            "seeds",
+            "author found",
+            "with γ=1",
+            "ROUGE-L",
+            "nll − SFT's (bold: shown)",
+            "area − SFT's",
+            "training time",
+        ]
+        tables.append(table([data, *heads], rows))
     verdict = (
         f"More personal at the same ROUGE-L than SFT under some guidance: {', '.join(moved)}."
         if moved
         else "No loss is shown to be more personal at the same ROUGE-L than SFT with guidance, which needs no training."
     )
-    return f"{table(names, rows)}\n\n{fill(verdict, 120)}"
+    return "\n\n".join([*tables, fill(verdict, 120)])
 
 
 def _interval(found: tuple[SeedsResult, float], decimals: int) -> str:
+    """A difference with its interval, in bold if it is shown."""
     result, _ = found
-    return f"{result.difference:+.{decimals}f} [{result.low:+.{decimals}f}, {result.high:+.{decimals}f}]"
+    text = f"{result.difference:+.{decimals}f} [{result.low:+.{decimals}f}, {result.high:+.{decimals}f}]"
+    return f"**{text}**" if _shown(found) else text
 
 
-def _judged(found: tuple[SeedsResult, float], more: str, less: str, decimals: int = 2) -> str:
-    difference, p = found
-    shown = difference.excludes_zero and p < _LEVEL
-    verdict = f"{more if difference.difference > 0 else less} than SFT's" if shown else "not shown to differ from SFT's"
-    return f"{verdict} ({_interval(found, decimals)})"
+def _shown(found: tuple[SeedsResult, float]) -> bool:
+    """Whether the interval leaves out zero, and the corrected p-value is small enough."""
+    result, p = found
+    return result.excludes_zero and p < _LEVEL
 
 
 def rates_table(results: Results, data: str) -> str:

@@ -4,9 +4,11 @@
     transformers_engine.py   `generate` of transformers, in batches of prompts of similar length
     vllm_engine.py           vLLM, which batches by itself
     drafts.py                next tokens guessed from the prompt, so that one forward confirms several
+    few_rows.py              a step on a CPU, where products of a few rows are slow
     guidance.py              decoding that strengthens the user's history
     sampling.py              the next token of each row
     writer.py                texts for a user, from queries and a history
+    rollouts.py              samples from a model in training
 
 An engine takes prompts as token ids and yields `(index, text)`, or `(index, sampled ids)`, in any order. This file has
 its interface, the options, the prompts with a seed each, and where a response ends.

@@ -8,4 +8,5 @@ json_files.py       reads JSON files, and names damaged files and lines
 manifests.py        lists of a folder's files with their digests
 locks.py            locks that one process at a time can hold
 resumable_jsonl.py  JSONL files whose writing can stop at any moment and resume
+sample_log.py       the log of sampled texts, cut to its checkpoint when a training resumes
 """

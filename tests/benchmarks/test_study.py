@@ -390,17 +390,31 @@ def test_a_cost_compares_runs_of_one_processor(results):
     assert found.cost("toy", "base") is None
 
 
-def test_the_answer_names_a_difference_only_where_it_is_shown(results):
+def test_the_answer_shows_a_difference_in_bold_only_after_correction(results):
     said = tables.answer(tables.Results(results))
-    assert said.startswith("- **SFT**: the author is found among eight people for ")
-    assert "- **PerCE** (1 seed, " in said
-    assert "no training" not in said
+    assert said.startswith("| toy | seeds | author found | with γ=1 |")
+    assert "| no training | 1 | " in said
+    assert "| PerCE | 1 | " in said
     found = SeedsResult(0.3, 0.1, 0.5, 0.01, 10, 0.01, (3, 3))
-    assert tables._judged((found, 0.04), "higher", "lower") == "higher than SFT's (+0.30 [+0.10, +0.50])"
-    assert tables._judged((found, 0.06), "higher", "lower").startswith("not shown to differ from SFT's (+0.30")
-    wide = dataclasses.replace(found, difference=-0.3, low=-0.5, high=0.1)
-    assert tables._judged((wide, 0.01), "higher", "lower").startswith("not shown")
-    assert tables._judged((dataclasses.replace(wide, high=-0.1), 0.01), "more", "less").startswith("less than SFT's")
+    assert tables._interval((found, 0.04), 2) == "**+0.30 [+0.10, +0.50]**"
+    assert tables._interval((found, 0.06), 2) == "+0.30 [+0.10, +0.50]"
+    assert tables._interval((dataclasses.replace(found, low=-0.1), 0.01), 2) == "+0.30 [-0.10, +0.50]"
+
+
+def test_a_brief_answer_leaves_out_variants(results, monkeypatch):
+    monkeypatch.setitem(tables.METHODS, "perce", dataclasses.replace(tables.METHODS["perce"], parent="sft"))
+    assert "| PerCE |" in tables.answer(tables.Results(results))
+    assert "| PerCE |" not in tables.answer(tables.Results(results), brief=True)
+
+
+def test_a_frontier_that_moves_is_named(results, monkeypatch):
+    moved = SeedsResult(0.3, 0.1, 0.5, 0.01, 10, 0.01, (3, 3)), 0.01
+    assert "No loss is shown to be more personal" in tables.answer(tables.Results(results))
+    frontiers = tables._frontiers
+    monkeypatch.setattr(tables, "_frontiers", lambda *a: {**frontiers(*a), "perce": moved})
+    assert "More personal at the same ROUGE-L than SFT under some guidance: PerCE (toy)." in tables.answer(
+        tables.Results(results)
+    )
 
 
 def test_committed_figures_are_those_of_the_committed_results():
