@@ -98,7 +98,7 @@ class PopiPromptOptions:
 class PopiLoraOptions(AdapterOptions):
     """LoRA: the adapters of both roles."""
 
-    LEARNING_RATE = f"The initial learning rate (default: {LORA_LEARNING_RATE:g}; 5e-5 with --lora_r 0)."
+    LEARNING_RATE = f"The initial learning rate (default: {LORA_LEARNING_RATE:g}; 5e-5 for whole models)."
     lora_r: int = option("Rank of the adapters; 0 trains whole models, and needs a model for each role.", 16)
 
     def check(self, models: Mapping[str, str]) -> None:
@@ -148,6 +148,8 @@ def run(arguments: Sequence[str]) -> int:
     quieten(args)
     set_seed(args.seed)
     loaded = _load(models, lora, users, args.seed)
+    # One learning rate for both roles: a whole model decides.
+    lora.set_learning_rate(args, min((loaded[name] for name in models.names), key=is_adapter))
     if resume is not None:
         check_roles(resume)
         check_tokenizer(resume / INFERENCE, loaded["processing_class"])

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from nextquill.cli import popi as command
 from nextquill.models.loading import load_model
 from nextquill.popi import POPIConfig
 from nextquill.popi.saved_run import SavedRun
 from tests.cli.conftest import LENGTHS, SIZES
+from tests.snippets import make_model
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT still uses the old names
     r"ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
@@ -136,6 +138,19 @@ def test_adapters_have_the_learning_rate_of_train(popi, pairs, tmp_path, rank):
     assert result.code == 0, result.err
     assert f"learning rate     {'0.0002' if rank else '5e-05'}, linear" in result.out
     assert ("learning rate 0.0002, the default for adapters" in result.err) == bool(rank)
+
+
+def test_roles_that_are_adapters_already_have_the_learning_rate_of_adapters(popi, pairs, tmp_path):
+    make_model(tmp_path / "base")
+    model, tokenizer = load_model(str(tmp_path / "base"))
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    data = ("--train_file", pairs / "train.jsonl", "--output_dir", tmp_path / "run", *SIZES, *LENGTHS)
+    for other, rate in (("adapter", "0.0002"), ("base", "5e-05")):
+        models = ("--inference_model", tmp_path / "adapter", "--generator_model", tmp_path / other, "--lora_r", 0)
+        result = popi("train", *data, *models, "--dry_run")
+        assert result.code == 0, result.err
+        assert f"learning rate     {rate}, linear" in result.out
 
 
 @pytest.fixture
