@@ -37,7 +37,8 @@ from nextquill.errors import ArgumentError
 from nextquill.storage.json_files import json_object
 
 VERSION = 2
-RIVALS = ("γ=1", "γ=1, T=0.8")
+#: The last one, a single sample, was added when the first run was known.
+RIVALS = ("γ=1", "γ=1, T=0.8", "γ=0, T=0.8")
 #: What the rule is compared by, decided before its first run.
 MEASURES = ("copied", "right_person", "right_person_uncopied", "rouge_l")
 _ONLY = "only"

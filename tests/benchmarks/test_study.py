@@ -450,7 +450,7 @@ def best_study(results, world, tmp_path_factory):
     """A study of the best of three samples, where the study of losses wrote half of the test texts."""
     losses = make_study(results, "smoke", str(world / "model"), {"toy": world / "data"}, str(world / "prose.txt"))
     losses = dataclasses.replace(losses, preset=dataclasses.replace(losses.preset, generated=2))
-    decodings = (Decoding(1.0), Decoding(1.0, 0.8), BestOf(0.0, 0.8, best_of=3))
+    decodings = (Decoding(1.0), Decoding(1.0, 0.8), Decoding(0.0, 0.8), BestOf(0.0, 0.8, best_of=3))
     return best_of.BestOfStudy(tmp_path_factory.mktemp("best") / "out", losses, best_of.Rule(decodings))
 
 
@@ -460,7 +460,7 @@ def test_the_rule_meets_texts_that_the_study_did_not_write(best_study, world):
     result = best_of.BestOfWorker(best_study, run).perform()
     written = best_study.losses.people("toy").sets[TEST][2:]
     assert result["texts"]["users"] == [record.user_id for record in written]
-    assert list(result["texts"]["decodings"]) == ["γ=1", "γ=1, T=0.8", "best of 3"]
+    assert list(result["texts"]["decodings"]) == ["γ=1", "γ=1, T=0.8", "γ=0, T=0.8", "best of 3"]
     best_study.path(run.name).parent.mkdir(parents=True)
     best_study.path(run.name).write_text(json.dumps(result))
     shown = best_of.markdown(best_study.folder)
