@@ -230,7 +230,7 @@ def check_engine(options: GenerationOptions, model: Any = None, model_name: str 
         check_installed()
         if model is not None:
             check_vllm(model, model_name)
-    elif model is not None:
+    elif model is not None and (options.engine == "tree" or options.best_of > 1):
         with local_engine(base_model(model), None, set(), options):
             pass
 
