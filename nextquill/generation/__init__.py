@@ -114,7 +114,7 @@ class GenerationOptions:
             check_integer(name, value, least=off)
             if value > off and self.engine in ("hf", "vllm"):
                 raise ArgumentError(
-                    f"{name}: expected {off} with engine {self.engine!r}, as only 'tree' has more, got {value}"
+                    f"{name}: expected {off} with engine {self.engine!r}, as only 'tree' takes more, got {value}"
                 )
         if self.best_of > 1 and self.temperature == 0:
             raise ArgumentError(
