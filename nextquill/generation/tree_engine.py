@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit
 from nextquill.generation.drafts import PromptLookup
 from nextquill.generation.few_rows import faster_few_rows, keys_in_place
 from nextquill.generation.guidance import guide, log_probs
-from nextquill.generation.sampling import sampling
+from nextquill.generation.sampling import NoiseStream, warpers
 from nextquill.models.attention import TreeAttention
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
@@ -70,6 +70,7 @@ class TreeEngine(Engine):
             )
         self._prompt_attention = TreeAttention(model)
         self._extra = without_router_loss(model)
+        self._warpers: Any = warpers(options)
         self.kept: tuple[list[int], Layers] | None = None
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -122,8 +123,8 @@ class TreeEngine(Engine):
             self.kept = own[0], row.first_prompt()
         while True:
             counts = list[int]()
-            for response, scores, effects in zip(responses, *self._scores(logits, responses), strict=True):
-                new = response.take(scores, effects, self.stops)
+            for response, candidates, effects in zip(responses, *self._chosen(logits, responses), strict=True):
+                new = response.take(candidates, effects, self.stops)
                 if samples == 1:
                     yield from ((response.index, token) for token in new)
                 counts.append(len(new))
@@ -137,7 +138,7 @@ class TreeEngine(Engine):
             logits = self._step(row, [response.next for response in responses] * branches)
         if samples > 1:
             for start in range(0, len(everyone), samples):
-                best = max(everyone[start : start + samples], key=lambda response: float(response.effect))
+                best = max(everyone[start : start + samples], key=lambda response: response.effect)
                 yield from ((best.index, token) for token in best.tokens)
 
     @property
@@ -145,16 +146,24 @@ class TreeEngine(Engine):
         device: torch.device = next(self._model.parameters()).device
         return device
 
-    def _scores(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[Sequence[Tensor], Sequence[Any]]:
-        """After each token of a response that was computed last: scores, and with `best_of` effects; by response."""
-        rows, effects = [len(response.next) for response in responses], [None] * len(responses)
-        if len(logits) > sum(rows):
-            logits, against = logits.chunk(2)
-            if self.options.best_of > 1:
-                effects = (log_probs(logits) - log_probs(against)).split(rows)
-            if self.options.guidance:
-                logits = guide(logits, against, self.options.guidance, self.options.plausibility)
-        return logits.split(rows), effects
+    def _chosen(self, logits: Tensor, responses: Sequence[_Response]) -> tuple[list[list[int]], list[list[float]]]:
+        """By response, the token to choose after each of `next`, and with `best_of` its effect.
+
+        One read from the device serves all responses: each makes the host wait for the device.
+        """
+        rows = [len(response.next) for response in responses]
+        scores, against = (logits, None) if len(logits) == sum(rows) else logits.chunk(2)
+        effects = None if against is None or self.options.best_of == 1 else log_probs(scores) - log_probs(against)
+        if against is not None and self.options.guidance:
+            scores = guide(scores, against, self.options.guidance, self.options.plausibility)
+        scores = self._warpers(None, scores)
+        if self.options.temperature > 0:
+            scores = torch.stack([noise for response in responses for noise in response.noise(scores)]).add_(scores)
+        tokens = scores.argmax(-1, keepdim=True)
+        if effects is None:
+            return _split(tokens[:, 0].tolist(), rows), [[] for _ in rows]
+        both = torch.cat([tokens.to(effects.dtype), effects.gather(1, tokens)], 1).T.tolist()  # V is below 2^24
+        return _split([int(token) for token in both[0]], rows), _split(both[1], rows)
 
     def _known(self, prompts: Sequence[list[int]]) -> tuple[int, Layers] | tuple[()]:
         """The number of the prompts' first tokens that were kept from an earlier call, and their keys and values."""
@@ -200,32 +209,35 @@ class _Response:
         next: the tokens to compute next: the last one that was chosen, and a draft of those after it. At first it
             stands for the prompt's last token.
         tokens: all that were chosen.
-        effect: the sum of log p1 - log p0 over them, with `best_of`.
+        effect: the sum of log p1 - log p0 over them, nats, with `best_of`.
     """
 
     def __init__(self, prompt: Prompt, room: int, options: GenerationOptions, device: torch.device) -> None:
         self.index, self.room, self.next = prompt.index, room, prompt.ids[-1:]
-        self.tokens, self.effect = list[int](), torch.zeros((), device=device)
+        self.tokens, self.effect = list[int](), 0.0
         self._draft_tokens = options.draft_tokens
         self._lookup = PromptLookup(prompt.ids if options.draft_tokens else ())
-        self._sampler: Any = sampling(options, [prompt.seed], device)
+        self._noise = NoiseStream(prompt.seed, device)
 
-    def take(self, scores: Tensor, effects: Tensor | None, stops: Collection[int]) -> list[int]:
+    def noise(self, scores: Tensor) -> list[Tensor]:
+        """Noise for the scores after each token of `next`, [V] each; see `NoiseStream.ahead`."""
+        return self._noise.ahead(len(self.next), scores)
+
+    def take(self, candidates: Sequence[int], effects: Sequence[float], stops: Collection[int]) -> list[int]:
         """Choose a token after `next`, and after each token of the draft that is the one chosen in its place.
 
         Args:
-            scores: [tokens of `next`, V], any floating dtype.
-            effects: log p1 - log p0 of the same tokens, or None.
+            candidates: what to choose after each token of `next`.
+            effects: log p1 - log p0 of the same tokens, nats, or none.
             stops: the tokens that end a response.
         """
         new = list[int]()
-        for place, proposed in enumerate([*self.next[1:], None]):
-            token = int(self._sampler(None, scores[place : place + 1]).argmax())
+        for token, proposed in zip(candidates, [*self.next[1:], None], strict=True):
             new.append(token)
-            if effects is not None:
-                self.effect = self.effect + effects[place, token]
             if token in stops or token != proposed:
                 break
+        self._noise.use(len(new))
+        self.effect += sum(effects[: len(new)])
         self.tokens += new
         self.next = new[-1:]
         self.room = 0 if new[-1] in stops else self.room - len(new)
@@ -238,6 +250,12 @@ class _Response:
 def _samples(prompt: Prompt, count: int) -> list[Prompt]:
     """The prompt so many times with a seed each, at first its own."""
     return [prompt, *(replace(prompt, seed=seed_of(f"{prompt.seed} {number}")) for number in range(1, count))]
+
+
+def _split(values: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """The values in groups of so many."""
+    rest = iter(values)
+    return [list(islice(rest, count)) for count in counts]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -320,9 +338,8 @@ class _Row:
 
         A token sees its prompt, the prompt's accepted tokens, and those before it: [tokens, cache].
         """
-        prompts = torch.arange(len(counts), device=self._device)
-        self._owner = prompts.repeat_interleave(torch.tensor(counts, device=self._device))
-        self._place = torch.cat([torch.arange(count, device=self._device) for count in counts])
+        places = [(prompt, place) for prompt, count in enumerate(counts) for place in range(count)]
+        self._owner, self._place = torch.tensor(places, device=self._device).T
         own = (self._owner[:, None] == self._owner) & (self._place[:, None] >= self._place)
         visible = torch.cat([self._visible[self._owner], own], 1)
         positions = self._start[self._owner] + self._place

@@ -107,17 +107,20 @@ def test_drafts_end_with_the_context(tokenizer):
 
 def test_a_phrase_of_the_history_takes_fewer_forwards(tokenizer, monkeypatch):
     model, phrase = tiny_model(eos_token_id=None), HISTORY[1:9]
-    steps = iter(phrase)
+    written = []
 
     def one_hot(input_ids, scores):
-        return torch.zeros_like(scores).index_fill_(1, torch.tensor([next(steps)]), 1.0)
+        chosen = phrase[len(written) : len(written) + len(scores)]
+        return torch.zeros_like(scores).scatter_(1, torch.tensor(chosen)[:, None], 1.0)
 
-    monkeypatch.setattr("nextquill.generation.tree_engine.sampling", lambda *_: one_hot)
+    monkeypatch.setattr("nextquill.generation.tree_engine.warpers", lambda *_: one_hot)
     options = GenerationOptions(engine="tree", max_new_tokens=len(phrase), draft_tokens=3)
     with local_engine(model, tokenizer, set(), options) as engine:
         computed = []
         model.get_input_embeddings().register_forward_hook(lambda _, ids, __: computed.append(ids[0].numel()))
-        assert dict(engine.generate_ids([Prompt(0, [*HISTORY, HISTORY[0]], 1)])) == {0: phrase}
+        for _, token in engine.stream([Prompt(0, [*HISTORY, HISTORY[0]], 1)]):
+            written += [token]
+    assert written == phrase
     # Two tokens have occurred before, so two are proposed; then five, but only three of the draft are allowed, and the
     # last token of the response needs none.
     assert computed == [len(HISTORY) + 1, 3, 4]

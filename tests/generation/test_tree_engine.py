@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.generation import GenerationOptions, Prompt, local_engine
@@ -114,6 +115,30 @@ def test_a_step_does_not_repeat_keys_that_heads_share(tokenizer, monkeypatch):
         for _ in engine.stream(GUIDED[:1]):
             assert os.environ == before
     assert {*heads[-3 * model.config.num_hidden_layers :]} == {(model.config.num_key_value_heads,) * 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_p": 0.9, "draft_tokens": 2}], ids=["greedy", "drafts"]
+)
+def test_a_step_reads_the_device_as_often_for_many_responses_as_for_one(options, tokenizer):
+    """On a GPU every read waits for all work before it."""
+    model, read = tiny_model(eos_token_id=None), []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            read.append(func is torch.ops.aten._local_scalar_dense.default)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for prompts in (GUIDED[:1], GUIDED):
+        settings = GenerationOptions(engine="tree", max_new_tokens=6, guidance=1.0, **options)
+        with local_engine(model, tokenizer, set(), settings) as engine:
+            read.clear()
+            with Reads():
+                list(engine.generate_ids(prompts))
+            counts.append(sum(read))
+    assert read, "operations are seen"
+    assert counts[0] == counts[1]
 
 
 def test_a_shared_history_is_computed_once(tokenizer):

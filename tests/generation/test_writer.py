@@ -100,7 +100,7 @@ def test_pieces_join_to_the_text_even_inside_a_character(writer, monkeypatch):
     def one_hot(input_ids, scores):
         return torch.full_like(scores, -9.0).index_fill_(1, torch.tensor([next(steps)]), 0.0)
 
-    monkeypatch.setattr("nextquill.generation.tree_engine.sampling", lambda *_: one_hot)
+    monkeypatch.setattr("nextquill.generation.tree_engine.warpers", lambda *_: one_hot)
     pieces = [piece for _, piece in writer.stream("soup", max_new_tokens=len(ids))]
     assert "".join(pieces) == "a 🍜🍜"
     assert len(pieces) > 1

@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation(
         "tree-engine-noise",
         "nextquill/generation/tree_engine.py",
-        "sampling(options, [prompt.seed], device)",
-        "sampling(options, [0], device)",
+        "NoiseStream(prompt.seed, device)",
+        "NoiseStream(0, device)",
         "all responses of a batch get the same random numbers",
     ),
     Mutation(
@@ -97,8 +97,8 @@ MUTATIONS = (
     Mutation(
         "tree-engine-best-of-sign",
         "nextquill/generation/tree_engine.py",
-        "(log_probs(logits) - log_probs(against))",
-        "(log_probs(against) - log_probs(logits))",
+        "log_probs(scores) - log_probs(against)",
+        "log_probs(against) - log_probs(scores)",
         "the sample that owes least to the history is taken",
     ),
     Mutation(
@@ -111,9 +111,23 @@ MUTATIONS = (
     Mutation(
         "tree-engine-best-of-last",
         "nextquill/generation/tree_engine.py",
-        "self.effect = self.effect + effects[place, token]",
-        "self.effect = effects[place, token]",
+        "self.effect += sum(effects[: len(new)])",
+        "self.effect = sum(effects[: len(new)])",
         "a sample is chosen by its last token alone",
+    ),
+    Mutation(
+        "tree-engine-best-of-rejected",
+        "nextquill/generation/tree_engine.py",
+        "self.effect += sum(effects[: len(new)])",
+        "self.effect += sum(effects)",
+        "tokens of a draft that were not chosen count in the choice of a sample",
+    ),
+    Mutation(
+        "tree-engine-noise-of-drafts",
+        "nextquill/generation/tree_engine.py",
+        "self._noise.use(len(new))",
+        "self._noise.use(len(candidates))",
+        "a rejected draft changes the random numbers of the tokens after it",
     ),
     Mutation(
         "drafts-last-occurrence",
