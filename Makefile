@@ -9,9 +9,11 @@
 #   make docs    the documentation, into site/         make clean      remove the environment and caches
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment, JOBS=4 the number of test processes.
+# make test VENV=.venv-newest PINS= tests with the newest releases that pyproject.toml allows.
 
 PYTHON ?= python3
 VENV ?= .venv
+PINS ?= -c constraints.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -109,7 +111,7 @@ $(READY)-cli $(READY)-test $(READY)-docs $(READY)-dev: $(READY)-%: pyproject.tom
 	@if [ -e $(READY)-installing ]; then echo "The last installation did not finish: starting from an empty environment."; \
 	$(PYTHON) -m venv --clear $(VENV); touch $(READY)-venv; fi; touch $(READY)-installing
 	@echo "Installing nextquill[$*] into $(VENV); the first time takes a few minutes."
-	@$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input -c constraints.txt -e '.[$*]'
+	@$(PY) -m pip install -qq --progress-bar off --disable-pip-version-check --no-input $(PINS) -e '.[$*]'
 	@ls -d $(PY) $(VENV)/lib/python*/site-packages/* | grep -v 'info$$\|__pycache__' >$(READY)-contents
 	@rm $(READY)-installing
 	@touch $(addprefix $(READY)-,$(CONTAINS))

@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from benchmarks.measure import GateError, Options, Row, default_device, make_row, ratios, time_in_turns
 from nextquill.generation import GenerationOptions, Prompt, local_engine
 from nextquill.generation.guidance import HistoryGuidance, guide
+from nextquill.models.cache_names import for_forward, for_generate
 from nextquill.models.loading import load_model
 from nextquill.models.tiny_models import ScratchSize, build_model
 
@@ -86,7 +87,7 @@ class Transformers:
             against = [prompt.against for prompt in group if prompt.against is not None]
             processors: list[LogitsProcessor] = [HistoryGuidance(self.model, against, GAMMA)] if against else []
             ids = torch.tensor([prompt.ids for prompt in group], device=self.model.device)
-            given = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
+            given = {} if cache is None else for_generate(copy.deepcopy(cache))
             self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.length, do_sample=False,
                 logits_processor=[*processors, clock], **given,
@@ -97,7 +98,7 @@ class Transformers:
     def _cache(self) -> Any:
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([self.prompts[0].ids[: self.shared]], device=self.model.device)
-        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        self.model(ids, logits_to_keep=1, **for_forward(self.model, cache))
         return cache
 
 

@@ -152,15 +152,14 @@ def build_model(model: StepModel, device: torch.device) -> Any:
         torch.manual_seed(0)
         built = load_model(model.place, dtype=model.dtype)[0].to(device) if model.place else _new_model(model, device)
         if model.lora:
-            from peft import LoraConfig
+            from peft import LoraConfig, inject_adapter_in_model
 
             # LoRA's B starts at zero, which the gate cannot use: the gradient of A would be zero too.
-            built.add_adapter(
-                LoraConfig(
-                    r=model.lora, lora_alpha=2 * model.lora, target_modules="all-linear",
-                    init_lora_weights=bool(model.place),
-                )
+            config = LoraConfig(
+                r=model.lora, lora_alpha=2 * model.lora, target_modules="all-linear",
+                init_lora_weights=bool(model.place),
             )  # fmt: skip
+            inject_adapter_in_model(config, built)
         return built.train()
 
 

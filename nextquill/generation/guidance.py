@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 
 from nextquill.errors import ArgumentError
 from nextquill.generation import PLAUSIBILITY, check_guidance
+from nextquill.models.cache_names import cache_of, for_forward
 from nextquill.models.configs import base_model
 from nextquill.models.router import without_router_loss
 
@@ -112,11 +113,11 @@ class HistoryGuidance(LogitsProcessor):
             input_ids=new,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **for_forward(self._model, self._cache),
             **without_router_loss(self._model),
         )
-        self._cache = outputs.past_key_values
+        self._cache = cache_of(outputs)
         logits: Tensor = outputs.logits[:, -1]
         return logits
 

@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig
 from nextquill.generation import Engine, GenerationOptions, Prompt, token_limit, up_to_stop
 from nextquill.generation.guidance import HistoryGuidance, left_padded
 from nextquill.generation.sampling import sampling
+from nextquill.models.cache_names import cache_of, for_generate
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, temporarily
 from nextquill.models.router import without_router_loss
@@ -96,12 +97,12 @@ class TransformersEngine(Engine):
         ids, seen = (half[:, :-1] for half in distinct.tensor_split(2, dim=1))
         if not self._keeps or len(distinct) == len(input_ids) or not seen.any(1).all():
             return {}
-        cache: Any = getattr(self._generated(ids, seen, 1), "past_key_values", None)
+        cache: Any = cache_of(self._generated(ids, seen, 1))
         self._keeps = isinstance(cache, Cache) and _length(cache) == ids.shape[1]
         if not self._keeps:
             return {}
         cache.reorder_cache(places)
-        return {"past_key_values": cache}
+        return for_generate(cache)
 
     def _generated(self, input_ids: Tensor, mask: Tensor, max_new_tokens: int, **options: Any) -> Any:
         return self.model.generate(

@@ -29,6 +29,7 @@ from nextquill.generation.few_rows import faster_few_rows, keys_in_place
 from nextquill.generation.guidance import guide, log_probs
 from nextquill.generation.sampling import NoiseStream, warpers
 from nextquill.models.attention import TreeAttention
+from nextquill.models.cache_names import for_forward
 from nextquill.models.configs import context_length
 from nextquill.models.probe import in_eval_mode, returned_logits
 from nextquill.models.router import without_router_loss
@@ -194,7 +195,7 @@ class TreeEngine(Engine):
 
     def _logits(self, inputs: dict[str, Any], row: _Row) -> Tensor:
         with keys_in_place(self._device):
-            outputs = self._model(**inputs, **self._extra, past_key_values=row.cache, use_cache=True)
+            outputs = self._model(**inputs, **self._extra, **for_forward(self._model, row.cache), use_cache=True)
         logits: Tensor = returned_logits(outputs)[0]
         return logits
 

@@ -5,6 +5,7 @@ attention.py       attention over rows of trees
 recurrent.py       layers with a state, over rows of trees
 border.py          the border to packages that read folders of models
 branch_passes.py   the forward passes of a batch
+cache_names.py     the name of a cache in a model and its outputs
 configs.py         the model inside an adapter, its config, and its limits in tokens
 head.py            a loss inside the output head
 loading.py         models, tokenizers and their prompts by name

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.configs import base_model
-from nextquill.models.probe import probe_logits, replaced_forward, returned_logits, softcapped_configs, without_softcap
+from nextquill.models.probe import probe_logits, replaced_forward, returned_logits, softcaps, without_softcap
 from nextquill.vocabulary_shard import VocabularyShard, own_part, part_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,19 +82,19 @@ class LossInHead:
         if not any(isinstance(module, FSDPModule) for module in model.modules()):  # its weight is gathered in a forward
             _check_reproduced(self.head)
         self.logit_scale, self.softcap = probe_logits(model, self.head)
-        self._capped_configs = [] if self.softcap is None else softcapped_configs(model)
+        self._caps = [] if self.softcap is None else softcaps(model)
         self._function: HeadFunction | None = None
         # Always the same function object: compiled graphs are guarded by its identity.
         self._forward_in_head = torch.compiler.disable(self._run_function)
         # Without the cap only a scale is left; the returned scalar is divided by it.
         self._residual_scale, residual_cap = self.logit_scale, self.softcap
         if self.softcap is not None:
-            with without_softcap(self._capped_configs):
+            with without_softcap(self._caps):
                 self._residual_scale, residual_cap = probe_logits(model, self.head)
         if residual_cap is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its soft cap of {self.softcap:g} on the logits could not be switched off "
-                "through config.final_logit_softcapping, so a loss cannot be returned through its forward"
+                "through config.final_logit_softcapping or a module, so a loss cannot be returned through its forward"
             )
 
     def forward(self, function: HeadFunction, inputs: dict[str, Any], call: nn.Module | None = None) -> Tensor:
@@ -105,7 +105,7 @@ class LossInHead:
         _check_adapters(self.head)  # an adapter may have been added or switched
         self._function = function
         try:
-            with without_softcap(self._capped_configs), replaced_forward(self.head, self._forward_in_head):
+            with without_softcap(self._caps), replaced_forward(self.head, self._forward_in_head):
                 outputs = (self.model if call is None else call)(**inputs, use_cache=False)
         finally:
             self._function = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nextquill.errors import UnsupportedModelError
 from nextquill.models.border import reading
+from nextquill.models.configs import base_model
 
 _SOFTCAP = "final_logit_softcapping"
 # Tiny values give the scale, since any cap is the identity there. Huge values give the cap. The others show a tanh.
@@ -53,24 +54,29 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
     return _rounded(scale, digits), None if softcap is None else _rounded(softcap, digits)
 
 
-def softcapped_configs(model: nn.Module) -> list[Any]:
-    """Every config in the model that holds a soft cap; composite models have several."""
+def softcaps(model: nn.Module) -> list[Any]:
+    """What caps a model's logits: each config that holds a soft cap, as composite models have several, and modules."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    return [config for config in configs.values() if getattr(config, _SOFTCAP, None) is not None]
+    capped = [config for config in configs.values() if getattr(config, _SOFTCAP, None) is not None]
+    return [*capped, *(module for module in base_model(model).children() if hasattr(module, "softcap"))]
 
 
 @contextmanager
-def without_softcap(configs: Sequence[Any]) -> Iterator[None]:
-    """Set the soft cap of these configs to None inside the block."""
-    values = [getattr(config, _SOFTCAP) for config in configs]
-    try:
-        for config in configs:
+def without_softcap(caps: Sequence[Any]) -> Iterator[None]:
+    """Switch off these configs' and modules' soft caps inside the block."""
+    with ExitStack() as changes:
+        for cap in caps:
+            if isinstance(cap, nn.Module):
+                changes.enter_context(replaced_forward(cap, _unchanged))
+                continue
             # This avoids the config's check of types: gemma3n's does not accept None.
-            object.__setattr__(config, _SOFTCAP, None)
+            changes.callback(object.__setattr__, cap, _SOFTCAP, getattr(cap, _SOFTCAP))
+            object.__setattr__(cap, _SOFTCAP, None)
         yield
-    finally:
-        for config, value in zip(configs, values, strict=True):
-            object.__setattr__(config, _SOFTCAP, value)
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 @contextmanager

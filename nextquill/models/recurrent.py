@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from nextquill.models.cache_names import cache_argument
 from nextquill.models.probe import temporarily
 from nextquill.tree import TreeLayout
 from nextquill.tree.runs import StateRun, state_runs
@@ -34,7 +35,7 @@ States = dict[tuple[str, int], Tensor]
 
 def layers_with_state(base: nn.Module) -> list[nn.Module]:
     """The layers that keep a state in transformers' cache and can continue from it, with gradient."""
-    return [module for module in base.modules() if _cache_argument(type(module).forward) is not None]
+    return [module for module in base.modules() if _state_cache_argument(type(module).forward) is not None]
 
 
 def run_over_trees(base: nn.Module) -> bool:
@@ -47,7 +48,7 @@ def run_over_trees(base: nn.Module) -> bool:
 
 
 @functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str | None:
+def _state_cache_argument(forward: Callable[..., Any]) -> str | None:
     """The name of the cache in a layer's `forward`; None if the layer keeps no state, or cannot continue from it.
 
     Mamba-1 in transformers continues by single tokens alone: it has no initial state to give to its scan.
@@ -58,7 +59,7 @@ def _cache_argument(forward: Callable[..., Any]) -> str | None:
     keywords = [name for names in code.co_consts if isinstance(names, tuple) for name in names if isinstance(name, str)]
     if "get_recurrent_state" in code.co_names and not {"initial_state", "initial_states"} & {*keywords}:
         return None
-    return next((name for name in ("cache_params", "past_key_values") if name in code.co_varnames), None)
+    return cache_argument(forward)
 
 
 class _ForwardOverRuns:
@@ -67,7 +68,7 @@ class _ForwardOverRuns:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._previous: Callable[..., Any] | None = vars(layer).get("forward")  # such as a hook of accelerate
-        self._cache = _cache_argument(type(layer).forward)
+        self._cache = _state_cache_argument(type(layer).forward)
 
     def __call__(self, *args: Any, nextquill_tree_runs: tuple[TreeLayout, int] | None = None, **kwargs: Any) -> Any:
         if nextquill_tree_runs is None:

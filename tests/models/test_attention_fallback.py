@@ -31,11 +31,11 @@ from tests.models.test_attention import ARCHITECTURES
 from tests.models.test_attention_refusals import DROPOUTS, NO_MASK, ROPE
 
 NO_KWARGS = ("stablelm", {"attention_dropout": 0.0, "hidden_dropout": 0.0})
-NO_FUNCTION = ("gptj", {"attn_implementation": "eager", "rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0})
+NO_FUNCTION = ("gpt_neox_japanese", {"attn_implementation": "eager", "hidden_dropout": 0.0, "attention_dropout": 0.0})
 #: A model, the attention that "auto" takes, and the reason that it gives.
 TAKEN: dict[str, tuple[tuple[str, dict[str, Any]], str, str]] = {
     "masks, no keyword arguments": (NO_KWARGS, "mask", "whole masks.*StableLm.*does not run on a row of branches"),
-    "masks, no function": (NO_FUNCTION, "mask", "whole masks.*GPTJForCausalLM: its attention cannot be replaced"),
+    "masks, no function": (NO_FUNCTION, "mask", "whole masks.*GPTNeoXJapanese.*: its attention cannot be replaced"),
     **{
         name: ((kind, {"attn_implementation": "eager", **options}), "padded", f"a padded row of its own: {shown}: ")
         for name, (kind, options, shown) in NO_MASK.items()

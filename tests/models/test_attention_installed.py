@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from nextquill.evaluation.scoring import score_examples
 from nextquill.models.branch_passes import PairPasses
+from nextquill.models.cache_names import cache_of, for_forward
 from tests.models.model_helpers import (
     assert_same_tensors,
     gradients,
@@ -76,7 +77,7 @@ def test_ordinary_forwards_are_the_models_own(name: str) -> None:
             logits = [model(ids).logits]
             logits += [model(ids, attention_mask=mask).logits[mask.bool()] for mask in (left, right)]
             first = model(ids[:, :7], use_cache=True)
-            rest = model(ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+            rest = model(ids[:, 7:], use_cache=True, **for_forward(model, cache_of(first)))
         return [*logits, first.logits, rest.logits]
 
     expected = run()

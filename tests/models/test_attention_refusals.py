@@ -85,8 +85,8 @@ def test_encoder_decoder_models() -> None:
 
 
 def test_models_that_take_no_attention_function() -> None:
-    model = tiny_model("gptj", attn_implementation="eager", rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
-    with pytest.raises(UnsupportedModelError, match=r"GPTJForCausalLM: its attention cannot be replaced .*'mask'"):
+    model = tiny_model("gpt_neox_japanese", attn_implementation="eager", hidden_dropout=0.0, attention_dropout=0.0)
+    with pytest.raises(UnsupportedModelError, match=r"GPTNeoXJapanese.*: its attention cannot be replaced .*'mask'"):
         TreeAttention(model, "pieces")
     loss, _ = run_loss(model, loss_cases()["official"].loss, shared_examples(), "mask")
     assert_same_loss(loss, reference_loss(loss_cases()["official"], model, shared_examples()))

@@ -146,6 +146,24 @@ def test_unknown_functions_of_logits_are_refused(function, message: str) -> None
         LossInHead(_LogitsFunction(function))
 
 
+class _Softcap(nn.Module):
+    """As of Inkling-2 in transformers 5.24."""
+
+    softcap = 9.0
+
+    def forward(self, logits):
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+
+def test_a_soft_cap_in_a_module_is_switched_off_inside() -> None:
+    model, ids = _LogitsFunction(_Softcap()), torch.tensor([[3, 4, 5]])
+    before = model(input_ids=ids).logits
+    runner = LossInHead(model)
+    assert (runner.logit_scale, runner.softcap) == (1.0, 9.0)
+    assert runner.forward(lambda state: state.hidden_states.new_tensor(12.0), {"input_ids": ids}) == 12
+    assert torch.equal(model(input_ids=ids).logits, before), "the soft cap was not switched on again"
+
+
 class _ScaledLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) * 0.5

@@ -141,9 +141,23 @@ MUTATIONS = (
     Mutation(
         "head-softcap-restored",
         "nextquill/models/probe.py",
-        "object.__setattr__(config, _SOFTCAP, value)",
-        "object.__setattr__(config, _SOFTCAP, None)",
+        "changes.callback(object.__setattr__, cap, _SOFTCAP, getattr(cap, _SOFTCAP))",
+        "changes.callback(object.__setattr__, cap, _SOFTCAP, None)",
         "a model that was trained generates without its soft cap",
+    ),
+    Mutation(
+        "head-softcap-module",
+        "nextquill/models/probe.py",
+        "changes.enter_context(replaced_forward(cap, _unchanged))",
+        "changes.enter_context(replaced_forward(cap, torch.tanh))",
+        "a loss passes through the soft cap of its model",
+    ),
+    Mutation(
+        "cache-name",
+        "nextquill/models/cache_names.py",
+        '_NAMES = ("cache", "past_key_values", "cache_params")',
+        '_NAMES = ("cache", "cache_params")',
+        "models before transformers 5.24 generate without a cache, or not at all",
     ),
     Mutation(
         "head-training-mode-restored",
