@@ -76,7 +76,8 @@ def run(sheet: Sheet, device: torch.device, quick: bool, deadline: float) -> Non
 def kernels_of(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float, int]]:
     """Name, seconds and launches of every kernel of a call, the longest first; on a CPU, of every operator."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as recorded:  # without, torch 2.11 warns of later cycles
         call()
         synchronise()
     events = recorded.key_averages()

@@ -65,7 +65,7 @@ def as_ordinary(model: Any, place: str, **options: Any) -> Any:
     to train or save it.
     """
     config = model.config
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     weights = model.state_dict()
     ordinary = from_pretrained(type(model), None, config=config, state_dict=weights, dtype=model.dtype, **options)
     ordinary.config._name_or_path = ordinary.name_or_path = place  # where an adapter finds its base model

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import Cache
 
 from nextquill.models.cache_names import cache_argument
 from nextquill.models.probe import temporarily
@@ -51,8 +52,11 @@ def run_over_trees(base: nn.Module) -> bool:
 def _state_cache_argument(forward: Callable[..., Any]) -> str | None:
     """The name of the cache in a layer's `forward`; None if the layer keeps no state, or cannot continue from it.
 
-    Mamba-1 in transformers continues by single tokens alone: it has no initial state to give to its scan.
+    Mamba-1 in transformers continues by single tokens alone: it has no initial state to give to its scan. Before
+    transformers 5.21 layers reach into the cache, and no other object can take its place.
     """
+    if not hasattr(Cache, "get_conv_state"):
+        return None
     code: Any = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None or "update_conv_state" not in code.co_names:
         return None

@@ -83,7 +83,9 @@ class Case:
 
     def truth(self, compute: torch.dtype = torch.float64) -> Tensor:
         """[6, N] as `label_stats` returns it, in plain PyTorch."""
-        z1, z0 = self.logits(self.factual, compute), self.logits(self.counterfactual, compute)
+        # On a CPU torch 2.11 lets NaN in a row of half precision into the product's next row.
+        clean = [hidden.masked_fill(self.labels[:, None] < 0, 0) for hidden in (self.factual, self.counterfactual)]
+        z1, z0 = (self.logits(hidden, compute) for hidden in clean)
         labels = self.labels.clamp(min=0)[:, None]
         streams = (z1, z0, z1 - z0)
         lse = [z.logsumexp(-1) for z in streams]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedTokenizerFast, TrainingArguments
 
 from nextquill import LongCELoss, NextQuillLoss, PairLoss, PerCELoss, SFTLoss
 from nextquill.data import Branch, EncodedExample, PromptTemplate
@@ -40,6 +41,10 @@ _SIZES = {
     # Large enough that a random model's probabilities differ between the branches.
     "initializer_range": 0.3,
 }
+#: Of a test of layers with a state inside trees.
+shares_states = pytest.mark.skipif(
+    not hasattr(Cache, "get_conv_state"), reason="before transformers 5.21 such layers pad"
+)
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> nn.Module:

@@ -28,6 +28,7 @@ from tests.models.model_helpers import (
     reference_loss,
     run_loss,
     shared_examples,
+    shares_states,
     tiny_model,
 )
 
@@ -51,6 +52,7 @@ HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
 # ---- architectures ---------------------------------------------------------------------------------
 
 
+@shares_states
 @pytest.mark.parametrize("attention", ["pieces", "mask"])
 @pytest.mark.parametrize("name", sorted(HYBRID))
 def test_layers_that_see_other_paths_are_refused(name: str, attention: str) -> None:

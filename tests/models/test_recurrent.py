@@ -38,8 +38,11 @@ from tests.models.model_helpers import (
     reference_loss,
     run_loss,
     shared_examples,
+    shares_states,
     tiny_model,
 )
+
+pytestmark = shares_states
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 DELTA = {
