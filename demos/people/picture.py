@@ -6,6 +6,7 @@ has the width that is computed here, so that the boxes fit whatever font the rea
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -164,7 +165,7 @@ def _wrapped(text: str, size: int, room: float = _WIDTH - 2 * _LEFT) -> list[str
 def _width(text: str, size: int = 15) -> float:
     """About the width of a text in pixels."""
     shares = (0.34 if c in _NARROW else 0.87 if c in _WIDE else 0.68 if c.isupper() else 0.57 for c in text)
-    return round(size * sum(shares), 1)
+    return round(size * math.fsum(shares), 1)  # sum rounds otherwise before Python 3.12
 
 
 def _put(parts: list[str], text: str, x: float, y: float, css_class: str) -> None:

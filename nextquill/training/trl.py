@@ -68,6 +68,8 @@ class CausalSFTTrainer(CausalLossMixin, SFTTrainer):  # type: ignore[misc]
         loss = PerCELoss() if loss is None else loss
         args = SFTConfig(output_dir="tmp_trainer") if args is None else args
         check_arguments(args)
+        if getattr(args, "loss_type", None) == "chunked_nll":  # the default of some releases, TRL 1.14 among them
+            args.loss_type = "nll"
         for name, accepted in _IGNORED.items():
             if getattr(args, name, accepted) != accepted:
                 raise ArgumentError(
