@@ -35,6 +35,7 @@ _SHOWN_CHARACTERS = 100
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     model_options, history, writing, prompt_options = parse("chat", DESCRIPTION, OPTIONS, arguments)
     chosen = writing.options()
     history.check()

@@ -79,6 +79,7 @@ FLAGS = {"names": "arms", "folder": "output_dir", "records": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     defaults = {**DEFAULTS, "seed": None}
     parsed = parse("compare", DESCRIPTION, OPTIONS, arguments, defaults=defaults, required=["output_dir"])
     model_options, files, options, evaluation, prompts, batches, lora, args = parsed

@@ -45,6 +45,7 @@ complete -o default -F _nextquill nextquill
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     named = bool(arguments) and not arguments[0].startswith("-")
     (options,) = parse("completion", DESCRIPTION, OPTIONS, ["--shell", *arguments] if named else arguments)
     names = [name for name in COMMANDS if name != "popi"] + [f"popi {name}" for name in SUBCOMMANDS]

@@ -108,6 +108,7 @@ FLAGS = {"source": "input", "records": "input", "name": "select", "max_share": "
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     source, form, rows, output = parse("convert", DESCRIPTION, OPTIONS, arguments)
     check_positive(source, ("limit",))
     check_positive(rows, ("max_line_bytes",))

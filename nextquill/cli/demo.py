@@ -46,6 +46,7 @@ OPTIONS = (DemoOptions, PeopleOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     options, people = parsed("demo", DESCRIPTION, OPTIONS, arguments, "demo")
     if people.model is None:
         return run_demo("demo", "demos.losses.run", options)

@@ -110,6 +110,7 @@ FLAGS = {"folder": "output_dir", "records": "eval_file", "branch": "generate_bra
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     model_options, files, prompt_options, measures, texts, options = parse("evaluate", DESCRIPTION, OPTIONS, arguments)
     check_files(files)
     measured = evaluation_options(**vars(files), **vars(measures), **vars(texts), **vars(options))

@@ -90,6 +90,7 @@ def check_output_file(path: str, *, overwrite: bool, flag: str = "output_file") 
 
 
 def read_config(path: str) -> dict[Any, Any]:
+    """The flags in a YAML file, with their values."""
     try:
         text = read_input(path, _MOST_CONFIG_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -106,6 +107,7 @@ def read_config(path: str) -> dict[Any, Any]:
 
 
 def config_path(arguments: Sequence[str]) -> str | None:
+    """The file that --config names, or None."""
     path = None
     for position, word in enumerate(arguments):
         if word == "--config":

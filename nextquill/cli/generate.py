@@ -136,6 +136,7 @@ OPTIONS = (ModelOptions, HistoryOptions, GenerateOptions, WritingOptions, Prompt
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     model_options, history, options, writing, prompt_options = parse("generate", DESCRIPTION, OPTIONS, arguments)
     chosen = writing.options()
     history.check()

@@ -89,6 +89,7 @@ OPTIONS = (InspectFiles, PromptOptions, InspectOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     files, prompt_options, options = parse("inspect", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
     from nextquill.tree import build_prefix_tree

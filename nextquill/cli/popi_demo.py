@@ -14,5 +14,6 @@ OPTIONS = (DemoOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     (options,) = parsed("popi demo", DESCRIPTION, OPTIONS, arguments, "popi-demo")
     return run_demo("popi demo", "demos.popi.run", options)

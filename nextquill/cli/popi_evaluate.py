@@ -89,6 +89,7 @@ OPTIONS = (PopiRunOptions, PopiPairs, PopiFormat, PopiSignals, PopiEvaluateOptio
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     models, files, form, shown, options = parse("popi evaluate", DESCRIPTION, OPTIONS, arguments)
     from nextquill.popi.evaluation import PairEvaluation
 

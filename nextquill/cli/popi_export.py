@@ -44,6 +44,7 @@ OPTIONS = (PopiExportOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     (options,) = parse("popi export", DESCRIPTION, OPTIONS, arguments)
     target = claim_output_file(options.output_file, overwrite=options.overwrite)
     check_not_read(target, [options.summaries_file, *options.queries_file])

@@ -34,6 +34,7 @@ OPTIONS = (PopiSummariesOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     (options,) = parse("popi summaries", DESCRIPTION, OPTIONS, arguments)
     asked = [name for name in ("show", "edit", "delete") if getattr(options, name) is not None]
     if len(asked) > 1:

@@ -65,6 +65,7 @@ OPTIONS = (PopiRunOptions, PopiSignalFiles, PopiFormat, PopiSignals, PopiSummari
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     models, files, form, shown, options = parse("popi summarize", DESCRIPTION, OPTIONS, arguments)
     models.check()
     options.check()

@@ -130,6 +130,7 @@ FLAGS = {"train_dataset": "train_file", "eval_dataset": "eval_file"}
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     parsed = parse("popi train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     models, files, form, config, prompts, lora, guard, args = parsed
     models.check()

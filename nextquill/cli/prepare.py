@@ -62,6 +62,7 @@ FLAGS = {"folder": "output_dir", "workers": "num_workers", "records": "records_f
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     options, prompt_options = parse("prepare", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
 

@@ -69,6 +69,7 @@ OPTIONS = (ReportOptions,)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     (options,) = parse("report", DESCRIPTION, OPTIONS, with_runs_flag(arguments))
     if options.examples < 0:
         raise ArgumentError(f"examples: expected 0 or more, got {options.examples}")

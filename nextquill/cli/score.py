@@ -29,6 +29,7 @@ OPTIONS = (ModelOptions, ScoreFiles, PromptOptions, ScoreOptions)
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     model_options, files, prompt_options, options = parse("score", DESCRIPTION, OPTIONS, arguments)
     from nextquill.data import ExampleEncoder
     from nextquill.evaluation.scoring import effect_line, pad_token, score_examples

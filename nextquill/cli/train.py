@@ -74,6 +74,7 @@ Source = list[Record] | PreparedDataset
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; its exit code."""
     parsed = parse("train", DESCRIPTION, OPTIONS, arguments, defaults=DEFAULTS, required=["output_dir"])
     model_options, files, prompt_options, loss_options, mirror_options, batches, lora, guard, args = parsed
     loss, sampling = loss_options.build(), mirror_options.given(loss_options)

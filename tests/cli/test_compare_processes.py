@@ -107,13 +107,14 @@ def test_a_fault_on_one_process_ends_all_and_the_comparison_resumes(
     assert (last == "nextquill: rank 1: --model: it gives a nan") is (case == "error")
     assert (last == "KeyError: 'a bug'") is (case == "bug")
     assert len(list(two.rglob("checkpoint-*"))) >= 1
+    finished = len(list(two.rglob("run.json")))  # none, if the other process was slow to start
     if then == 1:
         result = nextquill(*words(data, two))
         code, told = result.code, result.err
     else:
         code, (told, *_) = launch(then, "equal", tmp_path / "p", *words(data, two))
     assert code == 0, told
-    assert "of 6 runs are finished in" in told
+    assert (f"{finished} of 6 runs are finished in" in told) is (finished > 0)
     assert_same(one, two)
     assert figures(two) == figures(one)
 
