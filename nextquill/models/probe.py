@@ -55,10 +55,14 @@ def probe_logits(model: nn.Module, head: nn.Module) -> tuple[float, float | None
 
 
 def softcaps(model: nn.Module) -> list[Any]:
-    """What caps a model's logits: each config that holds a soft cap, as composite models have several, and modules."""
+    """What caps a model's logits: each config that holds a soft cap, as composite models have several, and modules.
+
+    Such a module has no parameters; one that has some does more than cap.
+    """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     capped = [config for config in configs.values() if getattr(config, _SOFTCAP, None) is not None]
-    return [*capped, *(module for module in base_model(model).children() if hasattr(module, "softcap"))]
+    modules = (module for module in base_model(model).children() if hasattr(module, "softcap"))
+    return [*capped, *(module for module in modules if next(module.parameters(), None) is None)]
 
 
 @contextmanager

@@ -41,9 +41,9 @@ _SIZES = {
     # Large enough that a random model's probabilities differ between the branches.
     "initializer_range": 0.3,
 }
-#: Of a test of layers with a state inside trees.
+#: Marks tests of layers with a state inside trees.
 shares_states = pytest.mark.skipif(
-    not hasattr(Cache, "get_conv_state"), reason="before transformers 5.21 such layers pad"
+    not hasattr(Cache, "get_conv_state"), reason="before transformers 5.21 such models are padded"
 )
 
 
